@@ -1,0 +1,136 @@
+#include "arena.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <string>
+
+namespace warmserve {
+namespace {
+
+std::uint32_t checked_capacity(const Device& device, const Arena::Options& options) {
+  const std::uint64_t granularity = device.facts().granularity;
+  if (options.granule_bytes == 0 || options.granule_bytes % granularity)
+    throw Error(ErrorKind::invalid_argument, "a granule of " + format_bytes(options.granule_bytes) +
+                                                 " is not a multiple of the device's " +
+                                                 format_bytes(granularity));
+  const std::uint64_t capacity = options.bytes / options.granule_bytes;
+  if (capacity == 0 || capacity > UINT32_MAX)
+    throw Error(ErrorKind::invalid_argument,
+                "an arena of " + format_bytes(options.bytes) + " holds no whole granule of " +
+                    format_bytes(options.granule_bytes) + ", or too many");
+  return static_cast<std::uint32_t>(capacity);
+}
+
+}  // namespace
+
+Arena::Arena(DevicePtr device, const Options& options)
+    : device_(std::move(device)),
+      granule_bytes_(options.granule_bytes),
+      capacity_(checked_capacity(*device_, options)),
+      pool_(capacity_),
+      slots_(capacity_) {
+  // Asked first: populating more memory than there is would call the OOM killer, not fail.
+  std::uint64_t available = 0, total = 0;
+  if (device_->driver().memory(&available, &total) == Status::ok && budget() > available)
+    throw Error(ErrorKind::out_of_device_memory,
+                "an arena of " + format_bytes(budget()) + " on a device with " +
+                    format_bytes(available) + " available of " + format_bytes(total));
+  if (!device_->facts().host_view) window_ = reserve(budget());
+  std::vector<GranuleId> all(capacity_);
+  std::iota(all.begin(), all.end(), 0);
+  create(all);
+  pool_.give(all);
+  if (options.poison) make_poison();
+}
+
+std::vector<GranuleId> Arena::claim_uncreated(std::uint32_t count) {
+  const auto split = uncreated_.end() - count;
+  std::vector<GranuleId> claimed(split, uncreated_.end());
+  uncreated_.erase(split, uncreated_.end());
+  std::sort(claimed.begin(), claimed.end());
+  return claimed;
+}
+
+void Arena::return_uncreated(std::span<const GranuleId> ids) {
+  uncreated_.insert(uncreated_.end(), ids.begin(), ids.end());
+  std::sort(uncreated_.begin(), uncreated_.end(), std::greater<>());
+}
+
+void Arena::create(std::span<const GranuleId> ids) {
+  std::size_t made = 0;
+  try {
+    for (; made < ids.size(); ++made) {
+      const GranuleId id = ids[made];
+      if (slots_[id].window) {  // what destroy() could not unmap
+        slots_[id].window->unmap();
+        slots_[id].window.reset();
+      }
+      Granule granule(device_, granule_bytes_);
+      if (window_) {
+        const Handle handle = granule.handle();
+        Mapping window(window_, id * granule_bytes_, std::span(&handle, 1), granule_bytes_);
+        window.set_access(Access::read_write);
+        slots_[id].window.emplace(std::move(window));
+      }
+      slots_[id].granule.emplace(std::move(granule));
+    }
+  } catch (...) {
+    destroy(ids.first(made));
+    throw;
+  }
+}
+
+std::size_t Arena::destroy(std::span<const GranuleId> ids) noexcept {
+  for (std::size_t done = 0; done < ids.size(); ++done) {
+    Slot& slot = slots_[ids[done]];
+    // Released first: its memory lives on while the window maps it, so a granule whose release is
+    // refused is still whole.
+    try {
+      slot.granule->release();
+    } catch (const Error&) {
+      return done;
+    }
+    slot.granule.reset();
+    if (!slot.window) continue;
+    try {
+      slot.window->unmap();
+      slot.window.reset();
+    } catch (const Error&) {  // create() tries again
+    }
+  }
+  return ids.size();
+}
+
+void Arena::make_poison() {
+  poison_.emplace(device_, granule_bytes_);
+  if (std::byte* view = poison_->host_view()) {
+    std::memset(view, 0xFF, granule_bytes_);
+    device_->driver().host_wrote(poison_->handle(), 0, granule_bytes_);
+    return;
+  }
+  const Handle handle = poison_->handle();
+  Mapping mapping(reserve(granule_bytes_), 0, std::span(&handle, 1), granule_bytes_);
+  mapping.set_access(Access::read_write);
+  const std::vector<std::byte> ones(granule_bytes_, std::byte{0xFF});
+  Stream stream(device_);
+  stream.copy_to_device(mapping.address(), ones.data(), granule_bytes_);
+  stream.synchronize();
+}
+
+void Arena::check_invariants() const {
+  std::uint32_t free = 0;
+  for (GranuleId id = 0; id < capacity_; ++id) {
+    if (!pool_.is_free(id)) continue;
+    ++free;
+    if (!slots_[id].granule || (window_ && !slots_[id].window))
+      throw Error(ErrorKind::general, "free granule " + std::to_string(id) + " has no memory");
+  }
+  if (free != pool_.free_count())
+    throw Error(ErrorKind::general, "the count of free granules is wrong");
+  for (const GranuleId id : uncreated_)
+    if (slots_[id].granule || pool_.is_free(id))
+      throw Error(ErrorKind::general, "granule " + std::to_string(id) + " is and is not created");
+}
+
+}  // namespace warmserve

@@ -1,0 +1,114 @@
+#include "backing.h"
+
+#include <algorithm>
+#include <exception>
+
+namespace warmserve {
+namespace {
+
+void cover_with_poison(const Arena& arena, Layer& layer) {
+  if (arena.poison() == Handle::none) return;
+  const std::vector<Handle> handles(layer.granules_needed, arena.poison());
+  try {
+    Mapping poison(layer.model->reservation, layer.offset, handles, arena.granule_bytes());
+    layer.poison.emplace(std::move(poison));
+    layer.poison->set_access(Access::read);
+  } catch (const Error&) {  // a debugging aid: without it the range faults, as it does by default
+  }
+}
+
+// Runs of layers that lie side by side in one reservation, for one unmap each.
+std::vector<std::vector<Layer*>> neighbours(std::vector<Layer*> layers) {
+  std::sort(layers.begin(), layers.end(), [](const Layer* a, const Layer* b) {
+    return std::pair(a->model->id, a->offset) < std::pair(b->model->id, b->offset);
+  });
+  std::vector<std::vector<Layer*>> runs;
+  for (Layer* layer : layers) {
+    if (!layer->mapping) continue;
+    const bool adjacent =
+        !runs.empty() && runs.back().back()->model == layer->model &&
+        runs.back().back()->offset + runs.back().back()->mapping->bytes() == layer->offset;
+    if (!adjacent) runs.emplace_back();
+    runs.back().push_back(layer);
+  }
+  return runs;
+}
+
+void unback(const Arena& arena, const std::vector<Layer*>& run) {
+  std::vector<Mapping*> mappings;
+  for (Layer* layer : run) mappings.push_back(&*layer->mapping);
+  Mapping::unmap_together(mappings);
+  for (Layer* layer : run) {
+    layer->mapping.reset();
+    cover_with_poison(arena, *layer);
+  }
+}
+
+// The fences that a drain of the layers has to wait for; those already reached are forgotten.
+std::vector<std::shared_ptr<Event>> take_fences(const Lock&, const std::vector<Layer*>& layers) {
+  std::vector<std::shared_ptr<Event>> fences;
+  const Model* last = nullptr;
+  for (const Layer* layer : layers) {
+    if (std::exchange(last, layer->model) == layer->model) continue;
+    fences.insert(fences.end(), layer->model->fences.begin(), layer->model->fences.end());
+  }
+  return fences;
+}
+
+}  // namespace
+
+void back(const Arena& arena, Layer& layer) {
+  if (layer.granules.empty()) return;
+  if (layer.poison) {
+    layer.poison->unmap();
+    layer.poison.reset();
+  }
+  std::vector<Handle> handles;
+  for (const GranuleId id : layer.granules) handles.push_back(arena.handle(id));
+  Mapping mapping(layer.model->reservation, layer.offset, handles, arena.granule_bytes());
+  layer.mapping.emplace(std::move(mapping));
+  try {
+    layer.mapping->set_access(layer.model->writable ? Access::read_write : Access::read);
+  } catch (...) {
+    try {
+      layer.mapping->unmap();
+      layer.mapping.reset();
+    } catch (const Error&) {  // stays mapped, without access
+    }
+    throw;
+  }
+}
+
+void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
+           const Poll& poll, std::vector<GranuleId>& freed) {
+  const auto fences = take_fences(lock, layers);
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    for (const auto& fence : fences) fence->wait(deadline, poll);
+    for (const auto& run : neighbours(layers)) unback(books.arena, run);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  for (Layer* layer : layers) {
+    layer->owned = false;
+    if (!layer->mapping) {
+      freed.insert(freed.end(), layer->granules.begin(), layer->granules.end());
+      layer->granules.clear();
+      if (!layer->torn) ++books.counters.layers_evicted;
+      books.transition(lock, *layer, Residency::absent);
+    } else if (!layer->torn) {
+      books.transition(lock, *layer, Residency::resident);
+    }
+  }
+  if (!error)
+    for (const Layer* layer : layers)
+      std::erase_if(layer->model->fences, [&](const auto& fence) {
+        return std::find(fences.begin(), fences.end(), fence) != fences.end();
+      });
+  books.wake();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace warmserve

@@ -1,0 +1,62 @@
+// The DLPack ABI (version 1), as its specification lays it out, and views of leased memory as
+// capsules of it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "vmm.h"
+
+namespace warmserve::dlpack {
+
+enum class DeviceType : std::int32_t { cpu = 1, cuda = 2 };
+struct Device {
+  DeviceType type;
+  std::int32_t id;
+};
+struct DataType {
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  std::int32_t ndim;
+  DataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+struct Version {
+  std::uint32_t major, minor;
+};
+struct ManagedTensorVersioned {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensorVersioned* self);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+constexpr std::uint64_t kReadOnly = 1, kIsCopied = 2;
+
+// A tensor at an address of a model. Keeps the address from becoming anything else, not what is
+// behind it: that is a lease's business.
+struct View {
+  ReservationPtr reservation;
+  Address address = 0;
+  DataType dtype{};
+  std::vector<std::int64_t> shape;
+  std::uint64_t bytes = 0;
+  bool read_only = true;
+
+  // The DLPack protocol. Throws BufferError for what cannot be had, and never TypeError, which
+  // consumers take for an old producer and retry. `stream` is not looked at: on the host there is
+  // nothing to order.
+  pybind11::capsule export_capsule(const pybind11::object& stream,
+                                   const pybind11::object& max_version,
+                                   const pybind11::object& dl_device,
+                                   const pybind11::object& copy) const;
+};
+
+}  // namespace warmserve::dlpack

@@ -1,0 +1,393 @@
+// warmserve_rt._native: the only files that know Python are those in bind/.
+//
+// What may wait runs without the GIL and checks for signals while it does. No thread of ours ever
+// runs Python: what Python must learn is posted to an eventfd.
+#include <fcntl.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <optional>
+
+#include "bind/dlpack.h"
+#include "driver/faulty.h"
+#include "driver/strict.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+
+namespace warmserve {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+using RuntimePtr = std::shared_ptr<Runtime>;
+
+void translate_errors(std::exception_ptr pointer) {
+  if (!pointer) return;
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    static constexpr const char* kNames[] = {
+        "WarmServeError", "ValueError", "TimeoutError",      "OutOfDeviceMemory", "StagingTimeout",
+        "Busy",           "Cancelled",  "CorruptCheckpoint", "StaleView",         "DeviceLost"};
+    const py::module_ errors = py::module_::import("warmserve_rt._errors");
+    const char* name = kNames[static_cast<int>(error.kind())];
+    const py::object type = py::hasattr(errors, name)
+                                ? py::object(errors.attr(name))
+                                : py::object(py::module_::import("builtins").attr(name));
+    PyErr_SetString(type.ptr(), error.what());
+  }
+}
+
+// Ctrl-C in a wait. Called without the GIL.
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+Deadline deadline(std::optional<double> seconds) {
+  if (!seconds) return kNever;
+  if (std::isnan(*seconds)) throw Error(ErrorKind::invalid_argument, "a timeout of nan");
+  if (*seconds > 1e9) return kNever;
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                            std::chrono::duration<double>(std::max(*seconds, 0.0)));
+}
+
+Primitive primitive(const std::string& name) {
+  for (int i = 0; i < static_cast<int>(Primitive::count); ++i)
+    if (name == to_string(static_cast<Primitive>(i))) return static_cast<Primitive>(i);
+  throw Error(ErrorKind::invalid_argument, "no driver primitive '" + name + "'");
+}
+
+Status status(const std::string& name) {
+  if (name == "failed") return Status::failed;
+  if (name == "out_of_memory") return Status::out_of_memory;
+  if (name == "device_lost") return Status::device_lost;
+  throw Error(ErrorKind::invalid_argument, "no injectable status '" + name + "'");
+}
+
+// What Python holds keeps the runtime alive.
+struct PyModel {
+  RuntimePtr runtime;
+  ModelPtr model;
+};
+struct PyTicket {
+  RuntimePtr runtime;
+  TicketPtr ticket;
+};
+struct PyHold {
+  RuntimePtr runtime;
+  HoldPtr hold;
+  PyHold(RuntimePtr r, HoldPtr h) : runtime(std::move(r)), hold(std::move(h)) {}
+  PyHold(PyHold&&) = default;
+  ~PyHold() { release(); }
+  void release() {
+    if (hold) runtime->end_lease(std::exchange(hold, nullptr));
+  }
+  const HoldPtr& held() const {
+    if (!hold) throw Error(ErrorKind::stale_view, "the lease was released");
+    return hold;
+  }
+};
+struct PyStream {
+  std::shared_ptr<Stream> stream;
+};
+
+using FileTuple =
+    std::tuple<int, std::string,
+               std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t, std::int64_t>>;
+using SegmentTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+using LayerTuple = std::pair<std::uint64_t, std::vector<SegmentTuple>>;
+
+PyModel register_model(const RuntimePtr& runtime, const std::string& name,
+                       const std::vector<FileTuple>& files, const std::vector<LayerTuple>& layers,
+                       bool writable) {
+  std::vector<File> owned;
+  owned.reserve(files.size());
+  for (const auto& [descriptor, path, identity] : files) {
+    const int duplicate = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+    if (duplicate < 0) {
+      PyErr_SetFromErrno(PyExc_OSError);
+      throw py::error_already_set();
+    }
+    const auto [device, inode, size, mtime, ctime] = identity;
+    owned.emplace_back(duplicate, path, FileIdentity{device, inode, size, mtime, ctime});
+  }
+  std::vector<LayerShape> shapes;
+  for (const auto& [bytes, segments] : layers) {
+    LayerShape& shape = shapes.emplace_back();
+    shape.bytes = bytes;
+    for (const auto& [file, file_offset, layer_offset, length] : segments)
+      shape.segments.push_back({file, file_offset, layer_offset, length});
+  }
+  return {runtime, runtime->register_model(name, std::move(owned), shapes, writable)};
+}
+
+dlpack::View view(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
+                  std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t code,
+                  std::uint8_t bits, std::uint16_t lanes) {
+  const Layer& at = self.model->layers.at(layer);
+  if (offset > at.bytes || bytes > at.bytes - offset)
+    throw Error(ErrorKind::invalid_argument, "a view outside of its layer");
+  const ReservationPtr reservation = self.runtime->reservation(self.model);
+  return {reservation,
+          reservation->address() + at.offset + offset,
+          {code, bits, lanes},
+          std::move(shape),
+          bytes,
+          !self.model->writable};
+}
+
+py::dict driver_calls(Runtime& runtime) {
+  py::dict calls;
+  for (int i = 0; i < static_cast<int>(Primitive::count); ++i) {
+    const auto& count = runtime.device()->count(static_cast<Primitive>(i));
+    calls[to_string(static_cast<Primitive>(i))] =
+        py::make_tuple(count.calls.load(), count.nanoseconds.load());
+  }
+  return calls;
+}
+
+void bind_drivers(py::module_& m) {
+  py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
+      .def_property_readonly("name", [](const Driver& d) { return d.facts().name; })
+      .def_property_readonly("granularity", [](const Driver& d) { return d.facts().granularity; });
+  m.def(
+      "host_driver",
+      [](bool threads, bool host_view, bool huge_pages) {
+        auto driver = make_host_driver({threads, host_view, huge_pages});
+        if (!driver) throw Error(ErrorKind::general, "the system gives no memfd or no addresses");
+        return driver;
+      },
+      py::kw_only(), py::arg("threads") = true, py::arg("host_view") = true,
+      py::arg("huge_pages") = true);
+  py::class_<FaultyDriver, Driver, std::shared_ptr<FaultyDriver>>(m, "FaultyDriver")
+      .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
+      .def(
+          "arm",
+          [](FaultyDriver& self,
+             const std::vector<std::pair<std::uint64_t, std::optional<std::uint64_t>>>& ranges,
+             const std::optional<std::string>& only, const std::string& as) {
+            std::vector<FaultyDriver::Range> parsed;
+            for (const auto& [first, last] : ranges)
+              parsed.push_back({first, last.value_or(~0ull)});
+            self.arm(std::move(parsed), only ? std::optional(primitive(*only)) : std::nullopt,
+                     status(as));
+          },
+          py::arg("ranges"), py::kw_only(), py::arg("only") = py::none(),
+          py::arg("status") = "failed")
+      .def("disarm", &FaultyDriver::disarm)
+      .def(
+          "delay",
+          [](FaultyDriver& self, const std::string& name, double seconds) {
+            self.delay(primitive(name),
+                       std::chrono::microseconds(static_cast<std::int64_t>(seconds * 1e6)));
+          },
+          py::arg("primitive"), py::arg("seconds"))
+      .def("cap_memory", &FaultyDriver::cap_memory, py::arg("nbytes"))
+      .def_property_readonly("calls", &FaultyDriver::calls)
+      .def_property_readonly("injected", &FaultyDriver::injected)
+      .def_property_readonly("last", &FaultyDriver::last);
+  py::class_<StrictDriver, Driver, std::shared_ptr<StrictDriver>>(m, "StrictDriver")
+      .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
+      .def_property_readonly("violations", &StrictDriver::violations)
+      .def_property_readonly("live", &StrictDriver::live);
+}
+
+void bind_handles(py::module_& m) {
+  py::class_<dlpack::View>(m, "View")
+      .def("__dlpack__", &dlpack::View::export_capsule, py::kw_only(),
+           py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+      .def("__dlpack_device__",
+           [](const dlpack::View&) {
+             return std::pair(static_cast<int>(dlpack::DeviceType::cpu), 0);
+           })
+      .def_readonly("address", &dlpack::View::address)
+      .def_readonly("nbytes", &dlpack::View::bytes);
+  py::class_<PyModel>(m, "Model")
+      .def_property_readonly("name", [](const PyModel& self) { return self.model->name; })
+      .def_property_readonly("backing_epoch",
+                             [](const PyModel& self) {
+                               return self.model->backing_epoch.load(std::memory_order_acquire);
+                             })
+      .def_property_readonly("leased",
+                             [](const PyModel& self) { return self.runtime->leased(self.model); })
+      .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
+           py::arg("code"), py::arg("bits"), py::arg("lanes"));
+  py::class_<PyTicket>(m, "Ticket")
+      .def(
+          "wait",
+          [](const PyTicket& self, std::optional<double> timeout) {
+            self.runtime->wait(self.ticket, deadline(timeout), check_signals);
+          },
+          py::arg("timeout") = py::none(), NoGil())
+      .def("cancel", [](const PyTicket& self) { self.runtime->cancel(self.ticket); })
+      .def("fileno", [](const PyTicket& self) { return self.runtime->fileno(self.ticket); })
+      .def_property_readonly("done",
+                             [](const PyTicket& self) { return self.runtime->done(self.ticket); })
+      .def_property_readonly(
+          "progress", [](const PyTicket& self) { return self.runtime->progress(self.ticket); });
+  py::class_<PyHold>(m, "Hold")
+      .def(
+          "wait",
+          [](const PyHold& self, std::optional<double> timeout) {
+            self.runtime->await_lease(self.held(), deadline(timeout), check_signals);
+          },
+          py::arg("timeout") = py::none(), NoGil())
+      .def_property_readonly("ready",
+                             [](const PyHold& self) {
+                               const TicketPtr& ticket = self.held()->ticket;
+                               return !ticket || self.runtime->done(ticket);
+                             })
+      .def("fileno",
+           [](const PyHold& self) {
+             const TicketPtr& ticket = self.held()->ticket;
+             if (!ticket) throw Error(ErrorKind::invalid_argument, "the lease waits for nothing");
+             return self.runtime->fileno(ticket);
+           })
+      .def(
+          "record",
+          [](const PyHold& self, const PyStream& stream) {
+            self.runtime->record(self.held(), stream.stream->id());
+          },
+          py::arg("stream"), NoGil())
+      .def("release", &PyHold::release);
+  py::class_<PyStream>(m, "Stream")
+      .def(
+          "copy_from",
+          [](const PyStream& self, const py::buffer& out, const dlpack::View& from) {
+            const py::buffer_info info = out.request(true);
+            if (static_cast<std::uint64_t>(info.size * info.itemsize) < from.bytes)
+              throw Error(ErrorKind::invalid_argument, "the buffer is smaller than the view");
+            self.stream->copy_from_device(static_cast<std::byte*>(info.ptr), from.address,
+                                          from.bytes);
+          },
+          py::arg("out"), py::arg("view"))
+      .def(
+          "step", [](const PyStream& self) { return self.stream->step(); }, NoGil())
+      .def("synchronize", [](const PyStream& self) { self.stream->synchronize(); }, NoGil());
+}
+
+void bind_state(py::module_& m) {
+  py::enum_<Residency>(m, "Residency")
+      .value("absent", Residency::absent)
+      .value("filling", Residency::filling)
+      .value("resident", Residency::resident)
+      .value("draining", Residency::draining);
+  py::class_<LayerState>(m, "LayerState")
+      .def_property_readonly("residency",
+                             [](const LayerState& s) { return to_string(s.residency); })
+      .def_readonly("nbytes", &LayerState::bytes)
+      .def_readonly("granules", &LayerState::granules)
+      .def_readonly("keep_value", &LayerState::keep_value);
+  py::class_<ModelState>(m, "ModelState")
+      .def_readonly("name", &ModelState::name)
+      .def_readonly("leases", &ModelState::leases)
+      .def_readonly("backing_epoch", &ModelState::backing_epoch)
+      .def_readonly("layers", &ModelState::layers);
+  py::class_<RuntimeState>(m, "RuntimeState")
+      .def_readonly("granule_bytes", &RuntimeState::granule_bytes)
+      .def_readonly("pinned_bytes", &RuntimeState::pinned_bytes)
+      .def_readonly("granules", &RuntimeState::granules)
+      .def_readonly("granules_free", &RuntimeState::granules_free)
+      .def_readonly("granules_uncreated", &RuntimeState::granules_uncreated)
+      .def_readonly("leases", &RuntimeState::leases)
+      .def_readonly("staging_chunks_free", &RuntimeState::staging_chunks_free)
+      .def_property_readonly("bytes_loaded",
+                             [](const RuntimeState& s) { return s.counters.bytes_loaded; })
+      .def_property_readonly("layers_loaded",
+                             [](const RuntimeState& s) { return s.counters.layers_loaded; })
+      .def_property_readonly("layers_evicted",
+                             [](const RuntimeState& s) { return s.counters.layers_evicted; })
+      .def_readonly("models", &RuntimeState::models);
+}
+
+void bind_runtime(py::module_& m) {
+  py::class_<Runtime, RuntimePtr>(m, "Runtime")
+      .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
+                       std::uint64_t granule, std::uint64_t chunk, unsigned loaders, bool poison) {
+             const py::gil_scoped_release release;
+             return Runtime::make(std::move(driver),
+                                  {arena, staging, granule, chunk, loaders, poison});
+           }),
+           py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
+           py::arg("granule"), py::arg("chunk"), py::arg("loaders"), py::arg("poison"))
+      .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
+           py::arg("writable"))
+      .def(
+          "unregister",
+          [](Runtime& self, const PyModel& model, std::optional<double> timeout) {
+            self.unregister(model.model, deadline(timeout), check_signals);
+          },
+          py::arg("model"), py::arg("timeout"), NoGil())
+      .def(
+          "prewarm",
+          [](const RuntimePtr& self, const PyModel& model, int priority) {
+            return PyTicket{self, self->prewarm(model.model, priority)};
+          },
+          py::arg("model"), py::arg("priority"))
+      .def(
+          "swap",
+          [](const RuntimePtr& self, const PyModel& evict, const PyModel& load, int priority) {
+            return PyTicket{self, self->swap(evict.model, load.model, priority)};
+          },
+          py::arg("evict"), py::arg("load"), py::arg("priority"))
+      .def(
+          "evict",
+          [](Runtime& self, const PyModel& model, std::optional<double> timeout) {
+            self.evict(model.model, deadline(timeout), check_signals);
+          },
+          py::arg("model"), py::arg("timeout"), NoGil())
+      .def("trim", &Runtime::trim, NoGil())
+      .def(
+          "stamp",
+          [](Runtime& self, const PyModel& model, double value,
+             std::optional<std::uint32_t> layer) {
+            if (std::isnan(value)) throw Error(ErrorKind::invalid_argument, "a keep value of nan");
+            layer ? self.stamp(model.model, *layer, value) : self.stamp(model.model, value);
+          },
+          py::arg("model"), py::arg("value"), py::arg("layer") = py::none())
+      .def(
+          "begin_lease",
+          [](const RuntimePtr& self, const py::sequence& models, std::uint64_t owner) {
+            std::vector<ModelPtr> wanted;
+            wanted.reserve(models.size());
+            for (const py::handle model : models) wanted.push_back(model.cast<PyModel&>().model);
+            return PyHold(self, self->begin_lease(wanted, owner));
+          },
+          py::arg("models"), py::arg("owner"))
+      .def(
+          "read_back",
+          [](Runtime& self, const PyModel& model, std::uint32_t layer, const py::buffer& out) {
+            const py::buffer_info info = out.request(true);
+            if (layer < model.model->layers.size() &&
+                static_cast<std::uint64_t>(info.size * info.itemsize) <
+                    model.model->layers[layer].bytes)
+              throw Error(ErrorKind::invalid_argument, "the buffer is smaller than the layer");
+            const py::gil_scoped_release release;
+            self.read_back(model.model, layer, static_cast<std::byte*>(info.ptr));
+          },
+          py::arg("model"), py::arg("layer"), py::arg("out"))
+      .def("stream",
+           [](Runtime& self) { return PyStream{std::make_shared<Stream>(self.device())}; })
+      .def("state", &Runtime::state)
+      .def("driver_calls", &driver_calls)
+      .def("step", &Runtime::step, NoGil())
+      .def("check_invariants", &Runtime::check_invariants)
+      .def("close", [](Runtime& self) { self.close(check_signals); }, NoGil());
+}
+
+}  // namespace
+}  // namespace warmserve
+
+PYBIND11_MODULE(_native, m) {
+  using namespace warmserve;
+  py::register_exception_translator(translate_errors);
+  bind_drivers(m);
+  bind_handles(m);
+  bind_state(m);
+  bind_runtime(m);
+  m.def("process_exits", &Device::process_exits,
+        "From here on nothing touches a device: what is left goes with the process.");
+}

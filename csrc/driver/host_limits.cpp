@@ -1,0 +1,84 @@
+#include "driver/host_limits.h"
+
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+#include <optional>
+#include <string>
+
+namespace warmserve {
+namespace {
+
+constexpr std::uint64_t kUnlimited = std::numeric_limits<std::uint64_t>::max();
+
+std::optional<std::uint64_t> read_number(const std::string& path) {
+  std::ifstream file(path);
+  std::uint64_t value = 0;
+  if (file >> value) return value;
+  return std::nullopt;  // absent, or the word "max"
+}
+
+// Room left in one control group and all above it. `usage` counts page cache too, which the
+// kernel gives back when asked, so inactive file pages are added to what is left.
+std::uint64_t room_in_groups(const std::string& root, std::string group, const char* limit_file,
+                             const char* usage_file) {
+  std::uint64_t room = kUnlimited;
+  for (;;) {
+    const std::string directory = root + group;
+    const auto limit = read_number(directory + "/" + limit_file);
+    const auto usage = read_number(directory + "/" + usage_file);
+    if (limit && usage) {
+      std::uint64_t reclaimable = 0, value = 0;
+      std::ifstream stat(directory + "/memory.stat");
+      for (std::string key; stat >> key >> value;)
+        if (key == "inactive_file" || key == "total_inactive_file") reclaimable = value;
+      const std::uint64_t used = *usage > reclaimable ? *usage - reclaimable : 0;
+      room = std::min(room, *limit > used ? *limit - used : 0);
+    }
+    const auto slash = group.rfind('/');
+    if (group.empty() || slash == std::string::npos) return room;
+    group.resize(slash);
+  }
+}
+
+}  // namespace
+
+std::uint64_t available_memory() {
+  std::uint64_t room = kUnlimited;
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string line; std::getline(meminfo, line);)
+    if (line.rfind("MemAvailable:", 0) == 0) room = std::stoull(line.substr(13)) * kKiB;
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // "id:controllers:path"
+    const auto first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const std::string path = line.substr(second + 1);
+    if (controllers.empty())
+      room = std::min(room, room_in_groups("/sys/fs/cgroup", path, "memory.max", "memory.current"));
+    else if (controllers == "memory")
+      room = std::min(room, room_in_groups("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
+                                           "memory.usage_in_bytes"));
+  }
+  return room;
+}
+
+std::uint64_t total_memory() {
+  struct sysinfo info{};
+  if (::sysinfo(&info) != 0) return 0;
+  return static_cast<std::uint64_t>(info.totalram) * info.mem_unit;
+}
+
+std::uint64_t mapping_limit() { return read_number("/proc/sys/vm/max_map_count").value_or(65530); }
+
+std::uint64_t mapping_count() {
+  std::ifstream maps("/proc/self/maps");
+  std::uint64_t lines = 0;
+  for (std::string line; std::getline(maps, line);) ++lines;
+  return lines;
+}
+
+}  // namespace warmserve

@@ -1,0 +1,17 @@
+// What the operating system will still give this process.
+#pragma once
+
+#include "types.h"
+
+namespace warmserve {
+
+// Bytes that could be allocated without swapping: the least of the machine's and of every memory
+// control group above this process.
+std::uint64_t available_memory();
+std::uint64_t total_memory();
+
+// The kernel's limit of mappings per process (vm.max_map_count), and how many there are.
+std::uint64_t mapping_limit();
+std::uint64_t mapping_count();
+
+}  // namespace warmserve

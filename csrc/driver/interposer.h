@@ -1,0 +1,65 @@
+// A driver that passes every call to another, for those that add something to some of them.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include "driver/driver.h"
+
+namespace warmserve {
+
+class Interposer : public Driver {
+ public:
+  explicit Interposer(std::shared_ptr<Driver> inner) : inner_(std::move(inner)) {}
+
+  const DeviceFacts& facts() const noexcept override { return inner_->facts(); }
+  Status memory(std::uint64_t* available, std::uint64_t* total) override {
+    return inner_->memory(available, total);
+  }
+  std::byte* host_view(Handle handle) noexcept override { return inner_->host_view(handle); }
+  void host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept override {
+    inner_->host_wrote(handle, offset, bytes);
+  }
+  Status stream_step(StreamId stream) override { return inner_->stream_step(stream); }
+
+#define WARMSERVE_FORWARD(name, parameters, ...)                      \
+  Status name parameters override {                                   \
+    const Status status = before(Primitive::name);                    \
+    return status == Status::ok ? inner_->name(__VA_ARGS__) : status; \
+  }
+  WARMSERVE_FORWARD(granule_create, (std::uint64_t bytes, Handle* out), bytes, out)
+  WARMSERVE_FORWARD(granule_release, (Handle handle), handle)
+  WARMSERVE_FORWARD(address_reserve, (std::uint64_t bytes, Address* out), bytes, out)
+  WARMSERVE_FORWARD(address_free, (Address address, std::uint64_t bytes), address, bytes)
+  WARMSERVE_FORWARD(map, (Address address, const Handle* handles, std::size_t count), address,
+                    handles, count)
+  WARMSERVE_FORWARD(unmap, (Address address, std::uint64_t bytes), address, bytes)
+  WARMSERVE_FORWARD(set_access, (Address address, std::uint64_t bytes, Access access), address,
+                    bytes, access)
+  WARMSERVE_FORWARD(pinned_create, (std::uint64_t bytes, std::byte** out), bytes, out)
+  WARMSERVE_FORWARD(pinned_release, (std::byte * address, std::uint64_t bytes), address, bytes)
+  WARMSERVE_FORWARD(stream_create, (StreamId * out), out)
+  WARMSERVE_FORWARD(stream_destroy, (StreamId stream), stream)
+  WARMSERVE_FORWARD(stream_synchronize, (StreamId stream), stream)
+  WARMSERVE_FORWARD(stream_wait_event, (StreamId stream, EventId event), stream, event)
+  WARMSERVE_FORWARD(event_create, (EventId * out), out)
+  WARMSERVE_FORWARD(event_destroy, (EventId event), event)
+  WARMSERVE_FORWARD(event_record, (EventId event, StreamId stream), event, stream)
+  WARMSERVE_FORWARD(event_query, (EventId event), event)
+  WARMSERVE_FORWARD(event_wait, (EventId event, std::chrono::microseconds timeout), event, timeout)
+  WARMSERVE_FORWARD(copy_to_device,
+                    (Address to, const std::byte* from, std::uint64_t bytes, StreamId stream), to,
+                    from, bytes, stream)
+  WARMSERVE_FORWARD(copy_from_device,
+                    (std::byte * to, Address from, std::uint64_t bytes, StreamId stream), to, from,
+                    bytes, stream)
+#undef WARMSERVE_FORWARD
+
+ protected:
+  // Called before each primitive that may fail; anything but ok is returned in its stead.
+  virtual Status before(Primitive) { return Status::ok; }
+
+  const std::shared_ptr<Driver> inner_;
+};
+
+}  // namespace warmserve

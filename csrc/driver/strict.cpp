@@ -1,0 +1,331 @@
+#include "driver/strict.h"
+
+#include <algorithm>
+
+namespace warmserve {
+
+using Guard = std::lock_guard<std::mutex>;
+
+std::vector<std::string> StrictDriver::violations() const {
+  const Guard guard(mutex_);
+  return violations_;
+}
+
+std::map<std::string, std::size_t> StrictDriver::live() const {
+  const Guard guard(mutex_);
+  return {{"granules", granules_.size()}, {"reservations", reservations_.size()},
+          {"mappings", mappings_.size()}, {"pinned", pinned_.size()},
+          {"streams", streams_.size()},   {"events", events_.size()}};
+}
+
+Status StrictDriver::violation(const std::string& what) {
+  violations_.push_back(what);
+  return Status::invalid;
+}
+
+// The mappings that make up exactly this range; none where one is cut or a hole is between them.
+std::optional<std::pair<StrictDriver::Mappings::iterator, StrictDriver::Mappings::iterator>>
+StrictDriver::whole(Address address, std::uint64_t bytes) {
+  const auto first = mappings_.find(address);
+  auto last = first;
+  Address end = address;
+  while (last != mappings_.end() && last->first == end && end < address + bytes) {
+    end += last->second.bytes;
+    ++last;
+  }
+  if (first == mappings_.end() || end != address + bytes) return std::nullopt;
+  return std::pair(first, last);
+}
+
+void StrictDriver::join(VectorClock& into, const VectorClock& from) {
+  for (const auto& [agent, time] : from) into[agent] = std::max(into[agent], time);
+}
+
+// Whether all uses, but those by the agent itself, are known in `before`.
+bool StrictDriver::ordered(const VectorClock& uses, const VectorClock& before, Agent by) {
+  return std::all_of(uses.begin(), uses.end(), [&](const auto& use) {
+    const auto known = before.find(use.first);
+    return use.first == by || (known != before.end() && known->second >= use.second);
+  });
+}
+
+bool StrictDriver::quiet(const GranuleState& granule) const {
+  return ordered(granule.reads, host_, 0) && ordered(granule.writes, host_, 0);
+}
+
+void StrictDriver::mark_written(GranuleState& granule, std::uint64_t begin, std::uint64_t end) {
+  auto next = granule.written.upper_bound(begin);
+  if (next != granule.written.begin() && std::prev(next)->second >= begin) {
+    --next;
+    begin = next->first;
+  }
+  while (next != granule.written.end() && next->first <= end) {
+    end = std::max(end, next->second);
+    next = granule.written.erase(next);
+  }
+  granule.written[begin] = end;
+}
+
+bool StrictDriver::is_written(const GranuleState& granule, std::uint64_t begin, std::uint64_t end) {
+  const auto next = granule.written.upper_bound(begin);
+  return next != granule.written.begin() && std::prev(next)->second >= end;
+}
+
+void StrictDriver::forget_if_dead(Handle handle) {
+  const auto granule = granules_.find(handle);
+  if (granule->second.released && granule->second.mappings == 0) granules_.erase(granule);
+}
+
+Status StrictDriver::granule_create(std::uint64_t bytes, Handle* out) {
+  const Guard guard(mutex_);
+  if (bytes == 0 || bytes % facts().granularity)
+    return violation("granule_create of " + std::to_string(bytes) + " bytes");
+  const Status status = Interposer::granule_create(bytes, out);
+  if (status == Status::ok) granules_[*out] = {bytes, false, 0, {}, {}, {{0, bytes}}};
+  return status;
+}
+
+Status StrictDriver::granule_release(Handle handle) {
+  const Guard guard(mutex_);
+  const auto granule = granules_.find(handle);
+  if (granule == granules_.end() || granule->second.released)
+    return violation("granule_release of no granule");
+  if (!quiet(granule->second)) return violation("granule_release before its uses were waited for");
+  const Status status = Interposer::granule_release(handle);
+  if (status == Status::ok) {
+    granule->second.released = true;
+    forget_if_dead(handle);
+  }
+  return status;
+}
+
+void StrictDriver::host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept {
+  const Guard guard(mutex_);
+  const auto found = granules_.find(handle);
+  if (found == granules_.end() || offset + bytes > found->second.bytes) {
+    violation("host_wrote outside of a granule");
+    return;
+  }
+  GranuleState& granule = found->second;
+  if (!quiet(granule)) violation("the host writes a granule that a stream still uses");
+  granule.writes[0] = ++host_[0];
+  mark_written(granule, offset, offset + bytes);
+  Interposer::host_wrote(handle, offset, bytes);
+}
+
+Status StrictDriver::address_reserve(std::uint64_t bytes, Address* out) {
+  const Guard guard(mutex_);
+  if (bytes == 0 || bytes % facts().granularity)
+    return violation("address_reserve of " + std::to_string(bytes) + " bytes");
+  const Status status = Interposer::address_reserve(bytes, out);
+  if (status == Status::ok) reservations_[*out] = bytes;
+  return status;
+}
+
+Status StrictDriver::address_free(Address address, std::uint64_t bytes) {
+  const Guard guard(mutex_);
+  const auto found = reservations_.find(address);
+  if (found == reservations_.end() || found->second != bytes)
+    return violation("address_free of no reservation");
+  const auto inside = mappings_.lower_bound(address);
+  if (inside != mappings_.end() && inside->first < address + bytes)
+    return violation("address_free with something mapped");
+  const Status status = Interposer::address_free(address, bytes);
+  if (status == Status::ok) reservations_.erase(found);
+  return status;
+}
+
+Status StrictDriver::map(Address address, const Handle* handles, std::size_t count) {
+  const Guard guard(mutex_);
+  Address end = address;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto granule = granules_.find(handles[i]);
+    if (granule == granules_.end() || granule->second.released)
+      return violation("map of no granule");
+    end += granule->second.bytes;
+  }
+  auto reservation = reservations_.upper_bound(address);
+  if (count == 0 || reservation == reservations_.begin() ||
+      end > std::prev(reservation)->first + std::prev(reservation)->second)
+    return violation("map outside of a reservation");
+  const auto next = mappings_.lower_bound(address);
+  if (next != mappings_.end() && next->first < end) return violation("map over a live mapping");
+  if (next != mappings_.begin() && std::prev(next)->first + std::prev(next)->second.bytes > address)
+    return violation("map over a live mapping");
+  const Status status = Interposer::map(address, handles, count);
+  if (status != Status::ok) return status;
+  for (std::size_t i = 0; i < count; ++i) {
+    GranuleState& granule = granules_[handles[i]];
+    ++granule.mappings;
+    granule.written.clear();  // what was there is an earlier tenant's
+    mappings_[address] = {granule.bytes, handles[i], Access::none};
+    address += granule.bytes;
+  }
+  return status;
+}
+
+Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
+  const Guard guard(mutex_);
+  const auto range = whole(address, bytes);
+  if (!range) return violation("unmap of something that is not whole mappings");
+  for (auto mapping = range->first; mapping != range->second; ++mapping)
+    if (!quiet(granules_[mapping->second.granule]))
+      return violation("unmap before a stream's use was waited for");
+  const Status status = Interposer::unmap(address, bytes);
+  if (status != Status::ok) return status;
+  for (auto mapping = range->first; mapping != range->second; ++mapping) {
+    --granules_[mapping->second.granule].mappings;
+    forget_if_dead(mapping->second.granule);
+  }
+  mappings_.erase(range->first, range->second);
+  return status;
+}
+
+Status StrictDriver::set_access(Address address, std::uint64_t bytes, Access access) {
+  const Guard guard(mutex_);
+  const auto range = whole(address, bytes);
+  if (!range) return violation("set_access on something that is not whole mappings");
+  for (auto mapping = range->first; mapping != range->second; ++mapping)
+    if (mapping->second.access != Access::none) return violation("set_access a second time");
+  const Status status = Interposer::set_access(address, bytes, access);
+  if (status != Status::ok) return status;
+  for (auto mapping = range->first; mapping != range->second; ++mapping)
+    mapping->second.access = access;
+  return status;
+}
+
+Status StrictDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
+  const Status status = Interposer::pinned_create(bytes, out);
+  const Guard guard(mutex_);
+  if (status == Status::ok) pinned_[*out] = bytes;
+  return status;
+}
+
+Status StrictDriver::pinned_release(std::byte* address, std::uint64_t bytes) {
+  const Guard guard(mutex_);
+  const auto found = pinned_.find(address);
+  if (found == pinned_.end() || found->second != bytes)
+    return violation("pinned_release of no pinned region");
+  const Status status = Interposer::pinned_release(address, bytes);
+  if (status == Status::ok) pinned_.erase(found);
+  return status;
+}
+
+Status StrictDriver::stream_create(StreamId* out) {
+  const Status status = Interposer::stream_create(out);
+  const Guard guard(mutex_);
+  if (status == Status::ok) streams_[*out] = host_;
+  return status;
+}
+
+Status StrictDriver::stream_destroy(StreamId stream) {
+  const Status status = Interposer::stream_destroy(stream);
+  const Guard guard(mutex_);
+  if (status == Status::ok) streams_.erase(stream);
+  return status;
+}
+
+Status StrictDriver::stream_synchronize(StreamId stream) {
+  const Status status = Interposer::stream_synchronize(stream);
+  const Guard guard(mutex_);
+  if (status == Status::ok) join(host_, streams_[stream]);
+  return status;
+}
+
+Status StrictDriver::stream_wait_event(StreamId stream, EventId event) {
+  const Guard guard(mutex_);
+  if (!streams_.contains(stream) || !events_.contains(event))
+    return violation("stream_wait_event on no stream or event");
+  const Status status = Interposer::stream_wait_event(stream, event);
+  if (status == Status::ok && events_[event]) join(streams_[stream], *events_[event]);
+  return status;
+}
+
+Status StrictDriver::event_create(EventId* out) {
+  const Guard guard(mutex_);
+  const Status status = Interposer::event_create(out);
+  if (status == Status::ok) events_[*out] = std::nullopt;
+  return status;
+}
+
+Status StrictDriver::event_destroy(EventId event) {
+  const Guard guard(mutex_);
+  const Status status = Interposer::event_destroy(event);
+  if (status == Status::ok) events_.erase(event);
+  return status;
+}
+
+Status StrictDriver::event_record(EventId event, StreamId stream) {
+  const Guard guard(mutex_);
+  if (!streams_.contains(stream) || !events_.contains(event))
+    return violation("event_record of no event, or on no stream");
+  const Status status = Interposer::event_record(event, stream);
+  if (status == Status::ok) events_[event] = streams_[stream];
+  return status;
+}
+
+Status StrictDriver::event_query(EventId event) {
+  const Guard guard(mutex_);
+  const Status status = Interposer::event_query(event);
+  if (status == Status::ok && events_[event]) join(host_, *events_[event]);
+  return status;
+}
+
+Status StrictDriver::event_wait(EventId event, std::chrono::microseconds timeout) {
+  std::optional<VectorClock> clock;
+  {
+    const Guard guard(mutex_);
+    if (!events_.contains(event)) return violation("event_wait for no event");
+    clock = events_[event];  // a recording made while it waits is another one
+  }
+  const Status status = Interposer::event_wait(event, timeout);
+  const Guard guard(mutex_);
+  if (status == Status::ok && clock) join(host_, *clock);
+  return status;
+}
+
+// Walks the page table for a copy's device side. Lock held.
+Status StrictDriver::copy(Address address, std::uint64_t bytes, StreamId stream, bool write) {
+  const std::string name = write ? "copy_to_device" : "copy_from_device";
+  const auto clock = streams_.find(stream);
+  if (clock == streams_.end()) return violation(name + " on no stream");
+  const auto agent = static_cast<Agent>(stream);
+  VectorClock now = clock->second;
+  join(now, host_);
+  now[agent] += 1;
+  for (Address at = address; at < address + bytes;) {
+    auto mapping = mappings_.upper_bound(at);
+    if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at)
+      return violation(name + " where nothing is mapped");
+    if (mapping->second.access == Access::none || (write && mapping->second.access == Access::read))
+      return violation(name + " without access");
+    GranuleState& granule = granules_[mapping->second.granule];
+    const std::uint64_t begin = at - mapping->first;
+    const std::uint64_t end = std::min(mapping->second.bytes, address + bytes - mapping->first);
+    if (!write && !is_written(granule, begin, end)) return violation(name + " before fill");
+    if (!ordered(granule.writes, now, agent) || (write && !ordered(granule.reads, now, agent)))
+      return violation(name + " races with another use");
+    if (write) mark_written(granule, begin, end);
+    (write ? granule.writes : granule.reads)[agent] = now[agent];
+    at = mapping->first + end;
+  }
+  clock->second = std::move(now);
+  return Status::ok;
+}
+
+Status StrictDriver::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
+                                    StreamId stream) {
+  const Guard guard(mutex_);
+  if (const Status checked = copy(to, bytes, stream, true); checked != Status::ok) return checked;
+  return Interposer::copy_to_device(to, from, bytes, stream);
+}
+
+Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
+                                      StreamId stream) {
+  const Guard guard(mutex_);
+  if (const Status checked = copy(from, bytes, stream, false); checked != Status::ok)
+    return checked;
+  return Interposer::copy_from_device(to, from, bytes, stream);
+}
+
+}  // namespace warmserve

@@ -1,0 +1,140 @@
+#include "residency.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace warmserve {
+
+const char* to_string(Residency residency) noexcept {
+  switch (residency) {
+    case Residency::absent: return "absent";
+    case Residency::filling: return "filling";
+    case Residency::resident: return "resident";
+    case Residency::draining: return "draining";
+  }
+  return "unknown";
+}
+
+std::vector<Holder> Books::holders(const Lock&) const {
+  std::vector<Holder> holders;
+  for (const auto& [name, model] : models) {
+    Holder holder{name, 0, model->holds > 0};
+    for (const Layer& layer : model->layers)
+      if (layer.residency != Residency::absent || model->holds > 0)
+        holder.bytes += layer.granules_needed * arena.granule_bytes();
+    if (holder.bytes) holders.push_back(holder);
+  }
+  return holders;
+}
+
+void Books::transition(const Lock&, Layer& layer, Residency to) {
+  using enum Residency;
+  const Residency from = layer.residency;
+  const bool legal = (from == absent && to == filling) || (from == filling && to == resident) ||
+                     (from == filling && to == draining) || (from == resident && to == draining) ||
+                     (from == draining && to == absent) ||
+                     (from == draining && to == resident && !layer.torn);
+  if (!legal)
+    throw Error(ErrorKind::general, std::string("layer ") + std::to_string(layer.index) + " of '" +
+                                        layer.model->name + "' cannot go from " + to_string(from) +
+                                        " to " + to_string(to));
+  if (from == resident) ++layer.model->missing;
+  if (to == resident) --layer.model->missing;
+  if (to == filling || to == absent)
+    layer.model->backing_epoch.fetch_add(1, std::memory_order_release);
+  if (to == absent) layer.torn = false;
+  layer.residency = to;
+  wake();
+}
+
+void Books::hold(const Lock&, Model& model) {
+  if (model.holds++ == 0) held_granules += model.granules;
+  model.last_use = ++clock;
+}
+
+void Books::unhold(const Lock&, Model& model) {
+  if (--model.holds > 0) return;
+  held_granules -= model.granules;
+  if (room_wanted) wake();
+}
+
+std::vector<Layer*> Books::choose_victims(const Lock&, std::uint32_t granules, const Model& except,
+                                          const Model* first) const {
+  std::vector<Layer*> heap;
+  for (const auto& [name, model] : models) {
+    if (model.get() == &except || model->holds > 0) continue;
+    for (Layer& layer : model->layers)
+      if (layer.granules_needed && !layer.owned &&
+          (layer.residency == Residency::resident || layer.torn))
+        heap.push_back(&layer);
+  }
+  const auto rank = [&](const Layer* layer) {
+    const bool torn_or_first = layer->torn || layer->model == first;
+    return std::tuple(!torn_or_first, layer->keep_value,
+                      std::max(layer->filled_at, layer->model->last_use), layer->model->id,
+                      -static_cast<std::int64_t>(layer->index));
+  };
+  const auto later = [&](const Layer* a, const Layer* b) { return rank(a) > rank(b); };
+  std::make_heap(heap.begin(), heap.end(), later);
+  std::vector<Layer*> victims;
+  for (std::uint32_t found = 0; found < granules;) {
+    if (heap.empty()) return {};
+    std::pop_heap(heap.begin(), heap.end(), later);
+    found += heap.back()->granules_needed;
+    victims.push_back(heap.back());
+    heap.pop_back();
+  }
+  return victims;
+}
+
+void Books::claim(const Lock& lock, std::span<Layer* const> layers) {
+  for (Layer* layer : layers) {
+    if (layer->residency == Residency::resident) transition(lock, *layer, Residency::draining);
+    layer->owned = true;
+  }
+}
+
+void Books::check_invariants(const Lock&) const {
+  const auto require = [](bool holds, const std::string& what) {
+    if (!holds) throw Error(ErrorKind::general, "invariant broken: " + what);
+  };
+  std::vector<bool> used(arena.capacity(), false);
+  std::uint32_t accounted = arena.free_count() + arena.uncreated_count(), held = 0;
+  bool in_motion = granules_in_hand > 0;
+  for (const auto& [name, model] : models) {
+    std::uint32_t missing = 0;
+    if (model->holds) held += model->granules;
+    for (const Layer& layer : model->layers) {
+      const std::string where = "layer " + std::to_string(layer.index) + " of '" + name + "' (" +
+                                to_string(layer.residency) + "): ";
+      missing += layer.residency != Residency::resident;
+      if (layer.owned) {  // in the hands of a thread right now
+        in_motion = true;
+        continue;
+      }
+      const bool backed = layer.residency != Residency::absent && layer.granules_needed;
+      require(layer.granules.size() == (backed ? layer.granules_needed : 0),
+              where + "holds " + std::to_string(layer.granules.size()) + " granules");
+      require(layer.mapping.has_value() == backed, where + "mapping does not match");
+      require(layer.residency != Residency::draining || layer.torn, where + "abandoned");
+      require(!(layer.mapping && layer.poison), where + "poisoned and mapped");
+      require((layer.residency == Residency::filling) <= (layer.fill != nullptr),
+              where + "fills itself");
+      for (const GranuleId id : layer.granules) {
+        require(id < arena.capacity() && !used[id] && !arena.is_free(id),
+                where + "granule " + std::to_string(id) + " is in two places");
+        used[id] = true;
+        ++accounted;
+      }
+    }
+    require(missing == model->missing, "'" + name + "' counts its missing layers wrong");
+  }
+  require(held == held_granules, "held granules are counted wrong");
+  require(held_granules <= arena.capacity(), "more is held than there is");
+  require(in_motion ? accounted <= arena.capacity() : accounted == arena.capacity(),
+          "granules are lost: " + std::to_string(accounted) + " of " +
+              std::to_string(arena.capacity()));
+  arena.check_invariants();
+}
+
+}  // namespace warmserve

@@ -1,0 +1,66 @@
+// Which layers are where, under one lock: the states, their one transition function, and the order
+// in which layers go when room is needed.
+#pragma once
+
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "model.h"
+
+namespace warmserve {
+
+// Passed to every function that needs the runtime's lock held.
+using Lock = std::unique_lock<std::mutex>;
+
+struct Counters {
+  std::uint64_t bytes_loaded = 0, layers_loaded = 0, layers_evicted = 0, chunks = 0;
+};
+
+// A runtime's books. One lock over all of them; it is never held over a call that may block.
+class Books {
+ public:
+  explicit Books(Arena& arena) : arena(arena) {}
+
+  Arena& arena;
+  std::mutex mutex;
+  std::condition_variable changed;  // callers wait here for tickets and layers
+  std::condition_variable work;     // loaders wait here for something to do
+  void wake() {
+    changed.notify_all();
+    work.notify_all();
+  }
+
+  std::map<std::string, ModelPtr> models;
+  std::uint64_t clock = 0;             // logical; orders uses
+  std::uint32_t held_granules = 0;     // of all models with holds
+  std::uint32_t granules_in_hand = 0;  // taken from the pool by a thread that is trimming it
+  bool room_wanted = false;            // a fill waits for layers to become evictable
+  Counters counters;
+
+  std::vector<Holder> holders(const Lock&) const;
+
+  // The only place where a layer's residency changes. Throws general on a step that is none.
+  void transition(const Lock&, Layer& layer, Residency to);
+
+  // Holding a model keeps all its layers from eviction, those still to come included.
+  void hold(const Lock&, Model& model);
+  void unhold(const Lock&, Model& model);
+
+  // Layers to evict so that `granules` come free: lowest keep value first, then least recently
+  // used, then the tail of a model before its head. `first` goes before all others; layers of
+  // `except` and of held models never go. Empty when there are not enough.
+  std::vector<Layer*> choose_victims(const Lock&, std::uint32_t granules, const Model& except,
+                                     const Model* first) const;
+  // From resident (or torn) to draining, owned by the caller.
+  void claim(const Lock&, std::span<Layer* const> layers);
+
+  // Throws general, naming what is wrong.
+  void check_invariants(const Lock&) const;
+};
+
+}  // namespace warmserve

@@ -1,0 +1,447 @@
+#include "runtime.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace warmserve {
+namespace {
+
+std::exception_ptr cancelled(const std::string& why) {
+  return std::make_exception_ptr(Error(ErrorKind::cancelled, why));
+}
+
+// The rest of the library trusts these: a wrong offset would be a write out of bounds.
+void check_shape(const std::string& name, const std::vector<File>& files,
+                 const std::vector<LayerShape>& layers) {
+  for (const LayerShape& layer : layers) {
+    std::uint64_t end = 0;
+    if (layer.bytes > kGiB * kKiB)
+      throw Error(ErrorKind::invalid_argument, "a layer of '" + name + "' is too large");
+    for (const Segment& segment : layer.segments) {
+      if (segment.file >= files.size() || segment.layer_offset < end ||
+          segment.bytes > layer.bytes || segment.layer_offset > layer.bytes - segment.bytes)
+        throw Error(ErrorKind::invalid_argument,
+                    "a segment of '" + name + "' is out of order or outside of its layer");
+      end = segment.layer_offset + segment.bytes;
+    }
+  }
+}
+
+}  // namespace
+
+Runtime::Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options)
+    : device_(std::make_shared<Device>(std::move(driver))),
+      arena_(device_, {options.arena_bytes, options.granule_bytes, options.poison}),
+      staging_(device_, options.staging_bytes, options.chunk_bytes),
+      books_(arena_),
+      desk_(books_),
+      transfer_(books_, staging_, {options.loaders}) {}
+
+std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
+                                       const RuntimeOptions& options) {
+  return {new Runtime(std::move(driver), options), [](Runtime* runtime) {
+            if (runtime->device_->usable()) delete runtime;
+          }};
+}
+
+Runtime::~Runtime() {
+  try {
+    close(nullptr);
+  } catch (...) {  // the members free what the device lets them
+  }
+}
+
+void Runtime::enter() const {
+  if (!device_->usable())
+    throw Error(ErrorKind::general, "this runtime belongs to the process that forked this one");
+}
+
+Lock Runtime::open() {
+  enter();
+  Lock lock(books_.mutex);
+  if (closed_) throw Error(ErrorKind::general, "the runtime is closed");
+  return lock;
+}
+
+void Runtime::require_registered(const Lock&, const Model& model) const {
+  if (model.runtime != this || !model.registered)
+    throw Error(ErrorKind::invalid_argument, "'" + model.name + "' is not registered here");
+}
+
+// Waits until done(), giving the lock away meanwhile. False at the deadline.
+template <typename Done>
+bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll, Done done) {
+  while (!done()) {
+    if (Clock::now() >= deadline) return false;
+    if (transfer_.pump(lock)) {
+      lock.unlock();
+      const bool moved = transfer_.step();
+      lock.lock();
+      if (!moved && !done())
+        throw Error(ErrorKind::busy, "nothing that can be stepped would end this wait");
+    } else {
+      books_.changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
+    }
+    if (poll && !done()) {
+      lock.unlock();
+      poll();
+      lock.lock();
+    }
+  }
+  return true;
+}
+
+ModelPtr Runtime::register_model(const std::string& name, std::vector<File> files,
+                                 const std::vector<LayerShape>& layers, bool writable) {
+  check_shape(name, files, layers);
+  auto model = std::make_shared<Model>();
+  model->name = name;
+  model->runtime = this;
+  model->writable = writable;
+  model->files = std::move(files);
+  for (const LayerShape& shape : layers) {
+    Layer& layer = model->layers.emplace_back();
+    layer.model = model.get();
+    layer.index = static_cast<std::uint32_t>(model->layers.size() - 1);
+    layer.bytes = shape.bytes;
+    layer.offset = model->granules * arena_.granule_bytes();
+    layer.granules_needed = arena_.granules_of(shape.bytes);
+    layer.source.segments = shape.segments;
+    model->granules += layer.granules_needed;
+    model->bytes += shape.bytes;
+  }
+  model->missing = static_cast<std::uint32_t>(model->layers.size());
+  const Lock lock = open();
+  if (books_.models.contains(name))
+    throw Error(ErrorKind::invalid_argument, "a model '" + name + "' is registered already");
+  model->id = ++next_id_;
+  books_.models.emplace(name, model);
+  return model;
+}
+
+void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& poll) {
+  ReservationPtr reservation;  // freed without the lock
+  Lock lock = open();
+  require_registered(lock, *model);
+  evict_locked(lock, model, deadline, poll);
+  if (model->holds) throw Error(ErrorKind::busy, "'" + model->name + "' is leased");
+  transfer_.drop_model(lock, *model, cancelled("'" + model->name + "' was unregistered"));
+  model->registered = false;
+  books_.models.erase(model->name);
+  reservation = std::move(model->reservation);
+}
+
+ReservationPtr Runtime::reservation(const ModelPtr& model) {
+  {
+    const Lock lock = open();
+    require_registered(lock, *model);
+    if (model->reservation) return model->reservation;
+  }
+  ReservationPtr made =
+      arena_.reserve(std::max<std::uint64_t>(model->granules, 1) * arena_.granule_bytes());
+  const Lock lock = open();
+  require_registered(lock, *model);
+  if (!model->reservation) model->reservation = std::move(made);
+  return model->reservation;
+}
+
+// Throws unless the model would fit beside what is leased.
+void Runtime::require_room(const Lock& lock, const Model& model, const std::string& what) const {
+  const std::uint32_t held = model.holds ? 0 : books_.held_granules;
+  if (held + model.granules <= arena_.capacity()) return;
+  const bool ever = model.granules <= arena_.capacity();
+  throw no_room(ever ? ErrorKind::busy : ErrorKind::out_of_device_memory, what,
+                model.granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
+}
+
+TicketPtr Runtime::prewarm(const ModelPtr& model, int priority) {
+  auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority);
+  reservation(model);
+  const Lock lock = open();
+  require_registered(lock, *model);
+  require_room(lock, *model, ticket->what);
+  transfer_.request(lock, ticket, {model});
+  return ticket;
+}
+
+TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priority) {
+  if (evict == load)
+    throw Error(ErrorKind::invalid_argument, "a model cannot be swapped for itself");
+  auto ticket =
+      std::make_shared<Ticket>("swap of '" + evict->name + "' for '" + load->name + "'", priority);
+  reservation(load);
+  const Lock lock = open();
+  require_registered(lock, *load);
+  require_registered(lock, *evict);
+  if (evict->holds) throw Error(ErrorKind::busy, "'" + evict->name + "' is leased");
+  require_room(lock, *load, ticket->what);
+  transfer_.drop_model(lock, *evict, cancelled("'" + evict->name + "' was swapped out"));
+  ticket->swapped_out = evict;
+  transfer_.request(lock, ticket, {load});
+  return ticket;
+}
+
+void Runtime::evict(const ModelPtr& model, Deadline deadline, const Poll& poll) {
+  Lock lock = open();
+  require_registered(lock, *model);
+  evict_locked(lock, model, deadline, poll);
+}
+
+void Runtime::evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline, const Poll& poll) {
+  const auto gone = [&] {
+    return std::all_of(model->layers.begin(), model->layers.end(),
+                       [](const Layer& l) { return l.residency == Residency::absent; });
+  };
+  const auto settled = [&] {  // nobody works on any of its layers
+    return std::none_of(model->layers.begin(), model->layers.end(), [](const Layer& l) {
+      return l.owned || l.residency == Residency::filling;
+    });
+  };
+  while (!gone()) {
+    if (model->holds) throw Error(ErrorKind::busy, "'" + model->name + "' is leased");
+    transfer_.drop_model(lock, *model, cancelled("'" + model->name + "' was evicted"));
+    std::vector<Layer*> layers;
+    for (Layer& layer : model->layers)
+      if (!layer.owned && (layer.residency == Residency::resident || layer.torn))
+        layers.push_back(&layer);
+    if (!layers.empty()) {
+      std::vector<GranuleId> freed;
+      books_.claim(lock, layers);
+      try {
+        drain(books_, lock, layers, deadline, poll, freed);
+      } catch (...) {
+        arena_.give(freed);
+        throw;
+      }
+      arena_.give(freed);
+    }
+    if (!wait_until(lock, deadline, poll, settled))
+      throw Error(ErrorKind::timeout, "'" + model->name + "' was not evicted in time");
+  }
+}
+
+std::uint64_t Runtime::trim() {
+  Lock lock = open();
+  return trim_locked(lock);
+}
+
+std::uint64_t Runtime::trim_locked(Lock& lock) {
+  const std::vector<GranuleId> ids = arena_.take(arena_.free_count());
+  books_.granules_in_hand += static_cast<std::uint32_t>(ids.size());
+  lock.unlock();
+  const std::size_t destroyed = arena_.destroy(ids);
+  lock.lock();
+  books_.granules_in_hand -= static_cast<std::uint32_t>(ids.size());
+  arena_.return_uncreated(std::span(ids).first(destroyed));
+  arena_.give(std::span(ids).subspan(destroyed));
+  books_.wake();
+  if (destroyed < ids.size())
+    throw Error(ErrorKind::general, "the driver released " + std::to_string(destroyed) + " of " +
+                                        std::to_string(ids.size()) + " granules");
+  return destroyed * arena_.granule_bytes();
+}
+
+void Runtime::stamp(const ModelPtr& model, double value) {
+  const Lock lock = open();
+  require_registered(lock, *model);
+  for (Layer& layer : model->layers) layer.keep_value = value;
+}
+
+void Runtime::stamp(const ModelPtr& model, std::uint32_t layer, double value) {
+  const Lock lock = open();
+  require_registered(lock, *model);
+  layer_of(*model, layer).keep_value = value;
+}
+
+Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
+  if (index >= model.layers.size())
+    throw Error(ErrorKind::invalid_argument, "'" + model.name + "' has " +
+                                                 std::to_string(model.layers.size()) +
+                                                 " layers and no layer " + std::to_string(index));
+  return model.layers[index];
+}
+
+void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
+  const bool missing = std::any_of(hold->models.begin(), hold->models.end(),
+                                   [](const ModelPtr& model) { return model->missing > 0; });
+  if (!hold->ticket && !missing) return;
+  if (!hold->ticket) hold->ticket = std::make_shared<Ticket>("lease", kForeground);
+  transfer_.request(lock, hold->ticket, hold->models);
+}
+
+HoldPtr Runtime::begin_lease(const std::vector<ModelPtr>& models, std::uint64_t owner) {
+  for (const ModelPtr& model : models) reservation(model);
+  auto hold = std::make_shared<Hold>();
+  hold->models = models;
+  hold->owner = owner;
+  const Lock lock = open();
+  for (const ModelPtr& model : models) require_registered(lock, *model);
+  if (desk_.try_admit(lock, hold)) {
+    serve(lock, hold);
+  } else {
+    desk_.wait_in_line(lock, hold);
+    hold->ticket = std::make_shared<Ticket>("lease", kForeground);
+  }
+  return hold;
+}
+
+void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll) {
+  if (!hold->ticket) return;
+  try {
+    wait(hold->ticket, deadline, poll);
+  } catch (...) {
+    end_lease(hold);
+    throw;
+  }
+}
+
+void Runtime::record(const HoldPtr& hold, StreamId stream) {
+  enter();
+  auto fence = std::make_shared<Event>(device_);
+  fence->record(stream);
+  const Lock lock = open();
+  if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
+  for (const ModelPtr& model : hold->models) {
+    if (model->fences.size() >= 8)  // bounds them by what is really under way
+      std::erase_if(model->fences, [](const auto& past) { return past->complete(); });
+    model->fences.push_back(fence);
+  }
+}
+
+void Runtime::end_lease(const HoldPtr& hold) {
+  if (!device_->usable()) return;
+  const Lock lock(books_.mutex);
+  if (hold->ticket && !hold->ticket->done)
+    transfer_.drop(lock, hold->ticket, cancelled("the lease was given up"));
+  desk_.leave(lock, hold);
+  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
+}
+
+bool Runtime::done(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->done;
+}
+
+std::pair<std::uint64_t, std::uint64_t> Runtime::progress(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return {ticket->bytes_done, ticket->bytes_total};
+}
+
+int Runtime::fileno(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->fileno(lock);
+}
+
+bool Runtime::leased(const ModelPtr& model) {
+  enter();
+  const Lock lock(books_.mutex);
+  return model->holds > 0 && model->missing == 0;
+}
+
+void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll) {
+  enter();
+  Lock lock(books_.mutex);
+  if (!wait_until(lock, deadline, poll, [&] { return ticket->done; })) {
+    std::string who;
+    for (const Holder& holder : books_.holders(lock))
+      if (holder.leased) who += (who.empty() ? "; leased: '" : ", '") + holder.name + "'";
+    throw Error(ErrorKind::timeout,
+                ticket->what + " did not finish in time: " + format_bytes(ticket->bytes_done) +
+                    " of " + format_bytes(ticket->bytes_total) + " are there" + who);
+  }
+  if (ticket->error) std::rethrow_exception(ticket->error);
+}
+
+void Runtime::cancel(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  if (!ticket->done) transfer_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
+}
+
+void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* out) {
+  Lock lock = open();
+  require_registered(lock, *model);
+  Layer& layer = layer_of(*model, index);
+  wait_until(lock, kNever, nullptr, [&] { return !layer.owned; });
+  if (layer.residency != Residency::resident)
+    throw Error(ErrorKind::stale_view, "layer " + std::to_string(index) + " of '" + model->name +
+                                           "' is " + to_string(layer.residency));
+  if (!layer.bytes) return;
+  layer.owned = true;  // so that it stays
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    Stream stream(device_);
+    stream.copy_from_device(out, model->reservation->address() + layer.offset, layer.bytes);
+    stream.synchronize();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  layer.owned = false;
+  books_.wake();
+  if (error) std::rethrow_exception(error);
+}
+
+RuntimeState Runtime::state() {
+  RuntimeState state;
+  state.pinned_bytes = staging_.pinned_bytes();
+  state.staging_chunks_free = staging_.available();
+  const Lock lock = open();
+  state.granule_bytes = arena_.granule_bytes();
+  state.granules = arena_.capacity();
+  state.granules_free = arena_.free_count();
+  state.granules_uncreated = arena_.uncreated_count();
+  state.leases = desk_.active();
+  state.counters = books_.counters;
+  for (const auto& [name, model] : books_.models) {
+    ModelState& shown = state.models.emplace_back();
+    shown.name = name;
+    shown.leases = model->holds;
+    shown.backing_epoch = model->backing_epoch.load(std::memory_order_acquire);
+    for (const Layer& layer : model->layers)
+      shown.layers.push_back(
+          {layer.residency, layer.bytes, layer.granules_needed, layer.keep_value});
+  }
+  return state;
+}
+
+bool Runtime::step() {
+  {
+    const Lock lock = open();
+    if (!transfer_.pump(lock))
+      throw Error(ErrorKind::invalid_argument, "step() is for Runtime(pump=True)");
+  }
+  return transfer_.step();
+}
+
+void Runtime::check_invariants() {
+  const Lock lock = open();
+  books_.check_invariants(lock);
+}
+
+void Runtime::close(const Poll& poll) {
+  enter();
+  {
+    const Lock lock(books_.mutex);
+    if (desk_.active())
+      throw no_room(ErrorKind::busy, "close: something is leased; it", 0, arena_.budget(),
+                    books_.holders(lock));
+    closed_ = true;
+  }
+  transfer_.stop();
+  Lock lock(books_.mutex);
+  while (!books_.models.empty()) {
+    const ModelPtr model = books_.models.begin()->second;
+    evict_locked(lock, model, kNever, poll);
+    model->registered = false;
+    model->reservation.reset();
+    books_.models.erase(books_.models.begin());
+  }
+  trim_locked(lock);
+}
+
+}  // namespace warmserve

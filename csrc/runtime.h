@@ -1,0 +1,138 @@
+// The runtime of one device: what bind/ offers to Python, and all a C++ user needs.
+//
+// Any thread may call anything. Each operation says what it guarantees when it throws:
+//   strong     nothing has changed;
+//   per layer  every layer is in a named state, and calling again goes on from there;
+//   wait-free  never blocks; takes a lock that is never held over a call that may.
+// In a process forked from the one that made the runtime every operation throws general.
+// Where it says "Blocks", `poll` is called while it does.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lease.h"
+#include "transfer.h"
+
+namespace warmserve {
+
+struct RuntimeOptions {
+  std::uint64_t arena_bytes = 0, staging_bytes = 0;
+  std::uint64_t granule_bytes = 2 * kMiB, chunk_bytes = 8 * kMiB;
+  unsigned loaders = 1;  // threads; 0: pump
+  bool poison = false;   // evicted addresses stay readable, as NaN
+};
+
+struct LayerShape {
+  std::uint64_t bytes = 0;
+  std::vector<Segment> segments;
+};
+
+struct LayerState {
+  Residency residency = Residency::absent;
+  std::uint64_t bytes = 0;
+  std::uint32_t granules = 0;
+  double keep_value = 0;
+};
+struct ModelState {
+  std::string name;
+  std::uint32_t leases = 0;
+  std::uint64_t backing_epoch = 0;
+  std::vector<LayerState> layers;
+};
+struct RuntimeState {
+  std::uint64_t granule_bytes = 0, pinned_bytes = 0;
+  std::uint32_t granules = 0, granules_free = 0, granules_uncreated = 0;
+  std::size_t leases = 0, staging_chunks_free = 0;
+  Counters counters;
+  std::vector<ModelState> models;
+};
+
+class Runtime {
+ public:
+  // As the constructor, for sharing; leaked, not destroyed, where the device is not usable (in a
+  // forked child, and while the process exits).
+  static std::shared_ptr<Runtime> make(std::shared_ptr<Driver> driver,
+                                       const RuntimeOptions& options);
+  // Throws invalid_argument, out_of_device_memory. Blocks while it makes the arena.
+  Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options);
+  ~Runtime();  // as close(), as far as that goes
+  Runtime(const Runtime&) = delete;
+
+  const DevicePtr& device() const noexcept { return device_; }
+
+  // Strong. Throws invalid_argument for a name that is taken.
+  ModelPtr register_model(const std::string& name, std::vector<File> files,
+                          const std::vector<LayerShape>& layers, bool writable);
+  // Per layer. Evicts; views keep the addresses. Throws busy while leased. Blocks.
+  void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll);
+
+  // Strong, wait-free. Loading happens later; the ticket tells how it went, per layer. Throws
+  // out_of_device_memory for what could never fit, busy for what does not fit beside the leased.
+  TicketPtr prewarm(const ModelPtr& model, int priority);
+  // As prewarm of `load`, in the granules of `evict`, which is absent when the ticket is done.
+  // Throws busy while `evict` is leased.
+  TicketPtr swap(const ModelPtr& evict, const ModelPtr& load, int priority);
+  // Per layer. Cancels what is being loaded. Throws busy while leased, and timeout. Blocks on the
+  // fences of past leases.
+  void evict(const ModelPtr& model, Deadline deadline, const Poll& poll);
+  // Gives free granules back to the driver; returns their bytes. Per granule. Blocks.
+  std::uint64_t trim();
+  // Wait-free. `value` for all layers of the model, or one.
+  void stamp(const ModelPtr& model, double value);
+  void stamp(const ModelPtr& model, std::uint32_t layer, double value);
+
+  // Wait-free. Begins a lease; it holds once hold->ticket is null or done without error. Throws
+  // out_of_device_memory, busy for leases that would wait for each other; then there is none.
+  HoldPtr begin_lease(const std::vector<ModelPtr>& models, std::uint64_t owner);
+  // Blocks until it holds. On a throw (timeout, a failed load, what poll throws) it is left.
+  void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll);
+  // What the stream was given so far must run before the models may be unmapped. Strong.
+  void record(const HoldPtr& hold, StreamId stream);
+  // Wait-free; at once even where the lease was still waited for. Idempotent.
+  void end_lease(const HoldPtr& hold);
+
+  bool done(const TicketPtr& ticket);
+  std::pair<std::uint64_t, std::uint64_t> progress(const TicketPtr& ticket);  // bytes, of bytes
+  int fileno(const TicketPtr& ticket);  // readable when done; the ticket's
+  bool leased(const ModelPtr& model);
+  // Blocks until done. Throws timeout, the ticket's error, or what poll throws; the work goes on.
+  void wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll);
+  // Wait-free, idempotent. Layers that arrived stay.
+  void cancel(const TicketPtr& ticket);
+
+  // The model's addresses; made now if they were not. Strong.
+  ReservationPtr reservation(const ModelPtr& model);
+  // Copies a resident layer's bytes to `out`. Throws stale_view unless resident. Blocks.
+  void read_back(const ModelPtr& model, std::uint32_t layer, std::byte* out);
+
+  RuntimeState state();
+  bool step();
+  void check_invariants();
+  // Per layer. Ends loaders, evicts all, frees all. Throws busy while anything is leased. Blocks.
+  void close(const Poll& poll);
+
+ private:
+  void enter() const;  // throws in another process than the one that made it
+  Lock open();         // and when closed
+  void require_registered(const Lock&, const Model& model) const;
+  static Layer& layer_of(Model& model, std::uint32_t index);
+  void require_room(const Lock&, const Model& model, const std::string& what) const;
+  void serve(const Lock& lock, const HoldPtr& hold);
+  template <typename Done>
+  bool wait_until(Lock& lock, Deadline deadline, const Poll& poll, Done done);
+  void evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline, const Poll& poll);
+  std::uint64_t trim_locked(Lock& lock);
+
+  DevicePtr device_;
+  Arena arena_;
+  StagingPool staging_;
+  Books books_;
+  LeaseDesk desk_;
+  Transfer transfer_;
+  std::uint64_t next_id_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace warmserve

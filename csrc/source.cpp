@@ -1,0 +1,107 @@
+#include "source.h"
+
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+namespace warmserve {
+namespace {
+
+constexpr std::size_t kMostVectors = 64;
+
+// Calls visit(memory, bytes) for each contiguous piece of layer bytes [begin, end).
+template <typename Visit>
+void for_each_piece(const Destination& destination, std::uint64_t begin, std::uint64_t end,
+                    Visit visit) {
+  while (begin < end) {
+    const std::uint64_t at = begin - destination.layer_offset;
+    const std::uint64_t within = at % destination.block_bytes;
+    const std::uint64_t bytes = std::min(end - begin, destination.block_bytes - within);
+    visit(destination.blocks[at / destination.block_bytes] + within, bytes);
+    begin += bytes;
+  }
+}
+
+void fill_zero(const Destination& destination, std::uint64_t begin, std::uint64_t end) {
+  for_each_piece(destination, begin, end,
+                 [](std::byte* memory, std::uint64_t bytes) { std::memset(memory, 0, bytes); });
+}
+
+void read_range(const File& file, std::uint64_t offset, const Destination& destination,
+                std::uint64_t begin, std::uint64_t end) {
+  while (begin < end) {
+    iovec vectors[kMostVectors];
+    int count = 0;
+    for_each_piece(destination, begin, end, [&](std::byte* memory, std::uint64_t bytes) {
+      if (static_cast<std::size_t>(count) < kMostVectors) vectors[count++] = {memory, bytes};
+    });
+    const ssize_t got = ::preadv(file.descriptor(), vectors, count, static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0)
+      throw Error(ErrorKind::general,
+                  "reading " + file.path() + ": " + std::generic_category().message(errno));
+    if (got == 0)
+      throw Error(ErrorKind::corrupt_checkpoint,
+                  file.path() + " ends at byte " + std::to_string(offset) + ", inside a tensor");
+    begin += static_cast<std::uint64_t>(got);
+    offset += static_cast<std::uint64_t>(got);
+  }
+}
+
+std::int64_t nanoseconds(const timespec& time) {
+  return static_cast<std::int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
+}  // namespace
+
+File::File(File&& other) noexcept
+    : descriptor_(std::exchange(other.descriptor_, -1)),
+      path_(std::move(other.path_)),
+      identity_(other.identity_) {}
+
+File::~File() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+void File::check_unchanged() const {
+  struct stat status{};
+  if (::fstat(descriptor_, &status) != 0)
+    throw Error(ErrorKind::general,
+                "fstat of " + path_ + ": " + std::generic_category().message(errno));
+  const FileIdentity now{static_cast<std::uint64_t>(status.st_dev),
+                         static_cast<std::uint64_t>(status.st_ino),
+                         static_cast<std::uint64_t>(status.st_size), nanoseconds(status.st_mtim),
+                         nanoseconds(status.st_ctim)};
+  if (now != identity_)
+    throw Error(ErrorKind::corrupt_checkpoint,
+                path_ + " was replaced or changed since it was registered");
+}
+
+void read_layer(const std::vector<File>& files, const LayerSource& source, std::uint64_t begin,
+                std::uint64_t end, const Destination& destination) {
+  auto segment =
+      std::partition_point(source.segments.begin(), source.segments.end(),
+                           [&](const Segment& s) { return s.layer_offset + s.bytes <= begin; });
+  for (std::uint64_t at = begin; at < end;) {
+    if (segment == source.segments.end() || segment->layer_offset >= end) {
+      fill_zero(destination, at, end);
+      break;
+    }
+    if (segment->layer_offset > at) fill_zero(destination, at, segment->layer_offset);
+    at = std::max(at, segment->layer_offset);
+    const std::uint64_t stop = std::min(end, segment->layer_offset + segment->bytes);
+    const File& file = files[segment->file];
+    read_range(file, segment->file_offset + (at - segment->layer_offset), destination, at, stop);
+    file.check_unchanged();
+    at = stop;
+    ++segment;
+  }
+}
+
+}  // namespace warmserve

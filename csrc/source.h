@@ -1,0 +1,65 @@
+// Where a model's bytes come from: open files, and the ranges of them that make a layer.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "error.h"
+#include "types.h"
+
+namespace warmserve {
+
+// What must not change while a model uses a file. Times in nanoseconds since the epoch.
+struct FileIdentity {
+  std::uint64_t device = 0, inode = 0, size = 0;
+  std::int64_t mtime_ns = 0, ctime_ns = 0;
+  bool operator==(const FileIdentity&) const = default;
+};
+
+// An open file; owns the descriptor.
+class File {
+ public:
+  File(int descriptor, std::string path, const FileIdentity& identity)
+      : descriptor_(descriptor), path_(std::move(path)), identity_(identity) {}
+  File(File&& other) noexcept;
+  File& operator=(File&&) = delete;
+  ~File();
+
+  int descriptor() const noexcept { return descriptor_; }
+  const std::string& path() const noexcept { return path_; }
+  // Throws corrupt_checkpoint unless the file is what it was when it was registered. Said after
+  // every read: a read may return its full length although the file was cut meanwhile.
+  void check_unchanged() const;
+
+ private:
+  int descriptor_;
+  std::string path_;
+  FileIdentity identity_;
+};
+
+// Bytes [file_offset, + bytes) of a file are bytes [layer_offset, + bytes) of the layer.
+struct Segment {
+  std::uint32_t file = 0;
+  std::uint64_t file_offset = 0, layer_offset = 0, bytes = 0;
+};
+
+// What makes one layer. Segments ascend in layer_offset and do not overlap; what lies between them
+// and after them is zero.
+struct LayerSource {
+  std::vector<Segment> segments;
+};
+
+// Host memory for a range of a layer: blocks of equal size, one per granule, or a single chunk.
+struct Destination {
+  std::uint64_t layer_offset = 0;  // of the first block
+  std::uint64_t block_bytes = 0;
+  std::vector<std::byte*> blocks;
+};
+
+// Fills layer bytes [begin, end) at the destination. Throws corrupt_checkpoint when a file is not
+// what it was, general when the system cannot read it; bytes written until then are undefined.
+// Blocks; safe from many threads.
+void read_layer(const std::vector<File>& files, const LayerSource& source, std::uint64_t begin,
+                std::uint64_t end, const Destination& destination);
+
+}  // namespace warmserve

@@ -1,0 +1,39 @@
+// What a caller holds of work in progress.
+#pragma once
+
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "residency.h"
+
+namespace warmserve {
+
+constexpr int kBackground = 0, kForeground = 100;
+
+// Everything under the runtime's lock.
+class Ticket {
+ public:
+  Ticket(std::string what, int priority) : what(std::move(what)), priority(priority) {}
+  ~Ticket();
+  Ticket(const Ticket&) = delete;
+
+  const std::string what;  // for messages: "prewarm of 'chat'"
+  const int priority;
+  std::uint64_t bytes_total = 0, bytes_done = 0;
+  std::vector<Fill*> fills;  // still to come
+  ModelPtr swapped_out;      // evicted as room is needed, and wholly before the ticket is done
+  bool done = false;
+  std::exception_ptr error;  // of a done ticket
+
+  void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
+  // A descriptor that becomes readable when the ticket is done; owned by the ticket.
+  int fileno(const Lock&);
+
+ private:
+  int eventfd_ = -1;
+};
+using TicketPtr = std::shared_ptr<Ticket>;
+
+}  // namespace warmserve

@@ -1,0 +1,365 @@
+#include "transfer.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace warmserve {
+
+using enum Residency;
+using Phase = Fill::Phase;
+
+namespace {
+
+void give_up_if(bool unwanted) {
+  if (unwanted) throw Error(ErrorKind::cancelled, "nobody waits for this any more");
+}
+
+}  // namespace
+
+Transfer::Transfer(Books& books, StagingPool& staging, const Options& options)
+    : books_(books),
+      chunk_bytes_(staging.chunk_bytes()),
+      uploads_(books.arena, staging, options.staging_timeout),
+      pump_(options.loaders == 0) {
+  for (unsigned i = 0; i < options.loaders; ++i) loaders_.emplace_back(&Transfer::run, this);
+}
+
+Transfer::~Transfer() { stop(); }
+
+void Transfer::stop() {
+  {
+    const Lock lock(books_.mutex);
+    stopping_ = pump_ = true;
+    books_.wake();
+  }
+  for (std::thread& loader : loaders_) loader.join();
+  loaders_.clear();
+}
+
+void Transfer::run() {
+  Lock lock(books_.mutex);
+  while (!stopping_) {
+    if (advance(lock)) continue;
+    if (uploads_.under_way())
+      books_.work.wait_for(lock, kPollInterval);
+    else
+      books_.work.wait(lock);
+  }
+}
+
+bool Transfer::step() {
+  Lock lock(books_.mutex);
+  return advance(lock);
+}
+
+// Bytes a fill writes: to the end of its last granule, so that nothing of an earlier tenant stays.
+std::uint64_t Transfer::span(const Fill& fill) const {
+  return fill.layer->granules_needed * books_.arena.granule_bytes();
+}
+
+void Transfer::request(const Lock& lock, const TicketPtr& ticket,
+                       const std::vector<ModelPtr>& models) {
+  for (const ModelPtr& model : models) enlist(lock, ticket, model);
+  if (ticket->fills.empty()) settle(lock, ticket);
+  books_.wake();
+}
+
+// Adds the ticket to the fills of what the model is missing.
+void Transfer::enlist(const Lock&, const TicketPtr& ticket, const ModelPtr& model) {
+  for (Layer& layer : model->layers) {
+    if (layer.residency == resident) continue;
+    if (!layer.fill) {
+      const Key key{-ticket->priority, sequence_++};
+      auto fill = std::make_unique<Fill>(Fill{&layer, model, ticket->priority, key.second});
+      layer.fill = fill.get();
+      order_.emplace(key, std::move(fill));
+    }
+    Fill& fill = *layer.fill;
+    if (fill.priority < ticket->priority) {
+      auto node = order_.extract({-fill.priority, fill.sequence});
+      fill.priority = ticket->priority;
+      node.key().first = -fill.priority;
+      order_.insert(std::move(node));
+    }
+    fill.tickets.push_back(ticket);
+    ticket->fills.push_back(&fill);
+    ticket->bytes_total += span(fill);
+    ticket->bytes_done += fill.done;
+  }
+}
+
+void Transfer::drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
+  for (Fill* fill : std::exchange(ticket->fills, {})) {
+    std::erase(fill->tickets, ticket);
+    if (fill->tickets.empty() && fill->phase == Phase::queued) forget(lock, *fill);
+  }
+  ticket->finish(books_, lock, why);
+}
+
+void Transfer::drop_model(const Lock& lock, Model& model, std::exception_ptr why) {
+  for (Layer& layer : model.layers)
+    while (layer.fill && !layer.fill->tickets.empty()) drop(lock, layer.fill->tickets.front(), why);
+}
+
+void Transfer::forget(const Lock&, Fill& fill) {
+  fill.layer->fill = nullptr;
+  order_.erase({-fill.priority, fill.sequence});
+}
+
+bool Transfer::advance(Lock& lock) {
+  books_.room_wanted = false;
+  if (!books_.arena.filled_by_host() && collect(lock, false)) return true;
+  if (!swapping_.empty()) {
+    finish_swap(lock);
+    return true;
+  }
+  bool room_blocked = false;
+  for (const auto& [key, fill] : order_)
+    if (advance(lock, *fill, room_blocked)) return true;  // the order may have changed
+  books_.room_wanted = room_blocked;
+  return !books_.arena.filled_by_host() && collect(lock, true);
+}
+
+// Whether it did anything. `room_blocked`: a fill before this one waits for room.
+bool Transfer::advance(Lock& lock, Fill& fill, bool& room_blocked) {
+  Layer& layer = *fill.layer;
+  if (fill.phase == Phase::copying) {
+    if (fill.error || fill.give_way || fill.tickets.empty()) {
+      if (fill.in_flight) return false;
+      undo(lock, fill);
+    } else if (fill.next < span(fill)) {
+      copy_chunk(lock, fill);
+    } else {
+      return false;  // its last chunks are under way
+    }
+    return true;
+  }
+  if (fill.phase != Phase::queued || layer.owned) return false;
+  if (layer.residency == resident) {  // was draining, and came back
+    complete(lock, fill);
+    return true;
+  }
+  if (layer.torn) {
+    undo(lock, fill);
+    return true;
+  }
+  if (room_blocked) return false;
+  std::vector<Layer*> victims;
+  switch (find_room(lock, fill, victims)) {
+    case Room::enough: start(lock, fill, victims); return true;
+    case Room::later: room_blocked = true; return false;
+    case Room::never:
+      fail(lock, fill,
+           std::make_exception_ptr(no_room(ErrorKind::busy, fill.tickets.front()->what,
+                                           fill.model->granules * books_.arena.granule_bytes(),
+                                           books_.arena.budget(), books_.holders(lock))));
+      return true;
+  }
+  return false;
+}
+
+// Whether there are granules for the fill, or will be: then those that fill for less urgent
+// tickets are asked to give way.
+Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Layer*>& victims) {
+  const std::uint32_t need = fill.layer->granules_needed;
+  const std::uint32_t have = books_.arena.free_count() + books_.arena.uncreated_count();
+  if (need <= have) return Room::enough;
+  const Model* first = nullptr;
+  for (const TicketPtr& ticket : fill.tickets)
+    if (ticket->swapped_out) first = ticket->swapped_out.get();
+  victims = books_.choose_victims(lock, need - have, *fill.model, first);
+  if (!victims.empty()) return Room::enough;
+  bool coming = books_.granules_in_hand > 0;
+  for (const auto& [name, model] : books_.models)
+    for (const Layer& layer : model->layers) {
+      if (layer.owned) coming = true;
+      if (layer.residency != filling || model == fill.model || model->holds) continue;
+      coming = true;
+      if (layer.fill->priority < fill.priority) layer.fill->give_way = true;
+    }
+  return coming ? Room::later : Room::never;
+}
+
+// Makes room and maps: the layer is filling with granules behind it, or as it was.
+void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims) {
+  Arena& arena = books_.arena;
+  Layer& layer = *fill.layer;
+  const std::uint32_t need = layer.granules_needed;
+  std::vector<GranuleId> granules = arena.take(std::min(need, arena.free_count()));
+  std::vector<GranuleId> fresh = arena.claim_uncreated(std::min<std::uint32_t>(
+      need - static_cast<std::uint32_t>(granules.size()), arena.uncreated_count()));
+  books_.claim(lock, victims);
+  books_.transition(lock, layer, filling);
+  layer.owned = true;
+  fill.phase = Phase::starting;
+  std::exception_ptr error;
+  try {
+    const Poll poll = [&] {
+      const Lock relock(books_.mutex);
+      give_up_if(stopping_ || fill.tickets.empty());
+    };
+    if (!victims.empty()) drain(books_, lock, victims, kNever, poll, granules);
+    std::sort(granules.begin(), granules.end());
+    lock.unlock();
+    arena.create(fresh);
+    granules.insert(granules.end(), fresh.begin(), fresh.end());
+    fresh.clear();
+    layer.granules.assign(granules.begin(), granules.begin() + need);
+    granules.erase(granules.begin(), granules.begin() + need);
+    back(arena, layer);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  if (!lock.owns_lock()) lock.lock();
+  layer.owned = false;
+  fill.phase = Phase::copying;
+  arena.give(granules);
+  arena.return_uncreated(fresh);
+  if (error) {
+    fill.error = error;
+    undo(lock, fill);
+  } else if (span(fill) == 0) {
+    complete(lock, fill);
+  }
+  books_.wake();
+}
+
+void Transfer::copy_chunk(Lock& lock, Fill& fill) {
+  const std::uint64_t begin = fill.next;
+  const std::uint64_t end = std::min(begin + chunk_bytes_, span(fill));
+  fill.next = end;
+  ++fill.in_flight;
+  ++books_.counters.chunks;
+  lock.unlock();
+  std::exception_ptr error;
+  const bool by_host = books_.arena.filled_by_host();
+  try {
+    if (by_host)
+      write_through_host_view(fill, begin, end);
+    else
+      uploads_.send(&fill, *fill.model, *fill.layer, begin, end);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  // What was sent by staging may be collected, and the fill gone, already.
+  if (by_host || error) arrived(lock, fill, end - begin, error);
+}
+
+void Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin, std::uint64_t end) {
+  const Arena& arena = books_.arena;
+  const Layer& layer = *fill.layer;
+  const std::uint64_t granule_bytes = arena.granule_bytes();
+  const std::size_t first = begin / granule_bytes;
+  Destination destination{first * granule_bytes, granule_bytes, {}};
+  for (std::size_t i = first; i * granule_bytes < end; ++i)
+    destination.blocks.push_back(arena.host_view(layer.granules[i]));
+  read_layer(fill.model->files, layer.source, begin, end, destination);
+  for (std::size_t i = first; i * granule_bytes < end; ++i) {
+    const std::uint64_t from = std::max(begin, i * granule_bytes);
+    const std::uint64_t to = std::min(end, (i + 1) * granule_bytes);
+    arena.device()->driver().host_wrote(arena.handle(layer.granules[i]), from % granule_bytes,
+                                        to - from);
+  }
+}
+
+bool Transfer::collect(Lock& lock, bool wait) {
+  lock.unlock();
+  const std::vector<Uploads::Arrival> arrivals = uploads_.collect(wait);
+  lock.lock();
+  for (const auto& arrival : arrivals) arrived(lock, *arrival.fill, arrival.bytes, arrival.error);
+  return !arrivals.empty();
+}
+
+// Accounts for a chunk; the last one completes the fill.
+void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes,
+                       std::exception_ptr error) {
+  --fill.in_flight;
+  if (error) {
+    if (!fill.error) fill.error = error;
+  } else {
+    fill.done += bytes;
+    for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done += bytes;
+  }
+  if (fill.done == span(fill)) return complete(lock, fill);
+  books_.wake();
+}
+
+// Takes the layer back to absent; then the fill ends, fails, or waits for its turn again.
+void Transfer::undo(Lock& lock, Fill& fill) {
+  Layer& layer = *fill.layer;
+  if (layer.residency == filling) books_.transition(lock, layer, draining);
+  layer.torn = true;
+  layer.owned = true;
+  fill.phase = Phase::undoing;
+  std::vector<GranuleId> freed;
+  try {
+    drain(books_, lock, {&layer}, kNever, nullptr, freed);
+  } catch (...) {
+    if (!fill.error) fill.error = std::current_exception();
+  }
+  books_.arena.give(freed);
+  if (fill.error) return fail(lock, fill, fill.error);
+  if (fill.tickets.empty()) return forget(lock, fill);
+  for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
+  fill.phase = Phase::queued;
+  fill.next = fill.done = 0;
+  fill.give_way = false;
+}
+
+void Transfer::complete(const Lock& lock, Fill& fill) {
+  Layer& layer = *fill.layer;
+  if (layer.residency == filling) {
+    books_.transition(lock, layer, resident);
+    layer.filled_at = ++books_.clock;
+    books_.counters.bytes_loaded += layer.bytes;
+    ++books_.counters.layers_loaded;
+  }
+  const std::vector<TicketPtr> tickets = std::move(fill.tickets);
+  for (const TicketPtr& ticket : tickets) std::erase(ticket->fills, &fill);
+  forget(lock, fill);
+  for (const TicketPtr& ticket : tickets)
+    if (ticket->fills.empty()) settle(lock, ticket);
+}
+
+void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
+  const std::vector<TicketPtr> tickets = std::move(fill.tickets);
+  for (const TicketPtr& ticket : tickets) std::erase(ticket->fills, &fill);
+  forget(lock, fill);
+  for (const TicketPtr& ticket : tickets) drop(lock, ticket, error);
+}
+
+// All fills of the ticket are complete: it is done, but for what it swaps out.
+void Transfer::settle(const Lock& lock, const TicketPtr& ticket) {
+  if (ticket->swapped_out)
+    swapping_.push_back(ticket);
+  else
+    ticket->finish(books_, lock);
+}
+
+// Evicts what is left of the model that a ticket swaps out.
+void Transfer::finish_swap(Lock& lock) {
+  const TicketPtr ticket = std::move(swapping_.front());
+  swapping_.pop_front();
+  const ModelPtr model = ticket->swapped_out;
+  std::exception_ptr error;
+  std::vector<Layer*> rest;
+  if (model->holds == 0)
+    for (Layer& layer : model->layers)
+      if (!layer.owned && (layer.residency == resident || layer.torn)) rest.push_back(&layer);
+  std::vector<GranuleId> freed;
+  try {
+    books_.claim(lock, rest);
+    const Poll poll = [&] {
+      const Lock relock(books_.mutex);
+      give_up_if(stopping_ || ticket->done);
+    };
+    if (!rest.empty()) drain(books_, lock, rest, kNever, poll, freed);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  books_.arena.give(freed);
+  ticket->finish(books_, lock, error);
+}
+
+}  // namespace warmserve

@@ -1,0 +1,35 @@
+// The words of this code base, as types. Bytes are std::uint64_t everywhere; durations are
+// std::chrono. "Granule", "reservation", "layer", "fence", ... mean what csrc/README.md says.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace warmserve {
+
+using Address = std::uint64_t;       // a device virtual address
+using GranuleId = std::uint32_t;     // index of a granule in its arena
+enum class Handle : std::uint64_t {  // a driver's name for one physical granule
+  none = 0
+};
+enum class StreamId : std::uint64_t {};  // a driver's name for a stream; CUDA: the CUstream
+enum class EventId : std::uint64_t {};   // a driver's name for an event; CUDA: the CUevent
+
+using Clock = std::chrono::steady_clock;
+using Deadline = Clock::time_point;
+constexpr Deadline kNever = Deadline::max();
+
+// Called about every 20 ms by a thread that waits, with no lock held. It may throw (Ctrl-C does):
+// the waiting operation then undoes itself and lets the exception pass.
+using Poll = std::function<void()>;
+constexpr auto kPollInterval = std::chrono::milliseconds(20);
+
+constexpr std::uint64_t kKiB = 1024, kMiB = 1024 * kKiB, kGiB = 1024 * kMiB;
+
+constexpr std::uint64_t ceil_div(std::uint64_t value, std::uint64_t by) {
+  return value / by + (value % by != 0);
+}
+
+}  // namespace warmserve

@@ -1,0 +1,112 @@
+#include "uploads.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "arena.h"
+
+namespace warmserve {
+
+// Waiting for a chunk, a loader collects: the chunks it waits for are those under way.
+StagingPool::Chunk Uploads::chunk() {
+  const Deadline deadline = Clock::now() + staging_timeout_;
+  for (;;) {
+    if (auto chunk = staging_.try_acquire()) return std::move(*chunk);
+    gather(true);
+    if (auto chunk = staging_.try_acquire()) return std::move(*chunk);
+    try {
+      return staging_.acquire(std::min(deadline, Clock::now() + kPollInterval), nullptr);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::staging_timeout || Clock::now() >= deadline) throw;
+    }
+  }
+}
+
+void Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
+                   std::uint64_t end) {
+  Flight flight{{fill, end - begin, nullptr}, chunk(), std::nullopt};
+  read_layer(model.files, layer.source, begin, end,
+             {begin, staging_.chunk_bytes(), {flight.chunk.data()}});
+  const std::lock_guard lock(mutex_);
+  if (!stream_) stream_ = std::make_unique<Stream>(arena_.device());
+  enqueue(flight, layer, begin, end);
+  flights_.push_back(std::move(flight));
+}
+
+// Neighbouring granules take one copy. Once a copy is under way an error no longer throws: it
+// travels with the flight, whose chunk must stay until the stream has passed it.
+void Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin, std::uint64_t end) {
+  const std::uint64_t granule_bytes = arena_.granule_bytes();
+  bool under_way = false;
+  try {
+    for (std::uint64_t at = begin; at < end;) {
+      const std::size_t first = at / granule_bytes;
+      std::size_t last = first;
+      while ((last + 1) * granule_bytes < end &&
+             layer.granules[last + 1] == layer.granules[last] + 1)
+        ++last;
+      const std::uint64_t stop = std::min(end, (last + 1) * granule_bytes);
+      stream_->copy_to_device(arena_.window(layer.granules[first]) + at % granule_bytes,
+                              flight.chunk.data() + (at - begin), stop - at);
+      under_way = true;
+      at = stop;
+    }
+    if (spare_events_.empty()) spare_events_.emplace_back(arena_.device());
+    spare_events_.back().record(stream_->id());
+    flight.event.emplace(std::move(spare_events_.back()));
+    spare_events_.pop_back();
+  } catch (...) {
+    if (!under_way) throw;
+    flight.arrival.error = std::current_exception();
+  }
+}
+
+std::vector<Uploads::Arrival> Uploads::collect(bool wait) {
+  gather(wait);
+  const std::lock_guard lock(mutex_);
+  return std::exchange(arrived_, {});
+}
+
+bool Uploads::under_way() {
+  const std::lock_guard lock(mutex_);
+  return !flights_.empty() || !arrived_.empty();
+}
+
+void Uploads::gather(bool wait) {
+  std::unique_lock lock(mutex_);
+  if (!arrived_.empty()) wait = false;
+  while (!flights_.empty()) {
+    Flight flight = std::move(flights_.front());
+    flights_.pop_front();
+    lock.unlock();
+    const bool landed = over(flight, wait);
+    lock.lock();
+    if (!landed) {
+      flights_.push_front(std::move(flight));
+      return;
+    }
+    wait = false;
+    if (flight.event) spare_events_.push_back(std::move(*flight.event));
+    arrived_.push_back(std::move(flight.arrival));
+  }
+}
+
+// Whether the copies have left the chunk. A device that is lost will not read it any more.
+bool Uploads::over(Flight& flight, bool wait) {
+  try {
+    if (flight.event) {
+      if (flight.event->complete()) return true;
+      if (wait) flight.event->wait(Clock::now() + kPollInterval, nullptr);
+      return wait;
+    }
+    if (wait) stream_->synchronize();
+    return wait;
+  } catch (const Error& error) {
+    if (error.kind() == ErrorKind::timeout) return false;
+    if (!flight.arrival.error) flight.arrival.error = std::current_exception();
+    flight.event.reset();
+    return error.kind() == ErrorKind::device_lost;
+  }
+}
+
+}  // namespace warmserve

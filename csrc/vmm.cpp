@@ -1,0 +1,169 @@
+#include "vmm.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <mutex>
+
+namespace warmserve {
+namespace {
+
+// Counts forks on the child's side. A device that was born in another generation belongs to
+// another process.
+std::atomic<std::uint64_t> generation{0};
+std::atomic<bool> exiting{false};
+
+std::uint64_t current_generation() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    ::pthread_atfork(nullptr, nullptr, [] { generation.fetch_add(1, std::memory_order_relaxed); });
+  });
+  return generation.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+Device::Device(std::shared_ptr<Driver> driver)
+    : driver_(std::move(driver)), born_(current_generation()) {}
+
+Device::~Device() {
+  // A child must not destroy its parent's driver: the threads are not there to be joined, and the
+  // addresses may be something else's by now.
+  if (!usable()) new std::shared_ptr<Driver>(std::move(driver_));
+}
+
+bool Device::usable() const noexcept {
+  return born_ == generation.load(std::memory_order_relaxed) &&
+         !exiting.load(std::memory_order_relaxed);
+}
+
+void Device::process_exits() noexcept { exiting.store(true, std::memory_order_relaxed); }
+
+void Device::fail(Primitive primitive, Status status) {
+  const std::string message =
+      std::string(to_string(primitive)) + ": " + std::string(to_string(status));
+  switch (status) {
+    case Status::out_of_memory:
+    case Status::out_of_mappings:
+    case Status::out_of_addresses: throw Error(ErrorKind::out_of_device_memory, message);
+    case Status::device_lost: throw Error(ErrorKind::device_lost, message);
+    default: throw Error(ErrorKind::general, message);
+  }
+}
+
+Granule::Granule(DevicePtr device, std::uint64_t bytes) : device_(std::move(device)) {
+  device_->call(Primitive::granule_create, &Driver::granule_create, bytes, &handle_);
+  host_view_ = device_->driver().host_view(handle_);
+}
+Granule::Granule(Granule&& other) noexcept
+    : device_(other.device_),
+      handle_(std::exchange(other.handle_, Handle::none)),
+      host_view_(other.host_view_) {}
+Granule::~Granule() {
+  if (handle_ != Handle::none && device_->usable())
+    device_->attempt(Primitive::granule_release, &Driver::granule_release, handle_);
+}
+void Granule::release() {
+  device_->call(Primitive::granule_release, &Driver::granule_release, handle_);
+  handle_ = Handle::none;
+}
+
+Reservation::Reservation(DevicePtr device, std::uint64_t bytes)
+    : device_(std::move(device)), bytes_(bytes) {
+  device_->call(Primitive::address_reserve, &Driver::address_reserve, bytes_, &address_);
+}
+Reservation::~Reservation() {
+  if (device_->usable())
+    device_->attempt(Primitive::address_free, &Driver::address_free, address_, bytes_);
+}
+Mapping::Mapping(ReservationPtr reservation, std::uint64_t offset, std::span<const Handle> handles,
+                 std::uint64_t granule_bytes)
+    : reservation_(std::move(reservation)),
+      address_(reservation_->address() + offset),
+      bytes_(handles.size() * granule_bytes) {
+  reservation_->device()->call(Primitive::map, &Driver::map, address_, handles.data(),
+                               handles.size());
+}
+Mapping::~Mapping() {
+  if (reservation_ && reservation_->device()->usable())
+    reservation_->device()->attempt(Primitive::unmap, &Driver::unmap, address_, bytes_);
+}
+void Mapping::set_access(Access access) {
+  reservation_->device()->call(Primitive::set_access, &Driver::set_access, address_, bytes_,
+                               access);
+}
+void Mapping::unmap() {
+  Mapping* self = this;
+  unmap_together(std::span(&self, 1));
+}
+void Mapping::unmap_together(std::span<Mapping* const> neighbours) {
+  const Mapping& first = *neighbours.front();
+  const Mapping& last = *neighbours.back();
+  first.reservation_->device()->call(Primitive::unmap, &Driver::unmap, first.address_,
+                                     last.address_ + last.bytes_ - first.address_);
+  for (Mapping* mapping : neighbours) mapping->reservation_.reset();
+}
+
+Stream::Stream(DevicePtr device) : device_(std::move(device)) {
+  device_->call(Primitive::stream_create, &Driver::stream_create, &id_);
+}
+Stream::~Stream() {
+  if (!device_->usable()) return;
+  device_->attempt(Primitive::stream_synchronize, &Driver::stream_synchronize, id_);
+  device_->attempt(Primitive::stream_destroy, &Driver::stream_destroy, id_);
+}
+void Stream::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes) {
+  device_->call(Primitive::copy_to_device, &Driver::copy_to_device, to, from, bytes, id_);
+}
+void Stream::copy_from_device(std::byte* to, Address from, std::uint64_t bytes) {
+  device_->call(Primitive::copy_from_device, &Driver::copy_from_device, to, from, bytes, id_);
+}
+bool Stream::step() { return device_->driver().stream_step(id_) == Status::ok; }
+void Stream::synchronize() {
+  device_->call(Primitive::stream_synchronize, &Driver::stream_synchronize, id_);
+}
+
+Event::Event(DevicePtr device) : device_(std::move(device)) {
+  EventId id{};
+  device_->call(Primitive::event_create, &Driver::event_create, &id);
+  id_ = id;
+}
+Event::Event(Event&& other) noexcept
+    : device_(other.device_), id_(std::exchange(other.id_, std::nullopt)) {}
+Event::~Event() {
+  if (id_ && device_->usable())
+    device_->attempt(Primitive::event_destroy, &Driver::event_destroy, *id_);
+}
+void Event::record(StreamId stream) {
+  device_->call(Primitive::event_record, &Driver::event_record, *id_, stream);
+}
+bool Event::complete() const {
+  const Status status = device_->attempt(Primitive::event_query, &Driver::event_query, *id_);
+  if (status != Status::ok && status != Status::not_ready)
+    Device::fail(Primitive::event_query, status);
+  return status == Status::ok;
+}
+void Event::wait(Deadline deadline, const Poll& poll) const {
+  using std::chrono::microseconds;
+  for (;;) {
+    const auto left = std::chrono::ceil<microseconds>(deadline - Clock::now());
+    const auto slice = std::clamp<microseconds>(left, microseconds(0), kPollInterval);
+    const Status status = device_->attempt(Primitive::event_wait, &Driver::event_wait, *id_, slice);
+    if (status == Status::ok) return;
+    if (status != Status::not_ready) Device::fail(Primitive::event_wait, status);
+    if (left <= microseconds(0))
+      throw Error(ErrorKind::timeout, "a stream did not reach its fence in time");
+    if (poll) poll();
+  }
+}
+
+PinnedRegion::PinnedRegion(DevicePtr device, std::uint64_t bytes)
+    : device_(std::move(device)), bytes_(bytes) {
+  device_->call(Primitive::pinned_create, &Driver::pinned_create, bytes_, &data_);
+}
+PinnedRegion::~PinnedRegion() {
+  if (device_->usable())
+    device_->attempt(Primitive::pinned_release, &Driver::pinned_release, data_, bytes_);
+}
+
+}  // namespace warmserve

@@ -1,0 +1,1 @@
+"""Serving engines taught to run from a runtime's memory; each module needs its engine installed."""

@@ -1,0 +1,229 @@
+"""Hugging Face transformers models that compute on weights in a runtime's memory.
+
+Nothing is copied. A module is built without memory for its weights, and each parameter becomes a
+view at the address where the runtime will put that tensor. So a parameter must lie in the
+checkpoint just as the module wants it, and a checkpoint that transformers would first have to
+cast, fuse or split is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from warmserve_rt._errors import StaleView
+
+if TYPE_CHECKING:
+    from warmserve_rt.layers import Grouping
+    from warmserve_rt.runtime import Model, Runtime
+
+
+def load(
+    runtime: Runtime,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    layers: Grouping | None = None,
+    allow_symlinks: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+    **config: Any,
+) -> PreTrainedModel:
+    """Register a Hugging Face directory and return a module that runs on its weights in place.
+
+    No weight is read: that happens when the model is prewarmed or leased. Run the module under
+    `with runtime.lease(module.warmserve_model)`. A forward pass of the whole module raises
+    StaleView while no lease on the model is held; other ways to read its weights then (printing a
+    parameter, calling a part of the module) are faults. The weights are read-only: they take no
+    gradient, and writing to one in place is a fault.
+
+    `name` is the model's in the runtime, by default the directory's; `layers` and `allow_symlinks`
+    are as in `Runtime.register`; `auto_class` is the transformers class that builds the module;
+    other arguments (`attn_implementation="eager"`) go into its configuration. The module computes
+    in the dtype that most of the checkpoint's bytes have, whatever its configuration says.
+
+    Raises ValueError, which names the tensor, if parameters and tensors do not match one to one
+    in name, shape and dtype; ValueError for a quantized model; and what `Runtime.register` raises.
+    The model is then not registered.
+    """
+    path = os.fspath(path)
+    settings = AutoConfig.from_pretrained(path, local_files_only=True, **config)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ValueError(f"{path}: a quantized model cannot compute on its file's bytes in place")
+    model = runtime.register(
+        name or os.path.basename(os.path.abspath(path)),
+        path,
+        layers=layers,
+        allow_symlinks=allow_symlinks,
+    )
+    try:
+        tensors = runtime.tensors(model)
+        module = skeleton(settings, _main_dtype(tensors.values()), auto_class=auto_class)
+        bind(module, tensors)
+    except BaseException:
+        runtime.unregister(model)
+        raise
+    if module.can_generate() and os.path.exists(os.path.join(path, "generation_config.json")):
+        module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    _guard(module, model)
+    return module
+
+
+def skeleton(
+    config: Any, dtype: torch.dtype, *, auto_class: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """A module in eval mode with its parameters on the meta device and its buffers filled.
+
+    A buffer that transformers does not know how to fill is on the meta device too. Raises
+    ValueError, which names it, for a tensor there that is neither parameter nor buffer.
+    """
+    with torch.device("meta"):
+        module: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+    # What a buffer holds is the constructor's business, which ran on meta. transformers' own
+    # loader refills buffers by initialising the module again with its parameters marked as done.
+    # A buffer that keeps what it held before is one that the initialisation forgot.
+    for parameter in module.parameters():
+        _mark_initialized(parameter)
+    once, again = (_initialized(module, start) for start in (0, 1))
+    for name, buffer in again.items():
+        if not torch.equal(once[name], buffer):
+            owner, leaf = _owner(module, name)
+            owner._buffers[leaf] = buffer.to("meta")
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise ValueError(f"{type(module).__name__} keeps a tensor as {path}.{name}, no buffer")
+    return module.eval()
+
+
+def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make `tensors`, under a checkpoint's names, the parameters and buffers of a module.
+
+    No tensor's content is read. Parameters that the module ties share one tensor, under whichever
+    of their names the checkpoint has it; they stay apart if the checkpoint has both. May be called
+    again with other tensors of the same names.
+
+    Raises ValueError as `load` does; the module is then unchanged.
+    """
+    targets = _targets(module, tensors)
+    slots = _slots(module)
+    bound: dict[str, torch.Tensor] = {}
+    for target, name in targets.items():
+        tensor, slot = tensors[name], slots[target]
+        dtype = _dtype_of(module, target, slot)
+        if tensor.shape != slot.shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)} in the checkpoint, "
+                f"but {type(module).__name__} computes with {dtype} {tuple(slot.shape)}"
+            )
+        is_buffer = not isinstance(slot, nn.Parameter)
+        bound[target] = tensor if is_buffer else nn.Parameter(tensor, requires_grad=False)
+
+    tied = {id(slots[target]): value for target, value in bound.items()}
+    for name, slot in slots.items():
+        value = bound.get(name, tied.get(id(slot), slot))
+        if value.is_meta:
+            raise ValueError(f"{type(module).__name__} needs {name!r}: no tensor of the checkpoint")
+        bound[name] = value
+    for name, value in bound.items():
+        owner, leaf = _owner(module, name)
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
+
+
+def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The floating-point dtype with the most bytes."""
+    sizes: dict[torch.dtype, int] = {torch.float32: 0}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint can hold and what it cannot: every parameter and buffer by its name."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return module.get_submodule(parent), leaf
+
+
+def _mark_initialized(thing: Any, done: bool = True) -> None:
+    thing._is_hf_initialized = done
+
+
+def _initialized(module: PreTrainedModel, start: int) -> dict[str, torch.Tensor]:
+    """The buffers after transformers' initialisation, each on the CPU and first full of `start`."""
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        owner, leaf = _owner(module, name)
+        owner._buffers[leaf] = torch.full_like(buffer, start, device="cpu")
+    for part in module.modules():
+        _mark_initialized(part, False)
+    module.initialize_weights()
+    return {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
+
+
+def _targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The checkpoint's name of each parameter or buffer that is in it.
+
+    transformers renames some tensors on load, which a view can follow; it also fuses and splits
+    some, which a view cannot.
+    """
+    state = module.state_dict(keep_vars=True)
+    transforms = get_model_conversion_mapping(module)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    prefix = module.base_model_prefix
+    targets: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    for name in names:
+        target, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, converted = name, None
+        if converted is not None:
+            raise ValueError(
+                f"tensor {name!r} is only a part of {target!r}, which {type(module).__name__} "
+                "computes with: save the model again with save_original_format=False"
+            )
+        if target not in state:
+            unused[target] = name
+        elif targets.setdefault(target, name) != name:
+            raise ValueError(f"tensors {targets[target]!r} and {name!r} are both {target!r}")
+    # Some leftovers of old versions are known to be harmless.
+    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unused))
+    module._adjust_missing_and_unexpected_keys(keys)  # type: ignore[arg-type]
+    for target in sorted(keys.unexpected_keys):
+        raise ValueError(f"tensor {unused[target]!r} has no place in {type(module).__name__}")
+    return targets
+
+
+def _dtype_of(module: PreTrainedModel, name: str, slot: torch.Tensor) -> torch.dtype:
+    """The dtype to which transformers' own loader would cast a parameter."""
+    plan: Mapping[str, torch.dtype] = module._get_dtype_plan(module.dtype)
+    wanted = ((part.replace("*", ".*"), dtype) for part, dtype in plan.items())
+    return next((dtype for part, dtype in wanted if re.search(part, name)), slot.dtype)
+
+
+def _guard(module: PreTrainedModel, model: Model) -> None:
+    """Tie a module to the runtime's model, so that it refuses to run on absent weights."""
+
+    def must_be_leased(module: nn.Module, arguments: Any) -> None:
+        if not model.leased:
+            raise StaleView(
+                f"{model.name!r} is not leased: run it under `with runtime.lease({model.name!r})`"
+            )
+
+    module.register_forward_pre_hook(must_be_leased)
+    module.warmserve_model = model  # type: ignore[assignment]

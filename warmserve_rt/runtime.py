@@ -1,0 +1,300 @@
+"""The runtime that a serving engine imports."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from ._errors import WarmServeError
+from ._units import parse_bytes
+from .checkpoint import Source, open_checkpoint
+from .layers import Grouping, Layout, LayerSpec, build_layout
+from .lease import Lease
+from .snapshot import Snapshot
+from .views import Framework, default_framework, make_tensors
+
+__all__ = ["BACKGROUND", "FOREGROUND", "Model", "Runtime", "Ticket"]
+
+BACKGROUND, FOREGROUND = 0, 100
+Ticket = _native.Ticket
+
+
+class Model:
+    """A registered model: its layout, and its addresses in the arena. Made by
+    :meth:`Runtime.register`."""
+
+    def __init__(self, native: _native.Model, layout: Layout, framework: Framework) -> None:
+        self.native = native
+        self.layout = layout
+        self._framework = framework
+        self._tensors: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r}: {len(self.layers)} layers, {self.nbytes} bytes>"
+
+    @property
+    def name(self) -> str:
+        return self.native.name
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """In execution order."""
+        return self.layout.layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, without what the last granule of each leaves over."""
+        return self.layout.nbytes
+
+    @property
+    def leased(self) -> bool:
+        """Whether some lease holds it now, with every layer resident."""
+        return self.native.leased
+
+    @property
+    def backing_epoch(self) -> int:
+        """Changes whenever the granules behind the model's addresses do. Lock-free."""
+        return self.native.backing_epoch
+
+    def tensors(self) -> dict[str, Any]:
+        """Unchecked views of all tensors, at addresses that never change; loads nothing.
+
+        For binding a module once. Reading one outside of a lease is a fault when its layer is not
+        resident (``print(module)`` of a torch module prints no values, but printing a tensor reads
+        it).
+        """
+        if self._tensors is None:
+            self._tensors = make_tensors(self.native, self.layout, self._framework)
+        return self._tensors
+
+
+class Runtime:
+    """One device's memory, shared by many models.
+
+    ``arena``: bytes of device memory it owns, all taken at once. ``staging``: the most pinned host
+    memory it takes, in chunks of ``chunk`` bytes (unused where the CPU reaches the device's
+    memory). ``granule``: bytes, a multiple of the device's granularity. ``loaders``: threads that
+    load; by default one for each CPU but one, four at the most. ``pump``: no threads at all, and
+    :meth:`step` does the work. ``poison``: evicted addresses read as NaN, and do not fault, for
+    debugging. ``tensors``: "torch" or "numpy"; by default torch where it is installed.
+
+    Sizes are bytes or strings such as ``"2GiB"``. Thread-safe. Not usable in a forked child, where
+    every method raises WarmServeError and the model's addresses are not mapped at all.
+    """
+
+    def __init__(
+        self,
+        device: str = "host",
+        arena: int | str = "2GiB",
+        staging: int | str = "256MiB",
+        *,
+        granule: int | str = "2MiB",
+        chunk: int | str = "8MiB",
+        loaders: int | None = None,
+        pump: bool = False,
+        poison: bool = False,
+        tensors: Framework | None = None,
+        driver: _native.Driver | None = None,
+    ) -> None:
+        if device != "host":
+            raise ValueError(f"no device {device!r}: this build has 'host'")
+        if loaders is None:
+            loaders = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
+        if loaders < 1:
+            raise ValueError(f"{loaders} loaders: for none, say pump=True")
+        self._framework = tensors or default_framework()
+        self._models: dict[str, Model] = {}
+        self._open: _native.Runtime | None = _native.Runtime(
+            driver or _native.host_driver(threads=not pump),
+            arena=parse_bytes(arena),
+            staging=parse_bytes(staging),
+            granule=parse_bytes(granule),
+            chunk=parse_bytes(chunk),
+            loaders=0 if pump else loaders,
+            poison=poison,
+        )
+        _runtimes.add(self)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Evicts everything and gives all memory back; idempotent. Raises Busy while anything is
+        leased. Views that outlive it keep their addresses, with nothing behind them."""
+        if self._open is None:
+            return
+        self._open.close()
+        self._open = None
+        self._models.clear()
+
+    @property
+    def native(self) -> _native.Runtime:
+        """The native runtime; raises WarmServeError when this one is closed."""
+        if self._open is None:
+            raise WarmServeError("the runtime is closed")
+        return self._open
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        return tuple(self._models.values())
+
+    def register(
+        self,
+        name: str,
+        checkpoint: Source,
+        *,
+        layers: Grouping | None = None,
+        writable: bool = False,
+        allow_symlinks: bool = False,
+    ) -> Model:
+        """Makes a model known; loads nothing. Its files stay open until it is unregistered.
+
+        ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
+        ``layers``: how tensors form layers, where their names do not tell; see
+        :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
+        eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
+        leave it, as in Hugging Face's cache.
+
+        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken). Strong.
+        """
+        native = self.native
+        with closing(open_checkpoint(checkpoint, allow_symlinks=allow_symlinks)) as opened:
+            layout = build_layout(opened, layers)
+            model = native.register(
+                name,
+                [
+                    (
+                        file.fd,
+                        file.path,
+                        (
+                            file.identity.device,
+                            file.identity.inode,
+                            file.identity.size,
+                            file.identity.mtime_ns,
+                            file.identity.ctime_ns,
+                        ),
+                    )
+                    for file in opened.files
+                ],
+                [
+                    (
+                        layer.nbytes,
+                        [(s.file, s.file_offset, s.layer_offset, s.nbytes) for s in layer.segments],
+                    )
+                    for layer in layout.layers
+                ],
+                writable=writable,
+            )
+        self._models[name] = Model(model, layout, self._framework)
+        return self._models[name]
+
+    def unregister(self, model: Model | str, *, timeout: float | None = None) -> None:
+        """Evicts a model and forgets it. Views of it keep their addresses, with nothing behind.
+        Raises as :meth:`evict`."""
+        found = self.model(model)
+        self.native.unregister(found.native, timeout)
+        del self._models[found.name]
+
+    def model(self, model: Model | str) -> Model:
+        """The registered model of that name (or itself). Raises ValueError."""
+        found = self._models.get(model if isinstance(model, str) else model.name)
+        if found is None or not (found is model or isinstance(model, str)):
+            raise ValueError(f"no model {model!r} is registered")
+        return found
+
+    def prewarm(self, model: Model | str, *, priority: int = BACKGROUND) -> Ticket:
+        """Begins to load what is not resident; returns at once.
+
+        What has to go is evicted as room is needed, never anything leased. Raises
+        OutOfDeviceMemory (it could never fit), Busy (not beside what is leased). The ticket's
+        ``wait(timeout)`` raises what loading raised; ``cancel()`` leaves the layers that arrived.
+        Per layer.
+        """
+        return self.native.prewarm(self.model(model).native, priority)
+
+    def swap(
+        self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND
+    ) -> Ticket:
+        """Loads one model in the granules of another, which is absent when the ticket is done.
+        Creates no granules. Raises as :meth:`prewarm`, and Busy while ``evict`` is leased."""
+        return self.native.swap(self.model(evict).native, self.model(load).native, priority)
+
+    def evict(self, model: Model | str, *, timeout: float | None = None) -> None:
+        """Takes a model out of the arena; cancels what is loading it. Blocks while streams that
+        were recorded still use it. Raises Busy (leased), TimeoutError. Per layer."""
+        self.native.evict(self.model(model).native, timeout)
+
+    def lease(
+        self, models: Model | str | Sequence[Model | str], *, timeout: float | None = None
+    ) -> Lease:
+        """A lease on one model, or on several all or nothing; not yet acquired. ``timeout`` in
+        seconds, for each acquisition. See :class:`Lease`."""
+        if isinstance(models, str | Model):
+            models = (models,)
+        wanted = tuple(dict.fromkeys(self.model(model) for model in models))
+        if not wanted:
+            raise ValueError("a lease on no model")
+        return Lease(self.native, wanted, timeout)
+
+    def stamp(self, model: Model | str, keep_value: float, *, layer: int | None = None) -> None:
+        """How much a model, or one layer of it, is worth keeping: the lowest goes first when room
+        is needed, and of equals (0.0 at first) the least recently used. Wait-free."""
+        self.native.stamp(self.model(model).native, keep_value, layer)
+
+    def trim(self) -> int:
+        """Gives free granules back to the device; they are made again when needed. Returns the
+        bytes given back."""
+        return self.native.trim()
+
+    def tensors(self, model: Model | str) -> dict[str, Any]:
+        """See :meth:`Model.tensors`."""
+        return self.model(model).tensors()
+
+    def read_back(self, model: Model | str, layer: int) -> npt.NDArray[np.uint8]:
+        """A copy of a resident layer's bytes, as the device has them: shape ``(layer.nbytes,)``.
+        Raises StaleView unless it is resident, ValueError for an unknown layer."""
+        found = self.model(model)
+        if not 0 <= layer < len(found.layers):
+            raise ValueError(f"{found.name!r} has {len(found.layers)} layers, no layer {layer}")
+        out = np.empty(found.layers[layer].nbytes, np.uint8)
+        self.native.read_back(found.native, layer, out)
+        return out
+
+    def snapshot(self) -> Snapshot:
+        """What is where now, as plain values."""
+        return Snapshot.of(self.native)
+
+    def stream(self) -> _native.Stream:
+        """A new stream of the device: work in order, beside the caller's."""
+        return self.native.stream()
+
+    def step(self) -> bool:
+        """With ``pump``: one chunk of one transfer. False when there is nothing to do."""
+        return self.native.step()
+
+    def check_invariants(self) -> None:
+        """Raises WarmServeError, naming the first thing wrong in the runtime's books."""
+        self.native.check_invariants()
+
+
+# What is open when the interpreter exits is closed; what cannot be closed is left to the process.
+_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for runtime in list(_runtimes):
+        with suppress(WarmServeError):
+            runtime.close()
+    _native.process_exits()

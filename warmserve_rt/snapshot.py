@@ -1,0 +1,90 @@
+"""What a runtime held at one moment, as plain values: all that a policy may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import _native
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSnapshot:
+    """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent."""
+
+    residency: str  # "absent", "filling", "resident" or "draining"
+    nbytes: int
+    granules: int
+    keep_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSnapshot:
+    """One model: its layers in execution order, and how many leases hold it."""
+
+    leases: int
+    backing_epoch: int
+    layers: tuple[LayerSnapshot, ...]
+
+    @property
+    def resident(self) -> bool:
+        """Whether every layer is."""
+        return all(layer.residency == "resident" for layer in self.layers)
+
+    @property
+    def granules(self) -> int:
+        """Granules that its layers occupy now."""
+        return sum(layer.granules for layer in self.layers if layer.residency != "absent")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One device. Bytes and counts since the runtime was made; ``driver_calls`` maps a driver
+    primitive to how often it was called and the nanoseconds spent in it."""
+
+    granule_bytes: int
+    granules: int
+    granules_free: int
+    granules_trimmed: int
+    pinned_bytes: int
+    leases: int
+    bytes_loaded: int
+    layers_loaded: int
+    layers_evicted: int
+    driver_calls: Mapping[str, tuple[int, int]]
+    models: Mapping[str, ModelSnapshot]
+
+    @property
+    def arena_bytes(self) -> int:
+        """The budget."""
+        return self.granules * self.granule_bytes
+
+    @classmethod
+    def of(cls, native: _native.Runtime) -> Snapshot:
+        """Reads the runtime's books; wait-free."""
+        state = native.state()
+        return cls(
+            granule_bytes=state.granule_bytes,
+            granules=state.granules,
+            granules_free=state.granules_free,
+            granules_trimmed=state.granules_uncreated,
+            pinned_bytes=state.pinned_bytes,
+            leases=state.leases,
+            bytes_loaded=state.bytes_loaded,
+            layers_loaded=state.layers_loaded,
+            layers_evicted=state.layers_evicted,
+            driver_calls=native.driver_calls(),
+            models={
+                model.name: ModelSnapshot(
+                    model.leases,
+                    model.backing_epoch,
+                    tuple(
+                        LayerSnapshot(x.residency, x.nbytes, x.granules, x.keep_value)
+                        for x in model.layers
+                    ),
+                )
+                for model in state.models
+            },
+        )

@@ -1,0 +1,132 @@
+"""Tensors over a model's addresses: torch or numpy, zero-copy by DLPack.
+
+The dtypes that a framework lacks, or that DLPack cannot name, travel as bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._errors import StaleView
+
+if TYPE_CHECKING:
+    from . import _native
+    from .layers import Layout, TensorSpec
+
+# DLPack type codes, by the names of the safetensors format.
+_INT, _UINT, _FLOAT, _BFLOAT, _COMPLEX, _BOOL = 0, 1, 2, 4, 5, 6
+_DLPACK: dict[str, tuple[int, int, int]] = {  # code, bits, lanes
+    "BOOL": (_BOOL, 8, 1),
+    "U8": (_UINT, 8, 1),
+    "I8": (_INT, 8, 1),
+    "U16": (_UINT, 16, 1),
+    "I16": (_INT, 16, 1),
+    "U32": (_UINT, 32, 1),
+    "I32": (_INT, 32, 1),
+    "U64": (_UINT, 64, 1),
+    "I64": (_INT, 64, 1),
+    "F16": (_FLOAT, 16, 1),
+    "BF16": (_BFLOAT, 16, 1),
+    "F32": (_FLOAT, 32, 1),
+    "F64": (_FLOAT, 64, 1),
+    "C64": (_COMPLEX, 64, 1),
+    "F8_E4M3": (10, 8, 1),
+    "F8_E4M3FNUZ": (11, 8, 1),
+    "F8_E5M2": (12, 8, 1),
+    "F8_E5M2FNUZ": (13, 8, 1),
+    "F8_E8M0": (14, 8, 1),
+    "F4": (17, 4, 2),  # two to a byte, so the last dimension counts pairs
+}
+_BYTES = (_UINT, 8, 1)
+_NUMPY = frozenset(_DLPACK) - {"BF16", "F4"} - {name for name in _DLPACK if name[:2] == "F8"}
+
+Framework = str  # "torch" or "numpy"
+Tensors = Mapping[str, Any]
+
+
+def default_framework() -> Framework:
+    """Torch where it is installed, else numpy."""
+    return "torch" if importlib.util.find_spec("torch") else "numpy"
+
+
+def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = False) -> _native.View:
+    """A DLPack producer for one tensor. ``as_bytes``: shape ``(nbytes,)`` of uint8."""
+    shape = list(spec.shape)
+    kind = _DLPACK.get(spec.dtype.name, _BYTES)
+    if spec.dtype.name == "F4":
+        whole_pairs = bool(shape) and shape[-1] % 2 == 0
+        as_bytes = as_bytes or not whole_pairs
+        if whole_pairs:
+            shape[-1] //= 2
+    if as_bytes or spec.dtype.name not in _DLPACK:
+        kind, shape = _BYTES, [spec.nbytes]
+    return model.view(spec.layer, spec.offset, shape, spec.nbytes, *kind)
+
+
+def _torch_tensor(model: _native.Model, spec: TensorSpec) -> Any:
+    import torch
+
+    return torch.from_dlpack(native_view(model, spec))
+
+
+def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
+    return np.from_dlpack(native_view(model, spec, as_bytes=spec.dtype.name not in _NUMPY))
+
+
+_MAKERS: dict[Framework, Callable[[_native.Model, TensorSpec], Any]] = {
+    "torch": _torch_tensor,
+    "numpy": _numpy_tensor,
+}
+
+
+def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> dict[str, Any]:
+    """All tensors of a model, at its addresses, whether or not anything is behind them.
+
+    Each has its checkpoint's shape and dtype; what the framework cannot express (bf16, fp8, fp4 and
+    fp6 in numpy; fp6 in torch) is uint8 of shape ``(nbytes,)``.
+    """
+    if framework not in _MAKERS:
+        raise ValueError(f"tensors as {framework!r}: choose from {sorted(_MAKERS)}")
+    make = _MAKERS[framework]
+    return {name: make(model, spec) for name, spec in layout.tensors.items()}
+
+
+class LeasedTensors(Mapping[str, Any]):
+    """A model's tensors while a lease holds it. Looking one up afterwards raises StaleView.
+
+    The tensors themselves cannot know: reading one outside of a lease is a fault when its layer is
+    not resident.
+    """
+
+    __slots__ = ("_epoch", "_held", "_model", "_tensors")
+
+    def __init__(
+        self, model: _native.Model, tensors: Tensors, held: Callable[[], bool]
+    ) -> None:
+        self._model = model
+        self._tensors = tensors
+        self._held = held
+        self._epoch = model.backing_epoch
+
+    def _check(self) -> None:
+        if not self._held():
+            raise StaleView(f"the lease on {self._model.name!r} was released")
+        if self._model.backing_epoch != self._epoch:
+            raise StaleView(f"the granules behind {self._model.name!r} changed under this lease")
+
+    def __getitem__(self, name: str) -> Any:
+        self._check()
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._check()
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
