@@ -39,7 +39,7 @@ Arena::Arena(DevicePtr device, const Options& options)
   if (!device_->facts().host_view) window_ = reserve(budget());
   std::vector<GranuleId> all(capacity_);
   std::iota(all.begin(), all.end(), 0);
-  create(all);
+  for (const GranuleId id : all) create(id);
   pool_.give(all);
   if (options.poison) make_poison();
 }
@@ -57,27 +57,33 @@ void Arena::return_uncreated(std::span<const GranuleId> ids) {
   std::sort(uncreated_.begin(), uncreated_.end(), std::greater<>());
 }
 
-void Arena::create(std::span<const GranuleId> ids) {
-  std::size_t made = 0;
-  try {
-    for (; made < ids.size(); ++made) {
-      const GranuleId id = ids[made];
-      if (slots_[id].window) {  // what destroy() could not unmap
-        slots_[id].window->unmap();
-        slots_[id].window.reset();
-      }
-      Granule granule(device_, granule_bytes_);
-      if (window_) {
-        const Handle handle = granule.handle();
-        Mapping window(window_, id * granule_bytes_, std::span(&handle, 1), granule_bytes_);
-        window.set_access(Access::read_write);
-        slots_[id].window.emplace(std::move(window));
-      }
-      slots_[id].granule.emplace(std::move(granule));
+void Arena::create(GranuleId id) {
+  Slot& slot = slots_[id];
+  if (slot.window) {  // that could not be dropped before
+    slot.window->unmap();
+    slot.window.reset();
+  }
+  Granule granule(device_, granule_bytes_);
+  if (window_) {
+    const Handle handle = granule.handle();
+    Mapping window(window_, id * granule_bytes_, std::span(&handle, 1), granule_bytes_);
+    slot.window.emplace(std::move(window));
+    try {
+      slot.window->set_access(Access::read_write);
+    } catch (...) {
+      drop_window(slot);
+      throw;
     }
-  } catch (...) {
-    destroy(ids.first(made));
-    throw;
+  }
+  slot.granule.emplace(std::move(granule));
+}
+
+// Where the driver refuses, create() tries again.
+void Arena::drop_window(Slot& slot) noexcept {
+  try {
+    if (slot.window) slot.window->unmap();
+    slot.window.reset();
+  } catch (const Error&) {
   }
 }
 
@@ -92,14 +98,16 @@ std::size_t Arena::destroy(std::span<const GranuleId> ids) noexcept {
       return done;
     }
     slot.granule.reset();
-    if (!slot.window) continue;
-    try {
-      slot.window->unmap();
-      slot.window.reset();
-    } catch (const Error&) {  // create() tries again
-    }
+    drop_window(slot);
   }
   return ids.size();
+}
+
+void Arena::release() noexcept {
+  slots_.clear();  // and with it windows that would not be unmapped before
+  slots_.resize(capacity_);
+  window_.reset();
+  poison_.reset();
 }
 
 void Arena::make_poison() {

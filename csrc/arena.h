@@ -49,11 +49,14 @@ class Arena {
   void return_uncreated(std::span<const GranuleId> ids);
   void check_invariants() const;
 
-  // Makes claimed ids granules. Strong: on a throw none of them is one. Blocks.
-  void create(std::span<const GranuleId> ids);
+  // Makes a claimed id a granule. Strong. Blocks.
+  void create(GranuleId id);
   // Gives taken granules back to the driver, in order, and returns how many; it stops at the first
   // that the driver keeps, which stays a granule. Blocks.
   std::size_t destroy(std::span<const GranuleId> ids) noexcept;
+
+  // Gives back what is not a granule. Pre-condition: all granules are destroyed.
+  void release() noexcept;
 
   ReservationPtr reserve(std::uint64_t bytes) const {
     return std::make_shared<Reservation>(device_, bytes);
@@ -72,6 +75,7 @@ class Arena {
     std::optional<Granule> granule;
     std::optional<Mapping> window;  // unmapped before the granule goes
   };
+  static void drop_window(Slot& slot) noexcept;
   void make_poison();
 
   DevicePtr device_;

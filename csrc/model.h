@@ -65,7 +65,7 @@ struct Model {
   std::uint32_t missing = 0;   // layers that are not resident
   std::uint64_t last_use = 0;  // the runtime's logical clock
   // Positions in users' streams that end their use of the model; waited for before unmapping.
-  std::vector<std::shared_ptr<Event>> fences;
+  std::vector<std::shared_ptr<const Fence>> fences;
 };
 using ModelPtr = std::shared_ptr<Model>;
 

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace warmserve {
@@ -27,6 +28,14 @@ void check_shape(const std::string& name, const std::vector<File>& files,
   }
 }
 
+// A copy under way, and what it writes.
+struct ReadBack {
+  ReadBack(DevicePtr device, std::uint64_t size)
+      : bytes(new std::byte[size]), stream(std::move(device)) {}
+  std::unique_ptr<std::byte[]> bytes;
+  Stream stream;
+};
+
 }  // namespace
 
 Runtime::Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options)
@@ -35,7 +44,7 @@ Runtime::Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options)
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       books_(arena_),
       desk_(books_),
-      transfer_(books_, staging_, {options.loaders}) {}
+      transfer_(books_, staging_, {options.loaders, options.staging_timeout}) {}
 
 std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options) {
@@ -124,8 +133,6 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   Lock lock = open();
   require_registered(lock, *model);
   evict_locked(lock, model, deadline, poll);
-  if (model->holds) throw Error(ErrorKind::busy, "'" + model->name + "' is leased");
-  transfer_.drop_model(lock, *model, cancelled("'" + model->name + "' was unregistered"));
   model->registered = false;
   books_.models.erase(model->name);
   reservation = std::move(model->reservation);
@@ -197,7 +204,7 @@ void Runtime::evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline,
       return l.owned || l.residency == Residency::filling;
     });
   };
-  while (!gone()) {
+  do {
     if (model->holds) throw Error(ErrorKind::busy, "'" + model->name + "' is leased");
     transfer_.drop_model(lock, *model, cancelled("'" + model->name + "' was evicted"));
     std::vector<Layer*> layers;
@@ -217,7 +224,7 @@ void Runtime::evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline,
     }
     if (!wait_until(lock, deadline, poll, settled))
       throw Error(ErrorKind::timeout, "'" + model->name + "' was not evicted in time");
-  }
+  } while (!gone());
 }
 
 std::uint64_t Runtime::trim() {
@@ -295,10 +302,9 @@ void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& po
   }
 }
 
-void Runtime::record(const HoldPtr& hold, StreamId stream) {
+void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {
   enter();
-  auto fence = std::make_shared<Event>(device_);
-  fence->record(stream);
+  const auto fence = std::make_shared<const Fence>(stream);
   const Lock lock = open();
   if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
   for (const ModelPtr& model : hold->models) {
@@ -372,16 +378,22 @@ void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* o
   if (!layer.bytes) return;
   layer.owned = true;  // so that it stays
   lock.unlock();
+  std::shared_ptr<ReadBack> read;
   std::exception_ptr error;
   try {
-    Stream stream(device_);
-    stream.copy_from_device(out, model->reservation->address() + layer.offset, layer.bytes);
-    stream.synchronize();
+    read = std::make_shared<ReadBack>(device_, layer.bytes);
+    read->stream.copy_from_device(read->bytes.get(),
+                                  model->reservation->address() + layer.offset, layer.bytes);
+    read->stream.synchronize();
+    std::memcpy(out, read->bytes.get(), layer.bytes);
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
   layer.owned = false;
+  if (error && read)  // the copy may still run: neither its source nor its target may go
+    model->fences.push_back(
+        std::make_shared<const Fence>(std::shared_ptr<Stream>(read, &read->stream)));
   books_.wake();
   if (error) std::rethrow_exception(error);
 }
@@ -427,9 +439,8 @@ void Runtime::close(const Poll& poll) {
   enter();
   {
     const Lock lock(books_.mutex);
-    if (desk_.active())
-      throw no_room(ErrorKind::busy, "close: something is leased; it", 0, arena_.budget(),
-                    books_.holders(lock));
+    for (const Holder& holder : books_.holders(lock))
+      if (holder.leased) throw Error(ErrorKind::busy, "close: '" + holder.name + "' is leased");
     closed_ = true;
   }
   transfer_.stop();
@@ -441,7 +452,14 @@ void Runtime::close(const Poll& poll) {
     model->reservation.reset();
     books_.models.erase(books_.models.begin());
   }
-  trim_locked(lock);
+  wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
+  if (arena_.free_count()) trim_locked(lock);
+  lock.unlock();
+  transfer_.release();
+  staging_.release();
+  arena_.release();
+  if (!device_->retry_releases())
+    throw Error(ErrorKind::general, "close: the driver does not take everything back");
 }
 
 }  // namespace warmserve

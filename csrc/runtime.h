@@ -21,6 +21,7 @@ struct RuntimeOptions {
   std::uint64_t arena_bytes = 0, staging_bytes = 0;
   std::uint64_t granule_bytes = 2 * kMiB, chunk_bytes = 8 * kMiB;
   unsigned loaders = 1;  // threads; 0: pump
+  std::chrono::milliseconds staging_timeout{30'000};  // longest wait of a load for a chunk
   bool poison = false;   // evicted addresses stay readable, as NaN
 };
 
@@ -88,8 +89,9 @@ class Runtime {
   HoldPtr begin_lease(const std::vector<ModelPtr>& models, std::uint64_t owner);
   // Blocks until it holds. On a throw (timeout, a failed load, what poll throws) it is left.
   void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll);
-  // What the stream was given so far must run before the models may be unmapped. Strong.
-  void record(const HoldPtr& hold, StreamId stream);
+  // What the stream was given so far will run before the models are unmapped. Throws stale_view
+  // unless the lease is held. Wait-free.
+  void record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream);
   // Wait-free; at once even where the lease was still waited for. Idempotent.
   void end_lease(const HoldPtr& hold);
 
@@ -110,7 +112,8 @@ class Runtime {
   RuntimeState state();
   bool step();
   void check_invariants();
-  // Per layer. Ends loaders, evicts all, frees all. Throws busy while anything is leased. Blocks.
+  // Per layer. Ends loaders, evicts all, frees all. Throws busy while anything is leased, and
+  // general when the driver keeps something: calling again goes on from there. Blocks.
   void close(const Poll& poll);
 
  private:

@@ -29,6 +29,13 @@ std::uint64_t StagingPool::pinned_bytes() const {
   return regions_.size() * chunk_bytes_;
 }
 
+void StagingPool::release() {
+  const std::lock_guard lock(mutex_);
+  if (free_.size() < regions_.size()) return;
+  free_.clear();
+  regions_.clear();
+}
+
 // A free chunk, or a new one while the bound allows; null otherwise. Pins without the lock.
 std::byte* StagingPool::take_free(std::unique_lock<std::mutex>& lock) {
   if (!free_.empty()) {

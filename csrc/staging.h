@@ -42,6 +42,8 @@ class StagingPool {
   // Chunks that could be lent now.
   std::size_t available() const;
   std::uint64_t pinned_bytes() const;
+  // Unpins everything, if no chunk is lent.
+  void release();
 
   // A chunk if one is free and nobody waits for it.
   std::optional<Chunk> try_acquire();

@@ -97,8 +97,11 @@ void Transfer::drop(const Lock& lock, const TicketPtr& ticket, std::exception_pt
 }
 
 void Transfer::drop_model(const Lock& lock, Model& model, std::exception_ptr why) {
-  for (Layer& layer : model.layers)
-    while (layer.fill && !layer.fill->tickets.empty()) drop(lock, layer.fill->tickets.front(), why);
+  for (Layer& layer : model.layers) {
+    if (!layer.fill) continue;
+    const std::vector<TicketPtr> tickets = layer.fill->tickets;
+    for (const TicketPtr& ticket : tickets) drop(lock, ticket, why);
+  }
 }
 
 void Transfer::forget(const Lock&, Fill& fill) {
@@ -124,7 +127,7 @@ bool Transfer::advance(Lock& lock) {
 bool Transfer::advance(Lock& lock, Fill& fill, bool& room_blocked) {
   Layer& layer = *fill.layer;
   if (fill.phase == Phase::copying) {
-    if (fill.error || fill.give_way || fill.tickets.empty()) {
+    if (fill.failed || fill.give_way || fill.tickets.empty()) {
       if (fill.in_flight) return false;
       undo(lock, fill);
     } else if (fill.next < span(fill)) {
@@ -153,6 +156,7 @@ bool Transfer::advance(Lock& lock, Fill& fill, bool& room_blocked) {
            std::make_exception_ptr(no_room(ErrorKind::busy, fill.tickets.front()->what,
                                            fill.model->granules * books_.arena.granule_bytes(),
                                            books_.arena.budget(), books_.holders(lock))));
+      forget(lock, fill);
       return true;
   }
   return false;
@@ -199,11 +203,12 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
       give_up_if(stopping_ || fill.tickets.empty());
     };
     if (!victims.empty()) drain(books_, lock, victims, kNever, poll, granules);
-    std::sort(granules.begin(), granules.end());
     lock.unlock();
-    arena.create(fresh);
-    granules.insert(granules.end(), fresh.begin(), fresh.end());
-    fresh.clear();
+    for (; !fresh.empty(); fresh.pop_back()) {
+      arena.create(fresh.back());
+      granules.push_back(fresh.back());
+    }
+    std::sort(granules.begin(), granules.end());  // neighbours make one mapping
     layer.granules.assign(granules.begin(), granules.begin() + need);
     granules.erase(granules.begin(), granules.begin() + need);
     back(arena, layer);
@@ -216,7 +221,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   arena.give(granules);
   arena.return_uncreated(fresh);
   if (error) {
-    fill.error = error;
+    fail(lock, fill, error);
     undo(lock, fill);
   } else if (span(fill) == 0) {
     complete(lock, fill);
@@ -242,8 +247,9 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
     error = std::current_exception();
   }
   lock.lock();
+  if (error) fail(lock, fill, error);
   // What was sent by staging may be collected, and the fill gone, already.
-  if (by_host || error) arrived(lock, fill, end - begin, error);
+  if (by_host || error) arrived(lock, fill, end - begin);
 }
 
 void Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin, std::uint64_t end) {
@@ -265,27 +271,28 @@ void Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin, st
 
 bool Transfer::collect(Lock& lock, bool wait) {
   lock.unlock();
-  const std::vector<Uploads::Arrival> arrivals = uploads_.collect(wait);
+  const std::vector<Uploads::News> all = uploads_.collect(wait);
   lock.lock();
-  for (const auto& arrival : arrivals) arrived(lock, *arrival.fill, arrival.bytes, arrival.error);
-  return !arrivals.empty();
+  for (const Uploads::News& news : all) {
+    if (news.error)
+      fail(lock, *news.fill, news.error);
+    else
+      arrived(lock, *news.fill, news.bytes);
+  }
+  return !all.empty();
 }
 
 // Accounts for a chunk; the last one completes the fill.
-void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes,
-                       std::exception_ptr error) {
+void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
   --fill.in_flight;
-  if (error) {
-    if (!fill.error) fill.error = error;
-  } else {
-    fill.done += bytes;
-    for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done += bytes;
-  }
-  if (fill.done == span(fill)) return complete(lock, fill);
   books_.wake();
+  if (fill.failed) return;
+  fill.done += bytes;
+  for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done += bytes;
+  if (fill.done == span(fill)) complete(lock, fill);
 }
 
-// Takes the layer back to absent; then the fill ends, fails, or waits for its turn again.
+// Takes the layer back to absent; then the fill ends, or, if somebody wants it, starts again.
 void Transfer::undo(Lock& lock, Fill& fill) {
   Layer& layer = *fill.layer;
   if (layer.residency == filling) books_.transition(lock, layer, draining);
@@ -296,15 +303,14 @@ void Transfer::undo(Lock& lock, Fill& fill) {
   try {
     drain(books_, lock, {&layer}, kNever, nullptr, freed);
   } catch (...) {
-    if (!fill.error) fill.error = std::current_exception();
+    fail(lock, fill, std::current_exception());
   }
   books_.arena.give(freed);
-  if (fill.error) return fail(lock, fill, fill.error);
   if (fill.tickets.empty()) return forget(lock, fill);
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
   fill.phase = Phase::queued;
   fill.next = fill.done = 0;
-  fill.give_way = false;
+  fill.failed = fill.give_way = false;
 }
 
 void Transfer::complete(const Lock& lock, Fill& fill) {
@@ -322,10 +328,12 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
     if (ticket->fills.empty()) settle(lock, ticket);
 }
 
+// Ends the tickets that wait for the fill. Those that join it from now on see it start again.
 void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
+  fill.failed = true;
   const std::vector<TicketPtr> tickets = std::move(fill.tickets);
+  fill.tickets.clear();
   for (const TicketPtr& ticket : tickets) std::erase(ticket->fills, &fill);
-  forget(lock, fill);
   for (const TicketPtr& ticket : tickets) drop(lock, ticket, error);
 }
 

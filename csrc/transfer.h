@@ -33,14 +33,14 @@ struct Fill {
   std::uint64_t next = 0;       // first byte not handed to a loader
   std::uint64_t done = 0;       // bytes arrived
   std::uint32_t in_flight = 0;  // chunks handed out and not arrived
-  std::exception_ptr error{};   // of the first chunk that failed
+  bool failed = false;          // what was copied is not to be used
 };
 
 class Transfer {
  public:
   struct Options {
     unsigned loaders = 1;  // 0: pump
-    std::chrono::milliseconds staging_timeout{30'000};
+    std::chrono::milliseconds staging_timeout{0};
   };
   Transfer(Books& books, StagingPool& staging, const Options& options);
   ~Transfer();
@@ -62,6 +62,8 @@ class Transfer {
   bool step();
   // Ends the loaders, each after the chunk it is at. Idempotent.
   void stop();
+  // After stop() and the end of all fills: gives back what copies needed.
+  void release() { uploads_.release(); }
 
  private:
   enum class Room { enough, later, never };
@@ -76,7 +78,7 @@ class Transfer {
   void copy_chunk(Lock& lock, Fill& fill);
   void write_through_host_view(const Fill& fill, std::uint64_t begin, std::uint64_t end);
   bool collect(Lock& lock, bool wait);
-  void arrived(const Lock& lock, Fill& fill, std::uint64_t bytes, std::exception_ptr error);
+  void arrived(const Lock& lock, Fill& fill, std::uint64_t bytes);
   void undo(Lock& lock, Fill& fill);
   void complete(const Lock& lock, Fill& fill);
   void fail(const Lock& lock, Fill& fill, std::exception_ptr error);

@@ -24,18 +24,18 @@ StagingPool::Chunk Uploads::chunk() {
 
 void Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
                    std::uint64_t end) {
-  Flight flight{{fill, end - begin, nullptr}, chunk(), std::nullopt};
+  Flight flight{fill, end - begin, chunk(), std::nullopt};
   read_layer(model.files, layer.source, begin, end,
              {begin, staging_.chunk_bytes(), {flight.chunk.data()}});
   const std::lock_guard lock(mutex_);
   if (!stream_) stream_ = std::make_unique<Stream>(arena_.device());
-  enqueue(flight, layer, begin, end);
+  if (const auto error = enqueue(flight, layer, begin, end)) news_.push_back({fill, 0, error});
   flights_.push_back(std::move(flight));
 }
 
-// Neighbouring granules take one copy. Once a copy is under way an error no longer throws: it
-// travels with the flight, whose chunk must stay until the stream has passed it.
-void Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin, std::uint64_t end) {
+// Neighbouring granules take one copy. Once a copy is under way an error is returned, not thrown:
+// the flight goes on, for its chunk must stay until the stream has passed it.
+std::exception_ptr Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin, std::uint64_t end) {
   const std::uint64_t granule_bytes = arena_.granule_bytes();
   bool under_way = false;
   try {
@@ -57,55 +57,72 @@ void Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin, s
     spare_events_.pop_back();
   } catch (...) {
     if (!under_way) throw;
-    flight.arrival.error = std::current_exception();
+    return std::current_exception();
   }
+  return nullptr;
 }
 
-std::vector<Uploads::Arrival> Uploads::collect(bool wait) {
+std::vector<Uploads::News> Uploads::collect(bool wait) {
   gather(wait);
   const std::lock_guard lock(mutex_);
-  return std::exchange(arrived_, {});
+  return std::exchange(news_, {});
 }
 
 bool Uploads::under_way() {
   const std::lock_guard lock(mutex_);
-  return !flights_.empty() || !arrived_.empty();
+  return !flights_.empty() || !news_.empty();
+}
+
+void Uploads::release() {
+  const std::lock_guard lock(mutex_);
+  stream_.reset();
+  spare_events_.clear();
 }
 
 void Uploads::gather(bool wait) {
   std::unique_lock lock(mutex_);
-  if (!arrived_.empty()) wait = false;
+  if (!news_.empty()) wait = false;
   while (!flights_.empty()) {
     Flight flight = std::move(flights_.front());
     flights_.pop_front();
     lock.unlock();
-    const bool landed = over(flight, wait);
+    std::exception_ptr error;
+    const bool landed = over(flight, wait, error);
     lock.lock();
+    if (error) news_.push_back({flight.fill, 0, error});
     if (!landed) {
       flights_.push_front(std::move(flight));
       return;
     }
     wait = false;
     if (flight.event) spare_events_.push_back(std::move(*flight.event));
-    arrived_.push_back(std::move(flight.arrival));
+    news_.push_back({flight.fill, flight.bytes, nullptr});
   }
 }
 
-// Whether the copies have left the chunk. A device that is lost will not read it any more.
-bool Uploads::over(Flight& flight, bool wait) {
-  try {
-    if (flight.event) {
+// Whether the copies have left the chunk. Where the event fails, the stream is waited for; a device
+// that is lost will not read the chunk any more.
+bool Uploads::over(Flight& flight, bool wait, std::exception_ptr& error) {
+  const auto lost = [](const Error& e) { return e.kind() == ErrorKind::device_lost; };
+  if (flight.event) {
+    try {
       if (flight.event->complete()) return true;
-      if (wait) flight.event->wait(Clock::now() + kPollInterval, nullptr);
-      return wait;
+      if (!wait) return false;
+      flight.event->wait(Clock::now() + kPollInterval, nullptr);
+      return true;
+    } catch (const Error& caught) {
+      if (caught.kind() == ErrorKind::timeout) return false;
+      error = std::current_exception();
+      flight.event.reset();
+      if (lost(caught)) return true;
     }
-    if (wait) stream_->synchronize();
-    return wait;
-  } catch (const Error& error) {
-    if (error.kind() == ErrorKind::timeout) return false;
-    if (!flight.arrival.error) flight.arrival.error = std::current_exception();
-    flight.event.reset();
-    return error.kind() == ErrorKind::device_lost;
+  }
+  if (!wait) return false;
+  try {
+    stream_->synchronize();
+    return true;
+  } catch (const Error& caught) {
+    return lost(caught);
   }
 }
 

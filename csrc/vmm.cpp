@@ -37,6 +37,27 @@ bool Device::usable() const noexcept {
          !exiting.load(std::memory_order_relaxed);
 }
 
+void Device::give_back(Primitive primitive, std::function<Status(Driver&)> release) noexcept {
+  if (!usable()) return;
+  Count& count = counts_[static_cast<std::size_t>(primitive)];
+  count.calls.fetch_add(1, std::memory_order_relaxed);
+  const Status status = release(*driver_);
+  if (status == Status::ok || status == Status::device_lost) return;
+  const std::lock_guard lock(mutex_);
+  refused_.emplace_back(primitive, std::move(release));
+}
+
+bool Device::retry_releases() noexcept {
+  std::vector<std::pair<Primitive, std::function<Status(Driver&)>>> refused;
+  {
+    const std::lock_guard lock(mutex_);
+    refused.swap(refused_);
+  }
+  for (auto& [primitive, release] : refused) give_back(primitive, std::move(release));
+  const std::lock_guard lock(mutex_);
+  return refused_.empty();
+}
+
 void Device::process_exits() noexcept { exiting.store(true, std::memory_order_relaxed); }
 
 void Device::fail(Primitive primitive, Status status) {
@@ -60,8 +81,9 @@ Granule::Granule(Granule&& other) noexcept
       handle_(std::exchange(other.handle_, Handle::none)),
       host_view_(other.host_view_) {}
 Granule::~Granule() {
-  if (handle_ != Handle::none && device_->usable())
-    device_->attempt(Primitive::granule_release, &Driver::granule_release, handle_);
+  if (handle_ == Handle::none) return;
+  device_->give_back(Primitive::granule_release,
+                     [handle = handle_](Driver& driver) { return driver.granule_release(handle); });
 }
 void Granule::release() {
   device_->call(Primitive::granule_release, &Driver::granule_release, handle_);
@@ -73,8 +95,9 @@ Reservation::Reservation(DevicePtr device, std::uint64_t bytes)
   device_->call(Primitive::address_reserve, &Driver::address_reserve, bytes_, &address_);
 }
 Reservation::~Reservation() {
-  if (device_->usable())
-    device_->attempt(Primitive::address_free, &Driver::address_free, address_, bytes_);
+  device_->give_back(Primitive::address_free, [address = address_, bytes = bytes_](Driver& driver) {
+    return driver.address_free(address, bytes);
+  });
 }
 Mapping::Mapping(ReservationPtr reservation, std::uint64_t offset, std::span<const Handle> handles,
                  std::uint64_t granule_bytes)
@@ -85,8 +108,12 @@ Mapping::Mapping(ReservationPtr reservation, std::uint64_t offset, std::span<con
                                handles.size());
 }
 Mapping::~Mapping() {
-  if (reservation_ && reservation_->device()->usable())
-    reservation_->device()->attempt(Primitive::unmap, &Driver::unmap, address_, bytes_);
+  if (!reservation_) return;
+  const DevicePtr device = reservation_->device();
+  device->give_back(Primitive::unmap, [reservation = std::move(reservation_), address = address_,
+                                       bytes = bytes_](Driver& driver) {
+    return driver.unmap(address, bytes);
+  });
 }
 void Mapping::set_access(Access access) {
   reservation_->device()->call(Primitive::set_access, &Driver::set_access, address_, bytes_,
@@ -108,9 +135,10 @@ Stream::Stream(DevicePtr device) : device_(std::move(device)) {
   device_->call(Primitive::stream_create, &Driver::stream_create, &id_);
 }
 Stream::~Stream() {
-  if (!device_->usable()) return;
-  device_->attempt(Primitive::stream_synchronize, &Driver::stream_synchronize, id_);
-  device_->attempt(Primitive::stream_destroy, &Driver::stream_destroy, id_);
+  device_->give_back(Primitive::stream_destroy, [id = id_](Driver& driver) {
+    const Status status = driver.stream_synchronize(id);
+    return status == Status::ok ? driver.stream_destroy(id) : status;
+  });
 }
 void Stream::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes) {
   device_->call(Primitive::copy_to_device, &Driver::copy_to_device, to, from, bytes, id_);
@@ -131,8 +159,9 @@ Event::Event(DevicePtr device) : device_(std::move(device)) {
 Event::Event(Event&& other) noexcept
     : device_(other.device_), id_(std::exchange(other.id_, std::nullopt)) {}
 Event::~Event() {
-  if (id_ && device_->usable())
-    device_->attempt(Primitive::event_destroy, &Driver::event_destroy, *id_);
+  if (!id_) return;
+  device_->give_back(Primitive::event_destroy,
+                     [id = *id_](Driver& driver) { return driver.event_destroy(id); });
 }
 void Event::record(StreamId stream) {
   device_->call(Primitive::event_record, &Driver::event_record, *id_, stream);
@@ -157,13 +186,30 @@ void Event::wait(Deadline deadline, const Poll& poll) const {
   }
 }
 
+Fence::Fence(std::shared_ptr<Stream> stream) noexcept : stream_(std::move(stream)) {
+  try {
+    event_.emplace(stream_->device());
+    event_->record(stream_->id());
+  } catch (const Error&) {
+    event_.reset();
+  }
+}
+bool Fence::complete() const { return event_ && event_->complete(); }
+void Fence::wait(Deadline deadline, const Poll& poll) const {
+  if (event_)
+    event_->wait(deadline, poll);
+  else
+    stream_->synchronize();
+}
+
 PinnedRegion::PinnedRegion(DevicePtr device, std::uint64_t bytes)
     : device_(std::move(device)), bytes_(bytes) {
   device_->call(Primitive::pinned_create, &Driver::pinned_create, bytes_, &data_);
 }
 PinnedRegion::~PinnedRegion() {
-  if (device_->usable())
-    device_->attempt(Primitive::pinned_release, &Driver::pinned_release, data_, bytes_);
+  device_->give_back(Primitive::pinned_release, [data = data_, bytes = bytes_](Driver& driver) {
+    return driver.pinned_release(data, bytes);
+  });
 }
 
 }  // namespace warmserve

@@ -7,11 +7,13 @@
 #include <array>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "driver/driver.h"
 #include "error.h"
@@ -59,6 +61,11 @@ class Device {
         std::memory_order_relaxed);
     return status;
   }
+  // For destructors: calls a primitive that gives something back. Where the device is not usable it
+  // is left; where the driver refuses, `release` is kept and tried again by retry_releases().
+  void give_back(Primitive primitive, std::function<Status(Driver&)> release) noexcept;
+  // In the order they were refused. True when none is left.
+  bool retry_releases() noexcept;
   const Count& count(Primitive primitive) const noexcept {
     return counts_[static_cast<std::size_t>(primitive)];
   }
@@ -68,6 +75,8 @@ class Device {
  private:
   std::shared_ptr<Driver> driver_;
   const std::uint64_t born_;  // generation of the process, see vmm.cpp
+  std::mutex mutex_;  // a leaf: guards refused_
+  std::vector<std::pair<Primitive, std::function<Status(Driver&)>>> refused_;
   std::array<Count, static_cast<std::size_t>(Primitive::count)> counts_;
 };
 using DevicePtr = std::shared_ptr<Device>;
@@ -142,6 +151,7 @@ class Stream {
   Stream(const Stream&) = delete;
 
   StreamId id() const noexcept { return id_; }
+  const DevicePtr& device() const noexcept { return device_; }
   void copy_to_device(Address to, const std::byte* from, std::uint64_t bytes);
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
   bool step();
@@ -167,6 +177,20 @@ class Event {
  private:
   DevicePtr device_;
   std::optional<EventId> id_;
+};
+
+// A position in a stream that somebody will have to wait for. Made without fail: where the driver
+// refuses an event, all that the stream has by then is waited for instead.
+class Fence {
+ public:
+  explicit Fence(std::shared_ptr<Stream> stream) noexcept;
+  bool complete() const;  // false also where only waiting can tell
+  // Blocks. Throws timeout (not where the stream itself is waited for), or what poll throws.
+  void wait(Deadline deadline, const Poll& poll) const;
+
+ private:
+  std::shared_ptr<Stream> stream_;  // lives as long as somebody may wait for it
+  std::optional<Event> event_;
 };
 
 class PinnedRegion {

@@ -82,7 +82,8 @@ class Runtime:
     ``arena``: bytes of device memory it owns, all taken at once. ``staging``: the most pinned host
     memory it takes, in chunks of ``chunk`` bytes (unused where the CPU reaches the device's
     memory). ``granule``: bytes, a multiple of the device's granularity. ``loaders``: threads that
-    load; by default one for each CPU but one, four at the most. ``pump``: no threads at all, and
+    load; by default one for each CPU but one, four at the most. ``staging_timeout``: seconds that a
+    load waits for a chunk before it fails with StagingTimeout. ``pump``: no threads at all, and
     :meth:`step` does the work. ``poison``: evicted addresses read as NaN, and do not fault, for
     debugging. ``tensors``: "torch" or "numpy"; by default torch where it is installed.
 
@@ -99,6 +100,7 @@ class Runtime:
         granule: int | str = "2MiB",
         chunk: int | str = "8MiB",
         loaders: int | None = None,
+        staging_timeout: float = 30.0,
         pump: bool = False,
         poison: bool = False,
         tensors: Framework | None = None,
@@ -119,6 +121,7 @@ class Runtime:
             granule=parse_bytes(granule),
             chunk=parse_bytes(chunk),
             loaders=0 if pump else loaders,
+            staging_timeout=staging_timeout,
             poison=poison,
         )
         _runtimes.add(self)

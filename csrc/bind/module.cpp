@@ -249,7 +249,7 @@ void bind_handles(py::module_& m) {
       .def(
           "record",
           [](const PyHold& self, const PyStream& stream) {
-            self.runtime->record(self.held(), stream.stream->id());
+            self.runtime->record(self.held(), stream.stream);
           },
           py::arg("stream"), NoGil())
       .def("release", &PyHold::release);
@@ -306,13 +306,18 @@ void bind_state(py::module_& m) {
 void bind_runtime(py::module_& m) {
   py::class_<Runtime, RuntimePtr>(m, "Runtime")
       .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
-                       std::uint64_t granule, std::uint64_t chunk, unsigned loaders, bool poison) {
+                       std::uint64_t granule, std::uint64_t chunk, unsigned loaders,
+                       double staging_timeout, bool poison) {
              const py::gil_scoped_release release;
              return Runtime::make(std::move(driver),
-                                  {arena, staging, granule, chunk, loaders, poison});
+                                  {arena, staging, granule, chunk, loaders,
+                                   std::chrono::milliseconds(
+                                       static_cast<std::int64_t>(staging_timeout * 1e3)),
+                                   poison});
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
-           py::arg("granule"), py::arg("chunk"), py::arg("loaders"), py::arg("poison"))
+           py::arg("granule"), py::arg("chunk"), py::arg("loaders"),
+           py::arg("staging_timeout"), py::arg("poison"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
            py::arg("writable"))
       .def(

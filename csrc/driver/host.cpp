@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <unordered_map>
 #include <vector>
 
 #include "driver/driver.h"
@@ -83,7 +84,7 @@ class HostDriver final : public Driver {
       free_slots_.emplace(bytes, offset);
       return Status::out_of_memory;
     }
-    slots_.emplace(offset + 1, bytes);  // the offset names the slot; 0 is no handle
+    slots_[offset + 1] = {bytes};  // the offset names the slot; 0 is no handle
     *out = Handle{offset + 1};
     return Status::ok;
   }
@@ -91,10 +92,11 @@ class HostDriver final : public Driver {
   Status granule_release(Handle handle) override {
     const std::lock_guard lock(mutex_);
     const auto slot = slots_.find(static_cast<std::uint64_t>(handle));
-    if (slot == slots_.end()) return Status::invalid;
-    if (!punch(slot->first - 1, slot->second)) return Status::failed;
-    free_slots_.emplace(slot->second, slot->first - 1);
-    slots_.erase(slot);
+    if (slot == slots_.end() || slot->second.released) return Status::invalid;
+    if (slot->second.mappings)
+      slot->second.released = true;
+    else if (!recycle(slot->first))
+      return Status::failed;
     return Status::ok;
   }
 
@@ -130,12 +132,12 @@ class HostDriver final : public Driver {
     std::vector<Run> runs;
     for (std::size_t i = 0; i < count; ++i) {
       const auto slot = slots_.find(static_cast<std::uint64_t>(handles[i]));
-      if (slot == slots_.end()) return Status::invalid;
+      if (slot == slots_.end() || slot->second.released) return Status::invalid;
       const std::uint64_t offset = slot->first - 1;
       if (!runs.empty() && runs.back().offset + runs.back().bytes == offset)
-        runs.back().bytes += slot->second;
+        runs.back().bytes += slot->second.bytes;
       else
-        runs.push_back({offset, slot->second});
+        runs.push_back({offset, slot->second.bytes});
     }
     // At the limit even replacing a mapping fails, so unmap could: each run is counted with the
     // hole beside it, and the last tenth is never used.
@@ -152,7 +154,9 @@ class HostDriver final : public Driver {
       }
       end += run.bytes;
     }
-    if (count) mapped_[address] = {end - address, runs.size()};
+    mapped_[address] = {runs.size(), {handles, handles + count}};
+    for (std::size_t i = 0; i < count; ++i)
+      ++slots_[static_cast<std::uint64_t>(handles[i])].mappings;
     runs_mapped_ += runs.size();
     return Status::ok;
   }
@@ -161,7 +165,13 @@ class HostDriver final : public Driver {
     const std::lock_guard lock(mutex_);
     if (!hide(address, bytes)) return Status::failed;
     const auto first = mapped_.lower_bound(address), last = mapped_.lower_bound(address + bytes);
-    for (auto mapping = first; mapping != last; ++mapping) runs_mapped_ -= mapping->second.runs;
+    for (auto mapping = first; mapping != last; ++mapping) {
+      runs_mapped_ -= mapping->second.runs;
+      for (const Handle handle : mapping->second.handles) {
+        Slot& slot = slots_[static_cast<std::uint64_t>(handle)];
+        if (--slot.mappings == 0 && slot.released) recycle(static_cast<std::uint64_t>(handle));
+      }
+    }
     mapped_.erase(first, last);
     return Status::ok;
   }
@@ -226,8 +236,13 @@ class HostDriver final : public Driver {
     std::uint64_t offset, bytes;
   };
   struct Mapped {
-    std::uint64_t bytes;
     std::size_t runs;
+    std::vector<Handle> handles;
+  };
+  struct Slot {
+    std::uint64_t bytes = 0;
+    std::uint32_t mappings = 0;
+    bool released = false;  // its memory goes with the last mapping
   };
 
   static std::uint64_t offset_of(Handle handle) { return static_cast<std::uint64_t>(handle) - 1; }
@@ -238,6 +253,14 @@ class HostDriver final : public Driver {
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     if (hidden == MAP_FAILED) return false;
     no_fork(hidden, bytes);
+    return true;
+  }
+
+  bool recycle(std::uint64_t handle) {
+    const std::uint64_t bytes = slots_[handle].bytes;
+    if (!punch(handle - 1, bytes)) return false;
+    free_slots_.emplace(bytes, handle - 1);
+    slots_.erase(handle);
     return true;
   }
 
@@ -272,7 +295,7 @@ class HostDriver final : public Driver {
                       // lock anyway
   std::uint64_t end_ = 0;                                         // first offset never used
   std::set<std::pair<std::uint64_t, std::uint64_t>> free_slots_;  // bytes, offset
-  std::map<std::uint64_t, std::uint64_t> slots_;                  // handle, bytes
+  std::unordered_map<std::uint64_t, Slot> slots_;                 // by handle
   std::map<Address, Mapped> mapped_;
   std::size_t runs_mapped_ = 0;
 

@@ -100,8 +100,12 @@ def skeleton(
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
-                raise ValueError(f"{type(module).__name__} keeps a tensor as {path}.{name}, no buffer")
-    return module.eval()
+                raise ValueError(
+                    f"{type(module).__name__} keeps a tensor as {path}.{name}, no buffer"
+                )
+    untyped: Any = module
+    untyped.eval()
+    return module
 
 
 def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -135,7 +139,8 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
         bound[name] = value
     for name, value in bound.items():
         owner, leaf = _owner(module, name)
-        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
+        slots_of: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+        slots_of[leaf] = value
 
 
 def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
@@ -171,7 +176,8 @@ def _initialized(module: PreTrainedModel, start: int) -> dict[str, torch.Tensor]
         owner._buffers[leaf] = torch.full_like(buffer, start, device="cpu")
     for part in module.modules():
         _mark_initialized(part, False)
-    module.initialize_weights()
+    untyped: Any = module
+    untyped.initialize_weights()
     return {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 

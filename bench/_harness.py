@@ -1,0 +1,202 @@
+"""What every bench shares: its arguments, its report, medians of interleaved runs, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import operator
+import os
+import platform
+import statistics
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+
+GIB, MIB = 1 << 30, 1 << 20
+_COMPARE = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
+
+
+@dataclass
+class Bench:
+    """One bench: its arguments, then what it measured. A missed target is a result, no failure."""
+
+    name: str
+    args: argparse.Namespace
+    results: dict[str, float | str] = field(default_factory=dict)
+    targets: list[dict[str, object]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, name: str, parser: argparse.ArgumentParser | None = None) -> Bench:
+        """Reads the command line; `parser` may bring arguments of the bench's own."""
+        parser = parser or argparse.ArgumentParser()
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+        parser.add_argument("--device", default="host", help="of the runtime (default: host)")
+        return cls(name, parser.parse_args())
+
+    def row(self, name: str, value: float | str, unit: str) -> None:
+        """Records a result; the unit is for the reader, and its short form ends the name."""
+        value = value if isinstance(value, str) else _round(value)
+        self.results[name] = value
+        print(f"  {name:<44} {value:>12} {unit}", flush=True)
+
+    def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None:
+        """Records a result that has a bound."""
+        value, met = _round(value), _COMPARE[op](value, bound)
+        self.results[name] = value
+        self.targets.append({"name": name, "value": value, "op": op, "bound": bound, "met": met})
+        verdict = "met" if met else "MISSED"
+        print(f"* {name:<44} {value:>12} {unit:<8} {op} {bound:g}: {verdict}", flush=True)
+
+    def finish(self) -> None:
+        """Writes the JSON file that was asked for."""
+        report = {
+            "bench": self.name,
+            "commit": _commit(),
+            "machine": _machine(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "results": self.results,
+            "targets": self.targets,
+        }
+        if self.args.json:
+            self.args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each run returned in each round, after one round that warms up.
+
+    Every round runs all of them, so that a slow minute of the machine is slow for all.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            value = run()
+            if number:
+                samples[name].append(value)
+    return samples
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median of the ratios within each round: steadier than the ratio of two medians."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes, until its result is there; freeing the result is not timed."""
+    begin = perf_counter()
+    result = work()
+    taken = perf_counter() - begin
+    del result
+    return taken
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shapes of a Llama, in elements of bf16."""
+
+    hidden: int
+    intermediate: int
+    kv: int
+    vocabulary: int
+    blocks: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors as Hugging Face names them, in the order of execution."""
+        hidden, wide, kv = self.hidden, self.intermediate, self.kv
+        block = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (wide, hidden),
+            "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
+        }
+        return {
+            "model.embed_tokens.weight": (self.vocabulary, hidden),
+            **{
+                f"model.layers.{i}.{name}.weight": shape
+                for i in range(self.blocks)
+                for name, shape in block.items()
+            },
+            "model.norm.weight": (hidden,),
+            "lm_head.weight": (self.vocabulary, hidden),
+        }
+
+
+LLAMA_2GIB = Llama(2048, 5632, 256, 32000, 22)  # TinyLlama 1.1B: 2.05 GiB
+
+
+def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Writes a bf16 safetensors file of random bytes to the disk; returns its size in bytes.
+
+    One block of random bytes is written over and over, from a different byte each time: no page is
+    like another, and 4 GiB take seconds.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    block = memoryview(os.urandom(16 * MIB))
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for number, left in enumerate(range(end, 0, -8 * MIB)):
+            start = number * 4099 % (8 * MIB)
+            file.write(block[start : start + min(left, 8 * MIB)])
+        file.flush()
+        os.fsync(file.fileno())  # or writing it back would go on while something is timed
+    return path.stat().st_size
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary directory for checkpoints, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="warmserve-bench-") as directory:
+        yield Path(directory)
+
+
+def huge_share(nbytes: int) -> float:
+    """How much of `nbytes` of shared memory this process reaches through huge pages, from 0 to 1
+    for each time that it is mapped."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("ShmemPmdMapped:"):
+            return int(line.split()[1]) * 1024 / nbytes
+    return 0.0
+
+
+def _round(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def _commit() -> str:
+    """The checkout's, with a mark when its files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, env=quiet, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    cores = len(os.sched_getaffinity(0))
+    return f"{cpu}, {cores} cores, {memory:.0f} GiB, Linux {platform.release()}"

@@ -1,0 +1,197 @@
+"""What does it cost to use a model that is there, and to exchange one for another?
+
+Leases: on resident models of 2 and of 128 layers, while the runtime's loaders are never idle.
+Swaps: two Llama-shaped models of 1 GiB take turns, in granules that are neighbours where they can
+be, and in granules of which no two are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, perf_counter_ns
+
+from _harness import MIB, Bench, Llama, huge_share, scratch, write_checkpoint
+
+from warmserve_rt import Model, Runtime
+
+GRANULE = 2 * MIB
+MAPPING = ("unmap", "map", "set_access")
+# Their layers differ in size, so that granules do not simply change hands.
+LLAMAS = {"a": Llama(2048, 5632, 256, 32000, 9), "b": Llama(1536, 4096, 256, 49152, 15)}
+ARENA = 544 * GRANULE  # the larger of the two, and half a layer
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What one swap took; `mapping_us` is the time in the driver's mapping calls."""
+
+    granules: int
+    seconds: float
+    mapping_us: float
+    creates: int
+    faults: int  # of reading all of the model afterwards
+
+
+def register(runtime: Runtime, path: Path, shapes: dict[str, tuple[int, ...]]) -> Model:
+    write_checkpoint(path, shapes)
+    return runtime.register(path.stem, path)
+
+
+def layers(count: int, granules: int) -> dict[str, tuple[int, ...]]:
+    """Tensors that make `count` layers of so many granules each."""
+    return {f"layers.{i}.weight": (granules * GRANULE // 2,) for i in range(count)}
+
+
+def saturate(runtime: Runtime, models: tuple[Model, ...]) -> Iterator[None]:
+    """Prewarms models that do not fit beside each other, for ever.
+
+    Each step looks at the tickets. So it needs no thread of Python's own, which would take the
+    interpreter away from what is measured.
+    """
+    tickets = [runtime.prewarm(model) for model in models]
+    while True:
+        for number, model in enumerate(models):
+            if tickets[number].done:
+                tickets[number] = runtime.prewarm(model)
+        yield
+
+
+def measure_leases(bench: Bench, directory: Path) -> None:
+    with Runtime(bench.args.device, (2 + 128 + 192) * GRANULE) as runtime:
+        few = register(runtime, directory / "few.safetensors", layers(2, 1))
+        many = register(runtime, directory / "many.safetensors", layers(128, 1))
+        # One is mostly mapping, the other mostly copying.
+        small = register(runtime, directory / "small.safetensors", layers(128, 1))
+        large = register(runtime, directory / "large.safetensors", layers(8, 16))
+        for model in (few, many):
+            runtime.stamp(model, 1.0)
+            runtime.prewarm(model).wait()
+        lease = runtime.lease(many)
+
+        def whole(model: Model) -> None:
+            with runtime.lease(model):
+                pass
+
+        def again() -> None:
+            lease.acquire()
+            lease.release()
+
+        kinds: dict[str, Callable[[], None]] = {
+            "few": lambda: whole(few),
+            "many": lambda: whole(many),
+            "again": again,
+        }
+        taken: dict[str, list[float]] = {kind: [] for kind in kinds}  # in microseconds
+        background = saturate(runtime, (small, large))
+        began, before = perf_counter(), runtime.snapshot().bytes_loaded
+        for _ in range(bench.args.leases // 1000):
+            for kind, call in kinds.items():
+                for _ in range(1000):
+                    next(background)
+                    begin = perf_counter_ns()
+                    call()
+                    taken[kind].append((perf_counter_ns() - begin) / 1e3)
+        loaded = runtime.snapshot().bytes_loaded - before
+        bench.row("lease_background_gb_per_s", loaded / (perf_counter() - began) / 1e9, "GB/s")
+
+    few_p50 = quantile(taken["few"], 0.5)
+    bench.row("lease_2_layers_p50_us", few_p50, "us")
+    bench.row("lease_again_p50_us", quantile(taken["again"], 0.5), "us")
+    bench.row("lease_resident_p999_us", quantile(taken["many"], 0.999), "us")
+    bench.row("lease_resident_max_us", max(taken["many"]), "us")
+    p50, p99 = (quantile(taken["many"], q) for q in (0.5, 0.99))
+    bench.target("lease_resident_p50_us", p50, "us", "<=", 5)
+    bench.target("lease_resident_p99_us", p99, "us", "<=", 200)
+    bench.target("lease_layers_ratio", p50 / few_p50, "times", "<=", 1.5)
+
+
+def scatter(runtime: Runtime, path: Path) -> None:
+    """Takes every other granule of the arena for good: no two of the others are neighbours."""
+    granules = runtime.snapshot().granules
+    filler = register(runtime, path, {f"layers.{i}.weight": (1,) for i in range(granules)})
+    runtime.prewarm(filler).wait()
+    for layer in range(0, granules, 2):
+        runtime.stamp(filler, 1.0, layer=layer)
+
+
+def swap(runtime: Runtime, evict: Model, load: Model) -> Swap:
+    before, begin = runtime.snapshot(), perf_counter()
+    runtime.swap(evict=evict, load=load).wait()
+    taken, after = perf_counter() - begin, runtime.snapshot()
+
+    def calls(name: str) -> tuple[int, int]:
+        (count, ns), (count_before, ns_before) = after.driver_calls[name], before.driver_calls[name]
+        return count - count_before, ns - ns_before
+
+    with runtime.lease(load) as lease:
+        tensors = list(lease.tensors.values())
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for tensor in tensors:
+            tensor.reshape(-1)[::1024].max()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    mapping_us = sum(calls(name)[1] for name in MAPPING) / 1e3
+    granules = after.models[load.name].granules
+    return Swap(granules, taken, mapping_us, calls("granule_create")[0], faults)
+
+
+def measure_swaps(bench: Bench, directory: Path, scattered: bool) -> list[Swap]:
+    arena = 2 * ARENA if scattered else ARENA
+    with Runtime(bench.args.device, arena, tensors="numpy") as runtime:
+        if scattered:
+            scatter(runtime, directory / "filler.safetensors")
+        a, b = (
+            register(runtime, directory / f"{name}.safetensors", llama.shapes())
+            for name, llama in LLAMAS.items()
+        )
+        runtime.prewarm(a).wait()
+        turns = [(a, b), (b, a)] * (bench.args.swaps // 2 + 1)
+        swaps = [swap(runtime, evict, load) for evict, load in turns]
+        mappings = Path("/proc/self/maps").read_text().count("warmserve-arena") - 1
+        prefix = "scattered_" if scattered else ""
+        used = runtime.snapshot().granules - runtime.snapshot().granules_free
+        bench.row(f"{prefix}granules_per_mapping", used / mappings, "granules")
+        if not scattered:
+            bench.row("arena_huge_share", huge_share(arena) - used * GRANULE / arena, "of the arena")
+    return swaps[2:]  # the first each way warm up
+
+
+def report_swaps(bench: Bench, swaps: list[Swap], scattered: bool) -> None:
+    prefix = "scattered_" if scattered else ""
+    per_granule = statistics.median(s.mapping_us / s.granules for s in swaps)
+    speed = statistics.median(s.granules * GRANULE / s.seconds / 1e9 for s in swaps)
+    share = statistics.median(s.mapping_us / 1e6 / s.seconds for s in swaps)
+    bench.row(f"{prefix}swap_ms", 1e3 * statistics.median(s.seconds for s in swaps), "ms")
+    bench.row(f"{prefix}swap_gb_per_s", speed, "GB/s")
+    bench.row(f"{prefix}swap_mapping_share", share, "of the time")
+    faults = sum(s.faults for s in swaps) / sum(s.granules for s in swaps)
+    bench.row(f"{prefix}swap_faults_per_granule", faults, "faults")
+    if scattered:
+        bench.row("scattered_swap_us_per_granule", per_granule, "us")
+    else:
+        bench.target("swap_us_per_granule", per_granule, "us", "<=", 15)
+        bench.target("swap_creates", sum(s.creates for s in swaps), "calls", "=", 0)
+
+
+def quantile(samples: list[float], q: float) -> float:
+    return sorted(samples)[int(q * (len(samples) - 1))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--leases", type=int, default=100_000, help="timed, of each kind")
+    parser.add_argument("--swaps", type=int, default=20, help="timed, of each kind")
+    bench = Bench.start("swap", parser)
+    with scratch() as directory:
+        measure_leases(bench, directory)
+        for scattered in (False, True):
+            report_swaps(bench, measure_swaps(bench, directory, scattered), scattered)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

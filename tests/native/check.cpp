@@ -1,0 +1,57 @@
+#include "check.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <vector>
+
+namespace check {
+namespace {
+
+constexpr unsigned kSecondsPerTest = 300;  // a test that hangs is killed
+
+struct Named {
+  std::string name;
+  void (*body)();
+};
+std::vector<Named>& tests() {
+  static std::vector<Named> all;
+  return all;
+}
+
+}  // namespace
+
+Test::Test(const char* name, void (*body)()) { tests().push_back({name, body}); }
+
+void fail(const char* file, int line, const std::string& what) {
+  std::fprintf(stderr, "\n%s:%d: failed: %s\n", file, line, what.c_str());
+  std::_Exit(1);
+}
+
+}  // namespace check
+
+int main(int argc, char** argv) {
+  using Clock = std::chrono::steady_clock;
+  const std::vector<std::string> chosen(argv + 1, argv + argc);
+  int ran = 0;
+  for (const auto& [name, body] : check::tests()) {
+    if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), name) == chosen.end()) continue;
+    ++ran;
+    std::printf("%s ... ", name.c_str());
+    std::fflush(stdout);
+    ::alarm(check::kSecondsPerTest);
+    const auto start = Clock::now();
+    try {
+      body();
+    } catch (const std::exception& error) {
+      check::fail(argv[0], 0, name + " threw: " + error.what());
+    }
+    const std::chrono::duration<double> took = Clock::now() - start;
+    std::printf("ok (%.1f s)\n", took.count());
+  }
+  if (ran == 0) check::fail(argv[0], 0, "no such test");
+}

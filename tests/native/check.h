@@ -1,0 +1,38 @@
+// Just enough of a test framework: a failed CHECK says where and ends the program.
+#pragma once
+
+#include <string>
+
+#include "error.h"
+
+namespace check {
+
+[[noreturn]] void fail(const char* file, int line, const std::string& what);
+
+// Runs in main(), in the order of the file; on the command line tests can be chosen by name.
+struct Test {
+  Test(const char* name, void (*body)());
+};
+
+}  // namespace check
+
+#define TEST(name)                           \
+  static void name();                        \
+  static const check::Test test_##name(#name, name); \
+  static void name()
+
+#define CHECK(...) ((__VA_ARGS__) ? void() : check::fail(__FILE__, __LINE__, #__VA_ARGS__))
+
+// The statement throws a warmserve::Error of this kind.
+#define CHECK_THROWS(expected, ...)                                                          \
+  do {                                                                                       \
+    bool threw = false;                                                                      \
+    try {                                                                                    \
+      __VA_ARGS__;                                                                           \
+    } catch (const warmserve::Error& error) {                                                \
+      threw = true;                                                                          \
+      if (error.kind() != warmserve::ErrorKind::expected)                                    \
+        check::fail(__FILE__, __LINE__, std::string(#__VA_ARGS__ " threw: ") + error.what()); \
+    }                                                                                        \
+    if (!threw) check::fail(__FILE__, __LINE__, #__VA_ARGS__ " did not throw");              \
+  } while (false)

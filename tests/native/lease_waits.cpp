@@ -1,0 +1,258 @@
+// Whoever waits is served in order, or told why not, and a wait that is broken off leaves nothing.
+#include <thread>
+
+#include "fixtures.h"
+
+namespace warmserve {
+namespace {
+
+struct Interrupted {};
+const Poll interrupt = [] { throw Interrupted{}; };
+
+// The statement is broken off by the first poll.
+template <typename Wait>
+bool interrupted(Wait wait) {
+  try {
+    wait();
+  } catch (const Interrupted&) {
+    return true;
+  }
+  return false;
+}
+
+// An arena of four granules and models of two each.
+struct Desk {
+  explicit Desk(const HostOptions& host = {}, unsigned loaders = 1)
+      : device(host), runtime(Runtime::make(device.driver, options(4, loaders))) {
+    for (auto& file : files) models.push_back(file.register_in(*runtime));
+  }
+  ~Desk() {
+    if (open) {
+      runtime->check_invariants();
+      CHECK(runtime->state().leases == 0);
+      for (const ModelPtr& model : models) runtime->evict(model, in(kLong), nullptr);
+      runtime->check_invariants();
+    }
+    runtime.reset();
+    models.clear();
+    device.expect_returned();
+  }
+  // Only whether it holds now: the loader needs a moment.
+  bool holds(const HoldPtr& hold) {
+    try {
+      if (hold->ticket) runtime->wait(hold->ticket, in(kSoon), nullptr);
+    } catch (const Error& error) {
+      CHECK(error.kind() == ErrorKind::timeout);
+      return false;
+    }
+    return true;
+  }
+  void arrive(const HoldPtr& hold) { runtime->await_lease(hold, in(kLong), nullptr); }
+
+  Watched device;
+  std::shared_ptr<Runtime> runtime;
+  ModelFile files[4] = {{1, {kGranule, 9}}, {2, {kGranule, 9}}, {3, {kGranule, 9}}, {4, {9}}};
+  std::vector<ModelPtr> models;
+  bool open = true;
+};
+
+}  // namespace
+
+TEST(leases_are_given_in_order_of_arrival) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const HoldPtr all = runtime.begin_lease({m[0], m[1]}, 1);
+  desk.arrive(all);
+  const HoldPtr pair = runtime.begin_lease({m[1], m[2]}, 2);
+  const HoldPtr small = runtime.begin_lease({m[3]}, 3);
+  CHECK(!desk.holds(pair) && !desk.holds(small));
+  runtime.end_lease(all);
+  desk.arrive(pair);
+  CHECK(!desk.holds(small));
+  runtime.end_lease(pair);
+  desk.arrive(small);
+  runtime.end_lease(small);
+}
+
+TEST(nobody_passes_the_head_of_the_line_but_who_holds_it_all) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const HoldPtr one = runtime.begin_lease({m[0]}, 1);
+  desk.arrive(one);
+  const HoldPtr head = runtime.begin_lease({m[1], m[2]}, 2);
+  const HoldPtr would_fit = runtime.begin_lease({m[3]}, 3);
+  CHECK(!desk.holds(would_fit));
+  const HoldPtr nested = runtime.begin_lease({m[0]}, 1);
+  desk.arrive(nested);
+  const HoldPtr of_another = runtime.begin_lease({m[0]}, 4);
+  CHECK(!desk.holds(of_another));
+  for (const HoldPtr& hold : {nested, one}) runtime.end_lease(hold);
+  desk.arrive(head);
+  for (const HoldPtr& hold : {head, would_fit, of_another}) runtime.end_lease(hold);
+}
+
+TEST(a_wait_that_times_out_leaves_the_line) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const Leased held(runtime, {m[0]});
+  const HoldPtr head = runtime.begin_lease({m[1], m[2]}, 2);
+  const HoldPtr next = runtime.begin_lease({m[3]}, 3);
+  CHECK_THROWS(timeout, runtime.await_lease(head, in(kSoon), nullptr));
+  desk.arrive(next);
+  CHECK(desk.files[3].is_in(runtime, m[3]));
+  CHECK(!head->admitted && runtime.state().leases == 2);
+  runtime.end_lease(head);  // again: no effect
+  runtime.end_lease(next);
+}
+
+TEST(a_lease_given_up_in_line_lets_the_next_one_in) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const Leased held(runtime, {m[0]});
+  const HoldPtr head = runtime.begin_lease({m[1], m[2]}, 2);
+  const HoldPtr next = runtime.begin_lease({m[3]}, 3);
+  runtime.end_lease(head);
+  desk.arrive(next);
+  runtime.end_lease(next);
+}
+
+TEST(leases_that_would_wait_for_each_other_are_refused) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const HoldPtr first = runtime.begin_lease({m[0]}, 1), second = runtime.begin_lease({m[1]}, 2);
+  desk.arrive(first);
+  desk.arrive(second);
+  const HoldPtr waits = runtime.begin_lease({m[2]}, 1);
+  CHECK_THROWS(busy, runtime.begin_lease({m[2], m[3]}, 2));
+  CHECK(!desk.holds(waits));
+  runtime.end_lease(second);
+  desk.arrive(waits);
+  for (const HoldPtr& hold : {first, waits}) runtime.end_lease(hold);
+}
+
+TEST(what_can_never_fit_is_said_at_once) {
+  Desk desk;
+  CHECK_THROWS(out_of_device_memory,
+               desk.runtime->begin_lease({desk.models[0], desk.models[1], desk.models[2]}, 1));
+}
+
+TEST(a_lease_in_line_for_a_model_that_is_unregistered_ends) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const HoldPtr held = runtime.begin_lease({m[0], m[1]}, 1);
+  desk.arrive(held);
+  const HoldPtr waits = runtime.begin_lease({m[2]}, 2);
+  const HoldPtr behind = runtime.begin_lease({m[3]}, 3);
+  runtime.unregister(m[2], in(kLong), nullptr);
+  runtime.end_lease(held);
+  CHECK_THROWS(cancelled, desk.arrive(waits));
+  desk.arrive(behind);
+  runtime.end_lease(behind);
+  desk.models[2] = desk.files[2].register_in(runtime);
+  const Leased again(runtime, {desk.models[2]});
+  CHECK(desk.files[2].is_in(runtime, desk.models[2]));
+}
+
+TEST(an_interrupt_while_in_line) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const HoldPtr held = runtime.begin_lease({m[0], m[1]}, 1);
+  desk.arrive(held);
+  const HoldPtr waits = runtime.begin_lease({m[2]}, 2);
+  CHECK(interrupted([&] { runtime.await_lease(waits, kNever, interrupt); }));
+  runtime.end_lease(held);
+  const Leased again(runtime, {m[2]}, 2);
+  CHECK(desk.files[2].is_in(runtime, m[2]));
+}
+
+TEST(an_interrupt_while_loading) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const ModelPtr& model = desk.models[0];
+  desk.device.driver->delay(Primitive::map, std::chrono::milliseconds(300));
+  const HoldPtr hold = runtime.begin_lease({model}, 1);
+  CHECK(interrupted([&] { runtime.await_lease(hold, kNever, interrupt); }));
+  const TicketPtr ticket = runtime.prewarm(model, kBackground);
+  CHECK(interrupted([&] { runtime.wait(ticket, kNever, interrupt); }));
+  runtime.wait(ticket, in(kLong), nullptr);  // breaking off a wait does not break off the work
+  const Leased again(runtime, {model});
+  CHECK(desk.files[0].is_in(runtime, model));
+}
+
+// A stream that has not passed its fence, as seen by whoever wants to unmap.
+TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const ModelPtr model = desk.models[0];
+  const auto stream = std::make_shared<Stream>(runtime.device());
+  std::vector<std::byte> copied(kGranule);
+  {
+    const Leased leased(runtime, {model});
+    desk.device.gate->shut();
+    stream->copy_from_device(copied.data(), runtime.reservation(model)->address(), kGranule);
+    runtime.record(leased.hold(), stream);
+  }
+  CHECK_THROWS(timeout, runtime.evict(model, in(kSoon), nullptr));
+  CHECK(interrupted([&] { runtime.evict(model, kNever, interrupt); }));
+  CHECK(interrupted([&] { runtime.unregister(model, kNever, interrupt); }));
+  runtime.check_invariants();
+  CHECK(runtime.leased(model) == false);
+  {
+    const Leased again(runtime, {model});  // nothing had to be loaded
+    CHECK(desk.files[0].is_in(runtime, model));
+  }
+  CHECK(runtime.state().counters.layers_loaded == 2);
+  desk.device.gate->open();
+  runtime.evict(model, in(kLong), nullptr);
+  stream->synchronize();
+  CHECK(desk.files[0].equals(0, copied.data()));
+}
+
+TEST(an_interrupt_while_closing) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto stream = std::make_shared<Stream>(runtime.device());
+  {
+    const Leased leased(runtime, {desk.models[0]});
+    desk.device.gate->shut();
+    runtime.record(leased.hold(), stream);
+  }
+  CHECK(interrupted([&] { runtime.close(interrupt); }));
+  CHECK_THROWS(general, runtime.prewarm(desk.models[1], kBackground));
+  desk.device.gate->open();
+  runtime.close(nullptr);
+  desk.open = false;
+}
+
+// A fill that has to evict waits for the fences of what it evicts. Cancelled while it does, it
+// must not take down whoever asks for the same layers just then.
+TEST(a_cancelled_fill_that_somebody_wants_again) {
+  Desk desk;
+  Runtime& runtime = *desk.runtime;
+  const auto& m = desk.models;
+  const auto stream = std::make_shared<Stream>(runtime.device());
+  {
+    const Leased leased(runtime, {m[0], m[1]});
+    desk.device.gate->shut();
+    runtime.record(leased.hold(), stream);
+  }
+  const TicketPtr first = runtime.prewarm(m[2], kBackground);
+  std::this_thread::sleep_for(kSoon);  // it is waiting for the fence
+  runtime.cancel(first);
+  const TicketPtr second = runtime.prewarm(m[2], kBackground);
+  std::this_thread::sleep_for(2 * kSoon);
+  desk.device.gate->open();
+  CHECK_THROWS(cancelled, runtime.wait(first, in(kLong), nullptr));
+  runtime.wait(second, in(kLong), nullptr);
+  const Leased leased(runtime, {m[2]});
+  CHECK(desk.files[2].is_in(runtime, m[2]));
+}
+
+}  // namespace warmserve

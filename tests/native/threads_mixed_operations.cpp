@@ -1,0 +1,234 @@
+// Eight threads do everything at once on more models than fit, and every lease finds its bytes.
+#include <mutex>
+#include <random>
+#include <thread>
+
+#include "fixtures.h"
+
+namespace warmserve {
+namespace {
+
+constexpr std::uint64_t kThreads = 8, kRounds = 250;
+// Four granules each: a whole one, more than one, less than one.
+const std::vector<std::uint64_t> kLayers{kGranule, kGranule + 700'001, 300'000};
+
+// Errors of these kinds are what others' operations may lead to; all else ends the test.
+template <typename Body>
+void tolerate(std::initializer_list<ErrorKind> kinds, Body body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    if (std::find(kinds.begin(), kinds.end(), error.kind()) == kinds.end()) throw;
+  }
+}
+
+// Runs body(thread) on all threads at once.
+template <typename Body>
+void on_threads(Body body) {
+  std::vector<std::thread> threads;
+  for (std::uint64_t id = 0; id < kThreads; ++id)
+    threads.emplace_back([&body, id] {
+      try {
+        body(id);
+      } catch (const std::exception& error) {
+        check::fail(__FILE__, __LINE__, std::string("a thread threw: ") + error.what());
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+}
+
+struct World {
+  explicit World(const HostOptions& host)
+      : device(host), runtime(Runtime::make(device.driver, options(9))) {
+    for (std::uint64_t id = 1; id <= 4; ++id) {
+      files.push_back(std::make_unique<ModelFile>(id, kLayers));
+      models.push_back(files.back()->register_in(*runtime));
+    }
+  }
+  Watched device;
+  std::shared_ptr<Runtime> runtime;
+  std::vector<std::unique_ptr<ModelFile>> files;
+  std::vector<ModelPtr> models;
+};
+
+class Worker {
+ public:
+  Worker(World& world, std::uint64_t id)
+      : world_(world),
+        runtime_(*world.runtime),
+        owner_(id + 1),
+        random_(static_cast<unsigned>(owner_)),
+        stream_(std::make_shared<Stream>(runtime_.device())),
+        copied_(kGranule) {}
+
+  void round() {
+    const std::size_t a = pick(4), b = (a + 1 + pick(3)) % 4;
+    const ModelPtr &model = world_.models[a], &other = world_.models[b];
+    const bool impatient = pick(4) == 0;
+    using enum ErrorKind;
+    switch (pick(12)) {
+      case 0:
+      case 1: return lease({a}, impatient);
+      case 2: return lease({a, b}, impatient);
+      case 3: return lease_and_go_on_copying(a);
+      case 4: return tolerate({busy}, [&] { ticket_ = runtime_.prewarm(model, kBackground); });
+      case 5:
+        if (ticket_)
+          tolerate({busy, cancelled, timeout}, [&] { runtime_.wait(ticket_, in(kSoon), nullptr); });
+        return;
+      case 6:
+        if (ticket_) runtime_.cancel(ticket_);
+        return;
+      case 7: return tolerate({busy}, [&] { runtime_.evict(model, in(kLong), nullptr); });
+      case 8:
+        return tolerate({busy, cancelled}, [&] {
+          runtime_.wait(runtime_.swap(model, other, kForeground), in(kLong), nullptr);
+        });
+      case 9: runtime_.stamp(model, static_cast<double>(pick(3))); return;
+      case 10: runtime_.trim(); return;
+      case 11: return look(a);
+    }
+  }
+
+ private:
+  std::size_t pick(unsigned below) { return random_() % below; }
+
+  void compare(std::size_t index) {
+    if (!world_.files[index]->is_in(runtime_, world_.models[index]))
+      check::fail(__FILE__, __LINE__, "wrong bytes under a lease");
+  }
+
+  void lease(std::vector<std::size_t> indices, bool impatient) {
+    std::vector<ModelPtr> models;
+    for (const std::size_t index : indices) models.push_back(world_.models[index]);
+    const HoldPtr hold = runtime_.begin_lease(models, owner_);
+    try {
+      runtime_.await_lease(hold, in(impatient ? kSoon : kLong), nullptr);
+    } catch (const Error& error) {
+      if (impatient && error.kind() == ErrorKind::timeout) return;
+      throw;
+    }
+    for (const std::size_t index : indices) compare(index);
+    std::this_thread::yield();
+    for (const std::size_t index : indices) compare(index);
+    runtime_.end_lease(hold);
+  }
+
+  // The stream still reads when the lease is over; nothing may be unmapped under it.
+  void lease_and_go_on_copying(std::size_t index) {
+    {
+      const Leased leased(runtime_, {world_.models[index]}, owner_);
+      const Address from = runtime_.reservation(world_.models[index])->address();
+      stream_->copy_from_device(copied_.data(), from, kGranule);
+      runtime_.record(leased.hold(), stream_);
+    }
+    if (pick(2)) tolerate({ErrorKind::busy}, [&] {
+      runtime_.evict(world_.models[index], in(kLong), nullptr);
+    });
+    stream_->synchronize();
+    CHECK(world_.files[index]->equals(0, copied_.data()));
+  }
+
+  void look(std::size_t index) {
+    runtime_.check_invariants();
+    const RuntimeState state = runtime_.state();
+    CHECK(state.granules_free + state.granules_uncreated <= state.granules);
+    CHECK(state.pinned_bytes <= options(1).staging_bytes);
+    tolerate({ErrorKind::stale_view}, [&] {
+      runtime_.read_back(world_.models[index], 0, copied_.data());
+      CHECK(world_.files[index]->equals(0, copied_.data()));
+    });
+  }
+
+  World& world_;
+  Runtime& runtime_;
+  const std::uint64_t owner_;
+  std::minstd_rand random_;
+  const std::shared_ptr<Stream> stream_;
+  std::vector<std::byte> copied_;
+  TicketPtr ticket_;
+};
+
+void mix(const HostOptions& host) {
+  World world(host);
+  on_threads([&](std::uint64_t id) {
+    Worker worker(world, id);
+    for (std::uint64_t i = 0; i < kRounds; ++i) worker.round();
+  });
+  world.device.expect_kept();
+  for (const ModelPtr& model : world.models) world.runtime->evict(model, in(kLong), nullptr);
+  world.runtime->check_invariants();
+  const RuntimeState state = world.runtime->state();
+  CHECK(state.granules_free + state.granules_uncreated == state.granules);
+  CHECK(state.leases == 0);
+  world.runtime->close(nullptr);
+  world.runtime.reset();
+  world.models.clear();
+  world.device.expect_returned();
+}
+
+}  // namespace
+
+TEST(where_the_cpu_fills_granules) { mix({}); }
+TEST(where_bytes_go_by_staging) { mix({.host_view = false}); }
+
+// Two threads unregister and register again what the others are just using.
+TEST(models_that_come_and_go) {
+  using enum ErrorKind;
+  Watched device({.host_view = false});
+  auto runtime = Runtime::make(device.driver, options(6));
+  const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
+  std::mutex mutex;
+  ModelPtr shared[] = {files[0].register_in(*runtime), files[1].register_in(*runtime)};
+  on_threads([&](std::uint64_t id) {
+    const std::size_t which = id % 2;
+    for (std::uint64_t i = 0; i < kRounds; ++i) {
+      ModelPtr model;
+      {
+        const std::lock_guard lock(mutex);
+        model = shared[which];
+      }
+      if (id < 2) {
+        bool gone = false;
+        tolerate({busy}, [&] {
+          runtime->unregister(model, in(kLong), nullptr);
+          gone = true;
+        });
+        if (!gone) continue;
+        const std::lock_guard lock(mutex);
+        shared[which] = files[which].register_in(*runtime);
+        continue;
+      }
+      tolerate({busy, cancelled, invalid_argument}, [&] {
+        if (i % 4 == 0) {
+          runtime->prewarm(model, kBackground);
+          return;
+        }
+        const Leased leased(*runtime, {model}, id);
+        CHECK(files[which].is_in(*runtime, model));
+      });
+      runtime->check_invariants();
+    }
+  });
+  runtime->close(nullptr);
+  runtime.reset();
+  for (ModelPtr& model : shared) model.reset();
+  device.expect_returned();
+}
+
+// A loader about to sleep must see the request that comes just then. A layer without bytes is loaded
+// and evicted at once, so requests come as fast as they can.
+TEST(no_request_is_slept_through) {
+  for (const bool host_view : {true, false}) {
+    const Watched device({.host_view = host_view});
+    const auto runtime = Runtime::make(device.driver, options(1, 1));
+    const ModelFile file(1, {0});
+    const ModelPtr model = file.register_in(*runtime);
+    for (int i = 0; i < 30'000; ++i) {
+      runtime->wait(runtime->prewarm(model, kBackground), in(std::chrono::seconds(10)), nullptr);
+      runtime->evict(model, in(kLong), nullptr);
+    }
+  }
+}
+
+}  // namespace warmserve

@@ -1,0 +1,248 @@
+"""Risk: a driver call fails, and something is lost, torn or unusable afterwards.
+
+Every public operation is run with its first driver call failing, then its second, ... until it
+completes without a fault: once each, then from that call on, then again inside the rollback. After
+each run the books are in order, others serve, a retry succeeds, and nothing is left at the end.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import GRANULE, content, write_model
+from conftest import Device
+
+from warmserve_rt import Runtime, WarmServeError, testing
+
+SIZES = {"one": [GRANULE + 5, 100], "two": [3 * GRANULE, 7], "bystander": [1000]}
+CAPACITY = 6  # "one" and "bystander" fit, "one" and "two" do not
+MODES: dict[str, Callable[[int], list[tuple[int, int | None]]]] = {
+    "once": lambda n: [(n, n)],
+    "from-then-on": lambda n: [(n, None)],
+    "and-in-rollback": lambda n: [(n, n), (n + 1, n + 1)],
+    "and-later-in-rollback": lambda n: [(n, n), (n + 2, n + 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_model(folder / name, name, sizes) for name, sizes in SIZES.items()}
+
+
+def make(device: Device, files: dict[str, Path], watched: testing.Watched) -> Runtime:
+    runtime = Runtime(
+        arena=CAPACITY * GRANULE,
+        staging=2 * GRANULE,
+        chunk=GRANULE,
+        staging_timeout=0.05,
+        pump=True,
+        tensors="numpy",
+        driver=watched.driver,
+    )
+    for name, path in files.items():
+        runtime.register(name, path)
+    return runtime
+
+
+def check_content(runtime: Runtime, name: str) -> None:
+    with runtime.lease(name) as lease:
+        for tensor, array in lease.tensors.items():
+            layer = int(tensor.split(".")[2])
+            assert array.tobytes() == content(name, layer, SIZES[name][layer])
+
+
+def prewarm(runtime: Runtime) -> None:
+    runtime.prewarm("one").wait()
+
+
+def lease(runtime: Runtime) -> None:
+    with runtime.lease(["one", "bystander"]):
+        pass
+
+
+def lease_that_evicts(runtime: Runtime) -> None:
+    with runtime.lease("two"):
+        pass
+
+
+def lease_on_a_stream(runtime: Runtime) -> None:
+    stream = runtime.stream()
+    lease = runtime.lease("one")
+    lease.acquire(stream)
+    out = np.zeros(100, np.uint8)
+    try:
+        view = runtime.model("one").native.view(1, 0, [100], 100, 1, 8, 1)
+        stream.copy_from(out, view)
+        lease.record(stream)
+    finally:
+        try:
+            lease.release()
+        finally:
+            stream.synchronize()
+    runtime.evict("one")
+    assert out.tobytes() == content("one", 1, 100)
+
+
+def evict(runtime: Runtime) -> None:
+    runtime.evict("one")
+
+
+def swap(runtime: Runtime) -> None:
+    runtime.swap(evict="one", load="two").wait()
+
+
+def trim(runtime: Runtime) -> None:
+    runtime.trim()
+
+
+def grow_again(runtime: Runtime) -> None:
+    runtime.evict("one")
+    runtime.trim()
+    runtime.prewarm("two").wait()
+
+
+def unregister(runtime: Runtime) -> None:
+    if any(model.name == "one" for model in runtime.models):
+        runtime.unregister("one")
+
+
+def read_back(runtime: Runtime) -> None:
+    if runtime.snapshot().models["bystander"].resident:
+        assert runtime.read_back("bystander", 0).tobytes() == content("bystander", 0, 1000)
+
+
+def cancel(runtime: Runtime) -> None:
+    ticket = runtime.prewarm("two")
+    runtime.step()
+    runtime.step()
+    ticket.cancel()
+    while runtime.step():
+        pass
+    if any(layer.residency == "filling" for layer in runtime.snapshot().models["two"].layers):
+        raise WarmServeError("still being undone")
+
+
+OPERATIONS = [
+    (prewarm, ()),
+    (lease, ()),
+    (lease_that_evicts, ("one",)),
+    (lease_on_a_stream, ("one",)),
+    (evict, ("one", "bystander")),
+    (swap, ("one",)),
+    (trim, ("bystander",)),
+    (grow_again, ("one",)),
+    (unregister, ("one",)),
+    (read_back, ("bystander",)),
+    (cancel, ("one",)),
+]
+
+
+def attempt(watched: testing.Watched, ranges: list[tuple[int, int | None]], run: object) -> bool:
+    """Runs with these faults; whether any was injected."""
+    watched.faults.arm(ranges)
+    try:
+        run()  # type: ignore[operator]
+    except WarmServeError:
+        assert watched.faults.injected, "failed without a fault"
+    injected = watched.faults.injected > 0
+    watched.faults.disarm()
+    return injected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("operation", "resident"), OPERATIONS, ids=[operation.__name__ for operation, _ in OPERATIONS]
+)
+def test_a_failing_driver_call_loses_nothing(
+    device: Device,
+    files: dict[str, Path],
+    operation: Callable[[Runtime], None],
+    resident: tuple[str, ...],
+    mode: str,
+) -> None:
+    for call in range(1, 500):
+        watched = device.watch(pump=True)
+        runtime = make(device, files, watched)
+        for name in resident:
+            runtime.prewarm(name).wait()
+        injected = attempt(watched, MODES[mode](call), lambda: operation(runtime))
+        runtime.check_invariants()
+        assert not watched.strict.violations
+        check_content(runtime, "bystander")
+        operation(runtime)  # the retry
+        runtime.check_invariants()
+        for name in [model.name for model in runtime.models]:
+            check_content(runtime, name)
+        runtime.close()
+        del runtime
+        gc.collect()
+        watched.check()
+        if not injected:
+            assert call > 1, "the operation calls no driver"
+            return
+    raise AssertionError("the walk does not end")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_runtime_that_cannot_be_made_leaves_nothing(
+    device: Device, files: dict[str, Path], mode: str
+) -> None:
+    made = None
+    for call in range(1, 500):
+        watched = device.watch(pump=True)
+        watched.faults.arm(MODES[mode](call))
+        try:
+            made = make(device, {}, watched)
+        except WarmServeError:
+            watched.faults.disarm()
+            gc.collect()
+            watched.check()
+            continue
+        watched.faults.disarm()
+        made.close()
+        return
+    raise AssertionError("the walk does not end")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_close_that_fails_goes_on_when_called_again(
+    device: Device, files: dict[str, Path], mode: str
+) -> None:
+    for call in range(1, 500):
+        watched = device.watch(pump=True)
+        runtime = make(device, files, watched)
+        runtime.prewarm("one").wait()
+        native = runtime.native
+        injected = attempt(watched, MODES[mode](call), runtime.close)
+        if runtime._open is not None:
+            runtime.close()
+        del runtime, native
+        gc.collect()
+        watched.check()
+        if not injected:
+            return
+    raise AssertionError("the walk does not end")
+
+
+def test_the_walk_leaves_no_descriptors_and_no_mappings(
+    device: Device, files: dict[str, Path]
+) -> None:
+    def count() -> tuple[int, int]:
+        maps = Path("/proc/self/maps").read_text()
+        return len(os.listdir("/proc/self/fd")), maps.count("memfd:warmserve")
+
+    before = count()
+    for call in range(1, 40):
+        watched = device.watch(pump=True)
+        runtime = make(device, files, watched)
+        attempt(watched, [(call, None)], lambda: lease(runtime))
+        runtime.close()
+        del runtime, watched
+        gc.collect()
+    assert count() == before

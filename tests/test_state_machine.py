@@ -1,0 +1,286 @@
+"""Risk: some interleaving of operations loses a granule, tears a model or forgets a rule.
+
+Hypothesis picks operations and steps; the plain Python model says what must come of each.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import GRANULE, content, write_model
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+)
+from reference import Hold, Reference, Refused, Ticket
+
+import warmserve_rt
+from warmserve_rt import Runtime, testing
+
+# Layer sizes in bytes; 0 is a layer of empty tensors, and D exceeds the arena.
+SIZES = {
+    "a": [1000, 0, GRANULE + 8],
+    "b": [GRANULE, 300, GRANULE // 2],
+    "c": [2 * GRANULE + 1, GRANULE + 256],
+    "d": [6 * GRANULE, 2 * GRANULE, 5],
+}
+CAPACITY = 8
+NAMES = st.sampled_from(sorted(SIZES))
+PRIORITIES = st.sampled_from([0, 50, 100])
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        (name, revision): write_model(folder / f"{name}{revision}", name, layers, revision)
+        for name, layers in SIZES.items()
+        for revision in (0, 1)
+    }
+
+
+class Machine(RuleBasedStateMachine):
+    files: dict[tuple[str, int], Path]
+    host_view: bool
+    tickets = Bundle("tickets")
+    holds = Bundle("holds")
+
+    @initialize()
+    def start(self) -> None:
+        self.watched = testing.watch(pump=True, host_view=self.host_view)
+        self.runtime = Runtime(
+            arena=CAPACITY * GRANULE,
+            staging=3 * GRANULE,
+            chunk=GRANULE,
+            pump=True,
+            tensors="numpy",
+            driver=self.watched.driver,
+        )
+        # Staged copies arrive later than the plain model has them: there only contents,
+        # invariants and the end of all work are compared.
+        self.exact = self.host_view
+        self.reference = Reference(CAPACITY)
+        self.revision = dict.fromkeys(SIZES, 0)
+        self.stream = self.runtime.stream()
+        self.fenced: list[Any] = []
+        self.live: list[Any] = []  # holds
+        for name in SIZES:
+            self.register(name)
+
+    def register(self, name: str) -> None:
+        self.runtime.register(name, self.files[name, self.revision[name]])
+        self.reference.register(name, [-(-size // GRANULE) for size in SIZES[name]])
+
+    def both(self, real: Any, model: Any) -> tuple[Any, Any] | None:
+        """Runs one operation on both; they must refuse alike. None when refused."""
+        try:
+            expected, refusal = model(), None
+        except Refused as error:
+            expected, refusal = None, str(error)
+        try:
+            got = real()
+        except warmserve_rt.WarmServeError as error:
+            if self.exact:
+                assert type(error).__name__ == refusal
+            return None
+        if self.exact:
+            assert refusal is None, f"expected {refusal}"
+        return got, expected
+
+    @rule(target=tickets, name=NAMES, priority=PRIORITIES)
+    def prewarm(self, name: str, priority: int) -> Any:
+        return self.both(
+            lambda: self.runtime.prewarm(name, priority=priority),
+            lambda: self.reference.prewarm(name, priority),
+        )
+
+    @rule(target=tickets, evict=NAMES, load=NAMES, priority=PRIORITIES)
+    def swap(self, evict: str, load: str, priority: int) -> Any:
+        if evict == load:
+            return None
+        return self.both(
+            lambda: self.runtime.swap(evict=evict, load=load, priority=priority),
+            lambda: self.reference.swap(evict, load, priority),
+        )
+
+    @rule(ticket=consumes(tickets))
+    def cancel(self, ticket: tuple[Any, Ticket] | None) -> None:
+        if ticket:
+            ticket[0].cancel()
+            self.reference.cancel(ticket[1])
+
+    @rule(ticket=tickets)
+    def outcome(self, ticket: tuple[Any, Ticket] | None) -> None:
+        if not ticket:
+            return
+        real, expected = ticket
+        if self.exact:
+            assert real.done == expected.done
+        if real.done:
+            try:
+                real.wait(0)
+                error = None
+            except warmserve_rt.WarmServeError as raised:
+                error = type(raised).__name__
+            if self.exact:
+                assert error == expected.error
+
+    @rule(name=NAMES)
+    def evict(self, name: str) -> None:
+        self.both(lambda: self.runtime.evict(name), lambda: self.reference.evict(name))
+
+    @rule(name=NAMES, value=st.sampled_from([-1.0, 0.0, 2.5]))
+    def stamp(self, name: str, value: float) -> None:
+        self.runtime.stamp(name, value)
+        for layer in self.reference.models[name].layers:
+            layer.keep_value = value
+
+    @rule(name=NAMES)
+    def new_revision(self, name: str) -> None:
+        if any(name in (m.name for m in hold.models) for hold in self.reference.line):
+            return  # a lease in line keeps the old model, which the plain model does not
+        if self.both(
+            lambda: self.runtime.unregister(name) or True,
+            lambda: self.reference.unregister(name),
+        ):
+            self.revision[name] ^= 1
+            self.register(name)
+
+    @rule()
+    def trim(self) -> None:
+        before = self.runtime.snapshot()
+        assert self.runtime.trim() == before.granules_free * GRANULE
+
+    @rule(target=holds, names=st.lists(NAMES, min_size=1, max_size=3, unique=True), owner=NAMES)
+    def begin_lease(self, names: list[str], owner: str) -> Any:
+        models = [self.runtime.model(name).native for name in names]
+        pair = self.both(
+            lambda: self.runtime.native.begin_lease(models, ord(owner)),
+            lambda: self.reference.begin_lease(names, ord(owner)),
+        )
+        if pair:
+            self.live.append(pair[0])
+        return pair
+
+    @rule(hold=holds)
+    def use(self, hold: tuple[Any, Hold] | None) -> None:
+        """What is leased is complete, and the model's own; a stream may use it beyond."""
+        if not hold:
+            return
+        real, expected = hold
+        try:
+            if not real.ready:
+                return
+            real.wait(0)
+        except warmserve_rt.WarmServeError:
+            return  # released, or its load failed
+        if self.exact:
+            assert expected.admitted
+            assert not any(model.missing for model in expected.models)
+        for model in expected.models:
+            for tensor, array in self.runtime.tensors(model.name).items():
+                layer = int(tensor.split(".")[2])
+                assert array.tobytes() == self.expected(model.name, layer)
+
+    @rule(hold=holds)
+    def copy_on_a_stream(self, hold: tuple[Any, Hold] | None) -> None:
+        """A copy enqueued under a lease, run later, still reads the leased bytes."""
+        if not hold:
+            return
+        real, expected = hold
+        try:
+            if not real.ready:
+                return
+            real.wait(0)
+        except warmserve_rt.WarmServeError:
+            return
+        name = expected.models[0].name
+        nbytes = SIZES[name][0]
+        out = np.zeros(nbytes, np.uint8)
+        view = self.runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
+        self.stream.copy_from(out, view)
+        real.record(self.stream)
+        self.fenced.append((out, self.expected(name, 0)))
+
+    @rule()
+    def step_stream(self) -> None:
+        self.stream.step()
+
+    @rule(hold=consumes(holds))
+    def release(self, hold: tuple[Any, Hold] | None) -> None:
+        if hold:
+            hold[0].release()
+            self.reference.end_lease(hold[1])
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            moved = self.runtime.step()
+            if self.exact:
+                assert moved == self.reference.step()
+            if not moved:
+                return
+
+    def expected(self, name: str, layer: int) -> bytes:
+        return content(name, layer, SIZES[name][layer], self.revision[name])
+
+    @invariant()
+    def sound(self) -> None:
+        self.runtime.check_invariants()
+        assert not self.watched.strict.violations
+        snapshot = self.runtime.snapshot()
+        assert snapshot.pinned_bytes <= 3 * GRANULE
+        if not self.exact:
+            return
+        assert snapshot.granules_free + snapshot.granules_trimmed == self.reference.free
+        for name, model in self.reference.models.items():
+            states = [layer.residency for layer in snapshot.models[name].layers]
+            assert states == [layer.state for layer in model.layers], name
+            assert snapshot.models[name].leases == model.holds
+
+    def teardown(self) -> None:
+        if not hasattr(self, "runtime"):
+            return
+        for _ in range(500):
+            if not self.runtime.step():
+                break
+        else:
+            raise AssertionError("the work does not end")
+        self.stream.synchronize()
+        for out, wanted in self.fenced:
+            assert out.tobytes() == wanted
+        for hold in self.live:
+            hold.release()
+        self.live.clear()
+        self.runtime.close()
+        watched = self.watched
+        del self.runtime, self.stream
+        gc.collect()
+        watched.check()
+
+
+@pytest.mark.parametrize("host_view", [True, False], ids=["host", "host-staged"])
+def test_every_interleaving_keeps_the_rules(
+    files: dict[tuple[str, int], Path], host_view: bool
+) -> None:
+    class Bound(Machine):
+        pass
+
+    Bound.files, Bound.host_view = files, host_view
+    Bound.TestCase.settings = settings(
+        max_examples=100,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    Bound.TestCase("runTest").runTest()

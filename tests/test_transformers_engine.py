@@ -1,0 +1,281 @@
+"""Risk: a transformers module in the arena computes anything else than transformers itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from warmserve_rt import Runtime, StaleView  # noqa: E402
+from warmserve_rt.engines.transformers import bind, load, skeleton  # noqa: E402
+
+PROMPT = torch.tensor([[7, 3, 55, 20, 9, 41, 6, 30, 12]])
+COMMON = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA),
+    "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    "llama-yarn": (
+        "llama",
+        {
+            **LLAMA,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen2": ("qwen2", LLAMA),
+    "gemma2": ("gemma2", {**LLAMA, "head_dim": 16}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}),
+    "opt": ("opt", {**LLAMA, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "apertus": ("apertus", LLAMA),  # has buffers in its checkpoint
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4}),
+}
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    with Runtime(device="host", arena="96MiB", staging="16MiB") as runtime:
+        yield runtime
+
+
+def save(path: Path, family: str, seed: int = 0, dtype: Any = torch.float32, **kwargs: Any) -> Path:
+    """A checkpoint of a tiny random model."""
+    kind, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **COMMON, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():  # or biases and norms would be all the same
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path, **{"save_original_format": False, **kwargs})
+    return path
+
+
+@torch.no_grad()
+def plain_logits(path: Path) -> Any:
+    """What transformers computes by itself.
+
+    Its weights are cloned off the mapped file, whose alignment makes kernels round differently.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model(PROMPT).logits
+
+
+@torch.no_grad()
+def leased_logits(runtime: Runtime, module: Any) -> Any:
+    with runtime.lease(module.warmserve_model):
+        return module(PROMPT).logits
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Replace or add tensors of a checkpoint; None removes one. `__` stands for a dot."""
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(runtime: Runtime, tmp_path: Path, family: str) -> None:
+    path = save(tmp_path / "model", family)
+    module = load(runtime, path)
+    assert not module.training
+    assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
+def test_logits_equal_in_bfloat16_and_over_several_files(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "llama", dtype=torch.bfloat16, max_shard_size="40KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    module = load(runtime, path)
+    assert module.dtype is torch.bfloat16
+    assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
+def test_greedy_generation_equals_transformers(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "llama-tied")
+    module = load(runtime, path)
+    plain = AutoModelForCausalLM.from_pretrained(path).eval()
+    with runtime.lease(module.warmserve_model):
+        ours = module.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert ours.tolist() == plain.generate(PROMPT, max_new_tokens=8, do_sample=False).tolist()
+
+
+def test_weights_are_views_of_the_arena(runtime: Runtime, tmp_path: Path) -> None:
+    module = load(runtime, save(tmp_path / "model", "qwen2"), name="q")
+    tensors = runtime.tensors("q")
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == tensors.keys()
+    for name, parameter in parameters.items():
+        assert parameter.data_ptr() == tensors[name].data_ptr()
+        assert not parameter.requires_grad
+
+
+def test_tied_weights_are_one_parameter(runtime: Runtime, tmp_path: Path) -> None:
+    module = load(runtime, save(tmp_path / "model", "gpt2"))
+    assert module.lm_head.weight is module.transformer.wte.weight
+
+
+def test_tied_weights_may_be_named_after_the_head(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "llama-tied")
+    weight = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(path, model__embed_tokens__weight=None, lm_head__weight=weight)
+    module = load(runtime, path)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
+def test_weights_to_be_tied_stay_apart_if_the_checkpoint_has_both(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "model", "llama-tied")
+    rewrite(path, lm_head__weight=torch.randn(96, 64))
+    module = load(runtime, path)
+    assert module.lm_head.weight is not module.model.embed_tokens.weight
+    assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
+def test_names_without_the_base_models_prefix(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "gpt2")
+    tensors = load_file(path / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    short["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # old checkpoints have their masks in them
+    save_file(short, path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(leased_logits(runtime, load(runtime, path)), plain_logits(path))
+
+
+def test_module_survives_eviction_and_other_tenants(runtime: Runtime, tmp_path: Path) -> None:
+    paths = [save(tmp_path / str(seed), "llama", seed) for seed in range(3)]
+    modules = [load(runtime, path) for path in paths]
+    wanted = [plain_logits(path) for path in paths]
+    assert not torch.equal(wanted[0], wanted[1])
+    for turn in (0, 1, 2, 1, 0, 0, 2):
+        assert torch.equal(leased_logits(runtime, modules[turn]), wanted[turn])
+        runtime.evict(modules[turn].warmserve_model)
+
+
+def test_forward_outside_a_lease_raises(runtime: Runtime, tmp_path: Path) -> None:
+    module = load(runtime, save(tmp_path / "model", "llama"), name="chat")
+    with pytest.raises(StaleView, match="'chat' is not leased"):
+        module(PROMPT)
+    leased_logits(runtime, module)
+    with pytest.raises(StaleView, match="'chat' is not leased"):
+        module.generate(PROMPT, max_new_tokens=2)
+
+
+def test_printing_a_module_without_a_lease_is_harmless(runtime: Runtime, tmp_path: Path) -> None:
+    module = load(runtime, save(tmp_path / "model", "llama"))
+    assert "LlamaForCausalLM" in repr(module)
+
+
+def check_refusal(runtime: Runtime, path: Path, *words: str) -> None:
+    with pytest.raises(ValueError, match=".*".join(words)):
+        load(runtime, path, name="refused")
+    assert "refused" not in runtime.snapshot().models
+
+
+def test_experts_that_transformers_would_fuse_are_refused(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "mixtral", save_original_format=True)
+    check_refusal(runtime, path, "block_sparse_moe.experts.0.w1.weight", "save_original_format")
+    save(path, "mixtral")
+    load(runtime, path, name="refused")  # the name is free again
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__norm__weight": None}, ["needs 'model.norm.weight'"]),
+        ({"model__layers__1__extra": torch.ones(3)}, ["'model.layers.1.extra' has no place"]),
+        ({"model__norm__weight": torch.ones(65)}, ["norm.weight", "65", "64"]),
+        ({"model__norm__weight": torch.ones(64).half()}, ["norm.weight", "float16", "float32"]),
+        ({"norm__weight": torch.ones(64)}, ["norm.weight", "norm.weight", "are both"]),
+    ],
+    ids=["missing", "extra", "shape", "dtype", "twice"],
+)
+def test_checkpoints_that_do_not_fit_the_module_are_refused(
+    runtime: Runtime, tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    path = save(tmp_path / "model", "llama")
+    rewrite(path, **changes)
+    check_refusal(runtime, path, *words)
+
+
+def test_quantized_models_are_refused(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "llama")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (path / "config.json").write_text(json.dumps(config))
+    check_refusal(runtime, path, "quantized")
+
+
+class WithBuffers(transformers.LlamaForCausalLM):
+    """Has a buffer in its checkpoint, one that is initialised and one that is forgotten."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("saved", torch.full((3,), 5.0))
+        self.register_buffer("ready", torch.full((4,), 6.0), persistent=False)
+        if config.forget:
+            self.register_buffer("forgotten", torch.ones(2), persistent=False)
+        if config.hide:
+            self.hidden = torch.ones(2)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.constant_(self.ready, 6.0)
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls._from_config(config, **kwargs)
+
+
+@pytest.mark.parametrize("flaw", ["none", "forget", "hide"])
+def test_every_buffer_is_bound_filled_or_named(runtime: Runtime, tmp_path: Path, flaw: str) -> None:
+    settings = {"forget": flaw == "forget", "hide": flaw == "hide"}
+    config = AutoConfig.for_model("llama", **COMMON, **LLAMA, **settings)
+    WithBuffers(config).save_pretrained(tmp_path)
+    if flaw != "none":
+        with pytest.raises(ValueError, match={"forget": "'forgotten'", "hide": "hidden"}[flaw]):
+            load(runtime, tmp_path, auto_class=WithBuffers)
+        return
+    module: Any = load(runtime, tmp_path, name="m", auto_class=WithBuffers)
+    assert module.saved.data_ptr() == runtime.tensors("m")["saved"].data_ptr()
+    assert module.ready.tolist() == [6.0] * 4
+    with runtime.lease("m"):
+        assert module.saved.tolist() == [5.0] * 3
+
+
+def test_a_module_can_be_bound_again(tmp_path: Path) -> None:
+    paths = [save(tmp_path / str(seed), "llama-tied", seed) for seed in range(2)]
+    module = skeleton(AutoConfig.from_pretrained(paths[0]), torch.float32)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    for path in paths:
+        tensors = load_file(path / "model.safetensors")
+        bind(module, {name: tensor.clone() for name, tensor in tensors.items()})
+        with torch.no_grad():
+            assert torch.equal(module(PROMPT).logits, plain_logits(path))

@@ -1,0 +1,158 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from warmserve_rt.demo import reference, report
+from warmserve_rt.demo.content import Content, unique_granules
+from warmserve_rt.demo.lessons import QUESTIONS
+from warmserve_rt.demo.rows import Mapped, OnDemand, Prewarmed, Reload, Row
+from warmserve_rt.demo.serve import Answer, generate, serve
+from warmserve_rt.demo.tenants import make_tenants
+from warmserve_rt.demo.training import prompt_ids
+from warmserve_rt.demo.workload import Request, arrivals
+
+GRANULE = 2 << 20  # bytes, the runtime's default
+TOKENS = 10  # of an answer
+GAP = 1.1  # seconds between requests, on average
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The tenants, what is in their files, what they are asked and what they should answer."""
+
+    tenants: dict[str, Path]
+    contents: dict[str, Content]
+    tokenizer: Any
+    prompts: dict[str, list[int]]
+    wanted: dict[tuple[str, str], list[int]]
+
+
+def run(
+    json_path: str | os.PathLike[str] | None = None,
+    *,
+    requests: int = 20,
+    seed: int = 0,
+    mutate: bool = False,
+) -> int:
+    """Serve `requests` requests in four ways, print a table and write `json_path`, if given.
+
+    Returns the exit status: 0 if every token and every leased byte is right, else 1. `mutate`
+    swaps a granule of two tenants in memory, to see that the demo notices. Raises ValueError for
+    fewer than two requests, RuntimeError if the models cannot be made.
+    """
+    if requests < 2:
+        raise ValueError(f"{requests} requests are too few: at least 2")
+    torch.set_num_threads(1)
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    screen = report.Screen()
+    screen.console.print(report.INTRODUCTION)
+    cast = _prepare(screen)
+    unique = unique_granules(cast.contents.values())
+    arena = unique // 2 * GRANULE
+    screen.console.print(
+        f"{len(cast.tenants)} models, {unique * GRANULE / 1e6:.0f} MB of them unique; "
+        f"the arena: {arena / 1e6:.0f} MB; {requests} requests, seed {seed}\n"
+    )
+    stream = arrivals([*cast.tenants], QUESTIONS, count=requests, seed=seed, gap=GAP)
+    results = _run_rows(screen, cast, stream, arena, random.Random(seed) if mutate else None)
+
+    screen.console.print(report.table(results), report.NOTE)
+    facts = {
+        "models": len(cast.tenants),
+        "tenants": [*cast.tenants],
+        "arena_bytes": arena,
+        "unique_bytes": unique * GRANULE,
+        "requests": requests,
+        "seed": seed,
+    }
+    outcome = report.summary(results, **facts)
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(outcome, indent=2) + "\n")
+    if outcome["tokens_match"] and outcome["bytes_match"]:
+        screen.console.print("[bold green]Every token and every leased byte is right.[/]")
+        return 0
+    screen.console.print("[bold red]FAILED: tokens or bytes differ.[/]")
+    return 1
+
+
+def _prepare(screen: report.Screen) -> Cast:
+    with screen.bars() as bars:
+        tenants = make_tenants(bars.show)
+        contents: dict[str, Content] = {}
+        for name, path in tenants.items():
+            contents[name] = Content(path, GRANULE)
+            bars.show("hashing the models' granules", len(contents), len(tenants))
+        tokenizer = AutoTokenizer.from_pretrained(next(iter(tenants.values())))
+        prompts = {question: prompt_ids(tokenizer, question) for question in QUESTIONS}
+        wanted = reference.expected(tenants, contents, prompts, TOKENS, bars.show)
+    samples: dict[str, Any] = {
+        name: tokenizer.decode(wanted[name, QUESTIONS[0]], skip_special_tokens=True)
+        for name in tenants
+    }
+    screen.console.print(report.samples(QUESTIONS[0], samples))
+    return Cast(tenants, contents, tokenizer, prompts, wanted)
+
+
+def _run_rows(
+    screen: report.Screen,
+    cast: Cast,
+    stream: Sequence[Request],
+    arena: int,
+    mutation: random.Random | None,
+) -> list[report.Result]:
+    rows: list[Callable[[], Row]] = [
+        lambda: Reload(cast.tenants),
+        lambda: Mapped(cast.tenants),
+        lambda: OnDemand(cast.tenants, cast.contents, arena, mutation),
+        lambda: Prewarmed(cast.tenants, cast.contents, arena),
+    ]
+    _warm_up(cast)
+    results = []
+    with screen.bars() as bars:
+        for make in rows:
+            row = make()
+            try:
+                results.append(_run_row(row, cast, stream, bars))
+            finally:
+                row.close()
+    return results
+
+
+def _warm_up(cast: Cast) -> None:
+    """Let torch prepare its kernels, which is no row's business."""
+    with Mapped(cast.tenants).serving(next(iter(cast.tenants))) as module:
+        for prompt in cast.prompts.values():
+            for _ in generate(module, prompt, 2, end=-1):
+                pass
+
+
+def _run_row(row: Row, cast: Cast, stream: Sequence[Request], bars: report.Bars) -> report.Result:
+    result = report.Result(row.name, row.title)
+    bars.show(row.title, 0, len(stream))
+
+    def answered(answer: Answer) -> None:
+        request = answer.request
+        result.answers.append(answer)
+        result.wrong += answer.tokens != cast.wanted[request.tenant, request.prompt]
+        hits = sum(a.hit for a in result.answers)
+        detail = f"{request.tenant:9} {answer.ttft * 1e3:5.0f} ms  {hits} hits"
+        bars.show(row.title, len(result.answers), len(stream), detail)
+
+    end = cast.tokenizer.eos_token_id
+    serve(row, stream, cast.prompts, tokens=TOKENS, end=end, answered=answered)
+    result.bytes_moved = row.bytes_moved()
+    return result

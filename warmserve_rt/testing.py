@@ -1,0 +1,65 @@
+"""For tests of this library and of engines that use it: drivers that watch, and drivers that fail.
+
+    watched = testing.watch(pump=True)
+    with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+        watched.faults.arm([(3, 3)])          # the third driver call fails
+        ...
+    watched.check()                           # no contract broken, nothing left
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from . import _native
+from .runtime import Model, Runtime
+
+__all__ = ["Watched", "swap_granules", "watch"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PROT_READ, _PROT_WRITE = 1, 2
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A device whose every call is checked (`strict`) and can be made to fail (`faults`)."""
+
+    driver: _native.Driver
+    strict: _native.StrictDriver
+    faults: _native.FaultyDriver
+
+    def check(self, *, closed: bool = True) -> None:
+        """Raises AssertionError if a driver contract was broken; with ``closed``, also if
+        anything made on the device is still there."""
+        assert not self.strict.violations, self.strict.violations
+        left = {kind: count for kind, count in self.strict.live.items() if count}
+        assert not (closed and left), f"never given back: {left}"
+
+
+def watch(*, pump: bool = False, host_view: bool = True) -> Watched:
+    """A host device that checks the driver's contracts. ``host_view=False`` hides that the CPU
+    reaches granules, so that loads go by staging as on a discrete GPU."""
+    strict = _native.StrictDriver(_native.host_driver(threads=not pump, host_view=host_view))
+    faults = _native.FaultyDriver(strict)
+    return Watched(faults, strict, faults)
+
+
+def swap_granules(
+    runtime: Runtime, a: Model, layer_a: int, b: Model, layer_b: int, *, granule: int = 0
+) -> None:
+    """Exchanges the bytes of one granule between two resident layers, behind the runtime's back:
+    what a check of contents has to notice. Both layers must have that granule."""
+    size = runtime.snapshot().granule_bytes
+    begins = []
+    for model, layer in ((a, layer_a), (b, layer_b)):
+        spec = model.layers[layer]
+        view = model.native.view(layer, 0, [spec.nbytes], spec.nbytes, 1, 8, 1)
+        begins.append(view.address + granule * size)
+    buffers = [(ctypes.c_char * size).from_address(begin) for begin in begins]
+    for begin in begins:
+        if _libc.mprotect(ctypes.c_void_p(begin), size, _PROT_READ | _PROT_WRITE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    buffers[0].raw, buffers[1].raw = buffers[1].raw, buffers[0].raw
+    for begin in begins:
+        _libc.mprotect(ctypes.c_void_p(begin), size, _PROT_READ)
