@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from _harness import GIB, MIB, Bench, Llama, scratch, write_checkpoint
+from _harness import MIB, Bench, Llama, scratch, write_checkpoint
 
 CHECKPOINTS = {  # GiB
     "0.2": Llama(1024, 2816, 256, 32000, 4),
@@ -86,15 +86,7 @@ def watch(path: Path, arena: int, staged: bool) -> dict[str, int]:
     return {**report, "peak": peak, "looks": looks}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--arena", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--staged", action="store_true", help=argparse.SUPPRESS)
-    bench = Bench.start("memory", parser)
-    if bench.args.serve:
-        return serve(bench.args.serve, bench.args.arena, bench.args.staged)
-
+def measure(bench: Bench) -> None:
     worst = 0.0
     with scratch() as directory:
         for size, llama in CHECKPOINTS.items():
@@ -110,6 +102,18 @@ def main() -> None:
                 bench.row(f"{how}_{size}_gib_looks", report["looks"], "looks")
     bench.target("peak_over_mb", worst, "MB", "<=", 150)
     bench.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--arena", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--staged", action="store_true", help=argparse.SUPPRESS)
+    bench = Bench.start("memory", parser)
+    if bench.args.serve:
+        serve(bench.args.serve, bench.args.arena, bench.args.staged)
+    else:
+        measure(bench)
 
 
 if __name__ == "__main__":

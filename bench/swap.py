@@ -155,8 +155,8 @@ def measure_swaps(bench: Bench, directory: Path, scattered: bool) -> list[Swap]:
         prefix = "scattered_" if scattered else ""
         used = runtime.snapshot().granules - runtime.snapshot().granules_free
         bench.row(f"{prefix}granules_per_mapping", used / mappings, "granules")
-        if not scattered:
-            bench.row("arena_huge_share", huge_share(arena) - used * GRANULE / arena, "of the arena")
+        share = huge_share(arena + used * GRANULE)
+        bench.row(f"{prefix}arena_huge_share", share, "of the arena")
     return swaps[2:]  # the first each way warm up
 
 

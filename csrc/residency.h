@@ -30,7 +30,9 @@ class Books {
   std::mutex mutex;
   std::condition_variable changed;  // callers wait here for tickets and layers
   std::condition_variable work;     // loaders wait here for something to do
+  std::uint64_t version = 0;        // counts wakes: what was looked at before one may be old
   void wake() {
+    ++version;
     changed.notify_all();
     work.notify_all();
   }

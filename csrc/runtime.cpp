@@ -38,8 +38,8 @@ struct ReadBack {
 
 }  // namespace
 
-Runtime::Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options)
-    : device_(std::make_shared<Device>(std::move(driver))),
+Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
+    : device_(std::move(device)),
       arena_(device_, {options.arena_bytes, options.granule_bytes, options.poison}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       books_(arena_),
@@ -48,9 +48,15 @@ Runtime::Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options)
 
 std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options) {
-  return {new Runtime(std::move(driver), options), [](Runtime* runtime) {
-            if (runtime->device_->usable()) delete runtime;
-          }};
+  const auto device = std::make_shared<Device>(std::move(driver));
+  try {
+    return {new Runtime(device, options), [](Runtime* runtime) {
+              if (runtime->device_->usable()) delete runtime;
+            }};
+  } catch (...) {
+    device->retry_releases();
+    throw;
+  }
 }
 
 Runtime::~Runtime() {

@@ -57,7 +57,7 @@ class Runtime {
   static std::shared_ptr<Runtime> make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options);
   // Throws invalid_argument, out_of_device_memory. Blocks while it makes the arena.
-  Runtime(std::shared_ptr<Driver> driver, const RuntimeOptions& options);
+  Runtime(DevicePtr device, const RuntimeOptions& options);
   ~Runtime();  // as close(), as far as that goes
   Runtime(const Runtime&) = delete;
 

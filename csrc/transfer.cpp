@@ -39,11 +39,13 @@ void Transfer::stop() {
 void Transfer::run() {
   Lock lock(books_.mutex);
   while (!stopping_) {
-    if (advance(lock)) continue;
+    const std::uint64_t seen = books_.version;
+    if (advance(lock)) continue;  // which may drop the lock, so a wake may have been missed
+    const auto woken = [&] { return stopping_ || books_.version != seen; };
     if (uploads_.under_way())
-      books_.work.wait_for(lock, kPollInterval);
+      books_.work.wait_for(lock, kPollInterval, woken);
     else
-      books_.work.wait(lock);
+      books_.work.wait(lock, woken);
   }
 }
 

@@ -27,6 +27,7 @@ Device::Device(std::shared_ptr<Driver> driver)
     : driver_(std::move(driver)), born_(current_generation()) {}
 
 Device::~Device() {
+  retry_releases();
   // A child must not destroy its parent's driver: the threads are not there to be joined, and the
   // addresses may be something else's by now.
   if (!usable()) new std::shared_ptr<Driver>(std::move(driver_));

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -25,8 +26,9 @@ with its file's.
 
 NOTE = """\
 TTFT: time from a request's arrival to its first token, in ms. Hit: the weights were there when \
-its turn came; how many, p50, and in parentheses p50 from its turn, without the queue. Moved: copied into memory; what mmap shows is copied \
-by nobody, and the page cache behind it holds all five files outside of any budget.
+its turn came; how many, p50, and in parentheses p50 from its turn on, without the queue. Moved: \
+GB copied into memory; what mmap shows is copied by nobody, and the page cache behind it holds all \
+five files outside of any budget.
 """
 
 
@@ -86,9 +88,14 @@ def summary(results: Sequence[Result], **facts: Any) -> dict[str, Any]:
 
 def table(results: Sequence[Result]) -> Table:
     """The rows side by side."""
-    made = Table(title="The same requests, four ways", title_justify="left")
-    made.add_column("")
-    for column in ("TTFT p50", "p99", "hits", "misses", "moved", "arena"):
+    made = Table(
+        title="TTFT in ms: the same requests, four ways",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    made.add_column("", no_wrap=True)
+    for column in ("p50", "p99", "hits", "misses", "moved", "arena"):
         made.add_column(column, justify="right")
     made.add_column("tokens")
     made.add_column("bytes")
@@ -98,7 +105,7 @@ def table(results: Sequence[Result]) -> Table:
             r.title,
             *(f"{every[p]:.0f}" for p in ("p50", "p99")),
             *(_split(r.ttft(hit)) for hit in (True, False)),
-            f"{r.bytes_moved / 1e9:.1f} GB",
+            f"{r.bytes_moved / 1e9:.1f}G",
             "" if r.occupancy is None else f"{r.occupancy:.0%}",
             f"[bold red]{r.wrong} wrong[/]" if r.wrong else "equal",
             {None: "", True: "equal", False: "[bold red]differ[/]"}[r.bytes_match],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from warmserve_rt import Runtime, Ticket
+from warmserve_rt import Busy, Runtime, Ticket
 from warmserve_rt.demo.content import Content
 from warmserve_rt.demo.prewarmer import rank
 from warmserve_rt.engines import transformers as engine
@@ -188,11 +188,15 @@ class Prewarmed(OnDemand):
             ranking = [self._serving, *(name for name in ranking if name != self._serving)]
         for place, name in enumerate(ranking):
             self._runtime.stamp(name, keep_value=len(ranking) - place)
-        for name in ranking[: self._room]:
+        wanted = ranking[: self._room]
+        for name in self._tickets.keys() - wanted:
+            self._tickets.pop(name).cancel()  # what has arrived of it stays until it is in the way
+        for name in wanted:
             ticket = self._tickets.get(name)
             if (ticket is None or ticket.done) and not self.ready(name):
                 self._tickets[name] = self._runtime.prewarm(name)
 
     def settle(self) -> None:
         for ticket in self._tickets.values():
-            ticket.wait()
+            with suppress(Busy):  # a lease came first
+                ticket.wait()

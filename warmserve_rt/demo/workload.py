@@ -21,7 +21,7 @@ def arrivals(
 ) -> list[Request]:
     """`count` requests in order of time, on average `gap` seconds apart.
 
-    They come in bursts of one to four, a burst's a fraction of a second apart, so that some wait
+    They come in bursts of one to three, a burst's a fraction of a second apart, so that some wait
     while another is served: the queue tells what is next. And tenants follow one another by
     habit: each mostly stays or is followed by the same other one, so that the past tells, too,
     though never surely.
@@ -33,11 +33,11 @@ def arrivals(
     requests: list[Request] = []
     time = 0.0
     while len(requests) < count:
-        size = min(random_.choice((1, 2, 3, 4)), count - len(requests))
+        size = min(random_.choice((1, 2, 3)), count - len(requests))
         burst = time
         for _ in range(size):
             requests.append(Request(burst, tenant, random_.choice(prompts)))
-            burst += random_.expovariate(1 / (0.2 * gap))
+            burst += random_.expovariate(1 / (0.25 * gap))
             draw = random_.random()
             if draw < 0.6:
                 tenant = follower[tenant]

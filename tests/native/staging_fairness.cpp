@@ -1,0 +1,171 @@
+// Staging chunks go to whoever waits longest, are never more than was allowed, and all come back.
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "fixtures.h"
+#include "staging.h"
+
+namespace warmserve {
+namespace {
+
+constexpr std::uint64_t kChunk = 64 * kKiB;
+constexpr std::size_t kChunks = 3;
+
+struct Bench {
+  Watched watched;
+  StagingPool pool{std::make_shared<Device>(watched.driver), kChunks * kChunk + 4096, kChunk};
+  std::vector<StagingPool::Chunk> take_all() {
+    std::vector<StagingPool::Chunk> taken;
+    while (auto chunk = pool.try_acquire()) taken.push_back(std::move(*chunk));
+    return taken;
+  }
+};
+
+// A thread that stands in line. Polls come only from a wait, so the first one tells that it does.
+class Waiter {
+ public:
+  Waiter(StagingPool& pool, std::function<void()> served)
+      : thread_([this, &pool, served] {
+          const StagingPool::Chunk chunk = pool.acquire(in(kLong), [this] { waits_ = true; });
+          served();
+        }) {
+    while (!waits_) std::this_thread::yield();
+  }
+  ~Waiter() { thread_.join(); }
+
+ private:
+  std::atomic<bool> waits_{false};
+  std::thread thread_;
+};
+
+}  // namespace
+
+TEST(first_come_first_served) {
+  Bench bench;
+  auto taken = bench.take_all();
+  CHECK(taken.size() == kChunks);
+  std::vector<int> order;  // written by whoever has the one chunk that goes round
+  {
+    std::vector<std::unique_ptr<Waiter>> line;
+    for (int i = 0; i < 6; ++i)
+      line.push_back(std::make_unique<Waiter>(bench.pool, [&, i] { order.push_back(i); }));
+    taken.pop_back();
+  }
+  CHECK(order == std::vector{0, 1, 2, 3, 4, 5});
+}
+
+TEST(nobody_passes_those_who_wait) {
+  Bench bench;
+  auto taken = bench.take_all();
+  std::atomic<bool> tried{false};
+  const Waiter first(bench.pool, [&] {
+    taken.pop_back();
+    CHECK(!bench.pool.try_acquire());  // it is the second one's, who has it or waits for it
+    tried = true;
+  });
+  const Waiter second(bench.pool, [&] {
+    while (!tried) std::this_thread::yield();
+  });
+  taken.pop_back();
+}
+
+TEST(never_more_than_was_allowed) {
+  Bench bench;
+  std::atomic<std::size_t> lent{0};
+  std::vector<std::thread> threads;
+  for (unsigned char id = 1; id <= 8; ++id)
+    threads.emplace_back([&, id] {
+      std::vector<unsigned char> mine(kChunk, id);
+      for (int i = 0; i < 300; ++i) {
+        const StagingPool::Chunk chunk = bench.pool.acquire(in(kLong), nullptr);
+        CHECK(++lent <= kChunks);
+        CHECK(bench.pool.pinned_bytes() <= kChunks * kChunk);
+        std::memset(chunk.data(), id, kChunk);
+        std::this_thread::yield();
+        CHECK(std::memcmp(chunk.data(), mine.data(), kChunk) == 0);
+        --lent;
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(bench.pool.available() == kChunks);
+  CHECK(bench.watched.strict->live().at("pinned") <= kChunks);
+}
+
+TEST(pinned_only_when_needed_and_returned) {
+  Watched watched;
+  {
+    StagingPool pool(std::make_shared<Device>(watched.driver), kChunks * kChunk, kChunk);
+    CHECK(pool.pinned_bytes() == 0 && pool.available() == kChunks);
+    { const auto chunk = pool.try_acquire(); }
+    { const auto chunk = pool.try_acquire(); }
+    CHECK(pool.pinned_bytes() == kChunk && pool.available() == kChunks);
+  }
+  watched.expect_returned();
+}
+
+TEST(a_wait_that_times_out_leaves_the_line) {
+  Bench bench;
+  auto taken = bench.take_all();
+  CHECK_THROWS(staging_timeout, bench.pool.acquire(in(kSoon), nullptr));
+  CHECK_THROWS(staging_timeout, bench.pool.acquire(Clock::now(), nullptr));
+  taken.clear();
+  CHECK(bench.pool.try_acquire());
+  bench.pool.acquire(Clock::now(), nullptr);  // a deadline that has passed is no reason to refuse
+}
+
+TEST(a_wait_that_is_interrupted_leaves_the_line) {
+  Bench bench;
+  auto taken = bench.take_all();
+  bool threw = false;
+  try {
+    bench.pool.acquire(kNever, [] { throw std::runtime_error("interrupted"); });
+  } catch (const std::runtime_error&) {
+    threw = true;
+  }
+  CHECK(threw);
+  {
+    const Waiter waiter(bench.pool, [] {});
+    taken.clear();
+  }
+  CHECK(bench.pool.available() == kChunks);
+}
+
+TEST(a_pin_that_fails_costs_nothing) {
+  Bench bench;
+  bench.watched.driver->arm({{1, 2}}, Primitive::pinned_create, Status::out_of_memory);
+  CHECK_THROWS(out_of_device_memory, bench.pool.try_acquire());
+  CHECK_THROWS(out_of_device_memory, bench.pool.acquire(in(kLong), nullptr));
+  CHECK(bench.pool.available() == kChunks && bench.pool.pinned_bytes() == 0);
+  CHECK(bench.take_all().size() == kChunks);
+}
+
+// Two threads come while the only chunk is being pinned for a third, whose pin fails.
+TEST(a_pin_that_fails_lets_the_next_one_try) {
+  Watched watched;
+  StagingPool pool(std::make_shared<Device>(watched.driver), kChunk, kChunk);
+  watched.driver->arm({{1, 1}}, Primitive::pinned_create, Status::out_of_memory);
+  watched.driver->delay(Primitive::pinned_create, std::chrono::milliseconds(50));
+  std::atomic<int> failed{0}, served{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i)
+    threads.emplace_back([&] {
+      try {
+        pool.acquire(in(kLong), nullptr);
+        ++served;
+      } catch (const Error&) {
+        ++failed;
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(failed == 1 && served == 2);
+}
+
+TEST(sizes_that_make_no_chunk) {
+  const auto device = std::make_shared<Device>(Watched().driver);
+  CHECK_THROWS(invalid_argument, StagingPool(device, kChunk - 1, kChunk));
+  CHECK_THROWS(invalid_argument, StagingPool(device, kMiB, 0));
+  CHECK_THROWS(invalid_argument, StagingPool(device, kMiB, 5000));
+}
+
+}  // namespace warmserve

@@ -1,0 +1,283 @@
+// StrictDriver finds each way to break a contract of driver.h, and nothing in lawful use.
+#include <functional>
+
+#include "fixtures.h"
+
+namespace warmserve {
+namespace {
+
+constexpr std::uint64_t kPinned = 64 * kKiB;
+
+// Everything a copy needs, made lawfully: a granule that is mapped, writable and filled.
+struct Bench {
+  explicit Bench(bool threads = true)
+      : strict(make_host_driver({.threads = threads})) {
+    CHECK(strict.granule_create(kGranule, &granule) == Status::ok);
+    CHECK(strict.granule_create(kGranule, &spare) == Status::ok);
+    CHECK(strict.address_reserve(4 * kGranule, &address) == Status::ok);
+    CHECK(strict.map(address, &granule, 1) == Status::ok);
+    CHECK(strict.set_access(address, kGranule, Access::read_write) == Status::ok);
+    CHECK(strict.pinned_create(kPinned, &pinned) == Status::ok);
+    for (StreamId* stream : {&a, &b}) CHECK(strict.stream_create(stream) == Status::ok);
+    CHECK(strict.event_create(&event) == Status::ok);
+  }
+  Status fill(StreamId stream) { return strict.copy_to_device(address, pinned, kPinned, stream); }
+  Status read(StreamId stream) { return strict.copy_from_device(pinned, address, kPinned, stream); }
+  // For steps on the way to the breach.
+  void lawful(Status status) const { CHECK(status == Status::ok); }
+
+  StrictDriver strict;
+  Handle granule{}, spare{};
+  Address address = 0;
+  std::byte* pinned = nullptr;
+  StreamId a{}, b{};
+  EventId event{};
+};
+
+struct Breach {
+  const char* what;
+  std::function<Status(Bench&)> commit;
+};
+constexpr Handle kNoGranule{12345678};
+constexpr StreamId kNoStream{12345678};
+constexpr EventId kNoEvent{12345678};
+
+const Breach kBreaches[] = {
+    {"a granule of half the granularity",
+     [](Bench& x) { return x.strict.granule_create(kGranule / 2, &x.spare); }},
+    {"a granule of nothing", [](Bench& x) { return x.strict.granule_create(0, &x.spare); }},
+    {"release of what is no granule",
+     [](Bench& x) { return x.strict.granule_release(kNoGranule); }},
+    {"release twice",
+     [](Bench& x) {
+       x.lawful(x.strict.granule_release(x.granule));
+       return x.strict.granule_release(x.granule);
+     }},
+    {"release while a stream may write it",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.granule_release(x.granule);
+     }},
+    {"a reservation of half the granularity",
+     [](Bench& x) { return x.strict.address_reserve(kGranule / 2, &x.address); }},
+    {"freeing half a reservation",
+     [](Bench& x) { return x.strict.address_free(x.address, 2 * kGranule); }},
+    {"freeing what was never reserved",
+     [](Bench& x) { return x.strict.address_free(x.address + kGranule, kGranule); }},
+    {"freeing a reservation with a mapping",
+     [](Bench& x) { return x.strict.address_free(x.address, 4 * kGranule); }},
+    {"mapping what is no granule",
+     [](Bench& x) { return x.strict.map(x.address + kGranule, &kNoGranule, 1); }},
+    {"mapping a released granule",
+     [](Bench& x) {
+       x.lawful(x.strict.granule_release(x.granule));  // it lives on where it is mapped
+       return x.strict.map(x.address + kGranule, &x.granule, 1);
+     }},
+    {"mapping nothing", [](Bench& x) { return x.strict.map(x.address + kGranule, nullptr, 0); }},
+    {"mapping over a mapping", [](Bench& x) { return x.strict.map(x.address, &x.spare, 1); }},
+    {"mapping half over a mapping",
+     [](Bench& x) { return x.strict.map(x.address + kGranule / 2, &x.spare, 1); }},
+    {"mapping between granules' places",
+     [](Bench& x) { return x.strict.map(x.address + kGranule + 4096, &x.spare, 1); }},
+    {"mapping over the end of a reservation",
+     [](Bench& x) {
+       const Handle two[] = {x.spare, x.granule};
+       return x.strict.map(x.address + 3 * kGranule, two, 2);
+     }},
+    {"mapping where nothing is reserved",
+     [](Bench& x) { return x.strict.map(x.address + 64 * kGranule, &x.spare, 1); }},
+    {"unmapping half a mapping",
+     [](Bench& x) { return x.strict.unmap(x.address, kGranule / 2); }},
+    {"unmapping from the middle of a mapping",
+     [](Bench& x) { return x.strict.unmap(x.address + kGranule / 2, kGranule / 2); }},
+    {"unmapping a mapping and a hole",
+     [](Bench& x) { return x.strict.unmap(x.address, 2 * kGranule); }},
+    {"unmapping nothing", [](Bench& x) { return x.strict.unmap(x.address, 0); }},
+    {"unmapping before a copy was waited for",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.unmap(x.address, kGranule);
+     }},
+    {"unmapping after waiting for a stream that is not ordered behind the copy",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       x.lawful(x.strict.event_record(x.event, x.b));
+       x.lawful(x.strict.event_wait(x.event, std::chrono::seconds(60)));
+       return x.strict.unmap(x.address, kGranule);
+     }},
+    {"unmapping after waiting for an earlier position of the stream",
+     [](Bench& x) {
+       x.lawful(x.strict.event_record(x.event, x.a));
+       x.lawful(x.fill(x.a));
+       x.lawful(x.strict.event_wait(x.event, std::chrono::seconds(60)));
+       return x.strict.unmap(x.address, kGranule);
+     }},
+    {"access to half a mapping",
+     [](Bench& x) {
+       x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
+       return x.strict.set_access(x.address + kGranule, kGranule / 2, Access::read);
+     }},
+    {"access where nothing is mapped",
+     [](Bench& x) { return x.strict.set_access(x.address + kGranule, kGranule, Access::read); }},
+    {"access a second time",
+     [](Bench& x) { return x.strict.set_access(x.address, kGranule, Access::read); }},
+    {"pinned memory that is no multiple of 4 KiB",
+     [](Bench& x) { return x.strict.pinned_create(5000, &x.pinned); }},
+    {"unpinning half a region",
+     [](Bench& x) { return x.strict.pinned_release(x.pinned, kPinned / 2); }},
+    {"unpinning twice",
+     [](Bench& x) {
+       x.lawful(x.strict.pinned_release(x.pinned, kPinned));
+       return x.strict.pinned_release(x.pinned, kPinned);
+     }},
+    {"unpinning what a copy may still read",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.pinned_release(x.pinned, kPinned);
+     }},
+    {"destroying what is no stream", [](Bench& x) { return x.strict.stream_destroy(kNoStream); }},
+    {"synchronizing with what is no stream",
+     [](Bench& x) { return x.strict.stream_synchronize(kNoStream); }},
+    {"stepping a stream that has a thread", [](Bench& x) { return x.strict.stream_step(x.a); }},
+    {"a wait of what is no stream",
+     [](Bench& x) { return x.strict.stream_wait_event(kNoStream, x.event); }},
+    {"a wait for what is no event",
+     [](Bench& x) { return x.strict.stream_wait_event(x.a, kNoEvent); }},
+    {"destroying what is no event", [](Bench& x) { return x.strict.event_destroy(kNoEvent); }},
+    {"recording what is no event", [](Bench& x) { return x.strict.event_record(kNoEvent, x.a); }},
+    {"recording on what is no stream",
+     [](Bench& x) { return x.strict.event_record(x.event, kNoStream); }},
+    {"asking what is no event", [](Bench& x) { return x.strict.event_query(kNoEvent); }},
+    {"waiting for what is no event",
+     [](Bench& x) { return x.strict.event_wait(kNoEvent, std::chrono::seconds(0)); }},
+    {"copying on no stream", [](Bench& x) { return x.fill(kNoStream); }},
+    {"copying where nothing is mapped",
+     [](Bench& x) {
+       return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a);
+     }},
+    {"copying over the end of what is mapped",
+     [](Bench& x) {
+       return x.strict.copy_to_device(x.address + kGranule - 4096, x.pinned, 8192, x.a);
+     }},
+    {"copying without access",
+     [](Bench& x) {
+       x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
+       return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a);
+     }},
+    {"copying to what is read-only",
+     [](Bench& x) {
+       x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
+       x.lawful(x.strict.set_access(x.address + kGranule, kGranule, Access::read));
+       return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a);
+     }},
+    {"reading what nobody has written since it was mapped", [](Bench& x) { return x.read(x.a); }},
+    {"reading beside what was written",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.copy_from_device(x.pinned, x.address + 4096, kPinned, x.a);
+     }},
+    {"reading before another stream's write",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.read(x.b);
+     }},
+    {"writing beside another stream's read",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       x.lawful(x.strict.stream_synchronize(x.a));
+       x.lawful(x.read(x.a));
+       return x.fill(x.b);
+     }},
+    {"writing beside another stream's write",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.fill(x.b);
+     }},
+    {"the host writing what a stream may still read",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       x.strict.host_wrote(x.granule, 0, 4096);
+       return Status::invalid;  // it returns none
+     }},
+    {"the host writing outside of a granule",
+     [](Bench& x) {
+       x.strict.host_wrote(x.granule, kGranule, 1);
+       return Status::invalid;
+     }},
+    {"the host writing what is no granule",
+     [](Bench& x) {
+       x.strict.host_wrote(kNoGranule, 0, 1);
+       return Status::invalid;
+     }},
+    {"the host writing a released granule",
+     [](Bench& x) {
+       x.lawful(x.strict.granule_release(x.granule));
+       x.strict.host_wrote(x.granule, 0, 4096);
+       return Status::invalid;
+     }},
+};
+
+}  // namespace
+
+TEST(every_breach_is_caught) {
+  std::string missed;
+  for (const Breach& breach : kBreaches) {
+    Bench bench;
+    const auto before = bench.strict.live();
+    const Status status = breach.commit(bench);
+    if (status != Status::invalid || bench.strict.violations().size() != 1)
+      missed += std::string("\n  ") + breach.what;
+    bench.strict.stream_synchronize(bench.a);
+    bench.strict.stream_synchronize(bench.b);
+  }
+  if (!missed.empty()) check::fail(__FILE__, __LINE__, "not caught:" + missed);
+}
+
+TEST(a_stream_without_thread_destroyed_with_work) {
+  Bench bench(false);
+  bench.lawful(bench.fill(bench.a));
+  CHECK(bench.strict.stream_destroy(bench.a) != Status::ok);
+  CHECK(bench.strict.violations().size() == 1);
+}
+
+// A copy that is refused half way has not filled the half before.
+TEST(a_refused_copy_changes_nothing) {
+  Bench bench;
+  CHECK(bench.strict.copy_to_device(bench.address + kGranule - 4096, bench.pinned, 8192, bench.a) ==
+        Status::invalid);
+  CHECK(bench.strict.copy_from_device(bench.pinned, bench.address + kGranule - 4096, 4096,
+                                      bench.b) == Status::invalid);
+  CHECK(bench.strict.violations().size() == 2);
+}
+
+TEST(lawful_use_is_let_through) {
+  Bench bench;
+  StrictDriver& strict = bench.strict;
+  const auto ok = [&](Status status) { bench.lawful(status); };
+  for (int i = 0; i < 3; ++i) {  // order by an event between streams
+    ok(bench.fill(bench.a));
+    ok(strict.event_record(bench.event, bench.a));
+    ok(strict.stream_wait_event(bench.b, bench.event));
+    ok(bench.read(bench.b));
+    ok(strict.event_record(bench.event, bench.b));
+    ok(strict.stream_wait_event(bench.a, bench.event));
+  }
+  ok(strict.event_record(bench.event, bench.a));  // which is behind b
+  ok(strict.event_wait(bench.event, std::chrono::seconds(60)));
+  strict.host_wrote(bench.granule, 0, kGranule);
+  ok(strict.copy_from_device(bench.pinned, bench.address + kMiB, kPinned, bench.a));
+  ok(strict.stream_synchronize(bench.a));
+  ok(strict.map(bench.address + kGranule, &bench.spare, 1));
+  ok(strict.map(bench.address + 2 * kGranule, &bench.granule, 1));  // at a second address
+  ok(strict.set_access(bench.address + kGranule, 2 * kGranule, Access::read));
+  ok(strict.unmap(bench.address, 3 * kGranule));
+  ok(strict.address_free(bench.address, 4 * kGranule));
+  ok(strict.pinned_release(bench.pinned, kPinned));
+  for (const Handle handle : {bench.granule, bench.spare}) ok(strict.granule_release(handle));
+  ok(strict.event_destroy(bench.event));
+  for (const StreamId stream : {bench.a, bench.b}) ok(strict.stream_destroy(stream));
+  CHECK(strict.violations().empty());
+  for (const auto& [kind, count] : strict.live()) CHECK(count == 0);
+}
+
+}  // namespace warmserve
