@@ -63,8 +63,13 @@ std::exception_ptr Uploads::enqueue(Flight& flight, const Layer& layer, std::uin
 }
 
 std::vector<Uploads::News> Uploads::collect(bool wait) {
-  gather(wait);
-  const std::lock_guard lock(mutex_);
+  gather(false);
+  std::unique_lock lock(mutex_);
+  if (wait && news_.empty()) {
+    lock.unlock();
+    gather(true);
+    lock.lock();
+  }
   return std::exchange(news_, {});
 }
 
@@ -81,7 +86,6 @@ void Uploads::release() {
 
 void Uploads::gather(bool wait) {
   std::unique_lock lock(mutex_);
-  if (!news_.empty()) wait = false;
   while (!flights_.empty()) {
     Flight flight = std::move(flights_.front());
     flights_.pop_front();

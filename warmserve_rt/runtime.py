@@ -19,7 +19,7 @@ from .checkpoint import Source, open_checkpoint
 from .layers import Grouping, Layout, LayerSpec, build_layout
 from .lease import Lease
 from .snapshot import Snapshot
-from .views import Framework, default_framework, make_tensors
+from .views import Framework, checked_framework, make_tensors
 
 __all__ = ["BACKGROUND", "FOREGROUND", "Model", "Runtime", "Ticket"]
 
@@ -112,7 +112,7 @@ class Runtime:
             loaders = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
         if loaders < 1:
             raise ValueError(f"{loaders} loaders: for none, say pump=True")
-        self._framework = tensors or default_framework()
+        self._framework = checked_framework(tensors)
         self._models: dict[str, Model] = {}
         self._open: _native.Runtime | None = _native.Runtime(
             driver or _native.host_driver(threads=not pump),

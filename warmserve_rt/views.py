@@ -48,9 +48,13 @@ Framework = str  # "torch" or "numpy"
 Tensors = Mapping[str, Any]
 
 
-def default_framework() -> Framework:
-    """Torch where it is installed, else numpy."""
-    return "torch" if importlib.util.find_spec("torch") else "numpy"
+def checked_framework(name: Framework | None) -> Framework:
+    """The name, if tensors can be made as that; for None torch where it is installed, else numpy."""
+    if name is None:
+        return "torch" if importlib.util.find_spec("torch") else "numpy"
+    if name not in _MAKERS:
+        raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+    return name
 
 
 def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = False) -> _native.View:
@@ -89,8 +93,6 @@ def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> 
     Each has its checkpoint's shape and dtype; what the framework cannot express (bf16, fp8, fp4 and
     fp6 in numpy; fp6 in torch) is uint8 of shape ``(nbytes,)``.
     """
-    if framework not in _MAKERS:
-        raise ValueError(f"tensors as {framework!r}: choose from {sorted(_MAKERS)}")
     make = _MAKERS[framework]
     return {name: make(model, spec) for name, spec in layout.tensors.items()}
 

@@ -8,9 +8,10 @@ namespace {
 
 constexpr std::uint64_t kPinned = 64 * kKiB;
 
-// Everything a copy needs, made lawfully: a granule that is mapped, writable and filled.
+// Everything a copy needs, made lawfully: a granule that is mapped and writable, and pinned memory.
+// Without threads, so that a breach that is not caught does no damage until somebody waits.
 struct Bench {
-  explicit Bench(bool threads = true)
+  explicit Bench(bool threads = false)
       : strict(make_host_driver({.threads = threads})) {
     CHECK(strict.granule_create(kGranule, &granule) == Status::ok);
     CHECK(strict.granule_create(kGranule, &spare) == Status::ok);
@@ -138,7 +139,11 @@ const Breach kBreaches[] = {
     {"destroying what is no stream", [](Bench& x) { return x.strict.stream_destroy(kNoStream); }},
     {"synchronizing with what is no stream",
      [](Bench& x) { return x.strict.stream_synchronize(kNoStream); }},
-    {"stepping a stream that has a thread", [](Bench& x) { return x.strict.stream_step(x.a); }},
+    {"destroying a stream with work",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.stream_destroy(x.a);
+     }},
     {"a wait of what is no stream",
      [](Bench& x) { return x.strict.stream_wait_event(kNoStream, x.event); }},
     {"a wait for what is no event",
@@ -223,35 +228,30 @@ TEST(every_breach_is_caught) {
   std::string missed;
   for (const Breach& breach : kBreaches) {
     Bench bench;
-    const auto before = bench.strict.live();
     const Status status = breach.commit(bench);
     if (status != Status::invalid || bench.strict.violations().size() != 1)
       missed += std::string("\n  ") + breach.what;
-    bench.strict.stream_synchronize(bench.a);
-    bench.strict.stream_synchronize(bench.b);
   }
   if (!missed.empty()) check::fail(__FILE__, __LINE__, "not caught:" + missed);
 }
 
-TEST(a_stream_without_thread_destroyed_with_work) {
-  Bench bench(false);
-  bench.lawful(bench.fill(bench.a));
-  CHECK(bench.strict.stream_destroy(bench.a) != Status::ok);
+TEST(a_stream_that_has_a_thread_is_not_stepped) {
+  Bench bench(true);
+  CHECK(bench.strict.stream_step(bench.a) == Status::invalid);
   CHECK(bench.strict.violations().size() == 1);
 }
 
-// A copy that is refused half way has not filled the half before.
+// A copy that is refused half way is nobody's use of the half before.
 TEST(a_refused_copy_changes_nothing) {
   Bench bench;
   CHECK(bench.strict.copy_to_device(bench.address + kGranule - 4096, bench.pinned, 8192, bench.a) ==
         Status::invalid);
-  CHECK(bench.strict.copy_from_device(bench.pinned, bench.address + kGranule - 4096, 4096,
-                                      bench.b) == Status::invalid);
-  CHECK(bench.strict.violations().size() == 2);
+  CHECK(bench.strict.unmap(bench.address, kGranule) == Status::ok);
+  CHECK(bench.strict.violations().size() == 1);
 }
 
 TEST(lawful_use_is_let_through) {
-  Bench bench;
+  Bench bench(true);
   StrictDriver& strict = bench.strict;
   const auto ok = [&](Status status) { bench.lawful(status); };
   for (int i = 0; i < 3; ++i) {  // order by an event between streams

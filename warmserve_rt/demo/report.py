@@ -92,7 +92,7 @@ def table(results: Sequence[Result]) -> Table:
         title="TTFT in ms: the same requests, four ways",
         title_justify="left",
         box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     made.add_column("", no_wrap=True)
     for column in ("p50", "p99", "hits", "misses", "moved", "arena"):

@@ -25,7 +25,7 @@ from warmserve_rt.demo.workload import Request, arrivals
 
 GRANULE = 2 << 20  # bytes, the runtime's default
 TOKENS = 10  # of an answer
-GAP = 1.1  # seconds between requests, on average
+GAP = 1.0  # seconds between requests, on average
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,246 @@
+// The end of a runtime, of a forked child and of the process, whatever is under way.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+
+#include "fixtures.h"
+
+namespace {
+// A forked child leaks what it inherited, on purpose, and much of it lived on threads' stacks.
+bool leaks_are_looked_for = true;
+}  // namespace
+extern "C" int __lsan_is_turned_off() { return !leaks_are_looked_for; }
+
+namespace warmserve {
+namespace {
+
+const std::vector<std::uint64_t> kLayers{kGranule, kGranule + 9, 9};
+
+// Runs body in a forked child that then exits as a process does; true if it came to a good end.
+template <typename Body>
+bool child_succeeds(Body body) {
+  std::fflush(nullptr);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    leaks_are_looked_for = false;
+    ::alarm(60);
+    body();
+    std::exit(0);
+  }
+  int status = 0;
+  CHECK(child > 0 && ::waitpid(child, &status, 0) == child);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+}  // namespace
+
+TEST(a_runtime_destroyed_while_it_loads) {
+  for (const bool host_view : {true, false})
+    for (int steps = 0; steps < 12; ++steps) {
+      Watched device({.host_view = host_view});
+      const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
+      auto runtime = Runtime::make(device.driver, options(5));
+      TicketPtr tickets[2];
+      for (int i = 0; i < 2; ++i)
+        tickets[i] = runtime->prewarm(files[i].register_in(*runtime), kBackground);
+      std::this_thread::sleep_for(std::chrono::microseconds(300 * steps));
+      runtime.reset();
+      for (const TicketPtr& ticket : tickets) CHECK(ticket->done);
+      device.expect_returned();
+    }
+}
+
+TEST(a_runtime_destroyed_between_two_steps) {
+  for (const bool host_view : {true, false})
+    for (int steps = 0; steps < 30; ++steps) {
+      Watched device({.threads = false, .host_view = host_view});
+      const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
+      auto runtime = Runtime::make(device.driver, options(5, 0));
+      const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);
+      const TicketPtr first = runtime->prewarm(a, kBackground);
+      const TicketPtr second = runtime->swap(a, b, kForeground);
+      for (int i = 0; i < steps; ++i) runtime->step();
+      runtime.reset();
+      CHECK(first->done && second->done);
+    }
+}
+
+// The swap has loaded what it should; that it still has to evict must not leave its ticket open.
+TEST(a_swap_that_is_closed_upon) {
+  Watched device({.threads = false});
+  const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
+  const auto runtime = Runtime::make(device.driver, options(8, 0));
+  const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);
+  { const Leased leased(*runtime, {a, b}); }
+  const TicketPtr ticket = runtime->swap(a, b, kForeground);
+  runtime->close(nullptr);
+  CHECK(runtime->done(ticket));
+}
+
+TEST(a_runtime_destroyed_under_a_lease) {
+  Watched device;
+  const ModelFile file(1, kLayers);
+  auto runtime = Runtime::make(device.driver, options(5));
+  ModelPtr model = file.register_in(*runtime);
+  HoldPtr hold = runtime->begin_lease({model}, 1);
+  runtime->await_lease(hold, in(kLong), nullptr);
+  CHECK_THROWS(busy, runtime->close(nullptr));
+  runtime.reset();
+  hold.reset();
+  model.reset();
+  device.expect_returned();
+}
+
+TEST(closed_by_two_threads_at_once) {
+  for (int i = 0; i < 20; ++i) {
+    Watched device;
+    const ModelFile file(1, kLayers);
+    auto runtime = Runtime::make(device.driver, options(5));
+    runtime->prewarm(file.register_in(*runtime), kBackground);
+    std::thread other([&] { runtime->close(nullptr); });
+    runtime->close(nullptr);
+    other.join();
+    CHECK_THROWS(general, runtime->state());
+    runtime.reset();
+    device.expect_returned();
+  }
+}
+
+TEST(close_gives_all_memory_back) {
+  for (const bool host_view : {true, false}) {
+    Watched device({.host_view = host_view});
+    const ModelFile file(1, kLayers);
+    const auto runtime = Runtime::make(device.driver, options(5));
+    const ModelPtr model = file.register_in(*runtime);
+    { const Leased leased(*runtime, {model}); }
+    runtime->close(nullptr);
+    for (const char* kind : {"granules", "mappings", "pinned"})
+      CHECK(device.strict->live().at(kind) == 0);
+  }
+}
+
+TEST(threads_that_wait_while_it_is_closed) {
+  for (int i = 0; i < 20; ++i) {
+    Watched device;
+    const ModelFile file(1, kLayers);
+    const auto runtime = Runtime::make(device.driver, options(5));
+    const ModelPtr model = file.register_in(*runtime);
+    device.driver->delay(Primitive::map, std::chrono::milliseconds(i % 5));
+    std::vector<std::thread> threads;
+    for (int id = 0; id < 4; ++id)
+      threads.emplace_back([&] {
+        try {
+          const TicketPtr ticket = runtime->prewarm(model, kBackground);
+          runtime->wait(ticket, in(kLong), nullptr);
+        } catch (const Error& error) {
+          if (error.kind() != ErrorKind::cancelled && error.kind() != ErrorKind::general)
+            check::fail(__FILE__, __LINE__, std::string("a wait was told: ") + error.what());
+        }
+      });
+    std::this_thread::sleep_for(std::chrono::milliseconds(i % 3));
+    runtime->close(nullptr);
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+// Every operation is refused, at once, though threads of the parent may have held any lock.
+TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
+  for (const bool host_view : {true, false}) {
+    Watched device({.host_view = host_view});
+    const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
+    auto runtime = Runtime::make(device.driver, options(5));
+    const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);
+    auto stream = std::make_shared<Stream>(runtime->device());
+    std::atomic<bool> stop{false};
+    std::thread busy([&] {
+      std::vector<std::byte> bytes(kGranule);
+      while (!stop) {
+        for (const auto& [model, file] : {std::pair(&a, &files[0]), std::pair(&b, &files[1])}) {
+          const Leased leased(*runtime, {*model});
+          CHECK(file->is_in(*runtime, *model));
+          stream->copy_from_device(bytes.data(), runtime->reservation(*model)->address(), kGranule);
+          runtime->record(leased.hold(), stream);
+        }
+        runtime->state();
+      }
+      stream->synchronize();
+    });
+    std::this_thread::sleep_for(kSoon);
+    for (int i = 0; i < 10; ++i) {
+      auto hold = runtime->begin_lease({a}, 2);
+      const TicketPtr ticket = runtime->prewarm(a, kBackground);
+      CHECK(child_succeeds([&] {
+        std::byte bytes[8];
+        std::vector<File> none;
+        CHECK_THROWS(general, runtime->register_model("new", std::move(none), {}, false));
+        CHECK_THROWS(general, runtime->unregister(a, kNever, nullptr));
+        CHECK_THROWS(general, runtime->prewarm(a, kBackground));
+        CHECK_THROWS(general, runtime->swap(a, b, kBackground));
+        CHECK_THROWS(general, runtime->evict(a, kNever, nullptr));
+        CHECK_THROWS(general, runtime->trim());
+        CHECK_THROWS(general, runtime->stamp(a, 1));
+        CHECK_THROWS(general, runtime->begin_lease({a}, 1));
+        CHECK_THROWS(general, runtime->begin_lease({}, 1));
+        CHECK_THROWS(general, runtime->record(hold, stream));
+        CHECK_THROWS(general, runtime->done(ticket));
+        CHECK_THROWS(general, runtime->progress(ticket));
+        CHECK_THROWS(general, runtime->fileno(ticket));
+        CHECK_THROWS(general, runtime->wait(ticket, kNever, nullptr));
+        CHECK_THROWS(general, runtime->cancel(ticket));
+        CHECK_THROWS(general, runtime->leased(a));
+        CHECK_THROWS(general, runtime->reservation(a));
+        CHECK_THROWS(general, runtime->read_back(a, 0, bytes));
+        CHECK_THROWS(general, runtime->state());
+        CHECK_THROWS(general, runtime->check_invariants());
+        CHECK_THROWS(general, runtime->close(nullptr));
+        CHECK_THROWS(general, stream->synchronize());
+        CHECK_THROWS(general, stream->copy_from_device(bytes, 0, 8));
+        CHECK_THROWS(general, Stream(runtime->device()));
+        runtime->end_lease(hold);  // as destructors do
+        hold.reset();
+        stream.reset();
+        runtime.reset();
+      }));
+      runtime->end_lease(hold);
+    }
+    stop = true;
+    busy.join();
+    runtime->check_invariants();
+    runtime->close(nullptr);
+    device.expect_kept();
+  }
+}
+
+TEST(a_forked_child_may_have_a_runtime_of_its_own) {
+  const Watched device;
+  const ModelFile file(1, kLayers);
+  const auto runtime = Runtime::make(device.driver, options(5, 0));
+  const ModelPtr model = file.register_in(*runtime);
+  CHECK(child_succeeds([&] {
+    const Watched own;
+    const auto mine = Runtime::make(own.driver, options(5));
+    const ModelPtr again = file.register_in(*mine);
+    const Leased leased(*mine, {again});
+    CHECK(file.is_in(*mine, again));
+  }));
+  const Leased leased(*runtime, {model});
+  CHECK(file.is_in(*runtime, model));
+}
+
+// Static objects are destroyed while loaders and streams are at work.
+TEST(a_process_that_exits_with_a_live_runtime) {
+  for (const bool announced : {true, false})
+    CHECK(child_succeeds([&] {
+      static std::shared_ptr<Runtime> runtime =
+          Runtime::make(make_host_driver({.host_view = false}), options(5));
+      static const ModelFile file(1, kLayers);
+      static const ModelPtr model = file.register_in(*runtime);
+      static const TicketPtr ticket = runtime->prewarm(model, kBackground);
+      if (announced) Device::process_exits();
+    }));
+}
+
+}  // namespace warmserve
