@@ -29,30 +29,28 @@ class Bench:
 
     name: str
     args: argparse.Namespace
-    results: dict[str, float | str] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
     targets: list[dict[str, object]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, name: str, parser: argparse.ArgumentParser | None = None) -> Bench:
-        """Reads the command line; `parser` may bring arguments of the bench's own."""
-        parser = parser or argparse.ArgumentParser()
+    def start(cls, name: str, parser: argparse.ArgumentParser) -> Bench:
+        """Reads the command line; `parser` brings the arguments of the bench's own."""
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
         parser.add_argument("--device", default="host", help="of the runtime (default: host)")
         return cls(name, parser.parse_args())
 
-    def row(self, name: str, value: float | str, unit: str) -> None:
-        """Records a result; the unit is for the reader, and its short form ends the name."""
-        value = value if isinstance(value, str) else _round(value)
-        self.results[name] = value
-        print(f"  {name:<44} {value:>12} {unit}", flush=True)
+    def row(self, name: str, value: float, unit: str) -> None:
+        """Records a result."""
+        self.results[name] = _round(value)
+        print(f"  {name:<32} {self.results[name]:>10} {unit}", flush=True)
 
     def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None:
         """Records a result that has a bound."""
-        value, met = _round(value), _COMPARE[op](value, bound)
-        self.results[name] = value
+        met = _COMPARE[op](value, bound)
+        self.results[name] = value = _round(value)
         self.targets.append({"name": name, "value": value, "op": op, "bound": bound, "met": met})
         verdict = "met" if met else "MISSED"
-        print(f"* {name:<44} {value:>12} {unit:<8} {op} {bound:g}: {verdict}", flush=True)
+        print(f"* {name:<32} {value:>10} {unit:<6} {op} {bound:g}: {verdict}", flush=True)
 
     def finish(self) -> None:
         """Writes the JSON file that was asked for."""
@@ -166,8 +164,7 @@ def scratch() -> Iterator[Path]:
 
 
 def huge_share(nbytes: int) -> float:
-    """How much of `nbytes` of shared memory this process reaches through huge pages, from 0 to 1
-    for each time that it is mapped."""
+    """How much this process maps of shared memory in huge pages, as a share of `nbytes`."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("ShmemPmdMapped:"):
             return int(line.split()[1]) * 1024 / nbytes
@@ -175,6 +172,7 @@ def huge_share(nbytes: int) -> float:
 
 
 def _round(value: float) -> float:
+    """To four digits: no more are reproducible."""
     return value if isinstance(value, int) else float(f"{value:.4g}")
 
 

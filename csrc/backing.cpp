@@ -45,7 +45,8 @@ void unback(const Arena& arena, const std::vector<Layer*>& run) {
 }
 
 // The fences that a drain of the layers has to wait for; those already reached are forgotten.
-std::vector<std::shared_ptr<const Fence>> take_fences(const Lock&, const std::vector<Layer*>& layers) {
+std::vector<std::shared_ptr<const Fence>> take_fences(const Lock&,
+                                                      const std::vector<Layer*>& layers) {
   std::vector<std::shared_ptr<const Fence>> fences;
   const Model* last = nullptr;
   for (const Layer* layer : layers) {

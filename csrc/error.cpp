@@ -6,6 +6,10 @@
 
 namespace warmserve {
 
+std::exception_ptr cancelled(const std::string& why) {
+  return std::make_exception_ptr(Error(ErrorKind::cancelled, why));
+}
+
 std::string format_bytes(std::uint64_t bytes) {
   const char* unit = "B";
   double value = static_cast<double>(bytes);

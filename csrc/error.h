@@ -1,6 +1,7 @@
 // One exception type for the whole library and the one place that words its messages.
 #pragma once
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,6 +38,9 @@ struct Holder {
   std::uint64_t bytes = 0;
   bool leased = false;
 };
+
+// A reason for a ticket that was called off.
+std::exception_ptr cancelled(const std::string& why);
 
 std::string format_bytes(std::uint64_t bytes);
 

@@ -20,9 +20,9 @@ namespace warmserve {
 struct RuntimeOptions {
   std::uint64_t arena_bytes = 0, staging_bytes = 0;
   std::uint64_t granule_bytes = 2 * kMiB, chunk_bytes = 8 * kMiB;
-  unsigned loaders = 1;  // threads; 0: pump
+  unsigned loaders = 1;                               // threads; 0: pump
   std::chrono::milliseconds staging_timeout{30'000};  // longest wait of a load for a chunk
-  bool poison = false;   // evicted addresses stay readable, as NaN
+  bool poison = false;                                // evicted addresses stay readable, as NaN
 };
 
 struct LayerShape {
@@ -123,8 +123,8 @@ class Runtime {
   static Layer& layer_of(Model& model, std::uint32_t index);
   void require_room(const Lock&, const Model& model, const std::string& what) const;
   void serve(const Lock& lock, const HoldPtr& hold);
-  template <typename Done>
-  bool wait_until(Lock& lock, Deadline deadline, const Poll& poll, Done done);
+  bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
+                  const std::function<bool()>& done);
   void evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline, const Poll& poll);
   std::uint64_t trim_locked(Lock& lock);
 

@@ -35,7 +35,8 @@ void Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint
 
 // Neighbouring granules take one copy. Once a copy is under way an error is returned, not thrown:
 // the flight goes on, for its chunk must stay until the stream has passed it.
-std::exception_ptr Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin, std::uint64_t end) {
+std::exception_ptr Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin,
+                                    std::uint64_t end) {
   const std::uint64_t granule_bytes = arena_.granule_bytes();
   bool under_way = false;
   try {

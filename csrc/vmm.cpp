@@ -111,10 +111,9 @@ Mapping::Mapping(ReservationPtr reservation, std::uint64_t offset, std::span<con
 Mapping::~Mapping() {
   if (!reservation_) return;
   const DevicePtr device = reservation_->device();
-  device->give_back(Primitive::unmap, [reservation = std::move(reservation_), address = address_,
-                                       bytes = bytes_](Driver& driver) {
-    return driver.unmap(address, bytes);
-  });
+  device->give_back(Primitive::unmap,
+                    [reservation = std::move(reservation_), address = address_,
+                     bytes = bytes_](Driver& driver) { return driver.unmap(address, bytes); });
 }
 void Mapping::set_access(Access access) {
   reservation_->device()->call(Primitive::set_access, &Driver::set_access, address_, bytes_,

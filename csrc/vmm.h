@@ -75,7 +75,7 @@ class Device {
  private:
   std::shared_ptr<Driver> driver_;
   const std::uint64_t born_;  // generation of the process, see vmm.cpp
-  std::mutex mutex_;  // a leaf: guards refused_
+  std::mutex mutex_;          // a leaf: guards refused_
   std::vector<std::pair<Primitive, std::function<Status(Driver&)>>> refused_;
   std::array<Count, static_cast<std::size_t>(Primitive::count)> counts_;
 };

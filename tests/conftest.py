@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 
 from warmserve_rt import Runtime, testing
+
+
+settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
 
 
 class Device:

@@ -57,6 +57,15 @@ def check_content(runtime: Runtime, name: str) -> None:
             assert array.tobytes() == content(name, layer, SIZES[name][layer])
 
 
+def check_residents(runtime: Runtime) -> None:
+    """What calls itself resident is complete."""
+    for name, model in runtime.snapshot().models.items():
+        for index, layer in enumerate(model.layers):
+            if layer.residency == "resident":
+                read = runtime.read_back(name, index).tobytes()
+                assert read == content(name, index, SIZES[name][index])
+
+
 def prewarm(runtime: Runtime) -> None:
     runtime.prewarm("one").wait()
 
@@ -173,10 +182,12 @@ def test_a_failing_driver_call_loses_nothing(
             runtime.prewarm(name).wait()
         injected = attempt(watched, MODES[mode](call), lambda: operation(runtime))
         runtime.check_invariants()
+        check_residents(runtime)
         assert not watched.strict.violations
         check_content(runtime, "bystander")
         operation(runtime)  # the retry
         runtime.check_invariants()
+        check_residents(runtime)
         for name in [model.name for model in runtime.models]:
             check_content(runtime, name)
         runtime.close()

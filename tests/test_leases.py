@@ -319,6 +319,9 @@ def test_signals_are_seen_in_every_wait(device: Device, files: dict[str, Path], 
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(Interrupted):
                 waits[what]()
+            states = runtime.snapshot().models  # the wait ended before what it waited for
+            assert states["a"].resident or what == "lease"
+            assert not states["c" if what == "lease" else "b"].resident
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -27,12 +27,13 @@ from reference import Hold, Reference, Refused, Ticket
 import warmserve_rt
 from warmserve_rt import Runtime, testing
 
-# Layer sizes in bytes; 0 is a layer of empty tensors, and D exceeds the arena.
+# Layer sizes in bytes; 0 is a layer of empty tensors, and "e" exceeds the arena.
 SIZES = {
     "a": [1000, 0, GRANULE + 8],
     "b": [GRANULE, 300, GRANULE // 2],
     "c": [2 * GRANULE + 1, GRANULE + 256],
-    "d": [6 * GRANULE, 2 * GRANULE, 5],
+    "d": [3 * GRANULE, 5],
+    "e": [6 * GRANULE, 2 * GRANULE, 5],
 }
 CAPACITY = 8
 NAMES = st.sampled_from(sorted(SIZES))
@@ -135,31 +136,27 @@ class Machine(RuleBasedStateMachine):
             if self.exact:
                 assert error == expected.error
 
-    @rule(name=NAMES)
-    def evict(self, name: str) -> None:
-        self.both(lambda: self.runtime.evict(name), lambda: self.reference.evict(name))
-
-    @rule(name=NAMES, value=st.sampled_from([-1.0, 0.0, 2.5]))
-    def stamp(self, name: str, value: float) -> None:
-        self.runtime.stamp(name, value)
-        for layer in self.reference.models[name].layers:
-            layer.keep_value = value
-
-    @rule(name=NAMES)
-    def new_revision(self, name: str) -> None:
-        if any(name in (m.name for m in hold.models) for hold in self.reference.line):
-            return  # a lease in line keeps the old model, which the plain model does not
-        if self.both(
-            lambda: self.runtime.unregister(name) or True,
-            lambda: self.reference.unregister(name),
-        ):
-            self.revision[name] ^= 1
-            self.register(name)
-
-    @rule()
-    def trim(self) -> None:
-        before = self.runtime.snapshot()
-        assert self.runtime.trim() == before.granules_free * GRANULE
+    @rule(name=NAMES, what=st.sampled_from(["stamp", "stamp", "trim", "evict", "new revision"]),
+          value=st.sampled_from([-1.0, 0.0, 2.5]))
+    def keep_house(self, name: str, what: str, value: float) -> None:
+        """One rule, so that what empties the arena does not crowd out what fills it."""
+        if what == "stamp":
+            self.runtime.stamp(name, value)
+            for layer in self.reference.models[name].layers:
+                layer.keep_value = value
+        elif what == "trim":
+            before = self.runtime.snapshot()
+            assert self.runtime.trim() == before.granules_free * GRANULE
+        elif what == "evict":
+            self.both(lambda: self.runtime.evict(name), lambda: self.reference.evict(name))
+        elif not any(name in (m.name for m in hold.models) for hold in self.reference.line):
+            # (A lease in line keeps the old model, which the plain model does not.)
+            if self.both(
+                lambda: self.runtime.unregister(name) or True,
+                lambda: self.reference.unregister(name),
+            ):
+                self.revision[name] ^= 1
+                self.register(name)
 
     @rule(target=holds, names=st.lists(NAMES, min_size=1, max_size=3, unique=True), owner=NAMES)
     def begin_lease(self, names: list[str], owner: str) -> Any:
@@ -222,7 +219,7 @@ class Machine(RuleBasedStateMachine):
             hold[0].release()
             self.reference.end_lease(hold[1])
 
-    @rule(steps=st.integers(1, 12))
+    @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             moved = self.runtime.step()
@@ -230,6 +227,28 @@ class Machine(RuleBasedStateMachine):
                 assert moved == self.reference.step()
             if not moved:
                 return
+
+    @rule(name=NAMES, priority=PRIORITIES, steps=st.integers(0, 12))
+    def prewarm_and_step(self, name: str, priority: int, steps: int) -> None:
+        self.prewarm(name, priority)
+        self.step(steps)
+
+    @rule(names=st.lists(NAMES, min_size=1, max_size=3), steps=st.integers(8, 40))
+    def prewarm_several(self, names: list[str], steps: int) -> None:
+        for name in names:
+            self.prewarm(name, 0)
+        self.step(steps)
+
+    @rule(name=NAMES, owner=NAMES)
+    def lease_briefly(self, name: str, owner: str) -> None:
+        hold = self.begin_lease([name], owner)
+        self.step(40)
+        self.use(hold)
+        self.release(hold)
+
+    @rule()
+    def run_until_idle(self) -> None:
+        self.step(500)
 
     def expected(self, name: str, layer: int) -> bytes:
         return content(name, layer, SIZES[name][layer], self.revision[name])
@@ -278,8 +297,8 @@ def test_every_interleaving_keeps_the_rules(
 
     Bound.files, Bound.host_view = files, host_view
     Bound.TestCase.settings = settings(
-        max_examples=100,
-        stateful_step_count=40,
+        max_examples=250,
+        stateful_step_count=60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -211,7 +211,10 @@ print("fine")
 
 def test_read_back_is_what_the_device_has(device: Device, tmp_path: Path) -> None:
     tensors = every_dtype(tmp_path / "m")
+    ones = write_safetensors(tmp_path / "ones", {"w": ("U8", [16 << 20], b"\1" * (16 << 20))})
     runtime = device.runtime()
+    runtime.register("an earlier tenant", ones)
+    runtime.prewarm("an earlier tenant").wait()
     model = runtime.register("m", tmp_path / "m")
     runtime.prewarm("m").wait()
     for layer in model.layers:

@@ -309,15 +309,15 @@ void bind_runtime(py::module_& m) {
                        std::uint64_t granule, std::uint64_t chunk, unsigned loaders,
                        double staging_timeout, bool poison) {
              const py::gil_scoped_release release;
-             return Runtime::make(std::move(driver),
-                                  {arena, staging, granule, chunk, loaders,
-                                   std::chrono::milliseconds(
-                                       static_cast<std::int64_t>(staging_timeout * 1e3)),
-                                   poison});
+             return Runtime::make(
+                 std::move(driver),
+                 {arena, staging, granule, chunk, loaders,
+                  std::chrono::milliseconds(static_cast<std::int64_t>(staging_timeout * 1e3)),
+                  poison});
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
-           py::arg("granule"), py::arg("chunk"), py::arg("loaders"),
-           py::arg("staging_timeout"), py::arg("poison"))
+           py::arg("granule"), py::arg("chunk"), py::arg("loaders"), py::arg("staging_timeout"),
+           py::arg("poison"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
            py::arg("writable"))
       .def(

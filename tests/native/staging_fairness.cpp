@@ -73,7 +73,7 @@ TEST(nobody_passes_those_who_wait) {
 TEST(never_more_than_was_allowed) {
   Bench bench;
   std::atomic<std::size_t> lent{0};
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads;
   for (unsigned char id = 1; id <= 8; ++id)
     threads.emplace_back([&, id] {
       std::vector<unsigned char> mine(kChunk, id);
@@ -87,7 +87,7 @@ TEST(never_more_than_was_allowed) {
         --lent;
       }
     });
-  for (std::thread& thread : threads) thread.join();
+  for (std::jthread& thread : threads) thread.join();
   CHECK(bench.pool.available() == kChunks);
   CHECK(bench.watched.strict->live().at("pinned") <= kChunks);
 }
@@ -147,7 +147,7 @@ TEST(a_pin_that_fails_lets_the_next_one_try) {
   watched.driver->arm({{1, 1}}, Primitive::pinned_create, Status::out_of_memory);
   watched.driver->delay(Primitive::pinned_create, std::chrono::milliseconds(50));
   std::atomic<int> failed{0}, served{0};
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads;
   for (int i = 0; i < 3; ++i)
     threads.emplace_back([&] {
       try {
@@ -157,7 +157,7 @@ TEST(a_pin_that_fails_lets_the_next_one_try) {
         ++failed;
       }
     });
-  for (std::thread& thread : threads) thread.join();
+  for (std::jthread& thread : threads) thread.join();
   CHECK(failed == 1 && served == 2);
 }
 

@@ -176,7 +176,7 @@ TEST(a_stream_stepped_by_two_threads) {
     bench.toil(stream);
     CHECK(bench.driver->event_record(event, stream) == Status::ok);
     std::atomic<bool> started{false};
-    std::thread other([&] {
+    std::jthread other([&] {
       started = true;
       while (bench.steps(stream)) {
       }
@@ -196,7 +196,7 @@ TEST(a_stream_stepped_by_two_threads) {
 TEST(many_threads_on_shared_streams) {
   Bench bench(true);
   const StreamId streams[] = {bench.stream(), bench.stream()};
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads;
   for (std::size_t id = 0; id < 8; ++id)
     threads.emplace_back([&, id] {
       const EventId event = bench.event();
@@ -217,7 +217,7 @@ TEST(many_threads_on_shared_streams) {
       }
       CHECK(bench.driver->event_destroy(event) == Status::ok);
     });
-  for (std::thread& thread : threads) thread.join();
+  for (std::jthread& thread : threads) thread.join();
   for (const StreamId stream : streams) {
     CHECK(bench.driver->stream_synchronize(stream) == Status::ok);
     CHECK(bench.driver->stream_destroy(stream) == Status::ok);

@@ -100,7 +100,7 @@ TEST(closed_by_two_threads_at_once) {
     const ModelFile file(1, kLayers);
     auto runtime = Runtime::make(device.driver, options(5));
     runtime->prewarm(file.register_in(*runtime), kBackground);
-    std::thread other([&] { runtime->close(nullptr); });
+    std::jthread other([&] { runtime->close(nullptr); });
     runtime->close(nullptr);
     other.join();
     CHECK_THROWS(general, runtime->state());
@@ -129,7 +129,7 @@ TEST(threads_that_wait_while_it_is_closed) {
     const auto runtime = Runtime::make(device.driver, options(5));
     const ModelPtr model = file.register_in(*runtime);
     device.driver->delay(Primitive::map, std::chrono::milliseconds(i % 5));
-    std::vector<std::thread> threads;
+    std::vector<std::jthread> threads;
     for (int id = 0; id < 4; ++id)
       threads.emplace_back([&] {
         try {
@@ -142,7 +142,7 @@ TEST(threads_that_wait_while_it_is_closed) {
       });
     std::this_thread::sleep_for(std::chrono::milliseconds(i % 3));
     runtime->close(nullptr);
-    for (std::thread& thread : threads) thread.join();
+    for (std::jthread& thread : threads) thread.join();
   }
 }
 
@@ -155,7 +155,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
     const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);
     auto stream = std::make_shared<Stream>(runtime->device());
     std::atomic<bool> stop{false};
-    std::thread busy([&] {
+    std::jthread busy([&] {
       std::vector<std::byte> bytes(kGranule);
       while (!stop) {
         for (const auto& [model, file] : {std::pair(&a, &files[0]), std::pair(&b, &files[1])}) {
@@ -170,9 +170,10 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
     });
     std::this_thread::sleep_for(kSoon);
     for (int i = 0; i < 10; ++i) {
-      auto hold = runtime->begin_lease({a}, 2);
+      HoldPtr hold = runtime->begin_lease({a}, 2);
+      runtime->await_lease(hold, in(kLong), nullptr);
       const TicketPtr ticket = runtime->prewarm(a, kBackground);
-      CHECK(child_succeeds([&] {
+      const bool refused = child_succeeds([&] {
         std::byte bytes[8];
         std::vector<File> none;
         CHECK_THROWS(general, runtime->register_model("new", std::move(none), {}, false));
@@ -203,7 +204,8 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
         hold.reset();
         stream.reset();
         runtime.reset();
-      }));
+      });
+      CHECK(refused);
       runtime->end_lease(hold);
     }
     stop = true;

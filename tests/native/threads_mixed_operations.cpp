@@ -25,7 +25,7 @@ void tolerate(std::initializer_list<ErrorKind> kinds, Body body) {
 // Runs body(thread) on all threads at once.
 template <typename Body>
 void on_threads(Body body) {
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads;
   for (std::uint64_t id = 0; id < kThreads; ++id)
     threads.emplace_back([&body, id] {
       try {
@@ -34,7 +34,7 @@ void on_threads(Body body) {
         check::fail(__FILE__, __LINE__, std::string("a thread threw: ") + error.what());
       }
     });
-  for (std::thread& thread : threads) thread.join();
+  for (std::jthread& thread : threads) thread.join();
 }
 
 struct World {

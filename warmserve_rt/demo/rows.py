@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from warmserve_rt import Busy, Runtime, Ticket
+from warmserve_rt import Busy, Runtime, Ticket, testing
 from warmserve_rt.demo.content import Content
 from warmserve_rt.demo.prewarmer import rank
 from warmserve_rt.engines import transformers as engine
@@ -135,7 +135,7 @@ class OnDemand(Row):
     def bytes_match(self, tenant: str) -> bool:
         """Compares every tensor where the engine reads it: at the model's own addresses."""
         content, tensors = self._contents[tenant], self._leased.tensors
-        return all([content.equals(name, tensors[name]) for name in tensors])
+        return all(content.equals(name, tensors[name]) for name in tensors)
 
     def bytes_moved(self) -> int:
         return self._runtime.snapshot().bytes_loaded
@@ -156,7 +156,8 @@ class OnDemand(Row):
         other = random_.choice(others)
         layer = random_.choice(self._contents[tenant].layers_all_different(self._contents[other]))
         models = [self._modules[name].warmserve_model for name in (tenant, other)]
-        self._runtime._debug_swap_granules(models[0], layer, models[1], layer)
+        granule = random_.randrange(len(self._contents[tenant].granules[layer]))
+        testing.swap_granules(self._runtime, models[0], layer, models[1], layer, granule=granule)
         self._mutation = None
 
 

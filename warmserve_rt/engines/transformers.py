@@ -43,7 +43,7 @@ def load(
     `with runtime.lease(module.warmserve_model)`. A forward pass of the whole module raises
     StaleView while no lease on the model is held; other ways to read its weights then (printing a
     parameter, calling a part of the module) are faults. The weights are read-only: they take no
-    gradient, and writing to one in place is a fault.
+    gradient, and writing to one in place is a fault (RWKV does so in its forward pass).
 
     `name` is the model's in the runtime, by default the directory's; `layers` and `allow_symlinks`
     are as in `Runtime.register`; `auto_class` is the transformers class that builds the module;
@@ -100,9 +100,8 @@ def skeleton(
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
-                raise ValueError(
-                    f"{type(module).__name__} keeps a tensor as {path}.{name}, no buffer"
-                )
+                where = f"{path}.{name}".lstrip(".")
+                raise ValueError(f"{type(module).__name__} has {where!r}, a tensor but no buffer")
     untyped: Any = module
     untyped.eval()
     return module

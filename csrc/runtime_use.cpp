@@ -1,0 +1,174 @@
+// The runtime in use: leases, waits for tickets, and what can be read of it.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "runtime.h"
+
+namespace warmserve {
+namespace {
+
+// A copy under way, and what it writes.
+struct ReadBack {
+  ReadBack(DevicePtr device, std::uint64_t size)
+      : bytes(new std::byte[size]), stream(std::move(device)) {}
+  std::unique_ptr<std::byte[]> bytes;
+  Stream stream;
+};
+
+}  // namespace
+
+void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
+  const bool missing = std::any_of(hold->models.begin(), hold->models.end(),
+                                   [](const ModelPtr& model) { return model->missing > 0; });
+  if (!hold->ticket && !missing) return;
+  if (!hold->ticket) hold->ticket = std::make_shared<Ticket>("lease", kForeground);
+  transfer_.request(lock, hold->ticket, hold->models);
+}
+
+HoldPtr Runtime::begin_lease(const std::vector<ModelPtr>& models, std::uint64_t owner) {
+  for (const ModelPtr& model : models) reservation(model);
+  auto hold = std::make_shared<Hold>();
+  hold->models = models;
+  hold->owner = owner;
+  const Lock lock = open();
+  for (const ModelPtr& model : models) require_registered(lock, *model);
+  if (desk_.try_admit(lock, hold)) {
+    serve(lock, hold);
+  } else {
+    desk_.wait_in_line(lock, hold);
+    hold->ticket = std::make_shared<Ticket>("lease", kForeground);
+  }
+  return hold;
+}
+
+void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll) {
+  if (!hold->ticket) return;
+  try {
+    wait(hold->ticket, deadline, poll);
+  } catch (...) {
+    end_lease(hold);
+    throw;
+  }
+}
+
+void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {
+  enter();
+  const auto fence = std::make_shared<const Fence>(stream);
+  const Lock lock = open();
+  if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
+  for (const ModelPtr& model : hold->models) {
+    if (model->fences.size() >= 8)  // bounds them by what is really under way
+      std::erase_if(model->fences, [](const auto& past) { return past->complete(); });
+    model->fences.push_back(fence);
+  }
+}
+
+void Runtime::end_lease(const HoldPtr& hold) {
+  if (!device_->usable()) return;
+  const Lock lock(books_.mutex);
+  if (hold->ticket && !hold->ticket->done)
+    transfer_.drop(lock, hold->ticket, cancelled("the lease was given up"));
+  desk_.leave(lock, hold);
+  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
+}
+
+bool Runtime::done(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->done;
+}
+
+std::pair<std::uint64_t, std::uint64_t> Runtime::progress(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return {ticket->bytes_done, ticket->bytes_total};
+}
+
+int Runtime::fileno(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->fileno(lock);
+}
+
+bool Runtime::leased(const ModelPtr& model) {
+  enter();
+  const Lock lock(books_.mutex);
+  return model->holds > 0 && model->missing == 0;
+}
+
+void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll) {
+  enter();
+  Lock lock(books_.mutex);
+  if (!wait_until(lock, deadline, poll, [&] { return ticket->done; })) {
+    std::string who;
+    for (const Holder& holder : books_.holders(lock))
+      if (holder.leased) who += (who.empty() ? "; leased: '" : ", '") + holder.name + "'";
+    throw Error(ErrorKind::timeout,
+                ticket->what + " did not finish in time: " + format_bytes(ticket->bytes_done) +
+                    " of " + format_bytes(ticket->bytes_total) + " are there" + who);
+  }
+  if (ticket->error) std::rethrow_exception(ticket->error);
+}
+
+void Runtime::cancel(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  if (!ticket->done) transfer_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
+}
+
+void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* out) {
+  Lock lock = open();
+  require_registered(lock, *model);
+  Layer& layer = layer_of(*model, index);
+  wait_until(lock, kNever, nullptr, [&] { return !layer.owned; });
+  if (layer.residency != Residency::resident)
+    throw Error(ErrorKind::stale_view, "layer " + std::to_string(index) + " of '" + model->name +
+                                           "' is " + to_string(layer.residency));
+  if (!layer.bytes) return;
+  layer.owned = true;  // so that it stays
+  lock.unlock();
+  std::shared_ptr<ReadBack> read;
+  std::exception_ptr error;
+  try {
+    read = std::make_shared<ReadBack>(device_, layer.bytes);
+    read->stream.copy_from_device(read->bytes.get(), model->reservation->address() + layer.offset,
+                                  layer.bytes);
+    read->stream.synchronize();
+    std::memcpy(out, read->bytes.get(), layer.bytes);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  layer.owned = false;
+  if (error && read)  // the copy may still run: neither its source nor its target may go
+    model->fences.push_back(
+        std::make_shared<const Fence>(std::shared_ptr<Stream>(read, &read->stream)));
+  books_.wake();
+  if (error) std::rethrow_exception(error);
+}
+
+RuntimeState Runtime::state() {
+  RuntimeState state;
+  state.pinned_bytes = staging_.pinned_bytes();
+  state.staging_chunks_free = staging_.available();
+  const Lock lock = open();
+  state.granule_bytes = arena_.granule_bytes();
+  state.granules = arena_.capacity();
+  state.granules_free = arena_.free_count();
+  state.granules_uncreated = arena_.uncreated_count();
+  state.leases = desk_.active();
+  state.counters = books_.counters;
+  for (const auto& [name, model] : books_.models) {
+    ModelState& shown = state.models.emplace_back();
+    shown.name = name;
+    shown.leases = model->holds;
+    shown.backing_epoch = model->backing_epoch.load(std::memory_order_acquire);
+    for (const Layer& layer : model->layers)
+      shown.layers.push_back(
+          {layer.residency, layer.bytes, layer.granules_needed, layer.keep_value});
+  }
+  return state;
+}
+
+}  // namespace warmserve
