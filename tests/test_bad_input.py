@@ -328,6 +328,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=60,
+        cwd=Path(str(arguments[0])).parent,  # not the source tree, which shadows what is installed
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +191,6 @@ def test_a_torch_module_bound_once_keeps_working(
 
 
 def test_torch_is_imported_only_when_asked_for(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2], bytes(8))})
     script = """
 import sys, warmserve_rt
@@ -204,7 +203,10 @@ with runtime.lease("f") as lease:
 print("fine")
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "f")], capture_output=True, text=True
+        [sys.executable, "-c", script, str(tmp_path / "f")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # not the source tree, which shadows what is installed
     )
     assert done.stdout == "fine\n", done.stderr
 

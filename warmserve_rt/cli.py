@@ -1,0 +1,71 @@
+"""The command line: ``warmserve-rt demo | inspect``. Needs the ``demo`` extra."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("warmserve-rt needs typer: pip install 'warmserve_rt[demo]'")
+
+from ._errors import WarmServeError
+from .checkpoint import open_checkpoint
+from .layers import build_layout
+
+app = typer.Typer(
+    help="Keeps layers of many models warm in one device's memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command()
+def demo(
+    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    requests: Annotated[int, typer.Option(min=2, help="How many arrive.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    mutate: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Serve five real models in an arena that holds half of them, in four ways."""
+    try:
+        from .demo.run import run
+
+        status = run(json, requests=requests, seed=seed, mutate=mutate)
+    except ModuleNotFoundError as error:
+        sys.exit(f"warmserve-rt demo needs {error.name}: pip install 'warmserve_rt[demo]'")
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"warmserve-rt demo: {error}")
+    raise typer.Exit(status)
+
+
+@app.command()
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="File or directory.")]) -> None:
+    """Show the layers of a checkpoint, as a runtime would keep them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    try:
+        with closing(open_checkpoint(checkpoint, allow_symlinks=True)) as opened:
+            layout = build_layout(opened)
+    except (WarmServeError, OSError) as error:
+        raise SystemExit(f"warmserve-rt: {error}") from None
+    table = Table("layer", "tensors", "MiB", title=str(checkpoint))
+    for layer in layout.layers:
+        table.add_row(layer.name, str(len(layer.tensors)), f"{layer.nbytes / 2**20:.1f}")
+    table.add_section()
+    table.add_row("all", str(len(layout.tensors)), f"{layout.nbytes / 2**20:.1f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of ``warmserve-rt``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
