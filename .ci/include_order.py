@@ -36,9 +36,12 @@ def problems() -> list[str]:
                 found.append(f"{name} includes {included}: only a driver may know CUDA")
             elif bracket == '"' and unit(included) not in units:
                 found.append(f"{name} includes {included}, which is in no unit")
-            elif bracket == '"' and unit(included) != own:
-                if units.index(unit(included)) <= units.index(own):
-                    found.append(f"{name} includes {included}, which stands above it")
+            elif (
+                bracket == '"'
+                and unit(included) != own
+                and units.index(unit(included)) <= units.index(own)
+            ):
+                found.append(f"{name} includes {included}, which stands above it")
     if not files:
         found.append("there is nothing in csrc/")
     return found

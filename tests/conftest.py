@@ -11,8 +11,7 @@ from hypothesis import Phase, settings
 
 from warmserve_rt import Runtime, testing
 
-
-settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
+settings.register_profile("first-failure", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 class Device:

@@ -1,7 +1,7 @@
 """Risk: bad input, or a bad moment, takes something else down with it.
 
-Checkpoint files that are malformed are in test_checkpoint_refusals.py; this is what only a runtime
-can meet. After each refusal the books are in order, others serve, and a retry with good input works.
+Malformed checkpoint files are in test_checkpoint_refusals.py; this is what only a runtime can meet.
+After each refusal the books are in order, others serve, and a retry with good input works.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,7 @@ def test_a_file_that_changes_during_a_load(
     assert refused
 
 
-def test_a_replaced_file_never_mixes_with_what_is_resident(
-    runtime: Runtime, model: Path
-) -> None:
+def test_a_replaced_file_never_mixes_with_what_is_resident(runtime: Runtime, model: Path) -> None:
     runtime.register("m", model)
     runtime.prewarm("m").wait()
     replace(model)
@@ -246,10 +245,8 @@ def test_use_after_close(device: Device, model: Path) -> None:
     ):
         with pytest.raises(WarmServeError, match="closed"):
             use()
-    try:
+    with suppress(Cancelled):
         ticket.wait(5)
-    except Cancelled:
-        pass
 
 
 def test_no_staging_chunk_in_time(device: Device, model: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -152,11 +153,13 @@ OPERATIONS = [
 ]
 
 
-def attempt(watched: testing.Watched, ranges: list[tuple[int, int | None]], run: object) -> bool:
+def attempt(
+    watched: testing.Watched, ranges: list[tuple[int, int | None]], run: Callable[[], None]
+) -> bool:
     """Runs with these faults; whether any was injected."""
     watched.faults.arm(ranges)
     try:
-        run()  # type: ignore[operator]
+        run()
     except WarmServeError:
         assert watched.faults.injected, "failed without a fault"
     injected = watched.faults.injected > 0
@@ -180,7 +183,7 @@ def test_a_failing_driver_call_loses_nothing(
         runtime = make(device, files, watched)
         for name in resident:
             runtime.prewarm(name).wait()
-        injected = attempt(watched, MODES[mode](call), lambda: operation(runtime))
+        injected = attempt(watched, MODES[mode](call), partial(operation, runtime))
         runtime.check_invariants()
         check_residents(runtime)
         assert not watched.strict.violations
@@ -252,7 +255,7 @@ def test_the_walk_leaves_no_descriptors_and_no_mappings(
     for call in range(1, 40):
         watched = device.watch(pump=True)
         runtime = make(device, files, watched)
-        attempt(watched, [(call, None)], lambda: lease(runtime))
+        attempt(watched, [(call, None)], partial(lease, runtime))
         runtime.close()
         del runtime, watched
         gc.collect()

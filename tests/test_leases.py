@@ -227,7 +227,7 @@ def test_work_on_a_stream_outlives_the_release(runtime: Runtime) -> None:
 
 def test_a_lost_lease_is_released_with_a_warning(runtime: Runtime) -> None:
     lease = runtime.lease("a").acquire()
-    with pytest.warns(ResourceWarning, match="'a' was never released"):
+    with pytest.warns(ResourceWarning, match="'a' was never released"):  # noqa: PT031
         del lease
         gc.collect()
     runtime.evict("a")

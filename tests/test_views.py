@@ -100,7 +100,11 @@ def test_random_checkpoints_agree_with_safetensors(tmp_path: Path, data: st.Data
     path = write_safetensors(tmp_path / "random", tensors)
     watched = testing.watch(pump=True, host_view=data.draw(st.booleans()))
     runtime = Runtime(
-        arena="16MiB", staging="2MiB", chunk="2MiB", pump=True, tensors="torch",
+        arena="16MiB",
+        staging="2MiB",
+        chunk="2MiB",
+        pump=True,
+        tensors="torch",
         driver=watched.driver,
     )
     runtime.register("m", path)
@@ -149,9 +153,8 @@ def test_views_keep_the_addresses_and_nothing_else(
     floats: tuple[Runtime, np.ndarray[Any, Any]],
 ) -> None:
     """After unregister a view's address is not handed to another model."""
-    runtime, wanted = floats
+    runtime, _ = floats
     view = runtime.tensors("f")["h.0.w"]
-    path = runtime.model("f").native  # noqa: F841
     runtime.unregister("f")
     address = view.ctypes.data
     maps = Path("/proc/self/maps").read_text()

@@ -94,7 +94,12 @@ class Lease:
             if not hold.ready:
                 arrived = loop.create_future()
                 descriptor = hold.fileno()
-                loop.add_reader(descriptor, lambda: arrived.done() or arrived.set_result(None))
+
+                def arrive() -> None:
+                    if not arrived.done():
+                        arrived.set_result(None)
+
+                loop.add_reader(descriptor, arrive)
                 try:
                     await asyncio.wait_for(arrived, self._timeout)
                 except asyncio.TimeoutError:

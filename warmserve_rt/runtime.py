@@ -16,7 +16,7 @@ from . import _native
 from ._errors import WarmServeError
 from ._units import parse_bytes
 from .checkpoint import Source, open_checkpoint
-from .layers import Grouping, Layout, LayerSpec, build_layout
+from .layers import Grouping, LayerSpec, Layout, build_layout
 from .lease import Lease
 from .snapshot import Snapshot
 from .views import Framework, checked_framework, make_tensors
@@ -226,9 +226,7 @@ class Runtime:
         """
         return self.native.prewarm(self.model(model).native, priority)
 
-    def swap(
-        self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND
-    ) -> Ticket:
+    def swap(self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND) -> Ticket:
         """Loads one model in the granules of another, which is absent when the ticket is done.
         Creates no granules. Raises as :meth:`prewarm`, and Busy while ``evict`` is leased."""
         return self.native.swap(self.model(evict).native, self.model(load).native, priority)

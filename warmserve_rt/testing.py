@@ -1,10 +1,10 @@
 """For tests of this library and of engines that use it: drivers that watch, and drivers that fail.
 
-    watched = testing.watch(pump=True)
-    with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
-        watched.faults.arm([(3, 3)])          # the third driver call fails
-        ...
-    watched.check()                           # no contract broken, nothing left
+watched = testing.watch(pump=True)
+with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+    watched.faults.arm([(3, 3)])          # the third driver call fails
+    ...
+watched.check()                           # no contract broken, nothing left
 """
 
 from __future__ import annotations

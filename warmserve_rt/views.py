@@ -49,7 +49,7 @@ Tensors = Mapping[str, Any]
 
 
 def checked_framework(name: Framework | None) -> Framework:
-    """The name, if tensors can be made as that; for None torch where it is installed, else numpy."""
+    """The name, if tensors can be made so; for None, torch where it is installed, else numpy."""
     if name is None:
         return "torch" if importlib.util.find_spec("torch") else "numpy"
     if name not in _MAKERS:
@@ -72,9 +72,9 @@ def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = Fals
 
 
 def _torch_tensor(model: _native.Model, spec: TensorSpec) -> Any:
-    import torch
+    from torch.utils.dlpack import from_dlpack
 
-    return torch.from_dlpack(native_view(model, spec))
+    return from_dlpack(native_view(model, spec))
 
 
 def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
@@ -106,9 +106,7 @@ class LeasedTensors(Mapping[str, Any]):
 
     __slots__ = ("_epoch", "_held", "_model", "_tensors")
 
-    def __init__(
-        self, model: _native.Model, tensors: Tensors, held: Callable[[], bool]
-    ) -> None:
+    def __init__(self, model: _native.Model, tensors: Tensors, held: Callable[[], bool]) -> None:
         self._model = model
         self._tensors = tensors
         self._held = held
@@ -130,5 +128,3 @@ class LeasedTensors(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-

@@ -270,11 +270,6 @@ void bind_handles(py::module_& m) {
 }
 
 void bind_state(py::module_& m) {
-  py::enum_<Residency>(m, "Residency")
-      .value("absent", Residency::absent)
-      .value("filling", Residency::filling)
-      .value("resident", Residency::resident)
-      .value("draining", Residency::draining);
   py::class_<LayerState>(m, "LayerState")
       .def_property_readonly("residency",
                              [](const LayerState& s) { return to_string(s.residency); })

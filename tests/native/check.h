@@ -16,23 +16,23 @@ struct Test {
 
 }  // namespace check
 
-#define TEST(name)                           \
-  static void name();                        \
+#define TEST(name)                                   \
+  static void name();                                \
   static const check::Test test_##name(#name, name); \
   static void name()
 
 #define CHECK(...) ((__VA_ARGS__) ? void() : check::fail(__FILE__, __LINE__, #__VA_ARGS__))
 
 // The statement throws a warmserve::Error of this kind.
-#define CHECK_THROWS(expected, ...)                                                          \
-  do {                                                                                       \
-    bool threw = false;                                                                      \
-    try {                                                                                    \
-      __VA_ARGS__;                                                                           \
-    } catch (const warmserve::Error& error) {                                                \
-      threw = true;                                                                          \
-      if (error.kind() != warmserve::ErrorKind::expected)                                    \
+#define CHECK_THROWS(expected, ...)                                                           \
+  do {                                                                                        \
+    bool threw = false;                                                                       \
+    try {                                                                                     \
+      __VA_ARGS__;                                                                            \
+    } catch (const warmserve::Error& error) {                                                 \
+      threw = true;                                                                           \
+      if (error.kind() != warmserve::ErrorKind::expected)                                     \
         check::fail(__FILE__, __LINE__, std::string(#__VA_ARGS__ " threw: ") + error.what()); \
-    }                                                                                        \
-    if (!threw) check::fail(__FILE__, __LINE__, #__VA_ARGS__ " did not throw");              \
+    }                                                                                         \
+    if (!threw) check::fail(__FILE__, __LINE__, #__VA_ARGS__ " did not throw");               \
   } while (false)

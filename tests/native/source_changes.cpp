@@ -173,7 +173,9 @@ TEST(a_model_whose_file_changed) {
       auto runtime = Runtime::make(device.driver, options(4));
       const ModelFile file(1, {kGranule, 9}), other_file(2, {kGranule, 9});
       ModelPtr model = file.register_in(*runtime), other = other_file.register_in(*runtime);
-      { const Leased leased(*runtime, {model, other}); }
+      {
+        const Leased leased(*runtime, {model, other});
+      }
       runtime->evict(model, in(kLong), nullptr);
       change(file.path().c_str());
       CHECK_THROWS(corrupt_checkpoint, Leased(*runtime, {model}));

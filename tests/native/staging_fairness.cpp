@@ -97,8 +97,12 @@ TEST(pinned_only_when_needed_and_returned) {
   {
     StagingPool pool(std::make_shared<Device>(watched.driver), kChunks * kChunk, kChunk);
     CHECK(pool.pinned_bytes() == 0 && pool.available() == kChunks);
-    { const auto chunk = pool.try_acquire(); }
-    { const auto chunk = pool.try_acquire(); }
+    {
+      const auto chunk = pool.try_acquire();
+    }
+    {
+      const auto chunk = pool.try_acquire();
+    }
     CHECK(pool.pinned_bytes() == kChunk && pool.available() == kChunks);
   }
   watched.expect_returned();

@@ -11,8 +11,7 @@ constexpr std::uint64_t kPinned = 64 * kKiB;
 // Everything a copy needs, made lawfully: a granule that is mapped and writable, and pinned memory.
 // Without threads, so that a breach that is not caught does no damage until somebody waits.
 struct Bench {
-  explicit Bench(bool threads = false)
-      : strict(make_host_driver({.threads = threads})) {
+  explicit Bench(bool threads = false) : strict(make_host_driver({.threads = threads})) {
     CHECK(strict.granule_create(kGranule, &granule) == Status::ok);
     CHECK(strict.granule_create(kGranule, &spare) == Status::ok);
     CHECK(strict.address_reserve(4 * kGranule, &address) == Status::ok);
@@ -87,8 +86,7 @@ const Breach kBreaches[] = {
      }},
     {"mapping where nothing is reserved",
      [](Bench& x) { return x.strict.map(x.address + 64 * kGranule, &x.spare, 1); }},
-    {"unmapping half a mapping",
-     [](Bench& x) { return x.strict.unmap(x.address, kGranule / 2); }},
+    {"unmapping half a mapping", [](Bench& x) { return x.strict.unmap(x.address, kGranule / 2); }},
     {"unmapping from the middle of a mapping",
      [](Bench& x) { return x.strict.unmap(x.address + kGranule / 2, kGranule / 2); }},
     {"unmapping a mapping and a hole",
@@ -157,9 +155,7 @@ const Breach kBreaches[] = {
      [](Bench& x) { return x.strict.event_wait(kNoEvent, std::chrono::seconds(0)); }},
     {"copying on no stream", [](Bench& x) { return x.fill(kNoStream); }},
     {"copying where nothing is mapped",
-     [](Bench& x) {
-       return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a);
-     }},
+     [](Bench& x) { return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a); }},
     {"copying over the end of what is mapped",
      [](Bench& x) {
        return x.strict.copy_to_device(x.address + kGranule - 4096, x.pinned, 8192, x.a);

@@ -1,7 +1,10 @@
 // The end of a runtime, of a forked child and of the process, whatever is under way.
+#include <dlfcn.h>
+#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -9,10 +12,24 @@
 #include "fixtures.h"
 
 namespace {
+
+// How many more threads the system gives; below zero: as many as are asked for.
+int threads_left = -1;
+
 // A forked child leaks what it inherited, on purpose, and much of it lived on threads' stacks.
 bool leaks_are_looked_for = true;
 }  // namespace
 extern "C" int __lsan_is_turned_off() { return !leaks_are_looked_for; }
+
+// In the C library's stead.
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
+                              void* (*start)(void*), void* argument) {
+  if (threads_left == 0) return EAGAIN;
+  if (threads_left > 0) --threads_left;
+  using Create = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
+  static const auto real = reinterpret_cast<Create>(::dlsym(RTLD_NEXT, "pthread_create"));
+  return real(thread, attributes, start, argument);
+}
 
 namespace warmserve {
 namespace {
@@ -37,6 +54,16 @@ bool child_succeeds(Body body) {
 
 }  // namespace
 
+TEST(a_runtime_that_gets_no_threads) {
+  for (const int threads : {0, 1, 2}) {
+    const Watched device;
+    threads_left = threads;
+    CHECK_THROWS(general, Runtime::make(device.driver, options(2, 3)));
+    threads_left = -1;
+    device.expect_returned();
+  }
+}
+
 TEST(a_runtime_destroyed_while_it_loads) {
   for (const bool host_view : {true, false})
     for (int steps = 0; steps < 12; ++steps) {
@@ -55,7 +82,7 @@ TEST(a_runtime_destroyed_while_it_loads) {
 
 TEST(a_runtime_destroyed_between_two_steps) {
   for (const bool host_view : {true, false})
-    for (int steps = 0; steps < 30; ++steps) {
+    for (int steps = 0; steps < 45; steps += 3) {
       Watched device({.threads = false, .host_view = host_view});
       const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
       auto runtime = Runtime::make(device.driver, options(5, 0));
@@ -74,7 +101,9 @@ TEST(a_swap_that_is_closed_upon) {
   const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
   const auto runtime = Runtime::make(device.driver, options(8, 0));
   const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);
-  { const Leased leased(*runtime, {a, b}); }
+  {
+    const Leased leased(*runtime, {a, b});
+  }
   const TicketPtr ticket = runtime->swap(a, b, kForeground);
   runtime->close(nullptr);
   CHECK(runtime->done(ticket));
@@ -115,7 +144,9 @@ TEST(close_gives_all_memory_back) {
     const ModelFile file(1, kLayers);
     const auto runtime = Runtime::make(device.driver, options(5));
     const ModelPtr model = file.register_in(*runtime);
-    { const Leased leased(*runtime, {model}); }
+    {
+      const Leased leased(*runtime, {model});
+    }
     runtime->close(nullptr);
     for (const char* kind : {"granules", "mappings", "pinned"})
       CHECK(device.strict->live().at(kind) == 0);

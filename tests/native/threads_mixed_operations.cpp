@@ -122,9 +122,9 @@ class Worker {
       stream_->copy_from_device(copied_.data(), from, kGranule);
       runtime_.record(leased.hold(), stream_);
     }
-    if (pick(2)) tolerate({ErrorKind::busy}, [&] {
-      runtime_.evict(world_.models[index], in(kLong), nullptr);
-    });
+    if (pick(2))
+      tolerate({ErrorKind::busy},
+               [&] { runtime_.evict(world_.models[index], in(kLong), nullptr); });
     stream_->synchronize();
     CHECK(world_.files[index]->equals(0, copied_.data()));
   }
@@ -216,8 +216,8 @@ TEST(models_that_come_and_go) {
   device.expect_returned();
 }
 
-// A loader about to sleep must see the request that comes just then. A layer without bytes is loaded
-// and evicted at once, so requests come as fast as they can.
+// A loader about to sleep must see the request that comes just then. A layer without bytes is
+// loaded and evicted at once, so requests come as fast as they can.
 TEST(no_request_is_slept_through) {
   for (const bool host_view : {true, false}) {
     const Watched device({.host_view = host_view});

@@ -1,0 +1,64 @@
+// No call that may block is made under the runtime's lock: whatever one thread waits for, others
+// lease, look and cancel meanwhile.
+#include <future>
+#include <thread>
+
+#include "fixtures.h"
+
+namespace warmserve {
+namespace {
+
+// Before each primitive that may block it tries, on another thread, what needs the lock.
+class Probe final : public Interposer {
+ public:
+  using Interposer::Interposer;
+  void watch(std::function<void()> operation) { operation_ = std::move(operation); }
+
+ private:
+  Status before(Primitive primitive) override {
+    using enum Primitive;
+    const bool blocks = primitive == granule_create || primitive == pinned_create ||
+                        primitive == stream_destroy || primitive == stream_synchronize ||
+                        primitive == event_wait;
+    if (!blocks || !operation_) return Status::ok;
+    auto done = std::async(std::launch::async, operation_);
+    if (done.wait_for(std::chrono::seconds(10)) != std::future_status::ready)
+      check::fail(__FILE__, __LINE__, std::string(to_string(primitive)) + " under the lock");
+    return Status::ok;
+  }
+  std::function<void()> operation_;
+};
+
+void live_a_little(Runtime& runtime, const ModelPtr& a, const ModelPtr& b) {
+  std::vector<std::byte> bytes(kGranule);
+  for (int i = 0; i < 12; ++i) {  // more fences than are kept without a look
+    const Leased leased(runtime, {a});
+    const auto stream = std::make_shared<Stream>(runtime.device());
+    stream->copy_from_device(bytes.data(), runtime.reservation(a)->address(), kGranule);
+    runtime.record(leased.hold(), stream);
+    stream->synchronize();
+  }  // the stream is its user's no more
+  runtime.wait(runtime.swap(a, b, kForeground), in(kLong), nullptr);
+  runtime.read_back(b, 0, bytes.data());
+  runtime.evict(b, in(kLong), nullptr);
+  runtime.trim();
+  const Leased leased(runtime, {a, b});
+}
+
+}  // namespace
+
+TEST(others_go_on_while_one_waits) {
+  for (const HostOptions& host : {HostOptions{}, HostOptions{.host_view = false},
+                                  HostOptions{.threads = false, .host_view = false}}) {
+    const auto probe = std::make_shared<Probe>(make_host_driver(host));
+    const auto runtime = Runtime::make(probe, options(4, host.threads ? 2 : 0));
+    const ModelFile files[] = {{1, {kGranule, 9}}, {2, {kGranule, 9}}};
+    const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);
+    probe->watch([&] { runtime->leased(a); });
+    live_a_little(*runtime, a, b);
+    runtime->close(nullptr);
+    probe->watch(nullptr);
+  }
+}
+
+}  // namespace warmserve
