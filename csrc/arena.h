@@ -65,7 +65,7 @@ class Arena {
   // Where the CPU writes a granule; null where it cannot, and copies to window() fill it.
   std::byte* host_view(GranuleId id) const noexcept { return slots_[id].granule->host_view(); }
   Address window(GranuleId id) const noexcept { return window_->address() + id * granule_bytes_; }
-  bool filled_by_host() const noexcept { return !window_; }
+  bool filled_by_host() const noexcept { return device_->facts().host_view; }
   // A granule of all ones (a NaN in every float format) to stand behind evicted addresses;
   // Handle::none without Options::poison.
   Handle poison() const noexcept { return poison_ ? poison_->handle() : Handle::none; }

@@ -82,15 +82,22 @@ void back(const Arena& arena, Layer& layer) {
 
 void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
            const Poll& poll, std::vector<GranuleId>& freed) {
-  const auto fences = take_fences(lock, layers);
+  auto fences = take_fences(lock, layers);
   lock.unlock();
   std::exception_ptr error;
   try {
     for (const auto& fence : fences) fence->wait(deadline, poll);
     for (const auto& run : neighbours(layers)) unback(books.arena, run);
+    lock.lock();
+    for (const Layer* layer : layers)
+      std::erase_if(layer->model->fences, [&](const auto& fence) {
+        return std::find(fences.begin(), fences.end(), fence) != fences.end();
+      });
+    lock.unlock();
   } catch (...) {
     error = std::current_exception();
   }
+  fences.clear();  // without the lock: it may be the last of a stream that has work left
   lock.lock();
   for (Layer* layer : layers) {
     layer->owned = false;
@@ -103,11 +110,6 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
       books.transition(lock, *layer, Residency::resident);
     }
   }
-  if (!error)
-    for (const Layer* layer : layers)
-      std::erase_if(layer->model->fences, [&](const auto& fence) {
-        return std::find(fences.begin(), fences.end(), fence) != fences.end();
-      });
   books.wake();
   if (error) std::rethrow_exception(error);
 }

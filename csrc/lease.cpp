@@ -64,6 +64,15 @@ HoldPtr LeaseDesk::admit_next(const Lock& lock) {
   return hold;
 }
 
+std::vector<HoldPtr> LeaseDesk::turn_away(const Lock&, const ModelPtr& model) {
+  std::vector<HoldPtr> out;
+  for (const HoldPtr& hold : line_)
+    if (std::find(hold->models.begin(), hold->models.end(), model) != hold->models.end())
+      out.push_back(hold);
+  for (const HoldPtr& hold : out) line_.remove(hold);
+  return out;
+}
+
 void LeaseDesk::leave(const Lock& lock, const HoldPtr& hold) {
   if (!hold->admitted) {
     line_.remove(hold);

@@ -37,6 +37,8 @@ class LeaseDesk {
   void wait_in_line(const Lock& lock, const HoldPtr& hold);
   // Admits the head of the line if it fits now; null otherwise.
   HoldPtr admit_next(const Lock& lock);
+  // Takes those that wait for the model out of the line.
+  std::vector<HoldPtr> turn_away(const Lock& lock, const ModelPtr& model);
   // Leaves the line, or gives up what is held.
   void leave(const Lock& lock, const HoldPtr& hold);
 

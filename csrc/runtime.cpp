@@ -80,8 +80,9 @@ bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
       lock.unlock();
       const bool moved = transfer_.step();
       lock.lock();
-      if (!moved && !done())
+      if (!moved && !closed_ && !done())
         throw Error(ErrorKind::busy, "nothing that can be stepped would end this wait");
+      if (!moved && !done()) books_.changed.wait_until(lock, Clock::now() + kPollInterval);
     } else {
       books_.changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
     }
@@ -126,7 +127,13 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   ReservationPtr reservation;  // freed without the lock
   Lock lock = open();
   require_registered(lock, *model);
-  evict_locked(lock, model, deadline, poll);
+  do {
+    evict_locked(lock, model, deadline, poll);
+  } while (model->holds);
+  const auto why = cancelled("'" + model->name + "' was unregistered");
+  transfer_.drop_model(lock, *model, why);
+  for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->ticket->finish(books_, lock, why);
+  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
   model->registered = false;
   books_.models.erase(model->name);
   reservation = std::move(model->reservation);
@@ -278,14 +285,28 @@ void Runtime::check_invariants() {
 
 void Runtime::close(const Poll& poll) {
   enter();
-  {
-    const Lock lock(books_.mutex);
-    for (const Holder& holder : books_.holders(lock))
-      if (holder.leased) throw Error(ErrorKind::busy, "close: '" + holder.name + "' is leased");
-    closed_ = true;
-  }
-  transfer_.stop();
   Lock lock(books_.mutex);
+  wait_until(lock, kNever, poll, [&] { return !closing_; });
+  for (const Holder& holder : books_.holders(lock))
+    if (holder.leased) throw Error(ErrorKind::busy, "close: '" + holder.name + "' is leased");
+  if (desk_.active()) throw Error(ErrorKind::busy, "close: a model without bytes is leased");
+  closed_ = closing_ = true;
+  struct Closing {
+    ~Closing() {
+      if (!lock.owns_lock()) lock.lock();
+      closing = false;
+      books.wake();
+    }
+    Lock& lock;
+    bool& closing;
+    Books& books;
+  } end{lock, closing_, books_};
+  const auto why = cancelled("the runtime was closed");
+  for (const auto& [name, model] : books_.models) transfer_.drop_model(lock, *model, why);
+  transfer_.drop_swaps(lock, why);
+  lock.unlock();
+  transfer_.stop();
+  lock.lock();
   while (!books_.models.empty()) {
     const ModelPtr model = books_.models.begin()->second;
     evict_locked(lock, model, kNever, poll);

@@ -136,6 +136,7 @@ class Runtime {
   Transfer transfer_;
   std::uint64_t next_id_ = 0;
   bool closed_ = false;
+  bool closing_ = false;  // by some thread
 };
 
 }  // namespace warmserve

@@ -55,11 +55,16 @@ void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& po
 void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {
   enter();
   const auto fence = std::make_shared<const Fence>(stream);
+  std::vector<std::shared_ptr<const Fence>> past;  // gone without the lock: the last of a stream
   const Lock lock = open();
   if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
   for (const ModelPtr& model : hold->models) {
     if (model->fences.size() >= 8)  // bounds them by what is really under way
-      std::erase_if(model->fences, [](const auto& past) { return past->complete(); });
+      std::erase_if(model->fences, [&](const auto& fence) {
+        const bool complete = fence->complete();
+        if (complete) past.push_back(fence);
+        return complete;
+      });
     model->fences.push_back(fence);
   }
 }
@@ -136,6 +141,7 @@ void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* o
                                   layer.bytes);
     read->stream.synchronize();
     std::memcpy(out, read->bytes.get(), layer.bytes);
+    read.reset();  // without the lock
   } catch (...) {
     error = std::current_exception();
   }
@@ -149,6 +155,7 @@ void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* o
 }
 
 RuntimeState Runtime::state() {
+  enter();  // before any lock
   RuntimeState state;
   state.pinned_bytes = staging_.pinned_bytes();
   state.staging_chunks_free = staging_.available();

@@ -1,6 +1,7 @@
 #include "transfer.h"
 
 #include <algorithm>
+#include <system_error>
 #include <utility>
 
 namespace warmserve {
@@ -21,7 +22,12 @@ Transfer::Transfer(Books& books, StagingPool& staging, const Options& options)
       chunk_bytes_(staging.chunk_bytes()),
       uploads_(books.arena, staging, options.staging_timeout),
       pump_(options.loaders == 0) {
-  for (unsigned i = 0; i < options.loaders; ++i) loaders_.emplace_back(&Transfer::run, this);
+  try {
+    for (unsigned i = 0; i < options.loaders; ++i) loaders_.emplace_back(&Transfer::run, this);
+  } catch (const std::system_error& error) {
+    stop();
+    throw Error(ErrorKind::general, std::string("no thread for a loader: ") + error.what());
+  }
 }
 
 Transfer::~Transfer() { stop(); }
@@ -104,6 +110,10 @@ void Transfer::drop_model(const Lock& lock, Model& model, std::exception_ptr why
     const std::vector<TicketPtr> tickets = layer.fill->tickets;
     for (const TicketPtr& ticket : tickets) drop(lock, ticket, why);
   }
+}
+
+void Transfer::drop_swaps(const Lock& lock, std::exception_ptr why) {
+  for (const TicketPtr& ticket : std::exchange(swapping_, {})) drop(lock, ticket, why);
 }
 
 void Transfer::forget(const Lock&, Fill& fill) {

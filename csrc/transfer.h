@@ -57,6 +57,9 @@ class Transfer {
   // Ends every ticket that waits for a layer of the model.
   void drop_model(const Lock&, Model& model, std::exception_ptr why);
 
+  // Ends every ticket that has still to evict what it swaps out.
+  void drop_swaps(const Lock&, std::exception_ptr why);
+
   // One chunk of one transfer, or one step of making room for it. False: nothing can be done now.
   // Blocks as long as that takes.
   bool step();

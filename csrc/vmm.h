@@ -47,6 +47,7 @@ class Device {
   // The same without the throw, for destructors, queries and rollbacks.
   template <typename Method, typename... Args>
   Status attempt(Primitive primitive, Method method, Args&&... args) noexcept {
+    if (!usable()) return Status::failed;
     const auto start = Clock::now();
     Status status;
     try {

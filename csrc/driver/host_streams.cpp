@@ -122,7 +122,11 @@ Status HostStreams::stream_synchronize(StreamId id) {
     moved_.wait(lock, [&] { return stream->queue.empty() && !stream->running; });
     return Status::ok;
   }
-  while (!stream->queue.empty()) {
+  while (stream->running || !stream->queue.empty()) {
+    if (stream->running) {
+      moved_.wait(lock);
+      continue;
+    }
     const auto blocker = stream->queue.front().wait_for;
     if (blocker && !drive(lock, blocker)) return Status::failed;
     step(lock, *stream);
@@ -160,10 +164,15 @@ bool HostStreams::step(Lock& lock, Stream& stream) {
 bool HostStreams::drive(Lock& lock, const std::shared_ptr<Mark>& mark) {
   while (!mark->reached) {
     const auto stream = mark->stream.lock();
-    if (!stream || stream->queue.empty()) return false;
+    if (!stream) return false;
+    if (stream->running) {
+      moved_.wait(lock);
+      continue;
+    }
+    if (stream->queue.empty()) return false;
     const auto blocker = stream->queue.front().wait_for;
     if (blocker && !drive(lock, blocker)) return false;
-    if (!step(lock, *stream)) return false;
+    step(lock, *stream);
   }
   return true;
 }

@@ -33,7 +33,7 @@ StrictDriver::whole(Address address, std::uint64_t bytes) {
     end += last->second.bytes;
     ++last;
   }
-  if (first == mappings_.end() || end != address + bytes) return std::nullopt;
+  if (bytes == 0 || first == mappings_.end() || end != address + bytes) return std::nullopt;
   return std::pair(first, last);
 }
 
@@ -102,7 +102,8 @@ Status StrictDriver::granule_release(Handle handle) {
 void StrictDriver::host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept {
   const Guard guard(mutex_);
   const auto found = granules_.find(handle);
-  if (found == granules_.end() || offset + bytes > found->second.bytes) {
+  if (found == granules_.end() || found->second.released || offset > found->second.bytes ||
+      bytes > found->second.bytes - offset) {
     violation("host_wrote outside of a granule");
     return;
   }
@@ -145,6 +146,7 @@ Status StrictDriver::map(Address address, const Handle* handles, std::size_t cou
     end += granule->second.bytes;
   }
   auto reservation = reservations_.upper_bound(address);
+  if (address % facts().granularity) return violation("map at an address that is not aligned");
   if (count == 0 || reservation == reservations_.begin() ||
       end > std::prev(reservation)->first + std::prev(reservation)->second)
     return violation("map outside of a reservation");
@@ -195,17 +197,23 @@ Status StrictDriver::set_access(Address address, std::uint64_t bytes, Access acc
 }
 
 Status StrictDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
+  if (bytes == 0 || bytes % (4 * kKiB)) {
+    const Guard guard(mutex_);
+    return violation("pinned_create of " + std::to_string(bytes) + " bytes");
+  }
   const Status status = Interposer::pinned_create(bytes, out);
   const Guard guard(mutex_);
-  if (status == Status::ok) pinned_[*out] = bytes;
+  if (status == Status::ok) pinned_[*out] = {bytes, {}};
   return status;
 }
 
 Status StrictDriver::pinned_release(std::byte* address, std::uint64_t bytes) {
   const Guard guard(mutex_);
   const auto found = pinned_.find(address);
-  if (found == pinned_.end() || found->second != bytes)
+  if (found == pinned_.end() || found->second.bytes != bytes)
     return violation("pinned_release of no pinned region");
+  if (!ordered(found->second.uses, host_, 0))
+    return violation("pinned_release before a copy was waited for");
   const Status status = Interposer::pinned_release(address, bytes);
   if (status == Status::ok) pinned_.erase(found);
   return status;
@@ -218,7 +226,22 @@ Status StrictDriver::stream_create(StreamId* out) {
   return status;
 }
 
+Status StrictDriver::stream_step(StreamId stream) {
+  if (facts().threads) {
+    const Guard guard(mutex_);
+    return violation("stream_step of a stream that moves by itself");
+  }
+  return Interposer::stream_step(stream);
+}
+
 Status StrictDriver::stream_destroy(StreamId stream) {
+  {
+    const Guard guard(mutex_);
+    const auto found = streams_.find(stream);
+    if (found == streams_.end()) return violation("stream_destroy of no stream");
+    if (!ordered(found->second, host_, 0))
+      return violation("stream_destroy before its work was waited for");
+  }
   const Status status = Interposer::stream_destroy(stream);
   const Guard guard(mutex_);
   if (status == Status::ok) streams_.erase(stream);
@@ -226,9 +249,16 @@ Status StrictDriver::stream_destroy(StreamId stream) {
 }
 
 Status StrictDriver::stream_synchronize(StreamId stream) {
+  VectorClock clock;
+  {
+    const Guard guard(mutex_);
+    const auto found = streams_.find(stream);
+    if (found == streams_.end()) return violation("stream_synchronize of no stream");
+    clock = found->second;  // what is enqueued meanwhile is not waited for
+  }
   const Status status = Interposer::stream_synchronize(stream);
   const Guard guard(mutex_);
-  if (status == Status::ok) join(host_, streams_[stream]);
+  if (status == Status::ok) join(host_, clock);
   return status;
 }
 
@@ -250,6 +280,7 @@ Status StrictDriver::event_create(EventId* out) {
 
 Status StrictDriver::event_destroy(EventId event) {
   const Guard guard(mutex_);
+  if (!events_.contains(event)) return violation("event_destroy of no event");
   const Status status = Interposer::event_destroy(event);
   if (status == Status::ok) events_.erase(event);
   return status;
@@ -266,6 +297,7 @@ Status StrictDriver::event_record(EventId event, StreamId stream) {
 
 Status StrictDriver::event_query(EventId event) {
   const Guard guard(mutex_);
+  if (!events_.contains(event)) return violation("event_query of no event");
   const Status status = Interposer::event_query(event);
   if (status == Status::ok && events_[event]) join(host_, *events_[event]);
   return status;
@@ -285,7 +317,8 @@ Status StrictDriver::event_wait(EventId event, std::chrono::microseconds timeout
 }
 
 // Walks the page table for a copy's device side. Lock held.
-Status StrictDriver::copy(Address address, std::uint64_t bytes, StreamId stream, bool write) {
+Status StrictDriver::copy(Address address, const std::byte* host, std::uint64_t bytes,
+                          StreamId stream, bool write) {
   const std::string name = write ? "copy_to_device" : "copy_from_device";
   const auto clock = streams_.find(stream);
   if (clock == streams_.end()) return violation(name + " on no stream");
@@ -293,6 +326,11 @@ Status StrictDriver::copy(Address address, std::uint64_t bytes, StreamId stream,
   VectorClock now = clock->second;
   join(now, host_);
   now[agent] += 1;
+  struct Piece {
+    GranuleState* granule;
+    std::uint64_t begin, end;
+  };
+  std::vector<Piece> pieces;
   for (Address at = address; at < address + bytes;) {
     auto mapping = mappings_.upper_bound(at);
     if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at)
@@ -305,10 +343,16 @@ Status StrictDriver::copy(Address address, std::uint64_t bytes, StreamId stream,
     if (!write && !is_written(granule, begin, end)) return violation(name + " before fill");
     if (!ordered(granule.writes, now, agent) || (write && !ordered(granule.reads, now, agent)))
       return violation(name + " races with another use");
-    if (write) mark_written(granule, begin, end);
-    (write ? granule.writes : granule.reads)[agent] = now[agent];
+    pieces.push_back({&granule, begin, end});
     at = mapping->first + end;
   }
+  for (const Piece& piece : pieces) {
+    if (write) mark_written(*piece.granule, piece.begin, piece.end);
+    (write ? piece.granule->writes : piece.granule->reads)[agent] = now[agent];
+  }
+  auto region = pinned_.upper_bound(host);
+  if (region != pinned_.begin() && (--region)->first + region->second.bytes > host)
+    region->second.uses[agent] = now[agent];
   clock->second = std::move(now);
   return Status::ok;
 }
@@ -316,14 +360,15 @@ Status StrictDriver::copy(Address address, std::uint64_t bytes, StreamId stream,
 Status StrictDriver::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
                                     StreamId stream) {
   const Guard guard(mutex_);
-  if (const Status checked = copy(to, bytes, stream, true); checked != Status::ok) return checked;
+  if (const Status checked = copy(to, from, bytes, stream, true); checked != Status::ok)
+    return checked;
   return Interposer::copy_to_device(to, from, bytes, stream);
 }
 
 Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                                       StreamId stream) {
   const Guard guard(mutex_);
-  if (const Status checked = copy(from, bytes, stream, false); checked != Status::ok)
+  if (const Status checked = copy(from, to, bytes, stream, false); checked != Status::ok)
     return checked;
   return Interposer::copy_from_device(to, from, bytes, stream);
 }

@@ -37,6 +37,7 @@ class StrictDriver final : public Interposer {
   Status pinned_create(std::uint64_t bytes, std::byte** out) override;
   Status pinned_release(std::byte* address, std::uint64_t bytes) override;
   Status stream_create(StreamId* out) override;
+  Status stream_step(StreamId stream) override;
   Status stream_destroy(StreamId stream) override;
   Status stream_synchronize(StreamId stream) override;
   Status stream_wait_event(StreamId stream, EventId event) override;
@@ -65,6 +66,10 @@ class StrictDriver final : public Interposer {
     Handle granule = Handle::none;
     Access access = Access::none;
   };
+  struct PinnedState {
+    std::uint64_t bytes = 0;
+    VectorClock uses;  // the last copy of each stream
+  };
   using Mappings = std::map<Address, MappingState>;
 
   Status violation(const std::string& what);
@@ -76,14 +81,15 @@ class StrictDriver final : public Interposer {
   static bool is_written(const GranuleState& granule, std::uint64_t begin, std::uint64_t end);
   bool quiet(const GranuleState& granule) const;
   void forget_if_dead(Handle handle);
-  Status copy(Address address, std::uint64_t bytes, StreamId stream, bool write);
+  Status copy(Address address, const std::byte* host, std::uint64_t bytes, StreamId stream,
+              bool write);
 
   mutable std::mutex mutex_;  // guards all below; held over inner calls that do not block
   std::vector<std::string> violations_;
   std::map<Handle, GranuleState> granules_;
   std::map<Address, std::uint64_t> reservations_;
   Mappings mappings_;
-  std::map<std::byte*, std::uint64_t> pinned_;
+  std::map<const std::byte*, PinnedState> pinned_;
   std::map<StreamId, VectorClock> streams_;
   std::map<EventId, std::optional<VectorClock>> events_;
   VectorClock host_{{0, 1}};
