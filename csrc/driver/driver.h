@@ -30,15 +30,14 @@ const char* to_string(Status status) noexcept;
 enum class Access { none, read, read_write };
 
 // The primitives by name, for counters and for faults.
-#define WARMSERVE_PRIMITIVES(X)                                                           \
-  X(granule_create)                                                                       \
-  X(granule_release)                                                                      \
-  X(address_reserve)                                                                      \
-  X(address_free)                                                                         \
-  X(map) X(unmap) X(set_access) X(pinned_create) X(pinned_release) X(stream_create)       \
-      X(stream_destroy) X(stream_synchronize) X(stream_wait_event) X(event_create)        \
-          X(event_destroy) X(event_record) X(event_query) X(event_wait) X(copy_to_device) \
-              X(copy_from_device)
+// clang-format off
+#define WARMSERVE_PRIMITIVES(X) \
+  X(granule_create) X(granule_release) X(address_reserve) X(address_free) \
+  X(map) X(unmap) X(set_access) X(pinned_create) \
+  X(pinned_release) X(stream_create) X(stream_destroy) X(stream_synchronize) \
+  X(stream_wait_event) X(event_create) X(event_destroy) X(event_record) \
+  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device)
+// clang-format on
 enum class Primitive : int {
 #define X(name) name,
   WARMSERVE_PRIMITIVES(X)
