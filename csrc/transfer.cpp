@@ -209,10 +209,12 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   layer.owned = true;
   fill.phase = Phase::starting;
   std::exception_ptr error;
+  bool gave_up = false;  // somebody may want it again by the time the lock is back
   try {
     const Poll poll = [&] {
       const Lock relock(books_.mutex);
-      give_up_if(stopping_ || fill.tickets.empty());
+      gave_up = stopping_ || fill.tickets.empty();
+      give_up_if(gave_up);
     };
     if (!victims.empty()) drain(books_, lock, victims, kNever, poll, granules);
     lock.unlock();
@@ -233,7 +235,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   arena.give(granules);
   arena.return_uncreated(fresh);
   if (error) {
-    fail(lock, fill, error);
+    if (!gave_up) fail(lock, fill, error);
     undo(lock, fill);
   } else if (span(fill) == 0) {
     complete(lock, fill);

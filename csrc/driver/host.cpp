@@ -299,7 +299,7 @@ class HostDriver final : public Driver {
   std::map<Address, Mapped> mapped_;
   std::size_t runs_mapped_ = 0;
 
-  HostStreams streams_;  // last: its threads end before what they copy goes
+  HostStreams streams_;  // empty when this goes: every Stream keeps its driver
 };
 
 }  // namespace
