@@ -44,9 +44,9 @@ void unback(const Arena& arena, const std::vector<Layer*>& run) {
   }
 }
 
-// The fences that a drain of the layers has to wait for; those already reached are forgotten.
-std::vector<std::shared_ptr<const Fence>> take_fences(const Lock&,
-                                                      const std::vector<Layer*>& layers) {
+// The fences that a drain of the layers has to wait for.
+std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
+                                                    const std::vector<Layer*>& layers) {
   std::vector<std::shared_ptr<const Fence>> fences;
   const Model* last = nullptr;
   for (const Layer* layer : layers) {
@@ -82,7 +82,7 @@ void back(const Arena& arena, Layer& layer) {
 
 void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
            const Poll& poll, std::vector<GranuleId>& freed) {
-  auto fences = take_fences(lock, layers);
+  auto fences = fences_of(lock, layers);
   lock.unlock();
   std::exception_ptr error;
   try {

@@ -171,18 +171,22 @@ class Machine(RuleBasedStateMachine):
             self.live.append(pair[0])
         return pair
 
+    def granted(self, hold: tuple[Any, Hold] | None) -> Hold | None:
+        """The plain model's side of a hold that may be used now."""
+        try:
+            if not hold or not hold[0].ready:
+                return None
+            hold[0].wait(0)
+        except warmserve_rt.WarmServeError:  # released, or its load failed
+            return None
+        return hold[1]
+
     @rule(hold=holds)
     def use(self, hold: tuple[Any, Hold] | None) -> None:
-        """What is leased is complete, and the model's own; a stream may use it beyond."""
-        if not hold:
+        """What is leased is complete, and the model's own."""
+        expected = self.granted(hold)
+        if not expected:
             return
-        real, expected = hold
-        try:
-            if not real.ready:
-                return
-            real.wait(0)
-        except warmserve_rt.WarmServeError:
-            return  # released, or its load failed
         if self.exact:
             assert expected.admitted
             assert not any(model.missing for model in expected.models)
@@ -194,21 +198,15 @@ class Machine(RuleBasedStateMachine):
     @rule(hold=holds)
     def copy_on_a_stream(self, hold: tuple[Any, Hold] | None) -> None:
         """A copy enqueued under a lease, run later, still reads the leased bytes."""
-        if not hold:
-            return
-        real, expected = hold
-        try:
-            if not real.ready:
-                return
-            real.wait(0)
-        except warmserve_rt.WarmServeError:
+        expected = self.granted(hold)
+        if not (hold and expected):
             return
         name = expected.models[0].name
         nbytes = SIZES[name][0]
         out = np.zeros(nbytes, np.uint8)
         view = self.runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
         self.stream.copy_from(out, view)
-        real.record(self.stream)
+        hold[0].record(self.stream)
         self.fenced.append((out, self.expected(name, 0)))
 
     @rule()
