@@ -27,21 +27,47 @@ std::uint32_t checked_capacity(const Device& device, const Arena::Options& optio
 Arena::Arena(DevicePtr device, const Options& options)
     : device_(std::move(device)),
       granule_bytes_(options.granule_bytes),
+      headroom_bytes_(options.headroom_bytes),
       capacity_(checked_capacity(*device_, options)),
       pool_(capacity_),
       slots_(capacity_) {
   // Asked first: populating more memory than there is would call the OOM killer, not fail.
-  std::uint64_t available = 0, total = 0;
-  if (device_->driver().memory(&available, &total) == Status::ok && budget() > available)
-    throw Error(ErrorKind::out_of_device_memory,
-                "an arena of " + format_bytes(budget()) + " on a device with " +
-                    format_bytes(available) + " available of " + format_bytes(total));
+  require_memory(budget(), "an arena of " + format_bytes(budget()));
   if (!device_->facts().host_view) window_ = reserve(budget());
+  make_all();
+  if (options.poison) make_poison();
+}
+
+// Nothing where the device does not say what it has.
+void Arena::require_memory(std::uint64_t bytes, const std::string& what) const {
+  std::uint64_t available = 0, total = 0;
+  device_->memory(&available, &total);
+  if (!total || bytes + headroom_bytes_ <= available) return;
+  std::string message = what;
+  if (headroom_bytes_) message += " beside a headroom of " + format_bytes(headroom_bytes_);
+  throw Error(
+      ErrorKind::out_of_device_memory,
+      message + " on a device with " + format_bytes(available) + " free of " + format_bytes(total));
+}
+
+// Somebody else may take memory meanwhile: the error says what was asked for and what is free.
+void Arena::make_all() {
   std::vector<GranuleId> all(capacity_);
   std::iota(all.begin(), all.end(), 0);
-  for (const GranuleId id : all) create(id);
+  for (const GranuleId id : all) try {
+      make(id);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::out_of_device_memory) throw;
+      slots_.clear();
+      std::uint64_t available = 0, total = 0;
+      device_->memory(&available, &total);
+      throw Error(ErrorKind::out_of_device_memory,
+                  "an arena of " + format_bytes(budget()) + ": " + error.what() + " after " +
+                      format_bytes(id * granule_bytes_) + "; the device has " +
+                      format_bytes(available) + " free of " + format_bytes(total) +
+                      " now that they are given back");
+    }
   pool_.give(all);
-  if (options.poison) make_poison();
 }
 
 std::vector<GranuleId> Arena::claim_uncreated(std::uint32_t count) {
@@ -58,6 +84,11 @@ void Arena::return_uncreated(std::span<const GranuleId> ids) {
 }
 
 void Arena::create(GranuleId id) {
+  if (headroom_bytes_) require_memory(granule_bytes_, "a granule");
+  make(id);
+}
+
+void Arena::make(GranuleId id) {
   Slot& slot = slots_[id];
   if (slot.window) {  // that could not be dropped before
     slot.window->unmap();

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "granule_pool.h"
@@ -23,15 +24,18 @@ class Arena {
   struct Options {
     std::uint64_t bytes = 0;
     std::uint64_t granule_bytes = 0;
+    std::uint64_t headroom_bytes = 0;  // of the device's memory, never taken
     bool poison = false;
   };
-  // Throws invalid_argument; out_of_device_memory when the device has less than `bytes`. Blocks.
+  // Throws invalid_argument; out_of_device_memory, with what the device has and what was asked of
+  // it, when that is too little; then nothing is left made. Blocks.
   Arena(DevicePtr device, const Options& options);
 
   const DevicePtr& device() const noexcept { return device_; }
   std::uint64_t granule_bytes() const noexcept { return granule_bytes_; }
   std::uint32_t capacity() const noexcept { return capacity_; }
   std::uint64_t budget() const noexcept { return capacity_ * granule_bytes_; }
+  std::uint64_t headroom() const noexcept { return headroom_bytes_; }
   std::uint32_t granules_of(std::uint64_t bytes) const noexcept {
     return static_cast<std::uint32_t>(ceil_div(bytes, granule_bytes_));
   }
@@ -49,7 +53,8 @@ class Arena {
   void return_uncreated(std::span<const GranuleId> ids);
   void check_invariants() const;
 
-  // Makes a claimed id a granule. Strong. Blocks.
+  // Makes a claimed id a granule. Throws out_of_device_memory also where it would cut into the
+  // headroom. Strong. Blocks.
   void create(GranuleId id);
   // Gives taken granules back to the driver, in order, and returns how many; it stops at the first
   // that the driver keeps, which stays a granule. Blocks.
@@ -75,11 +80,14 @@ class Arena {
     std::optional<Granule> granule;
     std::optional<Mapping> window;  // unmapped before the granule goes
   };
+  void require_memory(std::uint64_t bytes, const std::string& what) const;
+  void make(GranuleId id);
+  void make_all();
   static void drop_window(Slot& slot) noexcept;
   void make_poison();
 
   DevicePtr device_;
-  const std::uint64_t granule_bytes_;
+  const std::uint64_t granule_bytes_, headroom_bytes_;
   const std::uint32_t capacity_;
   GranulePool pool_;
   std::vector<GranuleId> uncreated_;  // descending: the lowest is claimed first

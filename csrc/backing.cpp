@@ -56,6 +56,15 @@ std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
   return fences;
 }
 
+// A device that is lost uses nothing any more.
+void wait_unless_lost(const Fence& fence, Deadline deadline, const Poll& poll) {
+  try {
+    fence.wait(deadline, poll);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::device_lost) throw;
+  }
+}
+
 }  // namespace
 
 void back(const Arena& arena, Layer& layer) {
@@ -86,7 +95,7 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
   lock.unlock();
   std::exception_ptr error;
   try {
-    for (const auto& fence : fences) fence->wait(deadline, poll);
+    for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
     for (const auto& run : neighbours(layers)) unback(books.arena, run);
     lock.lock();
     for (const Layer* layer : layers)

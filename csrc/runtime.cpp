@@ -28,7 +28,8 @@ void check_shape(const std::string& name, const std::vector<File>& files,
 
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
     : device_(std::move(device)),
-      arena_(device_, {options.arena_bytes, options.granule_bytes, options.poison}),
+      arena_(device_,
+             {options.arena_bytes, options.granule_bytes, options.headroom_bytes, options.poison}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       books_(arena_),
       desk_(books_),
@@ -59,10 +60,16 @@ void Runtime::enter() const {
     throw Error(ErrorKind::general, "this runtime belongs to the process that forked this one");
 }
 
-Lock Runtime::open() {
+Lock Runtime::look() {
   enter();
   Lock lock(books_.mutex);
   if (closed_) throw Error(ErrorKind::general, "the runtime is closed");
+  return lock;
+}
+
+Lock Runtime::open() {
+  Lock lock = look();
+  device_->require_alive();
   return lock;
 }
 
@@ -279,7 +286,7 @@ bool Runtime::step() {
 }
 
 void Runtime::check_invariants() {
-  const Lock lock = open();
+  const Lock lock = look();
   books_.check_invariants(lock);
 }
 

@@ -4,7 +4,8 @@
 //   strong     nothing has changed;
 //   per layer  every layer is in a named state, and calling again goes on from there;
 //   wait-free  never blocks; takes a lock that is never held over a call that may.
-// In a process forked from the one that made the runtime every operation throws general.
+// In a process forked from the one that made the runtime every operation throws general. Once the
+// device is lost all but those that only look or let go throw device_lost.
 // Where it says "Blocks", `poll` is called while it does.
 #pragma once
 
@@ -20,6 +21,7 @@ namespace warmserve {
 struct RuntimeOptions {
   std::uint64_t arena_bytes = 0, staging_bytes = 0;
   std::uint64_t granule_bytes = 2 * kMiB, chunk_bytes = 8 * kMiB;
+  std::uint64_t headroom_bytes = 0;                   // of the device, left to the others in it
   unsigned loaders = 1;                               // threads; 0: pump
   std::chrono::milliseconds staging_timeout{30'000};  // longest wait of a load for a chunk
   bool poison = false;                                // evicted addresses stay readable, as NaN
@@ -44,6 +46,7 @@ struct ModelState {
 };
 struct RuntimeState {
   std::uint64_t granule_bytes = 0, pinned_bytes = 0;
+  std::uint64_t headroom_bytes = 0;
   std::uint32_t granules = 0, granules_free = 0, granules_uncreated = 0;
   std::size_t leases = 0, staging_chunks_free = 0;
   Counters counters;
@@ -109,6 +112,10 @@ class Runtime {
   // Copies a resident layer's bytes to `out`. Throws stale_view unless resident. Blocks.
   void read_back(const ModelPtr& model, std::uint32_t layer, std::byte* out);
 
+  // A digest of each of its granules (kernels.h), made on the device. Throws as read_back, and
+  // general where the device has no kernels. Blocks.
+  std::vector<std::uint64_t> digest(const ModelPtr& model, std::uint32_t layer);
+
   RuntimeState state();
   bool step();
   void check_invariants();
@@ -118,11 +125,16 @@ class Runtime {
 
  private:
   void enter() const;  // throws in another process than the one that made it
-  Lock open();         // and when closed
+  Lock look();         // and when closed
+  Lock open();         // and when the device is lost
   void require_registered(const Lock&, const Model& model) const;
   static Layer& layer_of(Model& model, std::uint32_t index);
   void require_room(const Lock&, const Model& model, const std::string& what) const;
   void serve(const Lock& lock, const HoldPtr& hold);
+  template <typename Made>
+  void with_resident(const ModelPtr& model, std::uint32_t layer,
+                     const std::function<std::shared_ptr<Made>()>& make,
+                     const std::function<void(Made&, const Layer&)>& work);
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
   void evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline, const Poll& poll);

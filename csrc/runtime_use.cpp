@@ -8,11 +8,17 @@
 namespace warmserve {
 namespace {
 
-// A copy under way, and what it writes.
+// Work under way on a stream of its own, and the memory that it writes.
 struct ReadBack {
-  ReadBack(DevicePtr device, std::uint64_t size)
-      : bytes(new std::byte[size]), stream(std::move(device)) {}
+  ReadBack(const DevicePtr& device, std::uint64_t size)
+      : bytes(new std::byte[size]), stream(device) {}
   std::unique_ptr<std::byte[]> bytes;
+  Stream stream;
+};
+struct Digest {
+  Digest(const DevicePtr& device, std::uint64_t size)
+      : region(device, ceil_div(size, 4 * kKiB) * 4 * kKiB), stream(device) {}
+  PinnedRegion region;
   Stream stream;
 };
 
@@ -122,7 +128,12 @@ void Runtime::cancel(const TicketPtr& ticket) {
   if (!ticket->done) transfer_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
 }
 
-void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* out) {
+// Runs work(*made) while the resident layer stays; the work has ended when it returns. `made` may
+// outlive a throw: neither what the work reads nor what it writes may go before it ends.
+template <typename Made>
+void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
+                            const std::function<std::shared_ptr<Made>()>& make,
+                            const std::function<void(Made&, const Layer&)>& work) {
   Lock lock = open();
   require_registered(lock, *model);
   Layer& layer = layer_of(*model, index);
@@ -133,33 +144,61 @@ void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* o
   if (!layer.bytes) return;
   layer.owned = true;  // so that it stays
   lock.unlock();
-  std::shared_ptr<ReadBack> read;
+  std::shared_ptr<Made> made;
   std::exception_ptr error;
   try {
-    read = std::make_shared<ReadBack>(device_, layer.bytes);
-    read->stream.copy_from_device(read->bytes.get(), model->reservation->address() + layer.offset,
-                                  layer.bytes);
-    read->stream.synchronize();
-    std::memcpy(out, read->bytes.get(), layer.bytes);
-    read.reset();  // without the lock
+    made = make();
+    work(*made, layer);
+    made.reset();  // without the lock
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
   layer.owned = false;
-  if (error && read)  // the copy may still run: neither its source nor its target may go
+  if (error && made)
     model->fences.push_back(
-        std::make_shared<const Fence>(std::shared_ptr<Stream>(read, &read->stream)));
+        std::make_shared<const Fence>(std::shared_ptr<Stream>(made, &made->stream)));
   books_.wake();
   if (error) std::rethrow_exception(error);
+}
+
+void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* out) {
+  with_resident<ReadBack>(
+      model, index,
+      [&] { return std::make_shared<ReadBack>(device_, layer_of(*model, index).bytes); },
+      [&](ReadBack& read, const Layer& layer) {
+        read.stream.copy_from_device(read.bytes.get(), model->reservation->address() + layer.offset,
+                                     layer.bytes);
+        read.stream.synchronize();
+        std::memcpy(out, read.bytes.get(), layer.bytes);
+      });
+}
+
+std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t index) {
+  const std::string& none = device_->facts().no_kernels;
+  if (!none.empty())
+    throw Error(ErrorKind::general, device_->facts().name + " has no kernels: " + none);
+  std::vector<std::uint64_t> digests(layer_of(*model, index).granules_needed);
+  const std::uint64_t size = digests.size() * sizeof digests[0];
+  with_resident<Digest>(
+      model, index, [&] { return std::make_shared<Digest>(device_, size); },
+      [&](Digest& digest, const Layer& layer) {
+        digest.stream.launch(DigestCall{model->reservation->address() + layer.offset, layer.bytes,
+                                        arena_.granule_bytes(),
+                                        reinterpret_cast<Address>(digest.region.data())});
+        digest.stream.synchronize();
+        std::memcpy(digests.data(), digest.region.data(), size);
+      });
+  return digests;
 }
 
 RuntimeState Runtime::state() {
   enter();  // before any lock
   RuntimeState state;
+  state.headroom_bytes = arena_.headroom();
   state.pinned_bytes = staging_.pinned_bytes();
   state.staging_chunks_free = staging_.available();
-  const Lock lock = open();
+  const Lock lock = look();
   state.granule_bytes = arena_.granule_bytes();
   state.granules = arena_.capacity();
   state.granules_free = arena_.free_count();

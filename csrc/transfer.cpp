@@ -283,9 +283,11 @@ void Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin, st
   }
 }
 
+// Whether there was news; or, with `wait`, there will be.
 bool Transfer::collect(Lock& lock, bool wait) {
+  bool moving = false;
   lock.unlock();
-  const std::vector<Uploads::News> all = uploads_.collect(wait);
+  const std::vector<Uploads::News> all = uploads_.collect(wait, &moving);
   lock.lock();
   for (const Uploads::News& news : all) {
     if (news.error)
@@ -293,7 +295,7 @@ bool Transfer::collect(Lock& lock, bool wait) {
     else
       arrived(lock, *news.fill, news.bytes);
   }
-  return !all.empty();
+  return moving || !all.empty();
 }
 
 // Accounts for a chunk; the last one completes the fill.

@@ -63,12 +63,13 @@ std::exception_ptr Uploads::enqueue(Flight& flight, const Layer& layer, std::uin
   return nullptr;
 }
 
-std::vector<Uploads::News> Uploads::collect(bool wait) {
+std::vector<Uploads::News> Uploads::collect(bool wait, bool* moving) {
   gather(false);
   std::unique_lock lock(mutex_);
   if (wait && news_.empty()) {
     lock.unlock();
-    gather(true);
+    const bool more = gather(true);
+    if (moving) *moving = more;
     lock.lock();
   }
   return std::exchange(news_, {});
@@ -85,49 +86,52 @@ void Uploads::release() {
   spare_events_.clear();
 }
 
-void Uploads::gather(bool wait) {
+// Whether copies are left that will be over without anybody's help.
+bool Uploads::gather(bool wait) {
   std::unique_lock lock(mutex_);
   while (!flights_.empty()) {
     Flight flight = std::move(flights_.front());
     flights_.pop_front();
     lock.unlock();
     std::exception_ptr error;
-    const bool landed = over(flight, wait, error);
+    const Copies copies = look(flight, wait, error);
     lock.lock();
     if (error) news_.push_back({flight.fill, 0, error});
-    if (!landed) {
+    if (copies != Copies::over) {
       flights_.push_front(std::move(flight));
-      return;
+      return copies == Copies::moving;
     }
     wait = false;
     if (flight.event) spare_events_.push_back(std::move(*flight.event));
     news_.push_back({flight.fill, flight.bytes, nullptr});
   }
+  return false;
 }
 
 // Whether the copies have left the chunk. Where the event fails, the stream is waited for; a device
 // that is lost will not read the chunk any more.
-bool Uploads::over(Flight& flight, bool wait, std::exception_ptr& error) {
+Uploads::Copies Uploads::look(Flight& flight, bool wait, std::exception_ptr& error) {
+  const Copies not_yet = arena_.device()->facts().threads ? Copies::moving : Copies::stuck;
   const auto lost = [](const Error& e) { return e.kind() == ErrorKind::device_lost; };
   if (flight.event) {
     try {
-      if (flight.event->complete()) return true;
-      if (!wait) return false;
+      if (flight.event->complete()) return Copies::over;
+      if (!wait) return not_yet;
       flight.event->wait(Clock::now() + kPollInterval, nullptr);
-      return true;
+      return Copies::over;
     } catch (const Error& caught) {
-      if (caught.kind() == ErrorKind::timeout) return false;
+      if (caught.kind() == ErrorKind::timeout) return not_yet;
       error = std::current_exception();
       flight.event.reset();
-      if (lost(caught)) return true;
+      if (lost(caught)) return Copies::over;
     }
   }
-  if (!wait) return false;
+  if (!wait) return Copies::stuck;
   try {
     stream_->synchronize();
-    return true;
+    return Copies::over;
   } catch (const Error& caught) {
-    return lost(caught);
+    return lost(caught) ? Copies::over : Copies::stuck;
   }
 }
 

@@ -34,8 +34,9 @@ class Uploads {
   // the file.
   void send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
             std::uint64_t end);
-  // The news since. With `wait`, and if there is none, blocks a poll interval for the oldest copy.
-  std::vector<News> collect(bool wait);
+  // The news since. With `wait`, and if there is none, blocks a poll interval for the oldest copy;
+  // `moving` then says whether it is on its way all the same.
+  std::vector<News> collect(bool wait, bool* moving = nullptr);
   bool under_way();
   // Gives back stream and events. Pre-condition: nothing is under way, and nothing will be.
   void release();
@@ -48,11 +49,13 @@ class Uploads {
     std::optional<Event> event;  // absent when recording failed: the stream must be waited for
   };
 
+  enum class Copies { over, moving, stuck };
+
   StagingPool::Chunk chunk();
   std::exception_ptr enqueue(Flight& flight, const Layer& layer, std::uint64_t begin,
                              std::uint64_t end);
-  void gather(bool wait);
-  bool over(Flight& flight, bool wait, std::exception_ptr& error);
+  bool gather(bool wait);
+  Copies look(Flight& flight, bool wait, std::exception_ptr& error);
 
   const Arena& arena_;
   StagingPool& staging_;

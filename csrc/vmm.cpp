@@ -39,10 +39,11 @@ bool Device::usable() const noexcept {
 }
 
 void Device::give_back(Primitive primitive, std::function<Status(Driver&)> release) noexcept {
-  if (!usable()) return;
+  if (!usable() || (lost() && primitive != Primitive::pinned_release)) return;
   Count& count = counts_[static_cast<std::size_t>(primitive)];
   count.calls.fetch_add(1, std::memory_order_relaxed);
   const Status status = release(*driver_);
+  if (status == Status::device_lost) lost_.store(true, std::memory_order_relaxed);
   if (status == Status::ok || status == Status::device_lost) return;
   const std::lock_guard lock(mutex_);
   refused_.emplace_back(primitive, std::move(release));
@@ -59,11 +60,22 @@ bool Device::retry_releases() noexcept {
   return refused_.empty();
 }
 
+void Device::memory(std::uint64_t* available, std::uint64_t* total) const noexcept {
+  if (usable() && !lost() && driver_->memory(available, total) == Status::ok) return;
+  *available = *total = 0;
+}
+
+void Device::require_alive() const {
+  if (!lost()) return;
+  const std::string detail = driver_->detail();
+  throw Error(ErrorKind::device_lost, detail.empty() ? facts().name + " was lost" : detail);
+}
+
 void Device::process_exits() noexcept { exiting.store(true, std::memory_order_relaxed); }
 
-void Device::fail(Primitive primitive, Status status) {
-  const std::string message =
-      std::string(to_string(primitive)) + ": " + std::string(to_string(status));
+void Device::fail(Primitive primitive, Status status) const {
+  std::string message = std::string(to_string(primitive)) + ": " + to_string(status);
+  if (const std::string detail = driver_->detail(); !detail.empty()) message += ": " + detail;
   switch (status) {
     case Status::out_of_memory:
     case Status::out_of_mappings:
@@ -87,7 +99,10 @@ Granule::~Granule() {
                      [handle = handle_](Driver& driver) { return driver.granule_release(handle); });
 }
 void Granule::release() {
-  device_->call(Primitive::granule_release, &Driver::granule_release, handle_);
+  const Status status =
+      device_->attempt(Primitive::granule_release, &Driver::granule_release, handle_);
+  if (status != Status::ok && status != Status::device_lost)
+    device_->fail(Primitive::granule_release, status);
   handle_ = Handle::none;
 }
 
@@ -126,15 +141,25 @@ void Mapping::unmap() {
 void Mapping::unmap_together(std::span<Mapping* const> neighbours) {
   const Mapping& first = *neighbours.front();
   const Mapping& last = *neighbours.back();
-  first.reservation_->device()->call(Primitive::unmap, &Driver::unmap, first.address_,
-                                     last.address_ + last.bytes_ - first.address_);
+  Device& device = *first.reservation_->device();
+  const Status status = device.attempt(Primitive::unmap, &Driver::unmap, first.address_,
+                                       last.address_ + last.bytes_ - first.address_);
+  if (status != Status::ok && status != Status::device_lost) device.fail(Primitive::unmap, status);
   for (Mapping* mapping : neighbours) mapping->reservation_.reset();
 }
 
-Stream::Stream(DevicePtr device) : device_(std::move(device)) {
-  device_->call(Primitive::stream_create, &Driver::stream_create, &id_);
+Stream::Stream(DevicePtr device, StreamPriority priority) : device_(std::move(device)) {
+  device_->call(Primitive::stream_create, &Driver::stream_create, priority, &id_);
+}
+std::shared_ptr<Stream> Stream::adopt(DevicePtr device, std::uint64_t handle) {
+  StreamId id{};
+  if (device->driver().stream_adopt(handle, &id) != Status::ok)
+    throw Error(ErrorKind::invalid_argument,
+                device->facts().name + " has no streams but those of Runtime.stream()");
+  return std::shared_ptr<Stream>(new Stream(std::move(device), id, Adopted{}));
 }
 Stream::~Stream() {
+  if (!owned_) return;
   device_->give_back(Primitive::stream_destroy, [id = id_](Driver& driver) {
     const Status status = driver.stream_synchronize(id);
     return status == Status::ok ? driver.stream_destroy(id) : status;
@@ -145,6 +170,9 @@ void Stream::copy_to_device(Address to, const std::byte* from, std::uint64_t byt
 }
 void Stream::copy_from_device(std::byte* to, Address from, std::uint64_t bytes) {
   device_->call(Primitive::copy_from_device, &Driver::copy_from_device, to, from, bytes, id_);
+}
+void Stream::launch(const KernelCall& call) {
+  device_->call(Primitive::launch, &Driver::launch, call, id_);
 }
 bool Stream::step() { return device_->driver().stream_step(id_) == Status::ok; }
 void Stream::synchronize() {
@@ -169,7 +197,7 @@ void Event::record(StreamId stream) {
 bool Event::complete() const {
   const Status status = device_->attempt(Primitive::event_query, &Driver::event_query, *id_);
   if (status != Status::ok && status != Status::not_ready)
-    Device::fail(Primitive::event_query, status);
+    device_->fail(Primitive::event_query, status);
   return status == Status::ok;
 }
 void Event::wait(Deadline deadline, const Poll& poll) const {
@@ -179,7 +207,7 @@ void Event::wait(Deadline deadline, const Poll& poll) const {
     const auto slice = std::clamp<microseconds>(left, microseconds(0), kPollInterval);
     const Status status = device_->attempt(Primitive::event_wait, &Driver::event_wait, *id_, slice);
     if (status == Status::ok) return;
-    if (status != Status::not_ready) Device::fail(Primitive::event_wait, status);
+    if (status != Status::not_ready) device_->fail(Primitive::event_wait, status);
     if (left <= microseconds(0))
       throw Error(ErrorKind::timeout, "a stream did not reach its fence in time");
     if (poll) poll();

@@ -35,6 +35,11 @@ class Device {
   const DeviceFacts& facts() const noexcept { return driver_->facts(); }
   // False in a forked child, and once the process exits: leak instead.
   bool usable() const noexcept;
+  // Bytes that granules could still be made of, and in all; both 0 where it does not say.
+  void memory(std::uint64_t* available, std::uint64_t* total) const noexcept;
+  // Throws device_lost, saying of what, once any call has met it.
+  void require_alive() const;
+  bool lost() const noexcept { return lost_.load(std::memory_order_relaxed); }
   static void process_exits() noexcept;
 
   // Calls a primitive, counts it, and throws what a status other than ok means. The vocabulary is
@@ -48,6 +53,7 @@ class Device {
   template <typename Method, typename... Args>
   Status attempt(Primitive primitive, Method method, Args&&... args) noexcept {
     if (!usable()) return Status::failed;
+    if (lost()) return Status::device_lost;
     const auto start = Clock::now();
     Status status;
     try {
@@ -60,10 +66,12 @@ class Device {
     count.nanoseconds.fetch_add(
         static_cast<std::uint64_t>(std::chrono::nanoseconds(Clock::now() - start).count()),
         std::memory_order_relaxed);
+    if (status == Status::device_lost) lost_.store(true, std::memory_order_relaxed);
     return status;
   }
-  // For destructors: calls a primitive that gives something back. Where the device is not usable it
-  // is left; where the driver refuses, `release` is kept and tried again by retry_releases().
+  // For destructors: calls a primitive that gives something back. Where the device is not usable,
+  // or lost, it is left (but for pinned memory, which is the system's); where the driver refuses,
+  // `release` is kept and tried again by retry_releases().
   void give_back(Primitive primitive, std::function<Status(Driver&)> release) noexcept;
   // In the order they were refused. True when none is left.
   bool retry_releases() noexcept;
@@ -71,10 +79,11 @@ class Device {
     return counts_[static_cast<std::size_t>(primitive)];
   }
 
-  [[noreturn]] static void fail(Primitive primitive, Status status);
+  [[noreturn]] void fail(Primitive primitive, Status status) const;
 
  private:
   std::shared_ptr<Driver> driver_;
+  std::atomic<bool> lost_{false};
   const std::uint64_t born_;  // generation of the process, see vmm.cpp
   std::mutex mutex_;          // a leaf: guards refused_
   std::vector<std::pair<Primitive, std::function<Status(Driver&)>>> refused_;
@@ -92,7 +101,7 @@ class Granule {
 
   Handle handle() const noexcept { return handle_; }
   std::byte* host_view() const noexcept { return host_view_; }  // null where the CPU cannot reach
-  void release();  // throws; the granule is then as before
+  void release();  // throws; the granule is then as before. Done where the device is lost.
 
  private:
   DevicePtr device_;
@@ -132,7 +141,7 @@ class Mapping {
 
   Address address() const noexcept { return address_; }
   std::uint64_t bytes() const noexcept { return bytes_; }
-  // Strong: throws with the mapping as it was.
+  // Strong: throws with the mapping as it was. Unmapping from a device that is lost is done.
   void set_access(Access access);
   void unmap();
   // One driver call for mappings that lie side by side, in ascending order, of one reservation.
@@ -147,7 +156,10 @@ class Mapping {
 
 class Stream {
  public:
-  explicit Stream(DevicePtr device);
+  explicit Stream(DevicePtr device, StreamPriority priority = StreamPriority::normal);
+  // One that somebody else made and keeps alive as long as this is. Throws invalid_argument where
+  // the device has none.
+  static std::shared_ptr<Stream> adopt(DevicePtr device, std::uint64_t handle);
   ~Stream();  // waits for what is enqueued
   Stream(const Stream&) = delete;
 
@@ -155,12 +167,18 @@ class Stream {
   const DevicePtr& device() const noexcept { return device_; }
   void copy_to_device(Address to, const std::byte* from, std::uint64_t bytes);
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
+  void launch(const KernelCall& call);
   bool step();
   void synchronize();  // Blocks.
 
  private:
+  struct Adopted {};
+  Stream(DevicePtr device, StreamId id, Adopted)
+      : device_(std::move(device)), id_(id), owned_(false) {}
+
   DevicePtr device_;
   StreamId id_{};
+  const bool owned_ = true;
 };
 
 class Event {

@@ -32,7 +32,12 @@ void delete_capsule(PyObject* capsule) {
 
 }  // namespace
 
-py::capsule View::export_capsule(const py::object&, const py::object& max_version,
+Device View::device() const noexcept {
+  const int ordinal = reservation->device()->facts().cuda_ordinal;
+  return ordinal < 0 ? Device{DeviceType::cpu, 0} : Device{DeviceType::cuda, ordinal};
+}
+
+py::capsule View::export_capsule(const py::object& stream, const py::object& max_version,
                                  const py::object& dl_device, const py::object& copy) const {
   static_assert(sizeof(void*) == 8);
   try {
@@ -40,11 +45,14 @@ py::capsule View::export_capsule(const py::object&, const py::object& max_versio
       throw py::buffer_error("only versioned DLPack capsules are exported");
     if (!dl_device.is_none()) {
       const auto [type, id] = dl_device.cast<std::pair<int, int>>();
-      if (type != static_cast<int>(DeviceType::cpu) || id != 0)
-        throw py::buffer_error("the tensor is in host memory and is not moved");
+      if (type != static_cast<int>(device().type) || id != device().id)
+        throw py::buffer_error("the tensor is not moved to another device");
     }
+    // 0 would be ambiguous, says the protocol: the legacy default stream is 1.
+    if (device().type == DeviceType::cuda && !stream.is_none() && stream.cast<std::int64_t>() == 0)
+      throw py::buffer_error("stream 0 is ambiguous: 1 is the legacy default stream");
   } catch (const py::cast_error&) {
-    throw py::buffer_error("max_version and dl_device are pairs of integers");
+    throw py::buffer_error("max_version and dl_device are pairs of integers, stream is one");
   }
   auto owned = std::make_unique<Owned>();
   owned->reservation = reservation;
@@ -56,6 +64,8 @@ py::capsule View::export_capsule(const py::object&, const py::object& max_versio
   void* data = reinterpret_cast<void*>(address);
   std::uint64_t flags = read_only ? kReadOnly : 0;
   if (!copy.is_none() && copy.cast<bool>()) {
+    if (device().type != DeviceType::cpu)
+      throw py::buffer_error("no copy on the device is made: Runtime.read_back copies to the host");
     owned->copy = std::make_unique<std::byte[]>(std::max<std::uint64_t>(bytes, 1));
     std::memcpy(owned->copy.get(), data, bytes);
     data = owned->copy.get();
@@ -65,13 +75,8 @@ py::capsule View::export_capsule(const py::object&, const py::object& max_versio
                     owned.get(),
                     delete_owned,
                     flags,
-                    {data,
-                     {DeviceType::cpu, 0},
-                     static_cast<std::int32_t>(shape.size()),
-                     dtype,
-                     owned->shape.data(),
-                     owned->strides.data(),
-                     0}};
+                    {data, device(), static_cast<std::int32_t>(shape.size()), dtype,
+                     owned->shape.data(), owned->strides.data(), 0}};
   py::capsule capsule(&owned->managed, kName, delete_capsule);
   owned.release();
   return capsule;

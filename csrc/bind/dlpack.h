@@ -50,9 +50,10 @@ struct View {
   std::uint64_t bytes = 0;
   bool read_only = true;
 
+  Device device() const noexcept;
   // The DLPack protocol. Throws BufferError for what cannot be had, and never TypeError, which
-  // consumers take for an old producer and retry. `stream` is not looked at: on the host there is
-  // nothing to order.
+  // consumers take for an old producer and retry. `stream` is not waited for: under a lease every
+  // byte has arrived before the host was told.
   pybind11::capsule export_capsule(const pybind11::object& stream,
                                    const pybind11::object& max_version,
                                    const pybind11::object& dl_device,

@@ -10,8 +10,8 @@
 #include <optional>
 
 #include "bind/dlpack.h"
-#include "driver/faulty.h"
-#include "driver/strict.h"
+#include "bind/drivers.h"
+#include "bind/kernels.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -51,19 +51,6 @@ Deadline deadline(std::optional<double> seconds) {
   if (*seconds > 1e9) return kNever;
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(
                             std::chrono::duration<double>(std::max(*seconds, 0.0)));
-}
-
-Primitive primitive(const std::string& name) {
-  for (int i = 0; i < static_cast<int>(Primitive::count); ++i)
-    if (name == to_string(static_cast<Primitive>(i))) return static_cast<Primitive>(i);
-  throw Error(ErrorKind::invalid_argument, "no driver primitive '" + name + "'");
-}
-
-Status status(const std::string& name) {
-  if (name == "failed") return Status::failed;
-  if (name == "out_of_memory") return Status::out_of_memory;
-  if (name == "device_lost") return Status::device_lost;
-  throw Error(ErrorKind::invalid_argument, "no injectable status '" + name + "'");
 }
 
 // What Python holds keeps the runtime alive.
@@ -148,60 +135,15 @@ py::dict driver_calls(Runtime& runtime) {
   return calls;
 }
 
-void bind_drivers(py::module_& m) {
-  py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
-      .def_property_readonly("name", [](const Driver& d) { return d.facts().name; })
-      .def_property_readonly("granularity", [](const Driver& d) { return d.facts().granularity; });
-  m.def(
-      "host_driver",
-      [](bool threads, bool host_view, bool huge_pages) {
-        auto driver = make_host_driver({threads, host_view, huge_pages});
-        if (!driver) throw Error(ErrorKind::general, "the system gives no memfd or no addresses");
-        return driver;
-      },
-      py::kw_only(), py::arg("threads") = true, py::arg("host_view") = true,
-      py::arg("huge_pages") = true);
-  py::class_<FaultyDriver, Driver, std::shared_ptr<FaultyDriver>>(m, "FaultyDriver")
-      .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
-      .def(
-          "arm",
-          [](FaultyDriver& self,
-             const std::vector<std::pair<std::uint64_t, std::optional<std::uint64_t>>>& ranges,
-             const std::optional<std::string>& only, const std::string& as) {
-            std::vector<FaultyDriver::Range> parsed;
-            for (const auto& [first, last] : ranges)
-              parsed.push_back({first, last.value_or(~0ull)});
-            self.arm(std::move(parsed), only ? std::optional(primitive(*only)) : std::nullopt,
-                     status(as));
-          },
-          py::arg("ranges"), py::kw_only(), py::arg("only") = py::none(),
-          py::arg("status") = "failed")
-      .def("disarm", &FaultyDriver::disarm)
-      .def(
-          "delay",
-          [](FaultyDriver& self, const std::string& name, double seconds) {
-            self.delay(primitive(name),
-                       std::chrono::microseconds(static_cast<std::int64_t>(seconds * 1e6)));
-          },
-          py::arg("primitive"), py::arg("seconds"))
-      .def("cap_memory", &FaultyDriver::cap_memory, py::arg("nbytes"))
-      .def_property_readonly("calls", &FaultyDriver::calls)
-      .def_property_readonly("injected", &FaultyDriver::injected)
-      .def_property_readonly("last", &FaultyDriver::last);
-  py::class_<StrictDriver, Driver, std::shared_ptr<StrictDriver>>(m, "StrictDriver")
-      .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
-      .def_property_readonly("violations", &StrictDriver::violations)
-      .def_property_readonly("live", &StrictDriver::live);
-}
-
 void bind_handles(py::module_& m) {
   py::class_<dlpack::View>(m, "View")
       .def("__dlpack__", &dlpack::View::export_capsule, py::kw_only(),
            py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
       .def("__dlpack_device__",
-           [](const dlpack::View&) {
-             return std::pair(static_cast<int>(dlpack::DeviceType::cpu), 0);
+           [](const dlpack::View& self) {
+             const dlpack::Device device = self.device();
+             return std::pair(static_cast<int>(device.type), device.id);
            })
       .def_readonly("address", &dlpack::View::address)
       .def_readonly("nbytes", &dlpack::View::bytes);
@@ -284,6 +226,7 @@ void bind_state(py::module_& m) {
   py::class_<RuntimeState>(m, "RuntimeState")
       .def_readonly("granule_bytes", &RuntimeState::granule_bytes)
       .def_readonly("pinned_bytes", &RuntimeState::pinned_bytes)
+      .def_readonly("headroom_bytes", &RuntimeState::headroom_bytes)
       .def_readonly("granules", &RuntimeState::granules)
       .def_readonly("granules_free", &RuntimeState::granules_free)
       .def_readonly("granules_uncreated", &RuntimeState::granules_uncreated)
@@ -301,18 +244,18 @@ void bind_state(py::module_& m) {
 void bind_runtime(py::module_& m) {
   py::class_<Runtime, RuntimePtr>(m, "Runtime")
       .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
-                       std::uint64_t granule, std::uint64_t chunk, unsigned loaders,
-                       double staging_timeout, bool poison) {
+                       std::uint64_t granule, std::uint64_t chunk, std::uint64_t headroom,
+                       unsigned loaders, double staging_timeout, bool poison) {
              const py::gil_scoped_release release;
              return Runtime::make(
                  std::move(driver),
-                 {arena, staging, granule, chunk, loaders,
+                 {arena, staging, granule, chunk, headroom, loaders,
                   std::chrono::milliseconds(static_cast<std::int64_t>(staging_timeout * 1e3)),
                   poison});
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
-           py::arg("granule"), py::arg("chunk"), py::arg("loaders"), py::arg("staging_timeout"),
-           py::arg("poison"))
+           py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
+           py::arg("staging_timeout"), py::arg("poison"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
            py::arg("writable"))
       .def(
@@ -369,8 +312,28 @@ void bind_runtime(py::module_& m) {
             self.read_back(model.model, layer, static_cast<std::byte*>(info.ptr));
           },
           py::arg("model"), py::arg("layer"), py::arg("out"))
+      .def(
+          "digest",
+          [](Runtime& self, const PyModel& model, std::uint32_t layer) {
+            return self.digest(model.model, layer);
+          },
+          py::arg("model"), py::arg("layer"), NoGil())
       .def("stream",
            [](Runtime& self) { return PyStream{std::make_shared<Stream>(self.device())}; })
+      .def(
+          "adopt_stream",
+          [](Runtime& self, std::uint64_t handle) {
+            return PyStream{Stream::adopt(self.device(), handle)};
+          },
+          py::arg("handle"))
+      .def(
+          "device_memory",
+          [](const Runtime& self) {
+            std::uint64_t available = 0, total = 0;
+            self.device()->memory(&available, &total);
+            return std::pair(available, total);
+          },
+          NoGil())
       .def("state", &Runtime::state)
       .def("driver_calls", &driver_calls)
       .def("step", &Runtime::step, NoGil())
@@ -388,6 +351,7 @@ PYBIND11_MODULE(_native, m) {
   bind_handles(m);
   bind_state(m);
   bind_runtime(m);
+  bind_kernels(m);
   m.def("process_exits", &Device::process_exits,
         "From here on nothing touches a device: what is left goes with the process.");
 }

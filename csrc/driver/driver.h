@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 
+#include "kernels/kernels.h"
 #include "types.h"
 
 namespace warmserve {
@@ -22,7 +23,7 @@ enum class Status : int {
   out_of_addresses,
   invalid,      // the call breaks its contract
   not_ready,    // a query or a timed wait: not yet
-  device_lost,  // sticky: every later call says so too
+  device_lost,  // sticky: every later call says so too, and what was on the device is gone
   failed,       // the operating system or the device refused, for a reason of its own
 };
 const char* to_string(Status status) noexcept;
@@ -36,7 +37,7 @@ enum class Access { none, read, read_write };
   X(map) X(unmap) X(set_access) X(pinned_create) \
   X(pinned_release) X(stream_create) X(stream_destroy) X(stream_synchronize) \
   X(stream_wait_event) X(event_create) X(event_destroy) X(event_record) \
-  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device)
+  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) X(launch)
 // clang-format on
 enum class Primitive : int {
 #define X(name) name,
@@ -49,20 +50,28 @@ const char* to_string(Primitive primitive) noexcept;
 struct DeviceFacts {
   std::string name;
   std::uint64_t granularity = 0;  // bytes; every granule is a multiple, every reservation aligned
-  bool threads = true;    // false: streams move only inside step, event_wait and synchronize
-  bool host_view = true;  // the CPU reaches every granule; else it reaches none
+  bool threads = true;     // false: streams move only inside step, event_wait and synchronize
+  bool host_view = true;   // the CPU reaches every granule; else it reaches none
+  int cuda_ordinal = -1;   // of a CUDA device; -1: addresses are the CPU's
+  std::string no_kernels;  // why launch() does not work; empty: it does
 };
+
+// A hint: work of a higher one is begun first where both wait. Copies may not heed it.
+enum class StreamPriority { background, normal, urgent };
 
 class Driver {
  public:
   virtual ~Driver() = default;
 
   virtual const DeviceFacts& facts() const noexcept = 0;
+  // What the device said when a primitive failed last on this thread; empty where it says nothing.
+  virtual std::string detail() const { return {}; }
   // Bytes that granules could still be made of, and bytes in all. An estimate: others take too.
   virtual Status memory(std::uint64_t* available, std::uint64_t* total) = 0;
 
   // A granule: physical memory without an address. `bytes` is a multiple of the granularity.
-  // Its memory is zero, and really there on return: touching it later cannot fail. Blocks.
+  // Its memory is really there on return, so touching it later cannot fail; what it holds is
+  // undefined. Blocks.
   virtual Status granule_create(std::uint64_t bytes, Handle* out) = 0;
   // The memory goes when it is released and mapped nowhere.
   virtual Status granule_release(Handle handle) = 0;
@@ -86,10 +95,15 @@ class Driver {
 
   // Host memory that copies may read and write while the caller goes on. Exactly `bytes`
   // (a multiple of 4 KiB), really there on return. Blocks.
+  // Kernels reach it at the same address.
   virtual Status pinned_create(std::uint64_t bytes, std::byte** out) = 0;
+  // Also where it says device_lost.
   virtual Status pinned_release(std::byte* address, std::uint64_t bytes) = 0;
 
-  virtual Status stream_create(StreamId* out) = 0;
+  virtual Status stream_create(StreamPriority priority, StreamId* out) = 0;
+  // A stream that somebody else made on the device and keeps until all that is done with it here is
+  // over; it is not destroyed here. invalid where the device knows no streams but its own.
+  virtual Status stream_adopt(std::uint64_t, StreamId*) { return Status::invalid; }
   // Everything enqueued has completed. Blocks.
   virtual Status stream_destroy(StreamId stream) = 0;
   virtual Status stream_synchronize(StreamId stream) = 0;  // Blocks.
@@ -112,6 +126,9 @@ class Driver {
                                 StreamId stream) = 0;
   virtual Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                                   StreamId stream) = 0;
+  // Enqueued on the stream. What the call touches (kernels.h) is mapped with access for it, or
+  // pinned, when it runs. invalid: the call is a misuse; failed: there are no kernels.
+  virtual Status launch(const KernelCall& call, StreamId stream) = 0;
 };
 
 struct HostOptions {
@@ -120,5 +137,14 @@ struct HostOptions {
   bool huge_pages = true;  // collapse granules to huge pages where the kernel does it
 };
 std::shared_ptr<Driver> make_host_driver(const HostOptions& options);
+
+struct CudaOptions {
+  std::string library = "libcuda.so.1";  // or a path
+  int ordinal = 0;
+  std::string kernels;  // an image of weight_kernels.cu; empty: no kernels
+};
+// Throws general with a sentence that says what to do where there is no driver, one before 12.0, or
+// no device that can do this; invalid_argument for an ordinal that is not there.
+std::shared_ptr<Driver> make_cuda_driver(const CudaOptions& options);
 
 }  // namespace warmserve

@@ -17,6 +17,7 @@
 
 #include "driver/driver.h"
 #include "driver/host_limits.h"
+#include "driver/host_memory.h"
 #include "driver/host_streams.h"
 
 namespace warmserve {
@@ -33,7 +34,10 @@ int no_fork(void* memory, std::uint64_t bytes) { return ::madvise(memory, bytes,
 class HostDriver final : public Driver {
  public:
   explicit HostDriver(const HostOptions& options) : options_(options), streams_(options.threads) {
-    facts_ = {"host", kGranularity, options.threads, options.host_view};
+    facts_.name = "host";
+    facts_.granularity = kGranularity;
+    facts_.threads = options.threads;
+    facts_.host_view = options.host_view;
     mapping_limit_ = mapping_limit();
     mapping_baseline_ = mapping_count() + 1024;  // and room for what the process still maps
     capacity_ = ceil_div(total_memory(), kGranularity) * kGranularity;
@@ -192,23 +196,16 @@ class HostDriver final : public Driver {
   // Not locked in memory: ordinary users may lock 8 MiB, and no device reads this by itself.
   Status pinned_create(std::uint64_t bytes, std::byte** out) override {
     if (bytes == 0) return Status::invalid;
-    void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return Status::out_of_memory;
-    ::madvise(memory, bytes, MADV_HUGEPAGE);
-    no_fork(memory, bytes);
-    if (::madvise(memory, bytes, kPopulateWrite) != 0 && errno != EINVAL) {
-      ::munmap(memory, bytes);
-      return Status::out_of_memory;
-    }
-    *out = static_cast<std::byte*>(memory);
-    return Status::ok;
+    *out = allocate_touched(bytes);
+    return *out ? Status::ok : Status::out_of_memory;
   }
   Status pinned_release(std::byte* address, std::uint64_t bytes) override {
-    return ::munmap(address, bytes) == 0 ? Status::ok : Status::failed;
+    return free_touched(address, bytes) ? Status::ok : Status::failed;
   }
 
-  Status stream_create(StreamId* out) override { return streams_.stream_create(out); }
+  Status stream_create(StreamPriority, StreamId* out) override {
+    return streams_.stream_create(out);
+  }
   Status stream_destroy(StreamId s) override { return streams_.stream_destroy(s); }
   Status stream_synchronize(StreamId s) override { return streams_.stream_synchronize(s); }
   Status stream_step(StreamId s) override { return streams_.stream_step(s); }
@@ -229,6 +226,10 @@ class HostDriver final : public Driver {
   Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                           StreamId stream) override {
     return streams_.enqueue(stream, [=] { std::memcpy(to, pointer(from), bytes); });
+  }
+  Status launch(const KernelCall& call, StreamId stream) override {
+    if (misuse(call)) return Status::invalid;
+    return streams_.enqueue(stream, [call] { run_on_cpu(call); });
   }
 
  private:

@@ -13,12 +13,16 @@ class Interposer : public Driver {
   explicit Interposer(std::shared_ptr<Driver> inner) : inner_(std::move(inner)) {}
 
   const DeviceFacts& facts() const noexcept override { return inner_->facts(); }
+  std::string detail() const override { return inner_->detail(); }
   Status memory(std::uint64_t* available, std::uint64_t* total) override {
     return inner_->memory(available, total);
   }
   std::byte* host_view(Handle handle) noexcept override { return inner_->host_view(handle); }
   void host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept override {
     inner_->host_wrote(handle, offset, bytes);
+  }
+  Status stream_adopt(std::uint64_t handle, StreamId* out) override {
+    return inner_->stream_adopt(handle, out);
   }
   Status stream_step(StreamId stream) override { return inner_->stream_step(stream); }
 
@@ -38,7 +42,7 @@ class Interposer : public Driver {
                     bytes, access)
   WARMSERVE_FORWARD(pinned_create, (std::uint64_t bytes, std::byte** out), bytes, out)
   WARMSERVE_FORWARD(pinned_release, (std::byte * address, std::uint64_t bytes), address, bytes)
-  WARMSERVE_FORWARD(stream_create, (StreamId * out), out)
+  WARMSERVE_FORWARD(stream_create, (StreamPriority priority, StreamId* out), priority, out)
   WARMSERVE_FORWARD(stream_destroy, (StreamId stream), stream)
   WARMSERVE_FORWARD(stream_synchronize, (StreamId stream), stream)
   WARMSERVE_FORWARD(stream_wait_event, (StreamId stream, EventId event), stream, event)
@@ -53,6 +57,7 @@ class Interposer : public Driver {
   WARMSERVE_FORWARD(copy_from_device,
                     (std::byte * to, Address from, std::uint64_t bytes, StreamId stream), to, from,
                     bytes, stream)
+  WARMSERVE_FORWARD(launch, (const KernelCall& call, StreamId stream), call, stream)
 #undef WARMSERVE_FORWARD
 
  protected:

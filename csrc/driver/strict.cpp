@@ -13,9 +13,12 @@ std::vector<std::string> StrictDriver::violations() const {
 
 std::map<std::string, std::size_t> StrictDriver::live() const {
   const Guard guard(mutex_);
-  return {{"granules", granules_.size()}, {"reservations", reservations_.size()},
-          {"mappings", mappings_.size()}, {"pinned", pinned_.size()},
-          {"streams", streams_.size()},   {"events", events_.size()}};
+  return {{"granules", granules_.size()},
+          {"reservations", reservations_.size()},
+          {"mappings", mappings_.size()},
+          {"pinned", pinned_.size()},
+          {"streams", streams_.size() - adopted_.size()},
+          {"events", events_.size()}};
 }
 
 Status StrictDriver::violation(const std::string& what) {
@@ -81,7 +84,7 @@ Status StrictDriver::granule_create(std::uint64_t bytes, Handle* out) {
   if (bytes == 0 || bytes % facts().granularity)
     return violation("granule_create of " + std::to_string(bytes) + " bytes");
   const Status status = Interposer::granule_create(bytes, out);
-  if (status == Status::ok) granules_[*out] = {bytes, false, 0, {}, {}, {{0, bytes}}};
+  if (status == Status::ok) granules_[*out] = {bytes, false, 0, {}, {}, {}};
   return status;
 }
 
@@ -219,10 +222,18 @@ Status StrictDriver::pinned_release(std::byte* address, std::uint64_t bytes) {
   return status;
 }
 
-Status StrictDriver::stream_create(StreamId* out) {
-  const Status status = Interposer::stream_create(out);
+Status StrictDriver::stream_create(StreamPriority priority, StreamId* out) {
+  const Status status = Interposer::stream_create(priority, out);
   const Guard guard(mutex_);
   if (status == Status::ok) streams_[*out] = host_;
+  return status;
+}
+
+// What others gave it before is not known: the stream is taken to begin here.
+Status StrictDriver::stream_adopt(std::uint64_t handle, StreamId* out) {
+  const Status status = Interposer::stream_adopt(handle, out);
+  const Guard guard(mutex_);
+  if (status == Status::ok && streams_.emplace(*out, host_).second) adopted_.insert(*out);
   return status;
 }
 
@@ -316,10 +327,9 @@ Status StrictDriver::event_wait(EventId event, std::chrono::microseconds timeout
   return status;
 }
 
-// Walks the page table for a copy's device side. Lock held.
-Status StrictDriver::copy(Address address, const std::byte* host, std::uint64_t bytes,
-                          StreamId stream, bool write) {
-  const std::string name = write ? "copy_to_device" : "copy_from_device";
+// Walks the page table for all that an operation touches, then has the driver do it. Lock held.
+Status StrictDriver::use(const std::string& name, std::span<const Touched> ranges, StreamId stream,
+                         const std::function<Status()>& enqueue) {
   const auto clock = streams_.find(stream);
   if (clock == streams_.end()) return violation(name + " on no stream");
   const auto agent = static_cast<Agent>(stream);
@@ -329,48 +339,79 @@ Status StrictDriver::copy(Address address, const std::byte* host, std::uint64_t 
   struct Piece {
     GranuleState* granule;
     std::uint64_t begin, end;
+    bool write;
   };
   std::vector<Piece> pieces;
-  for (Address at = address; at < address + bytes;) {
-    auto mapping = mappings_.upper_bound(at);
-    if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at)
-      return violation(name + " where nothing is mapped");
-    if (mapping->second.access == Access::none || (write && mapping->second.access == Access::read))
-      return violation(name + " without access");
-    GranuleState& granule = granules_[mapping->second.granule];
-    const std::uint64_t begin = at - mapping->first;
-    const std::uint64_t end = std::min(mapping->second.bytes, address + bytes - mapping->first);
-    if (!write && !is_written(granule, begin, end)) return violation(name + " before fill");
-    if (!ordered(granule.writes, now, agent) || (write && !ordered(granule.reads, now, agent)))
-      return violation(name + " races with another use");
-    pieces.push_back({&granule, begin, end});
-    at = mapping->first + end;
+  std::vector<PinnedState*> regions;
+  for (const Touched& range : ranges) {
+    if (PinnedState* region = pinned_at(range.address)) {
+      regions.push_back(region);
+      continue;
+    }
+    for (Address at = range.address; at < range.address + range.bytes;) {
+      auto mapping = mappings_.upper_bound(at);
+      if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at)
+        return violation(name + " where nothing is mapped");
+      const Access access = mapping->second.access;
+      if (access == Access::none || (range.write && access == Access::read))
+        return violation(name + " without access");
+      GranuleState& granule = granules_[mapping->second.granule];
+      const std::uint64_t begin = at - mapping->first;
+      const std::uint64_t end =
+          std::min(mapping->second.bytes, range.address + range.bytes - mapping->first);
+      if (!range.write && !is_written(granule, begin, end)) return violation(name + " before fill");
+      if (!ordered(granule.writes, now, agent) ||
+          (range.write && !ordered(granule.reads, now, agent)))
+        return violation(name + " races with another use");
+      pieces.push_back({&granule, begin, end, range.write});
+      at = mapping->first + end;
+    }
   }
+  if (const Status status = enqueue(); status != Status::ok) return status;
   for (const Piece& piece : pieces) {
-    if (write) mark_written(*piece.granule, piece.begin, piece.end);
-    (write ? piece.granule->writes : piece.granule->reads)[agent] = now[agent];
+    if (piece.write) mark_written(*piece.granule, piece.begin, piece.end);
+    (piece.write ? piece.granule->writes : piece.granule->reads)[agent] = now[agent];
   }
-  auto region = pinned_.upper_bound(host);
-  if (region != pinned_.begin() && (--region)->first + region->second.bytes > host)
-    region->second.uses[agent] = now[agent];
+  for (PinnedState* region : regions) region->uses[agent] = now[agent];
   clock->second = std::move(now);
   return Status::ok;
+}
+
+StrictDriver::PinnedState* StrictDriver::pinned_at(Address address) {
+  auto region = pinned_.upper_bound(reinterpret_cast<const std::byte*>(address));
+  if (region == pinned_.begin()) return nullptr;
+  --region;
+  const auto begin = reinterpret_cast<Address>(region->first);
+  return address < begin + region->second.bytes ? &region->second : nullptr;
+}
+
+std::vector<Touched> StrictDriver::touched_by_copy(Address address, const std::byte* host,
+                                                   std::uint64_t bytes, bool write) {
+  std::vector<Touched> ranges{{address, bytes, write}};
+  const auto memory = reinterpret_cast<Address>(host);
+  if (pinned_at(memory)) ranges.push_back({memory, bytes, !write});
+  return ranges;
 }
 
 Status StrictDriver::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
                                     StreamId stream) {
   const Guard guard(mutex_);
-  if (const Status checked = copy(to, from, bytes, stream, true); checked != Status::ok)
-    return checked;
-  return Interposer::copy_to_device(to, from, bytes, stream);
+  return use("copy_to_device", touched_by_copy(to, from, bytes, true), stream,
+             [&] { return Interposer::copy_to_device(to, from, bytes, stream); });
 }
 
 Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                                       StreamId stream) {
   const Guard guard(mutex_);
-  if (const Status checked = copy(from, to, bytes, stream, false); checked != Status::ok)
-    return checked;
-  return Interposer::copy_from_device(to, from, bytes, stream);
+  return use("copy_from_device", touched_by_copy(from, to, bytes, false), stream,
+             [&] { return Interposer::copy_from_device(to, from, bytes, stream); });
+}
+
+Status StrictDriver::launch(const KernelCall& call, StreamId stream) {
+  const Guard guard(mutex_);
+  if (const char* wrong = misuse(call)) return violation(std::string("launch: ") + wrong);
+  return use(std::string("launch of ") + kernel_symbol(call), touched(call), stream,
+             [&] { return Interposer::launch(call, stream); });
 }
 
 }  // namespace warmserve

@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -36,7 +37,8 @@ class StrictDriver final : public Interposer {
   Status set_access(Address address, std::uint64_t bytes, Access access) override;
   Status pinned_create(std::uint64_t bytes, std::byte** out) override;
   Status pinned_release(std::byte* address, std::uint64_t bytes) override;
-  Status stream_create(StreamId* out) override;
+  Status stream_create(StreamPriority priority, StreamId* out) override;
+  Status stream_adopt(std::uint64_t handle, StreamId* out) override;
   Status stream_step(StreamId stream) override;
   Status stream_destroy(StreamId stream) override;
   Status stream_synchronize(StreamId stream) override;
@@ -50,6 +52,7 @@ class StrictDriver final : public Interposer {
                         StreamId stream) override;
   Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                           StreamId stream) override;
+  Status launch(const KernelCall& call, StreamId stream) override;
 
  private:
   using Agent = std::uint64_t;  // a StreamId; 0 is the host
@@ -81,8 +84,11 @@ class StrictDriver final : public Interposer {
   static bool is_written(const GranuleState& granule, std::uint64_t begin, std::uint64_t end);
   bool quiet(const GranuleState& granule) const;
   void forget_if_dead(Handle handle);
-  Status copy(Address address, const std::byte* host, std::uint64_t bytes, StreamId stream,
-              bool write);
+  PinnedState* pinned_at(Address address);
+  Status use(const std::string& name, std::span<const Touched> ranges, StreamId stream,
+             const std::function<Status()>& enqueue);
+  std::vector<Touched> touched_by_copy(Address address, const std::byte* host, std::uint64_t bytes,
+                                       bool write);
 
   mutable std::mutex mutex_;  // guards all below; held over inner calls that do not block
   std::vector<std::string> violations_;
@@ -91,6 +97,7 @@ class StrictDriver final : public Interposer {
   Mappings mappings_;
   std::map<const std::byte*, PinnedState> pinned_;
   std::map<StreamId, VectorClock> streams_;
+  std::set<StreamId> adopted_;  // in streams_ too
   std::map<EventId, std::optional<VectorClock>> events_;
   VectorClock host_{{0, 1}};
 };

@@ -1,0 +1,62 @@
+#include "driver/host_memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "types.h"
+
+namespace warmserve {
+namespace {
+
+constexpr int kPopulateWrite = 23;  // newer than the C library's headers may be
+constexpr std::uint64_t kPerThread = 64 * kMiB;
+constexpr std::uint64_t kMostThreads = 8;
+
+// An old kernel does not know the request (EINVAL): then the first use touches the memory.
+bool touch(std::byte* memory, std::uint64_t bytes) noexcept {
+  return ::madvise(memory, bytes, kPopulateWrite) == 0 || errno == EINVAL;
+}
+
+}  // namespace
+
+std::byte* allocate_touched(std::uint64_t bytes) noexcept {
+  void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  auto* memory = static_cast<std::byte*>(mapped);
+  ::madvise(memory, bytes, MADV_HUGEPAGE);
+  ::madvise(memory, bytes, MADV_DONTFORK);
+  const std::uint64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const std::uint64_t parts =
+      std::clamp<std::uint64_t>(bytes / kPerThread, 1, std::min(cores, kMostThreads));
+  const std::uint64_t part = ceil_div(ceil_div(bytes, parts), 2 * kMiB) * 2 * kMiB;
+  std::atomic<bool> touched{true};
+  std::vector<std::thread> helpers;
+  for (std::uint64_t begin = part; begin < bytes; begin += part) {
+    const auto work = [&touched, memory, begin, size = std::min(part, bytes - begin)] {
+      if (!touch(memory + begin, size)) touched = false;
+    };
+    try {
+      helpers.emplace_back(work);
+    } catch (const std::system_error&) {
+      work();
+    }
+  }
+  if (!touch(memory, std::min(part, bytes))) touched = false;
+  for (std::thread& helper : helpers) helper.join();
+  if (touched) return memory;
+  ::munmap(memory, bytes);
+  return nullptr;
+}
+
+bool free_touched(std::byte* memory, std::uint64_t bytes) noexcept {
+  return ::munmap(memory, bytes) == 0;
+}
+
+}  // namespace warmserve
