@@ -1,0 +1,259 @@
+#include "kernels/kernels.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string_view>
+
+#include "kernels/weight_kernels.inl"
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace warmserve {
+namespace {
+
+constexpr const char* kSymbols[] = {"ws_granule_digest", "ws_cast", "ws_gather_rows"};
+static_assert(std::size(kSymbols) == std::variant_size_v<KernelCall>);
+
+// Positions in a granule are counted in 32 bits.
+constexpr std::uint64_t kMaxDigestBytes = 16 * kGiB;
+
+struct Widths {
+  std::uint64_t from, to;
+};
+constexpr Widths widths(CastKind kind) {
+  switch (kind) {
+    case CastKind::f32_to_bf16:
+    case CastKind::f32_to_f16: return {4, 2};
+    case CastKind::f16_to_bf16: return {2, 2};
+    case CastKind::bf16_to_f32: return {2, 4};
+    case CastKind::f8_e4m3_to_bf16:
+    case CastKind::f8_e5m2_to_bf16: return {1, 2};
+  }
+  return {0, 0};
+}
+
+std::uint64_t scale_bytes(const CastCall& call) {
+  if (call.scales == 0) return 0;
+  return sizeof(float) * ceil_div(ceil_div(call.count, call.columns), call.block_rows) *
+         ceil_div(call.columns, call.block_columns);
+}
+
+std::uint64_t gathered_from(const GatherCall& call) {
+  if (call.rows == 0 || call.row_bytes == 0) return 0;
+  return (call.rows - 1) * call.pitch + call.row_bytes;
+}
+
+// Whether a * b + c is a number of bytes that an address space can have.
+bool fits(std::uint64_t a, std::uint64_t b, std::uint64_t c = 0) {
+  std::uint64_t product, sum;
+  return !__builtin_mul_overflow(a, b, &product) && !__builtin_add_overflow(product, c, &sum) &&
+         sum >> 63 == 0;
+}
+
+const char* misuse_of(const DigestCall& call) {
+  if (call.granule_bytes == 0) return "granules of no bytes";
+  if (call.granule_bytes > kMaxDigestBytes && call.bytes > kMaxDigestBytes)
+    return "a digest of more than 16 GiB";
+  if (call.out % 8 != 0) return "digests are written to an address that is no multiple of 8";
+  return fits(call.bytes, 1) ? nullptr : "too many bytes";
+}
+
+const char* misuse_of(const CastCall& call) {
+  const auto [from, to] = widths(call.kind);
+  if (from == 0) return "no such cast";
+  if (!fits(call.count, std::max(from, to))) return "too many elements";
+  if (call.scales == 0)
+    return call.columns == 0 && call.block_rows == 0 && call.block_columns == 0
+               ? nullptr
+               : "the shape of scales, but no scales";
+  if (from != 1) return "only fp8 has scales";
+  if (call.scales % 4 != 0) return "scales at an address that is no multiple of 4";
+  if (call.columns == 0 || call.block_rows == 0 || call.block_columns == 0)
+    return "scales for rows or blocks without elements";
+  return call.count % call.columns == 0 ? nullptr : "the elements are no whole number of rows";
+}
+
+const char* misuse_of(const GatherCall& call) {
+  if (call.pitch < call.row_bytes) return "rows that overlap: the pitch is less than a row";
+  if (call.rows != 0 && !fits(call.rows - 1, call.pitch, call.row_bytes)) return "too many bytes";
+  return nullptr;
+}
+
+void add_touched(const DigestCall& call, std::vector<Touched>* all) {
+  all->push_back({call.from, call.bytes, false});
+  all->push_back({call.out, 8 * ceil_div(call.bytes, call.granule_bytes), true});
+}
+void add_touched(const CastCall& call, std::vector<Touched>* all) {
+  const auto [from, to] = widths(call.kind);
+  all->push_back({call.from, call.count * from, false});
+  all->push_back({call.to, call.count * to, true});
+  if (call.scales != 0) all->push_back({call.scales, scale_bytes(call), false});
+}
+void add_touched(const GatherCall& call, std::vector<Touched>* all) {
+  all->push_back({call.from, gathered_from(call), false});
+  all->push_back({call.to, call.rows * call.row_bytes, true});
+}
+
+// Threads that write overlap with others that read: what comes out depends on their order.
+bool overlaps(const Touched& a, const Touched& b) {
+  return (a.write || b.write) && a.address < b.address + b.bytes && b.address < a.address + a.bytes;
+}
+
+void rebase(DigestCall* call, std::span<const Address> to) {
+  call->from = to[0];
+  call->out = to[1];
+}
+void rebase(CastCall* call, std::span<const Address> to) {
+  call->from = to[0];
+  call->to = to[1];
+  if (call->scales != 0) call->scales = to[2];
+}
+void rebase(GatherCall* call, std::span<const Address> to) {
+  call->from = to[0];
+  call->to = to[1];
+}
+
+// The CPU's one thread.
+struct CpuThread {
+  static constexpr std::uint64_t kRun = bodies::kAll;
+  static constexpr std::uint64_t thread = 0, threads = 1, block = 0, blocks = 1, in_block = 0,
+                                 block_size = 1;
+  static bool sum(std::uint64_t*) { return true; }
+  static std::uint64_t piece(std::uint64_t row_bytes, std::uint64_t) { return row_bytes; }
+  static void copy(std::byte* to, const std::byte* from, std::uint64_t piece, std::uint64_t) {
+    std::memcpy(to, from, piece);
+  }
+};
+
+#ifdef __SSE2__
+// For many short rows, which memcpy writes by way of the cache and no prefetcher foresees.
+struct StreamingThread : CpuThread {
+  static constexpr std::uint64_t kLine = 64, kShort = 4 * kKiB, kAhead = 16 * kKiB;
+  const std::uintptr_t end;
+
+  static bool suits(const GatherCall& call) {
+    return call.row_bytes < kShort && call.row_bytes % kLine == 0 && call.to % 16 == 0 &&
+           call.pitch != call.row_bytes && call.rows * call.row_bytes >= 4 * kMiB;
+  }
+  explicit StreamingThread(const GatherCall& call) : end(call.from + gathered_from(call)) {}
+  ~StreamingThread() { _mm_sfence(); }  // other threads may now be told
+
+  void copy(std::byte* to, const std::byte* from, std::uint64_t piece, std::uint64_t pitch) const {
+    const std::uintptr_t next =
+        reinterpret_cast<std::uintptr_t>(from) + ceil_div(kAhead, piece) * pitch;
+    for (std::uint64_t at = 0; at < piece; at += kLine) {
+      if (next < end) _mm_prefetch(reinterpret_cast<const char*>(next + at), _MM_HINT_T0);
+      const auto* source = reinterpret_cast<const __m128i*>(from + at);
+      auto* target = reinterpret_cast<__m128i*>(to + at);
+      for (int i = 0; i < 4; ++i) _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
+    }
+  }
+};
+#endif
+
+void gather(const GatherCall& call) {
+#ifdef __SSE2__
+  if (StreamingThread::suits(call)) {
+    StreamingThread thread(call);
+    return bodies::run(thread, call);
+  }
+#endif
+  CpuThread thread;
+  bodies::run(thread, call);
+}
+
+[[gnu::always_inline]] inline void compute(const KernelCall& call) {
+  CpuThread thread;
+  if (const auto* digest = std::get_if<DigestCall>(&call)) bodies::run(thread, *digest);
+  if (const auto* cast = std::get_if<CastCall>(&call)) bodies::run(thread, *cast);
+}
+
+// The same bodies, compiled once for each kind of processor. Not by target_clones: the function
+// that chooses would run before a sanitizer's own start.
+using Compute = void (*)(const KernelCall&);
+void compute_anywhere(const KernelCall& call) { compute(call); }
+#ifdef __x86_64__
+[[gnu::target("avx2")]] void compute_avx2(const KernelCall& call) { compute(call); }
+[[gnu::target("avx2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")]]
+void compute_avx512(const KernelCall& call) {
+  compute(call);
+}
+
+Compute choose_compute() {
+  if (!__builtin_cpu_supports("avx2")) return compute_anywhere;
+  for (const bool has :
+       {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
+        __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0})
+    if (!has) return compute_avx2;
+  return compute_avx512;
+}
+#else
+Compute choose_compute() { return compute_anywhere; }
+#endif
+
+}  // namespace
+
+const char* kernel_symbol(const KernelCall& call) noexcept { return kSymbols[call.index()]; }
+
+bool parse_kernel(const char* symbol, const void* parameter, KernelCall* out) noexcept {
+  const auto parse = [&]<class Call>(Call call) {
+    std::memcpy(&call, parameter, sizeof(Call));
+    *out = call;
+    return true;
+  };
+  const std::string_view name = symbol;
+  if (name == kSymbols[0]) return parse(DigestCall{});
+  if (name == kSymbols[1]) return parse(CastCall{});
+  if (name == kSymbols[2]) return parse(GatherCall{});
+  return false;
+}
+
+std::vector<Touched> touched(const KernelCall& call) {
+  std::vector<Touched> all;
+  std::visit([&](const auto& one) { add_touched(one, &all); }, call);
+  return all;
+}
+
+const char* misuse(const KernelCall& call) noexcept {
+  if (const char* wrong = std::visit([](const auto& one) { return misuse_of(one); }, call))
+    return wrong;
+  const std::vector<Touched> all = touched(call);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (all[i].address + all[i].bytes < all[i].address) return "past the end of all addresses";
+    for (std::size_t j = 0; j < i; ++j)
+      if (overlaps(all[i], all[j])) return "what is written overlaps with what is read";
+  }
+  return nullptr;
+}
+
+LaunchShape launch_shape(const KernelCall& call) noexcept {
+  // Blocks of a grid that are never all at work at once: then each takes more than one share.
+  constexpr std::uint64_t kMaxBlocks = 1 << 16;
+  std::uint64_t blocks = 0;
+  unsigned threads = 256;
+  if (const auto* digest = std::get_if<DigestCall>(&call)) {
+    blocks = ceil_div(digest->bytes, digest->granule_bytes);
+    threads = 1024;
+  } else if (const auto* cast = std::get_if<CastCall>(&call)) {
+    blocks = ceil_div(cast->count, std::uint64_t{8} * threads);
+  } else if (const auto* gather = std::get_if<GatherCall>(&call)) {
+    blocks = ceil_div(gather->rows * gather->row_bytes, std::uint64_t{16} * threads);
+  }
+  return {static_cast<unsigned>(std::clamp<std::uint64_t>(blocks, 1, kMaxBlocks)), threads};
+}
+
+void run_on_cpu(const KernelCall& call) noexcept {
+  static const Compute compute_here = choose_compute();
+  if (const auto* one = std::get_if<GatherCall>(&call)) return gather(*one);
+  compute_here(call);
+}
+
+KernelCall rebased(const KernelCall& call, std::span<const Address> addresses) noexcept {
+  KernelCall moved = call;
+  std::visit([&](auto& one) { rebase(&one, addresses); }, moved);
+  return moved;
+}
+
+}  // namespace warmserve

@@ -1,0 +1,102 @@
+#include "simcuda/call.h"
+
+namespace warmserve::simcuda {
+
+constexpr Nanoseconds kPoll = 10'000;  // what a query that says NOT_READY takes, at least
+
+CUresult state_of(const Context& context) {
+  return context.destroyed ? CUDA_ERROR_CONTEXT_IS_DESTROYED : context.sticky;
+}
+
+Context* current_context(const Simulator& sim) {
+  const ThreadState& thread = this_thread();
+  if (thread.generation != sim.generation || thread.depth == 0) return nullptr;
+  return thread.stack[thread.depth - 1];
+}
+
+Call::Call(Function f, Need need, std::uint64_t bytes) : function(f) {
+  if (exiting()) {  // [O ucx#11275]
+    status = CUDA_ERROR_DEINITIALIZED;
+  } else if (forked()) {  // undefined; 3 is what a child is typically told
+    status = CUDA_ERROR_NOT_INITIALIZED;
+  } else if (this_thread().in_callback) {  // [D h:18127]
+    status = CUDA_ERROR_NOT_PERMITTED;
+  } else if ((sim = simulator()) == nullptr) {
+    status = CUDA_ERROR_SYSTEM_NOT_READY;
+  } else {
+    lock = Lock(sim->mutex);
+    begin(need, bytes);
+  }
+}
+
+void Call::begin(Need need, std::uint64_t bytes) {
+  const auto index = static_cast<std::size_t>(function);
+  number = ++sim->calls;
+  ++sim->called[index];
+  const std::uint64_t nth = ++sim->called_since_clear[index];
+  ++sim->calls_since_clear;
+  for (const Fault& fault : sim->faults) {
+    const std::uint64_t count = fault.function == kFunctions ? sim->calls_since_clear : nth;
+    if ((fault.function != kFunctions && fault.function != index) || count < fault.first ||
+        count > fault.last)
+      continue;
+    ++sim->injected;
+    sim->last_fault = name_of(function);
+    status = fault.error;
+    return;
+  }
+  if (need != Need::nothing && !sim->initialised) {
+    status = CUDA_ERROR_NOT_INITIALIZED;
+    return;
+  }
+  if (sim->options.any_cost || sim->options.virtual_clock) {
+    const Cost cost = sim->options.costs[index];
+    const std::uint64_t granules =
+        std::max<std::uint64_t>(1, ceil_div(bytes, sim->options.granularity));
+    sim->pay(lock, static_cast<Nanoseconds>(cost.call + cost.granule * granules + 0.5));
+  }
+  context = current_context(*sim);
+  if (need == Need::nothing || need == Need::driver) return;
+  if (!context) {
+    status = CUDA_ERROR_INVALID_CONTEXT;
+  } else if (context->destroyed || need == Need::work) {
+    status = state_of(*context);
+    if (status != CUDA_SUCCESS) sim->settle(lock);
+  }
+}
+
+Stream* Call::stream(CUstream handle, bool broken_too) {
+  Stream* found = nullptr;
+  if (handle == nullptr || handle == CU_STREAM_LEGACY) {
+    found = context->legacy.get();
+  } else if (handle == CU_STREAM_PER_THREAD) {
+    found = sim->per_thread_stream(context);
+  } else {
+    found = sim->streams.find(handle);
+  }
+  if (!found) {
+    status = CUDA_ERROR_INVALID_HANDLE;
+  } else if (!broken_too) {
+    status = state_of(*found->context);
+  }
+  return status == CUDA_SUCCESS ? found : nullptr;
+}
+
+Event* Call::event(CUevent handle) {
+  Event* const found = sim->events.find(handle);
+  if (!found) status = CUDA_ERROR_INVALID_HANDLE;
+  return found;
+}
+
+CUresult Call::not_ready() {
+  if (sim->options.virtual_clock) sim->pay(lock, kPoll);
+  return CUDA_ERROR_NOT_READY;
+}
+
+bool Call::device(CUdevice ordinal) {
+  if (ordinal < 0 || ordinal >= static_cast<int>(sim->devices.size()))
+    status = CUDA_ERROR_INVALID_DEVICE;
+  return status == CUDA_SUCCESS;
+}
+
+}  // namespace warmserve::simcuda

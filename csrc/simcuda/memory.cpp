@@ -1,0 +1,336 @@
+#include "simcuda/memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace warmserve::simcuda {
+namespace {
+
+void* map_anonymous(std::uint64_t bytes, int protection) {
+  void* address =
+      ::mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return address == MAP_FAILED ? nullptr : address;
+}
+
+constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t to) {
+  return ceil_div(value, to) * to;
+}
+
+struct Pages {
+  Address begin;
+  std::uint64_t bytes;
+};
+Pages pages_of(Address address, std::uint64_t bytes) {
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const Address begin = address / page * page;
+  return {begin, round_up(address + bytes, page) - begin};
+}
+
+// Faults the pages in, as pinning does; false where they cannot be had. Kernels that lack this
+// (before 5.14) are believed.
+bool populate(Address address, std::uint64_t bytes, bool writable) {
+  constexpr int kPopulateRead = 22, kPopulateWrite = 23;
+  const auto [begin, length] = pages_of(address, bytes);
+  return ::madvise(reinterpret_cast<void*>(begin), length,
+                   writable ? kPopulateWrite : kPopulateRead) == 0 ||
+         errno == EINVAL;
+}
+
+}  // namespace
+
+Memory::Memory(const Options& options)
+    : granularity_(options.granularity),
+      kept_(options.kept()),
+      slot_bytes_(round_up(kept_, 64)),
+      capacity_(options.memory) {
+  store_bytes_ =
+      std::max<std::uint64_t>(1, options.devices) * ceil_div(capacity_, granularity_) * slot_bytes_;
+  if (store_bytes_ > 0)
+    store_ = static_cast<std::byte*>(map_anonymous(store_bytes_, PROT_READ | PROT_WRITE));
+}
+
+Memory::~Memory() {
+  while (!reservations_.empty()) {
+    Reservation& reservation = *reservations_.begin()->second;
+    for (Address at = reservation.begin; reservation.mapped > 0; at += granularity_)
+      if (Mapping* mapping = mapping_at(at)) unmap(reservation, mapping);
+    unreserve(&reservation);
+  }
+  for (auto& [handle, physical] : handles_) delete physical;
+  while (!pinned_.empty()) unpin_host(pinned_.begin()->second.get());
+  if (store_) ::munmap(store_, store_bytes_);
+}
+
+std::uint64_t Memory::available(int device) const {
+  const std::uint64_t taken = used_[device] + (device == 0 ? others_ : 0);
+  return capacity_ - std::min(capacity_, taken);
+}
+
+CUresult Memory::reserve(std::uint64_t bytes, std::uint64_t alignment, Address hint,
+                         Reservation** out) {
+  alignment = std::max(alignment, granularity_);
+  const std::uint64_t span = round_up(bytes, granularity_);
+  if (span < bytes || span + alignment < span) return CUDA_ERROR_OUT_OF_MEMORY;
+  Address begin = 0;
+  if (hint != 0 && hint % alignment == 0) {
+    void* at = ::mmap(reinterpret_cast<void*>(hint), span, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+    if (at != MAP_FAILED && reinterpret_cast<Address>(at) == hint) begin = hint;
+    if (at != MAP_FAILED && begin == 0) ::munmap(at, span);
+  }
+  if (begin == 0) {
+    void* raw = map_anonymous(span + alignment, PROT_NONE);
+    if (!raw) return CUDA_ERROR_OUT_OF_MEMORY;
+    const auto first = reinterpret_cast<Address>(raw);
+    begin = round_up(first, alignment);
+    if (begin > first) ::munmap(raw, begin - first);
+    if (first + alignment > begin)
+      ::munmap(reinterpret_cast<void*>(begin + span), first + alignment - begin);
+  }
+  auto reservation = std::make_unique<Reservation>();
+  reservation->begin = begin;
+  reservation->bytes = bytes;
+  reservation->table_bytes = span / granularity_ * sizeof(Mapping*);
+  reservation->pages =
+      static_cast<Mapping**>(map_anonymous(reservation->table_bytes, PROT_READ | PROT_WRITE));
+  if (!reservation->pages) {
+    ::munmap(reinterpret_cast<void*>(begin), span);
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  *out = last_ = reservation.get();
+  reservations_[begin] = std::move(reservation);
+  return CUDA_SUCCESS;
+}
+
+void Memory::unreserve(Reservation* reservation) {
+  ::munmap(reservation->pages, reservation->table_bytes);
+  ::munmap(reinterpret_cast<void*>(reservation->begin), round_up(reservation->bytes, granularity_));
+  if (last_ == reservation) last_ = nullptr;
+  reservations_.erase(reservation->begin);
+}
+
+Reservation* Memory::reservation_at(Address address) {
+  if (last_ && address - last_->begin < last_->bytes) return last_;
+  auto next = reservations_.upper_bound(address);
+  if (next == reservations_.begin()) return nullptr;
+  Reservation* found = std::prev(next)->second.get();
+  if (address - found->begin >= found->bytes) return nullptr;
+  return last_ = found;
+}
+
+CUresult Memory::create(std::uint64_t bytes, int device, Physical** out) {
+  const std::uint64_t granules = ceil_div(bytes, granularity_);
+  if (granules > available(device) / granularity_) return CUDA_ERROR_OUT_OF_MEMORY;
+  auto physical = std::make_unique<Physical>(granules);
+  physical->device = device;
+  physical->bytes = granules * granularity_;
+  physical->slots.reserve(granules);
+  while (physical->slots.size() < granules) {
+    if (free_slots_.empty()) {
+      physical->slots.push_back(next_slot_++);
+    } else {
+      physical->slots.push_back(free_slots_.back());
+      free_slots_.pop_back();
+    }
+  }
+  used_[device] += physical->bytes;
+  ++physical_count_;
+  *out = physical.release();
+  return CUDA_SUCCESS;
+}
+
+Physical* Memory::find(std::uint64_t handle) {
+  const auto found = handles_.find(handle);
+  return found == handles_.end() ? nullptr : found->second;
+}
+
+void Memory::give_handle(Physical* physical) {
+  if (physical->references++ > 0) return;
+  if (physical->handle == 0) physical->handle = new_handle();
+  handles_[physical->handle] = physical;
+}
+
+void Memory::drop_reference(Physical* physical) {
+  if (--physical->references > 0) return;
+  handles_.erase(physical->handle);
+  forget_if_dead(physical);
+}
+
+void Memory::unpin(Physical* physical) {
+  --physical->pins;
+  forget_if_dead(physical);
+}
+
+// Memory lives as long as a handle, a mapping or an operation that is under way needs it.
+void Memory::forget_if_dead(Physical* physical) {
+  if (physical->references > 0 || physical->mappings > 0 || physical->pins > 0) return;
+  free_slots_.insert(free_slots_.end(), physical->slots.rbegin(), physical->slots.rend());
+  used_[physical->device] -= physical->bytes;
+  --physical_count_;
+  delete physical;
+}
+
+bool Memory::is_free(const Reservation& reservation, Address address, std::uint64_t bytes) const {
+  Mapping** const first = reservation.pages + (address - reservation.begin) / granularity_;
+  return std::all_of(first, first + ceil_div(bytes, granularity_),
+                     [](const Mapping* mapping) { return mapping == nullptr; });
+}
+
+Mapping* Memory::map(Reservation& reservation, Address address, std::uint64_t bytes,
+                     Physical* physical) {
+  Mapping* mapping = nullptr;
+  if (spare_.empty()) {
+    mapping = &made_.emplace_back();
+  } else {
+    mapping = spare_.back();
+    spare_.pop_back();
+    mapping->access = {};
+    mapping->uses.clear();
+  }
+  mapping->begin = address;
+  mapping->bytes = bytes;
+  mapping->physical = physical;
+  Mapping** const first = reservation.pages + (address - reservation.begin) / granularity_;
+  std::fill(first, first + ceil_div(bytes, granularity_), mapping);
+  ++reservation.mapped;
+  ++physical->mappings;
+  ++mapping_count_;
+  return mapping;
+}
+
+void Memory::unmap(Reservation& reservation, Mapping* mapping) {
+  Mapping** const first = reservation.pages + (mapping->begin - reservation.begin) / granularity_;
+  std::fill(first, first + ceil_div(mapping->bytes, granularity_), nullptr);
+  --reservation.mapped;
+  --mapping_count_;
+  Physical* const physical = mapping->physical;
+  spare_.push_back(mapping);
+  --physical->mappings;
+  forget_if_dead(physical);
+}
+
+Mapping* Memory::mapping_at(Address address) {
+  const Reservation* const reservation = reservation_at(address);
+  if (!reservation) return nullptr;
+  Mapping* const mapping = reservation->pages[(address - reservation->begin) / granularity_];
+  return mapping && address < mapping->end() ? mapping : nullptr;
+}
+
+const std::vector<Mapping*>& Memory::whole(Address address, std::uint64_t bytes) {
+  range_.clear();
+  const Reservation* const reservation = reservation_at(address);
+  if (!reservation || bytes == 0 || reservation->begin + reservation->bytes - address < bytes)
+    return range_;
+  for (Address at = address; at < address + bytes;) {
+    Mapping* const mapping = reservation->pages[(at - reservation->begin) / granularity_];
+    if (!mapping || mapping->begin != at || mapping->end() > address + bytes) {
+      range_.clear();
+      break;
+    }
+    range_.push_back(mapping);
+    at = mapping->end();
+  }
+  return range_;
+}
+
+bool Memory::walk(Address address, std::uint64_t bytes, std::vector<Piece>* out) {
+  for (Address at = address; at < address + bytes;) {
+    Mapping* const mapping = mapping_at(at);
+    if (!mapping) return false;
+    const Address last = std::min(address + bytes, mapping->end());
+    while (at < last) {
+      const std::uint64_t offset = at - mapping->begin, page = offset / granularity_;
+      const std::uint64_t begin = offset % granularity_;
+      const std::uint64_t end = std::min(granularity_, begin + (last - at));
+      out->push_back(
+          {mapping, page, static_cast<std::uint32_t>(begin), static_cast<std::uint32_t>(end)});
+      at += end - begin;
+    }
+  }
+  return true;
+}
+
+CUresult Memory::pin_host(Address address, std::uint64_t bytes, Pinned** out) {
+  const auto next = pinned_.lower_bound(address);
+  if (next != pinned_.end() && next->first - address < bytes)
+    return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+  if (pinned_at(address)) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+  auto pinned = std::make_unique<Pinned>(address, bytes, ceil_div(bytes, granularity_));
+  *out = pinned.get();
+  pinned_[address] = std::move(pinned);
+  return CUDA_SUCCESS;
+}
+
+bool Memory::can_pin(Address address, std::uint64_t bytes, bool writable) {
+  return populate(address, bytes, writable);
+}
+
+void Memory::keep_pages(Pinned* pinned) {
+  const auto [begin, length] = pages_of(pinned->begin, pinned->bytes);
+  // Of a private mapping this refuses to make a second one.
+  void* const again = ::mremap(reinterpret_cast<void*>(begin), 0, length, MREMAP_MAYMOVE);
+  if (again != MAP_FAILED) pinned->pages = static_cast<std::byte*>(again);
+}
+
+std::byte* Memory::reach(const Pinned& pinned, Address address, std::uint64_t bytes) const {
+  if (pinned.allocated || populate(address, bytes, false))
+    return reinterpret_cast<std::byte*>(address);
+  if (!pinned.pages) return nullptr;
+  return pinned.pages + (address - pages_of(pinned.begin, pinned.bytes).begin);
+}
+
+void Memory::unpin_host(Pinned* pinned) {
+  if (pinned->allocated) ::munmap(reinterpret_cast<void*>(pinned->begin), pinned->bytes);
+  if (pinned->pages) ::munmap(pinned->pages, pages_of(pinned->begin, pinned->bytes).bytes);
+  pinned_.erase(pinned->begin);
+}
+
+Pinned* Memory::pinned_at(Address address) {
+  const auto next = pinned_.upper_bound(address);
+  if (next == pinned_.begin()) return nullptr;
+  Pinned* const found = std::prev(next)->second.get();
+  return address - found->begin < found->bytes ? found : nullptr;
+}
+
+void Memory::free_plain(Reservation* reservation) {
+  if (Mapping* const mapping = mapping_at(reservation->begin)) unmap(*reservation, mapping);
+  unreserve(reservation);
+}
+
+void Memory::free_all_of(CUcontext context) {
+  std::vector<Reservation*> plain;
+  for (const auto& [begin, reservation] : reservations_)
+    if (reservation->plain && reservation->context == context) plain.push_back(reservation.get());
+  for (Reservation* const reservation : plain) free_plain(reservation);
+  std::vector<Pinned*> pinned;
+  for (const auto& [begin, region] : pinned_)
+    if (region->context == context) pinned.push_back(region.get());
+  for (Pinned* const region : pinned) unpin_host(region);
+}
+
+Place Memory::place(Address address, std::uint64_t bytes) {
+  if (address + bytes < address) return Place::broken;
+  if (reservation_at(address)) return Place::device;
+  if (const Pinned* const pinned = pinned_at(address))
+    return address + bytes <= pinned->begin + pinned->bytes ? Place::pinned : Place::broken;
+  const auto next = pinned_.upper_bound(address);
+  if (next != pinned_.end() && next->first < address + bytes) return Place::broken;
+  const auto reserved = reservations_.upper_bound(address);
+  if (reserved != reservations_.end() && reserved->first < address + bytes) return Place::broken;
+  return Place::pageable;
+}
+
+std::size_t Memory::count_reservations(bool plain) const {
+  return std::count_if(reservations_.begin(), reservations_.end(),
+                       [&](const auto& entry) { return entry.second->plain == plain; });
+}
+
+std::size_t Memory::count_pinned(bool allocated) const {
+  return std::count_if(pinned_.begin(), pinned_.end(),
+                       [&](const auto& entry) { return entry.second->allocated == allocated; });
+}
+
+}  // namespace warmserve::simcuda

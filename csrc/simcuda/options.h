@@ -1,0 +1,51 @@
+// What a simulated driver is like: simcuda.h says what each option means.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "simcuda/functions.h"
+#include "types.h"
+
+namespace warmserve::simcuda {
+
+using Nanoseconds = std::int64_t;
+constexpr Nanoseconds kSecond = 1'000'000'000;
+
+enum class Engine { h2d, d2h, d2d };
+constexpr std::size_t kEngines = 3;
+const char* name_of(Engine engine) noexcept;
+
+constexpr int kMaxDevices = 8;
+
+struct Cost {
+  double call = 0, granule = 0;  // nanoseconds
+};
+
+struct Options {
+  int devices = 1;
+  std::optional<std::vector<int>> visible;
+  std::string name = "Simulated CUDA";
+  int driver_version = 13000, capability = 90;
+  std::uint64_t memory = 8 * kGiB, granularity = 2 * kMiB;
+  bool integrated = false, posix_fd = true, rdma = true;
+  bool virtual_clock = false, detector = true;
+  std::array<double, kEngines> rates{};  // bytes per second; 0: no pacing
+  Nanoseconds launch = 0;
+  std::array<Cost, kFunctions> costs{};
+  bool any_cost = false;
+  std::uint64_t content = 0;
+
+  // How many devices a program sees.
+  int visible_devices() const;
+  // Leading bytes of a granule that are kept.
+  std::uint64_t kept() const { return content == 0 ? granularity : std::min(content, granularity); }
+};
+
+// False, with a sentence in `error`, where a line is not an option.
+bool parse_options(const std::string& text, Options* out, std::string* error);
+
+}  // namespace warmserve::simcuda

@@ -1,0 +1,113 @@
+// What there is one of in a process: the simulator, and what becomes of it when the process forks
+// or ends.
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+
+#include "simcuda/simulator.h"
+
+namespace warmserve::simcuda {
+namespace {
+
+// Nothing here has a destructor: calls may come while the process ends, when those have run.
+std::atomic<Simulator*> current{nullptr};
+std::atomic<bool> is_forked{false}, is_exiting{false}, is_watched{false};
+std::atomic<std::uint64_t> next_thread{1}, handle_numbers{0x5700'0000'0000 / 16};
+constinit thread_local ThreadState thread_state{};
+
+std::mutex& begin_mutex() {  // one thread begins or replaces the simulator
+  static auto* const mutex = new std::mutex;
+  return *mutex;
+}
+
+std::string& error_text() {
+  static auto* const text = new std::string;
+  return *text;
+}
+
+// "simcuda.conf" beside the path by which this library was opened.
+std::string configuration() {
+  Dl_info info{};
+  if (!::dladdr(reinterpret_cast<const void*>(&simulator), &info) || !info.dli_fname) return "";
+  const std::string path = info.dli_fname;
+  std::ifstream file(path.substr(0, path.rfind('/') + 1) + "simcuda.conf");
+  std::ostringstream text;
+  if (file) text << file.rdbuf();
+  return text.str();
+}
+
+void end_of_process() {
+  if (is_forked) return;
+  is_exiting = true;
+  // Threads may be reading memory that the program is about to give back. A host function that
+  // never returns is left behind.
+  if (Simulator* const now = current.load(); now && !thread_state.in_callback)
+    now->stop(std::chrono::seconds(1));
+}
+
+}  // namespace
+
+std::uint64_t new_handle() noexcept { return handle_numbers.fetch_add(1) * 16; }
+
+ThreadState& this_thread() noexcept {
+  if (thread_state.id == 0) thread_state.id = next_thread.fetch_add(1);
+  return thread_state;
+}
+
+Simulator* simulator() noexcept {
+  if (Simulator* const now = current.load(std::memory_order_acquire)) return now;
+  const std::lock_guard guard(begin_mutex());
+  if (Simulator* const now = current.load()) return now;
+  Options options;
+  std::string error;
+  if (!parse_options(configuration(), &options, &error)) {
+    error_text() = "simcuda.conf: " + error;
+    return nullptr;
+  }
+  current = new Simulator(options);
+  return current;
+}
+
+bool replace_simulator(const Options& options, std::string* error) {
+  const std::lock_guard guard(begin_mutex());
+  if (is_exiting) {
+    *error = "the process is ending";
+    return false;
+  }
+  Simulator* const old = current.load();
+  // In a child of fork() the old one has no threads, and its lock may be held for good.
+  if (old && !is_forked) {
+    old->stop(std::chrono::hours(1));
+    current = nullptr;
+    delete old;
+  }
+  is_forked = false;
+  current = new Simulator(options);
+  return true;
+}
+
+bool forked() noexcept { return is_forked.load(std::memory_order_relaxed); }
+bool exiting() noexcept { return is_exiting.load(std::memory_order_relaxed); }
+
+void watch_process_end() noexcept {
+  if (is_watched.exchange(true)) return;
+  ::pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+  std::atexit(end_of_process);
+  // Threads run this code until the process ends, so it stays when the library is closed.
+  Dl_info info{};
+  if (::dladdr(reinterpret_cast<const void*>(&simulator), &info) && info.dli_fname)
+    ::dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
+void set_error(std::string text) {
+  const std::lock_guard guard(begin_mutex());
+  error_text() = std::move(text);
+}
+
+const char* last_error() noexcept { return error_text().c_str(); }
+
+}  // namespace warmserve::simcuda
