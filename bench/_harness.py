@@ -139,21 +139,37 @@ def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     One block of random bytes is written over and over, from a different byte each time: no page is
     like another, and 4 GiB take seconds.
     """
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text, end = _header(shapes)
     block = memoryview(os.urandom(16 * MIB))
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(text)
         for number, left in enumerate(range(end, 0, -8 * MIB)):
             start = number * 4099 % (8 * MIB)
             file.write(block[start : start + min(left, 8 * MIB)])
         file.flush()
         os.fsync(file.fileno())  # or writing it back would go on while something is timed
     return path.stat().st_size
+
+
+def write_hollow_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Writes a bf16 safetensors file whose tensors are a hole: of any size, all zeros, and nothing
+    on the disk. Returns its size in bytes."""
+    text, end = _header(shapes)
+    with open(path, "wb") as file:
+        file.write(text)
+        file.truncate(len(text) + end)
+    return path.stat().st_size
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, int]:
+    """What a file of these bf16 tensors begins with, and the bytes that follow."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, end
 
 
 @contextmanager

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
+from cuda_calls import Cuda
 from hypothesis import Phase, settings
 
-from warmserve_rt import Runtime, testing
+from warmserve_rt import Model, Runtime, testing
+from warmserve_rt.simcuda import SimulatedCuda
 
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+def bytes_of(runtime: Runtime, model: Model | str, tensor: str) -> bytes:
+    """What the device holds of a tensor: through its view where the CPU can read it, else copied
+    back."""
+    model = runtime.model(model)
+    view = runtime.tensors(model)[tensor]
+    if isinstance(view, np.ndarray):
+        return view.tobytes()
+    spec = model.layout.tensors[tensor]
+    layer = runtime.read_back(model, spec.layer)
+    return layer[spec.offset : spec.offset + spec.nbytes].tobytes()
+
+
+def address_of(tensor: Any) -> int:
+    return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.address
 
 
 class Device:
@@ -20,10 +40,24 @@ class Device:
     def __init__(self, name: str) -> None:
         self.name = name
         self.host_view = name == "host"
+        self.cuda = name in ("simcuda", "cuda:0")  # addresses are no CPU's
+        self.steps = not self.cuda  # streams of a pump move when they are stepped
+        self.tensors = "dlpack" if self.cuda else "numpy"
+        self.simulation: dict[str, Any] = {}  # options of simulated_cuda
+        self.simulated: SimulatedCuda | None = None
         self._made: list[tuple[Runtime, testing.Watched]] = []
+        self._open, self._pinned = ExitStack(), ExitStack()
 
     def watch(self, *, pump: bool = False) -> testing.Watched:
-        return testing.watch(pump=pump, host_view=self.host_view)
+        if self.name == "cuda:0":
+            return testing.watch_cuda()
+        if self.name != "simcuda":
+            return testing.watch(pump=pump, host_view=self.host_view)
+        if not self.simulated:  # without threads it is deterministic
+            clock = "virtual" if pump else "real"
+            options = {"clock": clock, **self.simulation}
+            self.simulated = self._open.enter_context(testing.simulated_cuda(**options))
+        return testing.watch(cuda=self.simulated)
 
     def runtime(self, **options: Any) -> Runtime:
         return self.watched_runtime(**options)[0]
@@ -33,25 +67,43 @@ class Device:
         options.setdefault("arena", "16MiB")
         options.setdefault("staging", "4MiB")
         options.setdefault("chunk", "2MiB")
-        options.setdefault("tensors", "numpy")
+        options.setdefault("tensors", self.tensors)
         runtime = Runtime(driver=watched.driver, **options)
         self._made.append((runtime, watched))
         return runtime, watched
 
+    def pinned(self, nbytes: int) -> Any:
+        """Host memory that copies may write while the caller goes on; it lasts as the device."""
+        if not self.simulated:
+            return np.zeros(nbytes, np.uint8)
+        raw = Cuda(self.simulated.library).start()
+        memory = raw.pinned(nbytes)
+        self._pinned.callback(raw.release_primary)
+        self._pinned.callback(raw.unregister, memory.address)
+        return memory.view
+
     def finish(self) -> None:
-        for runtime, _ in self._made:
-            runtime.close()
-        watched = [watched for _, watched in self._made]
-        self._made.clear()
-        del runtime
-        gc.collect()
-        for one in watched:
-            one.check()
+        try:
+            for runtime, _ in self._made:
+                runtime.close()
+            watched = [watched for _, watched in self._made]
+            self._made.clear()
+            runtime = None
+            self._pinned.close()
+            gc.collect()
+            for one in watched:
+                one.check()
+        finally:
+            self._open.close()
+            self.simulated = None
 
 
-@pytest.fixture(params=["host", "host-staged"])
+# For what reads tensors with the CPU.
+on_the_host = pytest.mark.parametrize("device", ["host", "host-staged"], indirect=True)
+
+
+@pytest.fixture(params=["host", "host-staged", "simcuda"])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     made = Device(request.param)
     yield made
-    if made._made:
-        made.finish()
+    made.finish()

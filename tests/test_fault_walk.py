@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import GRANULE, content, write_model
-from conftest import Device
+from conftest import Device, bytes_of
 
 from warmserve_rt import Runtime, WarmServeError, testing
 
@@ -43,7 +43,7 @@ def make(device: Device, files: dict[str, Path], watched: testing.Watched) -> Ru
         chunk=GRANULE,
         staging_timeout=0.05,
         pump=True,
-        tensors="numpy",
+        tensors=device.tensors,
         driver=watched.driver,
     )
     for name, path in files.items():
@@ -53,9 +53,9 @@ def make(device: Device, files: dict[str, Path], watched: testing.Watched) -> Ru
 
 def check_content(runtime: Runtime, name: str) -> None:
     with runtime.lease(name) as lease:
-        for tensor, array in lease.tensors.items():
+        for tensor in lease.tensors:
             layer = int(tensor.split(".")[2])
-            assert array.tobytes() == content(name, layer, SIZES[name][layer])
+            assert bytes_of(runtime, name, tensor) == content(name, layer, SIZES[name][layer])
 
 
 def check_residents(runtime: Runtime) -> None:
@@ -157,13 +157,14 @@ def attempt(
     watched: testing.Watched, ranges: list[tuple[int, int | None]], run: Callable[[], None]
 ) -> bool:
     """Runs with these faults; whether any was injected."""
-    watched.faults.arm(ranges)
+    faults = watched.finest_faults
+    faults.arm(ranges)
     try:
         run()
     except WarmServeError:
-        assert watched.faults.injected, "failed without a fault"
-    injected = watched.faults.injected > 0
-    watched.faults.disarm()
+        assert faults.injected, "failed without a fault"
+    injected = faults.injected > 0
+    faults.disarm()
     return injected
 
 
@@ -210,15 +211,15 @@ def test_a_runtime_that_cannot_be_made_leaves_nothing(
     made = None
     for call in range(1, 500):
         watched = device.watch(pump=True)
-        watched.faults.arm(MODES[mode](call))
+        watched.finest_faults.arm(MODES[mode](call))
         try:
             made = make(device, {}, watched)
         except WarmServeError:
-            watched.faults.disarm()
+            watched.finest_faults.disarm()
             gc.collect()
             watched.check(closed=mode != "from-then-on")  # when the driver took nothing back
             continue
-        watched.faults.disarm()
+        watched.finest_faults.disarm()
         made.close()
         return
     raise AssertionError("the walk does not end")

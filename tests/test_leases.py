@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import GRANULE, content, write_model
-from conftest import Device
+from conftest import Device, address_of, bytes_of
 
 from warmserve_rt import Busy, OutOfDeviceMemory, Runtime, StaleView
 
@@ -37,9 +37,9 @@ def runtime(device: Device, files: dict[str, Path]) -> Runtime:
 
 
 def assert_content(runtime: Runtime, lease: object, name: str) -> None:
-    for tensor, array in lease.of(runtime.model(name)).items():  # type: ignore[attr-defined]
+    for tensor in lease.of(runtime.model(name)):  # type: ignore[attr-defined]
         layer = int(tensor.split(".")[2])
-        assert array.tobytes() == content(name, layer, SIZES[name][layer])
+        assert bytes_of(runtime, name, tensor) == content(name, layer, SIZES[name][layer])
 
 
 def test_a_lease_loads_what_is_missing(runtime: Runtime) -> None:
@@ -87,12 +87,11 @@ def test_leases_nest_and_outlive_each_other(runtime: Runtime) -> None:
 
 def test_the_address_is_the_same_after_evict_and_reload(runtime: Runtime) -> None:
     with runtime.lease("a") as lease:
-        kept = lease.tensors["model.layers.0.weight"]
-        address = kept.ctypes.data
+        address = address_of(lease.tensors["model.layers.0.weight"])
     runtime.swap(evict="a", load="c").wait()
     with runtime.lease("a") as lease:
-        assert lease.tensors["model.layers.0.weight"].ctypes.data == address
-        assert kept.tobytes() == content("a", 0, SIZES["a"][0])
+        assert address_of(lease.tensors["model.layers.0.weight"]) == address
+        assert bytes_of(runtime, "a", "model.layers.0.weight") == content("a", 0, SIZES["a"][0])
 
 
 def test_checked_accessors_refuse_when_the_lease_is_over(runtime: Runtime) -> None:
@@ -277,11 +276,11 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def busy_stream(runtime: Runtime, name: str) -> Iterator[None]:
+def busy_stream(device: Device, runtime: Runtime, name: str) -> Iterator[None]:
     """A stream that uses a model for a second or so after its lease is over."""
     stream = runtime.stream()
     nbytes = SIZES[name][0]
-    out = np.zeros(nbytes, np.uint8)
+    out = device.pinned(nbytes)  # or CUDA would wait for each copy
     view = runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
     lease = runtime.lease(name)
     lease.acquire(stream)
@@ -292,7 +291,7 @@ def busy_stream(runtime: Runtime, name: str) -> Iterator[None]:
         yield
     finally:
         stream.synchronize()
-    assert out.tobytes() == content(name, 0, nbytes)
+    assert bytes(out) == content(name, 0, nbytes)
 
 
 @pytest.mark.parametrize("what", ["lease", "ticket", "evict", "unregister"])
@@ -315,7 +314,7 @@ def test_signals_are_seen_in_every_wait(device: Device, files: dict[str, Path], 
     if what in ("lease", "ticket"):
         watched.faults.delay("map", 1.0)
     try:
-        with busy_stream(runtime, "a"):
+        with busy_stream(device, runtime, "a"):
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(Interrupted):
                 waits[what]()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_safetensors
-from conftest import Device
+from conftest import Device, bytes_of, on_the_host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -46,6 +46,7 @@ def every_dtype(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 @pytest.mark.parametrize("framework", ["torch", "numpy"])
+@on_the_host
 def test_every_dtype_byte_for_byte(device: Device, tmp_path: Path, framework: str) -> None:
     tensors = every_dtype(tmp_path / "m")
     runtime = device.runtime(tensors=framework)
@@ -65,6 +66,7 @@ def test_every_dtype_byte_for_byte(device: Device, tmp_path: Path, framework: st
         del raw
 
 
+@on_the_host
 def test_torch_has_the_checkpoint_s_dtypes_and_shapes(device: Device, tmp_path: Path) -> None:
     every_dtype(tmp_path / "m")
     runtime = device.runtime(tensors="torch")
@@ -129,6 +131,7 @@ def floats(device: Device, tmp_path: Path) -> tuple[Runtime, np.ndarray[Any, Any
     return runtime, wanted
 
 
+@on_the_host
 def test_the_dlpack_protocol(floats: tuple[Runtime, np.ndarray[Any, Any]]) -> None:
     runtime, wanted = floats
     model = runtime.model("f")
@@ -149,6 +152,7 @@ def test_the_dlpack_protocol(floats: tuple[Runtime, np.ndarray[Any, Any]]) -> No
     del shared, copied, view
 
 
+@on_the_host
 def test_views_keep_the_addresses_and_nothing_else(
     floats: tuple[Runtime, np.ndarray[Any, Any]],
 ) -> None:
@@ -166,6 +170,7 @@ def test_views_keep_the_addresses_and_nothing_else(
     del view
 
 
+@on_the_host
 def test_a_torch_module_bound_once_keeps_working(
     device: Device, floats: tuple[Runtime, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
@@ -237,9 +242,9 @@ def test_layers_named_by_the_caller(device: Device, tmp_path: Path) -> None:
     runtime = device.runtime()
     model = runtime.register("m", path, layers={"late": ["t3"], "early": ["t0", "t1", "t2"]})
     assert [layer.name for layer in model.layers] == ["late", "early"]
-    with runtime.lease(model) as lease:
+    with runtime.lease(model):
         for name, (_, _, data) in tensors.items():
-            assert lease.tensors[name].tobytes() == data
+            assert bytes_of(runtime, model, name) == data
 
 
 def test_a_directory_with_an_index(device: Device, tmp_path: Path) -> None:
@@ -250,7 +255,7 @@ def test_a_directory_with_an_index(device: Device, tmp_path: Path) -> None:
     runtime = device.runtime()
     runtime.register("m", tmp_path)
     with runtime.lease("m") as lease:
-        assert {name: t.tobytes() for name, t in lease.tensors.items()} == {
+        assert {name: bytes_of(runtime, "m", name) for name in lease.tensors} == {
             "h.0.w": b"abc",
             "h.1.w": b"def",
         }

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._errors import StaleView
+from .streams import StreamLike, native_stream
 from .views import LeasedTensors
 
 if TYPE_CHECKING:
@@ -47,27 +48,29 @@ class Lease:
     def held(self) -> bool:
         return self._hold is not None
 
-    def acquire(self, stream: _native.Stream | None = None) -> Lease:
+    def acquire(self, stream: StreamLike | None = None) -> Lease:
         """Takes the lease; blocks, in order of arrival, until everything is resident.
 
         With ``stream``, :meth:`release` records it: its work may go on after the release, and is
-        waited for before anything is unmapped.
+        waited for before anything is unmapped. A stream is one of :meth:`Runtime.stream`, torch's,
+        CuPy's or any with ``__cuda_stream__``.
 
         Raises OutOfDeviceMemory (the models exceed the arena), Busy (see the class), TimeoutError,
         CorruptCheckpoint and what else loading may raise; nothing is held then. Layers that arrived
         stay resident.
         """
+        ours = None if stream is None else native_stream(self._native, stream)
         hold = self._begin(threading.get_ident())
         hold.wait(self._timeout)
-        self._hold, self._stream = hold, stream
+        self._hold, self._stream = hold, ours
         return self
 
-    def record(self, stream: _native.Stream) -> None:
+    def record(self, stream: StreamLike) -> None:
         """What the stream was given so far uses the models: it is waited for before anything is
         unmapped, also after the release. Raises StaleView when the lease is not held."""
         if self._hold is None:
             raise StaleView("record() on a lease that is not held")
-        self._hold.record(stream)
+        self._hold.record(native_stream(self._native, stream))
 
     def release(self) -> None:
         """Lets go; wait-free. Raises StaleView when the lease is not held."""

@@ -16,6 +16,7 @@ from . import _native
 from ._errors import WarmServeError
 from ._units import parse_bytes
 from .checkpoint import Source, open_checkpoint
+from .devices import arena_bytes, open_driver
 from .layers import Grouping, LayerSpec, Layout, build_layout
 from .lease import Lease
 from .snapshot import Snapshot
@@ -79,24 +80,36 @@ class Model:
 class Runtime:
     """One device's memory, shared by many models.
 
-    ``arena``: bytes of device memory it owns, all taken at once. ``staging``: the most pinned host
-    memory it takes, in chunks of ``chunk`` bytes (unused where the CPU reaches the device's
-    memory). ``granule``: bytes, a multiple of the device's granularity. ``loaders``: threads that
-    load; by default one for each CPU but one, four at the most. ``staging_timeout``: seconds that a
-    load waits for a chunk before it fails with StagingTimeout. ``pump``: no threads at all, and
-    :meth:`step` does the work. ``poison``: evicted addresses read as NaN, and do not fault, for
-    debugging. ``tensors``: "torch" or "numpy"; by default torch where it is installed.
+    ``device``: "host", "cuda" or "cuda:N". ``arena``: bytes of device memory it owns, all taken at
+    once. ``headroom``: bytes of the device's memory that are left to others (torch's activations,
+    KV caches): the arena is refused, and later not grown back, where less would be free; with no
+    ``arena`` given it is all that is free beside the headroom, and with neither 2 GiB.
+    ``staging``: the most pinned host memory it takes, in chunks of ``chunk`` bytes (unused where
+    the CPU reaches the device's memory). ``granule``: bytes, a multiple of the device's
+    granularity. ``loaders``: threads that load; by default one for each CPU but one, four at the
+    most. ``staging_timeout``: seconds that a load waits for a chunk before it fails with
+    StagingTimeout. ``pump``: no threads at all, and :meth:`step` does the work. ``poison``: evicted
+    addresses read as NaN, and do not fault, for debugging. ``tensors``: what leases hand out,
+    "torch", "numpy" (on the host), "cupy" (on CUDA) or "dlpack" (objects with ``__dlpack__``,
+    ``address`` and ``nbytes``); by default torch where it is installed, else numpy or cupy.
+    ``driver``: the device itself, for tests.
 
-    Sizes are bytes or strings such as ``"2GiB"``. Thread-safe. Not usable in a forked child, where
+    Sizes are bytes or strings such as ``"2GiB"``. Raises ValueError (a device that is not there, an
+    option that makes no sense), OutOfDeviceMemory, and WarmServeError where the device cannot be
+    used, saying what to do. Once the device is lost (a CUDA context that died), whatever needs it
+    raises DeviceLost; releasing, snapshots and :meth:`close` go on working.
+
+    Thread-safe. Not usable in a forked child, where
     every method raises WarmServeError and the model's addresses are not mapped at all.
     """
 
     def __init__(
         self,
         device: str = "host",
-        arena: int | str = "2GiB",
+        arena: int | str | None = None,
         staging: int | str = "256MiB",
         *,
+        headroom: int | str | None = None,
         granule: int | str = "2MiB",
         chunk: int | str = "8MiB",
         loaders: int | None = None,
@@ -106,20 +119,24 @@ class Runtime:
         tensors: Framework | None = None,
         driver: _native.Driver | None = None,
     ) -> None:
-        if device != "host":
-            raise ValueError(f"no device {device!r}: this build has 'host'")
         if loaders is None:
             loaders = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
         if loaders < 1:
             raise ValueError(f"{loaders} loaders: for none, say pump=True")
-        self._framework = checked_framework(tensors)
+        if driver is None:
+            driver = open_driver(device, pump=pump)
+        spare = None if headroom is None else parse_bytes(headroom)
+        granule = parse_bytes(granule)
+        asked = None if arena is None else parse_bytes(arena)
+        self._framework = checked_framework(tensors, cuda=driver.cuda_ordinal >= 0)
         self._models: dict[str, Model] = {}
         self._open: _native.Runtime | None = _native.Runtime(
-            driver or _native.host_driver(threads=not pump),
-            arena=parse_bytes(arena),
+            driver,
+            arena=arena_bytes(driver, asked, spare, max(granule, 1), poison=poison),
             staging=parse_bytes(staging),
-            granule=parse_bytes(granule),
+            granule=granule,
             chunk=parse_bytes(chunk),
+            headroom=spare or 0,
             loaders=0 if pump else loaders,
             staging_timeout=staging_timeout,
             poison=poison,
@@ -271,6 +288,21 @@ class Runtime:
         out = np.empty(found.layers[layer].nbytes, np.uint8)
         self.native.read_back(found.native, layer, out)
         return out
+
+    def digest(self, model: Model | str, layer: int) -> npt.NDArray[np.uint64]:
+        """A digest of each granule of a resident layer's bytes, made on the device: what
+        :func:`kernels.granule_digest` makes of the same bytes. Copies nothing but the digests,
+        shape ``(granules,)``. Raises as :meth:`read_back`, and WarmServeError where the package was
+        built without kernels for the device."""
+        found = self.model(model)
+        if not 0 <= layer < len(found.layers):
+            raise ValueError(f"{found.name!r} has {len(found.layers)} layers, no layer {layer}")
+        return np.array(self.native.digest(found.native, layer), np.uint64)
+
+    def device_memory(self) -> tuple[int, int]:
+        """Bytes of the device that nobody has, and in all: what is left for the rest of the
+        process, of which this runtime never takes the last ``headroom``. Zeros: it does not say."""
+        return self.native.device_memory()
 
     def snapshot(self) -> Snapshot:
         """What is where now, as plain values."""

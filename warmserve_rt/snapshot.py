@@ -42,13 +42,15 @@ class ModelSnapshot:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One device. Bytes and counts since the runtime was made; ``driver_calls`` maps a driver
-    primitive to how often it was called and the nanoseconds spent in it."""
+    primitive to how often it was called and the nanoseconds spent in it. ``headroom_bytes`` of
+    the device's memory are never taken."""
 
     granule_bytes: int
     granules: int
     granules_free: int
     granules_trimmed: int
     pinned_bytes: int
+    headroom_bytes: int
     leases: int
     bytes_loaded: int
     layers_loaded: int
@@ -71,6 +73,7 @@ class Snapshot:
             granules_free=state.granules_free,
             granules_trimmed=state.granules_uncreated,
             pinned_bytes=state.pinned_bytes,
+            headroom_bytes=state.headroom_bytes,
             leases=state.leases,
             bytes_loaded=state.bytes_loaded,
             layers_loaded=state.layers_loaded,

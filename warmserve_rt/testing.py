@@ -5,6 +5,14 @@ with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
     watched.faults.arm([(3, 3)])          # the third driver call fails
     ...
 watched.check()                           # no contract broken, nothing left
+
+On a CUDA device that needs no GPU (see :mod:`warmserve_rt.simcuda`):
+
+with testing.simulated_cuda(clock="virtual") as cuda:
+    watched = testing.watch(cuda=cuda)
+    with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+        ...
+    watched.check()
 """
 
 from __future__ import annotations
@@ -14,8 +22,17 @@ from dataclasses import dataclass
 
 from . import _native
 from .runtime import Model, Runtime
+from .simcuda import Faults, SimulatedCuda, simulated_cuda, simulated_cuda_fixture
 
-__all__ = ["Watched", "swap_granules", "watch"]
+__all__ = [
+    "SimulatedCuda",
+    "Watched",
+    "cuda_driver",
+    "simulated_cuda",
+    "simulated_cuda_fixture",
+    "swap_granules",
+    "watch",
+]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PROT_READ, _PROT_WRITE = 1, 2
@@ -23,11 +40,18 @@ _PROT_READ, _PROT_WRITE = 1, 2
 
 @dataclass(frozen=True)
 class Watched:
-    """A device whose every call is checked (`strict`) and can be made to fail (`faults`)."""
+    """A device whose every call is checked (`strict`) and can be made to fail (`faults`); `cuda`
+    is the simulated driver below it, if it is one."""
 
     driver: _native.Driver
     strict: _native.StrictDriver
     faults: _native.FaultyDriver
+    cuda: SimulatedCuda | None = None
+
+    @property
+    def finest_faults(self) -> _native.FaultyDriver | Faults:
+        """Of the lowest calls there are: the cu* functions, or else the primitives."""
+        return self.cuda.faults if self.cuda else self.faults
 
     def check(self, *, closed: bool = True) -> None:
         """Raises AssertionError if a driver contract was broken; with ``closed``, also if
@@ -35,14 +59,31 @@ class Watched:
         assert not self.strict.violations, self.strict.violations
         left = {kind: count for kind, count in self.strict.live.items() if count}
         assert not (closed and left), f"never given back: {left}"
+        if self.cuda:
+            assert not self.cuda.violations, self.cuda.violations
+            ours = ("contexts", "modules")  # the driver's own, which is still there
+            live = self.cuda.live.items()
+            kept = {kind: count for kind, count in live if count and kind not in ours}
+            assert not (closed and kept), f"never given back to the driver: {kept}"
 
 
-def watch(*, pump: bool = False, host_view: bool = True) -> Watched:
-    """A host device that checks the driver's contracts. ``host_view=False`` hides that the CPU
-    reaches granules, so that loads go by staging as on a discrete GPU."""
-    strict = _native.StrictDriver(_native.host_driver(threads=not pump, host_view=host_view))
+def cuda_driver(cuda: SimulatedCuda, ordinal: int = 0) -> _native.Driver:
+    """A device of the simulated driver, to pass to ``Runtime(driver=...)``."""
+    return _native.cuda_driver(library=str(cuda.library), ordinal=ordinal, kernels=b"simulated")
+
+
+def watch(
+    *, pump: bool = False, host_view: bool = True, cuda: SimulatedCuda | None = None
+) -> Watched:
+    """A device that checks the driver's contracts: the host, or one of the simulated driver.
+    ``host_view=False`` hides that the CPU reaches the host's granules, so that loads go by staging
+    as on a discrete GPU."""
+    below = (
+        cuda_driver(cuda) if cuda else _native.host_driver(threads=not pump, host_view=host_view)
+    )
+    strict = _native.StrictDriver(below)
     faults = _native.FaultyDriver(strict)
-    return Watched(faults, strict, faults)
+    return Watched(faults, strict, faults, cuda)
 
 
 def swap_granules(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._errors import StaleView
+from ._errors import StaleView, WarmServeError
 
 if TYPE_CHECKING:
     from . import _native
@@ -42,18 +42,31 @@ _DLPACK: dict[str, tuple[int, int, int]] = {  # code, bits, lanes
     "F4": (17, 4, 2),  # two to a byte, so the last dimension counts pairs
 }
 _BYTES = (_UINT, 8, 1)
-_NUMPY = frozenset(_DLPACK) - {"BF16", "F4"} - {name for name in _DLPACK if name[:2] == "F8"}
+_CUDA = 2  # of DLPack's device types
+_KINDS = {_BOOL: "?", _INT: "i", _UINT: "u", _FLOAT: "f", _COMPLEX: "c"}
+_NUMPY_NAMES = {  # dtypes that numpy and cupy have
+    name: "?" if code == _BOOL else f"{_KINDS[code]}{bits // 8}"
+    for name, (code, bits, _) in _DLPACK.items()
+    if code in _KINDS
+}
+_NUMPY = frozenset(_NUMPY_NAMES)
 
-Framework = str  # "torch" or "numpy"
+Framework = str  # a key of _MAKERS
 Tensors = Mapping[str, Any]
 
 
-def checked_framework(name: Framework | None) -> Framework:
-    """The name, if tensors can be made so; for None, torch where it is installed, else numpy."""
+def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
+    """The name, if tensors on the device can be made so; for None, torch where it is installed,
+    else numpy on the host, and on CUDA cupy, if that is installed, or dlpack."""
     if name is None:
-        return "torch" if importlib.util.find_spec("torch") else "numpy"
+        fitting = ("torch", "cupy", "dlpack") if cuda else ("torch", "numpy")
+        return next(
+            (found for found in fitting[:-1] if importlib.util.find_spec(found)), fitting[-1]
+        )
     if name not in _MAKERS:
         raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+    if name == ("numpy" if cuda else "cupy"):
+        raise ValueError(f"tensors as {name!r}: it cannot see this device's memory")
     return name
 
 
@@ -72,18 +85,40 @@ def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = Fals
 
 
 def _torch_tensor(model: _native.Model, spec: TensorSpec) -> Any:
-    from torch.utils.dlpack import from_dlpack
+    import torch
 
-    return from_dlpack(native_view(model, spec))
+    view = native_view(model, spec)
+    if view.__dlpack_device__()[0] == _CUDA and not torch.backends.cuda.is_built():
+        raise WarmServeError(
+            f"torch {torch.__version__} is a build without CUDA and cannot see the device: install "
+            "one with it, or say tensors='cupy' or 'dlpack'"
+        )
+    return torch.from_dlpack(view)
 
 
 def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
     return np.from_dlpack(native_view(model, spec, as_bytes=spec.dtype.name not in _NUMPY))
 
 
+def _cupy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
+    """Over the address itself: what CuPy makes of a DLPack capsule needs a CUDA runtime of its
+    own, and this is the same without."""
+    import cupy
+
+    known = spec.dtype.name in _NUMPY
+    view = native_view(model, spec, as_bytes=not known)
+    memory = cupy.cuda.UnownedMemory(
+        view.address, max(view.nbytes, 1), view, view.__dlpack_device__()[1]
+    )
+    shape, dtype = (spec.shape, _NUMPY_NAMES[spec.dtype.name]) if known else (view.nbytes, "uint8")
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
 _MAKERS: dict[Framework, Callable[[_native.Model, TensorSpec], Any]] = {
     "torch": _torch_tensor,
     "numpy": _numpy_tensor,
+    "cupy": _cupy_tensor,
+    "dlpack": native_view,
 }
 
 
@@ -91,7 +126,8 @@ def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> 
     """All tensors of a model, at its addresses, whether or not anything is behind them.
 
     Each has its checkpoint's shape and dtype; what the framework cannot express (bf16, fp8, fp4 and
-    fp6 in numpy; fp6 in torch) is uint8 of shape ``(nbytes,)``.
+    fp6 in numpy and cupy; fp6 in torch) is uint8 of shape ``(nbytes,)``. "dlpack": the producers
+    themselves.
     """
     make = _MAKERS[framework]
     return {name: make(model, spec) for name, spec in layout.tensors.items()}

@@ -27,7 +27,11 @@ std::vector<Named>& tests() {
   return all;
 }
 
+const char* simulator_path = nullptr;
+
 }  // namespace
+
+const char* simulator() { return simulator_path; }
 
 Test::Test(const char* name, void (*body)()) { tests().push_back({name, body}); }
 
@@ -40,7 +44,12 @@ void fail(const char* file, int line, const std::string& what) {
 
 int main(int argc, char** argv) {
   using Clock = std::chrono::steady_clock;
-  const std::vector<std::string> chosen(argv + 1, argv + argc);
+  std::vector<std::string> chosen(argv + 1, argv + argc);
+  if (chosen.size() >= 2 && chosen[0] == "--simcuda") {
+    check::simulator_path = argv[2];
+    std::printf("on a simulated CUDA device:\n");
+    chosen.erase(chosen.begin(), chosen.begin() + 2);
+  }
   int ran = 0;
   for (const auto& [name, body] : check::tests()) {
     if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), name) == chosen.end()) continue;

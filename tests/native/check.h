@@ -7,6 +7,9 @@
 
 namespace check {
 
+// The simulated driver to make devices of: the path in `--simcuda PATH`, or null.
+const char* simulator();
+
 [[noreturn]] void fail(const char* file, int line, const std::string& what);
 
 // Runs in main(), in the order of the file; on the command line tests can be chosen by name.

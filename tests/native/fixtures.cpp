@@ -1,5 +1,6 @@
 #include "fixtures.h"
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -60,6 +61,14 @@ bool ModelFile::equals(std::size_t layer, const std::byte* bytes) const {
 }
 
 bool ModelFile::is_in(Runtime& runtime, const ModelPtr& model) const {
+  if (runtime.device()->facts().cuda_ordinal >= 0) {
+    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+      std::vector<std::byte> bytes(shapes_[layer].bytes);
+      runtime.read_back(model, static_cast<std::uint32_t>(layer), bytes.data());
+      if (!equals(layer, bytes.data())) return false;
+    }
+    return true;
+  }
   auto at = reinterpret_cast<const std::byte*>(runtime.reservation(model)->address());
   for (const auto& layer : layers_) {
     if (std::memcmp(layer.data(), at, layer.size()) != 0) return false;
@@ -78,14 +87,37 @@ Status Gate::event_wait(EventId event, std::chrono::microseconds timeout) {
   return Status::not_ready;
 }
 
+std::shared_ptr<Driver> make_device(const HostOptions& options) {
+  if (!check::simulator()) return make_host_driver(options);
+  return make_cuda_driver({check::simulator(), 0, "simulated"});
+}
+
+namespace {
+
+// What the simulator has seen since the process began, as it tells it.
+std::string simulator_report() {
+  void* library = ::dlopen(check::simulator(), RTLD_NOW);
+  CHECK(library);
+  char* text = reinterpret_cast<char* (*)()>(::dlsym(library, "simcuda_report"))();
+  const std::string report = text;
+  reinterpret_cast<void (*)(char*)>(::dlsym(library, "simcuda_free"))(text);
+  return report;
+}
+
+}  // namespace
+
 Watched::Watched(const HostOptions& options)
-    : gate(std::make_shared<Gate>(make_host_driver(options))),
+    : gate(std::make_shared<Gate>(make_device(options))),
       strict(std::make_shared<StrictDriver>(gate)),
       driver(std::make_shared<FaultyDriver>(strict)) {}
 
 void Watched::expect_kept() const {
   for (const std::string& violation : strict->violations())
     check::fail(__FILE__, __LINE__, "a contract was broken: " + violation);
+  if (!check::simulator()) return;
+  const std::string report = simulator_report();
+  if (report.find("\"violations\": []") == std::string::npos)
+    check::fail(__FILE__, __LINE__, "a rule of CUDA was broken: " + report);
 }
 
 void Watched::expect_returned() const {

@@ -57,7 +57,10 @@ class Gate final : public Interposer {
   std::atomic<bool> open_{true};
 };
 
-// A host device under all wrappers: faults above, so that the checks see only what is let through.
+// A host device; or, where the program was given a simulator, a CUDA device, whatever the options.
+std::shared_ptr<Driver> make_device(const HostOptions& options);
+
+// A device under all wrappers: faults above, so that the checks see only what is let through.
 struct Watched {
   explicit Watched(const HostOptions& options = {});
   std::shared_ptr<Gate> gate;

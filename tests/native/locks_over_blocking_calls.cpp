@@ -50,7 +50,7 @@ void live_a_little(Runtime& runtime, const ModelPtr& a, const ModelPtr& b) {
 TEST(others_go_on_while_one_waits) {
   for (const HostOptions& host : {HostOptions{}, HostOptions{.host_view = false},
                                   HostOptions{.threads = false, .host_view = false}}) {
-    const auto probe = std::make_shared<Probe>(make_host_driver(host));
+    const auto probe = std::make_shared<Probe>(make_device(host));
     const auto runtime = Runtime::make(probe, options(4, host.threads ? 2 : 0));
     const ModelFile files[] = {{1, {kGranule, 9}}, {2, {kGranule, 9}}};
     const ModelPtr a = files[0].register_in(*runtime), b = files[1].register_in(*runtime);

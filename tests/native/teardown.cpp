@@ -268,7 +268,7 @@ TEST(a_process_that_exits_with_a_live_runtime) {
   for (const bool announced : {true, false})
     CHECK(child_succeeds([&] {
       static std::shared_ptr<Runtime> runtime =
-          Runtime::make(make_host_driver({.host_view = false}), options(5));
+          Runtime::make(make_device({.host_view = false}), options(5));
       static const ModelFile file(1, kLayers);
       static const ModelPtr model = file.register_in(*runtime);
       static const TicketPtr ticket = runtime->prewarm(model, kBackground);

@@ -1,0 +1,21 @@
+"""Devices of the benches by name: ``host``, ``simcuda`` (no GPU needed) and ``cuda:N``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from warmserve_rt import _native, testing
+from warmserve_rt.devices import open_driver
+from warmserve_rt.simcuda import SimulatedCuda
+
+
+@contextmanager
+def device(name: str, **simulated: Any) -> Iterator[tuple[_native.Driver, SimulatedCuda | None]]:
+    """A driver of the device; `simulated` are the options of the simulator, if it is one."""
+    if name != "simcuda":
+        yield open_driver(name, pump=False), None
+        return
+    with testing.simulated_cuda(**simulated) as cuda:
+        yield testing.cuda_driver(cuda), cuda

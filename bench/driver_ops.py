@@ -1,0 +1,240 @@
+"""What do a device's memory operations cost, and what is left of them when a model is loaded?
+
+    python bench/driver_ops.py --device simcuda
+    python bench/driver_ops.py --device cuda:0
+
+On every device: create, map, set access, unmap and release for each granule, by the granule's size
+and by how many go in one call. On the simulated one also what needs a device whose costs are known:
+loading at the bandwidth, the calls before a first layer, and the simulator's own speed and sight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from _devices import device
+from _harness import MIB, Bench, Llama, scratch, write_hollow_checkpoint
+
+from warmserve_rt import Model, Runtime, _native, testing
+from warmserve_rt.checkpoint import open_checkpoint
+from warmserve_rt.layers import LayerSpec, build_layout
+from warmserve_rt.simcuda import SimulatedCuda
+
+LLAMA_7B = Llama(4096, 11008, 4096, 32000, 32)  # 13.5 GB in bf16
+
+# Microseconds of a call on one granule, as measured on an A100 by kvcached's bench_vmm. It says
+# nothing of how a call on a range splits into a part for the call and one for each granule: half
+# and half is taken.
+PER_GRANULE = {"cuMemCreate": 193.0, "cuMemMap": 1.5, "cuMemSetAccess": 36.0, "cuMemUnmap": 26.0}
+RANGE_CALLS = ("cuMemSetAccess", "cuMemUnmap")
+COSTS = {
+    name: (cost / 2, cost / 2) if name in RANGE_CALLS else (0.0, cost)
+    for name, cost in PER_GRANULE.items()
+}
+BANDWIDTH = 25e9  # bytes per second, host to device
+MEMORY_CALLS = (
+    "cuMemCreate",
+    "cuMemRelease",
+    "cuMemAddressReserve",
+    "cuMemAddressFree",
+    "cuMemMap",
+    "cuMemUnmap",
+    "cuMemSetAccess",
+)
+SAMPLE = 4096  # bytes of each granule that the simulator keeps
+
+
+def driver_ops(bench: Bench) -> None:
+    """Microseconds per granule; "ro": mapped for reading alone."""
+    with device(bench.args.device, memory="8GiB") as (driver, _):
+        for mib, batch in ((2, 1), (2, 8), (2, 64), (2, 256), (8, 64), (32, 16)):
+            rounds = max(3, 256 // batch)
+            for writable in (True, False):
+                taken = _native.time_driver(
+                    driver, granule=mib * MIB, batch=batch, rounds=rounds, writable=writable
+                )
+                kind = "rw" if writable else "ro"
+                for name in ("create", "map", "set_access", "unmap", "release"):
+                    if not writable and name in ("create", "release"):
+                        continue
+                    times = 1 if name in ("create", "release") else rounds
+                    bench.row(
+                        f"{name}_{kind}_{mib}MiB_x{batch}",
+                        taken[name] / times / batch * 1e6,
+                        "us/granule",
+                    )
+
+
+def samples(layer: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+    """For each granule of a layer its offset there, and where its first bytes come from: file
+    offset, offset in the sample, bytes."""
+    for granule in range(0, layer.nbytes, 2 * MIB):
+        end = min(granule + SAMPLE, layer.nbytes)
+        pieces = []
+        for segment in layer.segments:
+            begin = max(granule, segment.layer_offset)
+            stop = min(end, segment.layer_offset + segment.nbytes)
+            if begin < stop:
+                at = segment.file_offset + begin - segment.layer_offset
+                pieces.append((at, begin - granule, stop - begin))
+        yield granule, pieces
+
+
+def write_marked_checkpoint(path: Path) -> int:
+    """A file of 13.5 GB with random bytes where granules begin, and holes elsewhere."""
+    nbytes = write_hollow_checkpoint(path, LLAMA_7B.shapes())
+    with closing(open_checkpoint(path)) as opened:
+        layout = build_layout(opened)
+    with path.open("r+b") as file:
+        for layer in layout.layers:
+            for _, pieces in samples(layer):
+                for at, _, size in pieces:
+                    file.seek(at)
+                    file.write(os.urandom(size))
+    return nbytes
+
+
+def sample_matches(cuda: SimulatedCuda, model: Model, path: Path) -> bool:
+    """Whether the start of every granule on the device is what the file has there."""
+    with path.open("rb") as file:
+        for layer in model.layers:
+            address = model.native.view(layer.index, 0, [1], 1, 1, 8, 1).address
+            for granule, pieces in samples(layer):
+                wanted = bytearray(min(SAMPLE, layer.nbytes - granule))
+                for at, into, size in pieces:
+                    file.seek(at)
+                    wanted[into : into + size] = file.read(size)
+                if cuda.peek(address + granule, len(wanted)) != bytes(wanted):
+                    return False
+    return True
+
+
+def load_at_bandwidth(bench: Bench, folder: Path) -> None:
+    """On the virtual clock: calls cost what COSTS says, copies go at BANDWIDTH, and reading the
+    file costs nothing. What remains is what the runtime makes of them."""
+    path = folder / "llama-7b"
+    nbytes = write_marked_checkpoint(path)
+    with device(
+        "simcuda", memory="16GiB", clock="virtual", h2d=BANDWIDTH, costs=COSTS, content=SAMPLE
+    ) as (driver, cuda):
+        assert cuda
+        with Runtime(
+            driver=driver, arena="13.25GiB", staging="256MiB", pump=True, tensors="dlpack"
+        ) as runtime:
+            start_up = cuda.now
+            model = runtime.register("llama", path)
+            before = cuda.calls
+            runtime.prewarm(model).wait()
+            taken = cuda.now - start_up
+            bench.row("arena_start_up", start_up, "s")
+            bench.row("load_gb", nbytes / 1e9, "GB")
+            bench.row("load", taken, "s")
+            bench.target("load_vs_bandwidth", taken / (model.nbytes / BANDWIDTH), "x", "<=", 1.03)
+            calls = {name: cuda.calls.get(name, 0) - before.get(name, 0) for name in MEMORY_CALLS}
+            bench.row("load_memory_calls", sum(calls.values()), "calls")
+            cost = sum(PER_GRANULE[name] * calls[name] for name in ("cuMemCreate", "cuMemMap"))
+            granules = sum(layer.granules for layer in runtime.snapshot().models["llama"].layers)
+            one = PER_GRANULE["cuMemSetAccess"] * granules
+            bench.row("one_by_one_would_cost", (cost + one) * 1e-6, "s")
+            bench.target(
+                "load_sample_matches", float(sample_matches(cuda, model, path)), "", "=", 1
+            )
+            bench.row("copied_h2d_gb", cuda.copied["h2d"] / 1e9, "GB")
+
+
+def activation(bench: Bench, folder: Path) -> None:
+    """The arena is full: of one model, and of another without its first layers. The second is asked
+    for: the memory calls until its first layer is mapped and on its way."""
+    small = Llama(2048, 5632, 256, 32000, 8)
+    for name in "ab":
+        write_hollow_checkpoint(folder / name, small.shapes())
+    with device("simcuda", memory="8GiB", clock="virtual", h2d=BANDWIDTH, costs=COSTS) as (
+        driver,
+        cuda,
+    ):
+        assert cuda
+        with Runtime(
+            driver=driver, arena="1400MiB", staging="128MiB", pump=True, tensors="dlpack"
+        ) as runtime:
+            for name in "ab":
+                runtime.register(name, folder / name)
+            runtime.prewarm("b").wait()
+            for layer in runtime.model("b").layers:
+                runtime.stamp("b", float(layer.index), layer=layer.index)
+            runtime.stamp("a", 100.0)
+            runtime.prewarm("a").wait()  # takes the first layers of "b"
+            runtime.stamp("a", -1.0)
+            layers = runtime.snapshot().models["b"].layers
+            assert layers[0].residency == "absent"
+            assert layers[-1].residency == "resident"
+            before, copied, now = cuda.calls, cuda.copied["h2d"], cuda.now
+            ticket = runtime.prewarm("b", priority=100)
+            whole = layers[0].granules * 2 * MIB
+            while cuda.copied["h2d"] - copied < whole and runtime.step():
+                calls = sum(cuda.calls.get(n, 0) - before.get(n, 0) for n in MEMORY_CALLS)
+                if runtime.snapshot().models["b"].layers[0].residency == "filling":
+                    break
+            bench.row("layer0_granules", layers[0].granules, "")
+            bench.row("layers_missing", sum(x.residency == "absent" for x in layers), "")
+            bench.row("activation_until_mapped", (cuda.now - now) * 1e6, "us")
+            bench.target(
+                "activation_calls_before_layer0", calls, "calls", "<=", 2 + layers[0].granules
+            )
+            ticket.wait()
+
+
+def simulator(bench: Bench) -> None:
+    best = 0.0
+    with device("simcuda") as (driver, _):
+        for _ in range(5):
+            rounds = 200_000
+            taken = _native.time_driver(driver, granule=2 * MIB, batch=1, rounds=rounds)
+            best = max(best, rounds / taken["cycles"])
+    bench.target("sim_cycles_per_s", best, "1/s", ">=", 500_000)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import stream_programs
+
+    expected = found = false = 0
+    for seed in range(bench.args.programs):
+        program = stream_programs.generate(seed)
+        if seed % 2:  # an order taken out of a program that has no race
+            free = stream_programs.generate(seed, race_free=True)
+            program = stream_programs.plant(free, seed) or free
+        with testing.simulated_cuda(clock="virtual", check=False) as cuda:
+            observed = stream_programs.observed_races(cuda, program)
+        races = stream_programs.expected_races(program, observed.completed)
+        expected += len(races)
+        found += len(races & observed.races)
+        false += len(observed.races - races)
+    bench.row("programs", bench.args.programs, "")
+    bench.row("races_planted", expected, "")
+    bench.target("races_found_share", found / expected, "", "=", 1)
+    bench.target("false_races", false, "", "=", 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=int, default=2000, help="random ones, for the detector")
+    bench = Bench.start("driver_ops", parser)
+    print(f"driver operations on {bench.args.device}", flush=True)
+    driver_ops(bench)
+    if bench.args.device == "simcuda":
+        print(
+            f"paced at {BANDWIDTH / 1e9:g} GB/s on a virtual clock; a call costs, in us, "
+            + ", ".join(f"{name} {a:g} + {b:g} x granules" for name, (a, b) in COSTS.items()),
+            flush=True,
+        )
+        with scratch() as folder:
+            load_at_bandwidth(bench, folder)
+            activation(bench, folder)
+        simulator(bench)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

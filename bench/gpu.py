@@ -1,0 +1,198 @@
+"""What does a CUDA device do, and is that what the simulated one does?
+
+    python bench/gpu.py --device cuda:0
+    python bench/gpu.py --device simcuda
+
+Copies at the device's limit and loads beside it, swaps, leases; the bytes on the device, by four
+ways to see them; and a table of what the simulated driver assumes of CUDA, each row confirmed or
+refuted here. Each part is a process of its own: what fails, hangs or breaks the device's context
+takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import _gpu_content
+import _gpu_speed
+import _gpu_torch
+from _gpu_part import NotRun, Part, checkpoints
+from _harness import MIB, Bench, scratch, write_checkpoint
+from assumptions.run import run_all, table
+
+from warmserve_rt.simcuda import simulated_cuda
+
+PARTS: dict[str, Callable[[Part], None]] = {
+    "bandwidth": _gpu_speed.bandwidth,
+    "content": _gpu_content.content,
+    "digest": _gpu_content.digest,
+    "graph": _gpu_content.graph,
+    "capture": _gpu_content.capture,
+    "torch": _gpu_torch.torch,
+    "load": _gpu_speed.load,
+    "swap": _gpu_speed.swap,
+    "lease": _gpu_speed.lease,
+}
+PART_LIMIT = 60.0  # seconds
+
+# The simulated device copies at this rate, so that copies are under way when the next call is made,
+# and calls take time, so that there is something to fit: microseconds a call, and a granule. They
+# are so short that the simulator spins, for a sleep takes longer than asked.
+SIMULATED = {
+    "memory": "8GiB",
+    "h2d": 2e9,
+    "costs": {
+        "cuMemCreate": (20.0, 0.0),
+        "cuMemMap": (5.0, 0.0),
+        "cuMemSetAccess": (10.0, 0.15),
+        "cuMemUnmap": (8.0, 0.1),
+    },
+}
+
+
+@dataclass
+class Report:
+    """What the JSON has beyond a bench's own."""
+
+    simulated: bool
+    device: str = "unknown"
+    driver_version: int = 0
+    parts: dict[str, dict[str, object]] = field(default_factory=dict)
+    assumptions: list[dict[str, str]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def write(self, bench: Bench) -> None:
+        """After each part, so that what was measured is kept whatever comes."""
+        bench.finish()
+        if path := bench.args.json:
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | asdict(self), indent=2) + "\n"
+            )
+
+
+@contextmanager
+def environment(device: str) -> Iterator[Mapping[str, str]]:
+    """Of processes for which ``libcuda.so.1`` is the device's driver."""
+    if device == "simcuda":
+        with simulated_cuda(**SIMULATED, check=False) as cuda:  # type: ignore[arg-type]
+            yield cuda.environment
+    else:
+        yield os.environ
+
+
+def run_part(args: argparse.Namespace) -> None:
+    """In its own process: writes what it found."""
+    part = Part(args, args.folder, args.simulated)
+    outcome = "ran"
+    try:
+        PARTS[args.part](part)
+    except NotRun as error:
+        outcome = f"not run: {error}"
+    found = {"outcome": outcome, "rows": part.rows, "targets": part.targets}
+    args.json.write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)  # whatever is left on the device goes with the process
+
+
+def start_part(
+    name: str, bench: Bench, folder: Path, env: Mapping[str, str], simulated: bool
+) -> dict[str, object]:
+    """Runs a part and takes over its rows; what there is to say of it."""
+    out = folder / f"{name}.json"
+    device = "cuda:0" if simulated else bench.args.device
+    command = [sys.executable, __file__, "--part", name, "--device", device]
+    command += ["--folder", str(folder), "--json", str(out), "--leases", str(bench.args.leases)]
+    command += ["--simulated"] if simulated else []
+    begin = monotonic()
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=PART_LIMIT)
+        outcome = "" if process.returncode == 0 else f"failed: status {process.returncode}"
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        outcome = f"failed: not done after {PART_LIMIT:g} s"
+    if said.strip():
+        print(said.rstrip(), flush=True)
+    found = json.loads(out.read_text()) if out.exists() else {"rows": [], "targets": []}
+    for row in found["rows"]:
+        bench.row(*row)
+    for target in found["targets"]:
+        bench.target(*target)
+    outcome = outcome or found.get("outcome", "failed: it said nothing")
+    lines = said.strip().splitlines()
+    if outcome.startswith("failed") and lines:
+        outcome += f" ({lines[-1][:200]})"
+    if outcome != "ran":
+        print(f"  {name}: {outcome}", flush=True)
+    return {"outcome": outcome, "seconds": round(monotonic() - begin, 1)}
+
+
+def device_facts(report: Report, env: Mapping[str, str]) -> None:
+    """In another process: a context here would be one more on the device."""
+    script = "from _cuda import Gpu; gpu = Gpu(); print(gpu.version, gpu.name)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{report.device}: the device cannot be used:\n{done.stderr}")
+    version, _, report.device = done.stdout.strip().partition(" ")
+    report.driver_version = int(version)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--leases", type=int, default=20_000, help="timed, of each kind")
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="assumptions with it in the name"
+    )
+    parser.add_argument("--part", choices=PARTS, help="this one alone")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for the assumptions")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--simulated", action="store_true", help=argparse.SUPPRESS)
+    bench = Bench.start("gpu", parser)
+    if bench.args.device not in ("cuda:0", "simcuda"):
+        parser.error("--device is cuda:0, or simcuda, which needs no GPU")
+    if bench.args.folder:
+        run_part(bench.args)
+    simulated = bench.args.device == "simcuda"
+    report = Report(simulated, bench.args.device)
+    with environment(bench.args.device) as env, scratch() as folder:
+        device_facts(report, env)
+        print(f"{report.device}, driver {report.driver_version}", flush=True)
+        if simulated:
+            print("THIS IS THE SIMULATED DEVICE: no number below is a GPU's", flush=True)
+        if not bench.args.part:
+            outcomes = run_all(env, only=bench.args.rows, limit=bench.args.limit)
+            print(table(outcomes), flush=True)
+            report.assumptions = [asdict(outcome) for outcome in outcomes]
+            report.failed += [o.name for o in outcomes if o.outcome == "refuted"]
+            report.write(bench)
+        for name, llama in checkpoints(simulated).items():
+            nbytes = write_checkpoint(folder / f"{name}.safetensors", llama.shapes())
+            bench.row(f"checkpoint_{name}_mib", nbytes / MIB, "MiB")
+        for name in [bench.args.part] if bench.args.part else PARTS:
+            report.parts[name] = found = start_part(name, bench, folder, env, simulated)
+            if str(found["outcome"]).startswith("failed"):
+                report.failed.append(name)
+            report.write(bench)
+
+
+if __name__ == "__main__":
+    main()

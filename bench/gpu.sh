@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# All there is to see on a machine with a GPU, in one JSON file, in less than ten minutes:
+#
+#     bench/gpu.sh [--device cuda:0|simcuda] [--out FILE.json] [--venv DIR] [--limit SECONDS]
+#
+# Builds and installs the package into an environment of its own (temporary, or --venv, which is
+# used again if it is there), runs the GPU's benches, then the tests on the device in the time that
+# is left. Needs no network where the interpreter has what a build needs (pybind11, setuptools) and
+# what the tests need (pytest, hypothesis, numpy). Ends with 0 if everything ran to its end; what
+# failed is in the file, which is written anew after each step.
+set -euo pipefail
+
+# An environment in which the interpreter's own packages are seen, also where that is itself one of
+# a virtual environment.
+environment() {
+  local packages
+  [ -x "$venv/bin/python" ] || "$python" -m venv --without-pip "$venv"
+  packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+    | grep -vxF "$packages" >"$packages/inherited.pth" || true
+  "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m ensurepip
+}
+
+# From a copy, so that nothing is written into the tree and nothing built before is taken.
+build() {
+  local pip=("$venv/bin/python" -m pip --retries 1 --timeout 10 install -q)
+  mkdir "$work/tree"
+  tar -C "$root" --exclude='*.so' --exclude=__pycache__ -cf - \
+    csrc warmserve_rt setup.py pyproject.toml README.md LICENSE | tar -C "$work/tree" -xf -
+  WARMSERVE_BUILD_JOBS=$(nproc)
+  export WARMSERVE_BUILD_JOBS
+  "${pip[@]}" --no-build-isolation --no-deps --force-reinstall "$work/tree" \
+    || "${pip[@]}" "$work/tree"
+  (cd "$work" && "$venv/bin/python" -c 'import hypothesis, numpy, pytest, safetensors') \
+    || "${pip[@]}" "$work/tree[test,bench]"
+}
+
+# The tests of the device, a process for each file, for two minutes at most: a test that breaks the
+# device's context or hangs takes no other file with it. What pytest says of failures is a result;
+# ending otherwise is not.
+run_tests() {
+  local file status worst=0 pattern='device: Device'
+  [ "$1" != simcuda ] || pattern+='|simulated_cuda'
+  cd "$work"  # not the tree, whose package has nothing built in it
+  for file in "$root"/tests/test_*.py; do
+    grep -qE "$pattern" "$file" || continue
+    status=0
+    timeout --foreground -k 5 -s INT 120 \
+      "$venv/bin/python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
+      --rootdir "$root" -k "$1" --junitxml "$work/tests-$(basename "$file" .py).xml" "$file" \
+      || status=$?
+    case $status in
+      0 | 1 | 5) ;;  # passed; some failed; none is for this device
+      2) return 2 ;;  # interrupted: no time is left
+      *) worst=$status ;;
+    esac
+  done
+  return "$worst"
+}
+
+# The script calls itself for a step, so that a time limit can end it; what the step needs to know
+# is in its environment.
+case ${1:-} in
+  --environment) environment; exit ;;
+  --build) build; exit ;;
+  --tests) run_tests "$2"; exit ;;
+esac
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+device='' out='' venv='' limit=570
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=$2 ;;
+    --out) out=$2 ;;
+    --venv) venv=$2 ;;
+    --limit) limit=$2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/warmserve-gpu-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+python=$(command -v python3) || { echo "python3 is missing" >&2; exit 1; }
+out=$(realpath -m "${out:-gpu.json}")
+
+if [ -z "$device" ]; then
+  device=simcuda
+  "$python" - <<'PY' && device=cuda:0
+import ctypes, sys
+try:
+    cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    sys.exit(cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0)
+except OSError:
+    sys.exit(1)
+PY
+fi
+if [ "$device" = simcuda ]; then
+  printf '%s\n' '****' '**** NO GPU: this is the simulated device, and no number is a GPU'"'"'s' '****'
+fi
+
+# Runs a step, with a limit of seconds and not beyond the whole script's, and notes how it ended.
+ok=0
+step() {
+  local name=$1 most=$2 begin=$SECONDS status=0
+  shift 2
+  [ "$most" -le $((limit - SECONDS)) ] || most=$((limit - SECONDS))
+  printf '\n=== %s (after %d s, for %d s at most)\n' "$name" "$SECONDS" "$most"
+  if [ "$most" -gt 0 ]; then
+    # An interrupt may be ignored by whoever started this; pytest and the benches are to see it.
+    timeout -k 15 -s INT "$most" env --default-signal=INT "$@" 2>&1 | tee "$work/$name.log" || status=${PIPESTATUS[0]}
+  else
+    status=124
+  fi
+  printf '%s\t%d\t%d\n' "$name" "$status" $((SECONDS - begin)) >>"$work/steps.tsv"
+  "$python" "$root/bench/_gpu_merge.py" "$work" "$device" "$out"
+  return "$status"
+}
+
+venv=$(realpath -m "${venv:-$work/venv}")
+export venv root work python
+self=$root/bench/gpu.sh
+
+step environment 60 "$self" --environment || exit 1
+step build "$limit" "$self" --build || exit 1
+cd "$work"
+run=("$venv/bin/python" -u)
+for bench in gpu driver_ops kernels; do
+  [ -e "$root/bench/$bench.py" ] || continue
+  case $device-$bench in
+    simcuda-*) most=$limit ;;  # it may be a slow machine
+    *-gpu) most=330 ;;
+    *) most=90 ;;
+  esac
+  arguments=(--json "$work/$bench.json")
+  grep -q 'args.device' "$root/bench/$bench.py" && arguments+=(--device "$device")
+  step "$bench" "$most" "${run[@]}" "$root/bench/$bench.py" "${arguments[@]}" || ok=1
+done
+step tests "$limit" "$self" --tests "$device" || ok=1
+
+printf '\n%s\n' "$out"
+exit "$ok"

@@ -1,0 +1,343 @@
+"""The CUDA driver API for tests, called through ctypes and by nothing of ours: one method a call,
+handles and addresses as ints, a failure as a CudaError with its number."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+u32, u64, size_t, i32 = ctypes.c_uint, ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_int
+pointer = ctypes.c_void_p
+
+NONE, READ, READ_WRITE = 0, 1, 3
+BLOCKING, NON_BLOCKING = 0, 1  # streams
+LEGACY = 1  # the stream's handle
+GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # capture
+PAGE = mmap.PAGESIZE
+
+
+class Location(ctypes.Structure):
+    _fields_ = [("type", i32), ("id", i32)]
+
+
+class Prop(ctypes.Structure):
+    """CUmemAllocationProp; by default of memory of device 0."""
+
+    _fields_ = [
+        ("type", i32),
+        ("handle_types", i32),
+        ("location", Location),
+        ("win32", pointer),
+        ("flags", ctypes.c_ubyte * 8),
+    ]
+
+    def __init__(self, *, type: int = 1, location: int = 1, id: int = 0) -> None:
+        super().__init__(type, 0, Location(location, id))
+
+
+class Access(ctypes.Structure):
+    _fields_ = [("location", Location), ("flags", i32)]
+
+
+# What a call takes; an "out" is a pointer to what it returns.
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (u32,),
+    "cuDriverGetVersion": (pointer,),
+    "cuDeviceGetCount": (pointer,),
+    "cuDeviceGet": (pointer, i32),
+    "cuDeviceGetAttribute": (pointer, i32, i32),
+    "cuDevicePrimaryCtxRetain": (pointer, i32),
+    "cuDevicePrimaryCtxRelease_v2": (i32,),
+    "cuCtxGetCurrent": (pointer,),
+    "cuCtxSetCurrent": (u64,),
+    "cuCtxSynchronize": (),
+    "cuMemGetInfo_v2": (pointer, pointer),
+    "cuMemGetAllocationGranularity": (pointer, pointer, u32),
+    "cuMemAddressReserve": (pointer, size_t, size_t, u64, u64),
+    "cuMemAddressFree": (u64, size_t),
+    "cuMemCreate": (pointer, size_t, pointer, u64),
+    "cuMemRelease": (u64,),
+    "cuMemMap": (u64, size_t, size_t, u64, u64),
+    "cuMemUnmap": (u64, size_t),
+    "cuMemSetAccess": (u64, size_t, pointer, size_t),
+    "cuMemGetAccess": (pointer, pointer, u64),
+    "cuMemRetainAllocationHandle": (pointer, pointer),
+    "cuPointerGetAttribute": (pointer, i32, u64),
+    "cuPointerGetAttributes": (u32, pointer, pointer, u64),
+    "cuPointerSetAttribute": (pointer, i32, u64),
+    "cuMemGetAddressRange_v2": (pointer, pointer, u64),
+    "cuMemHostRegister_v2": (pointer, size_t, u32),
+    "cuMemHostUnregister": (pointer,),
+    "cuMemHostAlloc": (pointer, size_t, u32),
+    "cuMemFreeHost": (pointer,),
+    "cuMemAlloc_v2": (pointer, size_t),
+    "cuMemcpyHtoD_v2": (u64, pointer, size_t),
+    "cuMemcpyDtoH_v2": (pointer, u64, size_t),
+    "cuMemcpyHtoDAsync_v2": (u64, pointer, size_t, u64),
+    "cuMemcpyDtoHAsync_v2": (pointer, u64, size_t, u64),
+    "cuMemcpyDtoDAsync_v2": (u64, u64, size_t, u64),
+    "cuMemsetD8Async": (u64, ctypes.c_ubyte, size_t, u64),
+    "cuStreamCreateWithPriority": (pointer, u32, i32),
+    "cuStreamDestroy_v2": (u64,),
+    "cuStreamQuery": (u64,),
+    "cuStreamSynchronize": (u64,),
+    "cuStreamWaitEvent": (u64, u64, u32),
+    "cuStreamBeginCapture_v2": (u64, i32),
+    "cuStreamEndCapture": (u64, pointer),
+    "cuThreadExchangeStreamCaptureMode": (pointer,),
+    "cuGraphDestroy": (u64,),
+    "cuGraphInstantiateWithFlags": (pointer, u64, u64),
+    "cuGraphLaunch": (u64, u64),
+    "cuGraphExecDestroy": (u64,),
+    "cuEventCreate": (pointer, u32),
+    "cuEventDestroy_v2": (u64,),
+    "cuEventRecord": (u64, u64),
+    "cuEventQuery": (u64,),
+    "cuEventSynchronize": (u64,),
+    "cuModuleLoadData": (pointer, pointer),
+    "cuModuleGetFunction": (pointer, u64, ctypes.c_char_p),
+}
+
+
+class CudaError(Exception):
+    def __init__(self, function: str, code: int) -> None:
+        super().__init__(f"{function}: {code}")
+        self.function, self.code = function, code
+
+
+def code(call: Callable[..., object], *arguments: Any, **options: Any) -> int:
+    """What a call returned: 0, or the number of its error."""
+    try:
+        call(*arguments, **options)
+    except CudaError as error:
+        return error.code
+    return 0
+
+
+class Pinned:
+    """Page-aligned memory of this process, registered or not; given back with the object."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.view = memoryview(mmap.mmap(-1, nbytes))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+
+    def __getitem__(self, index: slice) -> bytes:
+        return bytes(self.view[index])
+
+    def __setitem__(self, index: slice, content: bytes) -> None:
+        self.view[index] = content
+
+
+class Cuda:
+    def __init__(self, library: Path | str) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._pinned: list[Pinned] = []  # what is registered stays mapped
+
+    def call(self, name: str, *arguments: Any) -> None:
+        function = getattr(self._library, name)
+        function.argtypes, function.restype = SIGNATURES[name], i32
+        result = function(*arguments)
+        if result:
+            raise CudaError(name, result)
+
+    def out(self, name: str, *arguments: Any, type: Any = u64) -> int:
+        """For calls whose result is written to their first argument."""
+        result = type()
+        self.call(name, ctypes.byref(result), *arguments)
+        return int(result.value or 0)
+
+    # Devices and contexts
+
+    def init(self, flags: int = 0) -> None:
+        self.call("cuInit", flags)
+
+    def device_count(self) -> int:
+        return self.out("cuDeviceGetCount", type=i32)
+
+    def device(self, ordinal: int) -> int:
+        return self.out("cuDeviceGet", ordinal, type=i32)
+
+    def attribute(self, attribute: int, device: int = 0) -> int:
+        return self.out("cuDeviceGetAttribute", attribute, device, type=i32)
+
+    def retain_primary(self, device: int = 0) -> int:
+        return self.out("cuDevicePrimaryCtxRetain", device)
+
+    def release_primary(self, device: int = 0) -> None:
+        self.call("cuDevicePrimaryCtxRelease_v2", device)
+
+    def current(self) -> int:
+        return self.out("cuCtxGetCurrent")
+
+    def set_current(self, context: int) -> None:
+        self.call("cuCtxSetCurrent", context)
+
+    def start(self, device: int = 0) -> Cuda:
+        """Initialised, with the device's primary context current on this thread."""
+        self.init()
+        self.set_current(self.retain_primary(self.device(device)))
+        return self
+
+    def context_synchronize(self) -> None:
+        self.call("cuCtxSynchronize")
+
+    # Memory of the device
+
+    def memory(self) -> tuple[int, int]:
+        """Free bytes, and all."""
+        free, total = size_t(), size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def granularity(self, flags: int = 0, prop: Prop | None = None) -> int:
+        prop = prop or Prop()
+        return self.out("cuMemGetAllocationGranularity", ctypes.byref(prop), flags, type=size_t)
+
+    def reserve(self, nbytes: int, alignment: int = 0, hint: int = 0, flags: int = 0) -> int:
+        return self.out("cuMemAddressReserve", nbytes, alignment, hint, flags)
+
+    def address_free(self, address: int, nbytes: int) -> None:
+        self.call("cuMemAddressFree", address, nbytes)
+
+    def create(self, nbytes: int, prop: Prop | None = None, flags: int = 0) -> int:
+        return self.out("cuMemCreate", nbytes, ctypes.byref(prop or Prop()), flags)
+
+    def release(self, handle: int) -> None:
+        self.call("cuMemRelease", handle)
+
+    def map(self, address: int, nbytes: int, handle: int, offset: int = 0, flags: int = 0) -> None:
+        self.call("cuMemMap", address, nbytes, offset, handle, flags)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        self.call("cuMemUnmap", address, nbytes)
+
+    def set_access(
+        self, address: int, nbytes: int, access: int = READ_WRITE, device: int = 0
+    ) -> None:
+        description = Access(Location(1, device), access)
+        self.call("cuMemSetAccess", address, nbytes, ctypes.byref(description), 1)
+
+    def get_access(self, address: int, device: int = 0) -> int:
+        return self.out("cuMemGetAccess", ctypes.byref(Location(1, device)), address)
+
+    def retain_handle(self, address: int) -> int:
+        return self.out("cuMemRetainAllocationHandle", address)
+
+    def pointer_attribute(self, attribute: int, address: int, type: Any = u64) -> int:
+        return self.out("cuPointerGetAttribute", attribute, address, type=type)
+
+    def mapped(self, nbytes: int, access: int = READ_WRITE) -> int:
+        """Addresses with one allocation behind them, which lives until it is unmapped."""
+        address, handle = self.reserve(nbytes), self.create(nbytes)
+        self.map(address, nbytes, handle)
+        self.release(handle)
+        if access != NONE:
+            self.set_access(address, nbytes, access)
+        return address
+
+    # Memory of the host
+
+    def register(self, address: int, nbytes: int, flags: int = 0) -> None:
+        self.call("cuMemHostRegister_v2", address, nbytes, flags)
+
+    def unregister(self, address: int) -> None:
+        self.call("cuMemHostUnregister", address)
+
+    def host_alloc(self, nbytes: int, flags: int = 0) -> int:
+        return self.out("cuMemHostAlloc", nbytes, flags)
+
+    def free_host(self, address: int) -> None:
+        self.call("cuMemFreeHost", address)
+
+    def pinned(self, nbytes: int, content: bytes = b"") -> Pinned:
+        made = Pinned(nbytes)
+        made[: len(content)] = content
+        self.register(made.address, nbytes)
+        self._pinned.append(made)
+        return made
+
+    # Work
+
+    def stream(self, flags: int = NON_BLOCKING, priority: int = 0) -> int:
+        return self.out("cuStreamCreateWithPriority", flags, priority)
+
+    def stream_destroy(self, stream: int) -> None:
+        self.call("cuStreamDestroy_v2", stream)
+
+    def synchronize(self, stream: int) -> None:
+        self.call("cuStreamSynchronize", stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        self.call("cuStreamWaitEvent", stream, event, 0)
+
+    def event(self, flags: int = 2) -> int:
+        return self.out("cuEventCreate", flags)
+
+    def event_destroy(self, event: int) -> None:
+        self.call("cuEventDestroy_v2", event)
+
+    def record(self, event: int, stream: int) -> None:
+        self.call("cuEventRecord", event, stream)
+
+    def event_synchronize(self, event: int) -> None:
+        self.call("cuEventSynchronize", event)
+
+    def done(self, event: int) -> bool:
+        """Whether an event is complete."""
+        result = code(self.call, "cuEventQuery", event)
+        if result not in (0, 600):
+            raise CudaError("cuEventQuery", result)
+        return result == 0
+
+    def htod(self, to: int, host: int, nbytes: int, stream: int | None = None) -> None:
+        """On a stream, or, without one, waited for."""
+        if stream is None:
+            self.call("cuMemcpyHtoD_v2", to, host, nbytes)
+        else:
+            self.call("cuMemcpyHtoDAsync_v2", to, host, nbytes, stream)
+
+    def dtoh(self, host: int, address: int, nbytes: int, stream: int | None = None) -> None:
+        if stream is None:
+            self.call("cuMemcpyDtoH_v2", host, address, nbytes)
+        else:
+            self.call("cuMemcpyDtoHAsync_v2", host, address, nbytes, stream)
+
+    def dtod(self, to: int, address: int, nbytes: int, stream: int) -> None:
+        self.call("cuMemcpyDtoDAsync_v2", to, address, nbytes, stream)
+
+    def memset(self, address: int, value: int, nbytes: int, stream: int) -> None:
+        self.call("cuMemsetD8Async", address, value, nbytes, stream)
+
+    def module(self, image: bytes) -> int:
+        return self.out("cuModuleLoadData", image)
+
+    def function(self, module: int, name: str) -> int:
+        return self.out("cuModuleGetFunction", module, name.encode())
+
+    # Capture
+
+    def begin_capture(self, stream: int, mode: int = GLOBAL) -> None:
+        self.call("cuStreamBeginCapture_v2", stream, mode)
+
+    def end_capture(self, stream: int) -> int:
+        graph = u64()
+        self.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        return graph.value
+
+    def instantiate(self, graph: int) -> int:
+        """What can be launched; the graph itself is destroyed."""
+        made = self.out("cuGraphInstantiateWithFlags", graph, 0)
+        self.call("cuGraphDestroy", graph)
+        return made
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self.call("cuGraphLaunch", graph, stream)
+
+    def exchange_mode(self, mode: int) -> int:
+        """Of this thread; the one it had."""
+        value = i32(mode)
+        self.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(value))
+        return value.value

@@ -1,0 +1,230 @@
+// The page table of the simulated driver: what may be mapped and taken away, how long memory
+// lives, and what two addresses of the same granule see.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <numeric>
+
+#include "kernels/kernels.h"
+#include "simcuda_fixtures.h"
+
+using namespace simcuda_test;
+
+namespace {
+
+std::size_t available() {
+  std::size_t free = 0, total = 0;
+  OK(cuMemGetInfo_v2(&free, &total));
+  return free;
+}
+
+CUfunction kernel(const warmserve::KernelCall& call) {
+  CUmodule module = nullptr;
+  CUfunction function = nullptr;
+  OK(cuModuleLoadData(&module, "image"));
+  OK(cuModuleGetFunction(&function, module, kernel_symbol(call)));
+  FAILS(NOT_FOUND, cuModuleGetFunction(&function, module, "ws_no_such_kernel"));
+  return function;
+}
+
+template <class Call>
+CUresult launch(Call call, CUstream stream) {
+  void* parameters[] = {&call};
+  return cuLaunchKernel(kernel(call), 1, 1, 1, 32, 1, 1, 0, stream, parameters, nullptr);
+}
+
+}  // namespace
+
+TEST(mapping_obeys_the_rules) {
+  begin();
+  const CUdeviceptr at = reserve(4 * kGranule);
+  const auto one = create(), two = create(2 * kGranule);
+  FAILS(INVALID_VALUE, cuMemMap(at, kGranule, kGranule, one, 0));              // an offset
+  FAILS(INVALID_VALUE, cuMemMap(at, kGranule, 0, one, 1));                     // a flag
+  FAILS(INVALID_VALUE, cuMemMap(at, kGranule, 0, two, 0));                     // part of a handle
+  FAILS(INVALID_VALUE, cuMemMap(at + 4096, kGranule, 0, one, 0));              // not on a granule
+  FAILS(INVALID_VALUE, cuMemMap(at + 3 * kGranule, 2 * kGranule, 0, two, 0));  // past the end
+  OK(cuMemMap(at, kGranule, 0, one, 0));
+  FAILS(INVALID_VALUE, cuMemMap(at, kGranule, 0, one, 0));  // over a mapping
+  OK(cuMemMap(at + kGranule, 2 * kGranule, 0, two, 0));
+
+  // Mapping grants nothing; access is for whole mappings without holes.
+  unsigned char byte = 1;
+  FAILS(INVALID_VALUE, cuMemcpyHtoD_v2(at, &byte, 1));
+  CHECK(set_access(at + kGranule, kGranule) == CUDA_ERROR_INVALID_VALUE);
+  CHECK(set_access(at, 4 * kGranule) == CUDA_ERROR_INVALID_VALUE);
+  OK(set_access(at, 3 * kGranule));
+  OK(cuMemcpyHtoD_v2(at, &byte, 1));
+
+  FAILS(INVALID_VALUE, cuMemAddressFree(at, 4 * kGranule));  // something is mapped
+  FAILS(INVALID_VALUE, cuMemUnmap(at + kGranule, kGranule));
+  FAILS(INVALID_VALUE, cuMemUnmap(at, 4 * kGranule));
+  OK(cuMemUnmap(at, 3 * kGranule));  // two mappings at once
+  FAILS(INVALID_VALUE, cuMemUnmap(at, kGranule));
+  FAILS(INVALID_VALUE, cuMemAddressFree(at, kGranule));
+  OK(cuMemAddressFree(at, 4 * kGranule));
+  FAILS(INVALID_VALUE, cuMemMap(at, kGranule, 0, one, 0));
+  OK(cuMemRelease(one));
+  OK(cuMemRelease(two));
+  CHECK(violations() == 0);
+  FAILS(INVALID_VALUE, cuMemRelease(one));
+  CHECK(violations("misuse") == 1);
+}
+
+TEST(memory_lives_as_long_as_something_needs_it) {
+  begin();
+  const std::size_t all = available();
+  const auto handle = create();
+  const CUdeviceptr first = reserve(), second = reserve();
+  map(first, handle);
+  map(second, handle);
+  OK(cuMemsetD8_v2(first, 7, kGranule));
+  OK(cuCtxSynchronize());
+  CHECK(holds(second, kGranule, 7));  // the same granule
+  OK(cuMemRelease(handle));
+  CHECK(available() == all - kGranule);
+  CUmemGenericAllocationHandle again = 0;
+  OK(cuMemRetainAllocationHandle(&again, reinterpret_cast<void*>(first + 123)));
+  CHECK(again == handle);
+  OK(cuMemUnmap(first, kGranule));
+  OK(cuMemUnmap(second, kGranule));
+  CHECK(available() == all - kGranule);
+  map(first, again);
+  CHECK(holds(first, kGranule, 7));
+  OK(cuMemUnmap(first, kGranule));
+  OK(cuMemRelease(again));
+  CHECK(available() == all);
+}
+
+TEST(there_is_only_so_much) {
+  begin();
+  std::vector<CUmemGenericAllocationHandle> handles;
+  for (int i = 0; i < 32; ++i) handles.push_back(create());
+  CUmemGenericAllocationHandle none = 0;
+  const CUmemAllocationProp wanted = prop();
+  FAILS(OUT_OF_MEMORY, cuMemCreate(&none, kGranule, &wanted, 0));
+  OK(cuMemRelease(handles.back()));
+  simcuda_others_hold(kGranule);
+  FAILS(OUT_OF_MEMORY, cuMemCreate(&none, kGranule, &wanted, 0));
+  simcuda_others_hold(0);
+  OK(cuMemCreate(&none, kGranule, &wanted, 0));
+  CUdeviceptr plain = 0;
+  FAILS(OUT_OF_MEMORY, cuMemAlloc_v2(&plain, 1));
+}
+
+TEST(shared_by_descriptor) {
+  begin();
+  CUmemAllocationProp wanted = prop();
+  wanted.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  CUmemGenericAllocationHandle handle = 0, imported = 0;
+  OK(cuMemCreate(&handle, kGranule, &wanted, 0));
+  int fd = -1;
+  OK(cuMemExportToShareableHandle(&fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+  CHECK(::fcntl(fd, F_GETFD) & FD_CLOEXEC);
+  OK(cuMemImportFromShareableHandle(&imported, reinterpret_cast<void*>(std::intptr_t{fd}),
+                                    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
+  ::close(fd);
+  OK(cuMemRelease(handle));
+  const CUdeviceptr at = reserve();
+  map(at, imported);
+  const auto private_one = create();
+  FAILS(INVALID_VALUE, cuMemExportToShareableHandle(&fd, private_one,
+                                                    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+}
+
+TEST(registered_memory) {
+  begin();
+  std::vector<unsigned char> host(3 << 20);
+  unsigned char* const at = host.data();
+  OK(cuMemHostRegister_v2(at + 1, 1000, 0));  // unaligned
+  FAILS(HOST_MEMORY_ALREADY_REGISTERED, cuMemHostRegister_v2(at, 4096, 0));
+  FAILS(HOST_MEMORY_ALREADY_REGISTERED, cuMemHostRegister_v2(at + 1000, 4096, 0));
+  OK(cuMemHostRegister_v2(at + 1001, 10, 0));  // another range on the same page
+  FAILS(INVALID_VALUE, cuMemHostRegister_v2(at + 2048, 0, 0));
+  FAILS(INVALID_VALUE, cuMemHostRegister_v2(reinterpret_cast<void*>(64), 4096, 0));
+  FAILS(INVALID_VALUE, cuMemHostUnregister(at + 2));
+  FAILS(HOST_MEMORY_NOT_REGISTERED, cuMemHostUnregister(at + 4096));
+  FAILS(INVALID_VALUE, cuMemHostUnregister(nullptr));
+  const CUdeviceptr device = mapped();
+  FAILS(INVALID_VALUE, cuMemcpyHtoD_v2(device, at + 500, 4096));  // partly pinned
+  OK(cuMemHostUnregister(at + 1));
+  OK(cuMemHostUnregister(at + 1001));
+  unsigned char* const allocated = pinned(4096);
+  FAILS(INVALID_VALUE, cuMemHostUnregister(allocated));
+  OK(cuMemFreeHost(allocated));
+  OK(cuMemFreeHost(nullptr));
+}
+
+TEST(only_leading_bytes_are_kept) {
+  begin("content=4096\nclock=virtual");
+  const CUdeviceptr at = mapped(2 * kGranule);
+  std::vector<unsigned char> host(2 * kGranule, 5), back(2 * kGranule, 9);
+  OK(cuMemcpyHtoD_v2(at, host.data(), host.size()));
+  OK(cuMemcpyDtoH_v2(back.data(), at, back.size()));
+  for (std::size_t i = 0; i < back.size(); ++i) CHECK(back[i] == (i % kGranule < 4096 ? 5 : 0));
+  CHECK(peek(at + kGranule, 4097) == std::vector<unsigned char>(back.data(), back.data() + 4097));
+  OK(cuMemsetD32_v2(at + kGranule + 4088, 0x01020304, 100));
+  OK(cuCtxSynchronize());
+  CHECK(peek(at + kGranule + 4092, 8) == std::vector<unsigned char>({4, 3, 2, 1, 0, 0, 0, 0}));
+}
+
+// Granules that follow each other in the address space lie anywhere in the store.
+TEST(kernels_see_one_range) {
+  begin();
+  const CUdeviceptr at = reserve(4 * kGranule);
+  std::vector<CUmemGenericAllocationHandle> handles;
+  for (int i = 0; i < 4; ++i) handles.push_back(create());
+  for (int i = 0; i < 4; ++i) OK(cuMemMap(at + i * kGranule, kGranule, 0, handles[3 - i], 0));
+  OK(set_access(at, 4 * kGranule));
+  std::vector<unsigned char> content(3 * kGranule);
+  std::iota(content.begin(), content.end(), 0);
+  OK(cuMemcpyHtoD_v2(at, content.data(), content.size()));
+  auto* const digests = reinterpret_cast<std::uint64_t*>(pinned(24));
+  const CUstream s = stream();
+  const warmserve::DigestCall on_device{at, 3 * kGranule, kGranule,
+                                        reinterpret_cast<warmserve::Address>(digests)};
+  OK(launch(on_device, s));
+  OK(cuStreamSynchronize(s));
+  std::uint64_t expected[3];
+  run_on_cpu(warmserve::DigestCall{reinterpret_cast<warmserve::Address>(content.data()),
+                                   3 * kGranule, kGranule,
+                                   reinterpret_cast<warmserve::Address>(expected)});
+  CHECK(std::memcmp(digests, expected, sizeof expected) == 0);
+
+  // Out of one pair of granules into another, both in two pieces.
+  const warmserve::GatherCall gather{at + kGranule - 64, at + 2 * kGranule - 100, 4, 50, 100};
+  OK(launch(gather, s));
+  OK(cuStreamSynchronize(s));
+  for (std::size_t row = 0; row < 4; ++row) {
+    const auto got = peek(gather.to + row * 50, 50);
+    CHECK(std::memcmp(got.data(), &content[kGranule - 64 + row * 100], 50) == 0);
+  }
+  CHECK(violations() == 0);
+
+  // A range that is not mapped is found when the kernel runs, and stays.
+  OK(launch(warmserve::GatherCall{at, at + 5 * kGranule, 1, 8, 8}, s));
+  FAILS(ILLEGAL_ADDRESS, cuStreamSynchronize(s));
+  FAILS(ILLEGAL_ADDRESS, cuMemsetD8Async(at, 0, 1, s));
+  CHECK(violations() == 1);
+}
+
+TEST(a_store_to_read_only_memory_kills) {
+  begin();
+  const CUdeviceptr at = mapped(), other = mapped();
+  const CUstream s = stream();
+  OK(cuMemsetD8Async(other, 1, 64, s));
+  OK(cuStreamSynchronize(s));
+  OK(set_access(at, kGranule, CU_MEM_ACCESS_FLAGS_PROT_READ));
+  FAILS(INVALID_VALUE, cuMemsetD8Async(at, 1, 1, s));
+  OK(launch(warmserve::GatherCall{other, at, 1, 64, 64}, s));
+  FAILS(ILLEGAL_ADDRESS, cuStreamSynchronize(s));
+}
+
+TEST(misaligned_kernels_die_so) {
+  begin();
+  const CUdeviceptr at = mapped();
+  const CUstream s = stream();
+  OK(cuMemsetD8Async(at, 1, 64, s));
+  OK(launch(warmserve::DigestCall{at, 64, 64, at + 1001}, s));
+  FAILS(MISALIGNED_ADDRESS, cuStreamSynchronize(s));
+}

@@ -1,0 +1,176 @@
+"""Risk: a graph is being captured somewhere in the process, and a call of ours fails, or kills it.
+
+The codes are documented with each error in cuda.h; that a forbidden call of another thread also
+invalidates the capture was observed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from cuda_calls import (
+    BLOCKING,
+    GLOBAL,
+    LEGACY,
+    NON_BLOCKING,
+    PAGE,
+    RELAXED,
+    THREAD_LOCAL,
+    Cuda,
+    code,
+)
+
+from warmserve_rt.testing import simulated_cuda
+
+G = 2 << 20
+
+
+@pytest.fixture
+def cuda() -> Iterator[Cuda]:
+    with simulated_cuda(clock="virtual", check=False) as simulated:
+        yield Cuda(simulated.library).start()
+
+
+def in_thread(cuda: Cuda, mode: int, call: Callable[[], object]) -> int:
+    """What the call returns in another thread of that capture mode."""
+    result = []
+
+    def body() -> None:
+        cuda.set_current(context)
+        cuda.exchange_mode(mode)
+        result.append(code(call))
+
+    context = cuda.current()
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def allocate(cuda: Cuda) -> Callable[[], object]:
+    return lambda: cuda.out("cuMemAlloc_v2", G)
+
+
+def test_a_capture_records_and_runs_nothing(cuda: Cuda) -> None:
+    stream, address, host = cuda.stream(), cuda.mapped(G), cuda.pinned(PAGE, b"before")
+    cuda.htod(address, host.address, 6)
+    cuda.begin_capture(stream)
+    cuda.memset(address, 0, 6, stream)
+    graph = cuda.end_capture(stream)
+    cuda.dtoh(host.address + 100, address, 6)
+    assert host[100:106] == b"before"
+    cuda.call("cuGraphDestroy", graph)
+
+
+@pytest.mark.parametrize(
+    ("capture", "other", "dies"),
+    [
+        (GLOBAL, GLOBAL, True),
+        (GLOBAL, THREAD_LOCAL, False),
+        (GLOBAL, RELAXED, False),
+        (THREAD_LOCAL, GLOBAL, False),
+        (RELAXED, GLOBAL, False),
+    ],
+)
+@pytest.mark.parametrize("call", ["allocate", "query"])
+def test_a_call_of_another_thread(
+    cuda: Cuda, capture: int, other: int, dies: bool, call: str
+) -> None:
+    stream, event = cuda.stream(), cuda.event()
+    forbidden = {"allocate": allocate(cuda), "query": lambda: cuda.done(event)}[call]
+    cuda.begin_capture(stream, capture)
+    assert in_thread(cuda, other, forbidden) == (900 if dies else 0)
+    assert code(cuda.end_capture, stream) == (901 if dies else 0)
+
+
+@pytest.mark.parametrize("mode", [GLOBAL, THREAD_LOCAL, RELAXED])
+def test_a_call_of_the_thread_that_captures(cuda: Cuda, mode: int) -> None:
+    stream = cuda.stream()
+    cuda.begin_capture(stream, mode)
+    allowed = mode == RELAXED
+    assert code(allocate(cuda)) == (0 if allowed else 900)
+    assert code(cuda.end_capture, stream) == (0 if allowed else 901)
+
+
+def test_a_relaxed_thread_may_while_it_captures(cuda: Cuda) -> None:
+    stream = cuda.stream()
+    cuda.begin_capture(stream, GLOBAL)
+    assert cuda.exchange_mode(RELAXED) == GLOBAL
+    assert code(allocate(cuda)) == 0
+    assert cuda.exchange_mode(GLOBAL) == RELAXED
+    assert code(cuda.end_capture, stream) == 0
+
+
+def test_memory_management_is_no_forbidden_call(cuda: Cuda) -> None:
+    """Known indirectly alone: PyTorch guards its allocations, and not its expandable segments."""
+    stream = cuda.stream()
+    cuda.begin_capture(stream, GLOBAL)
+    address = cuda.mapped(G)
+    cuda.unmap(address, G)
+    cuda.address_free(address, G)
+    cuda.end_capture(stream)
+
+
+def test_a_captured_stream_cannot_be_waited_for(cuda: Cuda) -> None:
+    stream = cuda.stream()
+    cuda.begin_capture(stream, RELAXED)
+    assert code(cuda.synchronize, stream) == 900
+    assert code(cuda.end_capture, stream) == 901
+
+
+@pytest.mark.parametrize("mode", [GLOBAL, RELAXED])
+def test_an_event_of_a_capture_cannot_be_asked(cuda: Cuda, mode: int) -> None:
+    stream, event = cuda.stream(), cuda.event()
+    cuda.begin_capture(stream, mode)
+    cuda.record(event, stream)
+    assert code(cuda.done, event) == 907
+    assert code(cuda.event_synchronize, event) == 907
+
+
+@pytest.mark.parametrize(("flags", "error"), [(BLOCKING, 906), (NON_BLOCKING, 0)])
+def test_the_legacy_stream_would_join_a_capture(cuda: Cuda, flags: int, error: int) -> None:
+    stream, address = cuda.stream(flags), cuda.mapped(G)
+    cuda.begin_capture(stream, RELAXED)
+    assert code(cuda.memset, address, 0, 1, LEGACY) == error
+    assert code(cuda.end_capture, stream) == (901 if error else 0)
+
+
+def test_the_legacy_stream_cannot_be_captured(cuda: Cuda) -> None:
+    assert code(cuda.begin_capture, LEGACY) == 900
+
+
+def test_a_fork_must_join_again(cuda: Cuda) -> None:
+    origin, branch = cuda.stream(), cuda.stream()
+    event, joined, address = cuda.event(), cuda.event(), cuda.mapped(G)
+
+    def fork() -> None:
+        cuda.begin_capture(origin)
+        cuda.record(event, origin)
+        cuda.wait(branch, event)
+        cuda.memset(address, 0, 1, branch)
+
+    fork()
+    assert code(cuda.end_capture, origin) == 904
+    fork()
+    cuda.record(joined, branch)
+    cuda.wait(origin, joined)
+    cuda.call("cuGraphDestroy", cuda.end_capture(origin))
+
+
+def test_a_capture_may_not_depend_on_what_is_outside(cuda: Cuda) -> None:
+    stream, other, event = cuda.stream(), cuda.stream(), cuda.event()
+    cuda.record(event, other)
+    cuda.begin_capture(stream)
+    assert code(cuda.wait, stream, event) == 905
+
+
+def test_another_thread_cannot_end_it(cuda: Cuda) -> None:
+    stream = cuda.stream()
+    cuda.begin_capture(stream)
+    assert in_thread(cuda, RELAXED, lambda: cuda.end_capture(stream)) == 908
+
+
+def test_what_never_began_cannot_end(cuda: Cuda) -> None:
+    assert code(cuda.end_capture, cuda.stream()) == 401

@@ -1,0 +1,31 @@
+"""Risk: the simulated driver suits its author's idea of CUDA, and nobody else's.
+
+Clients that know nothing of it, each in a process of its own, find it as ``libcuda.so.1``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from warmserve_rt.testing import simulated_cuda
+
+CLIENTS = Path(__file__).with_name("clients")
+
+
+@pytest.mark.parametrize("client", ["bindings", "numba_arrays", "cupy_views"])
+def test_a_client_that_knows_nothing_of_the_simulator(client: str, tmp_path: Path) -> None:
+    with simulated_cuda(memory="1GiB") as cuda:
+        done = subprocess.run(
+            [sys.executable, CLIENTS / f"{client}.py"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            env={**cuda.environment, "CUPY_CACHE_DIR": str(tmp_path)},
+        )
+        assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+        assert not cuda.calls  # the client's driver is its own

@@ -1,0 +1,257 @@
+"""Risk: a test of ours says what the simulated driver was never asked: its clock, its faults, its
+counts or its options are not what they claim."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from cuda_calls import PAGE, Cuda, code
+
+from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing import simulated_cuda, simulated_cuda_fixture
+
+G = 2 << 20
+RATE = 1e9
+
+plain = simulated_cuda_fixture(memory="64MiB", leaks=True)
+
+
+def test_the_fixture(plain: SimulatedCuda) -> None:
+    cuda = Cuda(plain.library).start()
+    assert cuda.memory() == (64 << 20, 64 << 20)
+    cuda.release_primary()
+
+
+def elapsed(simulated: SimulatedCuda, work: Callable[[], object]) -> float:
+    before = simulated.now
+    work()
+    return simulated.now - before
+
+
+def test_copies_take_their_time() -> None:
+    with simulated_cuda(clock="virtual", h2d=RATE, d2h=RATE / 2) as simulated:
+        cuda = Cuda(simulated.library).start()
+        host, there, back = cuda.pinned(4 * G), cuda.mapped(4 * G), cuda.mapped(4 * G)
+        one, two = cuda.stream(), cuda.stream()
+
+        def copies(*each: tuple[str, int]) -> Callable[[], object]:
+            def run() -> None:
+                for direction, stream in each:
+                    if direction == "h2d":
+                        cuda.htod(there, host.address, G, stream)
+                    else:
+                        cuda.dtoh(host.address + G, back, G, stream)
+                cuda.synchronize(one)
+                cuda.synchronize(two)
+
+            return run
+
+        cuda.memset(back, 0, G, one)
+        cuda.synchronize(one)
+        seconds = G / RATE
+        assert elapsed(simulated, copies(("h2d", one))) == pytest.approx(seconds, rel=1e-6)
+        assert elapsed(simulated, copies(("d2h", one))) == pytest.approx(2 * seconds, rel=1e-6)
+        # One engine for each direction: they run beside each other, and not beside themselves.
+        assert elapsed(simulated, copies(("h2d", one), ("d2h", two))) == pytest.approx(
+            2 * seconds, rel=1e-6
+        )
+        assert elapsed(simulated, copies(("d2h", one), ("d2h", one))) == pytest.approx(
+            4 * seconds, rel=1e-6
+        )
+        assert simulated.copied == {"h2d": 2 * G, "d2h": 4 * G, "d2d": 0}
+
+
+def test_engines_are_shared_between_streams() -> None:
+    with simulated_cuda(clock="virtual", h2d=RATE) as simulated:
+        cuda = Cuda(simulated.library).start()
+        host, there = cuda.pinned(2 * G), cuda.mapped(2 * G)
+        streams = [cuda.stream(), cuda.stream()]
+        begun = simulated.now
+        for i, stream in enumerate(streams):
+            cuda.htod(there + i * G, host.address + i * G, G, stream)
+        cuda.context_synchronize()
+        assert simulated.now - begun == pytest.approx(2 * G / RATE, rel=1e-6)
+
+
+def test_calls_cost_what_was_said() -> None:
+    costs = {"cuMemMap": (1.5, 0.25), "cuMemSetAccess": (3.0, 36.0), "cuMemUnmap": (0.0, 26.0)}
+    with simulated_cuda(clock="virtual", costs=costs) as simulated:
+        cuda = Cuda(simulated.library).start()
+        address, handle = cuda.reserve(5 * G), cuda.create(5 * G)
+        us = {
+            "map": elapsed(simulated, lambda: cuda.map(address, 5 * G, handle)),
+            "access": elapsed(simulated, lambda: cuda.set_access(address, 5 * G)),
+            "unmap": elapsed(simulated, lambda: cuda.unmap(address, 5 * G)),
+            "free": elapsed(simulated, lambda: cuda.address_free(address, 5 * G)),
+        }
+        expected = {"map": 2.75e-6, "access": 183e-6, "unmap": 130e-6, "free": 0.0}
+        assert us == pytest.approx(expected, abs=1e-9)
+
+
+def test_calls_take_that_long_by_the_real_clock_too() -> None:
+    with simulated_cuda(costs={"cuMemAddressReserve": (20e3, 0)}) as simulated:
+        cuda = Cuda(simulated.library).start()
+        assert elapsed(simulated, lambda: cuda.reserve(G)) >= 0.02
+
+
+def test_the_virtual_clock_is_deterministic() -> None:
+    def run() -> dict[str, object]:
+        options = {"cuMemcpyHtoDAsync_v2": (2.8, 0.0), "cuEventQuery": (1.0, 0.0)}
+        with simulated_cuda(clock="virtual", h2d=RATE / 10, costs=options) as simulated:
+            cuda = Cuda(simulated.library).start()
+            host, there = cuda.pinned(2 * G), cuda.mapped(2 * G)
+            event, streams = cuda.event(), [cuda.stream(), cuda.stream()]
+            for i in range(10):
+                cuda.htod(there + i, host.address, 1000 * i + 1, streams[0])
+            cuda.record(event, streams[0])
+            polls = 0
+            while not cuda.done(event):
+                polls += 1
+            return {**simulated.report(), "polls": polls}
+
+    first = run()
+    assert first == run()
+    assert isinstance(first["polls"], int)
+    assert first["polls"] > 10
+
+
+def test_polling_without_costs_comes_to_an_end() -> None:
+    with simulated_cuda(clock="virtual", h2d=RATE) as simulated:
+        cuda = Cuda(simulated.library).start()
+        event, stream = cuda.event(), cuda.stream()
+        cuda.htod(cuda.mapped(G), cuda.pinned(G).address, G, stream)
+        cuda.record(event, stream)
+        assert any(cuda.done(event) for _ in range(100_000))
+
+
+def test_content_may_be_a_sample() -> None:
+    with simulated_cuda(memory="64MiB", content=PAGE) as simulated:
+        cuda = Cuda(simulated.library).start()
+        address, host = cuda.mapped(2 * G), cuda.pinned(2 * G, b"\x07" * 2 * G)
+        cuda.htod(address, host.address, 2 * G)
+        granule = b"\x07" * PAGE + bytes(G - PAGE)
+        assert simulated.peek(address, 2 * G) == granule * 2
+        cuda.dtoh(host.address, address, 2 * G)
+        assert host[: 2 * G] == granule * 2
+
+
+def test_memory_is_bounded_and_others_take_of_it() -> None:
+    with simulated_cuda(memory="8MiB") as simulated:
+        cuda = Cuda(simulated.library).start()
+        held = [cuda.create(G)]
+        simulated.others_hold(2 * G)
+        assert cuda.memory() == (G, 4 * G)
+        held.append(cuda.create(G))
+        assert code(cuda.create, G) == 2
+        cuda.release(held.pop())
+        assert code(cuda.create, 2 * G) == 2
+        simulated.others_hold(0)
+        assert cuda.memory() == (3 * G, 4 * G)
+        cuda.create(3 * G)
+
+
+def test_faults() -> None:
+    with simulated_cuda() as simulated:
+        cuda = Cuda(simulated.library).start()
+        faults, address, handle = simulated.faults, cuda.reserve(G), cuda.create(G)
+        faults.arm([(2, 3), (5, None)], only="cuMemUnmap", status="out_of_memory")
+        results = []
+        for _ in range(6):
+            cuda.map(address, G, handle)  # what failed has done nothing, what did not has
+            results.append(code(cuda.unmap, address, G))
+            if results[-1]:
+                assert code(cuda.map, address, G, handle) == 1
+                break
+        assert (results, faults.calls, faults.injected, faults.last) == ([0, 2], 2, 1, "cuMemUnmap")
+        faults.disarm()
+        cuda.unmap(address, G)
+        faults.arm([(2, 2)], status=719)
+        assert [code(cuda.reserve, G), code(cuda.create, G), code(cuda.create, G)] == [0, 719, 0]
+        assert (faults.calls, faults.injected, faults.last) == (3, 1, "cuMemCreate")
+        faults.arm([(1, None)], status="device_lost")
+        assert code(cuda.memory) == 700
+        faults.disarm()
+        assert faults.calls == 0
+        cuda.memory()
+        with pytest.raises(ValueError, match="no status 'bad': one of failed, out_of_memory"):
+            faults.arm([], status="bad")
+        with pytest.raises(ValueError, match="no function 'cuMemPonder'"):
+            faults.arm([(1, 1)], only="cuMemPonder")
+
+
+def test_counts_and_leaks() -> None:
+    with simulated_cuda(check=False) as simulated:
+        cuda = Cuda(simulated.library).start()
+        cuda.create(G)
+        stream = cuda.stream()
+        assert code(cuda.unmap, 0, G) == 1
+        assert (simulated.calls["cuMemUnmap"], simulated.calls["cuMemCreate"]) == (1, 1)
+        cuda.stream_destroy(stream)
+        left = {kind: count for kind, count in simulated.live.items() if count}
+        simulated.check(leaks=False)
+        with pytest.raises(AssertionError, match="leak") as raised:
+            simulated.check()
+        assert len(left) == str(raised.value).count("  leak")
+
+
+def test_a_new_driver_knows_nothing_of_the_last() -> None:
+    for _ in range(2):
+        with simulated_cuda() as simulated:
+            cuda = Cuda(simulated.library)
+            assert code(cuda.memory) == 3
+            assert simulated.report()["violations"] == []
+            cuda.start().mapped(G)
+            assert cuda.memory()[0] == (8 << 30) - G
+    with pytest.raises(AssertionError, match="leak"), simulated_cuda(leaks=True) as simulated:
+        Cuda(simulated.library).start().mapped(G)
+
+
+def test_options_reach_programs() -> None:
+    with simulated_cuda(
+        devices=3, visible="2,0,9,1", driver_version=12040, capability=80, integrated=True
+    ) as simulated:
+        cuda = Cuda(simulated.library).start()
+        assert cuda.device_count() == 2
+        assert cuda.out("cuDriverGetVersion") == 12040
+        assert [cuda.attribute(75), cuda.attribute(76), cuda.attribute(18)] == [8, 0, 1]
+        found = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import ctypes; cuda = ctypes.CDLL('libcuda.so.1'); n = ctypes.c_int();"
+                "cuda.cuInit(0); cuda.cuDeviceGetCount(ctypes.byref(n)); print(n.value)",
+            ],
+            env=simulated.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout == "2\n"
+
+
+def test_there_is_one_a_process() -> None:
+    with simulated_cuda(), pytest.raises(ValueError, match="open already"), simulated_cuda():
+        raise AssertionError
+    with simulated_cuda():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"clock": "fast"}, "not an option: clock=fast"),
+        ({"granularity": 3000}, "not an option: granularity=3000"),
+        ({"h2d": -1}, "not an option: h2d=-1"),
+        ({"costs": {"cuMemPonder": (1, 1)}}, r"not an option: cost\.cuMemPonder=1\+1"),
+        ({"memory": "lots"}, "'lots' is no size"),
+        ({"library": "/nowhere.so"}, "no simulated driver at /nowhere.so"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence), simulated_cuda(**options):  # type: ignore[arg-type]
+        raise AssertionError
+    with simulated_cuda():
+        pass

@@ -1,0 +1,108 @@
+"""Risk: the simulated driver calls a race what CUDA orders, or misses one.
+
+Each program is judged twice: by stream_programs.py, from the documented ordering and all paths
+through it, and by the simulator. The sets of offending calls have to be the same ones.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stream_programs import (
+    GRANULE,
+    Op,
+    Program,
+    expected_races,
+    generate,
+    observed_races,
+    plant,
+)
+
+from warmserve_rt.testing import simulated_cuda
+
+
+def judge(program: Program, clock: str = "virtual", **options: float) -> set[int]:
+    """The races of a program, found by both."""
+    with simulated_cuda(clock=clock, memory="64MiB", check=False, **options) as simulated:  # type: ignore[arg-type]
+        observed = observed_races(simulated, program)
+    expected = expected_races(program, observed.completed)
+    assert (observed.races, observed.others) == (expected, []), program
+    return expected
+
+
+A, B = (Op("memset", stream, to=8, nbytes=8) for stream in (1, 2))
+RECORD, AGAIN, WAIT = Op("record", 1), Op("record", 2), Op("wait", 2)
+LEGACY = Op("memset", 0, to=8, nbytes=8)
+NON_BLOCKING, BLOCKING = (("legacy", kind, kind) for kind in ("non-blocking", "blocking"))
+
+
+@pytest.mark.parametrize(
+    ("streams", "ops", "races"),
+    [
+        (NON_BLOCKING, [A, B], {1}),
+        (NON_BLOCKING, [A, replace(B, to=16)], set()),
+        (NON_BLOCKING, [A, replace(B, to=15, nbytes=1)], {1}),
+        (NON_BLOCKING, [A, replace(B, to=GRANULE + 15, nbytes=1, alias=1)], {1}),
+        (NON_BLOCKING, [A, replace(B, to=GRANULE + 16, nbytes=1, alias=1)], set()),
+        (NON_BLOCKING, [A, A], set()),
+        (NON_BLOCKING, [A, RECORD, WAIT, B], set()),
+        (NON_BLOCKING, [RECORD, A, WAIT, B], {3}),
+        (NON_BLOCKING, [A, WAIT, RECORD, B], {3}),
+        (NON_BLOCKING, [A, RECORD, WAIT, AGAIN, B], set()),
+        (NON_BLOCKING, [A, RECORD, AGAIN, WAIT, B], {4}),
+        (NON_BLOCKING, [A, RECORD, Op("sync_event"), B], set()),
+        (NON_BLOCKING, [A, Op("sync_stream", 1), B], set()),
+        (NON_BLOCKING, [A, Op("sync_stream", 2), B], {2}),
+        (NON_BLOCKING, [A, LEGACY, B], {1, 2}),
+        (BLOCKING, [A, LEGACY, B], set()),
+        (BLOCKING, [A, Op("record", 0), B], set()),  # any use of the legacy stream orders
+        (BLOCKING, [A, Op("wait", 0), B], {2}),  # except for what does nothing
+        (BLOCKING, [A, Op("sync_all"), B], set()),
+        (NON_BLOCKING, [A, Op("htod_now", 0, to=8, nbytes=1), B], {1, 2}),
+        (BLOCKING, [A, Op("htod_now", 0, to=8, nbytes=1), B], set()),
+    ],
+)
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_what_is_known(
+    streams: tuple[str, ...], ops: list[Op], races: set[int], clock: str
+) -> None:
+    assert judge(Program(streams, 1, tuple(ops)), clock) == races
+
+
+def test_random_programs() -> None:
+    paced = {"h2d": 1e5, "d2h": 1e4, "d2d": 1e6}  # so that queries find work under way
+    racy = sum(bool(judge(generate(seed), **(paced if seed % 2 else {}))) for seed in range(300))
+    assert 200 < racy < 300  # both kinds occur
+
+
+def test_ordered_programs_and_the_same_with_one_call_missing() -> None:
+    planted = 0
+    for seed in range(60):
+        program = generate(seed, race_free=True)
+        assert not judge(program)
+        without = plant(program, seed)
+        if without is not None:
+            planted += bool(judge(without))
+    assert planted > 40
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_timing_does_not_matter(seed: int) -> None:
+    program = generate(seed)
+    queries = any(op.kind == "query" for op in program.ops)  # whose answers are the timing's
+    found = [
+        judge(program, "real"),
+        judge(program, "virtual"),
+        judge(program, "virtual", h2d=1e4, d2h=3e3, d2d=1e5),
+    ]
+    assert queries or found[0] == found[1] == found[2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(2, 25))
+def test_small_programs(rng: random.Random, length: int) -> None:
+    judge(generate(rng, length))
