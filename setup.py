@@ -4,7 +4,8 @@ weight kernels for GPUs. Everything else is in pyproject.toml.
 WARMSERVE_KERNELS says where nvcc comes from: "system" (CUDA_HOME or PATH), "pypi" (packages in the
 build's own environment), "none" (no kernels for GPUs), or "auto", the default: the system's; else
 PyPI's where there is an NVIDIA device; else none. If nvcc was not asked for by name and fails, the
-package is built without.
+package is built without. WARMSERVE_SANITIZE is what to pass to -fsanitize, for the tests of the
+native code under pytest; WARMSERVE_BUILD_JOBS how many compilers run at once.
 """
 
 import os
@@ -22,6 +23,10 @@ HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]
 # The weight kernels become vector code at -O3, and branches with floating point in them only where
 # nobody traps its exceptions.
 FLAGS = ["-O3", "-fno-trapping-math", "-g0", "-Wall", "-Wextra"]
+SANITIZE = os.environ.get("WARMSERVE_SANITIZE")
+if SANITIZE:
+    FLAGS = [f"-fsanitize={SANITIZE}", "-O1", "-g", "-fno-omit-frame-pointer"]
+LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
 
 KERNELS = "csrc/kernels/weight_kernels.cu"
@@ -131,7 +136,7 @@ setup(
             include_dirs=["csrc"],
             cxx_std=20,
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=LINK,
         ),
         Extension(
             SIMULATOR,
@@ -139,7 +144,7 @@ setup(
             depends=HEADERS,
             include_dirs=["csrc"],
             extra_compile_args=["-std=c++20", "-fvisibility=hidden", *FLAGS],
-            extra_link_args=["-pthread", "-Wl,-soname,libwarmserve_simcuda.so"],
+            extra_link_args=[*LINK, "-Wl,-soname,libwarmserve_simcuda.so"],
             language="c++",
         ),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -50,7 +52,7 @@ class Device:
 
     def watch(self, *, pump: bool = False) -> testing.Watched:
         if self.name == "cuda:0":
-            return testing.watch_cuda()
+            return testing.watch("cuda:0")
         if self.name != "simcuda":
             return testing.watch(pump=pump, host_view=self.host_view)
         if not self.simulated:  # without threads it is deterministic
@@ -74,9 +76,9 @@ class Device:
 
     def pinned(self, nbytes: int) -> Any:
         """Host memory that copies may write while the caller goes on; it lasts as the device."""
-        if not self.simulated:
+        if not self.cuda:
             return np.zeros(nbytes, np.uint8)
-        raw = Cuda(self.simulated.library).start()
+        raw = Cuda(self.simulated.library if self.simulated else "libcuda.so.1").start()
         memory = raw.pinned(nbytes)
         self._pinned.callback(raw.release_primary)
         self._pinned.callback(raw.unregister, memory.address)
@@ -102,7 +104,15 @@ class Device:
 on_the_host = pytest.mark.parametrize("device", ["host", "host-staged"], indirect=True)
 
 
-@pytest.fixture(params=["host", "host-staged", "simcuda"])
+def _gpu() -> list[str]:
+    """A real GPU, where there is one. Looked for in another process: CUDA that has begun here would
+    be in the way of tests that fork."""
+    look = "from warmserve_rt import _native; _native.cuda_driver()"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, cwd="/")
+    return [] if found.returncode else ["cuda:0"]
+
+
+@pytest.fixture(params=["host", "host-staged", "simcuda", *_gpu()])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     made = Device(request.param)
     yield made

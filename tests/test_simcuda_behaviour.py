@@ -142,6 +142,30 @@ def test_the_stream_that_waits_is_not_the_host_that_waits(
     assert "use-while-unmapped" in kinds(simulated)
 
 
+@pytest.mark.parametrize(("registered", "found"), [(True, []), (False, ["race"])])
+def test_a_copy_that_was_only_staged_is_not_over(
+    simulated: SimulatedCuda, cuda: Cuda, registered: bool, found: list[str]
+) -> None:
+    """What comes back from a synchronous copy out of pageable memory is the source, no more."""
+    stream, first, second = cuda.stream(), cuda.mapped(G), cuda.mapped(G)
+    source = cuda.pinned(PAGE) if registered else Pinned(PAGE)
+    cuda.htod(first, source.address, 10)
+    cuda.memset(first, 1, 10, stream)
+    assert kinds(simulated) == found
+    cuda.htod(second, source.address, 10)
+    cuda.unmap(second, G)
+    assert kinds(simulated) == found + ["use-while-unmapped"] * (not registered)
+
+
+def test_a_staged_copy_waits_for_what_is_before_it(simulated: SimulatedCuda, cuda: Cuda) -> None:
+    blocking, stream, address = cuda.stream(BLOCKING), cuda.stream(), cuda.mapped(G)
+    cuda.memset(address, 1, 10, blocking)
+    cuda.htod(cuda.mapped(G), Pinned(PAGE).address, 10)
+    cuda.memset(address, 2, 10, stream)
+    cuda.context_synchronize()
+    assert not simulated.violations
+
+
 def test_host_memory_that_is_unregistered_while_in_use(
     simulated: SimulatedCuda, cuda: Cuda
 ) -> None:
@@ -166,6 +190,7 @@ def test_access_is_enforced(simulated: SimulatedCuda, cuda: Cuda, access: int) -
 def test_access_that_changes_under_a_copy_kills_it(simulated: SimulatedCuda, cuda: Cuda) -> None:
     stream, host, address = cuda.stream(), cuda.pinned(PAGE, b"new"), cuda.mapped(G)
     cuda.memset(address, ord("o"), 3, stream)
+    cuda.synchronize(stream)
     busy(cuda, stream)
     cuda.htod(address, host.address, 3, stream)
     cuda.set_access(address, G, READ)
@@ -275,6 +300,7 @@ def test_an_error_of_the_context_stays(simulated: SimulatedCuda, cuda: Cuda) -> 
 def test_a_dead_context_does_nothing_more(simulated: SimulatedCuda, cuda: Cuda) -> None:
     stream, host, address = cuda.stream(), cuda.pinned(PAGE, b"new"), cuda.mapped(G)
     cuda.memset(address, ord("o"), 3, stream)
+    cuda.synchronize(stream)
     busy(cuda, stream)
     cuda.htod(address, host.address, 3, stream)
     simulated.break_context(719)

@@ -45,7 +45,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "reset": (ctypes.c_int, [_text]),
     "error": (_text, []),
     "clear_faults": (None, []),
-    "fault": (None, [_text, _u64, _u64, ctypes.c_int]),
+    "fault": (ctypes.c_int, [_text, _u64, _u64, ctypes.c_int]),
     "calls": (_u64, [_text]),
     "injected": (_u64, []),
     "last_fault": (_text, []),
@@ -108,13 +108,12 @@ class Faults:
         error = status if isinstance(status, int) else _STATUSES.get(status)
         if error is None:
             raise ValueError(f"no status {status!r}: one of {', '.join(_STATUSES)}, or a number")
-        if only and not any(hasattr(self._control.library, only + end) for end in ("", "_v2")):
-            raise ValueError(f"no function {only!r}")
         self._control.clear_faults()
         self._only = only.encode() if only else None
         for first, last in ranges:
             end = (1 << 64) - 1 if last is None else last
-            self._control.fault(self._only, first, end, error)
+            if self._control.fault(self._only, first, end, error):
+                raise ValueError(self._control.error().decode())
 
     def disarm(self) -> None:
         self.arm([])

@@ -21,6 +21,7 @@ import ctypes
 from dataclasses import dataclass
 
 from . import _native
+from .devices import open_driver
 from .runtime import Model, Runtime
 from .simcuda import Faults, SimulatedCuda, simulated_cuda, simulated_cuda_fixture
 
@@ -73,14 +74,21 @@ def cuda_driver(cuda: SimulatedCuda, ordinal: int = 0) -> _native.Driver:
 
 
 def watch(
-    *, pump: bool = False, host_view: bool = True, cuda: SimulatedCuda | None = None
+    device: str = "host",
+    *,
+    pump: bool = False,
+    host_view: bool = True,
+    cuda: SimulatedCuda | None = None,
 ) -> Watched:
-    """A device that checks the driver's contracts: the host, or one of the simulated driver.
-    ``host_view=False`` hides that the CPU reaches the host's granules, so that loads go by staging
-    as on a discrete GPU."""
-    below = (
-        cuda_driver(cuda) if cuda else _native.host_driver(threads=not pump, host_view=host_view)
-    )
+    """A device that checks the driver's contracts: the one of that name, or with ``cuda`` one of the
+    simulated driver. ``host_view=False`` hides that the CPU reaches the host's granules, so that
+    loads go by staging as on a discrete GPU."""
+    if cuda:
+        below = cuda_driver(cuda)
+    elif device == "host":
+        below = _native.host_driver(threads=not pump, host_view=host_view)
+    else:
+        below = open_driver(device, pump=pump)
     strict = _native.StrictDriver(below)
     faults = _native.FaultyDriver(strict)
     return Watched(faults, strict, faults, cuda)

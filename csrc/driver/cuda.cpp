@@ -91,6 +91,7 @@ class CudaDriver final : public Driver {
   };
 
   void open_device(int ordinal);
+  void probe_granule_kind();
   void load_kernels(const std::string& image);
   int attribute(CUdevice_attribute which) const;
   Status settle(Address address, std::uint64_t bytes);
@@ -176,6 +177,7 @@ CudaDriver::CudaDriver(const CudaOptions& options, Library library) : cuda_(libr
     throw Error(ErrorKind::general, "the context of " + facts_.name +
                                         " cannot be had: " + describe(result) +
                                         "; is another process using it exclusively?");
+  probe_granule_kind();
   load_kernels(options.kernels);
   CALL(cuCtxGetStreamPriorityRange, &least_priority_, &greatest_priority_);
 }
@@ -224,6 +226,22 @@ void CudaDriver::open_device(int ordinal) {
   facts_.granularity = granularity;
   facts_.host_view = false;
   facts_.cuda_ordinal = ordinal;
+}
+
+// The attributes promise more than every system keeps (a container may forbid it): what is refused
+// is done without, the network card's first.
+void CudaDriver::probe_granule_kind() {
+  const auto possible = [this] {
+    CUmemGenericAllocationHandle handle = 0;
+    const Status status =
+        CALL(cuMemCreate, &handle, std::size_t{facts_.granularity}, &granule_kind_, 0ull);
+    if (status == Status::ok) CALL(cuMemRelease, handle);
+    return status == Status::ok || status == Status::out_of_memory;
+  };
+  if (possible()) return;
+  granule_kind_.allocFlags.gpuDirectRDMACapable = 0;
+  if (possible()) return;
+  granule_kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_NONE;
 }
 
 // Without kernels everything but launch() works.

@@ -57,10 +57,15 @@ CUresult copy(Call& call, const Request& request, Stream& stream, bool synchrono
   }
   const bool waits =
       !stream.capture && (synchronous ? !between_devices : copy.to_place == Place::pageable);
+  // From pageable memory to the device: the stream is waited for before the copy, and then the
+  // source is staged; the copy itself may still be under way [D API sync behavior].
+  const bool staged = copy.from_place == Place::pageable && copy.to_place == Place::device;
+  VectorClock clock;
+  if (waits && staged) clock = call.sim->clock_of_next(stream);
   OperationPtr operation;
   const CUresult result = submit(call, stream, std::move(copy), &operation);
   if (result != CUDA_SUCCESS || !waits) return result;
-  const VectorClock clock = stream.clock;
+  if (!staged) clock = stream.clock;
   const CUresult state = call.sim->wait_for(call.lock, operation, stream.context);
   // That an asynchronous copy to pageable memory has waited is not promised.
   if (synchronous && state == CUDA_SUCCESS) call.sim->detector.host_knows(clock);

@@ -51,8 +51,7 @@ void Call::begin(Need need, std::uint64_t bytes) {
   }
   if (sim->options.any_cost || sim->options.virtual_clock) {
     const Cost cost = sim->options.costs[index];
-    const std::uint64_t granules =
-        std::max<std::uint64_t>(1, ceil_div(bytes, sim->options.granularity));
+    const std::uint64_t granules = ceil_div(bytes, sim->options.granularity);
     sim->pay(lock, static_cast<Nanoseconds>(cost.call + cost.granule * granules + 0.5));
   }
   context = current_context(*sim);

@@ -9,7 +9,7 @@
 namespace warmserve::simcuda {
 namespace {
 
-constexpr Nanoseconds kSpin = 60'000;  // shorter costs are spun: a sleep overshoots by as much
+constexpr Nanoseconds kSpin = 100'000;  // the end of a cost is spun: a sleep overshoots by as much
 
 }  // namespace
 
@@ -33,7 +33,7 @@ void Simulator::pay(Lock& lock, Nanoseconds cost) {
   if (cost <= 0) return;
   lock.unlock();
   const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(cost);
-  if (cost > kSpin) std::this_thread::sleep_until(until);
+  if (cost > kSpin) std::this_thread::sleep_until(until - std::chrono::nanoseconds(kSpin));
   while (std::chrono::steady_clock::now() < until) {
   }
   lock.lock();

@@ -112,15 +112,20 @@ void simcuda_clear_faults(void) {
   locked.sim->last_fault = "";
 }
 
-void simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
-                   int error) {
+int simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
+                  int error) {
   const std::size_t index = function ? function_index(function) : kFunctions;
   if (function && index == kFunctions) {
-    set_error(std::string("no such function: ") + function);
-    return;
+    set_error("no function '" + std::string(function) + "'");
+    return -1;
   }
   const Locked locked;
-  if (locked.sim) locked.sim->faults.push_back({index, first, last, static_cast<CUresult>(error)});
+  if (!locked.sim) {
+    if (forked()) set_error("the driver is another process's");
+    return -1;
+  }
+  locked.sim->faults.push_back({index, first, last, static_cast<CUresult>(error)});
+  return 0;
 }
 
 unsigned long long simcuda_calls(const char* function) {

@@ -4,9 +4,10 @@
 // Everything is judged when it is enqueued, in the order of the calls. What orders operations:
 // - their stream; an event recorded and waited for; the host, where it waited for one and enqueued
 //   the other after that: cuStreamSynchronize, cuCtxSynchronize, cuEventSynchronize, a query that
-//   said success, and copies that CUDA documents as synchronous (all between host and device; not
+//   said success, and copies that CUDA documents as synchronous (between host and device; not
 //   cuMemcpyDtoD, not cuMemset of device memory, not an Async copy from device to pageable memory,
-//   which "might be synchronous");
+//   which "might be synchronous"). One from pageable memory waits for what is before it in its
+//   stream and for its source to be read, but not for the write to the device;
 // - the legacy stream: whatever is enqueued in it, positions of events and waits included, comes
 //   after all that was enqueued in blocking streams, and before all that follows in them;
 //   synchronising with it is synchronising with the blocking streams too;

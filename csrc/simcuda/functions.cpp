@@ -28,4 +28,13 @@ std::size_t function_index(const char* name) noexcept {
   return kFunctions;
 }
 
+std::vector<Function> functions_named(const char* name) {
+  std::vector<Function> found;
+  for (std::size_t i = 0; i < kFunctions; ++i)
+    if (std::strcmp(name, kNames[i].base) == 0) found.push_back(static_cast<Function>(i));
+  const std::size_t exact = function_index(name);
+  if (found.empty() && exact != kFunctions) found.push_back(static_cast<Function>(exact));
+  return found;
+}
+
 }  // namespace warmserve::simcuda

@@ -3,6 +3,8 @@
 // are unsigned or int.
 #pragma once
 
+#include <vector>
+
 #include "driver/cuda_abi.h"
 
 #define WARMSERVE_SIMCUDA_EXPORT __attribute__((visibility("default")))
@@ -153,5 +155,7 @@ constexpr std::size_t kFunctions = 0 WARMSERVE_SIMCUDA_FUNCTIONS(X);
 const char* name_of(Function function) noexcept;
 // By symbol, or by the name without its version; kFunctions where there is none.
 std::size_t function_index(const char* name) noexcept;
+// All versions of a function, by its name without one; or the one of that symbol.
+std::vector<Function> functions_named(const char* name);
 
 }  // namespace warmserve::simcuda

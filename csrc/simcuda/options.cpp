@@ -50,12 +50,13 @@ bool parse_visible(const std::string& text, std::optional<std::vector<int>>* out
 }
 
 bool parse_cost(const std::string& function, const std::string& text, Options* out) {
-  const std::size_t index = function_index(function.c_str());
+  const auto named = functions_named(function.c_str());
   const auto plus = text.find('+');
   double call = 0, granule = 0;
-  if (index == kFunctions || !parse(stripped(text.substr(0, plus)), &call)) return false;
+  if (named.empty() || !parse(stripped(text.substr(0, plus)), &call)) return false;
   if (plus != std::string::npos && !parse(stripped(text.substr(plus + 1)), &granule)) return false;
-  out->costs[index] = {call * 1e3, granule * 1e3};
+  for (const Function one : named)
+    out->costs[static_cast<std::size_t>(one)] = {call * 1e3, granule * 1e3};
   out->any_cost = true;
   return true;
 }

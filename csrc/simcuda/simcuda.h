@@ -28,7 +28,8 @@ extern "C" {
 //                             calls cost and by what is waited for, work runs when its time comes
 //   h2d=0  d2h=0  d2d=0       bytes per second of each copy engine; 0: no pacing
 //   launch=0                  seconds a kernel takes, at least
-//   cost.NAME=A+B             the call takes A microseconds and B for each granule it concerns
+//   cost.NAME=A+B             the call takes A microseconds and B for each granule it concerns, if it
+//                             concerns bytes. A NAME without a version is all versions of it
 //   content=0                 keep so many leading bytes of each granule's content; 0: all of them.
 //                             What is not kept reads as zeros
 //   detector=1                look for races and for memory given back while in use
@@ -36,10 +37,11 @@ int simcuda_reset(const char* options);
 const char* simcuda_error(void);
 
 // Faults. Calls of cu* functions are counted from 1 since simcuda_clear_faults(): those of one
-// function, or all (null). Calls `first` to `last` return `error` and do nothing else.
+// function, or all (null). Calls `first` to `last` return `error` and do nothing else. 0, or -1 with
+// simcuda_error() where there is no such function.
 void simcuda_clear_faults(void);
-void simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
-                   int error);
+int simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
+                  int error);
 unsigned long long simcuda_calls(const char* function);  // since simcuda_clear_faults()
 unsigned long long simcuda_injected(void);               // since simcuda_clear_faults()
 const char* simcuda_last_fault(void);                    // the function last failed, or ""

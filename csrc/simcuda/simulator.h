@@ -166,6 +166,8 @@ class Simulator {
   void remove_stream(Lock& lock, const StreamPtr& stream);
   // All that legacy-stream rules make this stream's next operation come after.
   void order(Stream& stream, std::vector<OperationPtr>* after);
+  // All that this stream's next operation comes after, in vector time.
+  VectorClock clock_of_next(Stream& stream);
   // Blocks. What the context died of, or DEINITIALIZED where the process ends meanwhile.
   CUresult wait_for(Lock& lock, const OperationPtr& operation, Context* context);
   // Blocks until no operation is moving bytes. On a machine with a GPU a dead context touches

@@ -151,11 +151,15 @@ bool Simulator::stream_done(Stream& stream) {
                      [&](const Ghost& ghost) { return !ghost.blocking || done(ghost.tail); });
 }
 
+VectorClock Simulator::clock_of_next(Stream& stream) {
+  std::vector<OperationPtr> unused;
+  order(stream, &unused);
+  return stream.clock;
+}
+
 void Simulator::know_stream(Stream& stream) {
   if (!detector.on()) return;
-  std::vector<OperationPtr> unused;
-  if (stream.legacy) order(stream, &unused);
-  detector.host_knows(stream.clock);
+  detector.host_knows(stream.legacy ? clock_of_next(stream) : stream.clock);
 }
 
 CUresult Simulator::wait_for(Lock& lock, const OperationPtr& operation, Context* context) {
