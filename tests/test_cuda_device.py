@@ -205,6 +205,54 @@ def test_granules_are_made_shareable_where_the_device_can(cuda: SimulatedCuda) -
             raw.release_primary()
 
 
+@pytest.fixture
+def integrated() -> Iterator[SimulatedCuda]:
+    """A device that has no memory but the CPU's."""
+    with testing.simulated_cuda(memory="64MiB", integrated=True) as simulated:
+        yield simulated
+
+
+def test_a_device_with_the_cpu_s_memory_needs_no_staging(
+    integrated: SimulatedCuda, files: dict[str, Path]
+) -> None:
+    with make(integrated, files) as runtime:
+        for name in "aba":
+            with runtime.lease(name):
+                assert bytes_of(runtime, name, WEIGHT) == content(name, 0, SIZES[0])
+                wanted = granule_digest(content(name, 0, SIZES[0]), GRANULE)
+                assert np.array_equal(runtime.digest(name, 0), wanted)
+        assert runtime.snapshot().pinned_bytes == 0
+        assert integrated.copied["h2d"] == 0
+    gc.collect()
+    integrated.check(leaks=True)
+
+
+@pytest.mark.parametrize("last", ["once", "from-then-on"])
+def test_on_a_device_with_the_cpu_s_memory_a_failing_call_loses_nothing(
+    integrated: SimulatedCuda, files: dict[str, Path], last: str
+) -> None:
+    for call in range(1, 500):
+        runtime = make(integrated, files, pump=True)
+        integrated.faults.arm([(call, call if last == "once" else None)])
+        with suppress(WarmServeError):
+            runtime.prewarm("a").wait()
+            runtime.trim()
+            runtime.swap(evict="a", load="b").wait()
+        injected = integrated.faults.injected
+        integrated.faults.disarm()
+        runtime.check_invariants()
+        with runtime.lease("a"):
+            assert bytes_of(runtime, "a", WEIGHT) == content("a", 0, SIZES[0])
+        runtime.close()
+        del runtime
+        gc.collect()
+        live = {kind: count for kind, count in integrated.live.items() if count}
+        assert not live
+        if not injected:
+            return
+    raise AssertionError("the walk does not end")
+
+
 # What dies
 
 

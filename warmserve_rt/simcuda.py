@@ -233,6 +233,7 @@ def simulated_cuda(
     driver_version: int = 13000,
     capability: int = 90,
     integrated: bool = False,
+    host_numa: bool = False,
     visible: str | None = None,
     name: str = "Simulated CUDA",
     detector: bool = True,
@@ -247,6 +248,8 @@ def simulated_cuda(
     for each call and for each granule it concerns: ``{"cuMemSetAccess": (3.0, 36.0)}``. With
     ``clock="virtual"`` there are no threads and time is counted, not waited for.
     ``content`` keeps only so many leading bytes of each granule; what is not kept reads as zeros.
+    With ``host_numa`` the CPU can be given access to memory of the host that is mapped for the
+    device; with ``integrated`` too, where there is no other. Neither goes with ``content``.
     ``visible`` is as CUDA_VISIBLE_DEVICES, and the environment's where it is None. ``library`` is
     another build of the simulator.
 
@@ -267,6 +270,7 @@ def simulated_cuda(
             "memory": parse_bytes(memory),
             "granularity": parse_bytes(granularity),
             "integrated": int(integrated),
+            "host_numa": int(host_numa),
             "clock": clock,
             "h2d": h2d,
             "d2h": d2h,

@@ -80,9 +80,9 @@ def watch(
     host_view: bool = True,
     cuda: SimulatedCuda | None = None,
 ) -> Watched:
-    """A device that checks the driver's contracts: the one of that name, or with ``cuda`` one of the
-    simulated driver. ``host_view=False`` hides that the CPU reaches the host's granules, so that
-    loads go by staging as on a discrete GPU."""
+    """A device that checks the driver's contracts: the one of that name, or with ``cuda`` one of
+    the simulated driver. ``host_view=False`` hides that the CPU reaches the host's granules, so
+    that loads go by staging as on a discrete GPU."""
     if cuda:
         below = cuda_driver(cuda)
     elif device == "host":

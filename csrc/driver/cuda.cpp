@@ -1,21 +1,15 @@
-// A CUDA device, through the driver API alone.
-//
-// It lives in the device's primary context, which is the one that torch and CuPy use. Every call
-// makes that context current for its own time and puts its thread into relaxed capture mode, so
-// that a stream capture elsewhere in the process is not broken by it, and leaves the thread as it
-// was. An error that the context cannot recover from is kept: every later call says so.
+// A CUDA device, through the driver API alone, in the device's primary context.
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <mutex>
 #include <thread>
 #include <unordered_map>
 #include <vector>
 
-#include "driver/cuda_library.h"
+#include "driver/cuda_context.h"
+#include "driver/cuda_granules.h"
 #include "driver/driver.h"
 #include "driver/host_memory.h"
-#include "error.h"
 
 namespace warmserve {
 namespace {
@@ -25,27 +19,21 @@ using namespace cuda;
 CUstream stream_of(StreamId id) { return reinterpret_cast<CUstream>(id); }
 CUevent event_of(EventId id) { return reinterpret_cast<CUevent>(id); }
 
-// The call of this thread that failed last. Of no driver in particular: it is asked for at once.
-thread_local const char* failed_call = nullptr;
-thread_local CUresult failed_with = CUDA_SUCCESS;
-
 class CudaDriver final : public Driver {
  public:
-  CudaDriver(const CudaOptions& options, Library library);
+  explicit CudaDriver(const CudaOptions& options);
   ~CudaDriver() override;
 
   const DeviceFacts& facts() const noexcept override { return facts_; }
-  std::string detail() const override {
-    if (const CUresult lost = lost_.load())
-      return "the CUDA context died of " + describe(lost) +
-             "; restart the process to use the device again";
-    return failed_call ? std::string(failed_call) + " returned " + describe(failed_with) : "";
-  }
+  std::string detail() const override { return context_.detail(); }
   Status memory(std::uint64_t* available, std::uint64_t* total) override;
 
-  Status granule_create(std::uint64_t bytes, Handle* out) override;
-  Status granule_release(Handle handle) override;
-  std::byte* host_view(Handle) noexcept override { return nullptr; }
+  Status granule_create(std::uint64_t bytes, Handle* out) override {
+    return granules_.create(bytes, out);
+  }
+  Status granule_release(Handle handle) override { return granules_.release(handle); }
+  std::byte* host_view(Handle handle) noexcept override { return granules_.host_view(handle); }
+  // Integrated devices are coherent with the CPU.
   void host_wrote(Handle, std::uint64_t, std::uint64_t) noexcept override {}
   Status address_reserve(std::uint64_t bytes, Address* out) override;
   Status address_free(Address address, std::uint64_t bytes) override;
@@ -75,173 +63,35 @@ class CudaDriver final : public Driver {
   Status launch(const KernelCall& call, StreamId stream) override;
 
  private:
-  // The context current and the thread relaxed, for one call into the driver.
-  class Scope {
-   public:
-    explicit Scope(CudaDriver& driver);
-    ~Scope();
-    Scope(const Scope&) = delete;
-    Status status() const noexcept { return status_; }
-
-   private:
-    CudaDriver& driver_;
-    CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
-    bool pushed_ = false, relaxed_ = false;
-    Status status_;
-  };
-
-  void open_device(int ordinal);
-  void probe_granule_kind();
   void load_kernels(const std::string& image);
-  int attribute(CUdevice_attribute which) const;
   Status settle(Address address, std::uint64_t bytes);
-  Status translate(const char* function, CUresult result);
-  // Calls one function inside a scope.
-  template <typename Function, typename... Args>
-  Status call(const char* name, Function function, Args... args) {
-    const Scope scope(*this);
-    if (scope.status() != Status::ok) return scope.status();
-    return translate(name, function(args...));
-  }
 
-  const Library cuda_;
+  Context context_;
+  Granules granules_;
   DeviceFacts facts_;
-  CUdevice device_ = 0;
-  CUcontext context_ = nullptr;
-  CUmemAllocationProp granule_kind_{};
   int least_priority_ = 0, greatest_priority_ = 0;
   CUmodule module_ = nullptr;
-  std::atomic<CUresult> lost_{CUDA_SUCCESS};
 
-  std::mutex mutex_;                                        // a leaf; not held over calls
-  std::unordered_map<std::uint64_t, std::uint64_t> bytes_;  // of each granule, by handle
-  std::map<Address, std::uint64_t> stuck_;                  // mapped by a map() that failed and
-                                                            // could not be undone; address, bytes
+  std::mutex mutex_;                        // a leaf; not held over calls
+  std::map<Address, std::uint64_t> stuck_;  // address, bytes: mapped by a map() that failed and
+                                            // could not be undone
   std::unordered_map<std::string, CUfunction> functions_;
 };
 
-#define CALL(function, ...) call(#function, cuda_.function, __VA_ARGS__)
+#define CALL(function, ...) WARMSERVE_CUDA_CALL(context_, function, __VA_ARGS__)
 
-CudaDriver::Scope::Scope(CudaDriver& driver) : driver_(driver) {
-  failed_call = nullptr;
-  if (driver_.lost_.load()) {
-    status_ = Status::device_lost;
-    return;
-  }
-  CUcontext current = nullptr;
-  status_ = driver_.translate("cuCtxGetCurrent", driver_.cuda_.cuCtxGetCurrent(&current));
-  if (status_ == Status::ok && current != driver_.context_) {
-    status_ =
-        driver_.translate("cuCtxPushCurrent", driver_.cuda_.cuCtxPushCurrent_v2(driver_.context_));
-    pushed_ = status_ == Status::ok;
-  }
-  if (status_ != Status::ok) return;
-  status_ = driver_.translate("cuThreadExchangeStreamCaptureMode",
-                              driver_.cuda_.cuThreadExchangeStreamCaptureMode(&mode_));
-  relaxed_ = status_ == Status::ok;
-}
-
-// What fails here leaves the thread relaxed, or with our context current: nothing of ours minds. A
-// context that died is told by the next call.
-CudaDriver::Scope::~Scope() {
-  const auto note = [this](CUresult result) {
-    if (is_sticky(result)) driver_.lost_.store(result);
-  };
-  if (relaxed_) note(driver_.cuda_.cuThreadExchangeStreamCaptureMode(&mode_));
-  CUcontext popped = nullptr;
-  if (pushed_) note(driver_.cuda_.cuCtxPopCurrent_v2(&popped));
-}
-
-Status CudaDriver::translate(const char* function, CUresult result) {
-  if (result == CUDA_SUCCESS) return Status::ok;
-  if (result == CUDA_ERROR_NOT_READY) return Status::not_ready;
-  failed_call = function;
-  failed_with = result;
-  if (is_sticky(result)) {
-    CUresult none = CUDA_SUCCESS;
-    lost_.compare_exchange_strong(none, result);
-    return Status::device_lost;
-  }
-  switch (result) {
-    case CUDA_ERROR_OUT_OF_MEMORY: return Status::out_of_memory;
-    case CUDA_ERROR_INVALID_VALUE:
-    case CUDA_ERROR_INVALID_HANDLE: return Status::invalid;
-    default: return Status::failed;
-  }
-}
-
-CudaDriver::CudaDriver(const CudaOptions& options, Library library) : cuda_(library) {
-  open_device(options.ordinal);
-  CUresult result = cuda_.cuDevicePrimaryCtxRetain(&context_, device_);
-  if (result != CUDA_SUCCESS)
-    throw Error(ErrorKind::general, "the context of " + facts_.name +
-                                        " cannot be had: " + describe(result) +
-                                        "; is another process using it exclusively?");
-  probe_granule_kind();
+CudaDriver::CudaDriver(const CudaOptions& options)
+    : context_(options.library, options.ordinal), granules_(context_) {
+  facts_.name = context_.name();
+  facts_.granularity = granules_.granularity();
+  facts_.host_view = granules_.integrated();
+  facts_.cuda_ordinal = options.ordinal;
   load_kernels(options.kernels);
   CALL(cuCtxGetStreamPriorityRange, &least_priority_, &greatest_priority_);
 }
 
 CudaDriver::~CudaDriver() {
   if (module_) CALL(cuModuleUnload, module_);
-  if (!lost_.load()) cuda_.cuDevicePrimaryCtxRelease_v2(device_);
-}
-
-int CudaDriver::attribute(CUdevice_attribute which) const {
-  int value = 0;
-  return cuda_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : 0;
-}
-
-void CudaDriver::open_device(int ordinal) {
-  int count = 0;
-  cuda_.cuDeviceGetCount(&count);
-  const std::string asked = "cuda:" + std::to_string(ordinal);
-  if (ordinal < 0 || ordinal >= count)
-    throw Error(ErrorKind::invalid_argument,
-                "no device " + asked + ": " + std::to_string(count) + " are visible" +
-                    (count ? ", cuda:0 to cuda:" + std::to_string(count - 1) : ""));
-  const auto require = [&](CUresult result, const char* function) {
-    if (result != CUDA_SUCCESS)
-      throw Error(ErrorKind::general, asked + ": " + function + " returned " + describe(result));
-  };
-  require(cuda_.cuDeviceGet(&device_, ordinal), "cuDeviceGet");
-  char name[128] = {};
-  require(cuda_.cuDeviceGetName(name, sizeof name - 1, device_), "cuDeviceGetName");
-  facts_.name = asked + " (" + name + ")";
-  if (!attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED))
-    throw Error(ErrorKind::general,
-                facts_.name + " has no virtual memory management: nothing can be swapped in place");
-  granule_kind_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  granule_kind_.location = {CU_MEM_LOCATION_TYPE_DEVICE, device_};
-  // Neither can be added later: a granule that may be shared or read by a network card is created
-  // so.
-  if (attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
-    granule_kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-  if (attribute(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED))
-    granule_kind_.allocFlags.gpuDirectRDMACapable = 1;
-  std::size_t granularity = 0;
-  require(cuda_.cuMemGetAllocationGranularity(&granularity, &granule_kind_,
-                                              CU_MEM_ALLOC_GRANULARITY_MINIMUM),
-          "cuMemGetAllocationGranularity");
-  facts_.granularity = granularity;
-  facts_.host_view = false;
-  facts_.cuda_ordinal = ordinal;
-}
-
-// The attributes promise more than every system keeps (a container may forbid it): what is refused
-// is done without, the network card's first.
-void CudaDriver::probe_granule_kind() {
-  const auto possible = [this] {
-    CUmemGenericAllocationHandle handle = 0;
-    const Status status =
-        CALL(cuMemCreate, &handle, std::size_t{facts_.granularity}, &granule_kind_, 0ull);
-    if (status == Status::ok) CALL(cuMemRelease, handle);
-    return status == Status::ok || status == Status::out_of_memory;
-  };
-  if (possible()) return;
-  granule_kind_.allocFlags.gpuDirectRDMACapable = 0;
-  if (possible()) return;
-  granule_kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_NONE;
 }
 
 // Without kernels everything but launch() works.
@@ -260,25 +110,6 @@ Status CudaDriver::memory(std::uint64_t* available, std::uint64_t* total) {
   const Status status = CALL(cuMemGetInfo_v2, &free_bytes, &all_bytes);
   *available = free_bytes;
   *total = all_bytes;
-  return status;
-}
-
-Status CudaDriver::granule_create(std::uint64_t bytes, Handle* out) {
-  CUmemGenericAllocationHandle handle = 0;
-  const Status status = CALL(cuMemCreate, &handle, bytes, &granule_kind_, 0ull);
-  if (status != Status::ok) return status;
-  const std::lock_guard lock(mutex_);
-  bytes_[handle] = bytes;
-  *out = Handle{handle};
-  return Status::ok;
-}
-
-Status CudaDriver::granule_release(Handle handle) {
-  const auto key = static_cast<std::uint64_t>(handle);
-  const Status status = CALL(cuMemRelease, key);
-  if (status != Status::ok) return status;
-  const std::lock_guard lock(mutex_);
-  bytes_.erase(key);
   return status;
 }
 
@@ -316,25 +147,23 @@ Status CudaDriver::settle(Address address, std::uint64_t bytes) {
 Status CudaDriver::map(Address address, const Handle* handles, std::size_t count) {
   std::vector<std::uint64_t> sizes;
   std::uint64_t total = 0;
-  {
-    const std::lock_guard lock(mutex_);
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto found = bytes_.find(static_cast<std::uint64_t>(handles[i]));
-      if (found == bytes_.end()) return Status::invalid;
-      sizes.push_back(found->second);
-      total += found->second;
-    }
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto bytes = granules_.bytes(handles[i]);
+    if (!bytes) return Status::invalid;
+    sizes.push_back(*bytes);
+    total += *bytes;
   }
   if (const Status settled = settle(address, total); settled != Status::ok) return settled;
-  const Scope scope(*this);
+  const Context::Scope scope(context_);
   if (scope.status() != Status::ok) return scope.status();
   std::uint64_t mapped = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const Status status = translate(
-        "cuMemMap", cuda_.cuMemMap(address + mapped, sizes[i], 0,
-                                   static_cast<CUmemGenericAllocationHandle>(handles[i]), 0));
+    const Status status = context_.translate(
+        "cuMemMap",
+        context_.library().cuMemMap(address + mapped, sizes[i], 0,
+                                    static_cast<CUmemGenericAllocationHandle>(handles[i]), 0));
     if (status != Status::ok) {
-      if (mapped && cuda_.cuMemUnmap(address, mapped) != CUDA_SUCCESS) {
+      if (mapped && context_.library().cuMemUnmap(address, mapped) != CUDA_SUCCESS) {
         const std::lock_guard lock(mutex_);
         stuck_[address] = mapped;
       }
@@ -350,7 +179,7 @@ Status CudaDriver::unmap(Address address, std::uint64_t bytes) {
 }
 
 Status CudaDriver::set_access(Address address, std::uint64_t bytes, Access access) {
-  const CUmemAccessDesc wanted{{CU_MEM_LOCATION_TYPE_DEVICE, device_},
+  const CUmemAccessDesc wanted{{CU_MEM_LOCATION_TYPE_DEVICE, context_.device()},
                                access == Access::none   ? CU_MEM_ACCESS_FLAGS_PROT_NONE
                                : access == Access::read ? CU_MEM_ACCESS_FLAGS_PROT_READ
                                                         : CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
@@ -361,7 +190,7 @@ Status CudaDriver::set_access(Address address, std::uint64_t bytes, Access acces
 // fast. Portable, so that every context of the process may copy from it.
 Status CudaDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
   if (bytes == 0) return Status::invalid;
-  if (lost_.load()) return Status::device_lost;
+  if (context_.lost()) return Status::device_lost;
   std::byte* memory = allocate_touched(bytes);
   if (!memory) return Status::out_of_memory;
   const Status status = CALL(cuMemHostRegister_v2, memory, bytes,
@@ -437,9 +266,9 @@ Status CudaDriver::copy_from_device(std::byte* to, Address from, std::uint64_t b
 }
 
 Status CudaDriver::launch(const KernelCall& call, StreamId stream) {
-  if (misuse(call)) return Status::invalid;
+  if (misuse(call) != Misuse::none) return Status::invalid;
   if (!module_) return Status::failed;
-  const Scope scope(*this);
+  const Context::Scope scope(context_);
   if (scope.status() != Status::ok) return scope.status();
   CUfunction function = nullptr;
   const std::string name = kernel_symbol(call);
@@ -449,8 +278,9 @@ Status CudaDriver::launch(const KernelCall& call, StreamId stream) {
       function = found->second;
   }
   if (!function) {
-    const Status found = translate("cuModuleGetFunction",
-                                   cuda_.cuModuleGetFunction(&function, module_, name.c_str()));
+    const Status found = context_.translate(
+        "cuModuleGetFunction",
+        context_.library().cuModuleGetFunction(&function, module_, name.c_str()));
     if (found != Status::ok) return found;
     const std::lock_guard lock(mutex_);
     functions_[name] = function;
@@ -459,8 +289,9 @@ Status CudaDriver::launch(const KernelCall& call, StreamId stream) {
   return std::visit(
       [&](auto parameter) {
         void* parameters[] = {&parameter};
-        return translate("cuLaunchKernel",
-                         cuda_.cuLaunchKernel(function, shape.blocks, 1, 1, shape.threads, 1, 1, 0,
+        return context_.translate(
+            "cuLaunchKernel",
+            context_.library().cuLaunchKernel(function, shape.blocks, 1, 1, shape.threads, 1, 1, 0,
                                               stream_of(stream), parameters, nullptr));
       },
       call);
@@ -469,7 +300,7 @@ Status CudaDriver::launch(const KernelCall& call, StreamId stream) {
 }  // namespace
 
 std::shared_ptr<Driver> make_cuda_driver(const CudaOptions& options) {
-  return std::make_shared<CudaDriver>(options, cuda::Library(options.library));
+  return std::make_shared<CudaDriver>(options);
 }
 
 }  // namespace warmserve

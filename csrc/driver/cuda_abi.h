@@ -81,6 +81,8 @@ enum CUdevice_attribute : int {
   CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103,
   CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED = 110,
   CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED = 113,
+  CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID = 134,
+  CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 141,
 };
 
 enum CUmemAllocationType : int {
@@ -186,8 +188,7 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice)) \
   X(cuDevicePrimaryCtxRelease_v2, (CUdevice)) \
   X(cuCtxGetCurrent, (CUcontext*)) \
-  X(cuCtxPushCurrent_v2, (CUcontext)) \
-  X(cuCtxPopCurrent_v2, (CUcontext*)) \
+  X(cuCtxSetCurrent, (CUcontext)) \
   X(cuCtxGetStreamPriorityRange, (int*, int*)) \
   X(cuThreadExchangeStreamCaptureMode, (CUstreamCaptureMode*)) \
   X(cuMemGetInfo_v2, (std::size_t*, std::size_t*)) \

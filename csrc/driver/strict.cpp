@@ -409,7 +409,8 @@ Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t
 
 Status StrictDriver::launch(const KernelCall& call, StreamId stream) {
   const Guard guard(mutex_);
-  if (const char* wrong = misuse(call)) return violation(std::string("launch: ") + wrong);
+  if (const Misuse wrong = misuse(call); wrong != Misuse::none)
+    return violation(std::string("launch: ") + text_of(wrong));
   return use(std::string("launch of ") + kernel_symbol(call), touched(call), stream,
              [&] { return Interposer::launch(call, stream); });
 }
