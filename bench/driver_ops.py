@@ -18,7 +18,16 @@ from contextlib import closing
 from pathlib import Path
 
 from _devices import device
-from _harness import MIB, Bench, Llama, scratch, write_hollow_checkpoint
+from _harness import (
+    LLAMA_2GIB,
+    MIB,
+    Bench,
+    Llama,
+    scratch,
+    seconds,
+    write_checkpoint,
+    write_hollow_checkpoint,
+)
 
 from warmserve_rt import Model, Runtime, _native, testing
 from warmserve_rt.checkpoint import open_checkpoint
@@ -147,6 +156,26 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
             bench.row("copied_h2d_gb", cuda.copied["h2d"] / 1e9, "GB")
 
 
+def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
+    """The same with threads and time that passes, at a bandwidth that this machine can feed: reads
+    of the file, copies and calls overlap or they do not. For comparison, without a bound."""
+    bandwidth = 2e9
+    path = folder / "llama-1b"
+    write_checkpoint(path, LLAMA_2GIB.shapes())
+    with (
+        device("simcuda", memory="3GiB", h2d=bandwidth, costs=COSTS) as (driver, _),
+        Runtime(
+            driver=driver, arena="2200MiB", staging="256MiB", loaders=1, tensors="dlpack"
+        ) as runtime,
+    ):
+        model = runtime.register("llama", path)
+        runtime.prewarm(model).wait()  # pins the staging memory
+        runtime.evict(model)
+        taken = seconds(lambda: runtime.prewarm(model).wait())
+        bench.row("real_clock_gb_per_s", bandwidth / 1e9, "GB/s")
+        bench.row("real_clock_load_vs_bandwidth", taken / (model.nbytes / bandwidth), "x")
+
+
 def activation(bench: Bench, folder: Path) -> None:
     """The arena is full: of one model, and of another without its first layers. The second is asked
     for: the memory calls until its first layer is mapped and on its way."""
@@ -231,6 +260,7 @@ def main() -> None:
         )
         with scratch() as folder:
             load_at_bandwidth(bench, folder)
+            load_on_a_real_clock(bench, folder)
             activation(bench, folder)
         simulator(bench)
     bench.finish()

@@ -147,8 +147,10 @@ def predecessors(program: Program, completed: Sequence[int] = ()) -> list[int]:
         # The host makes its calls in order: what follows comes after what it has waited for.
         edges = {j for j in range(i) if program.ops[j].host_waits}
         if op.kind == "wait" and op.event not in recorded:
-            nothing.add(i)
-        elif op.kind in ("wait", "sync_event") or i in completed:
+            nothing.add(i)  # not even a place in the stream, for a synchronise to wait for
+            before.append(0)
+            continue
+        if op.kind in ("wait", "sync_event") or i in completed:
             edges |= {recorded[op.event]} if op.event in recorded else set()
         elif op.kind == "sync_stream":
             edges |= {j for j in range(i) if program.ops[j].stream == op.stream}

@@ -569,9 +569,10 @@ def test_opening_a_device_with_each_call_failing(last: str) -> None:
     raise AssertionError("the walk does not end")
 
 
-def test_another_model_in_float_is_read_as_float(cuda: SimulatedCuda, tmp_path: Path) -> None:
-    """CuPy's arrays over the arena: shape, dtype and address; it copies nothing here."""
-    cupy = pytest.importorskip("cupy")
+def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None:
+    """Shape, dtype and address; CuPy itself copies nothing, for libcudart cannot run here."""
+    import cupy
+
     wanted = np.arange(6, dtype=np.float32).reshape(2, 3)
     path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], wanted.tobytes())})
     with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="cupy") as runtime:

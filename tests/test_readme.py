@@ -21,6 +21,14 @@ def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_the_simulated_example_runs() -> None:
+    found = re.search(r"<!-- simulated-example -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert found
+    names: dict[str, object] = {}
+    exec(found[1], names)
+    assert not names["cuda"].violations  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", ["demo", "test"])
 def test_each_command_is_enough_by_itself(name: str) -> None:
     found = re.search(rf"<!-- {name}-command -->\n```sh\n([^\n]*)\n```", README)

@@ -86,14 +86,15 @@ def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = Fals
 
 def _torch_tensor(model: _native.Model, spec: TensorSpec) -> Any:
     import torch
+    from torch.utils.dlpack import from_dlpack
 
     view = native_view(model, spec)
-    if view.__dlpack_device__()[0] == _CUDA and not torch.backends.cuda.is_built():
+    if view.__dlpack_device__()[0] == _CUDA and torch.version.cuda is None:
         raise WarmServeError(
             f"torch {torch.__version__} is a build without CUDA and cannot see the device: install "
             "one with it, or say tensors='cupy' or 'dlpack'"
         )
-    return torch.from_dlpack(view)
+    return from_dlpack(view)
 
 
 def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:

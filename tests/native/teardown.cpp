@@ -248,6 +248,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
 }
 
 TEST(a_forked_child_may_have_a_runtime_of_its_own) {
+  if (check::simulator()) return;  // CUDA that has begun in the parent cannot
   const Watched device;
   const ModelFile file(1, kLayers);
   const auto runtime = Runtime::make(device.driver, options(5, 0));
