@@ -90,7 +90,7 @@ const LaunchShape kShapes[] = {{1, 1}, {1, 32}, {3, 64}, {2, 1024}};
 // The call writes to its second address; both ways to do it, and all grids, write the same.
 template <class Call>
 void check_all(const Call& call, std::uint64_t skew) {
-  CHECK(misuse(call) == nullptr);
+  CHECK(misuse(call) == Misuse::none);
   std::vector<Address> addresses;
   for (const Touched& one : touched(call)) addresses.push_back(one.address);
   const std::uint64_t bytes = touched(call)[1].bytes;
@@ -216,16 +216,16 @@ TEST(a_launch_is_parsed_as_what_it_was) {
 }
 
 TEST(misuse_is_named) {
-  CHECK(misuse(DigestCall{64, 64, 0, 8}) != nullptr);
-  CHECK(misuse(DigestCall{64, 64, 16, 12}) != nullptr);   // where it writes
-  CHECK(misuse(DigestCall{64, 64, 16, 120}) != nullptr);  // overlaps
-  CHECK(misuse(DigestCall{64, 20ull << 30, 20ull << 30, 8}) != nullptr);
-  CHECK(misuse(DigestCall{~0ull - 8, 64, 64, 8}) != nullptr);
-  CHECK(misuse(CastCall{.kind = static_cast<CastKind>(99)}) != nullptr);
-  CHECK(misuse(CastCall{.from = 64, .to = 66, .count = 4}) != nullptr);
-  CHECK(misuse(CastCall{.count = ~0ull}) != nullptr);
-  CHECK(misuse(CastCall{.from = 64, .to = 4096, .count = 4, .columns = 2}) != nullptr);
-  CHECK(misuse(GatherCall{64, 4096, 2, 8, 7}) != nullptr);
-  CHECK(misuse(GatherCall{64, 4096, ~0ull, 8, 1ull << 32}) != nullptr);
-  CHECK(misuse(GatherCall{64, 4096, 2, 8, 16}) == nullptr);
+  CHECK(misuse(DigestCall{64, 64, 0, 8}) != Misuse::none);
+  CHECK(misuse(DigestCall{64, 64, 16, 12}) != Misuse::none);   // where it writes
+  CHECK(misuse(DigestCall{64, 64, 16, 120}) != Misuse::none);  // overlaps
+  CHECK(misuse(DigestCall{64, 20ull << 30, 20ull << 30, 8}) != Misuse::none);
+  CHECK(misuse(DigestCall{~0ull - 8, 64, 64, 8}) != Misuse::none);
+  CHECK(misuse(CastCall{.kind = static_cast<CastKind>(99)}) != Misuse::none);
+  CHECK(misuse(CastCall{.from = 64, .to = 66, .count = 4}) != Misuse::none);
+  CHECK(misuse(CastCall{.count = ~0ull}) != Misuse::none);
+  CHECK(misuse(CastCall{.from = 64, .to = 4096, .count = 4, .columns = 2}) != Misuse::none);
+  CHECK(misuse(GatherCall{64, 4096, 2, 8, 7}) != Misuse::none);
+  CHECK(misuse(GatherCall{64, 4096, ~0ull, 8, 1ull << 32}) != Misuse::none);
+  CHECK(misuse(GatherCall{64, 4096, 2, 8, 16}) == Misuse::none);
 }

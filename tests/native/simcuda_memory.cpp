@@ -1,6 +1,7 @@
 // The page table of the simulated driver: what may be mapped and taken away, how long memory
 // lives, and what two addresses of the same granule see.
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <numeric>
@@ -55,6 +56,7 @@ TEST(mapping_obeys_the_rules) {
   CHECK(set_access(at, 4 * kGranule) == CUDA_ERROR_INVALID_VALUE);
   OK(set_access(at, 3 * kGranule));
   OK(cuMemcpyHtoD_v2(at, &byte, 1));
+  OK(cuCtxSynchronize());  // of pageable memory such a copy waits for the source alone
 
   FAILS(INVALID_VALUE, cuMemAddressFree(at, 4 * kGranule));  // something is mapped
   FAILS(INVALID_VALUE, cuMemUnmap(at + kGranule, kGranule));
@@ -155,6 +157,68 @@ TEST(registered_memory) {
   OK(cuMemFreeHost(nullptr));
 }
 
+TEST(registering_what_the_cpu_may_only_read) {
+  const int fd = ::memfd_create("read-only", 0);
+  CHECK(fd >= 0 && ::ftruncate(fd, 3 * 4096) == 0);
+  for (const int sharing : {MAP_PRIVATE, MAP_SHARED}) {
+    void* const pages = ::mmap(nullptr, 3 * 4096, PROT_READ, sharing, fd, 0);
+    CHECK(pages != MAP_FAILED);
+    begin();
+    FAILS(INVALID_VALUE, cuMemHostRegister_v2(pages, 3 * 4096, 0));
+    OK(cuMemHostRegister_v2(pages, 3 * 4096, CU_MEMHOSTREGISTER_READ_ONLY));
+    const CUdeviceptr device = mapped();
+    OK(cuMemcpyHtoD_v2(device, pages, 3 * 4096));
+    FAILS(INVALID_VALUE, cuMemcpyDtoH_v2(pages, device, 3 * 4096));
+    OK(cuMemHostUnregister(pages));
+    // Writable but for a page in the middle; then no page in the middle.
+    auto* const middle = static_cast<std::byte*>(pages) + 4096;
+    CHECK(::mmap(pages, 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
+                 -1, 0) == pages);
+    CHECK(::mprotect(middle, 4096, PROT_READ) == 0);
+    FAILS(INVALID_VALUE, cuMemHostRegister_v2(pages, 3 * 4096, 0));
+    OK(cuMemHostRegister_v2(pages, 4096, 0));
+    OK(cuMemHostUnregister(pages));
+    CHECK(::mprotect(middle, 4096, PROT_NONE) == 0);
+    FAILS(INVALID_VALUE, cuMemHostRegister_v2(pages, 3 * 4096, CU_MEMHOSTREGISTER_READ_ONLY));
+    begin("read_only_register=0");
+    FAILS(NOT_SUPPORTED, cuMemHostRegister_v2(pages, 4096, CU_MEMHOSTREGISTER_READ_ONLY));
+    ::munmap(pages, 3 * 4096);
+  }
+  ::close(fd);
+}
+
+TEST(the_cpu_reaches_memory_of_the_host) {
+  begin("integrated=1");
+  CUmemAllocationProp of_host = prop();
+  of_host.location.type = CU_MEM_LOCATION_TYPE_HOST_NUMA;
+  // Granules whose slots are neither neighbours nor in order.
+  std::vector<CUmemGenericAllocationHandle> pieces;
+  for (int i = 0; i < 6; ++i) pieces.push_back(create());
+  for (const int i : {4, 0, 3}) OK(cuMemRelease(pieces[i]));
+  CUmemGenericAllocationHandle handle = 0;
+  OK(cuMemCreate(&handle, 5 * kGranule, &of_host, 0));
+  const CUdeviceptr at = reserve(5 * kGranule);
+  OK(cuMemMap(at, 5 * kGranule, 0, handle, 0));
+  OK(cuMemRelease(handle));
+  const CUmemAccessDesc both[] = {
+      {{CU_MEM_LOCATION_TYPE_DEVICE, 0}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE},
+      {{CU_MEM_LOCATION_TYPE_HOST_NUMA, 0}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE}};
+  OK(cuMemSetAccess(at, 5 * kGranule, both, 2));
+  auto* const bytes = reinterpret_cast<unsigned char*>(at);
+  for (std::size_t i = 0; i < 5; ++i)
+    std::memset(bytes + i * kGranule, static_cast<int>(i), kGranule);
+  std::vector<unsigned char> back(5 * kGranule);
+  OK(cuMemcpyDtoH_v2(back.data(), at, back.size()));
+  CHECK(std::memcmp(back.data(), bytes, back.size()) == 0);
+  for (std::size_t i = 0; i < 5; ++i) CHECK(holds(at + i * kGranule, kGranule, i));
+  OK(cuMemsetD8_v2(at + kGranule - 8, 77, 16));
+  OK(cuCtxSynchronize());
+  for (std::size_t i = 0; i < 16; ++i) CHECK(bytes[kGranule - 8 + i] == 77);
+  OK(cuMemUnmap(at, 5 * kGranule));
+  OK(cuMemAddressFree(at, 5 * kGranule));
+  CHECK(violations() == 0);
+}
+
 TEST(only_leading_bytes_are_kept) {
   begin("content=4096\nclock=virtual");
   const CUdeviceptr at = mapped(2 * kGranule);
@@ -179,6 +243,7 @@ TEST(kernels_see_one_range) {
   std::vector<unsigned char> content(3 * kGranule);
   std::iota(content.begin(), content.end(), 0);
   OK(cuMemcpyHtoD_v2(at, content.data(), content.size()));
+  OK(cuCtxSynchronize());
   auto* const digests = reinterpret_cast<std::uint64_t*>(pinned(24));
   const CUstream s = stream();
   const warmserve::DigestCall on_device{at, 3 * kGranule, kGranule,

@@ -25,7 +25,7 @@ struct Bench {
   }
   StreamId stream() {
     StreamId id{};
-    CHECK(driver->stream_create(&id) == Status::ok);
+    CHECK(driver->stream_create(StreamPriority::normal, &id) == Status::ok);
     return id;
   }
   EventId event() {
@@ -231,7 +231,8 @@ TEST(a_driver_destroyed_with_work_under_way) {
     auto driver = make_host_driver({.threads = threads});
     StreamId a{}, b{};
     EventId event{};
-    CHECK(driver->stream_create(&a) == Status::ok && driver->stream_create(&b) == Status::ok);
+    CHECK(driver->stream_create(StreamPriority::normal, &a) == Status::ok &&
+          driver->stream_create(StreamPriority::normal, &b) == Status::ok);
     CHECK(driver->event_create(&event) == Status::ok);
     for (int i = 0; i < 4; ++i) {
       const auto address = reinterpret_cast<Address>(to.data());

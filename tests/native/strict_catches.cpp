@@ -18,11 +18,16 @@ struct Bench {
     CHECK(strict.map(address, &granule, 1) == Status::ok);
     CHECK(strict.set_access(address, kGranule, Access::read_write) == Status::ok);
     CHECK(strict.pinned_create(kPinned, &pinned) == Status::ok);
-    for (StreamId* stream : {&a, &b}) CHECK(strict.stream_create(stream) == Status::ok);
+    for (StreamId* stream : {&a, &b})
+      CHECK(strict.stream_create(StreamPriority::normal, stream) == Status::ok);
     CHECK(strict.event_create(&event) == Status::ok);
   }
   Status fill(StreamId stream) { return strict.copy_to_device(address, pinned, kPinned, stream); }
   Status read(StreamId stream) { return strict.copy_from_device(pinned, address, kPinned, stream); }
+  Status digest(StreamId stream) {  // of what fill() writes, into the pinned memory's end
+    const auto out = reinterpret_cast<Address>(pinned + kPinned - 8);
+    return strict.launch(DigestCall{address, kPinned, kGranule, out}, stream);
+  }
   // For steps on the way to the breach.
   void lawful(Status status) const { CHECK(status == Status::ok); }
 
@@ -193,6 +198,31 @@ const Breach kBreaches[] = {
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        return x.fill(x.b);
+     }},
+    {"a kernel reading what nobody has written", [](Bench& x) { return x.digest(x.a); }},
+    {"a kernel reading before another stream's write",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.digest(x.b);
+     }},
+    {"a kernel writing what is read-only",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
+       x.lawful(x.strict.set_access(x.address + kGranule, kGranule, Access::read));
+       return x.strict.launch(GatherCall{x.address, x.address + kGranule, 1, 64, 64}, x.a);
+     }},
+    {"a kernel without granules to digest",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.launch(DigestCall{x.address, 64, 0, x.address}, x.a);
+     }},
+    {"unpinning what a kernel may still write",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       x.lawful(x.strict.stream_synchronize(x.a));
+       x.lawful(x.digest(x.a));
+       return x.strict.pinned_release(x.pinned, kPinned);
      }},
     {"the host writing what a stream may still read",
      [](Bench& x) {

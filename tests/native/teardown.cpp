@@ -266,6 +266,7 @@ TEST(a_forked_child_may_have_a_runtime_of_its_own) {
 
 // Static objects are destroyed while loaders and streams are at work.
 TEST(a_process_that_exits_with_a_live_runtime) {
+  if (check::simulator()) return;  // as above
   for (const bool announced : {true, false})
     CHECK(child_succeeds([&] {
       static std::shared_ptr<Runtime> runtime =
