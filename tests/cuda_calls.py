@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 u32, u64, size_t, i32 = ctypes.c_uint, ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_int
 pointer = ctypes.c_void_p
 
 NONE, READ, READ_WRITE = 0, 1, 3
+DEVICE, HOST_NUMA = 1, 3  # locations
 BLOCKING, NON_BLOCKING = 0, 1  # streams
 LEGACY = 1  # the stream's handle
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # capture
@@ -54,6 +56,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuCtxGetCurrent": (pointer,),
     "cuCtxSetCurrent": (u64,),
     "cuCtxSynchronize": (),
+    "cuCtxSynchronize_v2": (u64,),
     "cuMemGetInfo_v2": (pointer, pointer),
     "cuMemGetAllocationGranularity": (pointer, pointer, u32),
     "cuMemAddressReserve": (pointer, size_t, size_t, u64, u64),
@@ -118,11 +121,25 @@ def code(call: Callable[..., object], *arguments: Any, **options: Any) -> int:
 
 
 class Pinned:
-    """Page-aligned memory of this process, registered or not; given back with the object."""
+    """Page-aligned memory of this process, registered or not. Given back with the object, and not
+    while the driver has it registered, for which a pointer into it is enough."""
+
+    made: ClassVar[weakref.WeakSet[Pinned]] = weakref.WeakSet()
+    # By library and address, those that are registered: kept when whoever registered them is gone,
+    # as a driver that outlives the test has them still.
+    registered: ClassVar[dict[str, dict[int, Pinned]]] = {}
 
     def __init__(self, nbytes: int) -> None:
         self.view = memoryview(mmap.mmap(-1, nbytes))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+        self.made.add(self)
+
+    @classmethod
+    def at(cls, address: int) -> Pinned | None:
+        for made in list(cls.made):
+            if made.address <= address < made.address + made.view.nbytes:
+                return made
+        return None
 
     def __getitem__(self, index: slice) -> bytes:
         return bytes(self.view[index])
@@ -134,7 +151,10 @@ class Pinned:
 class Cuda:
     def __init__(self, library: Path | str) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._pinned: list[Pinned] = []  # what is registered stays mapped
+        for path in list(Pinned.registered):  # a simulated driver is gone with its folder
+            if Path(path).is_absolute() and not Path(path).exists():
+                del Pinned.registered[path]
+        self._registered = Pinned.registered.setdefault(str(library), {})
 
     def call(self, name: str, *arguments: Any) -> None:
         function = getattr(self._library, name)
@@ -220,8 +240,15 @@ class Cuda:
         description = Access(Location(1, device), access)
         self.call("cuMemSetAccess", address, nbytes, ctypes.byref(description), 1)
 
-    def get_access(self, address: int, device: int = 0) -> int:
-        return self.out("cuMemGetAccess", ctypes.byref(Location(1, device)), address)
+    def share(self, address: int, nbytes: int, cpu: int, device: int = READ_WRITE) -> None:
+        """Access for both the CPU and the device."""
+        wanted = (Access * 2)(
+            Access(Location(DEVICE, 0), device), Access(Location(HOST_NUMA, 0), cpu)
+        )
+        self.call("cuMemSetAccess", address, nbytes, wanted, 2)
+
+    def get_access(self, address: int, device: int = 0, location: int = DEVICE) -> int:
+        return self.out("cuMemGetAccess", ctypes.byref(Location(location, device)), address)
 
     def retain_handle(self, address: int) -> int:
         return self.out("cuMemRetainAllocationHandle", address)
@@ -242,9 +269,12 @@ class Cuda:
 
     def register(self, address: int, nbytes: int, flags: int = 0) -> None:
         self.call("cuMemHostRegister_v2", address, nbytes, flags)
+        if owner := Pinned.at(address):
+            self._registered[address] = owner
 
     def unregister(self, address: int) -> None:
         self.call("cuMemHostUnregister", address)
+        self._registered.pop(address, None)
 
     def host_alloc(self, nbytes: int, flags: int = 0) -> int:
         return self.out("cuMemHostAlloc", nbytes, flags)
@@ -256,7 +286,6 @@ class Cuda:
         made = Pinned(nbytes)
         made[: len(content)] = content
         self.register(made.address, nbytes)
-        self._pinned.append(made)
         return made
 
     # Work

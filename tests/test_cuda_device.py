@@ -301,8 +301,12 @@ def test_a_device_lost_while_loading(files: dict[str, Path]) -> None:
                     runtime.prewarm("b").wait()
                     runtime.evict("b")
 
-            with pytest.raises(DeviceLost):
+            try:
                 load()
+                # Leaving a call is no part of it: what fails there is told by the next, if at all.
+                assert cuda.faults.last in ("cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode")
+            except DeviceLost:
+                pass
             runtime.check_invariants()
             runtime.close()
 

@@ -12,7 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cuda_calls import BLOCKING, LEGACY, NONE, PAGE, READ, Cuda, Pinned, code
+from cuda_calls import (
+    BLOCKING,
+    HOST_NUMA,
+    LEGACY,
+    NONE,
+    PAGE,
+    READ,
+    READ_WRITE,
+    Cuda,
+    Pinned,
+    Prop,
+    code,
+)
 
 from warmserve_rt.simcuda import SimulatedCuda, Violation
 from warmserve_rt.testing import simulated_cuda
@@ -42,25 +54,136 @@ def busy(cuda: Cuda, stream: int) -> None:
     cuda.htod(cuda.mapped(G), cuda.pinned(G).address, G, stream)
 
 
-def test_the_cpu_cannot_reach_device_memory(tmp_path: Path) -> None:
+def dies(simulated: SimulatedCuda, body: str) -> bool:
+    """Whether the last line of a program that has a ``cuda`` and a ``G``, and no other, gets
+    SIGSEGV."""
+    lines = textwrap.dedent(body).strip().splitlines()
     script = f"""
-    import ctypes, sys
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from cuda_calls import Cuda
-    address = Cuda("libcuda.so.1").start().mapped({G})
-    print("mapped", flush=True)
-    ctypes.string_at(address, 1)
-    """
+import ctypes, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from cuda_calls import HOST_NUMA, NONE, READ, READ_WRITE, Cuda, Prop
+cuda, G = Cuda("libcuda.so.1").start(), {G}
+"""
+    script += "\n".join([*lines[:-1], "print('so far', flush=True)", lines[-1]])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=simulated.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "so far\n", done.stderr
+    assert done.returncode in (0, -11), done.stderr
+    return done.returncode != 0
+
+
+def test_the_cpu_cannot_reach_device_memory() -> None:
     with simulated_cuda() as simulated:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            env=simulated.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=tmp_path,
+        assert dies(simulated, "address = cuda.mapped(G)\nctypes.string_at(address, 1)")
+
+
+READS, WRITES = "ctypes.string_at(address + G, 1)", "ctypes.memset(address + G, 1, 1)"
+
+
+@pytest.mark.parametrize(
+    ("calls", "access", "dead"),
+    [
+        ("", READS, True),
+        ("cuda.set_access(address, 2 * G)", READS, True),
+        ("cuda.share(address, 2 * G, READ)", READS, False),
+        ("cuda.share(address, 2 * G, READ)", WRITES, True),
+        ("cuda.share(address, 2 * G, READ_WRITE)", WRITES, False),
+        ("cuda.share(address, 2 * G, READ_WRITE); cuda.share(address, 2 * G, READ)", WRITES, True),
+        ("cuda.share(address, 2 * G, READ_WRITE); cuda.share(address, 2 * G, NONE)", READS, True),
+        ("cuda.share(address, 2 * G, READ_WRITE); cuda.unmap(address, 2 * G)", READS, True),
+    ],
+)
+def test_where_the_cpu_reaches_memory_of_the_host(calls: str, access: str, dead: bool) -> None:
+    with simulated_cuda(integrated=True) as simulated:
+        body = f"""
+            address = cuda.reserve(2 * G)
+            cuda.map(address, 2 * G, cuda.create(2 * G, Prop(location=HOST_NUMA)))
+            {calls}
+            {access}
+        """
+        assert dies(simulated, body) is dead
+
+
+@pytest.mark.parametrize("option", ["integrated", "host_numa"])
+def test_the_cpu_and_the_device_see_the_same_bytes(option: str) -> None:
+    with simulated_cuda(memory="64MiB", leaks=True, **{option: True}) as simulated:  # type: ignore[arg-type]
+        cuda = Cuda(simulated.library).start()
+        assert (cuda.attribute(18), cuda.attribute(134), cuda.attribute(141)) == (
+            option == "integrated",
+            0,
+            1,
         )
-    assert (done.stdout, done.returncode) == ("mapped\n", -11), done.stderr
+        prop = Prop(location=HOST_NUMA)
+        assert cuda.granularity(prop=prop) == G
+        free, _ = cuda.memory()
+        fence, stream, host = cuda.create(G), cuda.stream(), cuda.pinned(2 * G)
+        handles = [cuda.create(G, prop), cuda.create(G, prop)]
+        held = 3 * G if option == "integrated" else G  # a device with memory of its own has it all
+        assert cuda.memory()[0] == free - held
+        view, address = cuda.reserve(2 * G), cuda.reserve(2 * G)
+        for i, handle in enumerate(handles):
+            cuda.map(view + i * G, G, handle)
+            cuda.map(address + (1 - i) * G, G, handle)  # in the other order
+            cuda.release(handle)
+        cuda.share(view, 2 * G, READ_WRITE)
+        cuda.set_access(address, 2 * G)
+        assert cuda.get_access(view, 0, HOST_NUMA) == cuda.get_access(view) == READ_WRITE
+        assert (cuda.get_access(address, 0, HOST_NUMA), cuda.get_access(address)) == (0, READ_WRITE)
+
+        ctypes.memmove(view + G - 3, b"across", 6)
+        cuda.dtoh(host.address, view + G - 3, 6, stream)
+        cuda.dtoh(host.address + 6, address + 2 * G - 3, 3, stream)
+        cuda.dtoh(host.address + 9, address + 100, 4, stream)  # nobody wrote these
+        cuda.synchronize(stream)
+        assert host[:9] == b"acrossacr"
+        cuda.htod(address + 7, host.address, 6, stream)
+        cuda.synchronize(stream)
+        assert ctypes.string_at(view + G + 7, 6) == b"across"
+
+        cuda.share(view, 2 * G, READ)
+        assert cuda.get_access(view, 0, HOST_NUMA) == READ
+        assert ctypes.string_at(view + G + 7, 6) == b"across"
+        cuda.unmap(view, 2 * G)
+        cuda.map(view, G, fence)  # memory of the device: none of the CPU's
+        assert code(cuda.share, view, G, READ) == 1
+        assert cuda.get_access(view) == 0  # a call that fails has done nothing
+        assert cuda.get_access(view, 0, HOST_NUMA) == 0
+        assert code(cuda.create, G, Prop(location=HOST_NUMA, id=1)) == 1
+        assert code(cuda.get_access, view, 1, HOST_NUMA) == 1
+        cuda.unmap(view, G)
+        cuda.unmap(address, 2 * G)
+        cuda.release(fence)
+        for at in (view, address):
+            cuda.address_free(at, 2 * G)
+        assert cuda.memory()[0] == free
+        cuda.unregister(host.address)
+        cuda.stream_destroy(stream)
+        cuda.release_primary()
+
+
+def test_the_device_races_with_itself_in_memory_of_the_host() -> None:
+    with simulated_cuda(integrated=True, check=False) as simulated:
+        cuda = Cuda(simulated.library).start()
+        address = cuda.reserve(G)
+        cuda.map(address, G, cuda.create(G, Prop(location=HOST_NUMA)))
+        cuda.share(address, G, READ_WRITE)
+        cuda.memset(address, 1, 10, cuda.stream())
+        cuda.memset(address, 1, 10, cuda.stream())
+        cuda.unmap(address, G)
+        assert kinds(simulated) == ["race", "use-while-unmapped"]
+
+
+def test_a_device_without_memory_of_the_host(cuda: Cuda) -> None:
+    assert (cuda.attribute(18), cuda.attribute(141)) == (0, 0)
+    assert code(cuda.create, G, Prop(location=HOST_NUMA)) == 801
+    address = cuda.mapped(G)
+    assert code(cuda.share, address, G, READ) == 1
+    assert code(cuda.get_access, address, 0, HOST_NUMA) == 1
 
 
 @pytest.mark.parametrize("registered", [True, False])
@@ -159,8 +282,9 @@ def test_a_copy_that_was_only_staged_is_not_over(
 
 def test_a_staged_copy_waits_for_what_is_before_it(simulated: SimulatedCuda, cuda: Cuda) -> None:
     blocking, stream, address = cuda.stream(BLOCKING), cuda.stream(), cuda.mapped(G)
+    source = Pinned(PAGE)
     cuda.memset(address, 1, 10, blocking)
-    cuda.htod(cuda.mapped(G), Pinned(PAGE).address, 10)
+    cuda.htod(cuda.mapped(G), source.address, 10)
     cuda.memset(address, 2, 10, stream)
     cuda.context_synchronize()
     assert not simulated.violations

@@ -54,8 +54,12 @@ void expect(const char* what, std::uint64_t bytes, std::uint64_t expected) {
            std::to_string(expected));
 }
 
+void check(const KernelCall& call) {
+  if (const Misuse wrong = misuse(call); wrong != Misuse::none) refuse(text_of(wrong));
+}
+
 void run(const KernelCall& call) {
-  if (const char* wrong = misuse(call)) refuse(wrong);
+  check(call);
   const py::gil_scoped_release release;
   run_on_cpu(call);
 }
@@ -88,7 +92,7 @@ void cast(const std::string& kind, const py::object& from, const py::object& to,
     factors.emplace(scales, false);
     call.scales = factors->address();
   }
-  if (const char* wrong = misuse(call)) refuse(wrong);
+  check(call);
   const std::vector<Touched> all = touched(call);
   expect("to", target.size(), all[1].bytes);
   if (factors) expect("scales", factors->size(), all[2].bytes);
@@ -99,7 +103,7 @@ void gather_rows(const py::object& from, const py::object& to, std::uint64_t row
                  std::uint64_t row_bytes, std::uint64_t pitch) {
   const Bytes source(from, false), target(to, true);
   const GatherCall call{source.address(), target.address(), rows, row_bytes, pitch};
-  if (const char* wrong = misuse(call)) refuse(wrong);
+  check(call);
   const std::vector<Touched> all = touched(call);
   if (source.size() < all[0].bytes)
     refuse("from: " + std::to_string(source.size()) + " bytes, of which the rows end at " +

@@ -91,16 +91,12 @@ Context::Scope::Scope(Context& context) : context_(context) {
 }
 
 // What fails here leaves the thread relaxed, or with our context current: nothing of ours minds. (A
-// pop that fails would leave a context on the thread's stack each time.) A context that died is told
-// by the next call.
+// pop that fails would leave a context on the thread's stack each time.) Nor does it tell of our
+// context: the one it goes back to may be gone.
 Context::Scope::~Scope() {
-  const auto note = [this](CUresult result) {
-    CUresult none = CUDA_SUCCESS;
-    if (is_sticky(result)) context_.lost_.compare_exchange_strong(none, result);
-  };
   const Library& cuda = context_.library_;
-  if (relaxed_) note(cuda.cuThreadExchangeStreamCaptureMode(&mode_));
-  if (switched_) note(cuda.cuCtxSetCurrent(before_));
+  if (relaxed_) cuda.cuThreadExchangeStreamCaptureMode(&mode_);
+  if (switched_) cuda.cuCtxSetCurrent(before_);
 }
 
 }  // namespace warmserve::cuda

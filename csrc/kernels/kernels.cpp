@@ -52,33 +52,34 @@ bool fits(std::uint64_t a, std::uint64_t b, std::uint64_t c = 0) {
          sum >> 63 == 0;
 }
 
-const char* misuse_of(const DigestCall& call) {
-  if (call.granule_bytes == 0) return "granules of no bytes";
+Misuse misuse_of(const DigestCall& call) {
+  if (call.granule_bytes == 0) return Misuse::empty_granules;
   if (call.granule_bytes > kMaxDigestBytes && call.bytes > kMaxDigestBytes)
-    return "a digest of more than 16 GiB";
-  if (call.out % 8 != 0) return "digests are written to an address that is no multiple of 8";
-  return fits(call.bytes, 1) ? nullptr : "too many bytes";
+    return Misuse::digest_too_long;
+  if (call.out % 8 != 0) return Misuse::misaligned_digests;
+  return fits(call.bytes, 1) ? Misuse::none : Misuse::too_many_bytes;
 }
 
-const char* misuse_of(const CastCall& call) {
+Misuse misuse_of(const CastCall& call) {
   const auto [from, to] = widths(call.kind);
-  if (from == 0) return "no such cast";
-  if (!fits(call.count, std::max(from, to))) return "too many elements";
+  if (from == 0) return Misuse::no_such_cast;
+  if (!fits(call.count, std::max(from, to))) return Misuse::too_many_elements;
   if (call.scales == 0)
     return call.columns == 0 && call.block_rows == 0 && call.block_columns == 0
-               ? nullptr
-               : "the shape of scales, but no scales";
-  if (from != 1) return "only fp8 has scales";
-  if (call.scales % 4 != 0) return "scales at an address that is no multiple of 4";
+               ? Misuse::none
+               : Misuse::missing_scales;
+  if (from != 1) return Misuse::needless_scales;
+  if (call.scales % 4 != 0) return Misuse::misaligned_scales;
   if (call.columns == 0 || call.block_rows == 0 || call.block_columns == 0)
-    return "scales for rows or blocks without elements";
-  return call.count % call.columns == 0 ? nullptr : "the elements are no whole number of rows";
+    return Misuse::empty_blocks;
+  return call.count % call.columns == 0 ? Misuse::none : Misuse::cut_rows;
 }
 
-const char* misuse_of(const GatherCall& call) {
-  if (call.pitch < call.row_bytes) return "rows that overlap: the pitch is less than a row";
-  if (call.rows != 0 && !fits(call.rows - 1, call.pitch, call.row_bytes)) return "too many bytes";
-  return nullptr;
+Misuse misuse_of(const GatherCall& call) {
+  if (call.pitch < call.row_bytes) return Misuse::short_pitch;
+  if (call.rows != 0 && !fits(call.rows - 1, call.pitch, call.row_bytes))
+    return Misuse::too_many_bytes;
+  return Misuse::none;
 }
 
 void add_touched(const DigestCall& call, std::vector<Touched>* all) {
@@ -216,16 +217,38 @@ std::vector<Touched> touched(const KernelCall& call) {
   return all;
 }
 
-const char* misuse(const KernelCall& call) noexcept {
-  if (const char* wrong = std::visit([](const auto& one) { return misuse_of(one); }, call))
-    return wrong;
+Misuse misuse(const KernelCall& call) noexcept {
+  const Misuse found = std::visit([](const auto& one) { return misuse_of(one); }, call);
+  if (found != Misuse::none) return found;
   const std::vector<Touched> all = touched(call);
   for (std::size_t i = 0; i < all.size(); ++i) {
-    if (all[i].address + all[i].bytes < all[i].address) return "past the end of all addresses";
+    if (all[i].address + all[i].bytes < all[i].address) return Misuse::past_the_end;
     for (std::size_t j = 0; j < i; ++j)
-      if (overlaps(all[i], all[j])) return "what is written overlaps with what is read";
+      if (overlaps(all[i], all[j])) return Misuse::overlap;
   }
-  return nullptr;
+  return Misuse::none;
+}
+
+const char* text_of(Misuse misuse) noexcept {
+  switch (misuse) {
+    case Misuse::none: return "nothing";
+    case Misuse::empty_granules: return "granules of no bytes";
+    case Misuse::digest_too_long: return "a digest of more than 16 GiB";
+    case Misuse::misaligned_digests:
+      return "digests are written to an address that is no multiple of 8";
+    case Misuse::too_many_bytes: return "too many bytes";
+    case Misuse::no_such_cast: return "no such cast";
+    case Misuse::too_many_elements: return "too many elements";
+    case Misuse::missing_scales: return "the shape of scales, but no scales";
+    case Misuse::needless_scales: return "only fp8 has scales";
+    case Misuse::misaligned_scales: return "scales at an address that is no multiple of 4";
+    case Misuse::empty_blocks: return "scales for rows or blocks without elements";
+    case Misuse::cut_rows: return "the elements are no whole number of rows";
+    case Misuse::short_pitch: return "rows that overlap: the pitch is less than a row";
+    case Misuse::past_the_end: return "past the end of all addresses";
+    case Misuse::overlap: return "what is written overlaps with what is read";
+  }
+  return "";
 }
 
 LaunchShape launch_shape(const KernelCall& call) noexcept {

@@ -62,8 +62,26 @@ struct Touched {
 // All that the call reads and writes; for a gather the rows alone are read, given as one range from
 // the first byte to the last.
 std::vector<Touched> touched(const KernelCall& call);
-// Null, or what is wrong with it.
-const char* misuse(const KernelCall& call) noexcept;
+// What is wrong with it.
+enum class Misuse {
+  none,
+  empty_granules,
+  digest_too_long,
+  misaligned_digests,
+  too_many_bytes,
+  no_such_cast,
+  too_many_elements,
+  missing_scales,
+  needless_scales,
+  misaligned_scales,
+  empty_blocks,
+  cut_rows,
+  short_pitch,
+  past_the_end,
+  overlap
+};
+Misuse misuse(const KernelCall& call) noexcept;
+const char* text_of(Misuse misuse) noexcept;
 
 struct LaunchShape {
   unsigned blocks, threads;

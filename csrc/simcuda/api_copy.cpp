@@ -16,6 +16,7 @@ bool check(Call& call, Side side, Address address, std::uint64_t bytes, bool wri
   if (*place == Place::broken) return false;
   if (side == Side::host && *place == Place::device) return false;
   if (side == Side::device && *place == Place::pageable) return false;
+  if (*place == Place::pinned && write && memory.pinned_at(address)->read_only()) return false;
   if (*place != Place::device) return true;
   std::vector<Piece> pieces;
   if (!memory.walk(address, bytes, &pieces)) return false;

@@ -39,7 +39,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr* out, std::size_t bytes) {
   if (const CUresult refused = unsafe_call(call); refused != CUDA_SUCCESS) return refused;
   Memory& memory = call.sim->memory;
   Physical* physical = nullptr;
-  CUresult result = memory.create(bytes, call.context->device, &physical);
+  CUresult result = memory.create(bytes, call.context->device, false, &physical);
   if (result != CUDA_SUCCESS) return result;
   memory.pin(physical);
   Reservation* reservation = nullptr;
@@ -118,6 +118,8 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
   if (!address || bytes == 0 || at + bytes < at || (flags & ~known) != 0)
     return CUDA_ERROR_INVALID_VALUE;
   if (flags & CU_MEMHOSTREGISTER_IOMEMORY) return CUDA_ERROR_NOT_SUPPORTED;
+  if ((flags & CU_MEMHOSTREGISTER_READ_ONLY) && !call.sim->options.read_only_register)
+    return CUDA_ERROR_NOT_SUPPORTED;
   if (const CUresult refused = unsafe_call(call); refused != CUDA_SUCCESS) return refused;
   if (call.sim->memory.place(at, bytes) == Place::device) return CUDA_ERROR_INVALID_VALUE;
   // The claim first: two threads that register the same range are told so.
@@ -130,7 +132,7 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
   const bool pinnable = Memory::can_pin(at, bytes, !(flags & CU_MEMHOSTREGISTER_READ_ONLY));
   call.lock.lock();
   pinned = call.sim->memory.pinned_at(at);
-  if (!pinnable) {
+  if (!pinnable) {  // also what the CPU may only read, without READ_ONLY [D; the code is a guess]
     if (pinned) call.sim->memory.unpin_host(pinned);
     return CUDA_ERROR_INVALID_VALUE;
   }

@@ -1,6 +1,4 @@
 // Modules and kernels. An image is not looked into: its functions are the weight kernels.
-#include <cstring>
-
 #include "simcuda/call.h"
 #include "simcuda/capture.h"
 
@@ -32,13 +30,14 @@ const void* parameter_of(void** parameters, void** extra) {
 
 // What a kernel with these parameters dies of. One whose ranges overlap gives what nobody can
 // foresee, and lives.
-CUresult death_of(const KernelCall& call) {
-  if (const auto* digest = std::get_if<DigestCall>(&call); digest && digest->out % 8 != 0)
-    return CUDA_ERROR_MISALIGNED_ADDRESS;
-  if (const auto* cast = std::get_if<CastCall>(&call); cast && cast->scales % 4 != 0)
-    return CUDA_ERROR_MISALIGNED_ADDRESS;
-  const char* const wrong = misuse(call);
-  return wrong && !std::strstr(wrong, "overlaps") ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
+CUresult death_of(Misuse misuse) {
+  switch (misuse) {
+    case Misuse::none:
+    case Misuse::overlap: return CUDA_SUCCESS;
+    case Misuse::misaligned_digests:
+    case Misuse::misaligned_scales: return CUDA_ERROR_MISALIGNED_ADDRESS;
+    default: return CUDA_ERROR_ILLEGAL_ADDRESS;
+  }
 }
 
 }  // namespace
@@ -112,10 +111,10 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y, uns
     return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult refused = legacy_use(call, *stream); refused != CUDA_SUCCESS) return refused;
   // The launch itself succeeds; the kernel dies.
-  const char* const wrong = misuse(launch.call);
-  if (wrong)
-    call.sim->detector.violation("misuse", kernel->symbol + std::string(": ") + wrong, call.number);
-  launch.broken = death_of(launch.call);
+  const Misuse wrong = misuse(launch.call);
+  if (wrong != Misuse::none)
+    call.sim->detector.violation("misuse", kernel->symbol + ": " + text_of(wrong), call.number);
+  launch.broken = death_of(wrong);
   if (stream->capture) return add_node(*stream, launch);
   return call.sim->enqueue(*stream, std::move(launch), call.origin());
 }

@@ -38,11 +38,13 @@ bool answer(Simulator& sim, CUpointer_attribute attribute, Address address, void
       put(out, pinned ? pinned->context : reservation->context);
       return true;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-      put(out, static_cast<unsigned>(pinned ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE));
+      // [?] for memory of the host that was mapped: the host's.
+      put(out, static_cast<unsigned>(pinned || mapping->physical->host ? CU_MEMORYTYPE_HOST
+                                                                       : CU_MEMORYTYPE_DEVICE));
       return true;
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: put(out, address); return true;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
-      if (!pinned) return false;
+      if (!pinned && mapping->cpu_access == 0) return false;
       put(out, address);
       return true;
     case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: put(out, 0u); return true;

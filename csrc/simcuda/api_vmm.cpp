@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <span>
 
 #include "simcuda/call.h"
 
@@ -18,19 +19,30 @@ namespace {
 
 constexpr std::uint64_t kHostPage = 4096;
 
+// A place that memory can be of, or that access can be for.
+bool is_device(const Call& call, const CUmemLocation& location) {
+  return location.type == CU_MEM_LOCATION_TYPE_DEVICE && location.id >= 0 &&
+         location.id < static_cast<int>(call.sim->devices.size());
+}
+bool is_host(const Call& call, const CUmemLocation& location) {
+  return location.type == CU_MEM_LOCATION_TYPE_HOST_NUMA && location.id == 0 &&
+         call.sim->options.host_memory();
+}
+
 bool is_power_of_two(std::uint64_t value) { return value != 0 && (value & (value - 1)) == 0; }
 
 CUresult check(Call& call, const CUmemAllocationProp& prop) {
   if (prop.type != CU_MEM_ALLOCATION_TYPE_PINNED) return CUDA_ERROR_INVALID_VALUE;
   switch (prop.location.type) {
     case CU_MEM_LOCATION_TYPE_DEVICE: break;
-    case CU_MEM_LOCATION_TYPE_HOST:
+    case CU_MEM_LOCATION_TYPE_HOST: return CUDA_ERROR_NOT_SUPPORTED;  // attribute 145 is 0
     case CU_MEM_LOCATION_TYPE_HOST_NUMA:
-      return CUDA_ERROR_NOT_SUPPORTED;  // attributes 141 and 145 are 0
+      if (call.sim->options.host_memory()) break;
+      return CUDA_ERROR_NOT_SUPPORTED;  // and so is attribute 141
     default: return CUDA_ERROR_INVALID_VALUE;
   }
   // A bad ordinal is INVALID_VALUE here, and not INVALID_DEVICE [O HT].
-  if (prop.location.id < 0 || prop.location.id >= static_cast<int>(call.sim->devices.size()))
+  if (!is_device(call, prop.location) && !is_host(call, prop.location))
     return CUDA_ERROR_INVALID_VALUE;
   switch (prop.requestedHandleTypes) {
     case CU_MEM_HANDLE_TYPE_NONE: return CUDA_SUCCESS;
@@ -99,7 +111,9 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* out, std::size_t bytes,
     return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult bad = check(call, *prop); bad != CUDA_SUCCESS) return bad;
   Physical* physical = nullptr;
-  const CUresult result = call.sim->memory.create(bytes, prop->location.id, &physical);
+  const bool host = is_host(call, prop->location);
+  const CUresult result =
+      call.sim->memory.create(bytes, host ? 0 : prop->location.id, host, &physical);
   if (result != CUDA_SUCCESS) return result;
   physical->prop = *prop;
   physical->prop.allocFlags.compressionType = 0;  // a hint, not taken
@@ -159,11 +173,9 @@ CUresult cuMemSetAccess(CUdeviceptr address, std::size_t bytes, const CUmemAcces
   Call call(Function::cuMemSetAccess, Need::driver, bytes);
   if (!call) return call.status;
   if (!descs || count == 0) return CUDA_ERROR_INVALID_VALUE;
-  const int devices = static_cast<int>(call.sim->devices.size());
-  for (std::size_t i = 0; i < count; ++i) {
-    const CUmemAccessDesc& desc = descs[i];
-    if (desc.location.type != CU_MEM_LOCATION_TYPE_DEVICE || desc.location.id < 0 ||
-        desc.location.id >= devices ||
+  const std::span all(descs, count);
+  for (const CUmemAccessDesc& desc : all) {
+    if ((!is_device(call, desc.location) && !is_host(call, desc.location)) ||
         (desc.flags != CU_MEM_ACCESS_FLAGS_PROT_NONE &&
          desc.flags != CU_MEM_ACCESS_FLAGS_PROT_READ &&
          desc.flags != CU_MEM_ACCESS_FLAGS_PROT_READWRITE))
@@ -172,13 +184,21 @@ CUresult cuMemSetAccess(CUdeviceptr address, std::size_t bytes, const CUmemAcces
   const auto& mappings = call.sim->memory.whole(address, bytes);
   if (mappings.empty() || call.sim->memory.reservation_at(address)->plain)
     return CUDA_ERROR_INVALID_VALUE;
-  for (const Mapping* const mapping : mappings)
-    for (std::size_t i = 0; i < count; ++i)  // no two devices are peers
-      if (descs[i].location.id != mapping->physical->device) return CUDA_ERROR_INVALID_VALUE;
+  for (const Mapping* const mapping : mappings) {
+    if (mapping->physical->host) continue;
+    for (const CUmemAccessDesc& desc : all)  // no two devices are peers, and the CPU is none [D]
+      if (is_host(call, desc.location) || desc.location.id != mapping->physical->device)
+        return CUDA_ERROR_INVALID_VALUE;
+  }
   for (Mapping* const mapping : mappings) {
     call.sim->detector.take_away(mapping->uses, "access changed", "cuMemSetAccess", call.number);
-    for (std::size_t i = 0; i < count; ++i)
-      mapping->access[descs[i].location.id] = static_cast<std::uint8_t>(descs[i].flags);
+    for (const CUmemAccessDesc& desc : all) {
+      if (!is_host(call, desc.location)) {
+        mapping->access[desc.location.id] = static_cast<std::uint8_t>(desc.flags);
+      } else if (!call.sim->memory.set_cpu_access(mapping, desc.flags)) {
+        return CUDA_ERROR_OUT_OF_MEMORY;
+      }
+    }
   }
   return CUDA_SUCCESS;
 }
@@ -188,10 +208,9 @@ CUresult cuMemGetAccess(unsigned long long* flags, const CUmemLocation* location
   Call call(Function::cuMemGetAccess, Need::driver);
   if (!call) return call.status;
   const Mapping* const mapping = call.sim->memory.mapping_at(address);
-  if (!flags || !location || !mapping || location->type != CU_MEM_LOCATION_TYPE_DEVICE ||
-      location->id < 0 || location->id >= static_cast<int>(call.sim->devices.size()))
+  if (!flags || !location || !mapping || (!is_device(call, *location) && !is_host(call, *location)))
     return CUDA_ERROR_INVALID_VALUE;
-  *flags = mapping->access[location->id];
+  *flags = is_host(call, *location) ? mapping->cpu_access : mapping->access[location->id];
   return CUDA_SUCCESS;
 }
 

@@ -47,7 +47,10 @@ void Detector::observe(Memory& memory, const Work& work, Agent agent, VectorCloc
       for (const Piece& piece : pieces_) {
         piece.mapping->uses.add(agent, tick);
         Shadow& shadow = piece.mapping->physical->shadow;
-        if (!touch.write && !shadow.written(piece.page, piece.begin, piece.end)) unwritten = &touch;
+        // What the CPU has written of the host's memory nobody has seen.
+        if (!touch.write && !piece.mapping->physical->host &&
+            !shadow.written(piece.page, piece.begin, piece.end))
+          unwritten = &touch;
         if (shadow.access(piece.page, piece.begin, piece.end, touch.write, visitor)) race = &touch;
       }
     } else if (Pinned* const pinned = memory.pinned_at(touch.address)) {

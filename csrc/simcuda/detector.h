@@ -1,6 +1,8 @@
 // Finds, whatever the timing was, operations that touch the same bytes in no order, memory that is
 // taken away while something may still use it, and bytes that are read and were never written.
 //
+// Of memory that the CPU reaches only what the device does is judged; its first content is the
+// program's affair.
 // Everything is judged when it is enqueued, in the order of the calls. What orders operations:
 // - their stream; an event recorded and waited for; the host, where it waited for one and enqueued
 //   the other after that: cuStreamSynchronize, cuCtxSynchronize, cuEventSynchronize, a query that

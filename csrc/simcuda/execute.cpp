@@ -57,6 +57,7 @@ CUresult Simulator::resolve(const Operation& operation, Address address, std::ui
   if (place == Place::pinned) {
     if (memory.place(address, bytes) != Place::pinned)
       return vanished("use-while-unmapped", "not pinned any more");
+    if (write && memory.pinned_at(address)->read_only()) return CUDA_ERROR_ILLEGAL_ADDRESS;
     std::byte* const at = memory.reach(*memory.pinned_at(address), address, bytes);
     if (!at) return vanished("misuse", "host memory that was unmapped without unregistering it");
     out->push_back({at, bytes});

@@ -4,7 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
+#include <cinttypes>
+#include <cstdio>
+#include <fstream>
+#include <string>
 
 namespace warmserve::simcuda {
 namespace {
@@ -29,14 +32,36 @@ Pages pages_of(Address address, std::uint64_t bytes) {
   return {begin, round_up(address + bytes, page) - begin};
 }
 
-// Faults the pages in, as pinning does; false where they cannot be had. Kernels that lack this
-// (before 5.14) are believed.
-bool populate(Address address, std::uint64_t bytes, bool writable) {
+bool populate_pages(Address begin, std::uint64_t length, bool writable) {
   constexpr int kPopulateRead = 22, kPopulateWrite = 23;
-  const auto [begin, length] = pages_of(address, bytes);
   return ::madvise(reinterpret_cast<void*>(begin), length,
-                   writable ? kPopulateWrite : kPopulateRead) == 0 ||
-         errno == EINVAL;
+                   writable ? kPopulateWrite : kPopulateRead) == 0;
+}
+
+// Kernels before 5.14 do not know the request, and answer as others do where access is missing.
+bool kernel_populates() {
+  static const bool can = [] {
+    static std::byte here;
+    const auto [begin, length] = pages_of(reinterpret_cast<Address>(&here), 1);
+    return populate_pages(begin, length, true);
+  }();
+  return can;
+}
+
+// Whether all of it is mapped with that access, as the kernel lists it.
+bool listed(Address begin, std::uint64_t length, bool writable) {
+  std::ifstream maps("/proc/self/maps");
+  Address covered = begin;
+  for (std::string line; covered < begin + length && std::getline(maps, line);) {
+    Address first = 0, last = 0;
+    char access[5] = "";
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s", &first, &last, access) != 3)
+      return false;
+    if (last <= covered) continue;
+    if (first > covered || access[0] != 'r' || (writable && access[1] != 'w')) return false;
+    covered = last;
+  }
+  return covered >= begin + length;
 }
 
 }  // namespace
@@ -45,11 +70,21 @@ Memory::Memory(const Options& options)
     : granularity_(options.granularity),
       kept_(options.kept()),
       slot_bytes_(round_up(kept_, 64)),
-      capacity_(options.memory) {
-  store_bytes_ =
-      std::max<std::uint64_t>(1, options.devices) * ceil_div(capacity_, granularity_) * slot_bytes_;
-  if (store_bytes_ > 0)
+      capacity_(options.memory),
+      one_memory_(options.integrated) {
+  const std::uint64_t pools =
+      std::max(1, options.devices) + (options.host_memory() && !one_memory_ ? 1 : 0);
+  store_bytes_ = pools * ceil_div(capacity_, granularity_) * slot_bytes_;
+  if (store_bytes_ == 0) return;
+  if (!options.host_memory()) {
     store_ = static_cast<std::byte*>(map_anonymous(store_bytes_, PROT_READ | PROT_WRITE));
+    return;
+  }
+  store_file_ = ::memfd_create("simcuda store", MFD_CLOEXEC);
+  if (store_file_ < 0 || ::ftruncate(store_file_, static_cast<off_t>(store_bytes_)) != 0) return;
+  void* const at =
+      ::mmap(nullptr, store_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, store_file_, 0);
+  if (at != MAP_FAILED) store_ = static_cast<std::byte*>(at);
 }
 
 Memory::~Memory() {
@@ -62,6 +97,7 @@ Memory::~Memory() {
   for (auto& [handle, physical] : handles_) delete physical;
   while (!pinned_.empty()) unpin_host(pinned_.begin()->second.get());
   if (store_) ::munmap(store_, store_bytes_);
+  if (store_file_ >= 0) ::close(store_file_);
 }
 
 std::uint64_t Memory::available(int device) const {
@@ -121,11 +157,13 @@ Reservation* Memory::reservation_at(Address address) {
   return last_ = found;
 }
 
-CUresult Memory::create(std::uint64_t bytes, int device, Physical** out) {
+CUresult Memory::create(std::uint64_t bytes, int device, bool host, Physical** out) {
   const std::uint64_t granules = ceil_div(bytes, granularity_);
-  if (granules > available(device) / granularity_) return CUDA_ERROR_OUT_OF_MEMORY;
+  const int pool = pool_of(device, host);
+  if (!store_ || granules > available(pool) / granularity_) return CUDA_ERROR_OUT_OF_MEMORY;
   auto physical = std::make_unique<Physical>(granules);
   physical->device = device;
+  physical->host = host;
   physical->bytes = granules * granularity_;
   physical->slots.reserve(granules);
   while (physical->slots.size() < granules) {
@@ -136,7 +174,7 @@ CUresult Memory::create(std::uint64_t bytes, int device, Physical** out) {
       free_slots_.pop_back();
     }
   }
-  used_[device] += physical->bytes;
+  used_[pool] += physical->bytes;
   ++physical_count_;
   *out = physical.release();
   return CUDA_SUCCESS;
@@ -168,7 +206,7 @@ void Memory::unpin(Physical* physical) {
 void Memory::forget_if_dead(Physical* physical) {
   if (physical->references > 0 || physical->mappings > 0 || physical->pins > 0) return;
   free_slots_.insert(free_slots_.end(), physical->slots.rbegin(), physical->slots.rend());
-  used_[physical->device] -= physical->bytes;
+  used_[pool_of(physical->device, physical->host)] -= physical->bytes;
   --physical_count_;
   delete physical;
 }
@@ -201,7 +239,36 @@ Mapping* Memory::map(Reservation& reservation, Address address, std::uint64_t by
   return mapping;
 }
 
+bool Memory::set_cpu_access(Mapping* mapping, CUmemAccess_flags access) {
+  if (mapping->cpu_access == access) return true;
+  auto* const begin = reinterpret_cast<std::byte*>(mapping->begin);
+  const int protection = access == CU_MEM_ACCESS_FLAGS_PROT_READ        ? PROT_READ
+                         : access == CU_MEM_ACCESS_FLAGS_PROT_READWRITE ? PROT_READ | PROT_WRITE
+                                                                        : PROT_NONE;
+  bool done = true;
+  if (protection != PROT_NONE && mapping->cpu_access != CU_MEM_ACCESS_FLAGS_PROT_NONE) {
+    done = ::mprotect(begin, mapping->bytes, protection) == 0;
+  } else if (protection != PROT_NONE) {
+    const std::vector<std::uint32_t>& slots = mapping->physical->slots;
+    for (std::size_t i = 0, next; i < slots.size() && done; i = next) {
+      for (next = i + 1; next < slots.size() && slots[next] == slots[next - 1] + 1; ++next) {
+      }
+      done = ::mmap(begin + i * granularity_, (next - i) * granularity_, protection,
+                    MAP_SHARED | MAP_FIXED, store_file_,
+                    static_cast<off_t>(slots[i] * slot_bytes_)) != MAP_FAILED;
+    }
+    // No child of fork() has the device's mappings.
+    if (done) ::madvise(begin, mapping->bytes, MADV_DONTFORK);
+  }
+  if (protection == PROT_NONE || !done)
+    ::mmap(begin, mapping->bytes, PROT_NONE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  mapping->cpu_access = done ? static_cast<std::uint8_t>(access) : 0;
+  return done;
+}
+
 void Memory::unmap(Reservation& reservation, Mapping* mapping) {
+  set_cpu_access(mapping, CU_MEM_ACCESS_FLAGS_PROT_NONE);
   Mapping** const first = reservation.pages + (mapping->begin - reservation.begin) / granularity_;
   std::fill(first, first + ceil_div(mapping->bytes, granularity_), nullptr);
   --reservation.mapped;
@@ -265,7 +332,9 @@ CUresult Memory::pin_host(Address address, std::uint64_t bytes, Pinned** out) {
 }
 
 bool Memory::can_pin(Address address, std::uint64_t bytes, bool writable) {
-  return populate(address, bytes, writable);
+  const auto [begin, length] = pages_of(address, bytes);
+  return kernel_populates() ? populate_pages(begin, length, writable)
+                            : listed(begin, length, writable);
 }
 
 void Memory::keep_pages(Pinned* pinned) {
@@ -276,7 +345,9 @@ void Memory::keep_pages(Pinned* pinned) {
 }
 
 std::byte* Memory::reach(const Pinned& pinned, Address address, std::uint64_t bytes) const {
-  if (pinned.allocated || populate(address, bytes, false))
+  const auto [begin, length] = pages_of(address, bytes);
+  // The list is too slow for every copy: there the program is believed.
+  if (pinned.allocated || !kernel_populates() || populate_pages(begin, length, false))
     return reinterpret_cast<std::byte*>(address);
   if (!pinned.pages) return nullptr;
   return pinned.pages + (address - pages_of(pinned.begin, pinned.bytes).begin);

@@ -3,7 +3,8 @@
 //
 // A physical allocation is slots of one large store that the kernel backs when it is touched; a
 // device address is a PROT_NONE mapping, so that the CPU dies where it would on a machine with a
-// GPU. The page table is one array of pointers for each reservation.
+// GPU. Where the CPU was given access to memory of the host, its slots are mapped there once more.
+// The page table is one array of pointers for each reservation.
 #pragma once
 
 #include <deque>
@@ -20,6 +21,7 @@ namespace warmserve::simcuda {
 struct Physical {
   std::uint64_t handle = 0;  // 0: made by cuMemAlloc
   int device = 0;
+  bool host = false;        // memory of the host: location HOST_NUMA
   std::uint64_t bytes = 0;  // whole granules
   CUmemAllocationProp prop{};
   std::vector<std::uint32_t> slots;
@@ -34,6 +36,7 @@ struct Mapping {
   std::uint64_t bytes = 0;
   Physical* physical = nullptr;
   std::array<std::uint8_t, kMaxDevices> access{};  // CUmemAccess_flags for each device
+  std::uint8_t cpu_access = 0;                     // and for the host
   Uses uses;
 
   Address end() const { return begin + bytes; }
@@ -60,6 +63,8 @@ struct Pinned {
   std::byte* pages = nullptr;
   Uses uses;
   Shadow shadow;
+
+  bool read_only() const { return !allocated && (flags & CU_MEMHOSTREGISTER_READ_ONLY); }
 
   Pinned(Address at, std::uint64_t size, std::uint64_t granules)
       : begin(at), bytes(size), shadow(granules) {}
@@ -89,7 +94,7 @@ class Memory {
   void unreserve(Reservation* reservation);
   Reservation* reservation_at(Address address);  // that contains the address, or null
 
-  CUresult create(std::uint64_t bytes, int device, Physical** out);
+  CUresult create(std::uint64_t bytes, int device, bool host, Physical** out);
   Physical* find(std::uint64_t handle);  // with references, or null
   void give_handle(Physical* physical);
   void drop_reference(Physical* physical);
@@ -99,6 +104,8 @@ class Memory {
   bool is_free(const Reservation& reservation, Address address, std::uint64_t bytes) const;
   Mapping* map(Reservation& reservation, Address address, std::uint64_t bytes, Physical* physical);
   void unmap(Reservation& reservation, Mapping* mapping);
+  // Of memory of the host. False where the kernel refuses; then there is none.
+  bool set_cpu_access(Mapping* mapping, CUmemAccess_flags access);
   Mapping* mapping_at(Address address);
   // The mappings that make up exactly this range; empty where one is cut or a hole is between
   // them. Good until the next call.
@@ -111,7 +118,7 @@ class Memory {
   std::uint64_t kept() const { return kept_; }
 
   CUresult pin_host(Address address, std::uint64_t bytes, Pinned** out);
-  // Whether the kernel gives the pages; touches them, so without the lock.
+  // Whether the kernel gives the pages, with that access; touches them, so without the lock.
   static bool can_pin(Address address, std::uint64_t bytes, bool writable);
   void keep_pages(Pinned* pinned);
   void unpin_host(Pinned* pinned);
@@ -130,14 +137,18 @@ class Memory {
 
  private:
   void forget_if_dead(Physical* physical);
+  // Whose capacity an allocation is of: a device's, or the host's where that has memory of its own.
+  int pool_of(int device, bool host) const { return host && !one_memory_ ? kMaxDevices : device; }
 
   const std::uint64_t granularity_, kept_, slot_bytes_, capacity_;
+  const bool one_memory_;
+  int store_file_ = -1;  // only where the CPU may reach it
   std::byte* store_ = nullptr;
   std::uint64_t store_bytes_ = 0;
   std::uint32_t next_slot_ = 0;
   std::vector<std::uint32_t> free_slots_;
-  std::array<std::uint64_t, kMaxDevices> used_{};
-  std::uint64_t others_ = 0;  // of device 0
+  std::array<std::uint64_t, kMaxDevices + 1> used_{};  // of each pool
+  std::uint64_t others_ = 0;                           // of device 0
 
   std::unordered_map<std::uint64_t, Physical*> handles_;
   std::size_t physical_count_ = 0, mapping_count_ = 0;

@@ -85,8 +85,10 @@ bool set(const std::string& key, const std::string& value, Options* out) {
            out->granularity <= kGiB && (out->granularity & (out->granularity - 1)) == 0;
   }
   if (key == "integrated") return parse(value, &out->integrated);
+  if (key == "host_numa") return parse(value, &out->host_numa);
   if (key == "posix_fd") return parse(value, &out->posix_fd);
   if (key == "rdma") return parse(value, &out->rdma);
+  if (key == "read_only_register") return parse(value, &out->read_only_register);
   if (key == "clock") return parse_clock(value, &out->virtual_clock);
   if (key == "h2d") return parse(value, &out->rates[0]);
   if (key == "d2h") return parse(value, &out->rates[1]);
@@ -129,6 +131,10 @@ bool parse_options(const std::string& text, Options* out, std::string* error) {
       *error = "not an option: " + line;
       return false;
     }
+  }
+  if (options.host_memory() && options.content != 0) {
+    *error = "content: what the CPU reaches is kept, all of it";
+    return false;
   }
   *out = options;
   return true;

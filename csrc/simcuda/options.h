@@ -31,7 +31,8 @@ struct Options {
   std::string name = "Simulated CUDA";
   int driver_version = 13000, capability = 90;
   std::uint64_t memory = 8 * kGiB, granularity = 2 * kMiB;
-  bool integrated = false, posix_fd = true, rdma = true;
+  bool integrated = false, host_numa = false, posix_fd = true, rdma = true;
+  bool read_only_register = true;
   bool virtual_clock = false, detector = true;
   std::array<double, kEngines> rates{};  // bytes per second; 0: no pacing
   Nanoseconds launch = 0;
@@ -41,6 +42,8 @@ struct Options {
 
   // How many devices a program sees.
   int visible_devices() const;
+  // Whether cuMemCreate gives memory of the host, which the CPU reaches where the device does.
+  bool host_memory() const { return integrated || host_numa; }
   // Leading bytes of a granule that are kept.
   std::uint64_t kept() const { return content == 0 ? granularity : std::min(content, granularity); }
 };

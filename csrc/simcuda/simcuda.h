@@ -23,13 +23,16 @@ extern "C" {
 //   capability=90             compute capability, times ten
 //   memory=8589934592         bytes of each device
 //   granularity=2097152       bytes
-//   integrated=0  posix_fd=1  rdma=1      device attributes
+//   posix_fd=1  rdma=1  read_only_register=1    device attributes
+//   host_numa=0               1: memory of the host's NUMA node 0 can be created, mapped and, where
+//                             access for that node is set, reached by the CPU. Not with `content`
+//   integrated=0              1: the device has no memory but the host's; implies host_numa=1
 //   clock=real                streams are threads. Or "virtual": no threads; time moves by what
 //                             calls cost and by what is waited for, work runs when its time comes
 //   h2d=0  d2h=0  d2d=0       bytes per second of each copy engine; 0: no pacing
 //   launch=0                  seconds a kernel takes, at least
-//   cost.NAME=A+B             the call takes A microseconds and B for each granule it concerns, if it
-//                             concerns bytes. A NAME without a version is all versions of it
+//   cost.NAME=A+B             the call takes A microseconds and B for each granule of the bytes it
+//                             concerns, if any. NAME without its version is all versions of it
 //   content=0                 keep so many leading bytes of each granule's content; 0: all of them.
 //                             What is not kept reads as zeros
 //   detector=1                look for races and for memory given back while in use
@@ -37,8 +40,8 @@ int simcuda_reset(const char* options);
 const char* simcuda_error(void);
 
 // Faults. Calls of cu* functions are counted from 1 since simcuda_clear_faults(): those of one
-// function, or all (null). Calls `first` to `last` return `error` and do nothing else. 0, or -1 with
-// simcuda_error() where there is no such function.
+// function, or all (null). Calls `first` to `last` return `error` and do nothing else. 0, or -1
+// with simcuda_error() where there is no such function.
 void simcuda_clear_faults(void);
 int simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
                   int error);

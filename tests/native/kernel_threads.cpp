@@ -216,16 +216,17 @@ TEST(a_launch_is_parsed_as_what_it_was) {
 }
 
 TEST(misuse_is_named) {
-  CHECK(misuse(DigestCall{64, 64, 0, 8}) != Misuse::none);
-  CHECK(misuse(DigestCall{64, 64, 16, 12}) != Misuse::none);   // where it writes
-  CHECK(misuse(DigestCall{64, 64, 16, 120}) != Misuse::none);  // overlaps
-  CHECK(misuse(DigestCall{64, 20ull << 30, 20ull << 30, 8}) != Misuse::none);
-  CHECK(misuse(DigestCall{~0ull - 8, 64, 64, 8}) != Misuse::none);
-  CHECK(misuse(CastCall{.kind = static_cast<CastKind>(99)}) != Misuse::none);
-  CHECK(misuse(CastCall{.from = 64, .to = 66, .count = 4}) != Misuse::none);
-  CHECK(misuse(CastCall{.count = ~0ull}) != Misuse::none);
-  CHECK(misuse(CastCall{.from = 64, .to = 4096, .count = 4, .columns = 2}) != Misuse::none);
-  CHECK(misuse(GatherCall{64, 4096, 2, 8, 7}) != Misuse::none);
-  CHECK(misuse(GatherCall{64, 4096, ~0ull, 8, 1ull << 32}) != Misuse::none);
+  CHECK(misuse(DigestCall{64, 64, 0, 8}) == Misuse::empty_granules);
+  CHECK(misuse(DigestCall{64, 64, 16, 12}) == Misuse::misaligned_digests);  // where it writes
+  CHECK(misuse(DigestCall{64, 64, 16, 120}) == Misuse::overlap);
+  CHECK(misuse(DigestCall{64, 20ull << 30, 20ull << 30, 8}) == Misuse::digest_too_long);
+  CHECK(misuse(DigestCall{~0ull - 8, 64, 64, 8}) == Misuse::past_the_end);
+  CHECK(misuse(CastCall{.kind = static_cast<CastKind>(99)}) == Misuse::no_such_cast);
+  CHECK(misuse(CastCall{.from = 64, .to = 66, .count = 4}) == Misuse::overlap);
+  CHECK(misuse(CastCall{.count = ~0ull}) == Misuse::too_many_elements);
+  CHECK(misuse(CastCall{.from = 64, .to = 4096, .count = 4, .columns = 2}) ==
+        Misuse::missing_scales);
+  CHECK(misuse(GatherCall{64, 4096, 2, 8, 7}) == Misuse::short_pitch);
+  CHECK(misuse(GatherCall{64, 4096, ~0ull, 8, 1ull << 32}) == Misuse::too_many_bytes);
   CHECK(misuse(GatherCall{64, 4096, 2, 8, 16}) == Misuse::none);
 }
