@@ -28,7 +28,7 @@ void Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint
   read_layer(model.files, layer.source, begin, end,
              {begin, staging_.chunk_bytes(), {flight.chunk.data()}});
   const std::lock_guard lock(mutex_);
-  if (!stream_) stream_ = std::make_unique<Stream>(arena_.device());
+  if (!stream_) stream_ = std::make_unique<Stream>(arena_.device(), StreamPriority::background);
   if (const auto error = enqueue(flight, layer, begin, end)) news_.push_back({fill, 0, error});
   flights_.push_back(std::move(flight));
 }

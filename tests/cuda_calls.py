@@ -86,6 +86,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamCreateWithPriority": (pointer, u32, i32),
     "cuStreamDestroy_v2": (u64,),
     "cuStreamQuery": (u64,),
+    "cuStreamGetPriority": (u64, pointer),
     "cuStreamSynchronize": (u64,),
     "cuStreamWaitEvent": (u64, u64, u32),
     "cuStreamBeginCapture_v2": (u64, i32),
@@ -292,6 +293,11 @@ class Cuda:
 
     def stream(self, flags: int = NON_BLOCKING, priority: int = 0) -> int:
         return self.out("cuStreamCreateWithPriority", flags, priority)
+
+    def priority(self, stream: int) -> int:
+        value = i32()
+        self.call("cuStreamGetPriority", stream, ctypes.byref(value))
+        return value.value
 
     def stream_destroy(self, stream: int) -> None:
         self.call("cuStreamDestroy_v2", stream)

@@ -437,6 +437,19 @@ def test_streams_of_others_are_waited_for(files: dict[str, Path]) -> None:
         raw.release_primary()
 
 
+def test_priorities_of_streams(cuda: SimulatedCuda) -> None:
+    raw = Cuda(cuda.library).start()
+    with make(cuda) as runtime:
+        streams = [runtime.stream(name) for name in ("background", "normal", "urgent")]
+        found = [raw.priority(stream.handle) for stream in streams]
+        assert found == sorted(found, reverse=True)  # lower numbers are more urgent
+        assert len(set(found)) == 3
+        with pytest.raises(ValueError, match="no stream priority 'high'"):
+            runtime.stream("high")  # type: ignore[arg-type]
+        del streams
+    raw.release_primary()
+
+
 def test_streams_of_others_on_the_host(files: dict[str, Path]) -> None:
     with Runtime(arena="8MiB", tensors="numpy") as runtime:
         runtime.register("a", files["a"])

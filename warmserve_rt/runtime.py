@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -308,9 +308,13 @@ class Runtime:
         """What is where now, as plain values."""
         return Snapshot.of(self.native)
 
-    def stream(self) -> _native.Stream:
-        """A new stream of the device: work in order, beside the caller's."""
-        return self.native.stream()
+    def stream(
+        self, priority: Literal["background", "normal", "urgent"] = "normal"
+    ) -> _native.Stream:
+        """A new stream of the device: work in order, beside the caller's. ``priority`` is a hint
+        for kernels; copies may not heed it. ``torch.cuda.ExternalStream(stream.handle)`` is the
+        same stream for torch, as long as this object lives."""
+        return self.native.stream(priority)
 
     def step(self) -> bool:
         """With ``pump``: one chunk of one transfer. False when there is nothing to do."""

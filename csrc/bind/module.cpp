@@ -86,6 +86,14 @@ using FileTuple =
 using SegmentTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using LayerTuple = std::pair<std::uint64_t, std::vector<SegmentTuple>>;
 
+StreamPriority stream_priority(const std::string& name) {
+  if (name == "background") return StreamPriority::background;
+  if (name == "normal") return StreamPriority::normal;
+  if (name == "urgent") return StreamPriority::urgent;
+  throw Error(ErrorKind::invalid_argument,
+              "no stream priority '" + name + "': background, normal or urgent");
+}
+
 PyModel register_model(const RuntimePtr& runtime, const std::string& name,
                        const std::vector<FileTuple>& files, const std::vector<LayerTuple>& layers,
                        bool writable) {
@@ -196,6 +204,9 @@ void bind_handles(py::module_& m) {
           py::arg("stream"), NoGil())
       .def("release", &PyHold::release);
   py::class_<PyStream>(m, "Stream")
+      .def_property_readonly(
+          "handle",
+          [](const PyStream& self) { return static_cast<std::uint64_t>(self.stream->id()); })
       .def(
           "copy_from",
           [](const PyStream& self, const py::buffer& out, const dlpack::View& from) {
@@ -318,8 +329,12 @@ void bind_runtime(py::module_& m) {
             return self.digest(model.model, layer);
           },
           py::arg("model"), py::arg("layer"), NoGil())
-      .def("stream",
-           [](Runtime& self) { return PyStream{std::make_shared<Stream>(self.device())}; })
+      .def(
+          "stream",
+          [](Runtime& self, const std::string& priority) {
+            return PyStream{std::make_shared<Stream>(self.device(), stream_priority(priority))};
+          },
+          py::arg("priority"))
       .def(
           "adopt_stream",
           [](Runtime& self, std::uint64_t handle) {

@@ -98,6 +98,10 @@ CudaDriver::~CudaDriver() {
 void CudaDriver::load_kernels(const std::string& image) {
   facts_.no_kernels = "they were not built with this package: install it where nvcc is";
   if (image.empty()) return;
+  if (!context_.attribute(CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)) {
+    facts_.no_kernels = "the device sees pinned memory at other addresses than the CPU";
+    return;
+  }
   facts_.no_kernels.clear();
   if (CALL(cuModuleLoadData, &module_, image.data()) != Status::ok) {
     facts_.no_kernels = detail();

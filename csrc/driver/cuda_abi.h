@@ -202,7 +202,6 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuMemSetAccess, (CUdeviceptr, std::size_t, const CUmemAccessDesc*, std::size_t)) \
   X(cuMemHostRegister_v2, (void*, std::size_t, unsigned)) \
   X(cuMemHostUnregister, (void*)) \
-  X(cuMemHostGetDevicePointer_v2, (CUdeviceptr*, void*, unsigned)) \
   X(cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, std::size_t, CUstream)) \
   X(cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, std::size_t, CUstream)) \
   X(cuStreamCreateWithPriority, (CUstream*, unsigned, int)) \
