@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import write_model
 from cuda_calls import Cuda
+from cuda_runtime import SIZES
 from hypothesis import Phase, settings
 
 from warmserve_rt import Model, Runtime, testing
@@ -117,3 +120,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     made = Device(request.param)
     yield made
     made.finish()
+
+
+@pytest.fixture
+def cuda() -> Iterator[SimulatedCuda]:
+    with testing.simulated_cuda(memory="64MiB") as simulated:
+        yield simulated
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> dict[str, Path]:
+    """Checkpoints of two models of the sizes of cuda_runtime.SIZES."""
+    return {name: write_model(tmp_path / name, name, SIZES) for name in "ab"}

@@ -195,14 +195,14 @@ MUTATIONS = [
         "csrc/driver/cuda_context.h",
         "CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;",
         "CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL;",
-        "test_cuda_device.py::test_a_capture_elsewhere_is_not_broken_by_loading",
+        "test_cuda_neighbours.py::test_a_capture_elsewhere_is_not_broken_by_loading",
     ),
     Mutation(
         "the thread's context is not put back",
         "csrc/driver/cuda_context.cpp",
         "if (switched_) cuda.cuCtxSetCurrent(before_);",
         "",
-        "test_cuda_device.py::test_the_thread_s_context_and_capture_mode_are_left_as_they_were",
+        "test_cuda_neighbours.py::test_the_thread_s_context_and_capture_mode_are_left_as_they_were",
     ),
     Mutation(
         "a context that died is called again",

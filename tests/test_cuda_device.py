@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import GRANULE, content, write_model, write_safetensors
+from checkpoints import GRANULE, content, write_model
 from conftest import bytes_of
-from cuda_calls import GLOBAL, NON_BLOCKING, READ, Cuda, code
+from cuda_calls import READ, Cuda
+from cuda_runtime import SIZES, WEIGHT, make
 
 from warmserve_rt import (
     DeviceLost,
@@ -32,34 +33,6 @@ from warmserve_rt import (
 )
 from warmserve_rt.kernels import granule_digest
 from warmserve_rt.simcuda import SimulatedCuda
-
-SIZES = [2 * GRANULE, 5]
-WEIGHT = "model.layers.0.weight"
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    return {name: write_model(tmp_path / name, name, SIZES) for name in "ab"}
-
-
-@pytest.fixture
-def cuda() -> Iterator[SimulatedCuda]:
-    with testing.simulated_cuda(memory="64MiB") as simulated:
-        yield simulated
-
-
-def make(cuda: SimulatedCuda, files: dict[str, Path] | None = None, **options: object) -> Runtime:
-    """A runtime without wrappers: what the driver itself does is looked at."""
-    defaults: dict[str, object] = {"arena": "8MiB", "staging": "4MiB", "chunk": "2MiB"}
-    runtime = Runtime(
-        driver=testing.cuda_driver(cuda),
-        tensors="dlpack",
-        **{**defaults, **options},  # type: ignore[arg-type]
-    )
-    for name, path in (files or {}).items():
-        runtime.register(name, path)
-    return runtime
-
 
 # No driver, an old one, no device
 
@@ -121,7 +94,7 @@ def script(text: str, cuda: SimulatedCuda, *arguments: object, **environment: st
     return done.stdout
 
 
-def test_the_device_is_found_by_its_name(files: dict[str, Path]) -> None:
+def test_the_device_is_found_by_its_name(two_files: dict[str, Path]) -> None:
     with testing.simulated_cuda(devices=2) as cuda:
         printed = script(
             """
@@ -139,7 +112,7 @@ def test_the_device_is_found_by_its_name(files: dict[str, Path]) -> None:
                 print(error)
             """,
             cuda,
-            files["a"],
+            two_files["a"],
             CUDA_VISIBLE_DEVICES="0,1",
         )
     total = sum(content("a", 0, SIZES[0]))
@@ -149,6 +122,35 @@ def test_the_device_is_found_by_its_name(files: dict[str, Path]) -> None:
         f"(2, 1) {total}",
         "no device cuda:2: 2 are visible, cuda:0 to cuda:1 (CUDA_VISIBLE_DEVICES is '0,1')",
     ]
+
+
+@pytest.mark.parametrize("last", ["once", "from-then-on"])
+def test_opening_a_device_with_each_call_failing(last: str) -> None:
+    """It opens or says why; what it says names the call."""
+    for call in range(1, 100):
+        with testing.simulated_cuda() as cuda:
+            cuda.faults.arm([(call, call if last == "once" else None)])
+            said, driver = "", None
+            try:
+                driver = testing.cuda_driver(cuda)
+            except (WarmServeError, ValueError) as error:
+                said = str(error)
+            injected = cuda.faults.injected
+            cuda.faults.disarm()
+            if driver:
+                with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
+                    runtime.check_invariants()
+                del driver, runtime
+                gc.collect()
+            else:
+                assert injected
+                assert re.search(
+                    r"cu[A-Z]\w+ returned|are visible|has no virtual|cannot be had", said
+                )
+        if not injected:
+            assert call > 10
+            return
+    raise AssertionError("the walk does not end")
 
 
 # Memory
@@ -174,11 +176,11 @@ def test_memory_that_is_taken_half_way(cuda: SimulatedCuda) -> None:
 
 
 def test_the_headroom_is_left_alone_and_reported(
-    cuda: SimulatedCuda, files: dict[str, Path]
+    cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     with pytest.raises(OutOfDeviceMemory, match="60 MiB beside a headroom of 8 MiB on a device"):
         make(cuda, arena="60MiB", headroom="8MiB")
-    with make(cuda, files, arena=None, headroom="8MiB") as runtime:
+    with make(cuda, two_files, arena=None, headroom="8MiB") as runtime:
         snapshot = runtime.snapshot()
         assert (snapshot.arena_bytes, snapshot.headroom_bytes) == (56 << 20, 8 << 20)
         assert runtime.device_memory() == (8 << 20, 64 << 20)
@@ -213,9 +215,9 @@ def integrated() -> Iterator[SimulatedCuda]:
 
 
 def test_a_device_with_the_cpu_s_memory_needs_no_staging(
-    integrated: SimulatedCuda, files: dict[str, Path]
+    integrated: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
-    with make(integrated, files) as runtime:
+    with make(integrated, two_files) as runtime:
         for name in "aba":
             with runtime.lease(name):
                 assert bytes_of(runtime, name, WEIGHT) == content(name, 0, SIZES[0])
@@ -229,10 +231,10 @@ def test_a_device_with_the_cpu_s_memory_needs_no_staging(
 
 @pytest.mark.parametrize("last", ["once", "from-then-on"])
 def test_on_a_device_with_the_cpu_s_memory_a_failing_call_loses_nothing(
-    integrated: SimulatedCuda, files: dict[str, Path], last: str
+    integrated: SimulatedCuda, two_files: dict[str, Path], last: str
 ) -> None:
     for call in range(1, 500):
-        runtime = make(integrated, files, pump=True)
+        runtime = make(integrated, two_files, pump=True)
         integrated.faults.arm([(call, call if last == "once" else None)])
         with suppress(WarmServeError):
             runtime.prewarm("a").wait()
@@ -257,9 +259,9 @@ def test_on_a_device_with_the_cpu_s_memory_a_failing_call_loses_nothing(
 
 
 @pytest.mark.parametrize("how", ["an illegal access elsewhere", "a context destroyed by others"])
-def test_a_lost_device_says_so_at_every_later_call(files: dict[str, Path], how: str) -> None:
+def test_a_lost_device_says_so_at_every_later_call(two_files: dict[str, Path], how: str) -> None:
     with testing.simulated_cuda(check=False) as cuda:
-        runtime = make(cuda, files, arena="16MiB")
+        runtime = make(cuda, two_files, arena="16MiB")
         lease = runtime.lease("a").acquire()
         if how.startswith("an illegal"):
             cuda.break_context(700)
@@ -289,10 +291,10 @@ def test_a_lost_device_says_so_at_every_later_call(files: dict[str, Path], how: 
         runtime.close()
 
 
-def test_a_device_lost_while_loading(files: dict[str, Path]) -> None:
+def test_a_device_lost_while_loading(two_files: dict[str, Path]) -> None:
     for call in range(1, 30):
         with testing.simulated_cuda(check=False) as cuda:
-            runtime = make(cuda, files)
+            runtime = make(cuda, two_files)
             cuda.faults.arm([(call, call)], only=None, status="device_lost")
 
             def load(runtime: Runtime = runtime) -> None:
@@ -311,7 +313,7 @@ def test_a_device_lost_while_loading(files: dict[str, Path]) -> None:
             runtime.close()
 
 
-def test_fork_after_cuda_began(cuda: SimulatedCuda, files: dict[str, Path]) -> None:
+def test_fork_after_cuda_began(cuda: SimulatedCuda, two_files: dict[str, Path]) -> None:
     printed = script(
         """
         import os, sys
@@ -341,7 +343,7 @@ def test_fork_after_cuda_began(cuda: SimulatedCuda, files: dict[str, Path]) -> N
         print("fine")
         """,
         cuda,
-        files["a"],
+        two_files["a"],
     )
     used, opened, parent = printed.splitlines()
     assert "belongs to the process that forked this one" in used
@@ -359,7 +361,7 @@ def test_fork_after_cuda_began(cuda: SimulatedCuda, files: dict[str, Path]) -> N
         "import os; runtime.prewarm('a'); print('bye', flush=True); os._exit(0)",
     ],
 )
-def test_the_interpreter_exits_with_work_in_flight(files: dict[str, Path], how: str) -> None:
+def test_the_interpreter_exits_with_work_in_flight(two_files: dict[str, Path], how: str) -> None:
     with testing.simulated_cuda(h2d=20e6) as cuda:  # 4 MiB take 0.2 s
         printed = script(
             f"""
@@ -371,121 +373,9 @@ def test_the_interpreter_exits_with_work_in_flight(files: dict[str, Path], how: 
             print("bye")
             """,
             cuda,
-            files["a"],
+            two_files["a"],
         )
     assert printed == "bye\n"
-
-
-# What the rest of the process does
-
-
-def test_a_capture_elsewhere_is_not_broken_by_loading(
-    cuda: SimulatedCuda, files: dict[str, Path]
-) -> None:
-    raw = Cuda(cuda.library).start()
-    with make(cuda, files) as runtime:
-        stream = raw.stream()
-        raw.begin_capture(stream, GLOBAL)
-        runtime.prewarm("a").wait()
-        runtime.swap(evict="a", load="b").wait()
-        graph = raw.end_capture(stream)
-        raw.call("cuGraphDestroy", graph)
-        raw.stream_destroy(stream)
-    raw.release_primary()
-
-
-def test_the_thread_s_context_and_capture_mode_are_left_as_they_were(
-    files: dict[str, Path],
-) -> None:
-    with testing.simulated_cuda(devices=2) as cuda:
-        raw = Cuda(cuda.library).start(device=1)
-        mine = raw.current()
-        raw.exchange_mode(1)
-        with make(cuda, files, pump=True) as runtime:
-            with runtime.lease("a"):
-                assert raw.current() == mine
-                assert bytes_of(runtime, "a", WEIGHT) == content("a", 0, SIZES[0])
-            assert raw.current() == mine
-            assert raw.exchange_mode(1) == 1
-        raw.release_primary(1)
-
-
-def test_streams_of_others_are_waited_for(files: dict[str, Path]) -> None:
-    """As a torch stream is: the lease ends, the work does not, and nothing is unmapped under it."""
-
-    class TorchStream:
-        cuda_stream = 0
-
-    with testing.simulated_cuda(d2h=100e6) as cuda:
-        raw = Cuda(cuda.library).start()
-        TorchStream.cuda_stream = raw.stream(NON_BLOCKING)
-        with make(cuda, files) as runtime:
-            out = raw.pinned(GRANULE)
-            for stream in (TorchStream(), TorchStream.cuda_stream):
-                lease = runtime.lease("a").acquire(stream)
-                address = lease.tensors[WEIGHT].address
-                for _ in range(5):
-                    raw.dtoh(out.address, address, GRANULE, TorchStream.cuda_stream)
-                lease.release()
-                runtime.swap(evict="a", load="b").wait()
-                assert out[0:GRANULE] == content("a", 0, SIZES[0])[:GRANULE]
-            with pytest.raises(TypeError, match="str is no stream"):
-                runtime.lease("a").acquire("default")
-            raw.synchronize(TorchStream.cuda_stream)
-        raw.unregister(out.address)
-        raw.stream_destroy(TorchStream.cuda_stream)
-        raw.release_primary()
-
-
-def test_priorities_of_streams(cuda: SimulatedCuda) -> None:
-    raw = Cuda(cuda.library).start()
-    with make(cuda) as runtime:
-        streams = [runtime.stream(name) for name in ("background", "normal", "urgent")]
-        found = [raw.priority(stream.handle) for stream in streams]
-        assert found == sorted(found, reverse=True)  # lower numbers are more urgent
-        assert len(set(found)) == 3
-        with pytest.raises(ValueError, match="no stream priority 'high'"):
-            runtime.stream("high")  # type: ignore[arg-type]
-        del streams
-    raw.release_primary()
-
-
-def test_streams_of_others_on_the_host(files: dict[str, Path]) -> None:
-    with Runtime(arena="8MiB", tensors="numpy") as runtime:
-        runtime.register("a", files["a"])
-        with pytest.raises(ValueError, match="host has no streams but those"):
-            runtime.lease("a").acquire(7)
-
-
-def test_a_graph_is_replayed_only_under_a_lease(files: dict[str, Path]) -> None:
-    """It keeps addresses, not granules: under a new lease it reads what is there by then."""
-    with testing.simulated_cuda(check=False) as cuda:
-        raw = Cuda(cuda.library).start()
-        runtime = make(cuda, files, arena="6MiB")
-        stream, out = raw.stream(), raw.pinned(GRANULE)
-        with runtime.lease("a") as lease:
-            epoch = runtime.model("a").backing_epoch
-            raw.begin_capture(stream, GLOBAL)
-            raw.dtoh(out.address, lease.tensors[WEIGHT].address, GRANULE, stream)
-            graph = raw.instantiate(raw.end_capture(stream))
-
-        def replay() -> int:
-            out[0:GRANULE] = bytes(GRANULE)
-            raw.launch_graph(graph, stream)
-            return code(raw.synchronize, stream)
-
-        wanted = content("a", 0, SIZES[0])[:GRANULE]
-        runtime.swap(evict="a", load="b").wait()
-        with runtime.lease("a"):
-            assert runtime.model("a").backing_epoch != epoch
-            assert replay() == 0
-            assert out[0:GRANULE] == wanted
-        assert not cuda.violations
-        runtime.swap(evict="a", load="b").wait()
-        with suppress(Exception):  # refused at the launch, or when it runs
-            assert replay() == 700
-        assert out[0:GRANULE] != wanted
-        assert "use-while-unmapped" in {violation.kind for violation in cuda.violations}
 
 
 # Content without copying back
@@ -505,99 +395,13 @@ def test_digests_are_of_the_content_on_the_device(device: object, tmp_path: Path
         runtime.digest("m", 3)
 
 
-def test_without_kernels_all_but_digests_works(cuda: SimulatedCuda, files: dict[str, Path]) -> None:
+def test_without_kernels_all_but_digests_works(
+    cuda: SimulatedCuda, two_files: dict[str, Path]
+) -> None:
     driver = _native.cuda_driver(library=str(cuda.library))
     with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
-        runtime.register("a", files["a"])
+        runtime.register("a", two_files["a"])
         with runtime.lease("a"):
             assert bytes_of(runtime, "a", WEIGHT) == content("a", 0, SIZES[0])
             with pytest.raises(WarmServeError, match="has no kernels: they were not built"):
                 runtime.digest("a", 0)
-
-
-# Views
-
-
-def test_frameworks_that_cannot_see_the_device(cuda: SimulatedCuda, files: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="'numpy': it cannot see this device's memory"):
-        Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="numpy")
-    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="torch") as runtime:
-        runtime.register("a", files["a"])
-        with runtime.lease("a") as lease:
-            import torch
-
-            if torch.backends.cuda.is_built():
-                pytest.skip("torch is a build with CUDA, and the simulated device is not for it")
-            with pytest.raises(WarmServeError, match="a build without CUDA"):
-                _ = lease.tensors
-
-
-def test_capsules_name_the_device(files: dict[str, Path]) -> None:
-    with testing.simulated_cuda(devices=2) as cuda:
-        driver = testing.cuda_driver(cuda, 1)
-        with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
-            runtime.register("a", files["a"])
-            with runtime.lease("a") as lease:
-                view = lease.tensors[WEIGHT]
-                assert view.__dlpack_device__() == (2, 1)
-                for stream in (None, 1, 2, -1, 0x7F0000000000):
-                    assert "dltensor_versioned" in repr(
-                        view.__dlpack__(stream=stream, max_version=(1, 0), dl_device=(2, 1))
-                    )
-                for misuse in (
-                    {"stream": 0},
-                    {"stream": "main"},
-                    {"copy": True},
-                    {"dl_device": (1, 0)},
-                    {"dl_device": (2, 0)},
-                ):
-                    with pytest.raises(BufferError):
-                        view.__dlpack__(**misuse)
-                with pytest.raises((BufferError, RuntimeError)):
-                    np.from_dlpack(view)
-
-
-@pytest.mark.parametrize("last", ["once", "from-then-on"])
-def test_opening_a_device_with_each_call_failing(last: str) -> None:
-    """It opens or says why; what it says names the call."""
-    for call in range(1, 100):
-        with testing.simulated_cuda() as cuda:
-            cuda.faults.arm([(call, call if last == "once" else None)])
-            said, driver = "", None
-            try:
-                driver = testing.cuda_driver(cuda)
-            except (WarmServeError, ValueError) as error:
-                said = str(error)
-            injected = cuda.faults.injected
-            cuda.faults.disarm()
-            if driver:
-                with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
-                    runtime.check_invariants()
-                del driver, runtime
-                gc.collect()
-            else:
-                assert injected
-                assert re.search(
-                    r"cu[A-Z]\w+ returned|are visible|has no virtual|cannot be had", said
-                )
-        if not injected:
-            assert call > 10
-            return
-    raise AssertionError("the walk does not end")
-
-
-def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None:
-    """Shape, dtype and address; CuPy itself copies nothing, for libcudart cannot run here."""
-    import cupy
-
-    wanted = np.arange(6, dtype=np.float32).reshape(2, 3)
-    path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], wanted.tobytes())})
-    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="cupy") as runtime:
-        runtime.register("f", path)
-        with runtime.lease("f") as lease:
-            array = lease.tensors["h.0.w"]
-            assert isinstance(array, cupy.ndarray)
-            assert (array.shape, array.dtype) == ((2, 3), np.float32)
-            found = cuda.peek(array.data.ptr, wanted.nbytes)
-            assert found == wanted.tobytes()
-        del array

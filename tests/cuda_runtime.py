@@ -1,0 +1,25 @@
+"""Runtimes on the simulated driver, without wrappers: for what the CUDA driver itself does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints import GRANULE
+
+from warmserve_rt import Runtime, testing
+from warmserve_rt.simcuda import SimulatedCuda
+
+SIZES = [2 * GRANULE, 5]  # of the models "a" and "b" of the fixture `two_files`
+WEIGHT = "model.layers.0.weight"
+
+
+def make(cuda: SimulatedCuda, files: dict[str, Path] | None = None, **options: object) -> Runtime:
+    defaults: dict[str, object] = {"arena": "8MiB", "staging": "4MiB", "chunk": "2MiB"}
+    runtime = Runtime(
+        driver=testing.cuda_driver(cuda),
+        tensors="dlpack",
+        **{**defaults, **options},  # type: ignore[arg-type]
+    )
+    for name, path in (files or {}).items():
+        runtime.register(name, path)
+    return runtime

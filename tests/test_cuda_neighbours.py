@@ -1,0 +1,191 @@
+"""Risk: the device and the rest of the process get in each other's way: torch's streams, somebody's
+capture or context, a graph that outlives a lease, a framework that cannot see the memory."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import GRANULE, content, write_safetensors
+from conftest import bytes_of
+from cuda_calls import GLOBAL, NON_BLOCKING, Cuda, code
+from cuda_runtime import SIZES, WEIGHT, make
+
+from warmserve_rt import (
+    Runtime,
+    WarmServeError,
+    testing,
+)
+from warmserve_rt.simcuda import SimulatedCuda
+
+
+def test_a_capture_elsewhere_is_not_broken_by_loading(
+    cuda: SimulatedCuda, two_files: dict[str, Path]
+) -> None:
+    raw = Cuda(cuda.library).start()
+    with make(cuda, two_files) as runtime:
+        stream = raw.stream()
+        raw.begin_capture(stream, GLOBAL)
+        runtime.prewarm("a").wait()
+        runtime.swap(evict="a", load="b").wait()
+        graph = raw.end_capture(stream)
+        raw.call("cuGraphDestroy", graph)
+        raw.stream_destroy(stream)
+    raw.release_primary()
+
+
+def test_the_thread_s_context_and_capture_mode_are_left_as_they_were(
+    two_files: dict[str, Path],
+) -> None:
+    with testing.simulated_cuda(devices=2) as cuda:
+        raw = Cuda(cuda.library).start(device=1)
+        mine = raw.current()
+        raw.exchange_mode(1)
+        with make(cuda, two_files, pump=True) as runtime:
+            with runtime.lease("a"):
+                assert raw.current() == mine
+                assert bytes_of(runtime, "a", WEIGHT) == content("a", 0, SIZES[0])
+            assert raw.current() == mine
+            assert raw.exchange_mode(1) == 1
+        raw.release_primary(1)
+
+
+def test_streams_of_others_are_waited_for(two_files: dict[str, Path]) -> None:
+    """As a torch stream is: the lease ends, the work does not, and nothing is unmapped under it."""
+
+    class TorchStream:
+        cuda_stream = 0
+
+    with testing.simulated_cuda(d2h=100e6) as cuda:
+        raw = Cuda(cuda.library).start()
+        TorchStream.cuda_stream = raw.stream(NON_BLOCKING)
+        with make(cuda, two_files) as runtime:
+            out = raw.pinned(GRANULE)
+            for stream in (TorchStream(), TorchStream.cuda_stream):
+                lease = runtime.lease("a").acquire(stream)
+                address = lease.tensors[WEIGHT].address
+                for _ in range(5):
+                    raw.dtoh(out.address, address, GRANULE, TorchStream.cuda_stream)
+                lease.release()
+                runtime.swap(evict="a", load="b").wait()
+                assert out[0:GRANULE] == content("a", 0, SIZES[0])[:GRANULE]
+            with pytest.raises(TypeError, match="str is no stream"):
+                runtime.lease("a").acquire("default")
+            raw.synchronize(TorchStream.cuda_stream)
+        raw.unregister(out.address)
+        raw.stream_destroy(TorchStream.cuda_stream)
+        raw.release_primary()
+
+
+def test_priorities_of_streams(cuda: SimulatedCuda) -> None:
+    raw = Cuda(cuda.library).start()
+    with make(cuda) as runtime:
+        streams = [runtime.stream(name) for name in ("background", "normal", "urgent")]
+        found = [raw.priority(stream.handle) for stream in streams]
+        assert found == sorted(found, reverse=True)  # lower numbers are more urgent
+        assert len(set(found)) == 3
+        with pytest.raises(ValueError, match="no stream priority 'high'"):
+            runtime.stream("high")  # type: ignore[arg-type]
+        del streams
+    raw.release_primary()
+
+
+def test_streams_of_others_on_the_host(two_files: dict[str, Path]) -> None:
+    with Runtime(arena="8MiB", tensors="numpy") as runtime:
+        runtime.register("a", two_files["a"])
+        with pytest.raises(ValueError, match="host has no streams but those"):
+            runtime.lease("a").acquire(7)
+
+
+def test_a_graph_is_replayed_only_under_a_lease(two_files: dict[str, Path]) -> None:
+    """It keeps addresses, not granules: under a new lease it reads what is there by then."""
+    with testing.simulated_cuda(check=False) as cuda:
+        raw = Cuda(cuda.library).start()
+        runtime = make(cuda, two_files, arena="6MiB")
+        stream, out = raw.stream(), raw.pinned(GRANULE)
+        with runtime.lease("a") as lease:
+            epoch = runtime.model("a").backing_epoch
+            raw.begin_capture(stream, GLOBAL)
+            raw.dtoh(out.address, lease.tensors[WEIGHT].address, GRANULE, stream)
+            graph = raw.instantiate(raw.end_capture(stream))
+
+        def replay() -> int:
+            out[0:GRANULE] = bytes(GRANULE)
+            raw.launch_graph(graph, stream)
+            return code(raw.synchronize, stream)
+
+        wanted = content("a", 0, SIZES[0])[:GRANULE]
+        runtime.swap(evict="a", load="b").wait()
+        with runtime.lease("a"):
+            assert runtime.model("a").backing_epoch != epoch
+            assert replay() == 0
+            assert out[0:GRANULE] == wanted
+        assert not cuda.violations
+        runtime.swap(evict="a", load="b").wait()
+        with suppress(Exception):  # refused at the launch, or when it runs
+            assert replay() == 700
+        assert out[0:GRANULE] != wanted
+        assert "use-while-unmapped" in {violation.kind for violation in cuda.violations}
+
+
+# Views
+
+
+def test_frameworks_that_cannot_see_the_device(
+    cuda: SimulatedCuda, two_files: dict[str, Path]
+) -> None:
+    with pytest.raises(ValueError, match="'numpy': it cannot see this device's memory"):
+        Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="numpy")
+    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="torch") as runtime:
+        runtime.register("a", two_files["a"])
+        with runtime.lease("a") as lease:
+            import torch
+
+            if torch.backends.cuda.is_built():
+                pytest.skip("torch is a build with CUDA, and the simulated device is not for it")
+            with pytest.raises(WarmServeError, match="a build without CUDA"):
+                _ = lease.tensors
+
+
+def test_capsules_name_the_device(two_files: dict[str, Path]) -> None:
+    with testing.simulated_cuda(devices=2) as cuda:
+        driver = testing.cuda_driver(cuda, 1)
+        with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
+            runtime.register("a", two_files["a"])
+            with runtime.lease("a") as lease:
+                view = lease.tensors[WEIGHT]
+                assert view.__dlpack_device__() == (2, 1)
+                for stream in (None, 1, 2, -1, 0x7F0000000000):
+                    assert "dltensor_versioned" in repr(
+                        view.__dlpack__(stream=stream, max_version=(1, 0), dl_device=(2, 1))
+                    )
+                for misuse in (
+                    {"stream": 0},
+                    {"stream": "main"},
+                    {"copy": True},
+                    {"dl_device": (1, 0)},
+                    {"dl_device": (2, 0)},
+                ):
+                    with pytest.raises(BufferError):
+                        view.__dlpack__(**misuse)
+                with pytest.raises((BufferError, RuntimeError)):
+                    np.from_dlpack(view)
+
+
+def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None:
+    """Shape, dtype and address; CuPy itself copies nothing, for libcudart cannot run here."""
+    import cupy
+
+    wanted = np.arange(6, dtype=np.float32).reshape(2, 3)
+    path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], wanted.tobytes())})
+    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="cupy") as runtime:
+        runtime.register("f", path)
+        with runtime.lease("f") as lease:
+            array = lease.tensors["h.0.w"]
+            assert isinstance(array, cupy.ndarray)
+            assert (array.shape, array.dtype) == ((2, 3), np.float32)
+            found = cuda.peek(array.data.ptr, wanted.nbytes)
+            assert found == wanted.tobytes()
+        del array
