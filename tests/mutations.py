@@ -32,7 +32,7 @@ MUTATIONS = [
     Mutation(
         "a fence is not waited for",
         "csrc/backing.cpp",
-        "for (const auto& fence : fences) fence->wait(deadline, poll);",
+        "for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);",
         "",
         "test_leases.py::test_work_on_a_stream_outlives_the_release",
     ),
@@ -81,8 +81,8 @@ MUTATIONS = [
     Mutation(
         "a staging chunk is reused before its copy is over",
         "csrc/uploads.cpp",
-        "if (flight.event->complete()) return true;",
-        "return true;",
+        "if (flight.event->complete()) return Copies::over;",
+        "return Copies::over;",
         "test_state_machine.py::test_every_interleaving_keeps_the_rules[host-staged]",
     ),
     Mutation(
