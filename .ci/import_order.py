@@ -19,6 +19,7 @@ ORDER = [
     "runtime",
     "devices",
     "lease",
+    "model",
     "streams",
     "snapshot",
     "views",

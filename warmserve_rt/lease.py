@@ -14,7 +14,7 @@ from .views import LeasedTensors
 
 if TYPE_CHECKING:
     from . import _native
-    from .runtime import Model
+    from .model import Model
 
 
 class Lease:

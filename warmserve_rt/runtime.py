@@ -17,64 +17,16 @@ from ._errors import WarmServeError
 from ._units import parse_bytes
 from .checkpoint import Source, open_checkpoint
 from .devices import arena_bytes, open_driver
-from .layers import Grouping, LayerSpec, Layout, build_layout
+from .layers import Grouping, build_layout
 from .lease import Lease
+from .model import Model
 from .snapshot import Snapshot
-from .views import Framework, checked_framework, make_tensors
+from .views import Framework, checked_framework
 
 __all__ = ["BACKGROUND", "FOREGROUND", "Model", "Runtime", "Ticket"]
 
 BACKGROUND, FOREGROUND = 0, 100
 Ticket = _native.Ticket
-
-
-class Model:
-    """A registered model: its layout, and its addresses in the arena. Made by
-    :meth:`Runtime.register`."""
-
-    def __init__(self, native: _native.Model, layout: Layout, framework: Framework) -> None:
-        self.native = native
-        self.layout = layout
-        self._framework = framework
-        self._tensors: dict[str, Any] | None = None
-
-    def __repr__(self) -> str:
-        return f"<Model {self.name!r}: {len(self.layers)} layers, {self.nbytes} bytes>"
-
-    @property
-    def name(self) -> str:
-        return self.native.name
-
-    @property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """In execution order."""
-        return self.layout.layers
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers, without what the last granule of each leaves over."""
-        return self.layout.nbytes
-
-    @property
-    def leased(self) -> bool:
-        """Whether some lease holds it now, with every layer resident."""
-        return self.native.leased
-
-    @property
-    def backing_epoch(self) -> int:
-        """Changes whenever the granules behind the model's addresses do. Lock-free."""
-        return self.native.backing_epoch
-
-    def tensors(self) -> dict[str, Any]:
-        """Unchecked views of all tensors, at addresses that never change; loads nothing.
-
-        For binding a module once. Reading one outside of a lease is a fault when its layer is not
-        resident (``print(module)`` of a torch module prints no values, but printing a tensor reads
-        it).
-        """
-        if self._tensors is None:
-            self._tensors = make_tensors(self.native, self.layout, self._framework)
-        return self._tensors
 
 
 class Runtime:
@@ -99,8 +51,8 @@ class Runtime:
     used, saying what to do. Once the device is lost (a CUDA context that died), whatever needs it
     raises DeviceLost; releasing, snapshots and :meth:`close` go on working.
 
-    Thread-safe. Not usable in a forked child, where
-    every method raises WarmServeError and the model's addresses are not mapped at all.
+    Thread-safe. Not usable in a forked child, where every method raises WarmServeError and the
+    model's addresses are not mapped at all.
     """
 
     def __init__(
@@ -233,6 +185,12 @@ class Runtime:
             raise ValueError(f"no model {model!r} is registered")
         return found
 
+    def _with_layer(self, model: Model | str, layer: int) -> Model:
+        found = self.model(model)
+        if not 0 <= layer < len(found.layers):
+            raise ValueError(f"{found.name!r} has {len(found.layers)} layers, no layer {layer}")
+        return found
+
     def prewarm(self, model: Model | str, *, priority: int = BACKGROUND) -> Ticket:
         """Begins to load what is not resident; returns at once.
 
@@ -282,21 +240,16 @@ class Runtime:
     def read_back(self, model: Model | str, layer: int) -> npt.NDArray[np.uint8]:
         """A copy of a resident layer's bytes, as the device has them: shape ``(layer.nbytes,)``.
         Raises StaleView unless it is resident, ValueError for an unknown layer."""
-        found = self.model(model)
-        if not 0 <= layer < len(found.layers):
-            raise ValueError(f"{found.name!r} has {len(found.layers)} layers, no layer {layer}")
+        found = self._with_layer(model, layer)
         out = np.empty(found.layers[layer].nbytes, np.uint8)
         self.native.read_back(found.native, layer, out)
         return out
 
     def digest(self, model: Model | str, layer: int) -> npt.NDArray[np.uint64]:
-        """A digest of each granule of a resident layer's bytes, made on the device: what
-        :func:`kernels.granule_digest` makes of the same bytes. Copies nothing but the digests,
-        shape ``(granules,)``. Raises as :meth:`read_back`, and WarmServeError where the package was
-        built without kernels for the device."""
-        found = self.model(model)
-        if not 0 <= layer < len(found.layers):
-            raise ValueError(f"{found.name!r} has {len(found.layers)} layers, no layer {layer}")
+        """A digest of each granule of a resident layer, made on the device: as
+        :func:`kernels.granule_digest` of its bytes, shape ``(granules,)``. Raises as
+        :meth:`read_back`, and WarmServeError where there are no kernels for the device."""
+        found = self._with_layer(model, layer)
         return np.array(self.native.digest(found.native, layer), np.uint64)
 
     def device_memory(self) -> tuple[int, int]:

@@ -1,0 +1,58 @@
+"""A registered model as Python sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _native
+from .layers import LayerSpec, Layout
+from .views import Framework, make_tensors
+
+
+class Model:
+    """A registered model: its layout, and its addresses in the arena. Made by
+    :meth:`Runtime.register`."""
+
+    def __init__(self, native: _native.Model, layout: Layout, framework: Framework) -> None:
+        self.native = native
+        self.layout = layout
+        self._framework = framework
+        self._tensors: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r}: {len(self.layers)} layers, {self.nbytes} bytes>"
+
+    @property
+    def name(self) -> str:
+        return self.native.name
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """In execution order."""
+        return self.layout.layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, without what the last granule of each leaves over."""
+        return self.layout.nbytes
+
+    @property
+    def leased(self) -> bool:
+        """Whether some lease holds it now, with every layer resident."""
+        return self.native.leased
+
+    @property
+    def backing_epoch(self) -> int:
+        """Changes whenever the granules behind the model's addresses do. Lock-free."""
+        return self.native.backing_epoch
+
+    def tensors(self) -> dict[str, Any]:
+        """Unchecked views of all tensors, at addresses that never change; loads nothing.
+
+        For binding a module once. Reading one outside of a lease is a fault when its layer is not
+        resident (``print(module)`` of a torch module prints no values, but printing a tensor reads
+        it).
+        """
+        if self._tensors is None:
+            self._tensors = make_tensors(self.native, self.layout, self._framework)
+        return self._tensors
