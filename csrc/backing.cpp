@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <map>
 
 namespace warmserve {
 namespace {
@@ -47,12 +48,12 @@ void unback(const Arena& arena, const std::vector<Layer*>& run) {
 // The fences that a drain of the layers has to wait for.
 std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
                                                     const std::vector<Layer*>& layers) {
+  std::map<const Model*, LayerSet> drained;
+  for (const Layer* layer : layers) drained[layer->model].insert(layer->index);
   std::vector<std::shared_ptr<const Fence>> fences;
-  const Model* last = nullptr;
-  for (const Layer* layer : layers) {
-    if (std::exchange(last, layer->model) == layer->model) continue;
-    fences.insert(fences.end(), layer->model->fences.begin(), layer->model->fences.end());
-  }
+  for (const auto& [model, set] : drained)
+    for (const Use& use : model->uses)
+      if (use.layers.intersects(set)) fences.push_back(use.fence);
   return fences;
 }
 
@@ -99,8 +100,8 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
     for (const auto& run : neighbours(layers)) unback(books.arena, run);
     lock.lock();
     for (const Layer* layer : layers)
-      std::erase_if(layer->model->fences, [&](const auto& fence) {
-        return std::find(fences.begin(), fences.end(), fence) != fences.end();
+      std::erase_if(layer->model->uses, [&](const Use& use) {
+        return std::find(fences.begin(), fences.end(), use.fence) != fences.end();
       });
     lock.unlock();
   } catch (...) {

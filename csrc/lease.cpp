@@ -2,46 +2,45 @@
 
 #include <algorithm>
 #include <map>
-#include <set>
 
 namespace warmserve {
 
-bool LeaseDesk::fits(const Hold& hold) const {
+bool LeaseDesk::fits(const Lock& lock, const Hold& hold) const {
   std::uint64_t granules = books_.held_granules;
-  for (const ModelPtr& model : hold.models)
-    if (model->holds == 0) granules += model->granules;
+  for (const Selection& wanted : hold.wants) granules += books_.granules_to_hold(lock, wanted);
   return granules <= books_.arena.capacity();
 }
 
-// Whether the owner holds all of these models already: it takes nothing new, and making it wait
+// Whether the owner holds all of these layers already: it takes nothing new, and making it wait
 // for somebody who waits for its release would be a deadlock.
 bool LeaseDesk::nested(const Hold& hold) const {
-  return std::all_of(hold.models.begin(), hold.models.end(), [&](const ModelPtr& model) {
-    return model->holds > 0 &&
-           std::any_of(admitted_.begin(), admitted_.end(), [&](const Hold* other) {
-             return other->owner == hold.owner &&
-                    std::find(other->models.begin(), other->models.end(), model) !=
-                        other->models.end();
-           });
+  return std::all_of(hold.wants.begin(), hold.wants.end(), [&](const Selection& wanted) {
+    LayerSet own;
+    for (const Hold* other : admitted_)
+      if (other->owner == hold.owner)
+        for (const Selection& held : other->wants)
+          if (held.model == wanted.model) own.insert(held.layers);
+    return own.contains(wanted.layers);
   });
 }
 
 void LeaseDesk::admit(const Lock& lock, const HoldPtr& hold) {
-  for (const ModelPtr& model : hold->models) books_.hold(lock, *model);
+  for (const Selection& wanted : hold->wants) books_.hold(lock, wanted);
   hold->admitted = true;
   hold->slot = admitted_.size();
   admitted_.push_back(hold.get());
 }
 
 bool LeaseDesk::try_admit(const Lock& lock, const HoldPtr& hold) {
-  if (!(line_.empty() && fits(*hold)) && !nested(*hold)) return false;
+  if (!(line_.empty() && fits(lock, *hold)) && !nested(*hold)) return false;
   admit(lock, hold);
   return true;
 }
 
 void LeaseDesk::wait_in_line(const Lock& lock, const HoldPtr& hold) {
   std::uint64_t granules = 0;
-  for (const ModelPtr& model : hold->models) granules += model->granules;
+  for (const Selection& wanted : hold->wants)
+    wanted.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
   const std::uint64_t bytes = granules * books_.arena.granule_bytes();
   if (granules > books_.arena.capacity())
     throw no_room(ErrorKind::out_of_device_memory, "lease", bytes, books_.arena.budget(),
@@ -57,7 +56,7 @@ void LeaseDesk::wait_in_line(const Lock& lock, const HoldPtr& hold) {
 }
 
 HoldPtr LeaseDesk::admit_next(const Lock& lock) {
-  if (line_.empty() || !fits(*line_.front())) return nullptr;
+  if (line_.empty() || !fits(lock, *line_.front())) return nullptr;
   HoldPtr hold = std::move(line_.front());
   line_.pop_front();
   admit(lock, hold);
@@ -67,8 +66,8 @@ HoldPtr LeaseDesk::admit_next(const Lock& lock) {
 std::vector<HoldPtr> LeaseDesk::turn_away(const Lock&, const ModelPtr& model) {
   std::vector<HoldPtr> out;
   for (const HoldPtr& hold : line_)
-    if (std::find(hold->models.begin(), hold->models.end(), model) != hold->models.end())
-      out.push_back(hold);
+    for (const Selection& wanted : hold->wants)
+      if (wanted.model == model) out.push_back(hold);
   for (const HoldPtr& hold : out) line_.remove(hold);
   return out;
 }
@@ -82,7 +81,13 @@ void LeaseDesk::leave(const Lock& lock, const HoldPtr& hold) {
   admitted_[hold->slot] = admitted_.back();
   admitted_[hold->slot]->slot = hold->slot;
   admitted_.pop_back();
-  for (const ModelPtr& model : hold->models) books_.unhold(lock, *model);
+  for (const Selection& wanted : hold->wants) books_.unhold(lock, wanted);
+}
+
+const Hold* LeaseDesk::failed(const Lock&, const Layer& layer) const {
+  for (const Hold* hold : admitted_)
+    if (hold->ticket && hold->ticket->error && hold->ticket->wants_layer(layer)) return hold;
+  return nullptr;
 }
 
 // Plays the line to its end, as a banker would: owners who do not wait release all they hold; then
@@ -94,12 +99,16 @@ bool LeaseDesk::would_deadlock() const {
   std::vector<const Hold*> held(admitted_.begin(), admitted_.end());
   for (const HoldPtr& head : line_) {
     std::erase_if(held, [&](const Hold* hold) { return !waiting.contains(hold->owner); });
-    std::set<const Model*> kept;
-    for (const Hold* hold : held)
-      for (const ModelPtr& model : hold->models) kept.insert(model.get());
-    for (const ModelPtr& model : head->models) kept.insert(model.get());
+    std::map<const Model*, LayerSet> kept;
+    const auto keep = [&](const Hold& hold) {
+      for (const Selection& wanted : hold.wants) kept[wanted.model.get()].insert(wanted.layers);
+    };
+    for (const Hold* hold : held) keep(*hold);
+    keep(*head);
     std::uint64_t granules = 0;
-    for (const Model* model : kept) granules += model->granules;
+    for (const auto& [model, layers] : kept)
+      layers.for_each(
+          [&, &of = *model](std::uint32_t i) { granules += of.layers[i].granules_needed; });
     if (granules > books_.arena.capacity()) return true;
     if (--waiting[head->owner] == 0) waiting.erase(head->owner);
     held.push_back(head.get());

@@ -1,9 +1,9 @@
-// Leases: who may use which models now, in the order they asked.
+// Leases: who may use which layers now, in the order they asked.
 //
-// A lease is admitted when all its models, together with those already held, fit the arena. From
-// then on their layers stay, and what is missing is loaded; so an admitted lease always gets there
-// unless the device or the file fails. Those that do not fit wait in line. Nobody passes the head
-// of the line but who asks only for what it already holds.
+// A lease is admitted when all its layers, together with those already held, fit the arena. From
+// then on they stay, and what is missing is loaded; so an admitted lease always gets there unless
+// the device or the file fails. Those that do not fit wait in line. Nobody passes the head of the
+// line but who asks only for what it already holds, or shares what another holds.
 #pragma once
 
 #include <list>
@@ -16,11 +16,13 @@ namespace warmserve {
 
 // One acquisition. Under the runtime's lock.
 struct Hold {
-  std::vector<ModelPtr> models;  // each once
-  std::uint64_t owner = 0;       // a thread or a task: one that waits releases nothing meanwhile
-  bool admitted = false;         // its models count as held
-  TicketPtr ticket;              // what it waits for; null: nothing was missing
-  std::size_t slot = 0;          // in LeaseDesk::admitted_
+  std::vector<Selection> wants;   // each model once
+  std::uint64_t owner = 0;        // a thread or a task: one that waits releases nothing meanwhile
+  bool admitted = false;          // its layers count as held
+  TicketPtr entry;                // done when it is admitted; null: it was at once
+  TicketPtr ticket;               // of what was missing then; null: nothing
+  std::vector<LayerSet> ordered;  // of each model, layers whose arrival was waited for
+  std::size_t slot = 0;           // in LeaseDesk::admitted_
 };
 using HoldPtr = std::shared_ptr<Hold>;
 
@@ -32,6 +34,8 @@ class LeaseDesk {
 
   // Admits the hold if it fits and nobody waits before it. Wait-free.
   bool try_admit(const Lock& lock, const HoldPtr& hold);
+  // Admits one that holds what an admitted one holds. Wait-free.
+  void admit(const Lock& lock, const HoldPtr& hold);
   // Puts a hold in line. Throws out_of_device_memory where it could never be admitted, busy where
   // those that wait would wait for each other.
   void wait_in_line(const Lock& lock, const HoldPtr& hold);
@@ -43,11 +47,12 @@ class LeaseDesk {
   void leave(const Lock& lock, const HoldPtr& hold);
 
   std::size_t active() const noexcept { return admitted_.size(); }
+  // An admitted hold on the layer whose load failed; null: there is none.
+  const Hold* failed(const Lock&, const Layer& layer) const;
 
  private:
-  bool fits(const Hold& hold) const;
+  bool fits(const Lock& lock, const Hold& hold) const;
   bool nested(const Hold& hold) const;
-  void admit(const Lock& lock, const HoldPtr& hold);
   bool would_deadlock() const;
 
   Books& books_;

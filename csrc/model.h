@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "layer_set.h"
 #include "source.h"
 #include "vmm.h"
 
@@ -36,6 +37,7 @@ struct Layer {
   Residency residency = Residency::absent;
   bool owned = false;  // some thread works on it between two holds of the lock
   bool torn = false;   // its bytes are not the model's and unmapping failed: only draining is left
+  std::uint32_t holds = 0;  // leases on it, loading or held: it may not go
   double keep_value = 0;
   std::uint64_t filled_at = 0;  // the runtime's logical clock
   Fill* fill = nullptr;         // the pending journey, if any
@@ -43,6 +45,12 @@ struct Layer {
   std::vector<GranuleId> granules;  // owned
   std::optional<Mapping> mapping;   // owned
   std::optional<Mapping> poison;    // owned
+};
+
+// A position in a user's stream that ends its use of these layers; waited for before unmapping.
+struct Use {
+  std::shared_ptr<const Fence> fence;
+  LayerSet layers;
 };
 
 struct Model {
@@ -61,12 +69,26 @@ struct Model {
 
   // Under the runtime's lock.
   bool registered = true;
-  std::uint32_t holds = 0;     // leases held or being loaded: none of its layers may go
-  std::uint32_t missing = 0;   // layers that are not resident
-  std::uint64_t last_use = 0;  // the runtime's logical clock
-  // Positions in users' streams that end their use of the model; waited for before unmapping.
-  std::vector<std::shared_ptr<const Fence>> fences;
+  std::uint32_t leases = 0;       // on any of its layers
+  std::uint32_t held_layers = 0;  // layers with holds
+  std::uint32_t missing = 0;      // layers that are not resident
+  std::uint64_t last_use = 0;     // the runtime's logical clock
+  std::vector<Use> uses;
 };
 using ModelPtr = std::shared_ptr<Model>;
+
+// Some layers of a model; of a model alone, all of them.
+struct Selection {
+  Selection(ModelPtr of) : model(std::move(of)), layers(LayerSet::first(model->layers.size())) {}
+  Selection(ModelPtr of, LayerSet some) : model(std::move(of)), layers(std::move(some)) {}
+
+  template <typename Visit>
+  void for_each(Visit visit) const {
+    layers.for_each([&](std::uint32_t index) { visit(model->layers[index]); });
+  }
+
+  ModelPtr model;
+  LayerSet layers;
+};
 
 }  // namespace warmserve

@@ -18,9 +18,9 @@ const char* to_string(Residency residency) noexcept {
 std::vector<Holder> Books::holders(const Lock&) const {
   std::vector<Holder> holders;
   for (const auto& [name, model] : models) {
-    Holder holder{name, 0, model->holds > 0};
+    Holder holder{name, 0, model->leases > 0};
     for (const Layer& layer : model->layers)
-      if (layer.residency != Residency::absent || model->holds > 0)
+      if (layer.residency != Residency::absent || layer.holds > 0)
         holder.bytes += layer.granules_needed * arena.granule_bytes();
     if (holder.bytes) holders.push_back(holder);
   }
@@ -40,34 +40,54 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
                                         " to " + to_string(to));
   if (from == resident) ++layer.model->missing;
   if (to == resident) --layer.model->missing;
-  if (to == filling || to == absent)
+  if (to == filling || to == absent) {
     layer.model->backing_epoch.fetch_add(1, std::memory_order_release);
+    epochs.signal();
+  }
   if (to == absent) layer.torn = false;
   layer.residency = to;
   wake();
 }
 
-void Books::hold(const Lock&, Model& model) {
-  if (model.holds++ == 0) held_granules += model.granules;
+void Books::hold(const Lock&, const Selection& selection) {
+  Model& model = *selection.model;
+  selection.for_each([&](Layer& layer) {
+    if (layer.holds++) return;
+    ++model.held_layers;
+    held_granules += layer.granules_needed;
+  });
+  ++model.leases;
   model.last_use = ++clock;
 }
 
-void Books::unhold(const Lock&, Model& model) {
-  if (--model.holds > 0) return;
-  held_granules -= model.granules;
-  if (room_wanted) wake();
+void Books::unhold(const Lock&, const Selection& selection) {
+  Model& model = *selection.model;
+  selection.for_each([&](Layer& layer) {
+    if (--layer.holds) return;
+    --model.held_layers;
+    held_granules -= layer.granules_needed;
+  });
+  --model.leases;
+  if (room_wanted || release_wanted) wake();
 }
 
-std::vector<Layer*> Books::choose_victims(const Lock&, std::uint32_t granules, const Model& except,
+std::uint32_t Books::granules_to_hold(const Lock&, const Selection& selection) const {
+  std::uint32_t granules = 0;
+  selection.for_each([&](const Layer& layer) {
+    if (!layer.holds) granules += layer.granules_needed;
+  });
+  return granules;
+}
+
+std::vector<Layer*> Books::choose_victims(const Lock&, std::uint32_t granules,
+                                          const std::function<bool(const Layer&)>& spared,
                                           const Model* first) const {
   std::vector<Layer*> heap;
-  for (const auto& [name, model] : models) {
-    if (model.get() == &except || model->holds > 0) continue;
+  for (const auto& [name, model] : models)
     for (Layer& layer : model->layers)
-      if (layer.granules_needed && !layer.owned &&
-          (layer.residency == Residency::resident || layer.torn))
+      if (layer.granules_needed && !layer.owned && !layer.holds &&
+          (layer.residency == Residency::resident || layer.torn) && !spared(layer))
         heap.push_back(&layer);
-  }
   const auto rank = [&](const Layer* layer) {
     const bool torn_or_first = layer->torn || layer->model == first;
     return std::tuple(!torn_or_first, layer->keep_value,
@@ -102,12 +122,13 @@ void Books::check_invariants(const Lock&) const {
   std::uint32_t accounted = arena.free_count() + arena.uncreated_count(), held = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {
-    std::uint32_t missing = 0;
-    if (model->holds) held += model->granules;
+    std::uint32_t missing = 0, held_layers = 0;
     for (const Layer& layer : model->layers) {
       const std::string where = "layer " + std::to_string(layer.index) + " of '" + name + "' (" +
                                 to_string(layer.residency) + "): ";
       missing += layer.residency != Residency::resident;
+      held_layers += layer.holds > 0;
+      if (layer.holds) held += layer.granules_needed;
       if (layer.owned) {  // in the hands of a thread right now
         in_motion = true;
         continue;
@@ -128,6 +149,7 @@ void Books::check_invariants(const Lock&) const {
       }
     }
     require(missing == model->missing, "'" + name + "' counts its missing layers wrong");
+    require(held_layers == model->held_layers, "'" + name + "' counts its held layers wrong");
   }
   require(held == held_granules, "held granules are counted wrong");
   require(held_granules <= arena.capacity(), "more is held than there is");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <span>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "eventfd.h"
 #include "model.h"
 
 namespace warmserve {
@@ -39,9 +41,11 @@ class Books {
 
   std::map<std::string, ModelPtr> models;
   std::uint64_t clock = 0;             // logical; orders uses
-  std::uint32_t held_granules = 0;     // of all models with holds
+  std::uint32_t held_granules = 0;     // of all layers with holds
   std::uint32_t granules_in_hand = 0;  // taken from the pool by a thread that is trimming it
   bool room_wanted = false;            // a fill waits for layers to become evictable
+  unsigned release_wanted = 0;         // evictions that wait for leases to end
+  EventFd epochs;                      // signalled when a backing epoch has changed
   Counters counters;
 
   std::vector<Holder> holders(const Lock&) const;
@@ -49,14 +53,17 @@ class Books {
   // The only place where a layer's residency changes. Throws general on a step that is none.
   void transition(const Lock&, Layer& layer, Residency to);
 
-  // Holding a model keeps all its layers from eviction, those still to come included.
-  void hold(const Lock&, Model& model);
-  void unhold(const Lock&, Model& model);
+  // What is held is kept from eviction, layers still to come included.
+  void hold(const Lock&, const Selection& selection);
+  void unhold(const Lock&, const Selection& selection);
+  // Granules of the layers that nobody holds yet.
+  std::uint32_t granules_to_hold(const Lock&, const Selection& selection) const;
 
   // Layers to evict so that `granules` come free: lowest keep value first, then least recently
-  // used, then the tail of a model before its head. `first` goes before all others; layers of
-  // `except` and of held models never go. Empty when there are not enough.
-  std::vector<Layer*> choose_victims(const Lock&, std::uint32_t granules, const Model& except,
+  // used, then the tail of a model before its head. `first` goes before all others; what is held,
+  // and what `spared` says, never goes. Empty when there are not enough.
+  std::vector<Layer*> choose_victims(const Lock&, std::uint32_t granules,
+                                     const std::function<bool(const Layer&)>& spared,
                                      const Model* first) const;
   // From resident (or torn) to draining, owned by the caller.
   void claim(const Lock&, std::span<Layer* const> layers);

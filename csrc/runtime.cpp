@@ -24,6 +24,17 @@ void check_shape(const std::string& name, const std::vector<File>& files,
   }
 }
 
+// For the time of its scope somebody waits for leases to end. Under the runtime's lock.
+class Wanted {
+ public:
+  explicit Wanted(unsigned& count) : count_(count) { ++count_; }
+  ~Wanted() { --count_; }
+  Wanted(const Wanted&) = delete;
+
+ private:
+  unsigned& count_;
+};
+
 }  // namespace
 
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
@@ -33,7 +44,9 @@ Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       books_(arena_),
       desk_(books_),
-      transfer_(books_, staging_, {options.loaders, options.staging_timeout}) {}
+      transfer_(books_, staging_,
+                {options.loaders, options.staging_timeout, options.background_share,
+                 options.read_bandwidth}) {}
 
 std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options) {
@@ -71,6 +84,16 @@ Lock Runtime::open() {
   Lock lock = look();
   device_->require_alive();
   return lock;
+}
+
+void Runtime::check(const Lock& lock, const Selection& selection) const {
+  const Model& model = *selection.model;
+  require_registered(lock, model);
+  if (!LayerSet::first(model.layers.size()).contains(selection.layers))
+    throw Error(ErrorKind::invalid_argument,
+                "'" + model.name + "' has " + std::to_string(model.layers.size()) + " layers only");
+  if (selection.layers.empty() && !model.layers.empty())
+    throw Error(ErrorKind::invalid_argument, "no layers of '" + model.name + "' are named");
 }
 
 void Runtime::require_registered(const Lock&, const Model& model) const {
@@ -135,11 +158,11 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   Lock lock = open();
   require_registered(lock, *model);
   do {
-    evict_locked(lock, model, deadline, poll);
-  } while (model->holds);
+    evict_locked(lock, model, deadline, poll, Patience::streams);
+  } while (model->leases);
   const auto why = cancelled("'" + model->name + "' was unregistered");
-  transfer_.drop_model(lock, *model, why);
-  for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->ticket->finish(books_, lock, why);
+  transfer_.drop_layers(lock, model, why);
+  for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
   while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
   model->registered = false;
   books_.models.erase(model->name);
@@ -160,78 +183,103 @@ ReservationPtr Runtime::reservation(const ModelPtr& model) {
   return model->reservation;
 }
 
-// Throws unless the model would fit beside what is leased.
-void Runtime::require_room(const Lock& lock, const Model& model, const std::string& what) const {
-  const std::uint32_t held = model.holds ? 0 : books_.held_granules;
-  if (held + model.granules <= arena_.capacity()) return;
-  const bool ever = model.granules <= arena_.capacity();
-  throw no_room(ever ? ErrorKind::busy : ErrorKind::out_of_device_memory, what,
-                model.granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
+// Throws unless the layers would fit beside what is leased.
+void Runtime::require_room(const Lock& lock, const Selection& selection,
+                           const std::string& what) const {
+  if (books_.held_granules + books_.granules_to_hold(lock, selection) <= arena_.capacity()) return;
+  std::uint64_t granules = 0;
+  selection.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
+  throw no_room(granules <= arena_.capacity() ? ErrorKind::busy : ErrorKind::out_of_device_memory,
+                what, granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
 }
 
-TicketPtr Runtime::prewarm(const ModelPtr& model, int priority) {
-  auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority);
+TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline deadline) {
+  if (deadline <= Clock::now())
+    throw Error(ErrorKind::invalid_argument, "a deadline that has passed");
+  const ModelPtr& model = selection.model;
+  auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority,
+                                         std::vector{selection}, deadline);
   reservation(model);
   const Lock lock = open();
-  require_registered(lock, *model);
-  require_room(lock, *model, ticket->what);
-  transfer_.request(lock, ticket, {model});
+  check(lock, selection);
+  require_room(lock, selection, ticket->what);
+  transfer_.request(lock, ticket);
   return ticket;
 }
 
 TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priority) {
   if (evict == load)
     throw Error(ErrorKind::invalid_argument, "a model cannot be swapped for itself");
-  auto ticket =
-      std::make_shared<Ticket>("swap of '" + evict->name + "' for '" + load->name + "'", priority);
+  auto ticket = std::make_shared<Ticket>("swap of '" + evict->name + "' for '" + load->name + "'",
+                                         priority, std::vector{Selection(load)});
   reservation(load);
   const Lock lock = open();
   require_registered(lock, *load);
   require_registered(lock, *evict);
-  if (evict->holds) throw Error(ErrorKind::busy, "'" + evict->name + "' is leased");
-  require_room(lock, *load, ticket->what);
-  transfer_.drop_model(lock, *evict, cancelled("'" + evict->name + "' was swapped out"));
+  if (evict->leases) throw Error(ErrorKind::busy, "'" + evict->name + "' is leased");
+  require_room(lock, load, ticket->what);
+  transfer_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
   ticket->swapped_out = evict;
-  transfer_.request(lock, ticket, {load});
+  transfer_.request(lock, ticket);
   return ticket;
 }
 
-void Runtime::evict(const ModelPtr& model, Deadline deadline, const Poll& poll) {
+void Runtime::evict(const Selection& selection, Deadline deadline, const Poll& poll,
+                    Patience patience) {
   Lock lock = open();
-  require_registered(lock, *model);
-  evict_locked(lock, model, deadline, poll);
+  check(lock, selection);
+  evict_locked(lock, selection, deadline, poll, patience);
 }
 
-void Runtime::evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline, const Poll& poll) {
-  const auto gone = [&] {
-    return std::all_of(model->layers.begin(), model->layers.end(),
-                       [](const Layer& l) { return l.residency == Residency::absent; });
+void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline deadline,
+                           const Poll& poll, Patience patience) {
+  const std::string name = "'" + selection.model->name + "'";
+  const auto none = [&](auto&& is) {
+    bool found = false;
+    selection.for_each([&](const Layer& layer) { found = found || is(layer); });
+    return !found;
   };
-  const auto settled = [&] {  // nobody works on any of its layers
-    return std::none_of(model->layers.begin(), model->layers.end(), [](const Layer& l) {
-      return l.owned || l.residency == Residency::filling;
-    });
+  const auto free = [&] { return none([](const Layer& l) { return l.holds > 0; }); };
+  const auto gone = [&] {
+    return none([](const Layer& l) { return l.residency != Residency::absent; });
+  };
+  const auto settled = [&] {  // nobody works on any of them
+    return none([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
+  };
+  const auto wait_for = [&](const std::function<bool()>& condition) {
+    if (!wait_until(lock, deadline, poll, condition))
+      throw Error(ErrorKind::timeout, name + " was not evicted in time");
   };
   do {
-    if (model->holds) throw Error(ErrorKind::busy, "'" + model->name + "' is leased");
-    transfer_.drop_model(lock, *model, cancelled("'" + model->name + "' was evicted"));
+    if (!free()) {
+      if (patience != Patience::leases_and_streams)
+        throw Error(ErrorKind::busy, name + " is leased");
+      const Wanted release(books_.release_wanted);
+      wait_for(free);
+    }
+    transfer_.drop_layers(lock, selection, cancelled(name + " was evicted"));
     std::vector<Layer*> layers;
-    for (Layer& layer : model->layers)
+    selection.for_each([&](Layer& layer) {
       if (!layer.owned && (layer.residency == Residency::resident || layer.torn))
         layers.push_back(&layer);
+    });
     if (!layers.empty()) {
       std::vector<GranuleId> freed;
       books_.claim(lock, layers);
       try {
-        drain(books_, lock, layers, deadline, poll, freed);
+        drain(books_, lock, layers, patience == Patience::none ? Clock::now() : deadline, poll,
+              freed);
+      } catch (const Error& error) {
+        arena_.give(freed);
+        if (patience != Patience::none || error.kind() != ErrorKind::timeout) throw;
+        throw Error(ErrorKind::busy, "a stream still uses " + name);
       } catch (...) {
         arena_.give(freed);
         throw;
       }
       arena_.give(freed);
     }
-    if (!wait_until(lock, deadline, poll, settled))
-      throw Error(ErrorKind::timeout, "'" + model->name + "' was not evicted in time");
+    wait_for(settled);
   } while (!gone());
 }
 
@@ -309,14 +357,14 @@ void Runtime::close(const Poll& poll) {
     Books& books;
   } end{lock, closing_, books_};
   const auto why = cancelled("the runtime was closed");
-  for (const auto& [name, model] : books_.models) transfer_.drop_model(lock, *model, why);
+  for (const auto& [name, model] : books_.models) transfer_.drop_layers(lock, model, why);
   transfer_.drop_swaps(lock, why);
   lock.unlock();
   transfer_.stop();
   lock.lock();
   while (!books_.models.empty()) {
     const ModelPtr model = books_.models.begin()->second;
-    evict_locked(lock, model, kNever, poll);
+    evict_locked(lock, model, kNever, poll, Patience::streams);
     model->registered = false;
     model->reservation.reset();
     books_.models.erase(books_.models.begin());

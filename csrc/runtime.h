@@ -25,7 +25,13 @@ struct RuntimeOptions {
   unsigned loaders = 1;                               // threads; 0: pump
   std::chrono::milliseconds staging_timeout{30'000};  // longest wait of a load for a chunk
   bool poison = false;                                // evicted addresses stay readable, as NaN
+  double background_share = 0.05;    // of the bytes moved while foreground loads wait, 0 to 1
+  std::uint64_t read_bandwidth = 0;  // bytes a second that loads read, at most; 0: no limit
 };
+
+// What an eviction does about leases that are held, and about streams that still use the layers
+// after theirs have ended: says Busy, or waits.
+enum class Patience { none, streams, leases_and_streams };
 
 struct LayerShape {
   std::uint64_t bytes = 0;
@@ -36,6 +42,7 @@ struct LayerState {
   Residency residency = Residency::absent;
   std::uint64_t bytes = 0;
   std::uint32_t granules = 0;
+  std::uint32_t leases = 0;
   double keep_value = 0;
 };
 struct ModelState {
@@ -73,25 +80,44 @@ class Runtime {
   void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll);
 
   // Strong, wait-free. Loading happens later; the ticket tells how it went, per layer. Throws
-  // out_of_device_memory for what could never fit, busy for what does not fit beside the leased.
-  TicketPtr prewarm(const ModelPtr& model, int priority);
+  // out_of_device_memory for what could never fit, busy for what does not fit beside the leased,
+  // invalid_argument for layers that are not there, none at all, and a deadline that has passed.
+  TicketPtr prewarm(const Selection& selection, int priority, Deadline deadline = kNever);
   // As prewarm of `load`, in the granules of `evict`, which is absent when the ticket is done.
-  // Throws busy while `evict` is leased.
+  // Throws busy while any layer of `evict` is leased.
   TicketPtr swap(const ModelPtr& evict, const ModelPtr& load, int priority);
-  // Per layer. Cancels what is being loaded. Throws busy while leased, and timeout. Blocks on the
-  // fences of past leases.
-  void evict(const ModelPtr& model, Deadline deadline, const Poll& poll);
+  // Per layer. Gives up loading these layers; tickets for others too go on to those. Throws busy
+  // or waits, as `patience` says, and timeout. Blocks.
+  void evict(const Selection& selection, Deadline deadline, const Poll& poll,
+             Patience patience = Patience::streams);
   // Gives free granules back to the driver; returns their bytes. Per granule. Blocks.
   std::uint64_t trim();
   // Wait-free. `value` for all layers of the model, or one.
   void stamp(const ModelPtr& model, double value);
   void stamp(const ModelPtr& model, std::uint32_t layer, double value);
 
-  // Wait-free. Begins a lease; it holds once hold->ticket is null or done without error. Throws
-  // out_of_device_memory, busy for leases that would wait for each other; then there is none.
-  HoldPtr begin_lease(const std::vector<ModelPtr>& models, std::uint64_t owner);
-  // Blocks until it holds. On a throw (timeout, a failed load, what poll throws) it is left.
-  void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll);
+  // Wait-free. Begins a lease; it is admitted once hold->entry is null or done without error, and
+  // has all its layers once hold->ticket is, which is made no later. Throws out_of_device_memory,
+  // busy for leases that would wait for each other, invalid_argument; then there is none.
+  HoldPtr begin_lease(const std::vector<Selection>& wants, std::uint64_t owner);
+  // A lease on what an admitted lease holds: admitted at once, whoever waits in line. Throws
+  // stale_view unless that one is held. Wait-free.
+  HoldPtr share_lease(const HoldPtr& hold, std::uint64_t owner);
+  // Blocks until it is admitted and, with `all`, has all its layers. On a throw (timeout, a failed
+  // load, what poll throws) it is left.
+  void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll, bool all = true);
+  // The same in steps: whether there is nothing to wait for (any more), and a descriptor that is
+  // readable when the next thing has come, which lives as long as the hold. Wait-free.
+  bool ready(const HoldPtr& hold, bool all);
+  int fileno(const HoldPtr& hold, bool all);
+  // Orders what comes after it behind the layer's arrival: blocks until the layer is there; with a
+  // stream, until its copies are all under way, which the stream then waits for and the caller does
+  // not. Without a hold, for whoever leases the layer. Throws stale_view for what is not held or
+  // not in the lease, timeout, and what loading the layer met.
+  void await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer,
+                   const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
+  // Whether the lease is held and the layer is there for it: resident, or waited for. Wait-free.
+  bool arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer);
   // What the stream was given so far will run before the models are unmapped. Throws stale_view
   // unless the lease is held. Wait-free.
   void record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream);
@@ -101,9 +127,15 @@ class Runtime {
   bool done(const TicketPtr& ticket);
   std::pair<std::uint64_t, std::uint64_t> progress(const TicketPtr& ticket);  // bytes, of bytes
   int fileno(const TicketPtr& ticket);  // readable when done; the ticket's
-  bool leased(const ModelPtr& model);
-  // Blocks until done. Throws timeout, the ticket's error, or what poll throws; the work goes on.
+  // Readable once a backing epoch has changed, until it is read; the runtime's.
+  int fileno();
+  // Whether every layer is held and resident; and whether any is held.
+  std::pair<bool, bool> leased(const ModelPtr& model);
+  // Blocks until done; of a layer, until it is there. Throws timeout, the ticket's error, or what
+  // poll throws; the work goes on.
   void wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll);
+  void wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t layer, Deadline deadline,
+            const Poll& poll);
   // Wait-free, idempotent. Layers that arrived stay.
   void cancel(const TicketPtr& ticket);
 
@@ -129,15 +161,18 @@ class Runtime {
   Lock open();         // and when the device is lost
   void require_registered(const Lock&, const Model& model) const;
   static Layer& layer_of(Model& model, std::uint32_t index);
-  void require_room(const Lock&, const Model& model, const std::string& what) const;
+  void check(const Lock&, const Selection& selection) const;
+  void require_room(const Lock&, const Selection& selection, const std::string& what) const;
   void serve(const Lock& lock, const HoldPtr& hold);
+  static Ticket* awaited(const Lock&, const Hold& hold, bool all);
   template <typename Made>
   void with_resident(const ModelPtr& model, std::uint32_t layer,
                      const std::function<std::shared_ptr<Made>()>& make,
                      const std::function<void(Made&, const Layer&)>& work);
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
-  void evict_locked(Lock& lock, const ModelPtr& model, Deadline deadline, const Poll& poll);
+  void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
+                    Patience patience);
   std::uint64_t trim_locked(Lock& lock);
 
   DevicePtr device_;

@@ -1,4 +1,4 @@
-// The runtime in use: leases, waits for tickets, and what can be read of it.
+// The runtime in use: waits for tickets, and what can be read of it.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -24,66 +24,6 @@ struct Digest {
 
 }  // namespace
 
-void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
-  const bool missing = std::any_of(hold->models.begin(), hold->models.end(),
-                                   [](const ModelPtr& model) { return model->missing > 0; });
-  if (!hold->ticket && !missing) return;
-  if (!hold->ticket) hold->ticket = std::make_shared<Ticket>("lease", kForeground);
-  transfer_.request(lock, hold->ticket, hold->models);
-}
-
-HoldPtr Runtime::begin_lease(const std::vector<ModelPtr>& models, std::uint64_t owner) {
-  for (const ModelPtr& model : models) reservation(model);
-  auto hold = std::make_shared<Hold>();
-  hold->models = models;
-  hold->owner = owner;
-  const Lock lock = open();
-  for (const ModelPtr& model : models) require_registered(lock, *model);
-  if (desk_.try_admit(lock, hold)) {
-    serve(lock, hold);
-  } else {
-    desk_.wait_in_line(lock, hold);
-    hold->ticket = std::make_shared<Ticket>("lease", kForeground);
-  }
-  return hold;
-}
-
-void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll) {
-  if (!hold->ticket) return;
-  try {
-    wait(hold->ticket, deadline, poll);
-  } catch (...) {
-    end_lease(hold);
-    throw;
-  }
-}
-
-void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {
-  enter();
-  const auto fence = std::make_shared<const Fence>(stream);
-  std::vector<std::shared_ptr<const Fence>> past;  // gone without the lock: the last of a stream
-  const Lock lock = open();
-  if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
-  for (const ModelPtr& model : hold->models) {
-    if (model->fences.size() >= 8)  // bounds them by what is really under way
-      std::erase_if(model->fences, [&](const auto& fence) {
-        const bool complete = fence->complete();
-        if (complete) past.push_back(fence);
-        return complete;
-      });
-    model->fences.push_back(fence);
-  }
-}
-
-void Runtime::end_lease(const HoldPtr& hold) {
-  if (!device_->usable()) return;
-  const Lock lock(books_.mutex);
-  if (hold->ticket && !hold->ticket->done)
-    transfer_.drop(lock, hold->ticket, cancelled("the lease was given up"));
-  desk_.leave(lock, hold);
-  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
-}
-
 bool Runtime::done(const TicketPtr& ticket) {
   enter();
   const Lock lock(books_.mutex);
@@ -102,10 +42,9 @@ int Runtime::fileno(const TicketPtr& ticket) {
   return ticket->fileno(lock);
 }
 
-bool Runtime::leased(const ModelPtr& model) {
-  enter();
-  const Lock lock(books_.mutex);
-  return model->holds > 0 && model->missing == 0;
+int Runtime::fileno() {
+  const Lock lock = look();
+  return books_.epochs.descriptor();
 }
 
 void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll) {
@@ -120,6 +59,27 @@ void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll)
                     " of " + format_bytes(ticket->bytes_total) + " are there" + who);
   }
   if (ticket->error) std::rethrow_exception(ticket->error);
+}
+
+void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t index,
+                   Deadline deadline, const Poll& poll) {
+  const Layer& layer = layer_of(*model, index);
+  if (!ticket->wants_layer(layer))
+    throw Error(
+        ErrorKind::invalid_argument,
+        ticket->what + " is not for layer " + std::to_string(index) + " of '" + model->name + "'");
+  enter();
+  Lock lock(books_.mutex);
+  const auto over = [&] {
+    return std::none_of(ticket->fills.begin(), ticket->fills.end(),
+                        [&](const Fill* fill) { return fill->layer == &layer; });
+  };
+  if (!wait_until(lock, deadline, poll, over))
+    throw Error(ErrorKind::timeout, "layer " + std::to_string(index) + " of '" + model->name +
+                                        "' did not arrive in time");
+  if (layer.residency == Residency::resident) return;
+  if (ticket->error) std::rethrow_exception(ticket->error);
+  if (ticket->short_of) std::rethrow_exception(ticket->short_of);
 }
 
 void Runtime::cancel(const TicketPtr& ticket) {
@@ -155,9 +115,12 @@ void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
   }
   lock.lock();
   layer.owned = false;
-  if (error && made)
-    model->fences.push_back(
-        std::make_shared<const Fence>(std::shared_ptr<Stream>(made, &made->stream)));
+  if (error && made) {
+    LayerSet used;
+    used.insert(index);
+    model->uses.push_back(
+        {std::make_shared<const Fence>(std::shared_ptr<Stream>(made, &made->stream)), used});
+  }
   books_.wake();
   if (error) std::rethrow_exception(error);
 }
@@ -208,11 +171,11 @@ RuntimeState Runtime::state() {
   for (const auto& [name, model] : books_.models) {
     ModelState& shown = state.models.emplace_back();
     shown.name = name;
-    shown.leases = model->holds;
+    shown.leases = model->leases;
     shown.backing_epoch = model->backing_epoch.load(std::memory_order_acquire);
     for (const Layer& layer : model->layers)
       shown.layers.push_back(
-          {layer.residency, layer.bytes, layer.granules_needed, layer.keep_value});
+          {layer.residency, layer.bytes, layer.granules_needed, layer.holds, layer.keep_value});
   }
   return state;
 }

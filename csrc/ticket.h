@@ -15,24 +15,28 @@ constexpr int kBackground = 0, kForeground = 100;
 // Everything under the runtime's lock.
 class Ticket {
  public:
-  Ticket(std::string what, int priority) : what(std::move(what)), priority(priority) {}
-  ~Ticket();
+  Ticket(std::string what, int priority, std::vector<Selection> wants, Deadline deadline = kNever)
+      : what(std::move(what)), priority(priority), deadline(deadline), wants(std::move(wants)) {}
   Ticket(const Ticket&) = delete;
 
   const std::string what;  // for messages: "prewarm of 'chat'"
   const int priority;
+  const Deadline deadline;             // given up then
+  const std::vector<Selection> wants;  // their layers
   std::uint64_t bytes_total = 0, bytes_done = 0;
-  std::vector<Fill*> fills;  // still to come
-  ModelPtr swapped_out;      // evicted as room is needed, and wholly before the ticket is done
+  std::vector<Fill*> fills;     // still to come
+  ModelPtr swapped_out;         // evicted as room is needed, and wholly before the ticket is done
+  std::exception_ptr short_of;  // why some of its layers will not come; the others still do
   bool done = false;
   std::exception_ptr error;  // of a done ticket
 
+  bool wants_layer(const Layer& layer) const noexcept;
   void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
   // A descriptor that becomes readable when the ticket is done; owned by the ticket.
   int fileno(const Lock&);
 
  private:
-  int eventfd_ = -1;
+  EventFd eventfd_;
 };
 using TicketPtr = std::shared_ptr<Ticket>;
 

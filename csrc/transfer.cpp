@@ -7,7 +7,6 @@
 namespace warmserve {
 
 using enum Residency;
-using Phase = Fill::Phase;
 
 namespace {
 
@@ -21,7 +20,9 @@ Transfer::Transfer(Books& books, StagingPool& staging, const Options& options)
     : books_(books),
       chunk_bytes_(staging.chunk_bytes()),
       uploads_(books.arena, staging, options.staging_timeout),
-      pump_(options.loaders == 0) {
+      pump_(options.loaders == 0),
+      queue_(books, options.background_share),
+      pace_(options.read_bandwidth) {
   try {
     for (unsigned i = 0; i < options.loaders; ++i) loaders_.emplace_back(&Transfer::run, this);
   } catch (const std::system_error& error) {
@@ -48,10 +49,12 @@ void Transfer::run() {
     const std::uint64_t seen = books_.version;
     if (advance(lock)) continue;  // which may drop the lock, so a wake may have been missed
     const auto woken = [&] { return stopping_ || books_.version != seen; };
-    if (uploads_.under_way())
-      books_.work.wait_for(lock, kPollInterval, woken);
-    else
+    Deadline until = queue_.next_deadline();
+    if (uploads_.under_way()) until = std::min(until, Clock::now() + kPollInterval);
+    if (until == kNever)
       books_.work.wait(lock, woken);
+    else
+      books_.work.wait_until(lock, until, woken);
   }
 }
 
@@ -60,92 +63,45 @@ bool Transfer::step() {
   return advance(lock);
 }
 
-// Bytes a fill writes: to the end of its last granule, so that nothing of an earlier tenant stays.
-std::uint64_t Transfer::span(const Fill& fill) const {
-  return fill.layer->granules_needed * books_.arena.granule_bytes();
-}
-
-void Transfer::request(const Lock& lock, const TicketPtr& ticket,
-                       const std::vector<ModelPtr>& models) {
-  for (const ModelPtr& model : models) enlist(lock, ticket, model);
+void Transfer::request(const Lock& lock, const TicketPtr& ticket) {
+  queue_.enlist(lock, ticket);
   if (ticket->fills.empty()) settle(lock, ticket);
   books_.wake();
-}
-
-// Adds the ticket to the fills of what the model is missing.
-void Transfer::enlist(const Lock&, const TicketPtr& ticket, const ModelPtr& model) {
-  for (Layer& layer : model->layers) {
-    if (layer.residency == resident) continue;
-    if (!layer.fill) {
-      const Key key{-ticket->priority, sequence_++};
-      auto fill = std::make_unique<Fill>(Fill{&layer, model, ticket->priority, key.second});
-      layer.fill = fill.get();
-      order_.emplace(key, std::move(fill));
-    }
-    Fill& fill = *layer.fill;
-    if (fill.priority < ticket->priority) {
-      auto node = order_.extract({-fill.priority, fill.sequence});
-      fill.priority = ticket->priority;
-      node.key().first = -fill.priority;
-      order_.insert(std::move(node));
-    }
-    fill.tickets.push_back(ticket);
-    ticket->fills.push_back(&fill);
-    ticket->bytes_total += span(fill);
-    ticket->bytes_done += fill.done;
-  }
-}
-
-void Transfer::drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
-  for (Fill* fill : std::exchange(ticket->fills, {})) {
-    std::erase(fill->tickets, ticket);
-    if (fill->tickets.empty() && fill->phase == Phase::queued) forget(lock, *fill);
-  }
-  ticket->finish(books_, lock, why);
-}
-
-void Transfer::drop_model(const Lock& lock, Model& model, std::exception_ptr why) {
-  for (Layer& layer : model.layers) {
-    if (!layer.fill) continue;
-    const std::vector<TicketPtr> tickets = layer.fill->tickets;
-    for (const TicketPtr& ticket : tickets) drop(lock, ticket, why);
-  }
 }
 
 void Transfer::drop_swaps(const Lock& lock, std::exception_ptr why) {
   for (const TicketPtr& ticket : std::exchange(swapping_, {})) drop(lock, ticket, why);
 }
 
-void Transfer::forget(const Lock&, Fill& fill) {
-  fill.layer->fill = nullptr;
-  order_.erase({-fill.priority, fill.sequence});
-}
-
 bool Transfer::advance(Lock& lock) {
   books_.room_wanted = false;
+  queue_.expire(lock);
   if (!books_.arena.filled_by_host() && collect(lock, false)) return true;
   if (!swapping_.empty()) {
     finish_swap(lock);
     return true;
   }
   bool room_blocked = false;
-  for (const auto& [key, fill] : order_)
-    if (advance(lock, *fill, room_blocked)) return true;  // the order may have changed
+  const auto visit = [&](Fill& fill, bool may_copy) {
+    return advance(lock, fill, may_copy, room_blocked);
+  };
+  if (queue_.serve(lock, chunk_bytes_, visit)) return true;
   books_.room_wanted = room_blocked;
   return !books_.arena.filled_by_host() && collect(lock, true);
 }
 
-// Whether it did anything. `room_blocked`: a fill before this one waits for room.
-bool Transfer::advance(Lock& lock, Fill& fill, bool& room_blocked) {
+// Whether it did anything: then the order may have changed. `room_blocked`: a fill before this one
+// waits for room.
+bool Transfer::advance(Lock& lock, Fill& fill, bool may_copy, bool& room_blocked) {
   Layer& layer = *fill.layer;
   if (fill.phase == Phase::copying) {
-    if (fill.failed || fill.give_way || fill.tickets.empty()) {
-      if (fill.in_flight) return false;
+    if (fill.unwanted()) {
+      if (fill.in_flight || fill.hands) return false;
       undo(lock, fill);
-    } else if (fill.next < span(fill)) {
+    } else if (fill.next < fill.span && may_copy) {
       copy_chunk(lock, fill);
     } else {
-      return false;  // its last chunks are under way
+      return false;  // its last chunks are under way, or it is not its turn
     }
     return true;
   }
@@ -165,17 +121,16 @@ bool Transfer::advance(Lock& lock, Fill& fill, bool& room_blocked) {
     case Room::later: room_blocked = true; return false;
     case Room::never:
       fail(lock, fill,
-           std::make_exception_ptr(no_room(ErrorKind::busy, fill.tickets.front()->what,
-                                           fill.model->granules * books_.arena.granule_bytes(),
+           std::make_exception_ptr(no_room(ErrorKind::busy, fill.tickets.front()->what, fill.span,
                                            books_.arena.budget(), books_.holders(lock))));
-      forget(lock, fill);
+      queue_.forget(lock, fill);
       return true;
   }
   return false;
 }
 
 // Whether there are granules for the fill, or will be: then those that fill for less urgent
-// tickets are asked to give way.
+// tickets are asked to give way. Whoever wants the fill keeps the other layers that he wants.
 Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Layer*>& victims) {
   const std::uint32_t need = fill.layer->granules_needed;
   const std::uint32_t have = books_.arena.free_count() + books_.arena.uncreated_count();
@@ -183,15 +138,19 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
   const Model* first = nullptr;
   for (const TicketPtr& ticket : fill.tickets)
     if (ticket->swapped_out) first = ticket->swapped_out.get();
-  victims = books_.choose_victims(lock, need - have, *fill.model, first);
+  const auto wanted_too = [&](const Layer& layer) {
+    return std::any_of(fill.tickets.begin(), fill.tickets.end(),
+                       [&](const TicketPtr& ticket) { return ticket->wants_layer(layer); });
+  };
+  victims = books_.choose_victims(lock, need - have, wanted_too, first);
   if (!victims.empty()) return Room::enough;
   bool coming = books_.granules_in_hand > 0;
   for (const auto& [name, model] : books_.models)
     for (const Layer& layer : model->layers) {
       if (layer.owned) coming = true;
-      if (layer.residency != filling || model == fill.model || model->holds) continue;
+      if (layer.residency != filling || layer.holds || wanted_too(layer)) continue;
       coming = true;
-      if (layer.fill->priority < fill.priority) layer.fill->give_way = true;
+      if (fill.rank.priority > layer.fill->rank.priority) layer.fill->give_way = true;
     }
   return coming ? Room::later : Room::never;
 }
@@ -237,7 +196,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   if (error) {
     if (!gave_up) fail(lock, fill, error);
     undo(lock, fill);
-  } else if (span(fill) == 0) {
+  } else if (fill.span == 0) {
     complete(lock, fill);
   }
   books_.wake();
@@ -245,28 +204,41 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
 
 void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   const std::uint64_t begin = fill.next;
-  const std::uint64_t end = std::min(begin + chunk_bytes_, span(fill));
+  const std::uint64_t end = std::min(begin + chunk_bytes_, fill.span);
   fill.next = end;
-  ++fill.in_flight;
+  fill.in_flight += end - begin;
+  ++fill.hands;
   ++books_.counters.chunks;
+  queue_.handed_out(lock, fill, end - begin);
+  const std::uint64_t bytes = fill.layer->bytes;
+  const Deadline not_before = pace_.take(std::min(end, bytes) - std::min(begin, bytes));
   lock.unlock();
   std::exception_ptr error;
+  std::uint64_t sent = 0;
   const bool by_host = books_.arena.filled_by_host();
+  const auto wanted = [&] {
+    const Lock relock(books_.mutex);
+    return !fill.unwanted();
+  };
   try {
     if (by_host)
-      write_through_host_view(fill, begin, end);
+      sent = write_through_host_view(fill, begin, end, not_before);
     else
-      uploads_.send(&fill, *fill.model, *fill.layer, begin, end);
+      sent = uploads_.send(&fill, *fill.model, *fill.layer, begin, end, not_before, wanted);
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
+  --fill.hands;
   if (error) fail(lock, fill, error);
-  // What was sent by staging may be collected, and the fill gone, already.
-  if (by_host || error) arrived(lock, fill, end - begin);
+  if (sent < end - begin) fill.failed = true;  // called off, and perhaps wanted again since
+  fill.sent += sent;
+  fill.in_flight -= end - begin - sent;
+  arrived(lock, fill, by_host ? sent : 0);
 }
 
-void Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin, std::uint64_t end) {
+std::uint64_t Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin,
+                                                std::uint64_t end, Deadline not_before) {
   const Arena& arena = books_.arena;
   const Layer& layer = *fill.layer;
   const std::uint64_t granule_bytes = arena.granule_bytes();
@@ -275,12 +247,14 @@ void Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin, st
   for (std::size_t i = first; i * granule_bytes < end; ++i)
     destination.blocks.push_back(arena.host_view(layer.granules[i]));
   read_layer(fill.model->files, layer.source, begin, end, destination);
+  std::this_thread::sleep_until(not_before);
   for (std::size_t i = first; i * granule_bytes < end; ++i) {
     const std::uint64_t from = std::max(begin, i * granule_bytes);
     const std::uint64_t to = std::min(end, (i + 1) * granule_bytes);
     arena.device()->driver().host_wrote(arena.handle(layer.granules[i]), from % granule_bytes,
                                         to - from);
   }
+  return end - begin;
 }
 
 // Whether there was news; or, with `wait`, there will be.
@@ -298,14 +272,14 @@ bool Transfer::collect(Lock& lock, bool wait) {
   return moving || !all.empty();
 }
 
-// Accounts for a chunk; the last one completes the fill.
+// Accounts for bytes that are there; the last ones complete the fill.
 void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
-  --fill.in_flight;
+  fill.in_flight -= bytes;
   books_.wake();
   if (fill.failed) return;
   fill.done += bytes;
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done += bytes;
-  if (fill.done == span(fill)) complete(lock, fill);
+  if (fill.done == fill.span && !fill.hands) complete(lock, fill);
 }
 
 // Takes the layer back to absent; then the fill ends, or, if somebody wants it, starts again.
@@ -322,10 +296,10 @@ void Transfer::undo(Lock& lock, Fill& fill) {
     fail(lock, fill, std::current_exception());
   }
   books_.arena.give(freed);
-  if (fill.tickets.empty()) return forget(lock, fill);
+  if (fill.tickets.empty()) return queue_.forget(lock, fill);
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
   fill.phase = Phase::queued;
-  fill.next = fill.done = 0;
+  fill.next = fill.sent = fill.done = 0;
   fill.failed = fill.give_way = false;
 }
 
@@ -337,9 +311,8 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
     books_.counters.bytes_loaded += layer.bytes;
     ++books_.counters.layers_loaded;
   }
-  const std::vector<TicketPtr> tickets = std::move(fill.tickets);
-  for (const TicketPtr& ticket : tickets) std::erase(ticket->fills, &fill);
-  forget(lock, fill);
+  const std::vector<TicketPtr> tickets = queue_.release(lock, fill);
+  queue_.forget(lock, fill);
   for (const TicketPtr& ticket : tickets)
     if (ticket->fills.empty()) settle(lock, ticket);
 }
@@ -347,18 +320,15 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
 // Ends the tickets that wait for the fill. Those that join it from now on see it start again.
 void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
   fill.failed = true;
-  const std::vector<TicketPtr> tickets = std::move(fill.tickets);
-  fill.tickets.clear();
-  for (const TicketPtr& ticket : tickets) std::erase(ticket->fills, &fill);
-  for (const TicketPtr& ticket : tickets) drop(lock, ticket, error);
+  for (const TicketPtr& ticket : queue_.release(lock, fill)) drop(lock, ticket, error);
 }
 
 // All fills of the ticket are complete: it is done, but for what it swaps out.
 void Transfer::settle(const Lock& lock, const TicketPtr& ticket) {
-  if (ticket->swapped_out)
+  if (ticket->swapped_out && !ticket->short_of)
     swapping_.push_back(ticket);
   else
-    ticket->finish(books_, lock);
+    ticket->finish(books_, lock, ticket->short_of);
 }
 
 // Evicts what is left of the model that a ticket swaps out.
@@ -368,9 +338,9 @@ void Transfer::finish_swap(Lock& lock) {
   const ModelPtr model = ticket->swapped_out;
   std::exception_ptr error;
   std::vector<Layer*> rest;
-  if (model->holds == 0)
-    for (Layer& layer : model->layers)
-      if (!layer.owned && (layer.residency == resident || layer.torn)) rest.push_back(&layer);
+  for (Layer& layer : model->layers)
+    if (!layer.owned && !layer.holds && (layer.residency == resident || layer.torn))
+      rest.push_back(&layer);
   std::vector<GranuleId> freed;
   try {
     books_.claim(lock, rest);

@@ -1,10 +1,13 @@
 // Bytes that reach a granule by way of staging: read into a chunk, copied on a stream.
 //
 // Used where the CPU cannot write granules. Several loaders may send at once; whoever calls
-// collect() learns what has become of it, whoever sent it.
+// collect() learns what has become of it, whoever sent it. No more than a chunk's bytes are under
+// way at a time: copies cannot be taken back, so what is called off, or more urgent, waits for no
+// more than that.
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -25,19 +28,25 @@ class Uploads {
     std::uint64_t bytes;
     std::exception_ptr error;  // null: the copies are over
   };
+  using Events = std::vector<std::shared_ptr<Event>>;
 
   Uploads(const Arena& arena, StagingPool& staging, std::chrono::milliseconds staging_timeout)
       : arena_(arena), staging_(staging), staging_timeout_(staging_timeout) {}
 
-  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules; they are the caller's
-  // until the news that the copies are over. Throws when nothing was sent. Blocks for a chunk and
-  // the file.
-  void send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
-            std::uint64_t end);
+  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules, as what was sent
+  // before leaves room for; returns how many it sent, which are the caller's again with the news
+  // that their copies are over. Nothing is copied before `not_before`; `wanted` is asked before
+  // each piece, without a lock. Throws when nothing was sent. Blocks for a chunk, the file, and
+  // room.
+  std::uint64_t send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
+                     std::uint64_t end, Deadline not_before, const std::function<bool()>& wanted);
   // The news since. With `wait`, and if there is none, blocks a poll interval for the oldest copy;
   // `moving` then says whether it is on its way all the same.
   std::vector<News> collect(bool wait, bool* moving = nullptr);
   bool under_way();
+  // What a stream has to wait for to be behind all that was sent for the fill and is not over.
+  // Nothing, where one of the copies has no event.
+  std::optional<Events> events(const Fill* fill);
   // Gives back stream and events. Pre-condition: nothing is under way, and nothing will be.
   void release();
 
@@ -45,17 +54,25 @@ class Uploads {
   struct Flight {
     Fill* fill;
     std::uint64_t bytes;
-    StagingPool::Chunk chunk;
-    std::optional<Event> event;  // absent when recording failed: the stream must be waited for
+    std::shared_ptr<StagingPool::Chunk> chunk;
+    std::shared_ptr<Event> event;  // null when recording failed: the stream must be waited for
   };
+  using FlightPtr = std::shared_ptr<Flight>;
 
   enum class Copies { over, moving, stuck };
 
   StagingPool::Chunk chunk();
+  bool send_piece(const FlightPtr& flight, const Layer& layer, std::uint64_t begin,
+                  const std::byte* bytes, Deadline deadline, const std::function<bool()>& wanted);
   std::exception_ptr enqueue(Flight& flight, const Layer& layer, std::uint64_t begin,
-                             std::uint64_t end);
-  bool gather(bool wait);
-  Copies look(Flight& flight, bool wait, std::exception_ptr& error);
+                             const std::byte* bytes);
+  std::shared_ptr<Event> spare_event();
+  struct Gathered {
+    bool landed = false;  // some copies are over
+    bool moving = false;  // others will be, without anybody's help
+  };
+  Gathered gather(bool wait);
+  Copies look(const Event* event, bool wait, std::exception_ptr& error);
 
   const Arena& arena_;
   StagingPool& staging_;
@@ -63,8 +80,9 @@ class Uploads {
 
   std::mutex mutex_;  // guards all below; held over enqueueing, which does not block
   std::unique_ptr<Stream> stream_;
-  std::vector<Event> spare_events_;
-  std::deque<Flight> flights_;
+  std::vector<std::shared_ptr<Event>> spare_events_;
+  std::deque<FlightPtr> flights_;
+  std::uint64_t bytes_under_way_ = 0;
   std::vector<News> news_;
 };
 

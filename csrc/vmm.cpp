@@ -174,6 +174,9 @@ void Stream::copy_from_device(std::byte* to, Address from, std::uint64_t bytes) 
 void Stream::launch(const KernelCall& call) {
   device_->call(Primitive::launch, &Driver::launch, call, id_);
 }
+void Stream::wait_for(const Event& event) {
+  device_->call(Primitive::stream_wait_event, &Driver::stream_wait_event, id_, event.id());
+}
 bool Stream::step() { return device_->driver().stream_step(id_) == Status::ok; }
 void Stream::synchronize() {
   device_->call(Primitive::stream_synchronize, &Driver::stream_synchronize, id_);

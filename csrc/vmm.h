@@ -154,6 +154,8 @@ class Mapping {
   std::uint64_t bytes_;
 };
 
+class Event;
+
 class Stream {
  public:
   explicit Stream(DevicePtr device, StreamPriority priority = StreamPriority::normal);
@@ -168,6 +170,8 @@ class Stream {
   void copy_to_device(Address to, const std::byte* from, std::uint64_t bytes);
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
   void launch(const KernelCall& call);
+  // What is enqueued from here on waits for the event's position as it is now.
+  void wait_for(const Event& event);
   bool step();
   void synchronize();  // Blocks.
 
@@ -188,6 +192,7 @@ class Event {
   Event& operator=(Event&&) = delete;
   ~Event();
 
+  EventId id() const noexcept { return *id_; }
   void record(StreamId stream);
   bool complete() const;
   // Blocks until complete. Throws timeout, or what poll throws.

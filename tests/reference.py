@@ -3,74 +3,28 @@ step for step, under ``pump``. No memory, no threads; sizes in granules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-BUSY, CANCELLED, TOO_LARGE = "Busy", "Cancelled", "OutOfDeviceMemory"
-
-
-class Refused(Exception):
-    """Carries the name of the exception that the runtime raises."""
-
-
-@dataclass(eq=False)
-class Layer:
-    model: Model
-    index: int
-    granules: int
-    state: str = "absent"
-    keep_value: float = 0.0
-    filled_at: int = 0
-    fill: Fill | None = None
-
-
-@dataclass(eq=False)
-class Model:
-    name: str
-    serial: int
-    layers: list[Layer] = field(default_factory=list)
-    holds: int = 0
-    last_use: int = 0
-
-    @property
-    def granules(self) -> int:
-        return sum(layer.granules for layer in self.layers)
-
-    @property
-    def missing(self) -> bool:
-        return any(layer.state != "resident" for layer in self.layers)
-
-
-@dataclass(eq=False)
-class Ticket:
-    priority: int
-    swaps_out: Model | None = None
-    fills: list[Fill] = field(default_factory=list)
-    done: bool = False
-    error: str | None = None
-
-
-@dataclass(eq=False)
-class Fill:
-    layer: Layer
-    priority: int
-    serial: int
-    tickets: list[Ticket] = field(default_factory=list)
-    copying: bool = False
-    give_way: bool = False
-    chunks: int = 0  # done; a chunk is a granule here
-
-
-@dataclass(eq=False)
-class Hold:
-    models: list[Model]
-    owner: int
-    ticket: Ticket | None = None
-    admitted: bool = False
+from reference_parts import (
+    BUSY,
+    CANCELLED,
+    FOREGROUND,
+    TOO_LARGE,
+    Fill,
+    Hold,
+    Layer,
+    Model,
+    Refused,
+    Ticket,
+    granules,
+)
 
 
 class Reference:
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, background_share: float = 0.05) -> None:
         self.capacity = self.free = capacity
+        self.background_share = background_share
+        self.foreground_chunks = self.background_chunks = 0
         self.models: dict[str, Model] = {}
         self.fills: list[Fill] = []
         self.swapping: list[Ticket] = []
@@ -89,62 +43,69 @@ class Reference:
         self.evict(name)
         del self.models[name]
 
-    def prewarm(self, name: str, priority: int) -> Ticket:
-        model = self.models[name]
-        self._require_room(model)
-        return self._request(Ticket(priority), [model])
+    def prewarm(self, name: str, priority: int, layers: list[int] | None = None) -> Ticket:
+        wanted = self.models[name].some(layers)
+        self._require_room(wanted)
+        return self._request(Ticket(priority, wanted))
 
     def swap(self, evict: str, load: str, priority: int) -> Ticket:
-        old, new = self.models[evict], self.models[load]
-        if old.holds:
+        old, wanted = self.models[evict], self.models[load].some(None)
+        if old.leases:
             raise Refused(BUSY)
-        self._require_room(new)
-        self._drop_model(old)
-        return self._request(Ticket(priority, swaps_out=old), [new])
+        self._require_room(wanted)
+        self._drop_layers(old.layers)
+        return self._request(Ticket(priority, wanted, swaps_out=old))
 
-    def evict(self, name: str) -> None:
-        model = self.models[name]
+    def evict(self, name: str, layers: list[int] | None = None) -> None:
+        chosen = self.models[name].some(layers)
         while True:
-            if model.holds:
+            if any(layer.holds for layer in chosen):
                 raise Refused(BUSY)
-            self._drop_model(model)
-            for layer in model.layers:
+            self._drop_layers(chosen)
+            for layer in chosen:
                 if layer.state == "resident":
                     self._evict_layer(layer)
-            while any(layer.state == "filling" for layer in model.layers):
+            while any(layer.state == "filling" for layer in chosen):
                 assert self.step()
-            if all(layer.state == "absent" for layer in model.layers):
+            if all(layer.state == "absent" for layer in chosen):
                 return
 
     def cancel(self, ticket: Ticket) -> None:
         if not ticket.done:
             self._drop(ticket, CANCELLED)
 
-    def begin_lease(self, names: list[str], owner: int) -> Hold:
-        hold = Hold([self.models[name] for name in names], owner)
+    def begin_lease(self, names: list[str], owner: int, layers: list[int] | None = None) -> Hold:
+        hold = Hold([layer for name in names for layer in self.models[name].some(layers)], owner)
         if (not self.line and self._fits(hold)) or self._nested(hold):
             self._admit(hold)
             return hold
-        if sum(model.granules for model in hold.models) > self.capacity:
+        if granules(hold.layers) > self.capacity:
             raise Refused(TOO_LARGE)
         self.line.append(hold)
         if self._stuck():
             self.line.remove(hold)
             raise Refused(BUSY)
-        hold.ticket = Ticket(100)
+        hold.in_line = True
         return hold
+
+    def share(self, hold: Hold, owner: int) -> Hold:
+        shared = Hold(hold.layers, owner)
+        self._admit(shared)
+        return shared
 
     def end_lease(self, hold: Hold) -> None:
         if hold.ticket and not hold.ticket.done:
             self._drop(hold.ticket, CANCELLED)
-        if not hold.admitted:
-            if hold in self.line:
-                self.line.remove(hold)
-        else:
+        if hold.in_line:
+            self.line.remove(hold)
+            hold.in_line = False
+        elif hold.admitted:
             hold.admitted = False
             self.admitted.remove(hold)
+            for layer in hold.layers:
+                layer.holds -= 1
             for model in hold.models:
-                model.holds -= 1
+                model.leases -= 1
         while self.line and self._fits(self.line[0]):
             self._admit(self.line.pop(0))
 
@@ -153,102 +114,147 @@ class Reference:
             ticket = self.swapping.pop(0)
             model = ticket.swaps_out
             assert model is not None
-            if not model.holds:
-                for layer in model.layers:
-                    if layer.state == "resident":
-                        self._evict_layer(layer)
+            for layer in model.layers:
+                if layer.state == "resident" and not layer.holds:
+                    self._evict_layer(layer)
             ticket.done = True
             return True
-        blocked = False
-        for fill in sorted(self.fills, key=lambda fill: (-fill.priority, fill.serial)):
-            if fill.copying:
-                if fill.give_way or not fill.tickets:
-                    self._undo(fill)
-                else:
-                    fill.chunks += 1
-                    if fill.chunks == fill.layer.granules:
-                        self._complete(fill)
-                return True
-            if blocked:
-                continue
-            short = fill.layer.granules - self.free
-            victims = self._victims(short, fill) if short > 0 else []
-            if victims is not None:
-                for layer in victims:
-                    self._evict_layer(layer)
-                self.free -= fill.layer.granules
-                fill.layer.state = "filling"
-                fill.copying = True
-                if not fill.layer.granules:
-                    self._complete(fill)
-                return True
-            coming = [
-                layer
-                for model in self.models.values()
-                for layer in model.layers
-                if layer.state == "filling" and model is not fill.layer.model and not model.holds
-            ]
-            if not coming:
-                tickets, fill.tickets = fill.tickets, []
-                self._forget(fill)
-                for ticket in tickets:
-                    ticket.fills.remove(fill)
-                    self._drop(ticket, BUSY)
-                return True
-            blocked = True
-            for layer in coming:
-                assert layer.fill is not None
-                if layer.fill.priority < fill.priority:
-                    layer.fill.give_way = True
-        return False
+        self._blocked = False
+        if not any(fill.foreground for fill in self.fills):
+            self.foreground_chunks = self.background_chunks = 0
+            return self._pass(True, True)
+        then = self.background_chunks + 1
+        due = then <= self.background_share * (self.foreground_chunks + then)
+        return (due and self._pass(False, True)) or self._pass(True, False)
 
     # Parts.
 
+    def _pass(self, foreground_copies: bool, background_works: bool) -> bool:
+        """Whether something was done for the first fill for which something can be."""
+        for fill in sorted(self.fills, key=lambda fill: (-fill.priority, fill.serial)):
+            unwanted = fill.give_way or not fill.tickets
+            if not (fill.foreground or background_works or unwanted):
+                continue
+            if fill.copying:
+                if unwanted:
+                    self._undo(fill)
+                    return True
+                if fill.foreground and not foreground_copies:
+                    continue
+                if fill.foreground:
+                    self.foreground_chunks += 1
+                else:
+                    self.background_chunks += 1
+                fill.chunks += 1
+                if fill.chunks == fill.layer.granules:
+                    self._complete(fill)
+                return True
+            if not self._blocked and self._start(fill):
+                return True
+        return False
+
+    def _start(self, fill: Fill) -> bool:
+        """Makes room and begins, or fails; False where there will be room later."""
+
+        def spared(layer: Layer) -> bool:
+            return any(layer in ticket.wants for ticket in fill.tickets)
+
+        short = fill.layer.granules - self.free
+        victims = self._victims(short, fill, spared) if short > 0 else []
+        if victims is not None:
+            for layer in victims:
+                self._evict_layer(layer)
+            self.free -= fill.layer.granules
+            fill.layer.state = "filling"
+            fill.copying = True
+            if not fill.layer.granules:
+                self._complete(fill)
+            return True
+        coming = [
+            layer
+            for model in self.models.values()
+            for layer in model.layers
+            if layer.state == "filling" and not layer.holds and not spared(layer)
+        ]
+        if not coming:
+            tickets, fill.tickets = fill.tickets, []
+            self._forget(fill)
+            for ticket in tickets:
+                ticket.fills.remove(fill)
+                self._drop(ticket, BUSY)
+            return True
+        self._blocked = True
+        for layer in coming:
+            assert layer.fill is not None
+            if layer.fill.priority < fill.priority:
+                layer.fill.give_way = True
+        return False
+
     @property
     def _held(self) -> int:
-        return sum(model.granules for model in self.models.values() if model.holds)
+        return sum(
+            layer.granules
+            for model in self.models.values()
+            for layer in model.layers
+            if layer.holds
+        )
 
-    def _require_room(self, model: Model) -> None:
-        if model.granules > self.capacity:
-            raise Refused(TOO_LARGE)
-        if not model.holds and self._held + model.granules > self.capacity:
-            raise Refused(BUSY)
+    def _to_hold(self, layers: list[Layer]) -> int:
+        return granules([layer for layer in layers if not layer.holds])
 
-    def _request(self, ticket: Ticket, models: list[Model]) -> Ticket:
-        for model in models:
-            for layer in model.layers:
-                if layer.state == "resident":
-                    continue
-                if layer.fill is None:
-                    self.serial += 1
-                    layer.fill = Fill(layer, ticket.priority, self.serial)
-                    self.fills.append(layer.fill)
-                layer.fill.priority = max(layer.fill.priority, ticket.priority)
-                layer.fill.tickets.append(ticket)
-                ticket.fills.append(layer.fill)
+    def _require_room(self, layers: list[Layer]) -> None:
+        if self._held + self._to_hold(layers) > self.capacity:
+            raise Refused(TOO_LARGE if granules(layers) > self.capacity else BUSY)
+
+    def _request(self, ticket: Ticket) -> Ticket:
+        for layer in ticket.wants:
+            if layer.state == "resident":
+                continue
+            if layer.fill is None:
+                self.serial += 1
+                layer.fill = Fill(layer, ticket.priority, self.serial)
+                self.fills.append(layer.fill)
+            layer.fill.tickets.append(ticket)
+            ticket.fills.append(layer.fill)
+            self._rerank(layer.fill)
         if not ticket.fills:
             self._settle(ticket)
         return ticket
 
+    def _rerank(self, fill: Fill) -> None:
+        if fill.tickets:
+            priority = max(ticket.priority for ticket in fill.tickets)
+            if priority > fill.priority:
+                self.serial += 1
+                fill.serial = self.serial
+            fill.priority = priority
+
     def _settle(self, ticket: Ticket) -> None:
-        if ticket.swaps_out:
+        if ticket.swaps_out and not ticket.short_of:
             self.swapping.append(ticket)
         else:
-            ticket.done = True
+            ticket.done, ticket.error = True, ticket.short_of
 
     def _drop(self, ticket: Ticket, error: str) -> None:
         for fill in ticket.fills:
             fill.tickets.remove(ticket)
             if not fill.tickets and not fill.copying:
                 self._forget(fill)
+            self._rerank(fill)
         ticket.fills = []
         if not ticket.done:
             ticket.done, ticket.error = True, error
 
-    def _drop_model(self, model: Model) -> None:
-        for layer in model.layers:
-            for ticket in list(layer.fill.tickets) if layer.fill else []:
-                self._drop(ticket, CANCELLED)
+    def _drop_layers(self, layers: list[Layer]) -> None:
+        for fill in [layer.fill for layer in layers if layer.fill]:
+            tickets, fill.tickets = fill.tickets, []
+            for ticket in tickets:
+                ticket.fills.remove(fill)
+                ticket.short_of = CANCELLED
+                if not ticket.fills:
+                    ticket.done, ticket.error = True, CANCELLED
+            if not fill.copying:
+                self._forget(fill)
 
     def _forget(self, fill: Fill) -> None:
         fill.layer.fill = None
@@ -276,16 +282,20 @@ class Reference:
         layer.state = "absent"
         self.free += layer.granules
 
-    def _victims(self, granules: int, fill: Fill) -> list[Layer] | None:
+    def _victims(
+        self, granules: int, fill: Fill, spared: Callable[[Layer], bool]
+    ) -> list[Layer] | None:
         first = None
         for ticket in fill.tickets:
             first = ticket.swaps_out or first
         candidates = [
             layer
             for model in self.models.values()
-            if model is not fill.layer.model and not model.holds
             for layer in model.layers
-            if layer.state == "resident" and layer.granules
+            if layer.state == "resident"
+            and layer.granules
+            and not layer.holds
+            and not spared(layer)
         ]
         candidates.sort(
             key=lambda layer: (
@@ -304,22 +314,23 @@ class Reference:
         return chosen
 
     def _fits(self, hold: Hold) -> bool:
-        new = sum(model.granules for model in hold.models if not model.holds)
-        return self._held + new <= self.capacity
+        return self._held + self._to_hold(hold.layers) <= self.capacity
 
     def _nested(self, hold: Hold) -> bool:
-        own = {m for other in self.admitted if other.owner == hold.owner for m in other.models}
-        return own.issuperset(hold.models)
+        own = {x for other in self.admitted if other.owner == hold.owner for x in other.layers}
+        return own.issuperset(hold.layers)
 
     def _admit(self, hold: Hold) -> None:
+        for layer in hold.layers:
+            layer.holds += 1
         for model in hold.models:
-            model.holds += 1
+            model.leases += 1
             self.clock += 1
             model.last_use = self.clock
-        hold.admitted = True
+        hold.admitted, hold.in_line = True, False
         self.admitted.append(hold)
-        if hold.ticket or any(model.missing for model in hold.models):
-            hold.ticket = self._request(hold.ticket or Ticket(100), hold.models)
+        if any(layer.state != "resident" for layer in hold.layers):
+            hold.ticket = self._request(Ticket(FOREGROUND, hold.layers))
 
     def _stuck(self) -> bool:
         """Whether the head of the line is never served, though all that can release do."""
@@ -329,8 +340,7 @@ class Reference:
             waiting = {hold.owner for hold in line}
             holds = [hold for hold in holds if hold.owner in waiting]
             head = line.pop(0)
-            models = {model for hold in [*holds, head] for model in hold.models}
-            if sum(model.granules for model in models) > self.capacity:
+            if granules(list({x for hold in [*holds, head] for x in hold.layers})) > self.capacity:
                 return True
             holds.append(head)
         return False

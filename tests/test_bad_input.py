@@ -241,7 +241,7 @@ def test_use_after_close(device: Device, model: Path) -> None:
         lambda: runtime.trim(),
         lambda: runtime.stream(),
         lambda: lease.acquire(),
-        lambda: native.prewarm(registered.native, 0),
+        lambda: native.prewarm(registered.native, None, 0, None),
         lambda: native.state(),
     ):
         with pytest.raises(WarmServeError, match="closed"):

@@ -125,9 +125,16 @@ def test_the_backing_epoch_tells_that_granules_changed(runtime: Runtime) -> None
         assert model.backing_epoch > absent
 
 
-def test_a_lease_held_twice_by_one_object_is_refused(runtime: Runtime) -> None:
-    with runtime.lease("a") as lease, pytest.raises(ValueError, match="held already"):
-        lease.acquire()
+def test_a_lease_is_held_until_the_last_acquisition_ends(runtime: Runtime) -> None:
+    with runtime.lease("a") as lease:
+        tensors = lease.tensors
+        with lease:
+            assert runtime.snapshot().models["a"].leases == 2
+        assert lease.held
+        assert_content(runtime, lease, "a")
+        assert len(list(tensors)) == 2
+    assert not lease.held
+    runtime.evict("a")
 
 
 def test_a_thread_that_would_wait_for_itself_is_refused(runtime: Runtime) -> None:

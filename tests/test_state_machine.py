@@ -6,6 +6,7 @@ Hypothesis picks operations and steps; the plain Python model says what must com
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
-from reference import Hold, Reference, Refused, Ticket
+from reference import Reference
+from reference_parts import Hold, Refused, Ticket
 
 import warmserve_rt
 from warmserve_rt import Runtime
@@ -37,8 +39,15 @@ SIZES = {
     "e": [6 * GRANULE, 2 * GRANULE, 5],
 }
 CAPACITY = 8
+SHARE = 0.3
 NAMES = st.sampled_from(sorted(SIZES))
 PRIORITIES = st.sampled_from([0, 50, 100])
+LAYERS = st.one_of(st.none(), st.sets(st.integers(0, 2), min_size=1))  # none: all
+
+
+def some(name: str, layers: set[int] | None) -> list[int] | None:
+    """Those of the layers that the model has; at least its first."""
+    return layers and ([layer for layer in layers if layer < len(SIZES[name])] or [0])
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +74,14 @@ class Machine(RuleBasedStateMachine):
             staging=3 * GRANULE,
             chunk=GRANULE,
             pump=True,
+            background_share=SHARE,
             tensors=self.device.tensors,
             driver=self.watched.driver,
         )
         # Staged copies arrive later than the plain model has them: there only contents,
         # invariants and the end of all work are compared.
         self.exact = self.device.host_view
-        self.reference = Reference(CAPACITY)
+        self.reference = Reference(CAPACITY, SHARE)
         self.revision = dict.fromkeys(SIZES, 0)
         self.stream = self.runtime.stream()
         self.fenced: list[Any] = []
@@ -98,11 +108,12 @@ class Machine(RuleBasedStateMachine):
             assert refused == refusal
         return None if refused else (got, expected)
 
-    @rule(target=tickets, name=NAMES, priority=PRIORITIES)
-    def prewarm(self, name: str, priority: int) -> Any:
+    @rule(target=tickets, name=NAMES, priority=PRIORITIES, layers=LAYERS)
+    def prewarm(self, name: str, priority: int, layers: set[int] | None = None) -> Any:
+        chosen = some(name, layers)
         return self.both(
-            lambda: self.runtime.prewarm(name, priority=priority),
-            lambda: self.reference.prewarm(name, priority),
+            lambda: self.runtime.prewarm(name, priority=priority, layers=chosen),
+            lambda: self.reference.prewarm(name, priority, chosen),
         )
 
     @rule(target=tickets, evict=NAMES, load=NAMES, priority=PRIORITIES)
@@ -140,8 +151,9 @@ class Machine(RuleBasedStateMachine):
         name=NAMES,
         what=st.sampled_from(["stamp", "stamp", "trim", "evict", "new revision"]),
         value=st.sampled_from([-1.0, 0.0, 2.5]),
+        layers=LAYERS,
     )
-    def keep_house(self, name: str, what: str, value: float) -> None:
+    def keep_house(self, name: str, what: str, value: float, layers: set[int] | None) -> None:
         """One rule, so that what empties the arena does not crowd out what fills it."""
         if what == "stamp":
             self.runtime.stamp(name, value)
@@ -151,7 +163,11 @@ class Machine(RuleBasedStateMachine):
             before = self.runtime.snapshot()
             assert self.runtime.trim() == before.granules_free * GRANULE
         elif what == "evict":
-            self.both(lambda: self.runtime.evict(name), lambda: self.reference.evict(name))
+            chosen = some(name, layers)
+            self.both(
+                lambda: self.runtime.evict(name, layers=chosen),
+                lambda: self.reference.evict(name, chosen),
+            )
         elif any(name in (m.name for m in hold.models) for hold in self.reference.line):
             pass  # a lease in line keeps the old model, which the plain model does not
         elif self.both(
@@ -161,13 +177,34 @@ class Machine(RuleBasedStateMachine):
             self.revision[name] ^= 1
             self.register(name)
 
-    @rule(target=holds, names=st.lists(NAMES, min_size=1, max_size=3, unique=True), owner=NAMES)
-    def begin_lease(self, names: list[str], owner: str) -> Any:
+    @rule(
+        target=holds,
+        names=st.lists(NAMES, min_size=1, max_size=3, unique=True),
+        owner=NAMES,
+        layers=LAYERS,
+    )
+    def begin_lease(self, names: list[str], owner: str, layers: set[int] | None = None) -> Any:
         models = [self.runtime.model(name).native for name in names]
-        pair = self.both(
-            lambda: self.runtime.native.begin_lease(models, ord(owner)),
-            lambda: self.reference.begin_lease(names, ord(owner)),
+        chosen = some(names[0], layers) if len(names) == 1 else None
+        return self.remember(
+            self.both(
+                lambda: self.runtime.native.begin_lease(models, ord(owner), chosen),
+                lambda: self.reference.begin_lease(names, ord(owner), chosen),
+            )
         )
+
+    @rule(target=holds, hold=holds, owner=NAMES)
+    def share(self, hold: tuple[Any, Hold] | None, owner: str) -> Any:
+        if not (hold and hold[1].admitted):
+            return None
+        return self.remember(
+            self.both(
+                lambda: hold[0].share(ord(owner)),
+                lambda: self.reference.share(hold[1], ord(owner)),
+            )
+        )
+
+    def remember(self, pair: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
         if pair:
             self.live.append(pair[0])
         return pair
@@ -175,7 +212,7 @@ class Machine(RuleBasedStateMachine):
     def granted(self, hold: tuple[Any, Hold] | None) -> Hold | None:
         """The plain model's side of a hold that may be used now."""
         try:
-            if not hold or not hold[0].ready:
+            if not hold or not hold[0].ready():
                 return None
             hold[0].wait(0)
         except warmserve_rt.WarmServeError:  # released, or its load failed
@@ -190,12 +227,35 @@ class Machine(RuleBasedStateMachine):
             return
         if self.exact:
             assert expected.admitted
-            assert not any(model.missing for model in expected.models)
-        for model in expected.models:
-            for tensor in self.runtime.tensors(model.name):
-                layer = int(tensor.split(".")[2])
-                found = bytes_of(self.runtime, model.name, tensor)
-                assert found == self.expected(model.name, layer)
+            assert all(layer.state == "resident" for layer in expected.layers)
+        for layer in expected.layers:
+            self.compare(layer.model.name, layer.index)
+
+    def compare(self, name: str, layer: int) -> None:
+        for tensor in self.runtime.model(name).layers[layer].tensors:
+            assert bytes_of(self.runtime, name, tensor.name) == self.expected(name, layer)
+
+    @rule(hold=holds, data=st.data())
+    def stream_in(self, hold: tuple[Any, Hold] | None, data: st.DataObject) -> None:
+        """A layer of a lease that is still loading is waited for, read by a stream, compared."""
+        if not (hold and hold[1].admitted and hold[1].layers):
+            return
+        real, layer = hold[0], data.draw(st.sampled_from(hold[1].layers))
+        name, index = layer.model.name, layer.index
+        nbytes = SIZES[name][index]
+        view = self.runtime.model(name).native.view(index, 0, [nbytes], nbytes, 1, 8, 1)
+        real.wait_layer(self.runtime.model(name).native, index, self.stream, 20)
+        self.catch_up(lambda: layer.state == "resident")
+        assert real.arrived(self.runtime.model(name).native, index)
+        out = np.zeros(nbytes, np.uint8)
+        self.stream.copy_from(out, view)
+        real.record(self.stream)
+        self.fenced.append((out, self.expected(name, index)))
+
+    def catch_up(self, until: Callable[[], bool]) -> None:
+        """Steps the plain model as the wait of the real one did."""
+        while self.exact and not until():
+            assert self.reference.step()
 
     @rule(hold=holds)
     def copy_on_a_stream(self, hold: tuple[Any, Hold] | None) -> None:
@@ -204,12 +264,13 @@ class Machine(RuleBasedStateMachine):
         if not (hold and expected):
             return
         name = expected.models[0].name
-        nbytes = SIZES[name][0]
+        index = expected.layers[0].index
+        nbytes = SIZES[name][index]
         out = np.zeros(nbytes, np.uint8)
-        view = self.runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
+        view = self.runtime.model(name).native.view(index, 0, [nbytes], nbytes, 1, 8, 1)
         self.stream.copy_from(out, view)
         hold[0].record(self.stream)
-        self.fenced.append((out, self.expected(name, 0)))
+        self.fenced.append((out, self.expected(name, index)))
 
     @rule()
     def step_stream(self) -> None:
@@ -266,9 +327,9 @@ class Machine(RuleBasedStateMachine):
             return
         assert snapshot.granules_free + snapshot.granules_trimmed == self.reference.free
         for name, model in self.reference.models.items():
-            states = [layer.residency for layer in snapshot.models[name].layers]
-            assert states == [layer.state for layer in model.layers], name
-            assert snapshot.models[name].leases == model.holds
+            found = [(layer.residency, layer.leases) for layer in snapshot.models[name].layers]
+            assert found == [(layer.state, layer.holds) for layer in model.layers], name
+            assert snapshot.models[name].leases == model.leases
 
     def teardown(self) -> None:
         if not hasattr(self, "runtime"):

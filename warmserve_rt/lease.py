@@ -6,9 +6,11 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from ._errors import StaleView
+from .selection import layer_index
 from .streams import StreamLike, native_stream
 from .views import LeasedTensors
 
@@ -17,28 +19,57 @@ if TYPE_CHECKING:
     from .model import Model
 
 
+class _Acquisition(NamedTuple):
+    """One of possibly several by which a lease is held."""
+
+    owner: int  # a thread, or a task
+    hold: _native.Hold
+    stream: _native.Stream | None = None  # to record at its end
+
+
 class Lease:
-    """A hold on one model or several, all or nothing.
+    """A hold on one model or several, all or nothing, or on some layers of one.
 
-    While it is held every layer of its models is resident and stays; what was missing has been
-    loaded, before anything in the background. Made by :meth:`Runtime.lease`; acquired by ``with``,
-    ``async with`` or :meth:`acquire`, again after each release.
+    While it is held its layers stay, and what was missing is loaded before anything in the
+    background. Without ``streaming`` all are resident once it is acquired; with it, a layer may be
+    used after :meth:`wait`. Made by :meth:`Runtime.lease`; acquired by ``with``, ``async with`` or
+    :meth:`acquire`.
 
-    One thread (or asyncio task) at a time uses a lease. Leases nest, also on the same model. A
-    thread that waits for a lease is taken to release nothing meanwhile: where those that wait would
-    wait for each other, the last to ask gets ``Busy``.
+    A lease may be acquired again while it is held, by any thread (or asyncio task), and is held
+    until the last has released it: whoever joins takes nothing new and waits behind nobody. Leases
+    nest, also on the same model. A thread that waits for a lease is taken to release nothing
+    meanwhile: where those that wait would wait for each other, the last to ask gets ``Busy``.
     """
 
-    __slots__ = ("__weakref__", "_hold", "_models", "_native", "_stream", "_timeout")
+    __slots__ = (
+        "__weakref__",
+        "_acquired",
+        "_generation",
+        "_layers",
+        "_lock",
+        "_models",
+        "_native",
+        "_streaming",
+        "_timeout",
+    )
 
     def __init__(
-        self, native: _native.Runtime, models: Sequence[Model], timeout: float | None
+        self,
+        native: _native.Runtime,
+        models: Sequence[Model],
+        layers: list[int] | None,
+        *,
+        streaming: bool,
+        timeout: float | None,
     ) -> None:
         self._native = native
         self._models = tuple(models)
+        self._layers = layers
+        self._streaming = streaming
         self._timeout = timeout
-        self._hold: _native.Hold | None = None
-        self._stream: _native.Stream | None = None
+        self._lock = threading.Lock()  # a leaf: guards the two below
+        self._acquired: list[_Acquisition] = []
+        self._generation = 0  # counts how often the last has let go
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -46,43 +77,58 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        return self._hold is not None
+        return bool(self._acquired)
 
     def acquire(self, stream: StreamLike | None = None) -> Lease:
-        """Takes the lease; blocks, in order of arrival, until everything is resident.
+        """Takes the lease; blocks, in order of arrival, until everything is resident; with
+        ``streaming``, until there is room for everything.
 
         With ``stream``, :meth:`release` records it: its work may go on after the release, and is
         waited for before anything is unmapped. A stream is one of :meth:`Runtime.stream`, torch's,
         CuPy's or any with ``__cuda_stream__``.
 
-        Raises OutOfDeviceMemory (the models exceed the arena), Busy (see the class), TimeoutError,
+        Raises OutOfDeviceMemory (the layers exceed the arena), Busy (see the class), TimeoutError,
         CorruptCheckpoint and what else loading may raise; nothing is held then. Layers that arrived
         stay resident.
         """
         ours = None if stream is None else native_stream(self._native, stream)
-        hold = self._begin(threading.get_ident())
-        hold.wait(self._timeout)
-        self._hold, self._stream = hold, ours
+        owner = threading.get_ident()
+        hold = self._begin(owner)
+        hold.wait(self._timeout, all=not self._streaming)
+        self._enter(_Acquisition(owner, hold, ours))
         return self
 
+    def wait(
+        self,
+        layer: int | str,
+        stream: StreamLike | None = None,
+        *,
+        model: Model | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Orders what comes after it behind the arrival of one layer, by index or name.
+
+        Blocks until it is resident. With a ``stream`` it is the stream that waits for the layer's
+        copies, and the caller goes on as soon as these are all under way. ``model`` says of which,
+        where the lease is on several.
+
+        Raises StaleView when the lease is not held, TimeoutError, ValueError (a layer that is not
+        in the lease), and what loading met; layers that arrived can be used all the same.
+        """
+        of = model or self._only_model()
+        behind = None if stream is None else native_stream(self._native, stream)
+        hold = self._latest("wait()").hold
+        hold.wait_layer(of.native, layer_index(of, layer), behind, timeout)
+
     def record(self, stream: StreamLike) -> None:
-        """What the stream was given so far uses the models: it is waited for before anything is
+        """What the stream was given so far uses the layers: it is waited for before any is
         unmapped, also after the release. Raises StaleView when the lease is not held."""
-        if self._hold is None:
-            raise StaleView("record() on a lease that is not held")
-        self._hold.record(native_stream(self._native, stream))
+        self._latest("record()").hold.record(native_stream(self._native, stream))
 
     def release(self) -> None:
-        """Lets go; wait-free. Raises StaleView when the lease is not held."""
-        hold, self._hold = self._hold, None
-        if hold is None:
-            raise StaleView("release() of a lease that is not held")
-        stream, self._stream = self._stream, None
-        try:
-            if stream is not None:
-                hold.record(stream)
-        finally:
-            hold.release()
+        """Lets go of the latest acquisition, of this thread (or task) if it has one; wait-free.
+        Raises StaleView when the lease is not held."""
+        self._leave(threading.get_ident())
 
     def __enter__(self) -> Lease:
         return self.acquire()
@@ -91,57 +137,109 @@ class Lease:
         self.release()
 
     async def __aenter__(self) -> Lease:
-        loop = asyncio.get_running_loop()
-        hold = self._begin(id(asyncio.current_task()))
+        owner = id(asyncio.current_task())
+        hold = self._begin(owner)
+        everything = not self._streaming
+
+        async def arrive() -> None:
+            while not hold.ready(all=everything):
+                await _readable(hold.fileno(all=everything))
+
         try:
-            if not hold.ready:
-                arrived = loop.create_future()
-                descriptor = hold.fileno()
-
-                def arrive() -> None:
-                    if not arrived.done():
-                        arrived.set_result(None)
-
-                loop.add_reader(descriptor, arrive)
-                try:
-                    await asyncio.wait_for(arrived, self._timeout)
-                except asyncio.TimeoutError:
-                    pass  # wait() below says so, and why
-                finally:
-                    loop.remove_reader(descriptor)
-            hold.wait(0)
+            with suppress(asyncio.TimeoutError):  # wait() says so, and why
+                await asyncio.wait_for(arrive(), self._timeout)
+            hold.wait(0, all=everything)
         except BaseException:
             hold.release()
             raise
-        self._hold = hold
+        self._enter(_Acquisition(owner, hold))
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self.release()
+        self._leave(id(asyncio.current_task()))
 
     @property
     def tensors(self) -> LeasedTensors:
         """The tensors of the one model leased, by name; of several, see :meth:`of`."""
-        if len(self._models) != 1:
-            raise ValueError("the lease is on several models: of(model) has the tensors of each")
-        return self.of(self._models[0])
+        return self.of(self._only_model())
 
     def of(self, model: Model) -> LeasedTensors:
         """The tensors of one of the leased models. Raises StaleView when the lease is not held."""
         if model not in self._models:
             raise ValueError(f"{model.name!r} is not in this lease")
-        hold = self._hold
-        if hold is None:
+        if not self._acquired:
             raise StaleView(f"{model.name!r} is not leased")
-        return LeasedTensors(model.native, model.tensors(), lambda: self._hold is hold)
+        generation = self._generation
+
+        def held() -> bool:
+            return bool(self._acquired) and self._generation == generation
+
+        def here(layer: int) -> bool:
+            return any(each.hold.arrived(model.native, layer) for each in tuple(self._acquired))
+
+        complete = self._layers is None and not self._streaming
+        return LeasedTensors(
+            model.name, model.layout, model.tensors(), held, None if complete else here
+        )
+
+    def _only_model(self) -> Model:
+        if len(self._models) != 1:
+            raise ValueError("the lease is on several models: say of which")
+        return self._models[0]
+
+    def _latest(self, what: str) -> _Acquisition:
+        """Of this thread (or task) if it has one."""
+        with self._lock:
+            if not self._acquired:
+                raise StaleView(f"{what} on a lease that is not held")
+            me = threading.get_ident()
+            mine = (each for each in reversed(self._acquired) if each.owner == me)
+            return next(mine, self._acquired[-1])
+
+    def _leave(self, owner: int) -> None:
+        with self._lock:
+            if not self._acquired:
+                raise StaleView("release() of a lease that is not held")
+            last = len(self._acquired) - 1
+            mine = (i for i in range(last, -1, -1) if self._acquired[i].owner == owner)
+            _, hold, stream = self._acquired.pop(next(mine, last))
+            if not self._acquired:
+                self._generation += 1
+        try:
+            if stream is not None:
+                hold.record(stream)
+        finally:
+            hold.release()
 
     def _begin(self, owner: int) -> _native.Hold:
-        if self._hold is not None:
-            raise ValueError("this lease is held already; a second one nests")
-        return self._native.begin_lease([model.native for model in self._models], owner)
+        with self._lock:
+            if self._acquired:
+                return self._acquired[-1].hold.share(owner)
+        models = [model.native for model in self._models]
+        return self._native.begin_lease(models, owner, self._layers)
+
+    def _enter(self, acquisition: _Acquisition) -> None:
+        with self._lock:
+            self._acquired.append(acquisition)
 
     def __del__(self) -> None:
-        if getattr(self, "_hold", None) is not None:
+        if getattr(self, "_acquired", None):
             names = ", ".join(repr(model.name) for model in self._models)
             warnings.warn(f"a lease on {names} was never released", ResourceWarning, stacklevel=2)
-            self.release()
+            while self._acquired:
+                self.release()
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    arrived = loop.create_future()
+
+    def arrive() -> None:
+        if not arrived.done():
+            arrived.set_result(None)
+
+    loop.add_reader(descriptor, arrive)
+    try:
+        await arrived
+    finally:
+        loop.remove_reader(descriptor)

@@ -38,8 +38,8 @@ class Model:
 
     @property
     def leased(self) -> bool:
-        """Whether some lease holds it now, with every layer resident."""
-        return self.native.leased
+        """Whether leases hold every layer of it now, and all are resident."""
+        return self.native.leased[0]
 
     @property
     def backing_epoch(self) -> int:

@@ -20,6 +20,7 @@ from .devices import arena_bytes, open_driver
 from .layers import Grouping, build_layout
 from .lease import Lease
 from .model import Model
+from .selection import Layers, all_but, layer_index, layer_indices
 from .snapshot import Snapshot
 from .views import Framework, checked_framework
 
@@ -41,7 +42,10 @@ class Runtime:
     granularity. ``loaders``: threads that load; by default one for each CPU but one, four at the
     most. ``staging_timeout``: seconds that a load waits for a chunk before it fails with
     StagingTimeout. ``pump``: no threads at all, and :meth:`step` does the work. ``poison``: evicted
-    addresses read as NaN, and do not fault, for debugging. ``tensors``: what leases hand out,
+    addresses read as NaN, and do not fault, for debugging. ``background_share``: of the bytes that
+    move while foreground loads wait, what work of priority BACKGROUND or less gets; it gets so much
+    and no more, and all when nobody else wants it. ``read_bandwidth``: bytes a second (or "1GiB")
+    that all loads together read at most. ``tensors``: what leases hand out,
     "torch", "numpy" (on the host), "cupy" (on CUDA) or "dlpack" (objects with ``__dlpack__``,
     ``address`` and ``nbytes``); by default torch where it is installed, else numpy or cupy.
     ``driver``: the device itself, for tests.
@@ -68,6 +72,8 @@ class Runtime:
         staging_timeout: float = 30.0,
         pump: bool = False,
         poison: bool = False,
+        background_share: float = 0.05,
+        read_bandwidth: int | str | None = None,
         tensors: Framework | None = None,
         driver: _native.Driver | None = None,
     ) -> None:
@@ -75,6 +81,11 @@ class Runtime:
             loaders = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
         if loaders < 1:
             raise ValueError(f"{loaders} loaders: for none, say pump=True")
+        if not 0 <= background_share <= 1:
+            raise ValueError(f"a background share of {background_share}: it is from 0 to 1")
+        bandwidth = 0 if read_bandwidth is None else parse_bytes(read_bandwidth)
+        if read_bandwidth is not None and bandwidth < 1:
+            raise ValueError("a read bandwidth of nothing")
         if driver is None:
             driver = open_driver(device, pump=pump)
         spare = None if headroom is None else parse_bytes(headroom)
@@ -92,6 +103,8 @@ class Runtime:
             loaders=0 if pump else loaders,
             staging_timeout=staging_timeout,
             poison=poison,
+            background_share=background_share,
+            read_bandwidth=bandwidth,
         )
         _runtimes.add(self)
 
@@ -185,48 +198,91 @@ class Runtime:
             raise ValueError(f"no model {model!r} is registered")
         return found
 
-    def _with_layer(self, model: Model | str, layer: int) -> Model:
-        found = self.model(model)
-        if not 0 <= layer < len(found.layers):
-            raise ValueError(f"{found.name!r} has {len(found.layers)} layers, no layer {layer}")
-        return found
+    def prewarm(
+        self,
+        model: Model | str,
+        *,
+        layers: Layers | None = None,
+        priority: int = BACKGROUND,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Begins to load what is not resident of these layers, by default all; returns at once.
 
-    def prewarm(self, model: Model | str, *, priority: int = BACKGROUND) -> Ticket:
-        """Begins to load what is not resident; returns at once.
-
-        What has to go is evicted as room is needed, never anything leased. Raises
-        OutOfDeviceMemory (it could never fit), Busy (not beside what is leased). The ticket's
-        ``wait(timeout)`` raises what loading raised; ``cancel()`` leaves the layers that arrived.
-        Per layer.
+        What has to go is evicted as room is needed, never anything leased. Layers come in execution
+        order. Higher ``priority`` goes first, then the earlier ``deadline``: seconds from now, when
+        what has not arrived is given up and the ticket raises TimeoutError. Raises
+        OutOfDeviceMemory (it could never fit), Busy (not beside what is leased), ValueError
+        (unknown or repeated layers, none at all, a deadline that has passed). The ticket's
+        ``wait(timeout)`` raises what loading raised, ``wait(layer=index)`` waits for one layer, and
+        ``cancel()`` leaves the layers that arrived. Per layer.
         """
-        return self.native.prewarm(self.model(model).native, priority)
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"a deadline {deadline} seconds from now has passed")
+        found = self.model(model)
+        return self.native.prewarm(found.native, layer_indices(found, layers), priority, deadline)
 
     def swap(self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND) -> Ticket:
         """Loads one model in the granules of another, which is absent when the ticket is done.
         Creates no granules. Raises as :meth:`prewarm`, and Busy while ``evict`` is leased."""
         return self.native.swap(self.model(evict).native, self.model(load).native, priority)
 
-    def evict(self, model: Model | str, *, timeout: float | None = None) -> None:
-        """Takes a model out of the arena; cancels what is loading it. Blocks while streams that
-        were recorded still use it. Raises Busy (leased), TimeoutError. Per layer."""
-        self.native.evict(self.model(model).native, timeout)
+    def evict(
+        self,
+        model: Model | str,
+        *,
+        layers: Layers | None = None,
+        keep: Layers | None = None,
+        wait: Literal["nothing", "streams", "leases"] = "streams",
+        timeout: float | None = None,
+    ) -> None:
+        """Takes a model out of the arena, or these ``layers`` of it, or all but those to ``keep``.
+
+        What is loading them is called off; tickets that want other layers too go on to those, and
+        raise Cancelled at the end. ``wait`` says for what: "streams" that were recorded and still
+        use the layers, with Busy where they are leased; also for those "leases" to end; or for
+        "nothing", with Busy in either case. Raises TimeoutError after ``timeout`` seconds, and
+        ValueError as :meth:`prewarm`. Per layer.
+        """
+        found = self.model(model)
+        chosen = layer_indices(found, layers)
+        if keep is not None:
+            if layers is not None:
+                raise ValueError("either the layers to evict, or those to keep")
+            chosen = all_but(found, keep)
+            if not chosen:
+                return
+        self.native.evict(found.native, chosen, timeout, wait)
 
     def lease(
-        self, models: Model | str | Sequence[Model | str], *, timeout: float | None = None
+        self,
+        models: Model | str | Sequence[Model | str],
+        *,
+        layers: Layers | None = None,
+        streaming: bool = False,
+        timeout: float | None = None,
     ) -> Lease:
-        """A lease on one model, or on several all or nothing; not yet acquired. ``timeout`` in
-        seconds, for each acquisition. See :class:`Lease`."""
+        """A lease on one model, on some ``layers`` of one, or on several models all or nothing; not
+        yet acquired. With ``streaming`` it begins while layers are still on their way:
+        :meth:`Lease.wait` says when each is there. ``timeout`` in seconds, for each acquisition.
+        See :class:`Lease`."""
         if isinstance(models, str | Model):
             models = (models,)
         wanted = tuple(dict.fromkeys(self.model(model) for model in models))
         if not wanted:
             raise ValueError("a lease on no model")
-        return Lease(self.native, wanted, timeout)
+        if layers is not None and len(wanted) > 1:
+            raise ValueError("layers of several models: lease each model by itself")
+        chosen = layer_indices(wanted[0], layers)
+        return Lease(self.native, wanted, chosen, streaming=streaming, timeout=timeout)
 
-    def stamp(self, model: Model | str, keep_value: float, *, layer: int | None = None) -> None:
+    def stamp(
+        self, model: Model | str, keep_value: float, *, layer: int | str | None = None
+    ) -> None:
         """How much a model, or one layer of it, is worth keeping: the lowest goes first when room
         is needed, and of equals (0.0 at first) the least recently used. Wait-free."""
-        self.native.stamp(self.model(model).native, keep_value, layer)
+        found = self.model(model)
+        index = None if layer is None else layer_index(found, layer)
+        self.native.stamp(found.native, keep_value, index)
 
     def trim(self) -> int:
         """Gives free granules back to the device; they are made again when needed. Returns the
@@ -237,25 +293,35 @@ class Runtime:
         """See :meth:`Model.tensors`."""
         return self.model(model).tensors()
 
-    def read_back(self, model: Model | str, layer: int) -> npt.NDArray[np.uint8]:
+    def read_back(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint8]:
         """A copy of a resident layer's bytes, as the device has them: shape ``(layer.nbytes,)``.
         Raises StaleView unless it is resident, ValueError for an unknown layer."""
-        found = self._with_layer(model, layer)
-        out = np.empty(found.layers[layer].nbytes, np.uint8)
-        self.native.read_back(found.native, layer, out)
+        found = self.model(model)
+        index = layer_index(found, layer)
+        out = np.empty(found.layers[index].nbytes, np.uint8)
+        self.native.read_back(found.native, index, out)
         return out
 
-    def digest(self, model: Model | str, layer: int) -> npt.NDArray[np.uint64]:
+    def digest(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint64]:
         """A digest of each granule of a resident layer, made on the device: as
         :func:`kernels.granule_digest` of its bytes, shape ``(granules,)``. Raises as
         :meth:`read_back`, and WarmServeError where there are no kernels for the device."""
-        found = self._with_layer(model, layer)
-        return np.array(self.native.digest(found.native, layer), np.uint64)
+        found = self.model(model)
+        return np.array(self.native.digest(found.native, layer_index(found, layer)), np.uint64)
 
     def device_memory(self) -> tuple[int, int]:
         """Bytes of the device that nobody has, and in all: what is left for the rest of the
         process, of which this runtime never takes the last ``headroom``. Zeros: it does not say."""
         return self.native.device_memory()
+
+    def backing_epoch(self, model: Model | str) -> int:
+        """See :attr:`Model.backing_epoch`. Lock-free; changes are posted to :meth:`fileno`."""
+        return self.model(model).backing_epoch
+
+    def fileno(self) -> int:
+        """An eventfd, readable when a backing epoch has changed since it was last read: graph and
+        collective registrations of memory can then be renewed. The runtime's; do not close it."""
+        return self.native.fileno()
 
     def snapshot(self) -> Snapshot:
         """What is where now, as plain values."""

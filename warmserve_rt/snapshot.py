@@ -12,17 +12,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerSnapshot:
-    """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent."""
+    """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent,
+    ``leases`` how many hold it."""
 
     residency: str  # "absent", "filling", "resident" or "draining"
     nbytes: int
     granules: int
+    leases: int
     keep_value: float
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
-    """One model: its layers in execution order, and how many leases hold it."""
+    """One model: its layers in execution order, and how many leases hold any of them."""
 
     leases: int
     backing_epoch: int
@@ -84,7 +86,7 @@ class Snapshot:
                     model.leases,
                     model.backing_epoch,
                     tuple(
-                        LayerSnapshot(x.residency, x.nbytes, x.granules, x.keep_value)
+                        LayerSnapshot(x.residency, x.nbytes, x.granules, x.leases, x.keep_value)
                         for x in model.layers
                     ),
                 )

@@ -135,29 +135,44 @@ def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> 
 
 
 class LeasedTensors(Mapping[str, Any]):
-    """A model's tensors while a lease holds it. Looking one up afterwards raises StaleView.
+    """A model's tensors while a lease holds their layers. Looking one up that is not there raises
+    StaleView: afterwards, of another layer, or before its layer has been waited for.
 
     The tensors themselves cannot know: reading one outside of a lease is a fault when its layer is
     not resident.
     """
 
-    __slots__ = ("_epoch", "_held", "_model", "_tensors")
+    __slots__ = ("_held", "_here", "_layout", "_name", "_tensors")
 
-    def __init__(self, model: _native.Model, tensors: Tensors, held: Callable[[], bool]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        tensors: Tensors,
+        held: Callable[[], bool],
+        here: Callable[[int], bool] | None,
+    ) -> None:
+        """``here``: whether a layer may be used now; None: while it is held, all may."""
+        self._name = name
+        self._layout = layout
         self._tensors = tensors
         self._held = held
-        self._epoch = model.backing_epoch
+        self._here = here
 
     def _check(self) -> None:
         if not self._held():
-            raise StaleView(f"the lease on {self._model.name!r} was released")
-        if self._model.backing_epoch != self._epoch:
-            raise StaleView(f"the granules behind {self._model.name!r} changed under this lease")
+            raise StaleView(f"the lease on {self._name!r} was released")
 
     def __getitem__(self, name: str) -> Any:
         self._check()
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        if self._here:
+            layer = self._layout.tensors[name].layer
+            if not self._here(layer):
+                raise StaleView(
+                    f"{name!r}: wait(layer={layer}) on a lease that holds it comes first"
+                )
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         self._check()

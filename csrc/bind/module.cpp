@@ -61,6 +61,7 @@ struct PyModel {
 struct PyTicket {
   RuntimePtr runtime;
   TicketPtr ticket;
+  ModelPtr model;  // that it loads
 };
 struct PyHold {
   RuntimePtr runtime;
@@ -79,6 +80,30 @@ struct PyHold {
 struct PyStream {
   std::shared_ptr<Stream> stream;
 };
+using Layers = std::optional<std::vector<std::uint32_t>>;  // none: all
+
+Selection select(const PyModel& model, const Layers& layers) {
+  if (!layers) return model.model;
+  LayerSet set;
+  for (const std::uint32_t index : *layers) {
+    if (index >= model.model->layers.size())
+      throw Error(ErrorKind::invalid_argument,
+                  "'" + model.model->name + "' has no layer " + std::to_string(index));
+    set.insert(index);
+  }
+  return {model.model, std::move(set)};
+}
+
+Patience patience(const std::string& name) {
+  if (name == "nothing") return Patience::none;
+  if (name == "streams") return Patience::streams;
+  if (name == "leases") return Patience::leases_and_streams;
+  throw Error(ErrorKind::invalid_argument, "wait for '" + name + "': nothing, streams or leases");
+}
+
+std::shared_ptr<Stream> stream_of(const PyStream* stream) {
+  return stream ? stream->stream : nullptr;
+}
 
 using FileTuple =
     std::tuple<int, std::string,
@@ -163,15 +188,30 @@ void bind_handles(py::module_& m) {
                              })
       .def_property_readonly("leased",
                              [](const PyModel& self) { return self.runtime->leased(self.model); })
+      .def(
+          "wait",
+          [](const PyModel& self, std::uint32_t layer, const PyStream* stream,
+             std::optional<double> timeout) {
+            const auto behind = stream_of(stream);
+            const py::gil_scoped_release release;
+            self.runtime->await_layer(nullptr, self.model, layer, behind, deadline(timeout),
+                                      check_signals);
+          },
+          py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
            py::arg("code"), py::arg("bits"), py::arg("lanes"));
   py::class_<PyTicket>(m, "Ticket")
       .def(
           "wait",
-          [](const PyTicket& self, std::optional<double> timeout) {
-            self.runtime->wait(self.ticket, deadline(timeout), check_signals);
+          [](const PyTicket& self, std::optional<double> timeout,
+             std::optional<std::uint32_t> layer) {
+            const Deadline until = deadline(timeout);
+            if (layer)
+              self.runtime->wait(self.ticket, self.model, *layer, until, check_signals);
+            else
+              self.runtime->wait(self.ticket, until, check_signals);
           },
-          py::arg("timeout") = py::none(), NoGil())
+          py::arg("timeout") = py::none(), py::kw_only(), py::arg("layer") = py::none(), NoGil())
       .def("cancel", [](const PyTicket& self) { self.runtime->cancel(self.ticket); })
       .def("fileno", [](const PyTicket& self) { return self.runtime->fileno(self.ticket); })
       .def_property_readonly("done",
@@ -181,21 +221,42 @@ void bind_handles(py::module_& m) {
   py::class_<PyHold>(m, "Hold")
       .def(
           "wait",
-          [](const PyHold& self, std::optional<double> timeout) {
-            self.runtime->await_lease(self.held(), deadline(timeout), check_signals);
+          [](const PyHold& self, std::optional<double> timeout, bool all) {
+            self.runtime->await_lease(self.held(), deadline(timeout), check_signals, all);
           },
-          py::arg("timeout") = py::none(), NoGil())
-      .def_property_readonly("ready",
-                             [](const PyHold& self) {
-                               const TicketPtr& ticket = self.held()->ticket;
-                               return !ticket || self.runtime->done(ticket);
-                             })
-      .def("fileno",
-           [](const PyHold& self) {
-             const TicketPtr& ticket = self.held()->ticket;
-             if (!ticket) throw Error(ErrorKind::invalid_argument, "the lease waits for nothing");
-             return self.runtime->fileno(ticket);
-           })
+          py::arg("timeout") = py::none(), py::kw_only(), py::arg("all") = true, NoGil())
+      .def(
+          "ready",
+          [](const PyHold& self, bool all) { return self.runtime->ready(self.held(), all); },
+          py::kw_only(), py::arg("all") = true)
+      .def(
+          "fileno",
+          [](const PyHold& self, bool all) { return self.runtime->fileno(self.held(), all); },
+          py::kw_only(), py::arg("all") = true)
+      .def(
+          "wait_layer",
+          [](const PyHold& self, const PyModel& model, std::uint32_t layer, const PyStream* stream,
+             std::optional<double> timeout) {
+            const HoldPtr hold = self.held();
+            const auto behind = stream_of(stream);
+            const py::gil_scoped_release release;
+            self.runtime->await_layer(hold, model.model, layer, behind, deadline(timeout),
+                                      check_signals);
+          },
+          py::arg("model"), py::arg("layer"), py::arg("stream") = py::none(),
+          py::arg("timeout") = py::none())
+      .def(
+          "arrived",
+          [](const PyHold& self, const PyModel& model, std::uint32_t layer) {
+            return self.hold && self.runtime->arrived(self.hold, model.model, layer);
+          },
+          py::arg("model"), py::arg("layer"))
+      .def(
+          "share",
+          [](const PyHold& self, std::uint64_t owner) {
+            return PyHold(self.runtime, self.runtime->share_lease(self.held(), owner));
+          },
+          py::arg("owner"))
       .def(
           "record",
           [](const PyHold& self, const PyStream& stream) {
@@ -228,6 +289,7 @@ void bind_state(py::module_& m) {
                              [](const LayerState& s) { return to_string(s.residency); })
       .def_readonly("nbytes", &LayerState::bytes)
       .def_readonly("granules", &LayerState::granules)
+      .def_readonly("leases", &LayerState::leases)
       .def_readonly("keep_value", &LayerState::keep_value);
   py::class_<ModelState>(m, "ModelState")
       .def_readonly("name", &ModelState::name)
@@ -256,17 +318,19 @@ void bind_runtime(py::module_& m) {
   py::class_<Runtime, RuntimePtr>(m, "Runtime")
       .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
                        std::uint64_t granule, std::uint64_t chunk, std::uint64_t headroom,
-                       unsigned loaders, double staging_timeout, bool poison) {
+                       unsigned loaders, double staging_timeout, bool poison,
+                       double background_share, std::uint64_t read_bandwidth) {
              const py::gil_scoped_release release;
              return Runtime::make(
                  std::move(driver),
                  {arena, staging, granule, chunk, headroom, loaders,
                   std::chrono::milliseconds(static_cast<std::int64_t>(staging_timeout * 1e3)),
-                  poison});
+                  poison, background_share, read_bandwidth});
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
            py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
-           py::arg("staging_timeout"), py::arg("poison"))
+           py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
+           py::arg("read_bandwidth"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
            py::arg("writable"))
       .def(
@@ -277,22 +341,27 @@ void bind_runtime(py::module_& m) {
           py::arg("model"), py::arg("timeout"), NoGil())
       .def(
           "prewarm",
-          [](const RuntimePtr& self, const PyModel& model, int priority) {
-            return PyTicket{self, self->prewarm(model.model, priority)};
+          [](const RuntimePtr& self, const PyModel& model, const Layers& layers, int priority,
+             std::optional<double> deadline_in) {
+            return PyTicket{self,
+                            self->prewarm(select(model, layers), priority, deadline(deadline_in)),
+                            model.model};
           },
-          py::arg("model"), py::arg("priority"))
+          py::arg("model"), py::arg("layers"), py::arg("priority"), py::arg("deadline"))
       .def(
           "swap",
           [](const RuntimePtr& self, const PyModel& evict, const PyModel& load, int priority) {
-            return PyTicket{self, self->swap(evict.model, load.model, priority)};
+            return PyTicket{self, self->swap(evict.model, load.model, priority), load.model};
           },
           py::arg("evict"), py::arg("load"), py::arg("priority"))
       .def(
           "evict",
-          [](Runtime& self, const PyModel& model, std::optional<double> timeout) {
-            self.evict(model.model, deadline(timeout), check_signals);
+          [](Runtime& self, const PyModel& model, const Layers& layers,
+             std::optional<double> timeout, const std::string& wait) {
+            self.evict(select(model, layers), deadline(timeout), check_signals, patience(wait));
           },
-          py::arg("model"), py::arg("timeout"), NoGil())
+          py::arg("model"), py::arg("layers"), py::arg("timeout"), py::arg("wait"), NoGil())
+      .def("fileno", py::overload_cast<>(&Runtime::fileno))
       .def("trim", &Runtime::trim, NoGil())
       .def(
           "stamp",
@@ -304,13 +373,15 @@ void bind_runtime(py::module_& m) {
           py::arg("model"), py::arg("value"), py::arg("layer") = py::none())
       .def(
           "begin_lease",
-          [](const RuntimePtr& self, const py::sequence& models, std::uint64_t owner) {
-            std::vector<ModelPtr> wanted;
+          [](const RuntimePtr& self, const py::sequence& models, std::uint64_t owner,
+             const Layers& layers) {
+            std::vector<Selection> wanted;
             wanted.reserve(models.size());
-            for (const py::handle model : models) wanted.push_back(model.cast<PyModel&>().model);
+            for (const py::handle model : models)
+              wanted.push_back(select(model.cast<PyModel&>(), layers));
             return PyHold(self, self->begin_lease(wanted, owner));
           },
-          py::arg("models"), py::arg("owner"))
+          py::arg("models"), py::arg("owner"), py::arg("layers") = py::none())
       .def(
           "read_back",
           [](Runtime& self, const PyModel& model, std::uint32_t layer, const py::buffer& out) {

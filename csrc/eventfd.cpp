@@ -1,0 +1,30 @@
+#include "eventfd.h"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+
+#include "error.h"
+
+namespace warmserve {
+
+EventFd::~EventFd() {
+  if (made()) ::close(descriptor_);
+}
+
+int EventFd::descriptor() {
+  if (!made()) descriptor_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (!made())
+    throw Error(ErrorKind::general, "eventfd: " + std::generic_category().message(errno));
+  return descriptor_;
+}
+
+void EventFd::signal() noexcept {
+  if (!made()) return;
+  // A counter at its limit stays readable, which is all that is said.
+  [[maybe_unused]] const int ignored = ::eventfd_write(descriptor_, 1);
+}
+
+}  // namespace warmserve

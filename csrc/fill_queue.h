@@ -1,0 +1,110 @@
+// Which layers are wanted, by whom, and whose turn it is.
+//
+// A Fill is one layer's journey to resident, shared by every ticket that wants it. Higher priority
+// goes first, then the earlier deadline, then who asked first; a fill takes the place of the most
+// urgent of its tickets. Foreground work leaves the background a share of the bytes, and no more.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "ticket.h"
+
+namespace warmserve {
+
+struct Rank {
+  int priority;
+  Deadline deadline;
+  std::uint64_t sequence;
+
+  bool more_urgent_than(const Rank& other) const noexcept {
+    return priority != other.priority ? priority > other.priority : deadline < other.deadline;
+  }
+  bool operator<(const Rank& other) const noexcept {
+    return more_urgent_than(other) || (!other.more_urgent_than(*this) && sequence < other.sequence);
+  }
+};
+
+struct Fill {
+  enum class Phase { queued, starting, copying, undoing };
+
+  Layer* layer;
+  ModelPtr model;      // keeps the layer
+  std::uint64_t span;  // bytes to write: whole granules, so that nothing of an earlier tenant stays
+  Rank rank;
+  std::vector<TicketPtr> tickets{};  // none: nobody wants it any more
+  Phase phase = Phase::queued;
+  bool give_way = false;        // its granules are wanted by a fill before it: start again later
+  bool failed = false;          // what was copied is not to be used
+  std::uint64_t next = 0;       // first byte not handed to a loader
+  std::uint64_t sent = 0;       // bytes whose copies are under way or over
+  std::uint64_t done = 0;       // bytes arrived
+  std::uint64_t in_flight = 0;  // bytes handed to loaders and not arrived
+  unsigned hands = 0;           // loaders that are at a chunk of it
+
+  bool foreground() const noexcept { return rank.priority > kBackground; }
+  bool unwanted() const noexcept { return failed || give_way || tickets.empty(); }
+};
+
+// Everything under the runtime's lock.
+class FillQueue {
+ public:
+  // `share`, 0 to 1: of the bytes handed out while foreground work waits.
+  FillQueue(Books& books, double share) : books_(books), share_(share) {}
+
+  // Adds the ticket to the fills of what is missing of the layers it wants.
+  void enlist(const Lock& lock, const TicketPtr& ticket);
+  // Ends the ticket with `why`; layers that nobody else wants are given up, those arrived stay.
+  void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why);
+  // Gives up these layers; tickets that wait for others too go on to those.
+  void drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why);
+  // Takes a fill from its tickets, which are its no more.
+  std::vector<TicketPtr> release(const Lock& lock, Fill& fill);
+  void forget(const Lock&, Fill& fill);
+
+  // Drops the tickets whose deadline has passed.
+  void expire(const Lock& lock);
+  Deadline next_deadline() const { return deadlines_.empty() ? kNever : deadlines_.begin()->first; }
+
+  void handed_out(const Lock&, const Fill& fill, std::uint64_t bytes);
+  // Calls visit(fill, may_copy) for each fill, in order, until one says that it did something.
+  template <typename Visit>
+  bool serve(const Lock& lock, std::uint64_t chunk, Visit visit);
+
+ private:
+  void rerank(Fill& fill);
+  template <typename Visit>
+  bool pass(bool foreground_copies, bool background_works, Visit visit);
+
+  Books& books_;
+  const double share_;
+  std::map<Rank, std::unique_ptr<Fill>> order_;
+  std::multimap<Deadline, std::weak_ptr<Ticket>> deadlines_;
+  std::uint64_t sequence_ = 0;
+  double foreground_bytes_ = 0, background_bytes_ = 0;  // since foreground work came
+};
+
+template <typename Visit>
+bool FillQueue::pass(bool foreground_copies, bool background_works, Visit visit) {
+  for (const auto& [rank, fill] : order_) {
+    if (!fill->foreground() && !background_works && !fill->unwanted()) continue;
+    if (visit(*fill, foreground_copies || !fill->foreground())) return true;
+  }
+  return false;
+}
+
+// Foreground fills come first and may start, and so claim room, also when the next chunk is the
+// background's; if that has none to copy, it is theirs all the same.
+template <typename Visit>
+bool FillQueue::serve(const Lock&, std::uint64_t chunk, Visit visit) {
+  if (order_.empty() || !order_.begin()->second->foreground()) {
+    foreground_bytes_ = background_bytes_ = 0;
+    return pass(true, true, visit);
+  }
+  const double then = background_bytes_ + static_cast<double>(chunk);
+  const bool due = then <= share_ * (foreground_bytes_ + then);
+  return (due && pass(false, true, visit)) || pass(true, false, visit);
+}
+
+}  // namespace warmserve

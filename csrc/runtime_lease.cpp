@@ -1,0 +1,168 @@
+// The runtime's leases: whole models or some layers, at once or while the rest streams in.
+#include <algorithm>
+#include <utility>
+
+#include "runtime.h"
+
+namespace warmserve {
+
+// Loads what an admitted hold is missing.
+void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
+  if (hold->entry) hold->entry->finish(books_, lock);
+  const bool missing = std::any_of(hold->wants.begin(), hold->wants.end(), [](const auto& wanted) {
+    bool found = false;
+    if (wanted.model->missing)
+      wanted.for_each([&](const Layer& l) { found |= l.residency != Residency::resident; });
+    return found;
+  });
+  if (!missing) return;
+  hold->ticket = std::make_shared<Ticket>("lease", kForeground, hold->wants);
+  transfer_.request(lock, hold->ticket);
+}
+
+HoldPtr Runtime::begin_lease(const std::vector<Selection>& wants, std::uint64_t owner) {
+  for (const Selection& wanted : wants) reservation(wanted.model);
+  auto hold = std::make_shared<Hold>();
+  hold->wants = wants;
+  hold->ordered.resize(wants.size());
+  hold->owner = owner;
+  const Lock lock = open();
+  for (const Selection& wanted : wants) check(lock, wanted);
+  if (desk_.try_admit(lock, hold)) {
+    serve(lock, hold);
+  } else {
+    desk_.wait_in_line(lock, hold);
+    hold->entry = std::make_shared<Ticket>("lease", kForeground, std::vector<Selection>());
+  }
+  return hold;
+}
+
+HoldPtr Runtime::share_lease(const HoldPtr& hold, std::uint64_t owner) {
+  auto shared = std::make_shared<Hold>();
+  shared->wants = hold->wants;
+  shared->ordered.resize(hold->wants.size());
+  shared->owner = owner;
+  const Lock lock = open();
+  if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease to share is not held");
+  desk_.admit(lock, shared);
+  serve(lock, shared);
+  return shared;
+}
+
+void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll, bool all) {
+  try {
+    if (hold->entry) wait(hold->entry, deadline, poll);
+    if (all && hold->ticket) wait(hold->ticket, deadline, poll);
+  } catch (...) {
+    end_lease(hold);
+    throw;
+  }
+}
+
+bool Runtime::ready(const HoldPtr& hold, bool all) {
+  enter();
+  const Lock lock(books_.mutex);
+  return awaited(lock, *hold, all) == nullptr;
+}
+
+int Runtime::fileno(const HoldPtr& hold, bool all) {
+  enter();
+  const Lock lock(books_.mutex);
+  Ticket* ticket = awaited(lock, *hold, all);
+  if (!ticket) throw Error(ErrorKind::invalid_argument, "the lease waits for nothing");
+  return ticket->fileno(lock);
+}
+
+// What the lease waits for now; null: nothing.
+Ticket* Runtime::awaited(const Lock&, const Hold& hold, bool all) {
+  if (hold.entry && (!hold.entry->done || hold.entry->error))
+    return hold.entry->done ? nullptr : hold.entry.get();
+  return all && hold.ticket && !hold.ticket->done ? hold.ticket.get() : nullptr;
+}
+
+void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index,
+                          const std::shared_ptr<Stream>& stream, Deadline deadline,
+                          const Poll& poll) {
+  const Layer& layer = layer_of(*model, index);
+  const std::string where = "layer " + std::to_string(index) + " of '" + model->name + "'";
+  std::optional<Uploads::Events> copies;
+  Lock lock = open();
+  LayerSet* ordered = nullptr;
+  if (hold) {
+    for (std::size_t i = 0; i < hold->wants.size(); ++i)
+      if (hold->wants[i].model == model && hold->wants[i].layers.contains(index))
+        ordered = &hold->ordered[i];
+    if (!ordered) throw Error(ErrorKind::invalid_argument, where + " is not in this lease");
+  }
+  const auto held = [&] { return hold ? hold->admitted : layer.holds > 0; };
+  const auto over = [&] {
+    if (!held() || !layer.fill || layer.residency == Residency::resident) return true;
+    if (stream && transfer_.sent(lock, layer)) copies = transfer_.copies(lock, layer);
+    return copies.has_value();
+  };
+  if (!wait_until(lock, deadline, poll, over))
+    throw Error(ErrorKind::timeout, where + " did not arrive in time");
+  if (!held())
+    throw Error(ErrorKind::stale_view,
+                where + (hold ? ": the lease is not held" : " is not leased"));
+  if (!copies && layer.residency != Residency::resident) {
+    const Hold* failed =
+        hold && hold->ticket && hold->ticket->error ? hold.get() : desk_.failed(lock, layer);
+    if (failed) std::rethrow_exception(failed->ticket->error);
+    throw Error(ErrorKind::stale_view, where + " is not on its way");
+  }
+  if (copies) {
+    lock.unlock();
+    for (const auto& event : *copies) stream->wait_for(*event);
+    copies.reset();
+    lock.lock();
+  }
+  if (ordered) ordered->insert(index);
+}
+
+bool Runtime::arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index) {
+  enter();
+  const Layer& layer = layer_of(*model, index);
+  const Lock lock(books_.mutex);
+  if (!hold->admitted) return false;
+  for (std::size_t i = 0; i < hold->wants.size(); ++i)
+    if (hold->wants[i].model == model && hold->wants[i].layers.contains(index))
+      return layer.residency == Residency::resident || hold->ordered[i].contains(index);
+  return false;
+}
+
+void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {
+  enter();
+  const auto fence = std::make_shared<const Fence>(stream);
+  std::vector<std::shared_ptr<const Fence>> past;  // gone without the lock: the last of a stream
+  const Lock lock = open();
+  if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
+  for (const Selection& wanted : hold->wants) {
+    std::vector<Use>& uses = wanted.model->uses;
+    if (uses.size() >= 8)  // bounds them by what is really under way
+      std::erase_if(uses, [&](const Use& use) {
+        const bool complete = use.fence->complete();
+        if (complete) past.push_back(use.fence);
+        return complete;
+      });
+    uses.push_back({fence, wanted.layers});
+  }
+}
+
+void Runtime::end_lease(const HoldPtr& hold) {
+  if (!device_->usable()) return;
+  const Lock lock(books_.mutex);
+  for (const TicketPtr& ticket : {hold->entry, hold->ticket})
+    if (ticket && !ticket->done) transfer_.drop(lock, ticket, cancelled("the lease was given up"));
+  desk_.leave(lock, hold);
+  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
+}
+
+std::pair<bool, bool> Runtime::leased(const ModelPtr& model) {
+  enter();
+  const Lock lock(books_.mutex);
+  return {model->held_layers == model->layers.size() && model->leases && model->missing == 0,
+          model->leases > 0};
+}
+
+}  // namespace warmserve

@@ -1,0 +1,79 @@
+"""What the plain model of the runtime is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BUSY, CANCELLED, TOO_LARGE = "Busy", "Cancelled", "OutOfDeviceMemory"
+BACKGROUND, FOREGROUND = 0, 100
+
+
+class Refused(Exception):
+    """Carries the name of the exception that the runtime raises."""
+
+
+@dataclass(eq=False)
+class Layer:
+    model: Model
+    index: int
+    granules: int
+    state: str = "absent"
+    keep_value: float = 0.0
+    filled_at: int = 0
+    holds: int = 0
+    fill: Fill | None = None
+
+
+@dataclass(eq=False)
+class Model:
+    name: str
+    serial: int
+    layers: list[Layer] = field(default_factory=list)
+    leases: int = 0
+    last_use: int = 0
+
+    def some(self, layers: list[int] | None) -> list[Layer]:
+        return list(self.layers) if layers is None else [self.layers[i] for i in sorted(layers)]
+
+
+def granules(layers: list[Layer]) -> int:
+    return sum(layer.granules for layer in layers)
+
+
+@dataclass(eq=False)
+class Ticket:
+    priority: int
+    wants: list[Layer]
+    swaps_out: Model | None = None
+    fills: list[Fill] = field(default_factory=list)
+    short_of: str | None = None
+    done: bool = False
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Fill:
+    layer: Layer
+    priority: int
+    serial: int
+    tickets: list[Ticket] = field(default_factory=list)
+    copying: bool = False
+    give_way: bool = False
+    chunks: int = 0  # done; a chunk is a granule here
+
+    @property
+    def foreground(self) -> bool:
+        return self.priority > BACKGROUND
+
+
+@dataclass(eq=False)
+class Hold:
+    layers: list[Layer]
+    owner: int
+    in_line: bool = False
+    ticket: Ticket | None = None
+    admitted: bool = False
+
+    @property
+    def models(self) -> list[Model]:
+        return list(dict.fromkeys(layer.model for layer in self.layers))
