@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from warmserve_rt import Runtime, StaleView  # noqa: E402
+from warmserve_rt import CorruptCheckpoint, Runtime, StaleView  # noqa: E402
+from warmserve_rt.engines.gates import gated_parts  # noqa: E402
 from warmserve_rt.engines.transformers import bind, load, skeleton  # noqa: E402
 
 PROMPT = torch.tensor([[7, 3, 55, 20, 9, 41, 6, 30, 12]])
@@ -279,3 +280,88 @@ def test_a_module_can_be_bound_again(tmp_path: Path) -> None:
         bind(module, {name: tensor.clone() for name, tensor in tensors.items()})
         with torch.no_grad():
             assert torch.equal(module(PROMPT).logits, plain_logits(path))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral", "opt"])
+def test_the_first_pass_streams_in(tmp_path: Path, family: str) -> None:
+    """Every layer is waited for before it computes, and none before its turn."""
+    path = save(tmp_path / "model", family)
+    with Runtime(arena="96MiB", staging="16MiB", pump=True) as runtime:
+        module = load(runtime, path, name="chat")
+        with runtime.lease("chat", streaming=True), torch.no_grad():
+            here = []
+            for part in module.modules():
+                part.register_forward_hook(lambda *_: here.append(resident(runtime)))
+            logits = module(PROMPT).logits
+        assert torch.equal(logits, plain_logits(path))
+        assert here == sorted(here)
+        assert 0 < here[0] < here[-1]  # the first parts were done before the last layers came
+        assert torch.equal(leased_logits(runtime, module), logits)
+
+
+def resident(runtime: Runtime) -> int:
+    layers = runtime.snapshot().models["chat"].layers
+    return sum(layer.residency == "resident" for layer in layers)
+
+
+def test_gates_are_there_only_while_something_is_missing(runtime: Runtime, tmp_path: Path) -> None:
+    module = load(runtime, save(tmp_path / "model", "llama"), name="chat")
+
+    def hooks() -> int:
+        return sum(len(part._forward_pre_hooks) for part in module.modules())
+
+    assert hooks() == 1
+    with runtime.lease("chat", layers=3, streaming=True):
+        with pytest.raises(StaleView, match="layer 3 of 'chat' is not leased"):
+            module(PROMPT)
+        assert hooks() > 1
+    leased_logits(runtime, module)
+    assert hooks() == 1
+
+
+def test_a_load_that_fails_stops_the_pass_at_its_layer(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "llama")
+    module = load(runtime, path, name="chat")
+    runtime.prewarm("chat", layers=2).wait()
+    with open(path / "model.safetensors", "r+b") as file:
+        file.truncate(path.joinpath("model.safetensors").stat().st_size - 64)
+    with (
+        pytest.raises(CorruptCheckpoint, match="changed since"),
+        runtime.lease("chat", streaming=True),
+    ):
+        module(PROMPT)
+    assert resident(runtime) == 2
+
+
+def test_which_parts_wait_for_which_layers() -> None:
+    """As large as they can be; never a container that is not called."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.Linear(2, 2, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Any) -> Any:
+            return x
+
+    block = Block()
+    attention, experts = block.attention, block.experts
+    by = {"attention": attention.weight, "scale": block.scale}
+
+    def parts(*layers: tuple[Any, int]) -> dict[Any, list[int]]:
+        return gated_parts(block, {tensor.data_ptr(): layer for tensor, layer in layers})
+
+    everything = [(tensor, 0) for tensor in by.values()]
+    both = [(expert.weight, 0) for expert in experts]
+    assert parts(*everything, *both) == {block: [0]}
+    both = [(expert.weight, 1) for expert in experts]
+    assert parts(*everything, *both) == {
+        block: [0],
+        attention: [0],
+        experts[0]: [1],
+        experts[1]: [1],
+    }
+    apart = [(expert.weight, index + 1) for index, expert in enumerate(experts)]
+    assert parts(*everything, *apart)[experts[1]] == [2]

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from warmserve_rt._errors import StaleView
+from .gates import guard
 
 if TYPE_CHECKING:
     from warmserve_rt.layers import Grouping
-    from warmserve_rt.runtime import Model, Runtime
+    from warmserve_rt.runtime import Runtime
 
 
 def load(
@@ -40,10 +40,11 @@ def load(
     """Register a Hugging Face directory and return a module that runs on its weights in place.
 
     No weight is read: that happens when the model is prewarmed or leased. Run the module under
-    `with runtime.lease(module.warmserve_model)`. A forward pass of the whole module raises
-    StaleView while no lease on the model is held; other ways to read its weights then (printing a
-    parameter, calling a part of the module) are faults. The weights are read-only: they take no
-    gradient, and writing to one in place is a fault (RWKV does so in its forward pass).
+    `with runtime.lease(module.warmserve_model)`; with `streaming=True` its first blocks compute
+    while the last are still loaded. A forward pass of the whole module raises StaleView while no
+    lease on the model is held; other ways to read its weights then (printing a parameter, calling a
+    part of the module) are faults. The weights are read-only: they take no gradient, and writing to
+    one in place is a fault (RWKV does so in its forward pass).
 
     `name` is the model's in the runtime, by default the directory's; `layers` and `allow_symlinks`
     are as in `Runtime.register`; `auto_class` is the transformers class that builds the module;
@@ -73,7 +74,8 @@ def load(
         raise
     if module.can_generate() and os.path.exists(os.path.join(path, "generation_config.json")):
         module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    _guard(module, model)
+    guard(module, runtime, model)
+    module.warmserve_model = model  # type: ignore[assignment]
     return module
 
 
@@ -219,16 +221,3 @@ def _dtype_of(module: PreTrainedModel, name: str, slot: torch.Tensor) -> torch.d
     plan: Mapping[str, torch.dtype] = module._get_dtype_plan(module.dtype)
     wanted = ((part.replace("*", ".*"), dtype) for part, dtype in plan.items())
     return next((dtype for part, dtype in wanted if re.search(part, name)), slot.dtype)
-
-
-def _guard(module: PreTrainedModel, model: Model) -> None:
-    """Tie a module to the runtime's model, so that it refuses to run on absent weights."""
-
-    def must_be_leased(module: nn.Module, arguments: Any) -> None:
-        if not model.leased:
-            raise StaleView(
-                f"{model.name!r} is not leased: run it under `with runtime.lease({model.name!r})`"
-            )
-
-    module.register_forward_pre_hook(must_be_leased)
-    module.warmserve_model = model  # type: ignore[assignment]

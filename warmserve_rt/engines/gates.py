@@ -1,0 +1,115 @@
+"""Gates: a torch module whose weights are a model's waits for each layer as it comes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from warmserve_rt._errors import StaleView
+from warmserve_rt.streams import native_stream
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from warmserve_rt.runtime import Model, Runtime
+
+
+def guard(module: nn.Module, runtime: Runtime, model: Model) -> None:
+    """Lets a module that is bound to a model's tensors run under leases alone.
+
+    A forward pass raises StaleView while no lease holds the model. Under one that streams, or is on
+    some layers, each part of the module waits for the layer it computes with: on the host the
+    thread does, on CUDA torch's current stream. Parts of it are not to be called by themselves.
+    """
+    gates = Gates(module, runtime, model)
+
+    def must_be_leased(module: nn.Module, arguments: Any) -> None:
+        all_there, leased = model.native.leased
+        if all_there:
+            gates.remove()
+        elif leased:
+            gates.install()
+            gates.wait(gates.first)
+        else:
+            raise StaleView(
+                f"{model.name!r} is not leased: run it under `with runtime.lease({model.name!r})`"
+            )
+
+    module.register_forward_pre_hook(must_be_leased)
+
+
+class Gates:
+    """Hooks before the parts of a module, each waiting for the layers with which its part computes.
+
+    They are there only while something may be missing: a hook costs more than what it asks.
+    """
+
+    def __init__(self, module: nn.Module, runtime: Runtime, model: Model) -> None:
+        self._runtime = runtime
+        self._model = model
+        tensors = model.tensors()
+        self._on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+        layer_at = {
+            tensors[name].data_ptr(): spec.layer
+            for name, spec in model.layout.tensors.items()
+            if spec.nbytes
+        }
+        self._layers = gated_parts(module, layer_at)
+        # A hook of the module itself that is made while one of them runs would come too late.
+        self.first = self._layers.pop(module, [])
+        self._hooks: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        if not self._hooks:
+            self._hooks = [
+                part.register_forward_pre_hook(self._gate(layers))
+                for part, layers in self._layers.items()
+            ]
+
+    def remove(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def wait(self, layers: list[int]) -> None:
+        stream = None
+        if self._on_cuda:
+            stream = native_stream(self._runtime.native, torch.cuda.current_stream())
+        for layer in layers:
+            self._model.native.wait(layer, stream)
+
+    def _gate(self, layers: list[int]) -> Any:
+        return lambda module, arguments: self.wait(layers)
+
+
+def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, list[int]]:
+    """For each part that has to wait, the layers that it waits for, ascending.
+
+    ``layer_at``: from a tensor's address to its layer. A part is as large as it can be with the
+    tensors of one layer; what has several waits for those of its own tensors, and its parts for
+    theirs. A container that is never called leaves it to its parts, or to whoever has it.
+    """
+    within = {part: set(_layers(part.modules(), layer_at)) for part in module.modules()}
+    found: dict[nn.Module, set[int]] = {}
+
+    def descend(part: nn.Module, caller: nn.Module) -> None:
+        called = type(part).forward is not nn.Module.forward
+        if called and len(within[part]) <= 1:
+            found.setdefault(part, set()).update(within[part])
+            return
+        caller = part if called else caller
+        found.setdefault(caller, set()).update(_layers([part], layer_at))
+        for child in part.children():
+            descend(child, caller)
+
+    descend(module, module)
+    return {part: sorted(layers) for part, layers in found.items() if layers}
+
+
+def _layers(parts: Any, layer_at: dict[int, int]) -> Iterator[int]:
+    for part in parts:
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None and tensor.data_ptr() in layer_at:
+                yield layer_at[tensor.data_ptr()]
