@@ -257,6 +257,12 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
       const Wanted release(books_.release_wanted);
       wait_for(free);
     }
+    const auto in_use = [&](const Use& use) {
+      return use.layers.intersects(selection.layers) && !use.fence->complete();
+    };
+    if (const auto& uses = selection.model->uses;
+        patience == Patience::none && std::any_of(uses.begin(), uses.end(), in_use))
+      throw Error(ErrorKind::busy, "a stream still uses " + name);
     transfer_.drop_layers(lock, selection, cancelled(name + " was evicted"));
     std::vector<Layer*> layers;
     selection.for_each([&](Layer& layer) {
@@ -267,12 +273,7 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
       std::vector<GranuleId> freed;
       books_.claim(lock, layers);
       try {
-        drain(books_, lock, layers, patience == Patience::none ? Clock::now() : deadline, poll,
-              freed);
-      } catch (const Error& error) {
-        arena_.give(freed);
-        if (patience != Patience::none || error.kind() != ErrorKind::timeout) throw;
-        throw Error(ErrorKind::busy, "a stream still uses " + name);
+        drain(books_, lock, layers, deadline, poll, freed);
       } catch (...) {
         arena_.give(freed);
         throw;

@@ -169,9 +169,7 @@ class LeasedTensors(Mapping[str, Any]):
         if self._here:
             layer = self._layout.tensors[name].layer
             if not self._here(layer):
-                raise StaleView(
-                    f"{name!r}: wait(layer={layer}) on a lease that holds it comes first"
-                )
+                raise StaleView(f"{name!r}: wait({layer}) on a lease that holds it comes first")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

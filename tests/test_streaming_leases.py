@@ -1,0 +1,314 @@
+"""Risk: computing begins on a layer that is not there, or one that is there goes unused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from checkpoints import GRANULE, content, write_model
+from conftest import Device, bytes_of, on_the_host
+
+from warmserve_rt import BACKGROUND, Busy, CorruptCheckpoint, Runtime, StaleView
+
+SIZES = {"a": [GRANULE + 7, 0, GRANULE, 3 * GRANULE], "b": [GRANULE, 100], "c": [5 * GRANULE]}
+CAPACITY = 8  # "a" (6) and "b" (2) fit together; "c" (5) fits beside "b"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return {name: write_model(tmp_path / name, name, sizes) for name, sizes in SIZES.items()}
+
+
+def make(device: Device, files: dict[str, Path], **options: object) -> Runtime:
+    defaults = {"arena": CAPACITY * GRANULE, "chunk": GRANULE, "staging": 2 * GRANULE}
+    made = device.runtime(**{**defaults, **options})
+    for name, path in files.items():
+        made.register(name, path)
+    return made
+
+
+@pytest.fixture
+def runtime(device: Device, files: dict[str, Path]) -> Runtime:
+    return make(device, files)
+
+
+def states(runtime: Runtime, name: str) -> list[str]:
+    return [layer.residency for layer in runtime.snapshot().models[name].layers]
+
+
+def tensor(layer: int) -> str:
+    return f"model.layers.{layer}.weight"
+
+
+def test_a_lease_begins_before_its_layers_are_there(device: Device, files: dict[str, Path]) -> None:
+    runtime = make(device, files, pump=True)
+    with runtime.lease("a", streaming=True) as lease:
+        assert "resident" not in states(runtime, "a")
+        for layer in range(4):
+            with pytest.raises(StaleView, match=rf"wait\({layer}\)"):
+                lease.tensors[tensor(layer)]
+            lease.wait(layer)
+            assert states(runtime, "a")[layer] == "resident"
+            assert lease.tensors[tensor(layer)] is not None
+            assert bytes_of(runtime, "a", tensor(layer)) == content("a", layer, SIZES["a"][layer])
+            if layer < 2:
+                assert states(runtime, "a")[3] != "resident"
+        lease.wait("model.layers.3")
+    assert states(runtime, "a") == ["resident"] * 4
+
+
+def test_it_is_the_stream_that_waits(device: Device, files: dict[str, Path]) -> None:
+    """On a device with streams of its own the caller goes on while the copies still run."""
+    if not device.cuda:
+        pytest.skip("on the host there are no copies to wait for but those that are over")
+    device.simulation["h2d"] = 1e9
+    runtime = make(device, files, pump=True)
+    stream = runtime.stream()
+    outs = []
+    with runtime.lease("a", streaming=True).acquire(stream) as lease:
+        for layer in (0, 2, 3):
+            lease.wait(layer, stream)
+            assert states(runtime, "a")[layer] == "filling"
+            nbytes = SIZES["a"][layer]
+            outs.append((layer, device.pinned(nbytes)))
+            view = runtime.model("a").native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+            stream.copy_from(outs[-1][1], view)
+        lease.record(stream)
+    lease.release()
+    stream.synchronize()
+    for layer, out in outs:
+        assert bytes(out) == content("a", layer, SIZES["a"][layer])
+
+
+def test_a_wait_with_threads(device: Device, runtime: Runtime) -> None:
+    """Every order of waits, with loaders beside it."""
+    stream = runtime.stream()
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        runtime.evict("a", wait="leases")
+        outs = []
+        with runtime.lease("a", streaming=True) as lease:
+            for layer in order:
+                nbytes = SIZES["a"][layer]
+                lease.wait(layer, stream, timeout=20)
+                outs.append((layer, device.pinned(nbytes or 1)))
+                if nbytes:
+                    view = runtime.model("a").native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+                    stream.copy_from(outs[-1][1], view)
+            lease.record(stream)
+        stream.synchronize()
+        for layer, out in outs:
+            assert bytes(out)[: SIZES["a"][layer]] == content("a", layer, SIZES["a"][layer])
+
+
+def test_waits_that_make_no_sense(runtime: Runtime) -> None:
+    lease = runtime.lease("a", streaming=True)
+    with pytest.raises(StaleView, match="not held"):
+        lease.wait(0)
+    with lease:
+        for layer in (4, -1, "head"):
+            with pytest.raises(ValueError, match="no layer"):
+                lease.wait(layer)
+        with pytest.raises(ValueError, match="not in this lease"):
+            lease.wait(0, model=runtime.model("b"))
+        hold = lease._latest("wait()").hold
+    for misuse in (lambda: lease.wait(0), lambda: hold.wait_layer(lease.models[0].native, 0)):
+        with pytest.raises(StaleView, match=r"not held|released"):
+            misuse()
+    with (
+        runtime.lease(["a", "b"], streaming=True) as both,
+        pytest.raises(ValueError, match="several models"),
+    ):
+        both.wait(0)
+    with pytest.raises(StaleView, match="layer 0 of 'a' is not leased"):
+        runtime.model("a").native.wait(0)
+
+
+def test_several_models_stream_in(runtime: Runtime) -> None:
+    with runtime.lease(["a", "b"], streaming=True) as lease:
+        for name in ("b", "a"):
+            model = runtime.model(name)
+            for layer in range(len(SIZES[name])):
+                lease.wait(layer, model=model, timeout=20)
+                assert lease.of(model)[tensor(layer)] is not None
+                assert bytes_of(runtime, name, tensor(layer)) == content(
+                    name, layer, SIZES[name][layer]
+                )
+
+
+def test_a_wait_that_is_too_short(device: Device, files: dict[str, Path]) -> None:
+    runtime, watched = device.watched_runtime(arena=CAPACITY * GRANULE)
+    runtime.register("a", files["a"])
+    watched.faults.delay("map", 0.3)
+    with runtime.lease("a", streaming=True) as lease:
+        with pytest.raises(TimeoutError, match="layer 2 of 'a' did not arrive in time"):
+            lease.wait(2, timeout=0.01)
+        watched.faults.delay("map", 0.0)
+        lease.wait(2, timeout=20)
+
+
+def test_a_load_that_fails_under_a_streaming_lease(device: Device, files: dict[str, Path]) -> None:
+    """What had arrived can be used to the end; what had not says why, and can be tried again."""
+    runtime = make(device, files, pump=True)
+    runtime.prewarm("a", layers=[0, 2]).wait(20)
+    status = files["a"].stat()
+    os.utime(files["a"], ns=(1, 1))
+    with runtime.lease("a", streaming=True) as lease:
+        with pytest.raises(CorruptCheckpoint, match="changed since"):
+            lease.wait(3)
+        with pytest.raises(CorruptCheckpoint):
+            runtime.model("a").native.wait(3)
+        lease.wait(2)
+        assert bytes_of(runtime, "a", tensor(2)) == content("a", 2, SIZES["a"][2])
+        with pytest.raises(Busy):
+            runtime.evict("a", layers=[2])
+        assert status.st_size == files["a"].stat().st_size
+    runtime.unregister("a")
+    runtime.register("a", files["a"])
+    with runtime.lease("a"):
+        pass
+
+
+def test_a_lease_that_ends_early_gives_up_the_rest(device: Device, files: dict[str, Path]) -> None:
+    runtime = make(device, files, pump=True)
+    with runtime.lease("a", streaming=True) as lease:
+        lease.wait(2)
+    while runtime.step():
+        pass
+    assert states(runtime, "a") == ["resident", "resident", "resident", "absent"]
+    runtime.check_invariants()
+
+
+def test_admission_waits_for_room_and_not_for_layers(
+    device: Device, files: dict[str, Path]
+) -> None:
+    runtime = make(device, files)
+    holder = runtime.lease("a").acquire()
+    admitted = threading.Event()
+
+    def other() -> None:
+        with runtime.lease("c", streaming=True, timeout=20) as lease:
+            admitted.set()
+            lease.wait(0, timeout=20)
+            assert bytes_of(runtime, "c", tensor(0)) == content("c", 0, SIZES["c"][0])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert not admitted.wait(0.1)
+    holder.release()
+    assert admitted.wait(20)
+    thread.join(20)
+
+
+@on_the_host
+def test_an_async_lease_streams_too(device: Device, runtime: Runtime) -> None:
+    async def use(name: str) -> None:
+        async with runtime.lease(name, streaming=True) as lease:
+            for layer in range(len(SIZES[name])):
+                await asyncio.to_thread(lease.wait, layer)
+                found = bytes_of(runtime, name, tensor(layer))
+                assert found == content(name, layer, SIZES[name][layer])
+
+    async def main() -> None:
+        await asyncio.wait_for(asyncio.gather(*(use(name) for name in "acbcab")), 60)
+
+    asyncio.run(main())
+
+
+def test_a_shared_lease_is_joined_past_the_line(runtime: Runtime) -> None:
+    """A thread that joins takes nothing new: were it to wait in line, everybody would."""
+    lease = runtime.lease("a", timeout=20).acquire()
+    waiting, done = threading.Event(), threading.Event()
+
+    def stranger() -> None:
+        waiting.set()
+        with runtime.lease("c", timeout=20):
+            done.set()
+
+    def friend() -> None:
+        with lease:
+            assert bytes_of(runtime, "a", tensor(2)) == content("a", 2, SIZES["a"][2])
+            assert not done.is_set()
+
+    other = threading.Thread(target=stranger)
+    other.start()
+    assert waiting.wait(20)
+    while not runtime.snapshot().models["a"].leases:
+        pass
+    friends = [threading.Thread(target=friend) for _ in range(4)]
+    for thread in friends:
+        thread.start()
+    for thread in friends:
+        thread.join(20)
+    assert not done.is_set()
+    assert lease.held
+    lease.release()
+    other.join(20)
+    assert done.is_set()
+    assert not lease.held
+
+
+def test_a_shared_lease_outlives_who_began_it(runtime: Runtime) -> None:
+    lease = runtime.lease("a", timeout=20).acquire()
+    joined, leave = threading.Event(), threading.Event()
+
+    def join() -> None:
+        with lease:
+            joined.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    assert joined.wait(20)
+    lease.release()
+    assert lease.held
+    with pytest.raises(Busy):
+        runtime.evict("a")
+    tensors = lease.tensors
+    assert tensors[tensor(0)] is not None
+    leave.set()
+    thread.join(20)
+    with pytest.raises(StaleView, match="released"):
+        tensors[tensor(0)]
+    with pytest.raises(StaleView, match="not held"):
+        lease.release()
+    runtime.evict("a")
+
+
+def test_sharers_that_would_wait_for_each_other_are_refused(runtime: Runtime) -> None:
+    """Each sharer is known by its own thread: the lease ends only with the last."""
+    lease = runtime.lease("a", timeout=20).acquire()
+    joined, leave = threading.Event(), threading.Event()
+
+    def join() -> None:
+        with lease:
+            joined.set()
+            leave.wait(20)
+            with pytest.raises(Busy, match="would wait for this lease"):
+                runtime.lease("c", timeout=20).acquire()
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    assert joined.wait(20)
+    lease.release()  # of this thread; the other is left
+    leave.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not lease.held
+
+
+def test_a_lost_streaming_lease_gives_up_its_load(device: Device, files: dict[str, Path]) -> None:
+    runtime = make(device, files, pump=True)
+    background = runtime.prewarm("b", priority=BACKGROUND)
+    lease = runtime.lease("a", streaming=True).acquire()
+    lease.acquire()
+    with pytest.warns(ResourceWarning, match="'a' was never released"):  # noqa: PT031
+        del lease
+        import gc
+
+        gc.collect()
+    assert runtime.snapshot().leases == 0
+    background.wait(20)
+    runtime.evict("a")
