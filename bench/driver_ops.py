@@ -28,6 +28,7 @@ from _harness import (
     write_checkpoint,
     write_hollow_checkpoint,
 )
+from _sim import BANDWIDTH, COSTS, PER_GRANULE
 
 from warmserve_rt import Model, Runtime, _native, testing
 from warmserve_rt.checkpoint import open_checkpoint
@@ -36,16 +37,6 @@ from warmserve_rt.simcuda import SimulatedCuda
 
 LLAMA_7B = Llama(4096, 11008, 4096, 32000, 32)  # 13.5 GB in bf16
 
-# Microseconds of a call on one granule, as measured on an A100 by kvcached's bench_vmm. It says
-# nothing of how a call on a range splits into a part for the call and one for each granule: half
-# and half is taken.
-PER_GRANULE = {"cuMemCreate": 193.0, "cuMemMap": 1.5, "cuMemSetAccess": 36.0, "cuMemUnmap": 26.0}
-RANGE_CALLS = ("cuMemSetAccess", "cuMemUnmap")
-COSTS = {
-    name: (cost / 2, cost / 2) if name in RANGE_CALLS else (0.0, cost)
-    for name, cost in PER_GRANULE.items()
-}
-BANDWIDTH = 25e9  # bytes per second, host to device
 MEMORY_CALLS = (
     "cuMemCreate",
     "cuMemRelease",

@@ -37,6 +37,7 @@ struct Fill {
   Phase phase = Phase::queued;
   bool give_way = false;        // its granules are wanted by a fill before it: start again later
   bool failed = false;          // what was copied is not to be used
+  bool mapped = false;          // behind the layer's addresses; copies go another way
   std::uint64_t next = 0;       // first byte not handed to a loader
   std::uint64_t sent = 0;       // bytes whose copies are under way or over
   std::uint64_t done = 0;       // bytes arrived
@@ -45,6 +46,7 @@ struct Fill {
 
   bool foreground() const noexcept { return rank.priority > kBackground; }
   bool unwanted() const noexcept { return failed || give_way || tickets.empty(); }
+  bool idle() const noexcept { return in_flight == 0 && hands == 0; }
 };
 
 // Everything under the runtime's lock.

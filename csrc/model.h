@@ -37,7 +37,7 @@ struct Layer {
   Residency residency = Residency::absent;
   bool owned = false;  // some thread works on it between two holds of the lock
   bool torn = false;   // its bytes are not the model's and unmapping failed: only draining is left
-  std::uint32_t holds = 0;  // leases on it, loading or held: it may not go
+  std::uint32_t holds = 0;  // leases on it that are not on the whole model
   double keep_value = 0;
   std::uint64_t filled_at = 0;  // the runtime's logical clock
   Fill* fill = nullptr;         // the pending journey, if any
@@ -45,6 +45,8 @@ struct Layer {
   std::vector<GranuleId> granules;  // owned
   std::optional<Mapping> mapping;   // owned
   std::optional<Mapping> poison;    // owned
+
+  inline bool held() const noexcept;  // leased, loading or there: it may not go
 };
 
 // A position in a user's stream that ends its use of these layers; waited for before unmapping.
@@ -70,17 +72,24 @@ struct Model {
   // Under the runtime's lock.
   bool registered = true;
   std::uint32_t leases = 0;       // on any of its layers
-  std::uint32_t held_layers = 0;  // layers with holds
-  std::uint32_t missing = 0;      // layers that are not resident
-  std::uint64_t last_use = 0;     // the runtime's logical clock
+  std::uint32_t whole_holds = 0;  // those on all of them, which are not counted in each
+  std::uint32_t layers_held = 0, granules_held = 0;  // by the others
+  std::uint32_t missing = 0;                         // layers that are not resident
+  std::uint64_t last_use = 0;                        // the runtime's logical clock
   std::vector<Use> uses;
 };
 using ModelPtr = std::shared_ptr<Model>;
 
+bool Layer::held() const noexcept { return holds > 0 || model->whole_holds > 0; }
+
 // Some layers of a model; of a model alone, all of them.
 struct Selection {
-  Selection(ModelPtr of) : model(std::move(of)), layers(LayerSet::first(model->layers.size())) {}
-  Selection(ModelPtr of, LayerSet some) : model(std::move(of)), layers(std::move(some)) {}
+  Selection(ModelPtr of)
+      : model(std::move(of)), layers(LayerSet::first(model->layers.size())), whole(true) {}
+  Selection(ModelPtr of, LayerSet some)
+      : model(std::move(of)),
+        layers(std::move(some)),
+        whole(layers.contains(LayerSet::first(model->layers.size()))) {}
 
   template <typename Visit>
   void for_each(Visit visit) const {
@@ -89,6 +98,7 @@ struct Selection {
 
   ModelPtr model;
   LayerSet layers;
+  bool whole;
 };
 
 }  // namespace warmserve

@@ -20,7 +20,7 @@ std::vector<Holder> Books::holders(const Lock&) const {
   for (const auto& [name, model] : models) {
     Holder holder{name, 0, model->leases > 0};
     for (const Layer& layer : model->layers)
-      if (layer.residency != Residency::absent || layer.holds > 0)
+      if (layer.residency != Residency::absent || layer.held())
         holder.bytes += layer.granules_needed * arena.granule_bytes();
     if (holder.bytes) holders.push_back(holder);
   }
@@ -51,27 +51,38 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
 
 void Books::hold(const Lock&, const Selection& selection) {
   Model& model = *selection.model;
-  selection.for_each([&](Layer& layer) {
-    if (layer.holds++) return;
-    ++model.held_layers;
-    held_granules += layer.granules_needed;
-  });
+  if (!selection.whole)
+    selection.for_each([&](Layer& layer) {
+      if (layer.holds++) return;
+      ++model.layers_held;
+      model.granules_held += layer.granules_needed;
+      if (!model.whole_holds) held_granules += layer.granules_needed;
+    });
+  else if (model.whole_holds++ == 0)
+    held_granules += model.granules - model.granules_held;
   ++model.leases;
   model.last_use = ++clock;
 }
 
 void Books::unhold(const Lock&, const Selection& selection) {
   Model& model = *selection.model;
-  selection.for_each([&](Layer& layer) {
-    if (--layer.holds) return;
-    --model.held_layers;
-    held_granules -= layer.granules_needed;
-  });
+  if (!selection.whole)
+    selection.for_each([&](Layer& layer) {
+      if (--layer.holds) return;
+      --model.layers_held;
+      model.granules_held -= layer.granules_needed;
+      if (!model.whole_holds) held_granules -= layer.granules_needed;
+    });
+  else if (--model.whole_holds == 0)
+    held_granules -= model.granules - model.granules_held;
   --model.leases;
   if (room_wanted || release_wanted) wake();
 }
 
 std::uint32_t Books::granules_to_hold(const Lock&, const Selection& selection) const {
+  const Model& model = *selection.model;
+  if (model.whole_holds) return 0;
+  if (selection.whole) return model.granules - model.granules_held;
   std::uint32_t granules = 0;
   selection.for_each([&](const Layer& layer) {
     if (!layer.holds) granules += layer.granules_needed;
@@ -85,7 +96,7 @@ std::vector<Layer*> Books::choose_victims(const Lock&, std::uint32_t granules,
   std::vector<Layer*> heap;
   for (const auto& [name, model] : models)
     for (Layer& layer : model->layers)
-      if (layer.granules_needed && !layer.owned && !layer.holds &&
+      if (layer.granules_needed && !layer.owned && !layer.held() &&
           (layer.residency == Residency::resident || layer.torn) && !spared(layer))
         heap.push_back(&layer);
   const auto rank = [&](const Layer* layer) {
@@ -122,13 +133,13 @@ void Books::check_invariants(const Lock&) const {
   std::uint32_t accounted = arena.free_count() + arena.uncreated_count(), held = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {
-    std::uint32_t missing = 0, held_layers = 0;
+    std::uint32_t missing = 0, layers_held = 0;
     for (const Layer& layer : model->layers) {
       const std::string where = "layer " + std::to_string(layer.index) + " of '" + name + "' (" +
                                 to_string(layer.residency) + "): ";
       missing += layer.residency != Residency::resident;
-      held_layers += layer.holds > 0;
-      if (layer.holds) held += layer.granules_needed;
+      layers_held += layer.holds > 0;
+      if (layer.held()) held += layer.granules_needed;
       if (layer.owned) {  // in the hands of a thread right now
         in_motion = true;
         continue;
@@ -136,7 +147,8 @@ void Books::check_invariants(const Lock&) const {
       const bool backed = layer.residency != Residency::absent && layer.granules_needed;
       require(layer.granules.size() == (backed ? layer.granules_needed : 0),
               where + "holds " + std::to_string(layer.granules.size()) + " granules");
-      require(layer.mapping.has_value() == backed, where + "mapping does not match");
+      require(layer.mapping ? backed : !backed || layer.residency != Residency::resident,
+              where + "mapping does not match");
       require(layer.residency != Residency::draining || layer.torn, where + "abandoned");
       require(!(layer.mapping && layer.poison), where + "poisoned and mapped");
       require((layer.residency == Residency::filling) <= (layer.fill != nullptr),
@@ -149,7 +161,7 @@ void Books::check_invariants(const Lock&) const {
       }
     }
     require(missing == model->missing, "'" + name + "' counts its missing layers wrong");
-    require(held_layers == model->held_layers, "'" + name + "' counts its held layers wrong");
+    require(layers_held == model->layers_held, "'" + name + "' counts its held layers wrong");
   }
   require(held == held_granules, "held granules are counted wrong");
   require(held_granules <= arena.capacity(), "more is held than there is");

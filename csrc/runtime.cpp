@@ -239,7 +239,7 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
     selection.for_each([&](const Layer& layer) { found = found || is(layer); });
     return !found;
   };
-  const auto free = [&] { return none([](const Layer& l) { return l.holds > 0; }); };
+  const auto free = [&] { return none([](const Layer& l) { return l.held(); }); };
   const auto gone = [&] {
     return none([](const Layer& l) { return l.residency != Residency::absent; });
   };

@@ -94,7 +94,7 @@ void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
         ordered = &hold->ordered[i];
     if (!ordered) throw Error(ErrorKind::invalid_argument, where + " is not in this lease");
   }
-  const auto held = [&] { return hold ? hold->admitted : layer.holds > 0; };
+  const auto held = [&] { return hold ? hold->admitted : layer.held(); };
   const auto over = [&] {
     if (!held() || !layer.fill || layer.residency == Residency::resident) return true;
     if (stream && transfer_.sent(lock, layer)) copies = transfer_.copies(lock, layer);
@@ -161,8 +161,9 @@ void Runtime::end_lease(const HoldPtr& hold) {
 std::pair<bool, bool> Runtime::leased(const ModelPtr& model) {
   enter();
   const Lock lock(books_.mutex);
-  return {model->held_layers == model->layers.size() && model->leases && model->missing == 0,
-          model->leases > 0};
+  const bool all =
+      model->whole_holds || (model->leases && model->layers_held == model->layers.size());
+  return {all && model->missing == 0, model->leases > 0};
 }
 
 }  // namespace warmserve

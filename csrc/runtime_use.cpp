@@ -174,8 +174,8 @@ RuntimeState Runtime::state() {
     shown.leases = model->leases;
     shown.backing_epoch = model->backing_epoch.load(std::memory_order_acquire);
     for (const Layer& layer : model->layers)
-      shown.layers.push_back(
-          {layer.residency, layer.bytes, layer.granules_needed, layer.holds, layer.keep_value});
+      shown.layers.push_back({layer.residency, layer.bytes, layer.granules_needed,
+                              layer.holds + model->whole_holds, layer.keep_value});
   }
   return state;
 }

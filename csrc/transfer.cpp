@@ -96,7 +96,7 @@ bool Transfer::advance(Lock& lock, Fill& fill, bool may_copy, bool& room_blocked
   Layer& layer = *fill.layer;
   if (fill.phase == Phase::copying) {
     if (fill.unwanted()) {
-      if (fill.in_flight || fill.hands) return false;
+      if (!fill.idle()) return false;
       undo(lock, fill);
     } else if (fill.next < fill.span && may_copy) {
       copy_chunk(lock, fill);
@@ -148,14 +148,14 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
   for (const auto& [name, model] : books_.models)
     for (const Layer& layer : model->layers) {
       if (layer.owned) coming = true;
-      if (layer.residency != filling || layer.holds || wanted_too(layer)) continue;
+      if (layer.residency != filling || layer.held() || wanted_too(layer)) continue;
       coming = true;
       if (fill.rank.priority > layer.fill->rank.priority) layer.fill->give_way = true;
     }
   return coming ? Room::later : Room::never;
 }
 
-// Makes room and maps: the layer is filling with granules behind it, or as it was.
+// Makes room: the layer is filling and has its granules, or is as it was.
 void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims) {
   Arena& arena = books_.arena;
   Layer& layer = *fill.layer;
@@ -184,7 +184,6 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
     std::sort(granules.begin(), granules.end());  // neighbours make one mapping
     layer.granules.assign(granules.begin(), granules.begin() + need);
     granules.erase(granules.begin(), granules.begin() + need);
-    back(arena, layer);
   } catch (...) {
     error = std::current_exception();
   }
@@ -211,6 +210,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   ++books_.counters.chunks;
   queue_.handed_out(lock, fill, end - begin);
   const std::uint64_t bytes = fill.layer->bytes;
+  const bool urgent = fill.foreground();
   const Deadline not_before = pace_.take(std::min(end, bytes) - std::min(begin, bytes));
   lock.unlock();
   std::exception_ptr error;
@@ -224,17 +224,40 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
     if (by_host)
       sent = write_through_host_view(fill, begin, end, not_before);
     else
-      sent = uploads_.send(&fill, *fill.model, *fill.layer, begin, end, not_before, wanted);
+      sent =
+          uploads_.send(&fill, *fill.model, *fill.layer, begin, end, {urgent, not_before, wanted});
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
-  --fill.hands;
   if (error) fail(lock, fill, error);
-  if (sent < end - begin) fill.failed = true;  // called off, and perhaps wanted again since
   fill.sent += sent;
   fill.in_flight -= end - begin - sent;
-  arrived(lock, fill, by_host ? sent : 0);
+  if (by_host) arrived(lock, fill, sent);
+  const bool last = fill.sent == fill.span;
+  if (sent < end - begin || (last && fill.unwanted()))
+    fill.failed = true;  // called off; it may be wanted again by the time it is undone
+  else if (last)
+    map(lock, fill);
+  --fill.hands;
+  complete_if_all_is_there(lock, fill);
+  books_.wake();
+}
+
+// By the loader that has sent the last chunk; the others go on to what comes next.
+void Transfer::map(Lock& lock, Fill& fill) {
+  fill.layer->owned = true;
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    back(books_.arena, *fill.layer);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  fill.layer->owned = false;
+  fill.mapped = !error;
+  if (error) fail(lock, fill, error);
 }
 
 std::uint64_t Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin,
@@ -272,6 +295,10 @@ bool Transfer::collect(Lock& lock, bool wait) {
   return moving || !all.empty();
 }
 
+void Transfer::complete_if_all_is_there(const Lock& lock, Fill& fill) {
+  if (fill.done == fill.span && fill.mapped && fill.idle() && !fill.failed) complete(lock, fill);
+}
+
 // Accounts for bytes that are there; the last ones complete the fill.
 void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
   fill.in_flight -= bytes;
@@ -279,7 +306,7 @@ void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
   if (fill.failed) return;
   fill.done += bytes;
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done += bytes;
-  if (fill.done == fill.span && !fill.hands) complete(lock, fill);
+  complete_if_all_is_there(lock, fill);
 }
 
 // Takes the layer back to absent; then the fill ends, or, if somebody wants it, starts again.
@@ -300,7 +327,7 @@ void Transfer::undo(Lock& lock, Fill& fill) {
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
   fill.phase = Phase::queued;
   fill.next = fill.sent = fill.done = 0;
-  fill.failed = fill.give_way = false;
+  fill.failed = fill.give_way = fill.mapped = false;
 }
 
 void Transfer::complete(const Lock& lock, Fill& fill) {
@@ -339,7 +366,7 @@ void Transfer::finish_swap(Lock& lock) {
   std::exception_ptr error;
   std::vector<Layer*> rest;
   for (Layer& layer : model->layers)
-    if (!layer.owned && !layer.holds && (layer.residency == resident || layer.torn))
+    if (!layer.owned && !layer.held() && (layer.residency == resident || layer.torn))
       rest.push_back(&layer);
   std::vector<GranuleId> freed;
   try {

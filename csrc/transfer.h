@@ -51,7 +51,7 @@ class Transfer {
   // Whether all copies of the layer's fill are under way: a stream can be put behind them.
   static bool sent(const Lock&, const Layer& layer) {
     const Fill* fill = layer.fill;
-    return fill && fill->sent == fill->span && !fill->unwanted();
+    return fill && fill->sent == fill->span && fill->mapped && !fill->unwanted();
   }
   // Pre-condition: sent(). See Uploads.
   std::optional<Uploads::Events> copies(const Lock&, const Layer& layer) {
@@ -76,10 +76,12 @@ class Transfer {
   Room find_room(const Lock&, Fill& fill, std::vector<Layer*>& victims);
   void start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims);
   void copy_chunk(Lock& lock, Fill& fill);
+  void map(Lock& lock, Fill& fill);
   std::uint64_t write_through_host_view(const Fill& fill, std::uint64_t begin, std::uint64_t end,
                                         Deadline not_before);
   bool collect(Lock& lock, bool wait);
   void arrived(const Lock& lock, Fill& fill, std::uint64_t bytes);
+  void complete_if_all_is_there(const Lock& lock, Fill& fill);
   void undo(Lock& lock, Fill& fill);
   void complete(const Lock& lock, Fill& fill);
   void fail(const Lock& lock, Fill& fill, std::exception_ptr error);

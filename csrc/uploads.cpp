@@ -9,7 +9,8 @@
 namespace warmserve {
 namespace {
 
-// Of a chunk. The device is idle only if no loader sends the next piece while the others move.
+// Of a chunk that is not urgent: the device is idle only if nobody sends the next piece while the
+// others move.
 constexpr std::uint64_t kPieces = 4;
 
 }  // namespace
@@ -29,20 +30,19 @@ StagingPool::Chunk Uploads::chunk() {
 }
 
 std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
-                            std::uint64_t end, Deadline not_before,
-                            const std::function<bool()>& wanted) {
+                            std::uint64_t end, const Terms& terms) {
   const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
   read_layer(model.files, layer.source, begin, end,
              {begin, staging_.chunk_bytes(), {chunk->data()}});
-  std::this_thread::sleep_until(not_before);
+  std::this_thread::sleep_until(terms.not_before);
   const Deadline deadline = Clock::now() + staging_timeout_;
-  const std::uint64_t piece = ceil_div(staging_.chunk_bytes(), kPieces);
+  const std::uint64_t piece = terms.urgent ? end - begin : ceil_div(end - begin, kPieces);
   std::uint64_t at = begin;
   while (at < end) {
     const std::uint64_t bytes = std::min(piece, end - at);
-    const auto flight = std::make_shared<Flight>(Flight{fill, bytes, chunk, nullptr});
+    const auto flight = std::make_shared<Flight>(Flight{fill, bytes, terms.urgent, chunk, nullptr});
     try {
-      if (!send_piece(flight, layer, at, chunk->data() + (at - begin), deadline, wanted)) break;
+      if (!send_piece(flight, layer, at, chunk->data() + (at - begin), deadline, terms)) break;
     } catch (...) {
       if (at == begin) throw;
       const std::lock_guard lock(mutex_);
@@ -56,19 +56,18 @@ std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, 
 
 // False: it is not wanted any more.
 bool Uploads::send_piece(const FlightPtr& flight, const Layer& layer, std::uint64_t begin,
-                         const std::byte* bytes, Deadline deadline,
-                         const std::function<bool()>& wanted) {
+                         const std::byte* bytes, Deadline deadline, const Terms& terms) {
   for (;;) {
-    if (!wanted()) return false;
+    if (!terms.wanted()) return false;
     {
       const std::lock_guard lock(mutex_);
-      if (flights_.empty() || bytes_under_way_ + flight->bytes <= staging_.chunk_bytes()) {
+      if (terms.urgent || !not_urgent_ || not_urgent_ + flight->bytes <= staging_.chunk_bytes()) {
         if (!stream_)
           stream_ = std::make_unique<Stream>(arena_.device(), StreamPriority::background);
         if (const auto error = enqueue(*flight, layer, begin, bytes))
           news_.push_back({flight->fill, 0, error});
         flights_.push_back(flight);
-        bytes_under_way_ += flight->bytes;
+        if (!terms.urgent) not_urgent_ += flight->bytes;
         return true;
       }
     }
@@ -170,7 +169,7 @@ Uploads::Gathered Uploads::gather(bool wait) {
     wait = false;
     if (flights_.empty() || flights_.front() != flight) continue;
     flights_.pop_front();
-    bytes_under_way_ -= flight->bytes;
+    if (!flight->urgent) not_urgent_ -= flight->bytes;
     event.reset();
     if (flight->event) spare_events_.push_back(std::move(flight->event));
     news_.push_back({flight->fill, flight->bytes, nullptr});

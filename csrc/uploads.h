@@ -1,9 +1,9 @@
 // Bytes that reach a granule by way of staging: read into a chunk, copied on a stream.
 //
 // Used where the CPU cannot write granules. Several loaders may send at once; whoever calls
-// collect() learns what has become of it, whoever sent it. No more than a chunk's bytes are under
-// way at a time: copies cannot be taken back, so what is called off, or more urgent, waits for no
-// more than that.
+// collect() learns what has become of it, whoever sent it. Copies cannot be taken back: of what is
+// not urgent no more than a chunk's bytes are under way at a time, so whatever is urgent, or called
+// off, waits for no more than that. What is urgent goes as far ahead as there are chunks.
 #pragma once
 
 #include <deque>
@@ -29,17 +29,20 @@ class Uploads {
     std::exception_ptr error;  // null: the copies are over
   };
   using Events = std::vector<std::shared_ptr<Event>>;
+  struct Terms {
+    bool urgent = false;
+    Deadline not_before;                  // nothing is copied earlier
+    const std::function<bool()>& wanted;  // asked before each piece, without a lock
+  };
 
   Uploads(const Arena& arena, StagingPool& staging, std::chrono::milliseconds staging_timeout)
       : arena_(arena), staging_(staging), staging_timeout_(staging_timeout) {}
 
-  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules, as what was sent
-  // before leaves room for; returns how many it sent, which are the caller's again with the news
-  // that their copies are over. Nothing is copied before `not_before`; `wanted` is asked before
-  // each piece, without a lock. Throws when nothing was sent. Blocks for a chunk, the file, and
-  // room.
+  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules; returns how many it
+  // sent, which are the caller's again with the news that their copies are over. Throws when
+  // nothing was sent. Blocks for a chunk, the file, and what is under way.
   std::uint64_t send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
-                     std::uint64_t end, Deadline not_before, const std::function<bool()>& wanted);
+                     std::uint64_t end, const Terms& terms);
   // The news since. With `wait`, and if there is none, blocks a poll interval for the oldest copy;
   // `moving` then says whether it is on its way all the same.
   std::vector<News> collect(bool wait, bool* moving = nullptr);
@@ -54,6 +57,7 @@ class Uploads {
   struct Flight {
     Fill* fill;
     std::uint64_t bytes;
+    bool urgent;
     std::shared_ptr<StagingPool::Chunk> chunk;
     std::shared_ptr<Event> event;  // null when recording failed: the stream must be waited for
   };
@@ -63,7 +67,7 @@ class Uploads {
 
   StagingPool::Chunk chunk();
   bool send_piece(const FlightPtr& flight, const Layer& layer, std::uint64_t begin,
-                  const std::byte* bytes, Deadline deadline, const std::function<bool()>& wanted);
+                  const std::byte* bytes, Deadline deadline, const Terms& terms);
   std::exception_ptr enqueue(Flight& flight, const Layer& layer, std::uint64_t begin,
                              const std::byte* bytes);
   std::shared_ptr<Event> spare_event();
@@ -82,7 +86,7 @@ class Uploads {
   std::unique_ptr<Stream> stream_;
   std::vector<std::shared_ptr<Event>> spare_events_;
   std::deque<FlightPtr> flights_;
-  std::uint64_t bytes_under_way_ = 0;
+  std::uint64_t not_urgent_ = 0;  // bytes in flights
   std::vector<News> news_;
 };
 

@@ -162,7 +162,6 @@ Status StrictDriver::map(Address address, const Handle* handles, std::size_t cou
   for (std::size_t i = 0; i < count; ++i) {
     GranuleState& granule = granules_[handles[i]];
     ++granule.mappings;
-    granule.written.clear();  // what was there is an earlier tenant's
     mappings_[address] = {granule.bytes, handles[i], Access::none};
     address += granule.bytes;
   }
@@ -179,7 +178,9 @@ Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
   const Status status = Interposer::unmap(address, bytes);
   if (status != Status::ok) return status;
   for (auto mapping = range->first; mapping != range->second; ++mapping) {
-    --granules_[mapping->second.granule].mappings;
+    GranuleState& granule = granules_[mapping->second.granule];
+    // Mapped nowhere, or only where it is filled through: what is there is nobody's any more.
+    if (--granule.mappings <= 1) granule.written.clear();
     forget_if_dead(mapping->second.granule);
   }
   mappings_.erase(range->first, range->second);

@@ -62,7 +62,7 @@ class StrictDriver final : public Interposer {
     bool released = false;
     std::size_t mappings = 0;
     VectorClock reads, writes;                       // the last of each agent
-    std::map<std::uint64_t, std::uint64_t> written;  // begin, end; since it was last mapped
+    std::map<std::uint64_t, std::uint64_t> written;  // begin, end; by its tenant
   };
   struct MappingState {
     std::uint64_t bytes = 0;

@@ -45,8 +45,9 @@ def cache_dir() -> Path:
     return root / "warmserve_rt"
 
 
-def make_tenants(progress: Progress) -> dict[str, Path]:
-    """The directory of each tenant by its name, in order; made if it is not there yet.
+def make_tenants(progress: Progress, *, count: int | None = None) -> dict[str, Path]:
+    """The directory of each tenant by its name, in order, or of the first `count`, of which the
+    first is the base model; made if it is not there yet.
 
     What a killed run had finished is kept, and a second process waits for the first. Raises
     RuntimeError, which says what to do, if the base model cannot be fetched or the disk is full.
@@ -55,7 +56,7 @@ def make_tenants(progress: Progress) -> dict[str, Path]:
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     root = cache_dir() / f"demo-{key}"
     root.mkdir(parents=True, exist_ok=True)
-    tenants = {name: root / name for name in LESSONS}
+    tenants = {name: root / name for name in list(LESSONS)[:count]}
     with _locked(root / "lock"):
         for left_over in root.glob("making-*"):  # by a process that was killed
             shutil.rmtree(left_over)

@@ -1,0 +1,2 @@
+def interleavings(*a):
+    pass

@@ -1,0 +1,97 @@
+"""When does a model that is only partly there say its first token, and what does it cost others?
+
+    python bench/stream.py
+
+The bound is what no loader can beat: all layers take their time, and none begins before its bytes
+have come. A real language model on the host device, read at a bandwidth that makes loading take
+half, once and four times as long as computing; a simulated CUDA device where time is exact; a start
+beside prewarming without end; how soon a load that is called off lets go; and random programs whose
+every leased byte is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+from time import perf_counter
+
+from _harness import MIB, Bench, Llama, scratch, write_checkpoint
+from _interleavings import interleavings
+from _ttft_sim import ttft_on_the_simulator
+
+from warmserve_rt import Runtime
+
+RATIOS = [0.5, 1.0, 4.0]
+CANCELLED = Llama(1024, 2816, 256, 8000, 12)
+
+
+def cancel(bench: Bench, folder: Path, rounds: int) -> None:
+    """From cancel() to the moment at which the granules of the layer under way are free again. A
+    chunk's time is that of its bytes at the source's bandwidth."""
+    path = folder / "cancelled.safetensors"
+    nbytes = write_checkpoint(path, CANCELLED.shapes())
+    chunk, bandwidth = 8 * MIB, 2e9
+    taken = []
+    with Runtime(
+        arena=2 * nbytes, chunk=chunk, loaders=1, read_bandwidth=int(bandwidth)
+    ) as runtime:
+        native = runtime.register("m", path).native
+        for _ in range(rounds):
+            ticket = runtime.prewarm("m")
+            time.sleep(random.uniform(0.1, 0.9) * nbytes / bandwidth)
+            begin = perf_counter()
+            ticket.cancel()
+            while any(x.residency == "filling" for x in runtime.native.state().models[0].layers):
+                time.sleep(0)
+            taken.append((perf_counter() - begin) * 1e3)
+            runtime.evict("m")
+        del native
+    bench.row("cancel_ms_p50", statistics.median(taken), "ms")
+    bound = chunk / bandwidth * 1e3 + 1
+    p99 = statistics.quantiles(taken, n=100, method="inclusive")[-1]
+    bench.target("cancel_ms_p99", p99, "ms", "<=", bound)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="of every start that is timed")
+    parser.add_argument("--every", type=int, default=1, help="number of layers kept to try")
+    parser.add_argument("--programs", type=int, default=10_000, help="random ones, stepped")
+    parser.add_argument("--threaded", type=int, default=1_000, help="random ones with threads")
+    parser.add_argument(
+        "--only",
+        choices=["host", "simulator", "foreground", "cancel", "interleavings"],
+        help="one part",
+    )
+    bench = Bench.start("stream", parser)
+    only = bench.args.only
+    with scratch() as folder:
+        if only in (None, "simulator"):
+            print("first tokens on a simulated CUDA device", flush=True)
+            ttft_on_the_simulator(bench, folder, RATIOS)
+        if only in (None, "cancel"):
+            print("loads that are called off", flush=True)
+            cancel(bench, folder, 300)
+    if only in (None, "host", "foreground"):
+        from _ttft_host import foreground_slowdown, ttft_on_the_host
+
+        from warmserve_rt.demo.tenants import make_tenants
+
+        (path,) = make_tenants(lambda what, done, of: None, count=1).values()
+        if only != "foreground":
+            print("first tokens of SmolLM2 on the host", flush=True)
+            ttft_on_the_host(bench, path, RATIOS, bench.args.rounds, bench.args.every)
+        if only != "host":
+            print("a start beside prewarming", flush=True)
+            foreground_slowdown(bench, path, 1.0, bench.args.rounds)
+    if only in (None, "interleavings"):
+        print("random programs", flush=True)
+        interleavings(bench, bench.args.programs, bench.args.threaded)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
