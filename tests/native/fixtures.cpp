@@ -57,7 +57,11 @@ ModelPtr ModelFile::register_in(Runtime& runtime, bool writable) const {
 }
 
 bool ModelFile::equals(std::size_t layer, const std::byte* bytes) const {
-  return std::memcmp(layers_[layer].data(), bytes, shapes_[layer].bytes) == 0;
+  return begins(layer, bytes, shapes_[layer].bytes);
+}
+
+bool ModelFile::begins(std::size_t layer, const std::byte* bytes, std::uint64_t count) const {
+  return std::memcmp(layers_[layer].data(), bytes, count) == 0;
 }
 
 bool ModelFile::is_in(Runtime& runtime, const ModelPtr& model) const {
@@ -136,8 +140,8 @@ RuntimeOptions options(std::uint32_t granules, unsigned loaders) {
   return options;
 }
 
-Leased::Leased(Runtime& runtime, const std::vector<ModelPtr>& models, std::uint64_t owner)
-    : runtime_(runtime), hold_(runtime.begin_lease(models, owner)) {
+Leased::Leased(Runtime& runtime, const std::vector<Selection>& wants, std::uint64_t owner)
+    : runtime_(runtime), hold_(runtime.begin_lease(wants, owner)) {
   runtime_.await_lease(hold_, in(kLong), nullptr);
 }
 

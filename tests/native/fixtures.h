@@ -34,6 +34,7 @@ class ModelFile {
   // Whether the model's addresses hold its bytes now, and zeros up to the end of the granules.
   bool is_in(Runtime& runtime, const ModelPtr& model) const;
   bool equals(std::size_t layer, const std::byte* bytes) const;  // of the layer's tensors alone
+  bool begins(std::size_t layer, const std::byte* bytes, std::uint64_t count) const;
 
  private:
   std::string name_, path_;
@@ -77,7 +78,7 @@ RuntimeOptions options(std::uint32_t granules, unsigned loaders = 2);
 // Leases at once or fails; for the time of the scope.
 class Leased {
  public:
-  Leased(Runtime& runtime, const std::vector<ModelPtr>& models, std::uint64_t owner = 1);
+  Leased(Runtime& runtime, const std::vector<Selection>& wants, std::uint64_t owner = 1);
   ~Leased() { runtime_.end_lease(hold_); }
   Leased(const Leased&) = delete;
   const HoldPtr& hold() const { return hold_; }

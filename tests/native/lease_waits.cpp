@@ -40,6 +40,7 @@ struct Desk {
   // Only whether it holds now: the loader needs a moment.
   bool holds(const HoldPtr& hold) {
     try {
+      if (hold->entry) runtime->wait(hold->entry, in(kSoon), nullptr);
       if (hold->ticket) runtime->wait(hold->ticket, in(kSoon), nullptr);
     } catch (const Error& error) {
       CHECK(error.kind() == ErrorKind::timeout);
@@ -203,7 +204,7 @@ TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
   CHECK(interrupted([&] { runtime.evict(model, kNever, interrupt); }));
   CHECK(interrupted([&] { runtime.unregister(model, kNever, interrupt); }));
   runtime.check_invariants();
-  CHECK(runtime.leased(model) == false);
+  CHECK(!runtime.leased(model).second);
   {
     const Leased again(runtime, {model});  // nothing had to be loaded
     CHECK(desk.files[0].is_in(runtime, model));

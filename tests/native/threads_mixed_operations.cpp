@@ -66,7 +66,7 @@ class Worker {
     const ModelPtr &model = world_.models[a], &other = world_.models[b];
     const bool impatient = pick(4) == 0;
     using enum ErrorKind;
-    switch (pick(12)) {
+    switch (pick(16)) {
       case 0:
       case 1: return lease({a}, impatient);
       case 2: return lease({a, b}, impatient);
@@ -87,6 +87,15 @@ class Worker {
       case 9: runtime_.stamp(model, static_cast<double>(pick(3))); return;
       case 10: runtime_.trim(); return;
       case 11: return look(a);
+      case 12:
+      case 13: return stream_in(a);
+      case 14: return tolerate({busy}, [&] { ticket_ = runtime_.prewarm(some(a), kBackground); });
+      case 15:
+        return tolerate({busy, timeout}, [&] {
+          const Patience patience[] = {Patience::none, Patience::streams,
+                                       Patience::leases_and_streams};
+          runtime_.evict(some(a), in(kSoon), nullptr, patience[pick(3)]);
+        });
     }
   }
 
@@ -99,9 +108,9 @@ class Worker {
   }
 
   void lease(std::vector<std::size_t> indices, bool impatient) {
-    std::vector<ModelPtr> models;
-    for (const std::size_t index : indices) models.push_back(world_.models[index]);
-    const HoldPtr hold = runtime_.begin_lease(models, owner_);
+    std::vector<Selection> wants;
+    for (const std::size_t index : indices) wants.emplace_back(world_.models[index]);
+    const HoldPtr hold = runtime_.begin_lease(wants, owner_);
     try {
       runtime_.await_lease(hold, in(impatient ? kSoon : kLong), nullptr);
     } catch (const Error& error) {
@@ -127,6 +136,34 @@ class Worker {
                [&] { runtime_.evict(world_.models[index], in(kLong), nullptr); });
     stream_->synchronize();
     CHECK(world_.files[index]->equals(0, copied_.data()));
+  }
+
+  Selection some(std::size_t index) {
+    LayerSet layers;
+    for (std::uint32_t i = 0; i < kLayers.size(); ++i)
+      if (pick(2)) layers.insert(i);
+    if (layers.empty()) layers.insert(0);
+    return {world_.models[index], layers};
+  }
+
+  // Each layer is read by the stream as soon as that may, while others are still on their way.
+  void stream_in(std::size_t index) {
+    const Selection wanted = pick(2) ? some(index) : Selection(world_.models[index]);
+    const HoldPtr first = runtime_.begin_lease({wanted}, owner_);
+    runtime_.await_lease(first, in(kLong), nullptr, false);
+    const HoldPtr hold = pick(2) ? runtime_.share_lease(first, owner_) : first;
+    if (hold != first) runtime_.end_lease(first);
+    wanted.for_each([&](const Layer& layer) {
+      const std::uint64_t bytes = std::min(layer.bytes, kGranule);
+      runtime_.await_layer(hold, wanted.model, layer.index, pick(2) ? stream_ : nullptr, in(kLong),
+                           nullptr);
+      stream_->copy_from_device(
+          copied_.data(), runtime_.reservation(wanted.model)->address() + layer.offset, bytes);
+      stream_->synchronize();
+      CHECK(world_.files[index]->begins(layer.index, copied_.data(), bytes));
+    });
+    runtime_.record(hold, stream_);
+    runtime_.end_lease(hold);
   }
 
   void look(std::size_t index) {
