@@ -20,8 +20,10 @@ ROUNDS = 9
 WIDTHS = {  # bytes of an element, in and out
     "f32_to_bf16": (4, 2),
     "f32_to_f16": (4, 2),
+    "f16_to_f32": (2, 4),
     "f16_to_bf16": (2, 2),
     "bf16_to_f32": (2, 4),
+    "bf16_to_f16": (2, 2),
     "f8_e4m3_to_bf16": (1, 2),
     "f8_e5m2_to_bf16": (1, 2),
 }

@@ -20,8 +20,10 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TYPES = {
     "f32_to_bf16": (torch.float32, torch.bfloat16),
     "f32_to_f16": (torch.float32, torch.float16),
+    "f16_to_f32": (torch.float16, torch.float32),
     "f16_to_bf16": (torch.float16, torch.bfloat16),
     "bf16_to_f32": (torch.bfloat16, torch.float32),
+    "bf16_to_f16": (torch.bfloat16, torch.float16),
     "f8_e4m3_to_bf16": (E4M3, torch.bfloat16),
     "f8_e5m2_to_bf16": (E5M2, torch.bfloat16),
 }
@@ -70,6 +72,10 @@ def test_cast_is_torchs_for_every_value(kind: str) -> None:
     expect(out, wanted)
     if kind == "bf16_to_f32":
         assert torch.equal(bits(out), bits(source).int() << 16)
+    if kind == "f16_to_f32":
+        words = bits(source)[source.isnan()].int()
+        kept = (words & 0x8000) << 16 | 0x7F800000 | (words & 0x3FF) << 13
+        assert torch.equal(bits(out)[source.isnan()], kept)
 
 
 @pytest.mark.parametrize("kind", kernels.CASTS)

@@ -19,8 +19,10 @@ from . import _native
 CASTS = (
     "f32_to_bf16",
     "f32_to_f16",
+    "f16_to_f32",
     "f16_to_bf16",
     "bf16_to_f32",
+    "bf16_to_f16",
     "f8_e4m3_to_bf16",
     "f8_e5m2_to_bf16",
 )
@@ -41,8 +43,8 @@ def cast(
 ) -> None:
     """Converts all elements of ``source`` into ``target``, which has as many: one of ``CASTS``.
 
-    Rounds to nearest even. A NaN becomes the positive quiet one, but bf16 to f32 keeps its bits;
-    what f16 cannot hold becomes infinite.
+    Rounds to nearest even. A NaN becomes the positive quiet one, but widening to f32 keeps its
+    sign and payload; what f16 cannot hold becomes infinite.
 
     fp8 may have scales, by which it is multiplied in f32 before it is rounded. Then ``source`` is a
     matrix and ``scales`` one of f32 with an element for each ``block``, (rows, columns), of it; the

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "error.h"
-#include "kernels/kernels.h"
 
 namespace py = pybind11;
 
@@ -39,14 +38,9 @@ struct Named {
 };
 constexpr Named kKinds[] = {
     {"f32_to_bf16", CastKind::f32_to_bf16},         {"f32_to_f16", CastKind::f32_to_f16},
-    {"f16_to_bf16", CastKind::f16_to_bf16},         {"bf16_to_f32", CastKind::bf16_to_f32},
+    {"f16_to_f32", CastKind::f16_to_f32},           {"f16_to_bf16", CastKind::f16_to_bf16},
+    {"bf16_to_f32", CastKind::bf16_to_f32},         {"bf16_to_f16", CastKind::bf16_to_f16},
     {"f8_e4m3_to_bf16", CastKind::f8_e4m3_to_bf16}, {"f8_e5m2_to_bf16", CastKind::f8_e5m2_to_bf16}};
-
-CastKind cast_kind(const std::string& name) {
-  for (const Named& one : kKinds)
-    if (name == one.name) return one.kind;
-  refuse("no cast '" + name + "'");
-}
 
 void expect(const char* what, std::uint64_t bytes, std::uint64_t expected) {
   if (bytes != expected)
@@ -85,7 +79,7 @@ void cast(const std::string& kind, const py::object& from, const py::object& to,
   std::optional<Bytes> factors;
   call.from = source.address();
   call.to = target.address();
-  const std::uint64_t width = touched(CastCall{.kind = call.kind, .count = 1})[0].bytes;
+  const std::uint64_t width = widths(call.kind).from;
   if (source.size() % width != 0) refuse("from: no whole number of elements");
   call.count = source.size() / width;
   if (!scales.is_none()) {
@@ -113,6 +107,12 @@ void gather_rows(const py::object& from, const py::object& to, std::uint64_t row
 }
 
 }  // namespace
+
+CastKind cast_kind(const std::string& name) {
+  for (const Named& one : kKinds)
+    if (name == one.name) return one.kind;
+  refuse("no cast '" + name + "'");
+}
 
 void bind_kernels(py::module_& m) {
   m.def("digest", &digest, py::arg("buffer"), py::arg("granule_bytes"));

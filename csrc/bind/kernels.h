@@ -3,7 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "kernels/kernels.h"
+
 namespace warmserve {
+
+// By the name that Python has for it. Throws invalid_argument for another.
+CastKind cast_kind(const std::string& name);
 
 void bind_kernels(pybind11::module_& m);
 

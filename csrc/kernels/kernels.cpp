@@ -19,21 +19,6 @@ static_assert(std::size(kSymbols) == std::variant_size_v<KernelCall>);
 // Positions in a granule are counted in 32 bits.
 constexpr std::uint64_t kMaxDigestBytes = 16 * kGiB;
 
-struct Widths {
-  std::uint64_t from, to;
-};
-constexpr Widths widths(CastKind kind) {
-  switch (kind) {
-    case CastKind::f32_to_bf16:
-    case CastKind::f32_to_f16: return {4, 2};
-    case CastKind::f16_to_bf16: return {2, 2};
-    case CastKind::bf16_to_f32: return {2, 4};
-    case CastKind::f8_e4m3_to_bf16:
-    case CastKind::f8_e5m2_to_bf16: return {1, 2};
-  }
-  return {0, 0};
-}
-
 std::uint64_t scale_bytes(const CastCall& call) {
   if (call.scales == 0) return 0;
   return sizeof(float) * ceil_div(ceil_div(call.count, call.columns), call.block_rows) *
@@ -195,6 +180,20 @@ Compute choose_compute() { return compute_anywhere; }
 #endif
 
 }  // namespace
+
+Widths widths(CastKind kind) noexcept {
+  switch (kind) {
+    case CastKind::f32_to_bf16:
+    case CastKind::f32_to_f16: return {4, 2};
+    case CastKind::f16_to_bf16:
+    case CastKind::bf16_to_f16: return {2, 2};
+    case CastKind::f16_to_f32:
+    case CastKind::bf16_to_f32: return {2, 4};
+    case CastKind::f8_e4m3_to_bf16:
+    case CastKind::f8_e5m2_to_bf16: return {1, 2};
+  }
+  return {0, 0};
+}
 
 const char* kernel_symbol(const KernelCall& call) noexcept { return kSymbols[call.index()]; }
 

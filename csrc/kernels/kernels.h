@@ -24,11 +24,18 @@ struct DigestCall {
 enum class CastKind : std::uint32_t {
   f32_to_bf16,
   f32_to_f16,
+  f16_to_f32,
   f16_to_bf16,
   bf16_to_f32,
+  bf16_to_f16,
   f8_e4m3_to_bf16,
   f8_e5m2_to_bf16,
 };
+// Bytes of an element before and after; {0, 0} for a kind that is none.
+struct Widths {
+  std::uint64_t from, to;
+};
+Widths widths(CastKind kind) noexcept;
 // to[i] = from[i] converted, rounded to nearest even; fp8 is multiplied by its scale first, in f32.
 // The matrix has rows of `columns`; scales[r / block_rows][c / block_columns], rows of
 // ceil(columns / block_columns), is the scale of element (r, c).

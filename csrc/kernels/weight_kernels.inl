@@ -162,7 +162,7 @@ WARMSERVE_BODY void run(Threads& threads, const DigestCall& call) {
 // Casts -------------------------------------------------------------------------------------------
 //
 // Values are passed as their bits. A NaN becomes the positive quiet one without a payload, which is
-// the same on every device; bf16 to f32 keeps its payload.
+// the same on every device; widening to f32 keeps its payload.
 
 WARMSERVE_BODY float as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 WARMSERVE_BODY u32 as_bits(float value) { return __builtin_bit_cast(u32, value); }
@@ -247,11 +247,17 @@ struct F32ToBf16 : Types<u32, u16> {
 struct F32ToF16 : Types<u32, u16> {
   static WARMSERVE_BODY u16 of(u32 bits) { return f16_from_f32(bits); }
 };
+struct F16ToF32 : Types<u16, u32> {
+  static WARMSERVE_BODY u32 of(u16 bits) { return f32_from_f16(bits); }
+};
 struct F16ToBf16 : Types<u16, u16> {
   static WARMSERVE_BODY u16 of(u16 bits) { return bf16_from_f32(f32_from_f16(bits)); }
 };
 struct Bf16ToF32 : Types<u16, u32> {
   static WARMSERVE_BODY u32 of(u16 bits) { return u32{bits} << 16; }
+};
+struct Bf16ToF16 : Types<u16, u16> {
+  static WARMSERVE_BODY u16 of(u16 bits) { return f16_from_f32(u32{bits} << 16); }
 };
 struct E4m3ToBf16 : Types<u8, u16> {
   static WARMSERVE_BODY u16 of(u8 bits) { return bf16_from_e4m3(bits); }
@@ -360,8 +366,10 @@ WARMSERVE_BODY void run(Threads& threads, const CastCall& call) {
   switch (call.kind) {
     case CastKind::f32_to_bf16: return cast_all<F32ToBf16>(threads, call);
     case CastKind::f32_to_f16: return cast_all<F32ToF16>(threads, call);
+    case CastKind::f16_to_f32: return cast_all<F16ToF32>(threads, call);
     case CastKind::f16_to_bf16: return cast_all<F16ToBf16>(threads, call);
     case CastKind::bf16_to_f32: return cast_all<Bf16ToF32>(threads, call);
+    case CastKind::bf16_to_f16: return cast_all<Bf16ToF16>(threads, call);
     case CastKind::f8_e4m3_to_bf16: return cast_all<E4m3ToBf16>(threads, call);
     case CastKind::f8_e5m2_to_bf16: return cast_all<E5m2ToBf16>(threads, call);
   }
