@@ -24,6 +24,7 @@ ORDER = [
     "snapshot",
     "views",
     "layers",
+    "dtypes",
     "checkpoint",
     "kernels",
     "_units",

@@ -7,6 +7,13 @@
 namespace warmserve {
 namespace {
 
+// Whether a cast would take anything but whole elements.
+bool cuts_elements(const Segment& segment) {
+  if (!segment.cast) return false;
+  const std::uint64_t width = widths(*segment.cast).to;
+  return width == 0 || segment.layer_offset % width || segment.bytes % width;
+}
+
 // The rest of the library trusts these: a wrong offset would be a write out of bounds.
 void check_shape(const std::string& name, const std::vector<File>& files,
                  const std::vector<LayerShape>& layers) {
@@ -19,6 +26,8 @@ void check_shape(const std::string& name, const std::vector<File>& files,
           segment.bytes > layer.bytes || segment.layer_offset > layer.bytes - segment.bytes)
         throw Error(ErrorKind::invalid_argument,
                     "a segment of '" + name + "' is out of order or outside of its layer");
+      if (cuts_elements(segment))
+        throw Error(ErrorKind::invalid_argument, "a cast of '" + name + "' cuts elements");
       end = segment.layer_offset + segment.bytes;
     }
   }

@@ -1,10 +1,13 @@
-// Where a model's bytes come from: open files, and the ranges of them that make a layer.
+// Where a model's bytes come from: open files, and the ranges of them that make a layer, as they
+// are or cast on the way.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "error.h"
+#include "kernels/kernels.h"
 #include "types.h"
 
 namespace warmserve {
@@ -37,10 +40,12 @@ class File {
   FileIdentity identity_;
 };
 
-// Bytes [file_offset, + bytes) of a file are bytes [layer_offset, + bytes) of the layer.
+// What lies in a file from file_offset on is bytes [layer_offset, + bytes) of the layer. As many
+// bytes of the file; with a cast as many elements, in the file of the width that the cast reads.
 struct Segment {
   std::uint32_t file = 0;
   std::uint64_t file_offset = 0, layer_offset = 0, bytes = 0;
+  std::optional<CastKind> cast{};  // both of the layer's numbers are multiples of what it writes
 };
 
 // What makes one layer. Segments ascend in layer_offset and do not overlap; what lies between them
@@ -56,9 +61,10 @@ struct Destination {
   std::vector<std::byte*> blocks;
 };
 
-// Fills layer bytes [begin, end) at the destination. Throws corrupt_checkpoint when a file is not
-// what it was, general when the system cannot read it; bytes written until then are undefined.
-// Blocks; safe from many threads.
+// Fills layer bytes [begin, end) at the destination. Where a segment casts, neither begin, end nor
+// an edge of a block may cut an element; chunks and granules, multiples of 4 KiB, do not. Throws
+// corrupt_checkpoint when a file is not what it was, general when the system cannot read it; bytes
+// written until then are undefined. Blocks; safe from many threads.
 void read_layer(const std::vector<File>& files, const LayerSource& source, std::uint64_t begin,
                 std::uint64_t end, const Destination& destination);
 

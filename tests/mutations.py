@@ -114,6 +114,20 @@ MUTATIONS = [
         "test_views.py::test_read_back_is_what_the_device_has",
     ),
     Mutation(
+        "each block of a cast begins with the slice again",
+        "csrc/source.cpp",
+        "source += elements * width.from;",
+        "",
+        "test_dtype.py::test_tensors_are_cast_as_torch_does[host--float32]",
+    ),
+    Mutation(
+        "floats beside a packed tensor are cast",
+        "warmserve_rt/dtypes.py",
+        "if _module(name) in modules or",
+        "if",
+        "test_dtype.py::test_quantised_layers_stay_exact",
+    ),
+    Mutation(
         "weights are writable",
         "csrc/backing.cpp",
         "layer.model->writable ? Access::read_write : Access::read",

@@ -74,12 +74,12 @@ def save(path: Path, family: str, seed: int = 0, dtype: Any = torch.float32, **k
 
 
 @torch.no_grad()
-def plain_logits(path: Path) -> Any:
+def plain_logits(path: Path, **options: Any) -> Any:
     """What transformers computes by itself.
 
     Its weights are cloned off the mapped file, whose alignment makes kernels round differently.
     """
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model(PROMPT).logits
@@ -115,6 +115,19 @@ def test_logits_equal_in_bfloat16_and_over_several_files(runtime: Runtime, tmp_p
     module = load(runtime, path)
     assert module.dtype is torch.bfloat16
     assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_in_another_dtype(
+    runtime: Runtime, tmp_path: Path, family: str, dtype: str
+) -> None:
+    """Than the checkpoint's, which transformers would cast by itself."""
+    path = save(tmp_path / "model", family)
+    module = load(runtime, path, dtype=dtype)
+    assert module.dtype is getattr(torch, dtype)
+    wanted = plain_logits(path, dtype=module.dtype)
+    assert torch.equal(leased_logits(runtime, module), wanted)
 
 
 def test_greedy_generation_equals_transformers(runtime: Runtime, tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ class Runtime:
         name: str,
         # descriptor (duplicated), path, (device, inode, size, mtime_ns, ctime_ns)
         files: Sequence[tuple[int, str, tuple[int, int, int, int, int]]],
-        # bytes, [(file, file offset, layer offset, bytes)]
-        layers: Sequence[tuple[int, Sequence[tuple[int, int, int, int]]]],
+        # bytes, [(file, file offset, layer offset, bytes of the layer, kind of cast)]
+        layers: Sequence[tuple[int, Sequence[tuple[int, int, int, int, str | None]]]],
         writable: bool,
     ) -> Model: ...
     def unregister(self, model: Model, timeout: float | None) -> None: ...

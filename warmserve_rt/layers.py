@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from warmserve_rt.checkpoint import Checkpoint, DType, TensorEntry
+from warmserve_rt.dtypes import cast_kind
 
 ALIGNMENT = 256  # bytes; of each tensor in its layer, as device allocators give
 
@@ -31,19 +32,23 @@ _EMBEDDING = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A copy: `nbytes` from `file_offset` of file number `file` to `layer_offset` of the layer."""
+    """A copy from `file_offset` of file number `file` to `layer_offset` of the layer.
+
+    `nbytes` are the layer's; the file's too, unless `cast`, one of `kernels.CASTS`, says otherwise.
+    """
 
     file: int
     file_offset: int
     layer_offset: int
     nbytes: int
+    cast: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor at byte `offset` of layer number `layer`, a multiple of ALIGNMENT.
 
-    An empty tensor is at offset 0 and takes no room.
+    What it is there, cast or as in its file. An empty tensor is at offset 0 and takes no room.
     """
 
     name: str
@@ -74,7 +79,11 @@ class Layout:
     nbytes: int
 
 
-def build_layout(checkpoint: Checkpoint, grouping: Grouping | None = None) -> Layout:
+def build_layout(
+    checkpoint: Checkpoint,
+    grouping: Grouping | None = None,
+    casts: Mapping[str, DType] = MappingProxyType({}),
+) -> Layout:
     """Lay out every tensor of a checkpoint in exactly one layer.
 
     `grouping` says which tensors make a layer, and in which order the layers execute:
@@ -87,6 +96,9 @@ def build_layout(checkpoint: Checkpoint, grouping: Grouping | None = None) -> La
 
     A layer without tensors is left out. The order of the tensors in a layer is the files' and not
     the caller's, so that neighbours there are copied together.
+
+    `casts` says what becomes of tensors that are not kept as they are: see `dtypes.planned_casts`.
+    Layers are the same with and without.
 
     Raises ValueError, which names the tensor, if one is left out, repeated or not in the
     checkpoint; TypeError if `grouping` is none of the above.
@@ -113,7 +125,7 @@ def build_layout(checkpoint: Checkpoint, grouping: Grouping | None = None) -> La
     layers: list[LayerSpec] = []
     for (layer, _), entries in zip(groups, members, strict=True):
         if entries:
-            layers.append(_lay_out(layer, len(layers), entries))
+            layers.append(_lay_out(layer, len(layers), entries, casts))
     return Layout(
         layers=tuple(layers),
         tensors=MappingProxyType({t.name: t for layer in layers for t in layer.tensors}),
@@ -192,28 +204,27 @@ def _groups(
     return [(str(layer), found[layer]) for layer in order]
 
 
-def _lay_out(name: str, index: int, entries: Sequence[TensorEntry]) -> LayerSpec:
+def _lay_out(
+    name: str, index: int, entries: Sequence[TensorEntry], casts: Mapping[str, DType]
+) -> LayerSpec:
     """One layer of tensors that come in file order."""
     tensors: list[TensorSpec] = []
     segments: list[Segment] = []
     end = 0
+    source = (-1, 0)  # file, and where in it the last segment ends
     for entry in entries:
-        offset = -(-end // ALIGNMENT) * ALIGNMENT if entry.nbytes else 0
-        tensors.append(
-            TensorSpec(entry.name, entry.dtype, entry.shape, index, offset, entry.nbytes)
-        )
-        if not entry.nbytes:
+        dtype = casts.get(entry.name, entry.dtype)
+        cast = None if dtype == entry.dtype else cast_kind(entry.dtype, dtype)
+        nbytes = entry.nbytes * dtype.bits // entry.dtype.bits
+        offset = -(-end // ALIGNMENT) * ALIGNMENT if nbytes else 0
+        tensors.append(TensorSpec(entry.name, dtype, entry.shape, index, offset, nbytes))
+        if not nbytes:
             continue
-        end = offset + entry.nbytes
-        segment = Segment(entry.file, entry.offset, offset, entry.nbytes)
-        if segments and _continues(segments[-1], segment):
-            segments[-1] = replace(segments[-1], nbytes=segments[-1].nbytes + segment.nbytes)
+        goes_on = (entry.file, entry.offset) == source and offset == end
+        if goes_on and segments[-1].cast == cast:
+            segments[-1] = replace(segments[-1], nbytes=segments[-1].nbytes + nbytes)
         else:
-            segments.append(segment)
+            segments.append(Segment(entry.file, entry.offset, offset, nbytes, cast))
+        source = (entry.file, entry.offset + entry.nbytes)
+        end = offset + nbytes
     return LayerSpec(name, index, end, tuple(tensors), tuple(segments))
-
-
-def _continues(last: Segment, segment: Segment) -> bool:
-    return segment == Segment(
-        last.file, last.file_offset + last.nbytes, last.layer_offset + last.nbytes, segment.nbytes
-    )

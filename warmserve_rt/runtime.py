@@ -17,6 +17,7 @@ from ._errors import WarmServeError
 from ._units import parse_bytes
 from .checkpoint import Source, open_checkpoint
 from .devices import arena_bytes, open_driver
+from .dtypes import planned_casts
 from .layers import Grouping, build_layout
 from .lease import Lease
 from .model import Model
@@ -139,6 +140,7 @@ class Runtime:
         name: str,
         checkpoint: Source,
         *,
+        dtype: str | None = None,
         layers: Grouping | None = None,
         writable: bool = False,
         allow_symlinks: bool = False,
@@ -146,16 +148,21 @@ class Runtime:
         """Makes a model known; loads nothing. Its files stay open until it is unregistered.
 
         ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
+        ``dtype``: "bfloat16", "float16" or "float32", to which plain floating-point weights are
+        cast as they are loaded; quantised tensors, and the floats that belong to them, stay as they
+        are (:func:`dtypes.planned_casts`).
         ``layers``: how tensors form layers, where their names do not tell; see
         :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
         leave it, as in Hugging Face's cache.
 
-        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken). Strong.
+        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken, a cast that
+        there is not). Strong.
         """
         native = self.native
         with closing(open_checkpoint(checkpoint, allow_symlinks=allow_symlinks)) as opened:
-            layout = build_layout(opened, layers)
+            casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
+            layout = build_layout(opened, layers, casts)
             model = native.register(
                 name,
                 [
@@ -175,7 +182,10 @@ class Runtime:
                 [
                     (
                         layer.nbytes,
-                        [(s.file, s.file_offset, s.layer_offset, s.nbytes) for s in layer.segments],
+                        [
+                            (s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast)
+                            for s in layer.segments
+                        ],
                     )
                     for layer in layout.layers
                 ],

@@ -108,7 +108,8 @@ std::shared_ptr<Stream> stream_of(const PyStream* stream) {
 using FileTuple =
     std::tuple<int, std::string,
                std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t, std::int64_t>>;
-using SegmentTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+using SegmentTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t,
+                                std::optional<std::string>>;
 using LayerTuple = std::pair<std::uint64_t, std::vector<SegmentTuple>>;
 
 StreamPriority stream_priority(const std::string& name) {
@@ -137,8 +138,10 @@ PyModel register_model(const RuntimePtr& runtime, const std::string& name,
   for (const auto& [bytes, segments] : layers) {
     LayerShape& shape = shapes.emplace_back();
     shape.bytes = bytes;
-    for (const auto& [file, file_offset, layer_offset, length] : segments)
-      shape.segments.push_back({file, file_offset, layer_offset, length});
+    for (const auto& [file, file_offset, layer_offset, length, cast] : segments) {
+      Segment& segment = shape.segments.emplace_back(file, file_offset, layer_offset, length);
+      if (cast) segment.cast = cast_kind(*cast);
+    }
   }
   return {runtime, runtime->register_model(name, std::move(owned), shapes, writable)};
 }

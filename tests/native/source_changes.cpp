@@ -124,6 +124,64 @@ TEST(many_small_segments_with_holes) {
                 expected(content, scattered, begin, stop));
 }
 
+// Slices of the file are read in pieces, and what they become crosses from block to block.
+TEST(casts_of_reads_that_are_short_or_interrupted) {
+  const std::uint64_t count = 200'001;
+  const Scattered source(4 * count + 6);
+  const auto content = source.content();
+  int calls = 0;
+  const ReadsGo go([&](int descriptor, const iovec* vectors, int, off_t offset) -> ssize_t {
+    if (++calls % 3 == 0) {
+      errno = EINTR;
+      return -1;
+    }
+    const iovec some{vectors[0].iov_base, std::min<std::size_t>(vectors[0].iov_len, 7777)};
+    return real_preadv(descriptor, &some, 1, offset);
+  });
+  for (const CastKind kind : {CastKind::f32_to_bf16, CastKind::f16_to_f32, CastKind::f16_to_bf16}) {
+    const auto [from, to] = widths(kind);
+    std::vector<std::byte> wanted(256 + count * to);
+    run_on_cpu(CastCall{.kind = kind,
+                        .from = reinterpret_cast<Address>(content.data() + 3),
+                        .to = reinterpret_cast<Address>(wanted.data() + 256),
+                        .count = count});
+    const LayerSource cast{{{0, 3, 256, count * to, kind}}};
+    for (const std::uint64_t block : {4096, 1 << 20})
+      for (const std::uint64_t begin : {0, 256, 4096, 262'144, 300'000}) {
+        const auto tail = wanted.begin() + static_cast<std::ptrdiff_t>(begin);
+        CHECK(source.read(cast, begin, wanted.size(), block) ==
+              std::vector<std::byte>(tail, wanted.end()));
+      }
+  }
+}
+
+TEST(a_cast_of_a_file_that_ends_too_soon) {
+  const Scattered source(4096);
+  const LayerSource whole{{{0, 0, 0, 2048, CastKind::f32_to_bf16}}};
+  CHECK(source.read(whole, 0, 2048, 4096).size() == 2048);
+  const LayerSource beyond{{{0, 0, 0, 2050, CastKind::f32_to_bf16}}};
+  CHECK_THROWS(corrupt_checkpoint, source.read(beyond, 0, 2050, 4096));
+}
+
+TEST(casts_that_cut_elements_are_refused) {
+  Watched device;
+  const auto runtime = Runtime::make(device.driver, options(1));
+  const ModelFile file(1, {4096});
+  const auto attempt = [&](const Segment& segment) {
+    std::vector<File> files;
+    files.push_back(file.open());
+    runtime->register_model("m", std::move(files), {{1024, {segment}}}, false);
+  };
+  for (const Segment& segment : {Segment{0, 0, 1, 1022, CastKind::f32_to_bf16},
+                                 Segment{0, 0, 0, 1023, CastKind::f32_to_bf16},
+                                 Segment{0, 0, 2, 1020, CastKind::bf16_to_f32},
+                                 Segment{0, 0, 0, 1022, CastKind::bf16_to_f32},
+                                 Segment{0, 0, 0, 1024, static_cast<CastKind>(99)},
+                                 Segment{0, 0, 512, 1024, CastKind::f32_to_bf16}})
+    CHECK_THROWS(invalid_argument, attempt(segment));
+  attempt({0, 3, 2, 1022, CastKind::f32_to_bf16});
+}
+
 TEST(a_read_that_fails_says_why) {
   const Scattered source(4096);
   const ReadsGo go([](auto...) {

@@ -1,9 +1,9 @@
 """Hugging Face transformers models that compute on weights in a runtime's memory.
 
 Nothing is copied. A module is built without memory for its weights, and each parameter becomes a
-view at the address where the runtime will put that tensor. So a parameter must lie in the
-checkpoint just as the module wants it, and a checkpoint that transformers would first have to
-cast, fuse or split is refused.
+view at the address where the runtime will put that tensor. So it must be there just as the module
+wants it: a checkpoint that transformers would first have to fuse or split is refused, and one that
+it would have to cast, unless `load(dtype=...)` has it cast as it is loaded.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
+    dtype: str | None = None,
     layers: Grouping | None = None,
     allow_symlinks: bool = False,
     auto_class: Any = AutoModelForCausalLM,
@@ -46,10 +47,11 @@ def load(
     part of the module) are faults. The weights are read-only: they take no gradient, and writing to
     one in place is a fault (RWKV does so in its forward pass).
 
-    `name` is the model's in the runtime, by default the directory's; `layers` and `allow_symlinks`
-    are as in `Runtime.register`; `auto_class` is the transformers class that builds the module;
-    other arguments (`attn_implementation="eager"`) go into its configuration. The module computes
-    in the dtype that most of the checkpoint's bytes have, whatever its configuration says.
+    `name` is the model's in the runtime, by default the directory's; `dtype`, `layers` and
+    `allow_symlinks` are as in `Runtime.register`; `auto_class` is the transformers class that
+    builds the module; other arguments (`attn_implementation="eager"`) go into its configuration.
+    The module computes in `dtype`, or else in the dtype that most of the checkpoint's bytes have,
+    whatever its configuration says.
 
     Raises ValueError, which names the tensor, if parameters and tensors do not match one to one
     in name, shape and dtype; ValueError for a quantized model; and what `Runtime.register` raises.
@@ -62,6 +64,7 @@ def load(
     model = runtime.register(
         name or os.path.basename(os.path.abspath(path)),
         path,
+        dtype=dtype,
         layers=layers,
         allow_symlinks=allow_symlinks,
     )

@@ -1,0 +1,68 @@
+"""Which tensors are cast while they are loaded, and to what.
+
+Only plain floating-point weights are. What a quantised format says is in its bytes, and in the
+floats beside them: scales, zeros and biases rounded again would dequantise to another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+
+from warmserve_rt.checkpoint import DTYPES, DType, TensorEntry
+
+_TARGETS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# BOOL, I64 and U64 are masks and counters, which stand beside plain weights.
+_QUANTISED = {"I8", "U8", "I16", "U16", "I32", "U32"} | {
+    name for name in DTYPES if name.startswith(("F8_", "F6_", "F4"))
+}
+
+
+def target_dtype(name: str) -> DType:
+    """The dtype named "float32", "float16" or "bfloat16", or as safetensors has it, "BF16".
+
+    Raises ValueError for any other: a packed format cannot be made out of values alone.
+    """
+    found = _TARGETS.get(name, name)
+    if found not in _TARGETS.values():
+        raise ValueError(f"dtype={name!r}: weights are cast to {', '.join(_TARGETS)}, and no other")
+    return DTYPES[found]
+
+
+def planned_casts(tensors: Mapping[str, TensorEntry], dtype: str) -> dict[str, DType]:
+    """The tensors that are not of ``dtype`` but should be, by name, and that dtype.
+
+    These are of F32, F16 or BF16. A float belongs to a quantised tensor and stays as it is where
+    one (of 8 to 32-bit integers, fp8, fp6 or fp4) has the same prefix up to the name's last dot
+    ("q.weight" and "q.scales"), or has a name with which, and a dot, the float's begins ("q.weight"
+    and "q.weight.absmax").
+
+    Raises as `target_dtype`, and ValueError, which names the tensor, for a plain one of F64.
+    """
+    target = target_dtype(dtype)
+    quantised = {name for name, entry in tensors.items() if entry.dtype.name in _QUANTISED}
+    modules = {_module(name) for name in quantised}
+    casts = {}
+    for name, entry in tensors.items():
+        if entry.dtype.name not in ("F64", *_TARGETS.values()) or entry.dtype == target:
+            continue
+        if _module(name) in modules or any(prefix in quantised for prefix in _prefixes(name)):
+            continue
+        if entry.dtype.name == "F64":
+            raise ValueError(f"tensor {name!r} is F64, of which there is no cast to {dtype}")
+        casts[name] = target
+    return casts
+
+
+def cast_kind(source: DType, target: DType) -> str:
+    """The kernel's name for a cast: one of `kernels.CASTS`."""
+    return f"{source.name}_to_{target.name}".lower()
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _prefixes(name: str) -> Iterable[str]:
+    """The name's first part, its first two, ..., the name."""
+    return accumulate(name.split("."), "{}.{}".format)
