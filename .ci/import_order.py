@@ -18,6 +18,7 @@ ORDER = [
     "__init__",
     "runtime",
     "devices",
+    "revisions",
     "lease",
     "model",
     "streams",

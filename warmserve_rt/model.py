@@ -24,7 +24,13 @@ class Model:
 
     @property
     def name(self) -> str:
+        """The full one, "chat" or "chat@2"."""
         return self.native.name
+
+    @property
+    def revision(self) -> str | None:
+        """What stands after the "@" of its name."""
+        return self.name.partition("@")[2] or None
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -21,6 +21,7 @@ from .dtypes import planned_casts
 from .layers import Grouping, build_layout
 from .lease import Lease
 from .model import Model
+from .revisions import Revisions, parse_name
 from .selection import Layers, all_but, layer_index, layer_indices
 from .snapshot import Snapshot
 from .views import Framework, checked_framework
@@ -93,7 +94,7 @@ class Runtime:
         granule = parse_bytes(granule)
         asked = None if arena is None else parse_bytes(arena)
         self._framework = checked_framework(tensors, cuda=driver.cuda_ordinal >= 0)
-        self._models: dict[str, Model] = {}
+        self._models = Revisions()
         self._open: _native.Runtime | None = _native.Runtime(
             driver,
             arena=arena_bytes(driver, asked, spare, max(granule, 1), poison=poison),
@@ -147,6 +148,8 @@ class Runtime:
     ) -> Model:
         """Makes a model known; loads nothing. Its files stay open until it is unregistered.
 
+        ``name``: "chat", or "chat@2" for a revision, a model of its own beside the others. The
+        bare name stands for the first registered, until :meth:`promote`.
         ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
         ``dtype``: "bfloat16", "float16" or "float32", to which plain floating-point weights are
         cast as they are loaded; quantised tensors, and the floats that belong to them, stay as they
@@ -156,57 +159,63 @@ class Runtime:
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
         leave it, as in Hugging Face's cache.
 
-        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken, a cast that
-        there is not). Strong.
+        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken or none, a
+        cast that there is not, a layout that is not that of the name's other revisions). Strong.
         """
         native = self.native
+        parse_name(name)
         with closing(open_checkpoint(checkpoint, allow_symlinks=allow_symlinks)) as opened:
             casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
             layout = build_layout(opened, layers, casts)
-            model = native.register(
-                name,
-                [
+            files = [
+                (
+                    file.fd,
+                    file.path,
                     (
-                        file.fd,
-                        file.path,
-                        (
-                            file.identity.device,
-                            file.identity.inode,
-                            file.identity.size,
-                            file.identity.mtime_ns,
-                            file.identity.ctime_ns,
-                        ),
-                    )
-                    for file in opened.files
-                ],
-                [
-                    (
-                        layer.nbytes,
-                        [
-                            (s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast)
-                            for s in layer.segments
-                        ],
-                    )
-                    for layer in layout.layers
-                ],
-                writable=writable,
-            )
-        self._models[name] = Model(model, layout, self._framework)
-        return self._models[name]
+                        file.identity.device,
+                        file.identity.inode,
+                        file.identity.size,
+                        file.identity.mtime_ns,
+                        file.identity.ctime_ns,
+                    ),
+                )
+                for file in opened.files
+            ]
+            shapes = [
+                (
+                    layer.nbytes,
+                    [
+                        (s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast)
+                        for s in layer.segments
+                    ],
+                )
+                for layer in layout.layers
+            ]
+
+            def make() -> Model:
+                made = native.register(name, files, shapes, writable=writable)
+                return Model(made, layout, self._framework)
+
+            return self._models.add(name, layout, make)
 
     def unregister(self, model: Model | str, *, timeout: float | None = None) -> None:
         """Evicts a model and forgets it. Views of it keep their addresses, with nothing behind.
+        A bare name that stood for it is unknown until the next :meth:`promote` or registration.
         Raises as :meth:`evict`."""
         found = self.model(model)
         self.native.unregister(found.native, timeout)
-        del self._models[found.name]
+        self._models.remove(found)
 
     def model(self, model: Model | str) -> Model:
-        """The registered model of that name (or itself). Raises ValueError."""
-        found = self._models.get(model if isinstance(model, str) else model.name)
-        if found is None or not (found is model or isinstance(model, str)):
-            raise ValueError(f"no model {model!r} is registered")
-        return found
+        """The registered model of that full name, or that a bare name stands for now, or itself.
+        Raises ValueError."""
+        return self._models.find(model)
+
+    def promote(self, model: Model | str) -> Model | None:
+        """From now on the bare name stands for this revision, given by its full name or itself;
+        returns the model it stood for before. Nothing is loaded or evicted, and leases on the
+        other go on. Atomic. Raises ValueError."""
+        return self._models.promote(model)
 
     def prewarm(
         self,
