@@ -20,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 
 GIB, MIB = 1 << 30, 1 << 20
+_WIDTHS = {"BF16": 2, "F32": 4}  # bytes of an element
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
 
 
@@ -131,15 +132,16 @@ class Llama:
 
 
 LLAMA_2GIB = Llama(2048, 5632, 256, 32000, 22)  # TinyLlama 1.1B: 2.05 GiB
+LLAMA_1GIB_OF_F32 = Llama(2048, 5632, 256, 32000, 3)  # 0.98 GiB
 
 
-def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Writes a bf16 safetensors file of random bytes to the disk; returns its size in bytes.
+def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> int:
+    """Writes a safetensors file of random bytes to the disk; returns its size in bytes.
 
     One block of random bytes is written over and over, from a different byte each time: no page is
     like another, and 4 GiB take seconds.
     """
-    text, end = _header(shapes)
+    text, end = _header(shapes, dtype)
     block = memoryview(os.urandom(16 * MIB))
     with open(path, "wb") as file:
         file.write(text)
@@ -154,19 +156,19 @@ def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
 def write_hollow_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Writes a bf16 safetensors file whose tensors are a hole: of any size, all zeros, and nothing
     on the disk. Returns its size in bytes."""
-    text, end = _header(shapes)
+    text, end = _header(shapes, "BF16")
     with open(path, "wb") as file:
         file.write(text)
         file.truncate(len(text) + end)
     return path.stat().st_size
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, int]:
-    """What a file of these bf16 tensors begins with, and the bytes that follow."""
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, int]:
+    """What a file of tensors of this dtype begins with, and the bytes that follow."""
     header, end = {}, 0
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
+        begin, end = end, end + _WIDTHS[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, end

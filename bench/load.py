@@ -1,7 +1,8 @@
 """How fast does a checkpoint that the page cache holds become a resident model?
 
 A Llama-shaped bf16 checkpoint of 2 GiB, from its path to all of its layers resident; beside the
-other ways to get at its bytes, and beside what the machine can do at all.
+other ways to get at its bytes, and beside what the machine can do at all. Then one of f32 and
+1 GiB, cast to bf16 as it is loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from threading import Thread
 import torch
 from _harness import (
     GIB,
+    LLAMA_1GIB_OF_F32,
     LLAMA_2GIB,
     MIB,
     Bench,
@@ -90,6 +92,19 @@ def copy(path: Path, into: memoryview) -> None:
         memory[begin:end] = tensor.reshape(-1).view(torch.uint8)
 
 
+def convert(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor as bf16, in memory of its own."""
+    return {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
+
+
+def convert_into(path: Path, into: memoryview) -> None:
+    """Every tensor as bf16 in memory that is there already, one after the other."""
+    memory, end = torch.frombuffer(into, dtype=torch.bfloat16), 0
+    for tensor in load_file(path).values():
+        begin, end = end, end + tensor.numel()
+        memory[begin:end] = tensor.reshape(-1)
+
+
 class Ways:
     """The ways to load `path`. Each takes its memory anew at each call, which is not timed but
     where it says so: one piece of memory may be slower than another for as long as it is held."""
@@ -100,7 +115,7 @@ class Ways:
         self.arena_us: list[float] = []  # per granule
         self.huge_shares: list[float] = []
 
-    def warmserve(self, loaders: int) -> float:
+    def warmserve(self, loaders: int, dtype: str | None = None) -> float:
         made: list[Runtime] = []
         reclaim()
         taken = seconds(
@@ -113,7 +128,7 @@ class Ways:
             self.huge_shares.append(huge_share(ARENA))
 
             def load() -> None:
-                runtime.register("model", self.path)
+                runtime.register("model", self.path, dtype=dtype)
                 runtime.prewarm("model").wait()
 
             return seconds(load)
@@ -132,6 +147,16 @@ class Ways:
         reclaim()
         with huge_pages(self.nbytes) as memory:
             return seconds(lambda: copy(self.path, memory))
+
+    def torch_to(self) -> float:
+        """The time to take the memory is in it."""
+        reclaim()
+        return seconds(lambda: convert(self.path))
+
+    def torch_copy(self) -> float:
+        reclaim()
+        with huge_pages(self.nbytes // 2) as memory:
+            return seconds(lambda: convert_into(self.path, memory))
 
     def safetensors_mmap(self) -> float:
         return seconds(lambda: load_file(self.path))
@@ -160,6 +185,15 @@ def main() -> None:
             "safetensors_mmap": ways.safetensors_mmap,
         }
         samples = interleaved(runs, bench.args.rounds)
+        wide = write_checkpoint(path, LLAMA_1GIB_OF_F32.shapes(), "F32")
+        of_f32 = Ways(path, bench.args.device, bench.args.chunk)
+        casts: dict[str, Callable[[], float]] = {
+            "f32_uncast": lambda: of_f32.warmserve(1),
+            "f32_as_bf16": lambda: of_f32.warmserve(1, "bfloat16"),
+            "f32_torch_to_bf16": of_f32.torch_to,
+            "f32_torch_to_bf16_in_place": of_f32.torch_copy,
+        }
+        cast_samples = interleaved(casts, bench.args.rounds)
 
     bench.row("checkpoint_mib", nbytes / MIB, "MiB")
     for name, taken in samples.items():
@@ -175,6 +209,11 @@ def main() -> None:
         "load_vs_safetensors_clone", ratio(samples["safetensors_clone"], ours), "times", ">=", 2.5
     )
     bench.target("load_vs_limit", ratio(samples["limit"], ours), "times", ">=", 0.8)
+    bench.row("f32_checkpoint_mib", wide / MIB, "MiB")
+    for name, taken in cast_samples.items():
+        bench.row(f"{name}_ms", 1e3 * statistics.median(taken), "ms")
+        if name != "f32_as_bf16":
+            bench.row(f"{name}_vs_cast", ratio(taken, cast_samples["f32_as_bf16"]), "times")
     bench.finish()
 
 
