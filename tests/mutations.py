@@ -118,7 +118,7 @@ MUTATIONS = [
         "csrc/source.cpp",
         "source += elements * width.from;",
         "",
-        "test_dtype.py::test_tensors_are_cast_as_torch_does[host--float32]",
+        "test_dtype.py::test_tensors_are_cast_as_torch_does[host-float32-]",
     ),
     Mutation(
         "floats beside a packed tensor are cast",
