@@ -1,0 +1,175 @@
+#include "bind/handles.h"
+
+#include <cmath>
+
+#include "bind/dlpack.h"
+
+namespace py = pybind11;
+
+namespace warmserve {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+std::shared_ptr<Stream> stream_of(const PyStream* stream) {
+  return stream ? stream->stream : nullptr;
+}
+
+dlpack::View view(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
+                  std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t code,
+                  std::uint8_t bits, std::uint16_t lanes) {
+  const Layer& at = self.model->layers.at(layer);
+  if (offset > at.bytes || bytes > at.bytes - offset)
+    throw Error(ErrorKind::invalid_argument, "a view outside of its layer");
+  const ReservationPtr reservation = self.runtime->reservation(self.model);
+  return {reservation,
+          reservation->address() + at.offset + offset,
+          {code, bits, lanes},
+          std::move(shape),
+          bytes,
+          !self.model->writable};
+}
+
+}  // namespace
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+Deadline deadline(std::optional<double> seconds) {
+  if (!seconds) return kNever;
+  if (std::isnan(*seconds)) throw Error(ErrorKind::invalid_argument, "a timeout of nan");
+  if (*seconds > 1e9) return kNever;
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                            std::chrono::duration<double>(std::max(*seconds, 0.0)));
+}
+
+Selection select(const PyModel& model, const Layers& layers) {
+  if (!layers) return model.model;
+  LayerSet set;
+  for (const std::uint32_t index : *layers) {
+    if (index >= model.model->layers.size())
+      throw Error(ErrorKind::invalid_argument,
+                  "'" + model.model->name + "' has no layer " + std::to_string(index));
+    set.insert(index);
+  }
+  return {model.model, std::move(set)};
+}
+
+void bind_handles(py::module_& m) {
+  py::class_<dlpack::View>(m, "View")
+      .def("__dlpack__", &dlpack::View::export_capsule, py::kw_only(),
+           py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+      .def("__dlpack_device__",
+           [](const dlpack::View& self) {
+             const dlpack::Device device = self.device();
+             return std::pair(static_cast<int>(device.type), device.id);
+           })
+      .def_readonly("address", &dlpack::View::address)
+      .def_readonly("nbytes", &dlpack::View::bytes);
+  py::class_<PyModel>(m, "Model")
+      .def_property_readonly("name", [](const PyModel& self) { return self.model->name; })
+      .def_property_readonly("backing_epoch",
+                             [](const PyModel& self) {
+                               return self.model->backing_epoch.load(std::memory_order_acquire);
+                             })
+      .def_property_readonly("leased",
+                             [](const PyModel& self) { return self.runtime->leased(self.model); })
+      .def(
+          "wait",
+          [](const PyModel& self, std::uint32_t layer, const PyStream* stream,
+             std::optional<double> timeout) {
+            const auto behind = stream_of(stream);
+            const py::gil_scoped_release release;
+            self.runtime->await_layer(nullptr, self.model, layer, behind, deadline(timeout),
+                                      check_signals);
+          },
+          py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())
+      .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
+           py::arg("code"), py::arg("bits"), py::arg("lanes"));
+  py::class_<PyTicket>(m, "Ticket")
+      .def(
+          "wait",
+          [](const PyTicket& self, std::optional<double> timeout,
+             std::optional<std::uint32_t> layer) {
+            const Deadline until = deadline(timeout);
+            if (layer)
+              self.runtime->wait(self.ticket, self.model, *layer, until, check_signals);
+            else
+              self.runtime->wait(self.ticket, until, check_signals);
+          },
+          py::arg("timeout") = py::none(), py::kw_only(), py::arg("layer") = py::none(), NoGil())
+      .def("cancel", [](const PyTicket& self) { self.runtime->cancel(self.ticket); })
+      .def("fileno", [](const PyTicket& self) { return self.runtime->fileno(self.ticket); })
+      .def_property_readonly("done",
+                             [](const PyTicket& self) { return self.runtime->done(self.ticket); })
+      .def_property_readonly(
+          "progress", [](const PyTicket& self) { return self.runtime->progress(self.ticket); });
+  py::class_<PyHold>(m, "Hold")
+      .def(
+          "wait",
+          [](const PyHold& self, std::optional<double> timeout, bool all) {
+            self.runtime->await_lease(self.held(), deadline(timeout), check_signals, all);
+          },
+          py::arg("timeout") = py::none(), py::kw_only(), py::arg("all") = true, NoGil())
+      .def(
+          "ready",
+          [](const PyHold& self, bool all) { return self.runtime->ready(self.held(), all); },
+          py::kw_only(), py::arg("all") = true)
+      .def(
+          "fileno",
+          [](const PyHold& self, bool all) { return self.runtime->fileno(self.held(), all); },
+          py::kw_only(), py::arg("all") = true)
+      .def(
+          "wait_layer",
+          [](const PyHold& self, const PyModel& model, std::uint32_t layer, const PyStream* stream,
+             std::optional<double> timeout) {
+            const HoldPtr hold = self.held();
+            const auto behind = stream_of(stream);
+            const py::gil_scoped_release release;
+            self.runtime->await_layer(hold, model.model, layer, behind, deadline(timeout),
+                                      check_signals);
+          },
+          py::arg("model"), py::arg("layer"), py::arg("stream") = py::none(),
+          py::arg("timeout") = py::none())
+      .def(
+          "arrived",
+          [](const PyHold& self, const PyModel& model, std::uint32_t layer) {
+            return self.hold && self.runtime->arrived(self.hold, model.model, layer);
+          },
+          py::arg("model"), py::arg("layer"))
+      .def(
+          "share",
+          [](const PyHold& self, std::uint64_t owner) {
+            return PyHold(self.runtime, self.runtime->share_lease(self.held(), owner));
+          },
+          py::arg("owner"))
+      .def(
+          "record",
+          [](const PyHold& self, const PyStream& stream) {
+            self.runtime->record(self.held(), stream.stream);
+          },
+          py::arg("stream"), NoGil())
+      .def("release", &PyHold::release);
+  py::class_<PyStream>(m, "Stream")
+      .def_property_readonly(
+          "handle",
+          [](const PyStream& self) { return static_cast<std::uint64_t>(self.stream->id()); })
+      .def(
+          "copy_from",
+          [](const PyStream& self, const py::buffer& out, const dlpack::View& from) {
+            const py::buffer_info info = out.request(true);
+            if (static_cast<std::uint64_t>(info.size * info.itemsize) < from.bytes)
+              throw Error(ErrorKind::invalid_argument, "the buffer is smaller than the view");
+            self.stream->copy_from_device(static_cast<std::byte*>(info.ptr), from.address,
+                                          from.bytes);
+          },
+          py::arg("out"), py::arg("view"))
+      .def(
+          "step", [](const PyStream& self) { return self.stream->step(); }, NoGil())
+      .def("synchronize", [](const PyStream& self) { self.stream->synchronize(); }, NoGil());
+}
+
+}  // namespace warmserve
