@@ -256,7 +256,7 @@ def test_copies_that_cannot_be_waited_for_keep_their_chunk(device: Device, model
         pytest.skip("this device needs no staging")
     device.simulation["h2d"] = 1e9  # no copy is over before it is waited for
     runtime, watched = device.watched_runtime(
-        staging="2MiB", chunk="2MiB", staging_timeout=0.1, pump=True
+        staging="2MiB", chunk="2MiB", staging_timeout=2.0, pump=True
     )
     runtime.register("m", model)
     watched.faults.arm([(1, None)], only="event_wait")

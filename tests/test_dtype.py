@@ -76,15 +76,15 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": "4KiB", "staging": "8KiB"}], ids=["", "small"])
+@pytest.mark.parametrize("chunk", ["4KiB", "2MiB", "8MiB"])  # less than a granule, one, several
 @pytest.mark.parametrize("dtype", TARGETS)
 def test_tensors_are_cast_as_torch_does(
-    device: Device, tmp_path: Path, dtype: str, options: dict[str, str]
+    device: Device, tmp_path: Path, dtype: str, chunk: str
 ) -> None:
     target = TARGETS[dtype]
     tensors = tensors_of(MIXED)
     path = write_safetensors(tmp_path / "m", tensors)
-    runtime = device.runtime(**options)
+    runtime = device.runtime(chunk=chunk, staging="8MiB")
     model = runtime.register("m", path, dtype=dtype)
     with runtime.lease("m"):
         for name, (was, shape, data) in tensors.items():
