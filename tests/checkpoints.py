@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 GRANULE = 2 << 20
 
 
+@lru_cache(64)
 def content(model: str, layer: int, nbytes: int, revision: int = 0) -> bytes:
     """Bytes unique to (model, layer, granule, revision)."""
     out = bytearray()

@@ -23,6 +23,13 @@ from warmserve_rt.simcuda import SimulatedCuda
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
+def pytest_collection_finish() -> None:
+    """What the collected tests import stays to the end: gc.collect() need not look at it each
+    time."""
+    gc.collect()
+    gc.freeze()
+
+
 def bytes_of(runtime: Runtime, model: Model | str, tensor: str) -> bytes:
     """What the device holds of a tensor: through its view where the CPU can read it, else copied
     back."""
