@@ -2,7 +2,8 @@
 
     python tests/mutations.py [NAME ...]
 
-Works on a copy of the source tree; exit status 1 if a mutant survives or no longer applies.
+Each in its own copy of a tree that is built, so that only what it changes is compiled. Exit status
+1 if a mutant survives or no longer applies.
 """
 
 from __future__ import annotations
@@ -213,9 +214,9 @@ MUTATIONS = [
     ),
     Mutation(
         "loading breaks a capture elsewhere",
-        "csrc/driver/cuda_context.h",
-        "CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;",
-        "CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL;",
+        "csrc/driver/cuda_context.cpp",
+        "cuda.cuThreadExchangeStreamCaptureMode(&mode_));",
+        "cuda.cuThreadExchangeStreamCaptureMode(&(mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL)));",
         "test_cuda_neighbours.py::test_a_capture_elsewhere_is_not_broken_by_loading",
     ),
     Mutation(
@@ -276,30 +277,36 @@ def test(tree: Path, name: str) -> bool:
         return False
 
 
+def survives(built: Path, tree: Path, mutation: Mutation) -> bool:
+    shutil.copytree(built, tree)  # with the times of files, so that nothing else is compiled
+    path = tree / mutation.file
+    original = path.read_text()
+    if original.count(mutation.line) != 1:
+        raise SystemExit(f"{mutation.name}: its line is not once in {mutation.file}")
+    path.write_text(original.replace(mutation.line, mutation.instead))
+    build(tree)
+    passes = test(tree, mutation.test)
+    shutil.rmtree(tree)
+    return passes
+
+
 def main(names: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not names or m.name in names]
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "tree")
+        built = Path(folder, "built")
         ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__")
-        shutil.copytree(ROOT, tree, ignore=ignore)
-        build(tree)
+        shutil.copytree(ROOT, built, ignore=ignore)
+        build(built)
         for name in sorted({mutation.test for mutation in chosen}):
-            if not test(tree, name):
+            if not test(built, name):
                 raise SystemExit(f"{name} fails without a mutation")
         for mutation in chosen:
             start = time.monotonic()
-            path = tree / mutation.file
-            original = path.read_text()
-            if original.count(mutation.line) != 1:
-                raise SystemExit(f"{mutation.name}: its line is not once in {mutation.file}")
-            path.write_text(original.replace(mutation.line, mutation.instead))
-            build(tree)
-            caught = not test(tree, mutation.test)
-            path.write_text(original)
-            verdict = "caught" if caught else "SURVIVED"
+            survived = survives(built, Path(folder, "mutant"), mutation)
+            verdict = "SURVIVED" if survived else "caught"
             print(f"{verdict}: {mutation.name} ({time.monotonic() - start:.0f} s)", flush=True)
-            if not caught:
+            if survived:
                 survivors.append(mutation.name)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
     return 1 if survivors or not chosen else 0
