@@ -78,16 +78,7 @@ void back(const Arena& arena, Layer& layer) {
   for (const GranuleId id : layer.granules) handles.push_back(arena.handle(id));
   Mapping mapping(layer.model->reservation, layer.offset, handles, arena.granule_bytes());
   layer.mapping.emplace(std::move(mapping));
-  try {
-    layer.mapping->set_access(layer.model->writable ? Access::read_write : Access::read);
-  } catch (...) {
-    try {
-      layer.mapping->unmap();
-      layer.mapping.reset();
-    } catch (const Error&) {  // stays mapped, without access
-    }
-    throw;
-  }
+  layer.mapping->set_access(layer.model->writable ? Access::read_write : Access::read);
 }
 
 void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadline,

@@ -6,8 +6,8 @@
 
 namespace warmserve {
 
-// Maps layer.granules and sets access. Without the lock. On a throw layer.mapping is empty; or, if
-// undoing failed too, still there, and only drain() can take it away.
+// Maps layer.granules and sets access. Without the lock. What a throw leaves mapped, without
+// access, is drain()'s to take away.
 void back(const Arena& arena, Layer& layer);
 
 // Waits for the fences of the layers' models, then unmaps what is draining. Drops the lock while

@@ -18,6 +18,7 @@ void FillQueue::enlist(const Lock&, const TicketPtr& ticket) {
         order_.emplace(rank, std::move(made));
       }
       Fill& fill = *layer.fill;
+      if (fill.tickets.empty()) ++fill.generation;
       fill.tickets.push_back(ticket);
       rerank(fill);
       ticket->fills.push_back(&fill);

@@ -34,6 +34,7 @@ struct Fill {
   std::uint64_t span;  // bytes to write: whole granules, so that nothing of an earlier tenant stays
   Rank rank;
   std::vector<TicketPtr> tickets{};  // none: nobody wants it any more
+  unsigned generation = 0;           // counts how often somebody wanted it whom nobody had before
   Phase phase = Phase::queued;
   bool give_way = false;        // its granules are wanted by a fill before it: start again later
   bool failed = false;          // what was copied is not to be used

@@ -210,6 +210,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   ++books_.counters.chunks;
   queue_.handed_out(lock, fill, end - begin);
   const std::uint64_t bytes = fill.layer->bytes;
+  const unsigned generation = fill.generation;
   const bool urgent = fill.foreground();
   const Deadline not_before = pace_.take(std::min(end, bytes) - std::min(begin, bytes));
   lock.unlock();
@@ -224,13 +225,13 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
     if (by_host)
       sent = write_through_host_view(fill, begin, end, not_before);
     else
-      sent =
-          uploads_.send(&fill, *fill.model, *fill.layer, begin, end, {urgent, not_before, wanted});
+      sent = uploads_.send(&fill, *fill.model, *fill.layer, begin, end,
+                           {generation, urgent, not_before, wanted});
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
-  if (error) fail(lock, fill, error);
+  if (error) meet(lock, fill, generation, error);
   fill.sent += sent;
   fill.in_flight -= end - begin - sent;
   if (by_host) arrived(lock, fill, sent);
@@ -246,6 +247,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
 
 // By the loader that has sent the last chunk; the others go on to what comes next.
 void Transfer::map(Lock& lock, Fill& fill) {
+  const unsigned generation = fill.generation;
   fill.layer->owned = true;
   lock.unlock();
   std::exception_ptr error;
@@ -257,7 +259,7 @@ void Transfer::map(Lock& lock, Fill& fill) {
   lock.lock();
   fill.layer->owned = false;
   fill.mapped = !error;
-  if (error) fail(lock, fill, error);
+  if (error) meet(lock, fill, generation, error);
 }
 
 std::uint64_t Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin,
@@ -288,7 +290,7 @@ bool Transfer::collect(Lock& lock, bool wait) {
   lock.lock();
   for (const Uploads::News& news : all) {
     if (news.error)
-      fail(lock, *news.fill, news.error);
+      meet(lock, *news.fill, news.generation, news.error);
     else
       arrived(lock, *news.fill, news.bytes);
   }
@@ -348,6 +350,15 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
 void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
   fill.failed = true;
   for (const TicketPtr& ticket : queue_.release(lock, fill)) drop(lock, ticket, error);
+}
+
+// What work met that was begun for tickets of a generation: it is not the error of later ones, for
+// whom it is done again.
+void Transfer::meet(const Lock& lock, Fill& fill, unsigned generation, std::exception_ptr error) {
+  if (generation == fill.generation)
+    fail(lock, fill, error);
+  else
+    fill.failed = true;
 }
 
 // All fills of the ticket are complete: it is done, but for what it swaps out.

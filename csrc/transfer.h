@@ -85,6 +85,7 @@ class Transfer {
   void undo(Lock& lock, Fill& fill);
   void complete(const Lock& lock, Fill& fill);
   void fail(const Lock& lock, Fill& fill, std::exception_ptr error);
+  void meet(const Lock& lock, Fill& fill, unsigned generation, std::exception_ptr error);
   void settle(const Lock& lock, const TicketPtr& ticket);
   void finish_swap(Lock& lock);
 

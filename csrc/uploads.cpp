@@ -40,13 +40,14 @@ std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, 
   std::uint64_t at = begin;
   while (at < end) {
     const std::uint64_t bytes = std::min(piece, end - at);
-    const auto flight = std::make_shared<Flight>(Flight{fill, bytes, terms.urgent, chunk, nullptr});
+    const auto flight = std::make_shared<Flight>(
+        Flight{fill, terms.generation, bytes, terms.urgent, chunk, nullptr});
     try {
       if (!send_piece(flight, layer, at, chunk->data() + (at - begin), deadline, terms)) break;
     } catch (...) {
       if (at == begin) throw;
       const std::lock_guard lock(mutex_);
-      news_.push_back({fill, 0, std::current_exception()});
+      news_.push_back({fill, terms.generation, 0, std::current_exception()});
       break;
     }
     at += bytes;
@@ -65,7 +66,7 @@ bool Uploads::send_piece(const FlightPtr& flight, const Layer& layer, std::uint6
         if (!stream_)
           stream_ = std::make_unique<Stream>(arena_.device(), StreamPriority::background);
         if (const auto error = enqueue(*flight, layer, begin, bytes))
-          news_.push_back({flight->fill, 0, error});
+          news_.push_back({flight->fill, flight->generation, 0, error});
         flights_.push_back(flight);
         if (!terms.urgent) not_urgent_ += flight->bytes;
         return true;
@@ -162,7 +163,8 @@ Uploads::Gathered Uploads::gather(bool wait) {
     std::exception_ptr error;
     const Copies copies = look(event.get(), wait, error);
     lock.lock();
-    if (error && std::exchange(flight->event, nullptr)) news_.push_back({flight->fill, 0, error});
+    if (error && std::exchange(flight->event, nullptr))
+      news_.push_back({flight->fill, flight->generation, 0, error});
     gathered.moving = copies == Copies::moving;
     if (copies != Copies::over) break;
     gathered.landed = true;
@@ -172,7 +174,7 @@ Uploads::Gathered Uploads::gather(bool wait) {
     if (!flight->urgent) not_urgent_ -= flight->bytes;
     event.reset();
     if (flight->event) spare_events_.push_back(std::move(flight->event));
-    news_.push_back({flight->fill, flight->bytes, nullptr});
+    news_.push_back({flight->fill, flight->generation, flight->bytes, nullptr});
     lock.unlock();
     flight.reset();  // its chunk has a lock of its own
     lock.lock();

@@ -25,12 +25,14 @@ class Uploads {
   // its copies are over and its granules the caller's again.
   struct News {
     Fill* fill;
+    unsigned generation;  // of the fill, when it was sent
     std::uint64_t bytes;
     std::exception_ptr error;  // null: the copies are over
   };
   using Events = std::vector<std::shared_ptr<Event>>;
   struct Terms {
-    bool urgent = false;
+    unsigned generation;
+    bool urgent;
     Deadline not_before;                  // nothing is copied earlier
     const std::function<bool()>& wanted;  // asked before each piece, without a lock
   };
@@ -56,6 +58,7 @@ class Uploads {
  private:
   struct Flight {
     Fill* fill;
+    unsigned generation;
     std::uint64_t bytes;
     bool urgent;
     std::shared_ptr<StagingPool::Chunk> chunk;

@@ -99,6 +99,34 @@ def lease_on_a_stream(runtime: Runtime) -> None:
     assert out.tobytes() == content("one", 1, 100)
 
 
+kept: list[object] = []  # what copies write that nobody could wait for
+
+
+def stream_in(runtime: Runtime) -> None:
+    stream = runtime.stream()
+    outs = {layer: np.zeros(min(SIZES["two"][layer], GRANULE), np.uint8) for layer in (0, 1)}
+    kept.append(outs)
+    try:
+        with runtime.lease("two", streaming=True) as lease:
+            for layer, out in outs.items():
+                lease.wait(layer, stream)
+                nbytes = out.nbytes
+                view = runtime.model("two").native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+                stream.copy_from(out, view)
+                lease.record(stream)
+    finally:
+        stream.synchronize()
+    for layer, out in outs.items():
+        assert out.tobytes() == content("two", layer, out.nbytes)
+
+
+def some_layers(runtime: Runtime) -> None:
+    runtime.evict("one", keep=[1])
+    runtime.prewarm("two", layers=[1]).wait()
+    with runtime.lease("one", layers=1):
+        runtime.evict("two", layers=[1], wait="nothing")
+
+
 def evict(runtime: Runtime) -> None:
     runtime.evict("one")
 
@@ -143,6 +171,8 @@ OPERATIONS = [
     (lease, ()),
     (lease_that_evicts, ("one",)),
     (lease_on_a_stream, ("one",)),
+    (stream_in, ("one",)),
+    (some_layers, ("one",)),
     (evict, ("one", "bystander")),
     (swap, ("one",)),
     (trim, ("bystander",)),
