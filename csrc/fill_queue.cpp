@@ -27,15 +27,20 @@ void FillQueue::enlist(const Lock&, const TicketPtr& ticket) {
     });
 }
 
+const TicketPtr& Fill::most_urgent() const {
+  const auto rank_of = [](const TicketPtr& ticket) {
+    return Rank{ticket->priority, ticket->deadline, 0};
+  };
+  return *std::min_element(tickets.begin(), tickets.end(),
+                           [&](const auto& a, const auto& b) { return rank_of(a) < rank_of(b); });
+}
+
 // A fill that has become more urgent goes behind those that are so already: the layers of one
 // ticket keep their order.
 void FillQueue::rerank(Fill& fill) {
   if (fill.tickets.empty()) return;
-  const auto rank_of = [&](const TicketPtr& ticket) {
-    return Rank{ticket->priority, ticket->deadline, fill.rank.sequence};
-  };
-  Rank rank = rank_of(fill.tickets.front());
-  for (const TicketPtr& ticket : fill.tickets) rank = std::min(rank, rank_of(ticket));
+  const TicketPtr& ticket = fill.most_urgent();
+  Rank rank{ticket->priority, ticket->deadline, fill.rank.sequence};
   if (!(rank < fill.rank) && !(fill.rank < rank)) return;
   if (rank < fill.rank) rank.sequence = sequence_++;
   auto node = order_.extract(fill.rank);

@@ -45,6 +45,8 @@ struct Fill {
   std::uint64_t in_flight = 0;  // bytes handed to loaders and not arrived
   unsigned hands = 0;           // loaders that are at a chunk of it
 
+  // The first of them. Pre-condition: there is one.
+  const TicketPtr& most_urgent() const;
   bool foreground() const noexcept { return rank.priority > kBackground; }
   bool unwanted() const noexcept { return failed || give_way || tickets.empty(); }
   bool idle() const noexcept { return in_flight == 0 && hands == 0; }

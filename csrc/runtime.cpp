@@ -168,6 +168,7 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   require_registered(lock, *model);
   do {
     evict_locked(lock, model, deadline, poll, Patience::streams);
+    require_registered(lock, *model);  // another thread may have been faster
   } while (model->leases);
   const auto why = cancelled("'" + model->name + "' was unregistered");
   transfer_.drop_layers(lock, model, why);
@@ -375,9 +376,10 @@ void Runtime::close(const Poll& poll) {
   while (!books_.models.empty()) {
     const ModelPtr model = books_.models.begin()->second;
     evict_locked(lock, model, kNever, poll, Patience::streams);
+    if (!model->registered) continue;  // by a thread that was at it
     model->registered = false;
     model->reservation.reset();
-    books_.models.erase(books_.models.begin());
+    books_.models.erase(model->name);
   }
   wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
   if (arena_.free_count()) trim_locked(lock);

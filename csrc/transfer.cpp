@@ -77,10 +77,7 @@ bool Transfer::advance(Lock& lock) {
   books_.room_wanted = false;
   queue_.expire(lock);
   if (!books_.arena.filled_by_host() && collect(lock, false)) return true;
-  if (!swapping_.empty()) {
-    finish_swap(lock);
-    return true;
-  }
+  if (finish_swap(lock)) return true;
   bool room_blocked = false;
   const auto visit = [&](Fill& fill, bool may_copy) {
     return advance(lock, fill, may_copy, room_blocked);
@@ -119,18 +116,19 @@ bool Transfer::advance(Lock& lock, Fill& fill, bool may_copy, bool& room_blocked
   switch (find_room(lock, fill, victims)) {
     case Room::enough: start(lock, fill, victims); return true;
     case Room::later: room_blocked = true; return false;
-    case Room::never:
-      fail(lock, fill,
-           std::make_exception_ptr(no_room(ErrorKind::busy, fill.tickets.front()->what, fill.span,
-                                           books_.arena.budget(), books_.holders(lock))));
-      queue_.forget(lock, fill);
+    case Room::never: {
+      const TicketPtr ticket = fill.most_urgent();
+      const auto error = std::make_exception_ptr(no_room(
+          ErrorKind::busy, ticket->what, fill.span, books_.arena.budget(), books_.holders(lock)));
+      drop(lock, ticket, error);  // for the others there may be room
       return true;
+    }
   }
   return false;
 }
 
 // Whether there are granules for the fill, or will be: then those that fill for less urgent
-// tickets are asked to give way. Whoever wants the fill keeps the other layers that he wants.
+// tickets are asked to give way. Its most urgent ticket keeps the other layers that it wants.
 Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Layer*>& victims) {
   const std::uint32_t need = fill.layer->granules_needed;
   const std::uint32_t have = books_.arena.free_count() + books_.arena.uncreated_count();
@@ -138,9 +136,8 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
   const Model* first = nullptr;
   for (const TicketPtr& ticket : fill.tickets)
     if (ticket->swapped_out) first = ticket->swapped_out.get();
-  const auto wanted_too = [&](const Layer& layer) {
-    return std::any_of(fill.tickets.begin(), fill.tickets.end(),
-                       [&](const TicketPtr& ticket) { return ticket->wants_layer(layer); });
+  const auto wanted_too = [&ticket = *fill.most_urgent()](const Layer& layer) {
+    return ticket.wants_layer(layer);
   };
   victims = books_.choose_victims(lock, need - have, wanted_too, first);
   if (!victims.empty()) return Room::enough;
@@ -341,9 +338,12 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
     ++books_.counters.layers_loaded;
   }
   const std::vector<TicketPtr> tickets = queue_.release(lock, fill);
+  const std::uint64_t spared = fill.span - fill.done;  // of a layer that came back from draining
   queue_.forget(lock, fill);
-  for (const TicketPtr& ticket : tickets)
+  for (const TicketPtr& ticket : tickets) {
+    ticket->bytes_done += spared;
     if (ticket->fills.empty()) settle(lock, ticket);
+  }
 }
 
 // Ends the tickets that wait for the fill. Those that join it from now on see it start again.
@@ -369,10 +369,18 @@ void Transfer::settle(const Lock& lock, const TicketPtr& ticket) {
     ticket->finish(books_, lock, ticket->short_of);
 }
 
-// Evicts what is left of the model that a ticket swaps out.
-void Transfer::finish_swap(Lock& lock) {
-  const TicketPtr ticket = std::move(swapping_.front());
-  swapping_.pop_front();
+// Evicts what is left of a model that a ticket swaps out. False: there is none of which no layer is
+// in somebody's hands, or about to be given up.
+bool Transfer::finish_swap(Lock& lock) {
+  const auto next = std::find_if(swapping_.begin(), swapping_.end(), [](const TicketPtr& ticket) {
+    const auto& layers = ticket->swapped_out->layers;
+    return std::none_of(layers.begin(), layers.end(), [](const Layer& layer) {
+      return layer.owned || (layer.residency == filling && layer.fill->tickets.empty());
+    });
+  });
+  if (next == swapping_.end()) return false;
+  const TicketPtr ticket = *next;
+  swapping_.erase(next);
   const ModelPtr model = ticket->swapped_out;
   std::exception_ptr error;
   std::vector<Layer*> rest;
@@ -392,6 +400,7 @@ void Transfer::finish_swap(Lock& lock) {
   }
   books_.arena.give(freed);
   ticket->finish(books_, lock, error);
+  return true;
 }
 
 }  // namespace warmserve

@@ -87,7 +87,7 @@ class Transfer {
   void fail(const Lock& lock, Fill& fill, std::exception_ptr error);
   void meet(const Lock& lock, Fill& fill, unsigned generation, std::exception_ptr error);
   void settle(const Lock& lock, const TicketPtr& ticket);
-  void finish_swap(Lock& lock);
+  bool finish_swap(Lock& lock);
 
   Books& books_;
   const std::uint64_t chunk_bytes_;

@@ -124,8 +124,8 @@ MUTATIONS = [
     Mutation(
         "the layers of a ticket evict each other",
         "csrc/transfer.cpp",
-        "return ticket->wants_layer(layer);",
-        "return !ticket->wants_layer(layer);",
+        "return ticket.wants_layer(layer);",
+        "return !ticket.wants_layer(layer);",
         "test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(

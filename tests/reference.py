@@ -110,10 +110,13 @@ class Reference:
             self._admit(self.line.pop(0))
 
     def step(self) -> bool:
-        if self.swapping:
-            ticket = self.swapping.pop(0)
+        for ticket in self.swapping:
             model = ticket.swaps_out
             assert model is not None
+            filling = [layer.fill for layer in model.layers if layer.state == "filling"]
+            if any(fill and not fill.tickets for fill in filling):
+                continue  # called off, and there yet
+            self.swapping.remove(ticket)
             for layer in model.layers:
                 if layer.state == "resident" and not layer.holds:
                     self._evict_layer(layer)
@@ -156,8 +159,10 @@ class Reference:
     def _start(self, fill: Fill) -> bool:
         """Makes room and begins, or fails; False where there will be room later."""
 
+        urgent = max(fill.tickets, key=lambda ticket: ticket.priority)
+
         def spared(layer: Layer) -> bool:
-            return any(layer in ticket.wants for ticket in fill.tickets)
+            return layer in urgent.wants
 
         short = fill.layer.granules - self.free
         victims = self._victims(short, fill, spared) if short > 0 else []
@@ -177,11 +182,7 @@ class Reference:
             if layer.state == "filling" and not layer.holds and not spared(layer)
         ]
         if not coming:
-            tickets, fill.tickets = fill.tickets, []
-            self._forget(fill)
-            for ticket in tickets:
-                ticket.fills.remove(fill)
-                self._drop(ticket, BUSY)
+            self._drop(urgent, BUSY)
             return True
         self._blocked = True
         for layer in coming:

@@ -111,9 +111,11 @@ void bind_handles(py::module_& m) {
       .def(
           "wait",
           [](const PyHold& self, std::optional<double> timeout, bool all) {
-            self.runtime->await_lease(self.held(), deadline(timeout), check_signals, all);
+            const HoldPtr hold = self.held();  // another thread may release it meanwhile
+            const py::gil_scoped_release release;
+            self.runtime->await_lease(hold, deadline(timeout), check_signals, all);
           },
-          py::arg("timeout") = py::none(), py::kw_only(), py::arg("all") = true, NoGil())
+          py::arg("timeout") = py::none(), py::kw_only(), py::arg("all") = true)
       .def(
           "ready",
           [](const PyHold& self, bool all) { return self.runtime->ready(self.held(), all); },
@@ -149,9 +151,12 @@ void bind_handles(py::module_& m) {
       .def(
           "record",
           [](const PyHold& self, const PyStream& stream) {
-            self.runtime->record(self.held(), stream.stream);
+            const HoldPtr hold = self.held();
+            const auto recorded = stream.stream;
+            const py::gil_scoped_release release;
+            self.runtime->record(hold, recorded);
           },
-          py::arg("stream"), NoGil())
+          py::arg("stream"))
       .def("release", &PyHold::release);
   py::class_<PyStream>(m, "Stream")
       .def_property_readonly(

@@ -1,2 +1,0 @@
-def interleavings(*a):
-    pass
