@@ -1,0 +1,163 @@
+"""What one thread of a random program of layers does besides leasing, and how often."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from layer_actor import NO_ROOM, Actor
+from layer_world import Failed
+
+from warmserve_rt import Busy, Cancelled, StaleView
+from warmserve_rt.runtime import Ticket
+
+PUMP = {
+    "lease": 12,
+    "join": 3,
+    "use": 6,
+    "release": 13,
+    "line": 5,
+    "prewarm": 14,
+    "late": 0.4,
+    "cancel": 8,
+    "outcome": 2,
+    "evict": 8,
+    "swap": 5,
+    "replace": 2,
+    "peek": 2,
+    "stamp": 2,
+    "trim": 1,
+    "step": 14,
+    "synchronize": 1,
+}
+THREADED = {**PUMP, "line": 0, "intrude": 3, "release": 16, "step": 4}
+
+
+def operations(rng: random.Random, *, threaded: bool) -> list[str]:
+    weights = THREADED if threaded else PUMP
+    return rng.choices(list(weights), list(weights.values()), k=rng.randint(30, 60))
+
+
+class Operations(Actor):
+    def request(self, deadline: float | None) -> Ticket | None:
+        entry = self.entry()
+        layers, chosen = self.some(entry)
+        priority = self.rng.choice([0, 0, 50, 100])
+        self.say(f"{entry} {chosen} {priority=}")
+        prewarm = self.world.runtime.prewarm
+        ticket: Ticket | None = self.attempt(
+            NO_ROOM, prewarm, entry.model, layers=layers, priority=priority, deadline=deadline
+        )
+        if ticket:
+            self.tickets.append((ticket, [(entry, i) for i in chosen]))
+        return ticket
+
+    def prewarm(self) -> None:
+        self.request(self.rng.choice([None, None, 1000, 2000]))
+
+    def late(self) -> None:
+        """A deadline that passes, perhaps in mid-fill."""
+        ticket = self.request(0.003)
+        self.go_on(self.rng.randint(0, 2))
+        time.sleep(0.004)
+        self.go_on(1)
+        if ticket and self.world.pump and not ticket.done:
+            raise Failed("a ticket outlives its deadline")
+
+    def cancel(self) -> None:
+        if not self.tickets:
+            return
+        at = self.rng.randrange(len(self.tickets))
+        ticket, wants = self.tickets[at] if self.rng.random() < 0.3 else self.tickets.pop(at)
+        self.say(f"{wants[0][0]}")
+        if not ticket.done and self.filling(wants):
+            self.world.count("tickets cancelled in mid-fill")
+        for _ in range(self.rng.randint(1, 2)):
+            ticket.cancel()
+        if not ticket.done:
+            raise Failed("a ticket that was cancelled is not done")
+
+    def outcome(self) -> None:
+        if not self.tickets:
+            return
+        ticket, wants = self.rng.choice(self.tickets)
+        layer, timeout = self.rng.choice([None, wants[0][1]]), self.rng.choice([None, 0])
+        self.say(f"{wants[0][0]} {layer=} {timeout=}")
+        refusals = (Busy, Cancelled, TimeoutError)  # the last may be of a deadline, too
+        if self.attempt(refusals, ticket.wait, timeout, layer=layer) and layer is None:
+            moved, of = ticket.progress
+            if not (ticket.done and moved == of):
+                raise Failed(f"a ticket is done after {moved} of {of} bytes")
+
+    def swap(self) -> None:
+        old, new = (self.world.entries[name] for name in self.rng.sample(self.world.names, 2))
+        priority = self.rng.choice([0, 50, 100])
+        self.say(f"{old} for {new} {priority=}")
+        swap = self.world.runtime.swap
+        ticket = self.attempt(NO_ROOM, swap, evict=old.model, load=new.model, priority=priority)
+        if ticket:
+            self.tickets.append((ticket, [(new, i) for i in range(len(new.layers))]))
+
+    def evict(self) -> None:
+        entry, keep = self.entry(), None
+        layers, chosen = self.some(entry)
+        if layers is not None and self.rng.random() < 0.4:
+            layers, keep = None, layers
+            chosen = [i for i in range(len(entry.layers)) if i not in chosen]
+        wait = self.rng.choice(["nothing", "streams", "leases"])
+        # Two threads that wait so for each other's leases are not told.
+        timeout = 0.01 if wait == "leases" and not self.world.pump else None
+        self.say(f"{entry} {chosen} {wait=}")
+        if self.filling([(entry, i) for i in chosen]):
+            self.world.count("evictions that hit fills")
+        refusals = (Busy,) if timeout is None else (Busy, TimeoutError)
+        evict = self.world.runtime.evict
+        evicted = self.attempt(
+            refusals, evict, entry.model, layers=layers, keep=keep, wait=wait, timeout=timeout
+        )
+        if evicted and self.world.pump and set(self.world.states(entry, chosen)) - {"absent"}:
+            raise Failed("what was evicted is there")
+
+    def replace(self) -> None:
+        """Other content by the same name."""
+        entry = self.entry()
+        self.say(f"{entry}")
+        if self.attempt((Busy,), self.world.runtime.unregister, entry.model):
+            self.attempt((), self.world.register, entry.model.name, 1 - entry.revision)
+
+    def peek(self) -> None:
+        """Reads a layer that nobody need have leased: it is right, or refused."""
+        entry = self.entry()
+        layer = self.rng.randrange(len(entry.layers))
+        self.say(f"{entry}/{layer}")
+        found = self.attempt((StaleView,), self.world.runtime.read_back, entry.model, layer)
+        if found is not None:
+            self.world.compare(entry, layer, found)
+
+    def stamp(self) -> None:
+        entry, value = self.entry(), self.rng.choice([-1.0, 0.0, 2.5])
+        layer = self.rng.choice([None, self.rng.randrange(len(entry.layers))])
+        self.say(f"{entry}/{layer} {value}")
+        self.attempt((), self.world.runtime.stamp, entry.model, value, layer=layer)
+
+    def trim(self) -> None:
+        self.world.runtime.trim()
+
+    def step(self) -> None:
+        times = self.rng.choice([1, 1, 1, 2, 3, 6])
+        self.say(f"{times}")
+        self.go_on(times)
+        if self.world.stepped:
+            for _ in range(self.rng.randint(0, 2)):
+                self.rng.choice(self.tapes).stream.step()
+
+    def go_on(self, steps: int) -> None:
+        if not self.world.pump:
+            time.sleep(steps * 1e-4)
+            return
+        for _ in range(steps):
+            if not self.world.runtime.step():
+                return
+
+    def synchronize(self) -> None:
+        self.rng.choice(self.tapes).check()

@@ -1,0 +1,256 @@
+"""What random programs of layers run on: one runtime under the checking driver, the bytes that
+each layer must have, and the comparison of the two."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from checkpoints import write_safetensors
+from cuda_calls import Cuda
+
+from warmserve_rt import Model, Runtime, WarmServeError, testing
+
+Bytes = npt.NDArray[np.uint8]
+KIB = 1 << 10
+# The simulated device has small granules, which cost little: more programs a second.
+GRANULES = {"host": 2048 * KIB, "host-staged": 2048 * KIB, "simcuda": 64 * KIB}
+SHAPES = {  # layers, in granules; "e" exceeds some arenas
+    "a": (0.3, 0, 1.4),
+    "b": (1, 0.001, 0.6),
+    "c": (2.1, 1),
+    "d": (0, 1.7),
+    "e": (2.5, 0, 1.3, 2),
+}
+SLAB = 12  # granules of memory that a stream copies to
+
+
+class Failed(AssertionError):
+    """A program came out wrong."""
+
+
+class WrongBytes(Failed):
+    """A layer was leased and is not the model's."""
+
+    def __init__(self, where: str, count: int, first: int) -> None:
+        super().__init__(f"{count} wrong bytes, the first at {first:#x}: {where}")
+        self.count, self.first = count, first
+
+
+def compare(where: str, found: Bytes, wanted: Bytes) -> None:
+    if not np.array_equal(found, wanted):
+        wrong = np.flatnonzero(found != wanted)
+        raise WrongBytes(where, len(wrong), int(wrong[0]))
+
+
+class Contents:
+    """Checkpoints for one device, in two revisions; no two stretches of bytes are alike."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.device, self.granule = device, GRANULES[device]
+        self.layers: dict[tuple[str, int], list[Bytes]] = {}
+        self.files: dict[tuple[str, int], Path] = {}
+        for name, shape in SHAPES.items():
+            for revision in (0, 1):
+                rng = np.random.default_rng([ord(name), revision])
+                made = [np.frombuffer(rng.bytes(int(x * self.granule)), np.uint8) for x in shape]
+                self.layers[name, revision] = made
+                self.files[name, revision] = write_safetensors(
+                    folder / f"{device}-{name}{revision}",
+                    {tensor(i): ("U8", [len(x)], x.tobytes()) for i, x in enumerate(made)},
+                )
+
+
+def tensor(layer: int) -> str:
+    return f"model.layers.{layer}.weight"
+
+
+class Tape:
+    """A stream, what was copied on it, and what that must be once the stream has come so far."""
+
+    def __init__(self, stream: Any, memory: Bytes) -> None:
+        self.stream = stream
+        self._memory, self._used = memory, 0
+        self._copies: list[tuple[str, Bytes, Bytes]] = []
+
+    def copy(self, entry: Entry, layer: int) -> None:
+        """Pre-condition: the stream is behind the layer's arrival, in a lease that records it."""
+        wanted = entry.layers[layer]
+        nbytes = len(wanted)
+        if self._used + nbytes > len(self._memory):
+            self.check()
+        out = self._memory[self._used : self._used + nbytes]
+        self._used += nbytes
+        view = entry.model.native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+        self.stream.copy_from(out, view)
+        self._copies.append((f"a copy of {entry} layer {layer}", out, wanted))
+
+    def check(self) -> None:
+        self.stream.synchronize()
+        for copy in self._copies:
+            compare(*copy)
+        self._copies.clear()
+        self._used = 0
+
+
+@dataclass(eq=False)
+class Entry:
+    """One registration of a model."""
+
+    model: Model
+    revision: int
+    layers: list[Bytes]
+    common: Any = None  # a lease that any thread may acquire
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the common lease is."""
+        return self.revision == 1
+
+    def __str__(self) -> str:
+        return f"{self.model.name}{self.revision}"
+
+
+@dataclass
+class World:
+    runtime: Runtime
+    watched: testing.Watched
+    contents: Contents
+    pump: bool
+    names: list[str]
+    tapes: list[Tape]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    forgotten: list[Entry] = field(default_factory=list)  # in the end: all there ever were
+    counts: Counter[str] = field(default_factory=Counter)
+    failed: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def stepped(self) -> bool:
+        """Streams move only when they are stepped, or waited for."""
+        return self.pump and self.contents.device != "simcuda"
+
+    def count(self, what: str, times: int = 1) -> None:
+        with self._lock:
+            self.counts[what] += times
+
+    def register(self, name: str, revision: int) -> Entry:
+        model = self.runtime.register(name, self.contents.files[name, revision])
+        entry = Entry(model, revision, self.contents.layers[name, revision])
+        entry.common = self.runtime.lease(model, streaming=entry.streaming)
+        self.entries[name] = entry
+        self.forgotten.append(entry)
+        return entry
+
+    def forget(self) -> None:
+        """What is held on to here would keep addresses, and streams, for ever."""
+        for entry in self.forgotten:
+            del entry.model, entry.common
+        for tape in self.tapes:
+            del tape.stream
+
+    def states(self, entry: Entry, layers: list[int]) -> list[str]:
+        """Of layers, by their residency; none, where the model was unregistered."""
+        found = self.runtime.snapshot().models.get(entry.model.name)
+        return [found.layers[i].residency for i in layers] if found else []
+
+    def fits(self, wants: list[tuple[Entry, int]]) -> bool:
+        """Whether the arena has room for these layers beside what is leased."""
+        snapshot = self.runtime.snapshot()
+        wanted = {(entry.model.name, i) for entry, i in wants}
+        held = (
+            layer.granules
+            for name, model in snapshot.models.items()
+            for i, layer in enumerate(model.layers)
+            if layer.leases or (name, i) in wanted
+        )
+        return sum(held) <= snapshot.granules
+
+    def read(self, entry: Entry, layer: int) -> None:
+        """Pre-condition: the layer is resident, and leased."""
+        view = entry.model.tensors()[tensor(layer)]
+        if not isinstance(view, np.ndarray):
+            view = self.runtime.read_back(entry.model, layer)
+        self.compare(entry, layer, view)
+
+    def compare(self, entry: Entry, layer: int, found: Bytes) -> None:
+        compare(f"{entry} layer {layer}", found, entry.layers[layer])
+
+    def check(self) -> None:
+        self.runtime.check_invariants()
+        if self.watched.strict.violations:
+            raise Failed(str(self.watched.strict.violations))
+
+
+@contextmanager
+def world(seed: int, contents: Contents, *, pump: bool, tapes: int) -> Iterator[World]:
+    """At a clean exit everything is closed, and the device held to its contracts."""
+    rng = random.Random(f"world {seed}")
+    granule = contents.granule
+    chunk = granule * rng.choice([1, 1, 2, 4, 8]) // 4
+    with ExitStack() as stack:
+        cuda = None
+        if contents.device == "simcuda":
+            paces = [None, 1e9] if pump else [None, 3e8]
+            cuda = stack.enter_context(
+                testing.simulated_cuda(
+                    clock="virtual" if pump else "real",
+                    memory="16MiB",
+                    granularity=granule,
+                    h2d=rng.choice(paces),
+                    d2h=rng.choice(paces),
+                )
+            )
+        watched = testing.watch(pump=pump, host_view=contents.device == "host", cuda=cuda)
+        runtime = Runtime(
+            driver=watched.driver,
+            arena=rng.choice([6, 8, 8]) * granule,
+            granule=granule,
+            chunk=chunk,
+            staging=chunk * rng.choice([1, 2, 3]),
+            pump=pump,
+            loaders=2,
+            poison=rng.random() < 0.2,
+            background_share=rng.choice([0.0, 0.05, 0.3, 1.0]),
+            tensors="dlpack" if cuda else "numpy",
+        )
+        pinned = stack.enter_context(ExitStack())
+        made = World(
+            runtime,
+            watched,
+            contents,
+            pump,
+            sorted(rng.sample(sorted(SHAPES), rng.randint(3, 5))),
+            [Tape(runtime.stream(), _slab(pinned, granule, cuda)) for _ in range(tapes)],
+        )
+        for name in made.names:
+            made.register(name, 0)
+        try:
+            yield made
+            for tape in made.tapes:
+                tape.check()
+            runtime.close()
+        finally:  # also after a failure: the next program has a simulated driver of its own
+            with suppress(WarmServeError):
+                runtime.close()
+            made.forget()
+            pinned.close()
+        watched.check()
+
+
+def _slab(stack: ExitStack, granule: int, cuda: testing.SimulatedCuda | None) -> Bytes:
+    if not cuda:
+        return np.empty(SLAB * granule, np.uint8)
+    raw = Cuda(cuda.library).start()
+    memory = raw.pinned(SLAB * granule)  # or each copy would be waited for
+    stack.callback(raw.release_primary)
+    stack.callback(raw.unregister, memory.address)
+    return np.frombuffer(memory.view, np.uint8)
