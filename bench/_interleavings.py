@@ -3,6 +3,7 @@ every leased byte compared: tests/layer_programs.py."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,7 @@ def interleavings(bench: Bench, pump: int, threaded: int) -> None:
     bench.row("programs", pump, "")
     bench.row("programs_of_several_threads", threaded, "")
     for what in REACHED:
-        bench.row(what.replace(", ", "_").replace(" ", "_"), counts[what], "")
+        bench.row(re.sub(r"\W+", "_", what.lower()), counts[what], "")
     bench.row("interleavings_s", perf_counter() - begin, "s")
     bench.target("wrong_bytes", wrong, "", "=", 0)
     bench.target("failed_programs", failed, "", "=", 0)

@@ -30,6 +30,7 @@ PUMP = {
     "step": 14,
     "synchronize": 1,
 }
+OUTCOMES = (Busy, Cancelled, TimeoutError)  # of tickets; the last is of a deadline or the wait
 THREADED = {**PUMP, "line": 0, "intrude": 3, "release": 16, "step": 4}
 
 
@@ -83,8 +84,7 @@ class Operations(Actor):
         ticket, wants = self.rng.choice(self.tickets)
         layer, timeout = self.rng.choice([None, wants[0][1]]), self.rng.choice([None, 0])
         self.say(f"{wants[0][0]} {layer=} {timeout=}")
-        refusals = (Busy, Cancelled, TimeoutError)  # the last may be of a deadline, too
-        if self.attempt(refusals, ticket.wait, timeout, layer=layer) and layer is None:
+        if self.attempt(OUTCOMES, ticket.wait, timeout, layer=layer) and layer is None:
             moved, of = ticket.progress
             if not (ticket.done and moved == of):
                 raise Failed(f"a ticket is done after {moved} of {of} bytes")
@@ -95,8 +95,13 @@ class Operations(Actor):
         self.say(f"{old} for {new} {priority=}")
         swap = self.world.runtime.swap
         ticket = self.attempt(NO_ROOM, swap, evict=old.model, load=new.model, priority=priority)
-        if ticket:
-            self.tickets.append((ticket, [(new, i) for i in range(len(new.layers))]))
+        if not ticket:
+            return
+        self.tickets.append((ticket, [(new, i) for i in range(len(new.layers))]))
+        if self.world.pump and self.rng.random() < 0.4 and self.attempt(OUTCOMES, ticket.wait):
+            left = set(self.world.states(old, list(range(len(old.layers))))) - {"absent"}
+            if left:
+                raise Failed(f"a swap is done, and of what it swaps out something is {left}")
 
     def evict(self) -> None:
         entry, keep = self.entry(), None

@@ -4,12 +4,15 @@ leased layer's, refuses what fits, or never ends."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from layer_programs import REACHED, run, run_threads
-from layer_world import GRANULES, Contents
+from layer_world import GRANULES, Contents, WrongBytes
 
-HOST_ONLY_STAGED = {"copies behind a layer that still fills"}  # else what is there was written
+STAGED_ONLY = {"copies behind a layer that still fills"}
+Program = Callable[[int, Contents], Counter[str]]
 
 
 @pytest.fixture(scope="module", params=sorted(GRANULES))
@@ -17,17 +20,30 @@ def contents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Contents(tmp_path_factory.mktemp("checkpoints"), request.param)
 
 
+def total(program: Program, seeds: int, contents: Contents) -> Counter[str]:
+    return sum((program(seed, contents) for seed in range(seeds)), Counter())
+
+
 def test_one_thread_that_steps(contents: Contents) -> None:
-    counts: Counter[str] = Counter()
-    for seed in range(150):
-        counts += run(seed, contents)
-    places = set(REACHED) - (HOST_ONLY_STAGED if contents.device == "host" else set())
+    counts = total(run, 150, contents)
+    places = set(REACHED) - (STAGED_ONLY if contents.device == "host" else set())
     assert not [place for place in places if counts[place] < 5], counts
 
 
 def test_several_threads(contents: Contents) -> None:
-    counts: Counter[str] = Counter()
-    for seed in range(10):
-        counts += run_threads(seed, contents)
+    counts = total(run_threads, 10, contents)
     assert counts["leases, complete"]
     assert counts["leases, streaming, a layer not there"]
+
+
+@pytest.mark.parametrize("program", [run, run_threads])
+@pytest.mark.parametrize("device", sorted(GRANULES))
+def test_one_wrong_byte_is_seen(device: str, program: Program, tmp_path: Path) -> None:
+    contents = Contents(tmp_path, device)
+    for layers in contents.layers.values():
+        for i, layer in enumerate(layers):
+            layers[i] = layer.copy()
+            layers[i][-1:] ^= 1
+    with pytest.raises(WrongBytes) as raised:
+        total(program, 20, contents)
+    assert raised.value.count == 1
