@@ -7,6 +7,7 @@
 #pragma once
 
 #include <list>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -16,13 +17,17 @@ namespace warmserve {
 
 // One acquisition. Under the runtime's lock.
 struct Hold {
-  std::vector<Selection> wants;   // each model once
-  std::uint64_t owner = 0;        // a thread or a task: one that waits releases nothing meanwhile
-  bool admitted = false;          // its layers count as held
-  TicketPtr entry;                // done when it is admitted; null: it was at once
-  TicketPtr ticket;               // of what was missing then; null: nothing
-  std::vector<LayerSet> ordered;  // of each model, layers whose arrival was waited for
-  std::size_t slot = 0;           // in LeaseDesk::admitted_
+  std::vector<Selection> wants;  // each model once
+  std::uint64_t owner = 0;       // a thread or a task: one that waits releases nothing meanwhile
+  bool admitted = false;         // its layers count as held
+  TicketPtr entry;               // done when it is admitted; null: it was at once
+  TicketPtr ticket;              // of what was missing then; null: nothing
+  std::map<const Model*, LayerSet> ordered;  // layers whose arrival was waited for
+  std::size_t slot = 0;                      // in LeaseDesk::admitted_
+
+  bool wants_layer(const Layer& layer) const noexcept {
+    return warmserve::wants_layer(wants, layer);
+  }
 };
 using HoldPtr = std::shared_ptr<Hold>;
 

@@ -99,7 +99,7 @@ class Runtime {
   // Wait-free. Begins a lease; it is admitted once hold->entry is null or done without error, and
   // has all its layers once hold->ticket is, which is made no later. Throws out_of_device_memory,
   // busy for leases that would wait for each other, invalid_argument; then there is none.
-  HoldPtr begin_lease(const std::vector<Selection>& wants, std::uint64_t owner);
+  HoldPtr begin_lease(std::vector<Selection> wants, std::uint64_t owner);
   // A lease on what an admitted lease holds: admitted at once, whoever waits in line. Throws
   // stale_view unless that one is held. Wait-free.
   HoldPtr share_lease(const HoldPtr& hold, std::uint64_t owner);

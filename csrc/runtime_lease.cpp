@@ -20,14 +20,13 @@ void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
   transfer_.request(lock, hold->ticket);
 }
 
-HoldPtr Runtime::begin_lease(const std::vector<Selection>& wants, std::uint64_t owner) {
+HoldPtr Runtime::begin_lease(std::vector<Selection> wants, std::uint64_t owner) {
   for (const Selection& wanted : wants) reservation(wanted.model);
   auto hold = std::make_shared<Hold>();
-  hold->wants = wants;
-  hold->ordered.resize(wants.size());
+  hold->wants = std::move(wants);
   hold->owner = owner;
   const Lock lock = open();
-  for (const Selection& wanted : wants) check(lock, wanted);
+  for (const Selection& wanted : hold->wants) check(lock, wanted);
   if (desk_.try_admit(lock, hold)) {
     serve(lock, hold);
   } else {
@@ -40,7 +39,6 @@ HoldPtr Runtime::begin_lease(const std::vector<Selection>& wants, std::uint64_t 
 HoldPtr Runtime::share_lease(const HoldPtr& hold, std::uint64_t owner) {
   auto shared = std::make_shared<Hold>();
   shared->wants = hold->wants;
-  shared->ordered.resize(hold->wants.size());
   shared->owner = owner;
   const Lock lock = open();
   if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease to share is not held");
@@ -87,13 +85,8 @@ void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
   const std::string where = "layer " + std::to_string(index) + " of '" + model->name + "'";
   std::optional<Uploads::Events> copies;
   Lock lock = open();
-  LayerSet* ordered = nullptr;
-  if (hold) {
-    for (std::size_t i = 0; i < hold->wants.size(); ++i)
-      if (hold->wants[i].model == model && hold->wants[i].layers.contains(index))
-        ordered = &hold->ordered[i];
-    if (!ordered) throw Error(ErrorKind::invalid_argument, where + " is not in this lease");
-  }
+  if (hold && !hold->wants_layer(layer))
+    throw Error(ErrorKind::invalid_argument, where + " is not in this lease");
   const auto held = [&] { return hold ? hold->admitted : layer.held(); };
   const auto over = [&] {
     if (!held() || !layer.fill || layer.residency == Residency::resident) return true;
@@ -117,18 +110,17 @@ void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
     copies.reset();
     lock.lock();
   }
-  if (ordered) ordered->insert(index);
+  if (hold) hold->ordered[model.get()].insert(index);
 }
 
 bool Runtime::arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index) {
   enter();
   const Layer& layer = layer_of(*model, index);
   const Lock lock(books_.mutex);
-  if (!hold->admitted) return false;
-  for (std::size_t i = 0; i < hold->wants.size(); ++i)
-    if (hold->wants[i].model == model && hold->wants[i].layers.contains(index))
-      return layer.residency == Residency::resident || hold->ordered[i].contains(index);
-  return false;
+  if (!hold->admitted || !hold->wants_layer(layer)) return false;
+  const auto ordered = hold->ordered.find(model.get());
+  return layer.residency == Residency::resident ||
+         (ordered != hold->ordered.end() && ordered->second.contains(index));
 }
 
 void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {

@@ -4,7 +4,7 @@
 
 namespace warmserve {
 
-bool Ticket::wants_layer(const Layer& layer) const noexcept {
+bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexcept {
   return std::any_of(wants.begin(), wants.end(), [&](const Selection& wanted) {
     return wanted.model.get() == layer.model && wanted.layers.contains(layer.index);
   });

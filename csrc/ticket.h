@@ -12,6 +12,8 @@ namespace warmserve {
 
 constexpr int kBackground = 0, kForeground = 100;
 
+bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexcept;
+
 // Everything under the runtime's lock.
 class Ticket {
  public:
@@ -30,7 +32,9 @@ class Ticket {
   bool done = false;
   std::exception_ptr error;  // of a done ticket
 
-  bool wants_layer(const Layer& layer) const noexcept;
+  bool wants_layer(const Layer& layer) const noexcept {
+    return warmserve::wants_layer(wants, layer);
+  }
   void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
   // A descriptor that becomes readable when the ticket is done; owned by the ticket.
   int fileno(const Lock&);

@@ -96,7 +96,7 @@ def test_the_address_is_the_same_after_evict_and_reload(runtime: Runtime) -> Non
 
 def test_checked_accessors_refuse_when_the_lease_is_over(runtime: Runtime) -> None:
     lease = runtime.lease("a")
-    with pytest.raises(StaleView, match="not leased"):
+    with pytest.raises(StaleView, match="not held"):
         _ = lease.tensors
     with lease:
         tensors = lease.tensors

@@ -114,7 +114,7 @@ def test_waits_that_make_no_sense(runtime: Runtime) -> None:
                 lease.wait(layer)
         with pytest.raises(ValueError, match="not in this lease"):
             lease.wait(0, model=runtime.model("b"))
-        hold = lease._latest("wait()").hold
+        hold = lease._latest("wait()")[1]
     for misuse in (lambda: lease.wait(0), lambda: hold.wait_layer(lease.models[0].native, 0)):
         with pytest.raises(StaleView, match=r"not held|released"):
             misuse()

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from ._errors import StaleView
 from .selection import layer_index
@@ -19,12 +19,9 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-class _Acquisition(NamedTuple):
-    """One of possibly several by which a lease is held."""
-
-    owner: int  # a thread, or a task
-    hold: _native.Hold
-    stream: _native.Stream | None = None  # to record at its end
+# One of possibly several by which a lease is held: of which thread or task, and the stream to
+# record at its end.
+_Acquisition: TypeAlias = "tuple[int, _native.Hold, _native.Stream | None]"
 
 
 class Lease:
@@ -44,9 +41,7 @@ class Lease:
     __slots__ = (
         "__weakref__",
         "_acquired",
-        "_generation",
         "_layers",
-        "_lock",
         "_models",
         "_native",
         "_streaming",
@@ -67,9 +62,7 @@ class Lease:
         self._layers = layers
         self._streaming = streaming
         self._timeout = timeout
-        self._lock = threading.Lock()  # a leaf: guards the two below
-        self._acquired: list[_Acquisition] = []
-        self._generation = 0  # counts how often the last has let go
+        self._acquired: list[_Acquisition] = []  # changed by single calls of the list's own
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -94,8 +87,8 @@ class Lease:
         ours = None if stream is None else native_stream(self._native, stream)
         owner = threading.get_ident()
         hold = self._begin(owner)
-        hold.wait(self._timeout, all=not self._streaming)
-        self._enter(_Acquisition(owner, hold, ours))
+        hold.wait(self._timeout, not self._streaming)
+        self._acquired.append((owner, hold, ours))
         return self
 
     def wait(
@@ -117,13 +110,14 @@ class Lease:
         """
         of = model or self._only_model()
         behind = None if stream is None else native_stream(self._native, stream)
-        hold = self._latest("wait()").hold
+        _, hold, _ = self._latest("wait()")
         hold.wait_layer(of.native, layer_index(of, layer), behind, timeout)
 
     def record(self, stream: StreamLike) -> None:
         """What the stream was given so far uses the layers: it is waited for before any is
         unmapped, also after the release. Raises StaleView when the lease is not held."""
-        self._latest("record()").hold.record(native_stream(self._native, stream))
+        _, hold, _ = self._latest("record()")
+        hold.record(native_stream(self._native, stream))
 
     def release(self) -> None:
         """Lets go of the latest acquisition, of this thread (or task) if it has one; wait-free.
@@ -142,17 +136,17 @@ class Lease:
         everything = not self._streaming
 
         async def arrive() -> None:
-            while not hold.ready(all=everything):
-                await _readable(hold.fileno(all=everything))
+            while not hold.ready(everything):
+                await _readable(hold.fileno(everything))
 
         try:
             with suppress(asyncio.TimeoutError):  # wait() says so, and why
                 await asyncio.wait_for(arrive(), self._timeout)
-            hold.wait(0, all=everything)
+            hold.wait(0, everything)
         except BaseException:
             hold.release()
             raise
-        self._enter(_Acquisition(owner, hold))
+        self._acquired.append((owner, hold, None))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -167,15 +161,14 @@ class Lease:
         """The tensors of one of the leased models. Raises StaleView when the lease is not held."""
         if model not in self._models:
             raise ValueError(f"{model.name!r} is not in this lease")
-        if not self._acquired:
-            raise StaleView(f"{model.name!r} is not leased")
-        generation = self._generation
+        mine = self._latest(f"the tensors of {model.name!r}")
+        hold = mine[1]
 
         def held() -> bool:
-            return bool(self._acquired) and self._generation == generation
+            return any(each is mine for each in self._acquired)
 
         def here(layer: int) -> bool:
-            return any(each.hold.arrived(model.native, layer) for each in tuple(self._acquired))
+            return hold.arrived(model.native, layer)
 
         complete = self._layers is None and not self._streaming
         return LeasedTensors(
@@ -187,24 +180,21 @@ class Lease:
             raise ValueError("the lease is on several models: say of which")
         return self._models[0]
 
-    def _latest(self, what: str) -> _Acquisition:
-        """Of this thread (or task) if it has one."""
-        with self._lock:
-            if not self._acquired:
-                raise StaleView(f"{what} on a lease that is not held")
-            me = threading.get_ident()
-            mine = (each for each in reversed(self._acquired) if each.owner == me)
-            return next(mine, self._acquired[-1])
+    def _latest(self, what: str, owner: int | None = None) -> _Acquisition:
+        """Of this thread (or the owner) if it has one."""
+        acquired = tuple(self._acquired)
+        if not acquired:
+            raise StaleView(f"{what}: the lease is not held")
+        me = owner or threading.get_ident()
+        return next((each for each in reversed(acquired) if each[0] == me), acquired[-1])
 
     def _leave(self, owner: int) -> None:
-        with self._lock:
-            if not self._acquired:
-                raise StaleView("release() of a lease that is not held")
-            last = len(self._acquired) - 1
-            mine = (i for i in range(last, -1, -1) if self._acquired[i].owner == owner)
-            _, hold, stream = self._acquired.pop(next(mine, last))
-            if not self._acquired:
-                self._generation += 1
+        while True:
+            mine = self._latest("release()", owner)
+            with suppress(ValueError):  # another thread took it for want of its own
+                self._acquired.remove(mine)
+                break
+        _, hold, stream = mine
         try:
             if stream is not None:
                 hold.record(stream)
@@ -212,15 +202,11 @@ class Lease:
             hold.release()
 
     def _begin(self, owner: int) -> _native.Hold:
-        with self._lock:
-            if self._acquired:
-                return self._acquired[-1].hold.share(owner)
+        if self._acquired:
+            with suppress(IndexError, StaleView):  # the last has just let go
+                return self._acquired[-1][1].share(owner)
         models = [model.native for model in self._models]
         return self._native.begin_lease(models, owner, self._layers)
-
-    def _enter(self, acquisition: _Acquisition) -> None:
-        with self._lock:
-            self._acquired.append(acquisition)
 
     def __del__(self) -> None:
         if getattr(self, "_acquired", None):

@@ -115,15 +115,15 @@ void bind_handles(py::module_& m) {
             const py::gil_scoped_release release;
             self.runtime->await_lease(hold, deadline(timeout), check_signals, all);
           },
-          py::arg("timeout") = py::none(), py::kw_only(), py::arg("all") = true)
+          py::arg("timeout") = py::none(), py::arg("all") = true)
       .def(
           "ready",
           [](const PyHold& self, bool all) { return self.runtime->ready(self.held(), all); },
-          py::kw_only(), py::arg("all") = true)
+          py::arg("all") = true)
       .def(
           "fileno",
           [](const PyHold& self, bool all) { return self.runtime->fileno(self.held(), all); },
-          py::kw_only(), py::arg("all") = true)
+          py::arg("all") = true)
       .def(
           "wait_layer",
           [](const PyHold& self, const PyModel& model, std::uint32_t layer, const PyStream* stream,

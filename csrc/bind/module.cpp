@@ -191,7 +191,7 @@ void bind_runtime(py::module_& m) {
             wanted.reserve(models.size());
             for (const py::handle model : models)
               wanted.push_back(select(model.cast<PyModel&>(), layers));
-            return PyHold(self, self->begin_lease(wanted, owner));
+            return PyHold(self, self->begin_lease(std::move(wanted), owner));
           },
           py::arg("models"), py::arg("owner"), py::arg("layers") = py::none())
       .def(
