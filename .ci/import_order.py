@@ -20,6 +20,7 @@ ORDER = [
     "devices",
     "revisions",
     "lease",
+    "selection",
     "model",
     "streams",
     "snapshot",

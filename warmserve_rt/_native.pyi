@@ -7,6 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import CapsuleType
 
+# Descriptor (duplicated), path, (device, inode, size, mtime_ns, ctime_ns).
+FileTuple: TypeAlias = tuple[int, str, tuple[int, int, int, int, int]]
+# Bytes, [(file, file offset, layer offset, bytes of the layer, kind of cast)].
+LayerTuple: TypeAlias = tuple[int, Sequence[tuple[int, int, int, int, str | None]]]
 Bytes: TypeAlias = bytearray | memoryview | npt.NDArray[np.uint8]
 
 class Driver:
@@ -191,10 +195,8 @@ class Runtime:
     def register(
         self,
         name: str,
-        # descriptor (duplicated), path, (device, inode, size, mtime_ns, ctime_ns)
-        files: Sequence[tuple[int, str, tuple[int, int, int, int, int]]],
-        # bytes, [(file, file offset, layer offset, bytes of the layer, kind of cast)]
-        layers: Sequence[tuple[int, Sequence[tuple[int, int, int, int, str | None]]]],
+        files: Sequence[FileTuple],
+        layers: Sequence[LayerTuple],
         writable: bool,
     ) -> Model: ...
     def unregister(self, model: Model, timeout: float | None) -> None: ...

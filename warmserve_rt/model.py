@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _native
+from .checkpoint import Checkpoint
 from .layers import LayerSpec, Layout
 from .views import Framework, make_tensors
 
@@ -62,3 +63,32 @@ class Model:
         if self._tensors is None:
             self._tensors = make_tensors(self.native, self.layout, self._framework)
         return self._tensors
+
+
+def native_files(checkpoint: Checkpoint) -> list[_native.FileTuple]:
+    """What the native runtime duplicates and holds to what it was."""
+    return [
+        (
+            file.fd,
+            file.path,
+            (
+                file.identity.device,
+                file.identity.inode,
+                file.identity.size,
+                file.identity.mtime_ns,
+                file.identity.ctime_ns,
+            ),
+        )
+        for file in checkpoint.files
+    ]
+
+
+def native_layers(layout: Layout) -> list[_native.LayerTuple]:
+    """The copies that make each layer, and its bytes."""
+    return [
+        (
+            layer.nbytes,
+            [(s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast) for s in layer.segments],
+        )
+        for layer in layout.layers
+    ]

@@ -20,7 +20,7 @@ from .devices import arena_bytes, open_driver
 from .dtypes import planned_casts
 from .layers import Grouping, build_layout
 from .lease import Lease
-from .model import Model
+from .model import Model, native_files, native_layers
 from .revisions import Revisions, parse_name
 from .selection import Layers, all_but, layer_index, layer_indices
 from .snapshot import Snapshot
@@ -167,30 +167,7 @@ class Runtime:
         with closing(open_checkpoint(checkpoint, allow_symlinks=allow_symlinks)) as opened:
             casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
             layout = build_layout(opened, layers, casts)
-            files = [
-                (
-                    file.fd,
-                    file.path,
-                    (
-                        file.identity.device,
-                        file.identity.inode,
-                        file.identity.size,
-                        file.identity.mtime_ns,
-                        file.identity.ctime_ns,
-                    ),
-                )
-                for file in opened.files
-            ]
-            shapes = [
-                (
-                    layer.nbytes,
-                    [
-                        (s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast)
-                        for s in layer.segments
-                    ],
-                )
-                for layer in layout.layers
-            ]
+            files, shapes = native_files(opened), native_layers(layout)
 
             def make() -> Model:
                 made = native.register(name, files, shapes, writable=writable)
