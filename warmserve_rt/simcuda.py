@@ -89,7 +89,8 @@ class _Control:
 
 class Faults:
     """Makes calls fail: the interface of the native ``FaultyDriver``, for the driver's functions
-    by their exported names. What is failed has done nothing else."""
+    by their exported names. What is failed has done nothing else; but an error that no context
+    survives is one that all have died of."""
 
     def __init__(self, control: _Control) -> None:
         self._control = control

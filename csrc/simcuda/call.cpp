@@ -1,6 +1,21 @@
 #include "simcuda/call.h"
 
 namespace warmserve::simcuda {
+namespace {
+
+// [D h:2767+]: the process has to be relaunched.
+bool kills_contexts(CUresult error) {
+  switch (static_cast<int>(error)) {
+    case 226:
+    case 700:
+    case 702:
+    case 721:
+    case 911: return true;
+    default: return error >= 714 && error <= 719;
+  }
+}
+
+}  // namespace
 
 constexpr Nanoseconds kPoll = 10'000;  // what a query that says NOT_READY takes, at least
 
@@ -43,6 +58,10 @@ void Call::begin(Need need, std::uint64_t bytes) {
     ++sim->injected;
     sim->last_fault = name_of(function);
     status = fault.error;
+    if (kills_contexts(fault.error)) {
+      for (const auto& each : sim->contexts) sim->kill_context(*each, fault.error);
+      sim->settle(lock);  // whoever hears of it may give back what copies read
+    }
     return;
   }
   if (need != Need::nothing && !sim->initialised) {

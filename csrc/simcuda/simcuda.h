@@ -40,8 +40,9 @@ int simcuda_reset(const char* options);
 const char* simcuda_error(void);
 
 // Faults. Calls of cu* functions are counted from 1 since simcuda_clear_faults(): those of one
-// function, or all (null). Calls `first` to `last` return `error` and do nothing else. 0, or -1
-// with simcuda_error() where there is no such function.
+// function, or all (null). Calls `first` to `last` return `error` and do nothing else; but an error
+// that no context survives is one that all have died of. 0, or -1 with simcuda_error() where there
+// is no such function.
 void simcuda_clear_faults(void);
 int simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
                   int error);
