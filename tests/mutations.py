@@ -206,11 +206,11 @@ MUTATIONS = [
         "test_leases.py::test_signals_are_seen_in_every_wait[host-evict]",
     ),
     Mutation(
-        "a cancelled layer is kept as if it were complete",
+        "a layer that failed is kept as if it were complete",
         "csrc/transfer.cpp",
         "layer.torn = true;",
         "",
-        "test_fault_walk.py::test_a_failing_driver_call_loses_nothing[host-cancel-once]",
+        "test_fault_walk.py::test_a_failing_driver_call_loses_nothing[host-step_by_step-and-in-rollback]",
     ),
     Mutation(
         "a checked accessor does not check",

@@ -166,6 +166,14 @@ def cancel(runtime: Runtime) -> None:
         raise WarmServeError("still being undone")
 
 
+def step_by_step(runtime: Runtime) -> None:
+    """The steps go on, and fail, when the ticket has failed."""
+    ticket = runtime.prewarm("two")
+    while runtime.step():
+        pass
+    ticket.wait(20)
+
+
 OPERATIONS = [
     (prewarm, ()),
     (lease, ()),
@@ -180,6 +188,7 @@ OPERATIONS = [
     (unregister, ("one",)),
     (read_back, ("bystander",)),
     (cancel, ("one",)),
+    (step_by_step, ("one",)),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -303,9 +304,9 @@ def test_a_share_that_is_none(share: float) -> None:
 def test_reads_keep_to_their_bandwidth(device: Device, files: dict[str, Path]) -> None:
     runtime = device.runtime(read_bandwidth=20 * GRANULE, loaders=2, chunk="1MiB")
     runtime.register("b", files["b"])
-    begin = os.times().elapsed
+    begin = time.perf_counter()
     runtime.prewarm("b").wait(20)
-    assert os.times().elapsed - begin + 0.01 >= 3 / 20
+    assert time.perf_counter() - begin >= 3 / 20 - 0.01
     with pytest.raises(ValueError, match="bandwidth"):
         device.runtime(read_bandwidth=0)
 
@@ -333,7 +334,7 @@ def test_the_descriptor_tells_that_a_backing_changed(runtime: Runtime) -> None:
 def test_an_eviction_waits_for_streams_and_leases_as_it_is_told(
     device: Device, files: dict[str, Path]
 ) -> None:
-    runtime, watched = device.watched_runtime()
+    runtime = device.runtime()
     runtime.register("a", files["a"])
     stream = runtime.stream()
     lease = runtime.lease("a", layers=2).acquire(stream)
@@ -345,7 +346,6 @@ def test_an_eviction_waits_for_streams_and_leases_as_it_is_told(
         runtime.evict("a", wait="leases", timeout=0.05)
     out = device.pinned(GRANULE)
     view = runtime.model("a").native.view(0, 0, [GRANULE], GRANULE, 1, 8, 1)
-    watched.faults.delay("event_query", 0.0)
     stream.copy_from(out, view)
     released = threading.Timer(0.1, lease.release)
     released.start()

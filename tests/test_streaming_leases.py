@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from checkpoints import GRANULE, content, write_model
 from conftest import Device, bytes_of, on_the_host
 
-from warmserve_rt import BACKGROUND, Busy, CorruptCheckpoint, Runtime, StaleView
+from warmserve_rt import BACKGROUND, Busy, CorruptCheckpoint, Lease, Runtime, StaleView
 
 SIZES = {"a": [GRANULE + 7, 0, GRANULE, 3 * GRANULE], "b": [GRANULE, 100], "c": [5 * GRANULE]}
 CAPACITY = 8  # "a" (6) and "b" (2) fit together; "c" (5) fits beside "b"
@@ -195,12 +200,12 @@ def test_admission_waits_for_room_and_not_for_layers(
             lease.wait(0, timeout=20)
             assert bytes_of(runtime, "c", tensor(0)) == content("c", 0, SIZES["c"][0])
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert not admitted.wait(0.1)
-    holder.release()
-    assert admitted.wait(20)
-    thread.join(20)
+    with ThreadPoolExecutor() as threads:
+        done = threads.submit(other)
+        assert not admitted.wait(0.1)
+        holder.release()
+        assert admitted.wait(20)
+        done.result(20)
 
 
 @on_the_host
@@ -221,56 +226,60 @@ def test_an_async_lease_streams_too(device: Device, runtime: Runtime) -> None:
 def test_a_shared_lease_is_joined_past_the_line(runtime: Runtime) -> None:
     """A thread that joins takes nothing new: were it to wait in line, everybody would."""
     lease = runtime.lease("a", timeout=20).acquire()
-    waiting, done = threading.Event(), threading.Event()
+    waiting, served = threading.Event(), threading.Event()
 
     def stranger() -> None:
         waiting.set()
         with runtime.lease("c", timeout=20):
-            done.set()
+            served.set()
 
     def friend() -> None:
         with lease:
             assert bytes_of(runtime, "a", tensor(2)) == content("a", 2, SIZES["a"][2])
-            assert not done.is_set()
+            assert not served.is_set()
 
-    other = threading.Thread(target=stranger)
-    other.start()
-    assert waiting.wait(20)
-    while not runtime.snapshot().models["a"].leases:
-        pass
-    friends = [threading.Thread(target=friend) for _ in range(4)]
-    for thread in friends:
-        thread.start()
-    for thread in friends:
-        thread.join(20)
-    assert not done.is_set()
-    assert lease.held
-    lease.release()
-    other.join(20)
-    assert done.is_set()
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(stranger)
+        assert waiting.wait(20)
+        time.sleep(0.1)  # it is in line
+        for each in [threads.submit(friend) for _ in range(4)]:
+            each.result(20)
+        assert lease.held
+        lease.release()
+        other.result(20)
     assert not lease.held
+
+
+@contextmanager
+def joined(lease: Lease, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """For the time of the block another thread has joined the lease."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def join() -> None:
+        with lease:
+            entered.set()
+            assert leave.wait(20)
+            then()
+
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(join)
+        assert entered.wait(20)
+        try:
+            yield
+        finally:
+            leave.set()
+        other.result(20)
 
 
 def test_a_shared_lease_outlives_who_began_it(runtime: Runtime) -> None:
     lease = runtime.lease("a", timeout=20).acquire()
-    joined, leave = threading.Event(), threading.Event()
-
-    def join() -> None:
-        with lease:
-            joined.set()
-            leave.wait(20)
-
-    thread = threading.Thread(target=join)
-    thread.start()
-    assert joined.wait(20)
-    lease.release()
-    assert lease.held
-    with pytest.raises(Busy):
-        runtime.evict("a")
-    tensors = lease.tensors
-    assert tensors[tensor(0)] is not None
-    leave.set()
-    thread.join(20)
+    with joined(lease):
+        lease.release()
+        assert lease.held
+        with pytest.raises(Busy):
+            runtime.evict("a")
+        tensors = lease.tensors
+        assert tensors[tensor(0)] is not None
     with pytest.raises(StaleView, match="released"):
         tensors[tensor(0)]
     with pytest.raises(StaleView, match="not held"):
@@ -281,22 +290,13 @@ def test_a_shared_lease_outlives_who_began_it(runtime: Runtime) -> None:
 def test_sharers_that_would_wait_for_each_other_are_refused(runtime: Runtime) -> None:
     """Each sharer is known by its own thread: the lease ends only with the last."""
     lease = runtime.lease("a", timeout=20).acquire()
-    joined, leave = threading.Event(), threading.Event()
 
-    def join() -> None:
-        with lease:
-            joined.set()
-            leave.wait(20)
-            with pytest.raises(Busy, match="would wait for this lease"):
-                runtime.lease("c", timeout=20).acquire()
+    def wait_for_myself() -> None:
+        with pytest.raises(Busy, match="would wait for this lease"):
+            runtime.lease("c", timeout=20).acquire()
 
-    thread = threading.Thread(target=join)
-    thread.start()
-    assert joined.wait(20)
-    lease.release()  # of this thread; the other is left
-    leave.set()
-    thread.join(20)
-    assert not thread.is_alive()
+    with joined(lease, wait_for_myself):
+        lease.release()  # of this thread; the other is left
     assert not lease.held
 
 
@@ -307,8 +307,6 @@ def test_a_lost_streaming_lease_gives_up_its_load(device: Device, files: dict[st
     lease.acquire()
     with pytest.warns(ResourceWarning, match="'a' was never released"):  # noqa: PT031
         del lease
-        import gc
-
         gc.collect()
     assert runtime.snapshot().leases == 0
     background.wait(20)
