@@ -168,7 +168,7 @@ MUTATIONS = [
         "csrc/source.cpp",
         "source += elements * width.from;",
         "",
-        "test_dtype.py::test_tensors_are_cast_as_torch_does[host-float32-]",
+        "test_dtype.py::test_tensors_are_cast_as_torch_does[host-float32-8MiB]",
     ),
     Mutation(
         "floats beside a packed tensor are cast",
@@ -317,30 +317,31 @@ def build(tree: Path) -> None:
         raise SystemExit(f"the tree does not build:\n{done.stderr}")
 
 
-def test(tree: Path, name: str) -> bool:
-    """Whether the test passes; one that hangs or crashes has failed."""
+def failure(tree: Path, name: str) -> str | None:
+    """What the test prints when it does not pass; one that hangs or crashes has failed."""
     options = ("-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=first-failure")
     try:
-        return run(tree, "-m", "pytest", *options, f"tests/{name}").returncode == 0
+        done = run(tree, "-m", "pytest", *options, f"tests/{name}")
     except subprocess.TimeoutExpired:
-        return False
+        return "it hangs"
+    return f"{done.stdout}{done.stderr}" if done.returncode else None
 
 
 def survives(built: Path, tree: Path, mutation: Mutation) -> bool:
     shutil.copytree(built, tree)  # with the times of files, so that nothing else is compiled
     path = tree / mutation.file
-    original = path.read_text()
-    if original.count(mutation.line) != 1:
-        raise SystemExit(f"{mutation.name}: its line is not once in {mutation.file}")
-    path.write_text(original.replace(mutation.line, mutation.instead))
+    path.write_text(path.read_text().replace(mutation.line, mutation.instead))
     build(tree)
-    passes = test(tree, mutation.test)
+    passes = failure(tree, mutation.test) is None
     shutil.rmtree(tree)
     return passes
 
 
 def main(names: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not names or m.name in names]
+    for mutation in chosen:
+        if (ROOT / mutation.file).read_text().count(mutation.line) != 1:
+            raise SystemExit(f"{mutation.name}: its line is not once in {mutation.file}")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "built")
@@ -348,8 +349,8 @@ def main(names: list[str]) -> int:
         shutil.copytree(ROOT, built, ignore=ignore)
         build(built)
         for name in sorted({mutation.test for mutation in chosen}):
-            if not test(built, name):
-                raise SystemExit(f"{name} fails without a mutation")
+            if said := failure(built, name):
+                raise SystemExit(f"{name} fails without a mutation:\n{said}")
         for mutation in chosen:
             start = time.monotonic()
             survived = survives(built, Path(folder, "mutant"), mutation)
