@@ -1,0 +1,2 @@
+"""Which layers of which models stay, and where: pure functions over snapshots. No I/O, no clock,
+and nothing of the runtime."""

@@ -1,0 +1,1 @@
+"""The simulator: workloads, costs, and the policies that serve them, in simulated time."""
