@@ -1,0 +1,223 @@
+"""Forecasts of closed windows: several experts, a hedge over them and an upper quantile, for all
+models at once. What is known of time (which window is open, what is a gap) lies in ``forecast``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = "NDArray[np.float64]"
+
+Expert: TypeAlias = Literal["last", "paper", "seasonal", "daily", "recent"]
+EXPERTS: tuple[Expert, ...] = ("last", "paper", "seasonal", "daily", "recent")
+AVERAGE, PEAK = 0, 1  # the two channels of a window's values
+
+ERRORS = 10  # windows whose errors the paper's predictor averages
+RECENT_S = 1200.0  # half-life of the level that `recent` forecasts
+MEMORY_S = 43200.0  # half-life of the experts' losses and of the spread
+STEP = 0.05  # of the upper quantile, in spreads per window
+NEVER = -(2**62)  # the number of no window
+
+
+class Experts:
+    """What is learnt from closed windows of ``models`` models, and forecast ``leads`` windows on.
+
+    Windows are numbered by time: window n is the n-th since the epoch of the caller's clock, and n
+    modulo ``slots`` its slot in the day. A window's values are [2, models]: average and peak; NaN
+    is unknown. Each expert forecasts both by the same formula, never below zero, from the last
+    known value, the mean m(slot) over past days and the errors e = value - m before it was learnt:
+
+    - last: the last value.
+    - paper: m(target) + the mean of the last 10 errors, weighted 1, 1/2, 1/4, ..., newest heaviest
+      (WarmServe, arXiv 2512.09472).
+    - seasonal: the last value + (m(target) - m(slot of the last value)) / 2.
+    - daily: m(target).
+    - recent: the exponentially weighted mean of the values, with a half-life of 20 minutes.
+
+    Where a slot has no past they forecast the last value. m is the plain mean of the first ``days``
+    days and gives way exponentially from then on.
+
+    The hedge weights expert i by L_i^-8, where L_i is the model's discounted sum of absolute errors
+    at that lead (half-life 12 h): the inverse-error weights of Bates and Granger (1969), discounted
+    as by Stock and Watson (2004), sharpened. They have no scale: a model of 1 request and one of
+    1000 learn alike. The upper forecast adds q spreads (the discounted mean absolute error) to the
+    average; q follows the quantile's subgradient, q += step * (missed - (1 - quantile)), as in
+    adaptive conformal inference (Gibbs and Candes, 2021). An idle window that was forecast as idle
+    teaches it nothing: or q would sink as long as a model sleeps, and its first burst be missed.
+
+    State is in arrays whose last axis is the models: closing a window is some 50 numpy operations,
+    however many models or past windows there are.
+    """
+
+    STATE = (
+        "mean", "days_seen", "errors", "error_numbers", "correction", "last", "anchor", "recent",
+        "loss", "offset", "spread", "spread_weight", "pending", "pending_average",
+        "pending_upper", "pending_numbers", "known", "number",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        models: int,
+        *,
+        window: float,
+        leads: Sequence[int],
+        slots: int,
+        quantile: float,
+        expert: Expert | Literal["hedge"],
+        days: int,
+    ) -> None:
+        self._slots, self._quantile, self._days = slots, quantile, days
+        self._only = None if expert == "hedge" else EXPERTS.index(expert)
+        self._leads = np.array(leads, dtype=np.int64)
+        self._rows = np.cumsum(self._leads) - self._leads  # where each lead's ring begins
+        self._fade = 0.5 ** (window / MEMORY_S)
+        self._gain = 1.0 - 0.5 ** (window / RECENT_S)
+
+        of_lead, rings = (len(leads), models), int(self._leads.sum())
+        self.mean = np.zeros((slots, 2, models))
+        self.days_seen = np.zeros((slots, models), dtype=np.int32)
+        self.errors = np.full((ERRORS, 2, models), np.nan)
+        self.error_numbers = np.full(ERRORS, NEVER)
+        self.correction = np.zeros((2, models))  # the paper's averaged error
+        self.last = np.zeros((2, models))
+        self.anchor = np.full((2, models), np.nan)  # m of the slot of `last`
+        self.recent = np.zeros((2, models))
+        self.loss = np.zeros((len(leads), len(EXPERTS), 2, models))
+        self.offset = np.ones(of_lead)  # q
+        self.spread = np.zeros(of_lead)
+        self.spread_weight = np.zeros(of_lead)
+        # What was forecast and is not yet known, in a ring for each lead.
+        self.pending = np.zeros((rings, len(EXPERTS), 2, models))
+        self.pending_average = np.zeros((rings, models))
+        self.pending_upper = np.zeros((rings, models))
+        self.pending_numbers = np.full(rings, NEVER)
+        self.known = np.zeros(models, dtype=bool)  # has had a window
+        self.number = np.array(NEVER)  # of the latest closed window
+        self._weights = self._weigh()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What `restore` takes."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Goes on from another's state. Raises ValueError for what cannot be one of this shape."""
+        for name in self.STATE:
+            mine, other = getattr(self, name), state[name]
+            if other.shape != mine.shape or other.dtype != mine.dtype:
+                raise ValueError(
+                    f"{name} is {other.dtype}{other.shape}, not {mine.dtype}{mine.shape}"
+                )
+            may_miss = name in ("errors", "anchor")
+            if np.isinf(other).any() or (not may_miss and np.isnan(other).any()):
+                raise ValueError(f"{name} is not finite")
+            setattr(self, name, other.copy())
+        self._weights = self._weigh()
+
+    def close(self, number: int, values: Floats) -> None:
+        """Learns the values [2, models] of window ``number``; those of a model are both known or
+        both NaN. Windows left out are unknown; one that comes again is another day of its slot."""
+        known = ~np.isnan(values[AVERAGE])
+        values = np.where(known, values, 0.0)
+        self._score(number, values, known)
+        self._learn(number, values, known)
+        self.number = np.array(number)
+        self._weights = self._weigh()
+
+        rows, ahead = self._rows + number % self._leads, number + self._leads
+        predictions = self._predict(ahead)
+        average = (self._weights[:, :, AVERAGE] * predictions[:, :, AVERAGE]).sum(1)
+        self.pending[rows] = predictions
+        self.pending_average[rows] = average
+        self.pending_upper[rows] = average + self._margin()  # below zero is missed by any load too
+        self.pending_numbers[rows] = ahead
+
+    @property
+    def next_number(self) -> int:
+        """Of the window after the latest one that was closed."""
+        return int(self.number) + 1
+
+    def forecast(self, number: int, lead: float) -> tuple[Floats, Floats, Floats]:
+        """Average, peak and upper average [models] of the window that ends ``lead`` windows after
+        window ``number``, the latest that has ended. ``lead`` is 1 or more, and need not be whole:
+        then it is the windows it lies in, by overlap. Weights and margins between leads are
+        interpolated, and beyond the last are the last's. A model without a window yet is forecast
+        as 0."""
+        low = int(lead)
+        share = lead - low
+        near = self._predict(number + np.array([low, low + 1]))
+        predictions = near[0] + share * (near[1] - near[0])
+        lead += max(number + 1 - self.next_number, 0)  # windows in between that were not learnt
+        above = int(np.searchsorted(self._leads, lead))
+        first, second = max(above - 1, 0), min(above, len(self._leads) - 1)
+        begin, end = self._leads[first], self._leads[second]
+        part = 0.0 if begin == end else (lead - begin) / (end - begin)
+        weights = self._weights[first] + part * (self._weights[second] - self._weights[first])
+        margins = self._margin()
+        margin = margins[first] + part * (margins[second] - margins[first])
+        average, peak = (weights * predictions).sum(0)
+        return average, np.maximum(peak, average), np.maximum(average + margin, 0.0)
+
+    def _score(self, number: int, values: Floats, known: NDArray[np.bool_]) -> None:
+        """What was forecast of this window, against what it was."""
+        rows = self._rows + number % self._leads
+        scored = (self.pending_numbers[rows] == number)[:, None] & known
+        miss = np.abs(self.pending[rows] - values)
+        self.loss = np.where(scored[:, None, None], self._fade * self.loss + miss, self.loss)
+
+        actual, upper = values[AVERAGE], self.pending_upper[rows]
+        taught = scored & ((actual > 0) | (upper > 0))
+        self.offset += np.where(taught, STEP * ((actual > upper) - (1 - self._quantile)), 0.0)
+        fade = np.where(scored, self._fade, 1.0)
+        error = np.abs(actual - self.pending_average[rows])
+        self.spread = fade * self.spread + (1 - fade) * error
+        self.spread_weight = fade * self.spread_weight + (1 - fade)
+
+    def _learn(self, number: int, values: Floats, known: NDArray[np.bool_]) -> None:
+        slot = number % self._slots
+        mean, seen = self.mean[slot], self.days_seen[slot]
+        at = number % ERRORS
+        self.errors[at] = np.where(known & (seen > 0), values - mean, np.nan)
+        self.error_numbers[at] = number
+        age = number - self.error_numbers
+        valid = ~np.isnan(self.errors) & ((age >= 0) & (age < ERRORS))[:, None, None]
+        weights = 0.5 ** np.clip(age, 0, ERRORS)[:, None, None] * valid
+        total = (weights * np.where(valid, self.errors, 0.0)).sum(0)
+        self.correction = total / np.maximum(weights.sum(0), 1e-9)
+
+        self.anchor = np.where(known, np.where(seen > 0, mean, np.nan), self.anchor)
+        seen += known
+        mean += known * (values - mean) / np.clip(seen, 1, self._days)
+        self.last = np.where(known, values, self.last)
+        gain = np.where(self.known, self._gain, 1.0) * known
+        self.recent += gain * (values - self.recent)
+        self.known |= known
+
+    def _predict(self, numbers: NDArray[np.int64]) -> Floats:
+        """Of windows: [windows, experts, 2, models]."""
+        slots = numbers % self._slots
+        has_past = (self.days_seen[slots] > 0)[:, None]
+        daily = np.where(has_past, self.mean[slots], self.last)
+        paper = np.maximum(daily + has_past * self.correction, 0.0)
+        difference = np.where(has_past & ~np.isnan(self.anchor), daily - self.anchor, 0.0)
+        seasonal = np.maximum(self.last + 0.5 * difference, 0.0)
+        last, recent = (np.broadcast_to(each, daily.shape) for each in (self.last, self.recent))
+        return np.stack((last, paper, seasonal, daily, recent), axis=1)
+
+    def _weigh(self) -> Floats:
+        """The weights [leads, experts, 2, models]; those of one model and channel add up to 1."""
+        if self._only is not None:
+            only = np.zeros(self.loss.shape)
+            only[:, self._only] = 1.0
+            return only
+        best = self.loss.min(1, keepdims=True)
+        share = np.where(self.loss > best, best / np.maximum(self.loss, 1e-300), 1.0)
+        share **= 8
+        weights: Floats = share / share.sum(1, keepdims=True)
+        return weights
+
+    def _margin(self) -> Floats:
+        """What the upper forecast adds to the average: [leads, models]."""
+        return self.offset * self.spread / np.maximum(self.spread_weight, 1e-9)
