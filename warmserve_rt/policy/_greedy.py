@@ -1,0 +1,314 @@
+"""The loops of the residency planner, compiled. In one file, for the compiler's cache looks at the
+date of the file of what is called and not at those of its callees.
+
+Models are points: those of model m begin at ``begin[m]``, one for each number of leading layers
+from 0 on, with the running bytes on each device (``cum``) and the value of holding them. A kind is
+one of the distinct widths. ``kinds`` [K, 4] has its width, its number of aligned groups, and the
+leaves and the first node of its trees. ``amounts`` [3, D] has the bytes left on each device, those
+reserved, and the availability. ``trees`` [3, nodes] has, for the groups of every kind, maximum
+trees of the least bytes left on any device of the group; of the same less what is reserved; and of
+that times the least availability.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+I64: TypeAlias = npt.NDArray[np.int64]
+F64: TypeAlias = npt.NDArray[np.float64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+WIDTH, COUNT, LEAVES, FIRST = 0, 1, 2, 3
+LEFT, RESERVED, AVAILABLE = 0, 1, 2
+FREE, CLEAR, WANTED = 0, 1, 2
+_SAME = 1e-9  # relative: slopes nearer than this are one slope, and what differs is rounding
+_NOTHING = -np.inf
+
+
+def _entry(function: _Function) -> _Function:
+    """Compiled at its first call, and kept beside the file for the next process."""
+    compiled: Any = njit(cache=True, error_model="numpy")
+    return compiled(function)  # type: ignore[no-any-return]
+
+
+def _inner(function: _Function) -> _Function:
+    """Compiled into what calls it."""
+    options: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
+    compiled: Any = njit(**options)
+    return compiled(function)  # type: ignore[no-any-return]
+
+
+@_inner
+def upper_hull(cum: I64, value: F64, out: I64) -> int:
+    """The corners of the least concave function above the points, as indices in ``out``; how many.
+
+    It ends where the value is highest for the first time; equal slopes are merged.
+    """
+    last = len(cum) - 1
+    top = value[last] * (1 - 1e-12)
+    while last > 0 and value[last - 1] >= top:
+        last -= 1
+    count = 0
+    for k in range(last + 1):
+        while count >= 2:
+            a, b = out[count - 2], out[count - 1]
+            before = (value[b] - value[a]) / (cum[b] - cum[a])
+            after = (value[k] - value[b]) / (cum[k] - cum[b])
+            if before > after * (1 + _SAME):
+                break
+            count -= 1
+        out[count] = k
+        count += 1
+    return count
+
+
+@_entry
+def hulls(begin: I64, cum: I64, value: F64, room: F64) -> tuple[I64, I64]:
+    """The corners of every model's hull, over the points with no more bytes than its ``room``: as
+    numbers of layers, one model after another, and where each model's begin."""
+    knots, ends = np.empty(len(cum), np.int64), np.zeros(len(begin), np.int64)
+    for m in range(len(begin) - 1):
+        lo, hi, at = begin[m], begin[m + 1], ends[m]
+        while cum[hi - 1] > room[m]:
+            hi -= 1
+        ends[m + 1] = at + upper_hull(cum[lo:hi], value[lo:hi], knots[at:])
+    return knots[: ends[-1]].copy(), ends
+
+
+@_entry
+def relax(
+    order: I64, width: I64, nbytes: F64, density: F64, chain: I64, slack: F64
+) -> tuple[float, F64]:
+    """The linear relaxation: in ``order``, any share of an item (of ``width`` devices, with
+    ``nbytes`` on all of them together) is taken while bytes are left. ``slack``: those for items
+    whose width is a multiple of each of ``chain``; changed. Returns its value and the shares."""
+    share = np.zeros(len(width))
+    value = 0.0
+    for i in order:
+        taken = nbytes[i]
+        for c in range(len(chain)):
+            if width[i] % chain[c] == 0:
+                taken = min(taken, slack[c])
+        if taken > 0.0:
+            for c in range(len(chain)):
+                if width[i] % chain[c] == 0:
+                    slack[c] -= taken
+            share[i] = taken / nbytes[i]
+            value += taken * density[i]
+    return value, share
+
+
+@_inner
+def least(amounts: F64, base: int, width: int) -> float:
+    """Bytes left on any device of a group, at the least."""
+    found: float = amounts[LEFT, base]
+    for d in range(base + 1, base + width):
+        found = min(found, amounts[LEFT, d])
+    return found
+
+
+@_inner
+def rise(trees: F64, tree: int, first: int, place: int) -> None:
+    """Corrects what stands above a leaf."""
+    while place > 1:
+        place //= 2
+        most = max(trees[tree, first + 2 * place], trees[tree, first + 2 * place + 1])
+        if trees[tree, first + place] == most:
+            return
+        trees[tree, first + place] = most
+
+
+@_inner
+def refresh(kinds: I64, amounts: F64, trees: F64, node: int, base: int, width: int) -> None:
+    """After amounts have changed on these devices of one node."""
+    number, inside = base // node, base % node
+    for c in range(len(kinds)):
+        w = kinds[c, WIDTH]
+        per_node = node // w
+        for local in range(inside // w, min((inside + width - 1) // w + 1, per_node)):
+            group = number * per_node + local
+            if group >= kinds[c, COUNT]:
+                break
+            begin = number * node + local * w
+            free, clear, available = np.inf, np.inf, np.inf
+            for d in range(begin, begin + w):
+                free = min(free, amounts[LEFT, d])
+                clear = min(clear, amounts[LEFT, d] - amounts[RESERVED, d])
+                available = min(available, amounts[AVAILABLE, d])
+            first, place = kinds[c, FIRST], kinds[c, LEAVES] + group
+            trees[FREE, first + place] = free
+            trees[CLEAR, first + place] = clear
+            trees[WANTED, first + place] = clear * available
+            for tree in range(3):
+                rise(trees, tree, first, place)
+
+
+@_inner
+def best(kinds: I64, trees: F64, tree: int, kind: int) -> int:
+    """The leaf that is highest; of equals the first."""
+    place, first = 1, int(kinds[kind, FIRST])
+    while place < kinds[kind, LEAVES]:
+        place *= 2
+        if trees[tree, first + place] < trees[tree, first + place + 1]:
+            place += 1
+    return first + place
+
+
+@_inner
+def choose(
+    kinds: I64,
+    amounts: F64,
+    trees: F64,
+    node: int,
+    kind: int,
+    home: int,
+    sibling: int,
+    older: I64,
+    group: I64,
+    nbytes: float,
+) -> int:
+    """The first device of the group for a row's first ``nbytes``, or -1: its home if they fit; else
+    a group with room that is not reserved, most by availability or else most of all; else its home,
+    or if it has none what has most room. Never one of its siblings' (other rows of its model)."""
+    w, per_node = kinds[kind, WIDTH], node // kinds[kind, WIDTH]
+    if kinds[kind, COUNT] == 0:
+        return -1
+    first = kinds[kind, FIRST]
+    other = sibling
+    while other >= 0:
+        taken = group[other]
+        if taken == home:
+            home = -1
+        place = kinds[kind, LEAVES] + taken // node * per_node + taken % node // w
+        for tree in range(3):
+            trees[tree, first + place] = _NOTHING
+            rise(trees, tree, first, place)
+        other = older[other]
+    if home >= 0 and least(amounts, home, w) >= nbytes:
+        base = home
+    else:
+        leaf = best(kinds, trees, WANTED, kind)
+        if trees[CLEAR, leaf] < nbytes:
+            leaf = best(kinds, trees, CLEAR, kind)
+        if home >= 0 and trees[CLEAR, leaf] < nbytes:
+            base = home
+        else:
+            if trees[FREE, leaf] < nbytes:
+                leaf = best(kinds, trees, FREE, kind)
+            number = leaf - first - kinds[kind, LEAVES]
+            base = int(number // per_node * node + number % per_node * w)
+            if trees[FREE, leaf] == _NOTHING:
+                base = -1
+    other = sibling
+    while other >= 0:
+        refresh(kinds, amounts, trees, node, group[other], w)
+        other = older[other]
+    return base
+
+
+@_inner
+def part(cum: I64, value: F64, begin: int, end: int, k: int, left: float) -> tuple[int, float]:
+    """From k layers on, the number that adds most value per byte among those that fit into ``left``
+    bytes of each device, and that value per byte."""
+    found, slope = k, 0.0
+    for j in range(k + 1, end - begin):
+        nbytes = cum[begin + j] - cum[begin + k]
+        if nbytes > left:
+            break
+        this = (value[begin + j] - value[begin + k]) / nbytes
+        if this > 0.0 and this >= slope * (1 - _SAME):
+            found, slope = j, max(this, slope)
+    return found, slope
+
+
+@_entry
+def walk(
+    order: I64,
+    item_row: I64,
+    item_stop: I64,
+    item_bytes: F64,
+    item_density: F64,
+    item_stays: Bools,
+    row_model: I64,
+    row_need: F64,
+    row_home: I64,
+    begin: I64,
+    cum: I64,
+    value: F64,
+    model_kind: I64,
+    kinds: I64,
+    amounts: F64,
+    trees: F64,
+    node: int,
+) -> tuple[I64, I64]:
+    """The greedy, over the items in ``order``: the group (first device or -1) and the layers of
+    each row.
+
+    A row whose next item does not fit whole is loose from then on: the best part of the rest that
+    does waits in a heap until its value per byte is the highest left. Items that stay (they are
+    there already, and in the relaxation) have their bytes reserved at home until their turn.
+    ``amounts`` and ``trees`` are changed.
+    """
+    n = len(row_model)
+    group, layers, older = np.full(n, -1), np.zeros(n, np.int64), np.full(n, -1)
+    newest = np.full(len(model_kind), -1)
+    loose = np.zeros(n, np.bool_)
+    waiting = [(0.0, 0)]
+    waiting.pop()
+    for d in range(amounts.shape[1]):
+        refresh(kinds, amounts, trees, node, d, 1)
+    at = 0
+    while at < len(order) or len(waiting) > 0:
+        waited, promised, i = False, 0.0, 0
+        if len(waiting) > 0 and (at == len(order) or -waiting[0][0] >= item_density[order[at]]):
+            key, r = heapq.heappop(waiting)
+            waited, promised = True, -key
+        else:
+            i = order[at]
+            at += 1
+            r = item_row[i]
+        m = row_model[r]
+        lo, hi, kind, home, base = begin[m], begin[m + 1], model_kind[m], row_home[r], group[r]
+        w, stop = kinds[kind, WIDTH], layers[r]
+        if not waited:
+            if item_stays[i]:
+                amounts[RESERVED, home : home + w] -= item_bytes[i]
+                here = base == home or (base < 0 and newest[m] < 0)
+                if loose[r] or not here or least(amounts, home, w) < item_bytes[i]:
+                    refresh(kinds, amounts, trees, node, home, w)  # else it is done below
+            if loose[r]:
+                continue
+            stop = item_stop[i]
+        if base < 0:  # what waits is content with a layer
+            nbytes = float(cum[lo + (1 if waited else stop)])
+            base = choose(kinds, amounts, trees, node, kind, home, newest[m], older, group, nbytes)
+        left = _NOTHING if base < 0 else least(amounts, base, w)
+        if waited:
+            stop, slope = part(cum, value, lo, hi, layers[r], left)
+            density = slope * row_need[r] / w
+            if stop == layers[r]:
+                continue
+            if density < promised * (1 - _SAME):  # room has gone since it was put there
+                heapq.heappush(waiting, (-density, r))
+                continue
+        elif left < cum[lo + stop] - cum[lo + layers[r]]:
+            loose[r] = True
+            heapq.heappush(waiting, (-item_density[i], r))
+            continue
+        amounts[LEFT, base : base + w] -= cum[lo + stop] - cum[lo + layers[r]]
+        layers[r] = stop
+        if group[r] < 0:
+            group[r], older[r], newest[m] = base, newest[m], r
+        refresh(kinds, amounts, trees, node, base, w)
+        if waited:
+            _, slope = part(cum, value, lo, hi, stop, least(amounts, base, w))
+            if slope > 0.0:
+                heapq.heappush(waiting, (-slope * row_need[r] / w, r))
+    return group, layers
