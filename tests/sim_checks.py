@@ -1,0 +1,272 @@
+"""What must hold of a simulated fleet at every event, and workloads that one can follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.sim.devices import Device, Hardware, Shard
+from warmserve_rt.sim.fleet import Fleet
+from warmserve_rt.sim.instance import Instance
+from warmserve_rt.sim.links import Flow
+from warmserve_rt.sim.tenancy import Tenant
+from warmserve_rt.sim.workloads import Workload
+
+BYTE = 1.0  # what sums of byte counts may be off by
+
+
+SMALL = ModelProfile("small", 1, (3, 5, 5, 5, 4), 2, 0.05, 0.001, 0.01, batch=4)
+
+
+def tiny(width: int = 1, layers: tuple[int, ...] = (40, 70, 70, 70, 50), **more: Any) -> Any:
+    """A model of some hundred bytes."""
+    values: dict[str, Any] = {"kv_token_bytes": 1, "batch": 4, "decode_request_s": 0.001, **more}
+    return ModelProfile("tiny", width, layers, prefill_s=0.05, prefill_token_s=0.001,
+                        decode_s=0.01, **values)  # fmt: skip
+
+
+def workload(
+    models: Sequence[ModelProfile], requests: Sequence[tuple[float, int, int, int]]
+) -> Workload:
+    """Of (time, model, prompt, output), in order of their times."""
+    columns = list(zip(*requests, strict=True)) or [(), (), (), ()]
+    return Workload(
+        name="scripted",
+        models=tuple(models),
+        time=np.array(columns[0], np.float64),
+        model=np.array(columns[1], np.int64),
+        prompt=np.array(columns[2], np.int64),
+        output=np.array(columns[3], np.int64),
+        duration=max(columns[0], default=0.0) + 1.0,
+        history_window=300.0,
+        history=np.zeros((0, len(models))),
+        service=np.ones(len(models)),
+        dispersion=np.ones((0, len(models))),
+    )
+
+
+class Scripted:
+    """A controller that does what its script says at given times, and gives each request to the
+    first instance of its model that takes it."""
+
+    def __init__(self, *steps: tuple[float, Callable[[Fleet], object]]) -> None:
+        self.steps = steps
+        self.waiting: list[tuple[int, int]] = []
+
+    def begin(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        for time, step in self.steps:
+            fleet.after(time - fleet.now, lambda step=step: step(fleet))  # type: ignore[misc]
+
+    def arrived(self, request: int, model: int) -> None:
+        self.waiting.append((request, model))
+        self.assign()
+
+    def finished(self, instance: Instance, request: int) -> None:
+        self.assign()
+
+    def loaded(self, instance: Instance) -> None:
+        self.assign()
+
+    def idle(self, instance: Instance) -> None: ...
+
+    def assign(self) -> None:
+        left = []
+        for request, model in self.waiting:
+            for instance in self.fleet.instances[model]:
+                open_ = instance.loaded and not instance.draining
+                if open_ and self.fleet.reserve(instance, request):
+                    instance.take(request)
+                    break
+            else:
+                left.append((request, model))
+        self.waiting = left
+
+
+class Books:
+    """An observer: checks a fleet after every event, and keeps accounts of its own."""
+
+    def __init__(self, *, capacity: bool = True) -> None:
+        self.capacity = capacity
+        self.carried = 0.0  # bytes: the integral of the rates of all flows
+        self.busy = 0.0  # device-seconds: the integral of devices that have an instance
+        self.dropped = self.given = 0.0  # bytes that left, and that were there out of nothing
+        self.events = 0
+
+    def __call__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        real = fleet.events.run
+        controller = fleet.controller
+
+        def run(until: float) -> None:
+            """One due thing at a time."""
+            heap = fleet.events._heap
+            while heap and heap[0][0] < until:
+                self.passes(fleet.events.now, heap[0][0])
+                real(math.nextafter(heap[0][0], math.inf))
+                self.check()
+            self.passes(fleet.events.now, until)
+            real(until)
+
+        def arrived(request: int, model: int) -> None:
+            told(request, model)
+            self.check()
+
+        def keep(device: Device, shard: Shard, layers: int) -> None:
+            before = shard.here
+            dropping(device, shard, layers)
+            self.dropped += before - shard.here
+
+        def preload(device: Device, model: int, rank: int) -> None:
+            there = device.shards.get((model, rank))
+            before = there.here if there else 0.0
+            preloading(device, model, rank)
+            self.given += device.shards[model, rank].resident - before
+
+        dropping, preloading, told = fleet.keep, fleet.preload, controller.arrived
+        fleet.keep, fleet.preload = keep, preload  # type: ignore[method-assign]
+        fleet.events.run = run  # type: ignore[method-assign]
+        controller.arrived = arrived  # type: ignore[method-assign]
+
+    def passes(self, now: float, then: float) -> None:
+        if then <= now:
+            return
+        for device in self.fleet.devices:
+            for flow in flows(device):
+                self.carried += flow.rate * (then - now)
+            if device.instance is not None:
+                self.busy += then - now
+            elif device.tenants:  # which count from the first request on
+                self.busy += max(then, 0.0) - max(now, 0.0)
+
+    def check(self) -> None:
+        self.events += 1
+        for device in self.fleet.devices:
+            self.check_device(device)
+        for node in self.fleet.links.nodes:
+            self.check_links(node)
+        for model, instances in enumerate(self.fleet.instances):
+            for instance in instances:
+                assert instance.model == model
+                assert all(instance in users(device) for device in instance.devices)
+                assert 0 <= instance.work <= instance.profile.batch
+                if not isinstance(instance, Tenant):
+                    assert instance.kv_room == min(device.kv for device in instance.devices)
+                assert (instance.kv_tokens == 0) == (instance.work == 0)
+                assert instance.queued_prefill >= -1e-9
+                if instance.loaded:
+                    for rank, device in enumerate(instance.devices):
+                        shard = device.shards[model, rank]
+                        assert shard.resident == shard.target == shard.ends[-1]
+
+    def check_device(self, device: Device) -> None:
+        hardware = self.fleet.hardware
+        if self.capacity:
+            assert device.used <= hardware.memory + BYTE
+        targets = sum(shard.target for shard in device.shards.values())
+        assert abs(device.used - targets - device.kv) <= BYTE
+        assert device.kv >= 0
+        assert device.kv == 0 or users(device)
+        assert device.instance is None or not device.tenants
+        assert self.fleet.wasted >= 0
+        for (model, rank), shard in device.shards.items():
+            assert (shard.model, shard.rank) == (model, rank)
+            assert 0 <= shard.resident <= shard.here <= shard.target + 1e-3
+            assert shard.target in shard.ends
+            assert 0 <= shard.unused <= shard.resident + 1e-3
+            used = [
+                user
+                for user in users(device)
+                if (model, rank) == (user.model, user.devices.index(device))
+            ]
+            assert shard.pinned == (len(used) == 1)
+            assert not (used and shard.unused)
+            if shard.flow is None:
+                # What lacks is on its way, but while an instance switches.
+                assert shard.resident == shard.target or (used and not used[0].arrivals)
+            else:
+                assert shard.flow.shard is shard
+                assert shard.flow in flows(device)
+        assert len({id(flow.shard) for flow in flows(device)}) == len(flows(device))
+        for flow in flows(device):
+            assert device.shards[flow.shard.model, flow.shard.rank].flow is flow
+            assert flow.foreground == (flow is device.foreground)
+            assert not flow.foreground or flow.shard.pinned
+        priorities = [flow.priority for flow in device.background]
+        assert priorities == sorted(priorities, reverse=True)
+        assert all(flow.rate == 0 for flow in device.background[1:])
+
+    def check_links(self, node: Sequence[Device]) -> None:
+        hardware = self.fleet.hardware
+        links = hardware.bandwidth * len(node) / hardware.switch_devices
+        share, size = hardware.background_share, hardware.switch_devices
+        rate = {flow: flow.rate for device in node for flow in flows(device)}
+        near = 1 + 1e-9
+        assert sum(rate.values()) <= links * near
+        disk = [r for flow, r in rate.items() if flow.disk]
+        assert sum(disk) <= hardware.disk_bandwidth * near
+        urgent = any(device.foreground for device in node)
+        for first in range(0, len(node), size):
+            group = node[first : first + size]
+            ahead = [d.foreground for d in group if d.foreground]
+            behind = [d.background[0] for d in group if d.background]
+            for flow in ahead:
+                assert 0 < flow.rate <= hardware.bandwidth * hardware.multipath * near
+            least = hardware.bandwidth * (share if urgent else 1.0)
+            if behind and not any(flow.disk for flow in behind):
+                assert sum(flow.rate for flow in behind) >= least / near
+            if ahead and behind:
+                assert sum(flow.rate for flow in behind) <= least * near
+            if not ahead:
+                assert sum(flow.rate for flow in behind) <= hardware.bandwidth * near
+
+    def close(self) -> None:
+        """Everything adds up at the end."""
+        fleet, requests = self.fleet, self.fleet.workload
+        served = ~fleet.refused
+        assert (np.isfinite(fleet.first_token) == served).all()
+        assert (np.isfinite(fleet.finished) == served).all()
+        wait = fleet.first_token - requests.time
+        models = [fleet.profiles[model] for model in fleet.model_of]
+        least = [m.prefill(p) for m, p in zip(models, fleet.prompt, strict=True)]
+        assert (wait >= np.array(least) - 1e-9)[served].all()
+        decode = np.array([m.decode(1) for m in models])
+        # The fluid counts a token as come 1e-6 of a step before.
+        decoding = (requests.output - 1 - 1e-5) * decode - 1e-9
+        assert (fleet.finished - fleet.first_token >= decoding)[served].all()
+        assert math.isclose(fleet.links.loaded, self.carried, rel_tol=1e-9, abs_tol=100 * BYTE)
+        assert math.isclose(fleet.device_seconds, self.busy, rel_tol=1e-9, abs_tol=1e-6)
+        came = fleet.links.loaded + self.given
+        there = sum(s.resident for d in fleet.devices for s in d.shards.values())
+        assert math.isclose(came, there + self.dropped, rel_tol=1e-9, abs_tol=100 * BYTE)
+        assert fleet.wasted <= fleet.links.loaded + BYTE
+
+
+def users(device: Device) -> list[Instance]:
+    return [*([device.instance] if device.instance else []), *device.tenants]
+
+
+def flows(device: Device) -> list[Flow]:
+    return [*([device.foreground] if device.foreground else []), *device.background]
+
+
+def run(
+    requests: Workload,
+    hardware: Hardware,
+    controller: Any,
+    observe: bool = True,
+    **arguments: Any,
+) -> tuple[Fleet, Books]:
+    """A fleet that has run, with its books checked at every event."""
+    fleet = Fleet(requests, hardware, controller, **arguments)
+    books = Books()
+    if observe:
+        books(fleet)
+    fleet.run()
+    if observe:
+        books.close()
+    return fleet, books

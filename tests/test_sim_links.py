@@ -1,0 +1,262 @@
+"""Risk: bytes come faster than the host links carry them, or those that nobody waits for hold up
+those that somebody does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sim_checks import Scripted, workload
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.sim.devices import Device, Hardware
+from warmserve_rt.sim.fleet import Fleet
+from warmserve_rt.sim.host import HostMemory
+from warmserve_rt.sim.links import Flow
+
+LAYERS = (100,) * 10
+MODELS = [ModelProfile(f"m{i}", 1, LAYERS, 1, 0.0, 0.0, 0.01) for i in range(4)]
+
+
+def fleet_of(devices: int = 4, **hardware: Any) -> Fleet:
+    """Links of 100 bytes a second, of which nothing is the background's but where it is said."""
+    hardware = {"background_share": 0.0, "memory": 1e5, "bandwidth": 100.0, **hardware}
+    fleet = Fleet(
+        workload(MODELS, []), Hardware(devices, devices, **hardware), Scripted(), switch_s=0.0
+    )
+    fleet.controller.begin(fleet)
+    return fleet
+
+
+def background(fleet: Fleet, device: int, model: int, priority: float = 0.0) -> Flow:
+    assert fleet.prewarm(fleet.devices[device], model, 0, len(LAYERS), priority=priority)
+    flow = fleet.devices[device].shards[model, 0].flow
+    assert flow is not None
+    return flow
+
+
+def foreground(fleet: Fleet, device: int, model: int) -> Flow:
+    fleet.start(model, [fleet.devices[device]])
+    fleet.events.run(fleet.now + 1e-9)
+    flow = fleet.devices[device].foreground
+    assert flow is not None
+    return flow
+
+
+def here(device: Device, model: int) -> float:
+    return device.shards[model, 0].here
+
+
+def test_the_background_waits_for_the_foreground_and_goes_on_where_it_was() -> None:
+    fleet = fleet_of()
+    device = fleet.devices[0]
+    waiting = background(fleet, 0, 0)
+    fleet.events.run(3.0)
+    urgent = foreground(fleet, 0, 1)
+    assert (urgent.rate, waiting.rate) == (100.0, 0.0)
+    fleet.events.run(8.0)
+    assert here(device, 0) == pytest.approx(300)
+    assert here(device, 1) == pytest.approx(500)
+    fleet.events.run(14.0)
+    assert here(device, 1) == 1000
+    assert here(device, 0) == pytest.approx(400)
+    assert waiting.rate == 100.0
+
+
+def test_the_background_keeps_its_share_and_no_more() -> None:
+    fleet = fleet_of(background_share=0.05)
+    waiting = background(fleet, 0, 0)
+    urgent = foreground(fleet, 0, 1)
+    assert (urgent.rate, waiting.rate) == pytest.approx((95.0, 5.0))
+    alone = foreground(fleet, 1, 0)
+    assert alone.rate == 100.0  # nobody else wants it
+
+
+def test_the_highest_priority_loads_first_and_alone() -> None:
+    fleet = fleet_of()
+    low, middle = background(fleet, 0, 0, 1.0), background(fleet, 0, 1, 2.0)
+    same = background(fleet, 0, 2, 2.0)  # the first of equals goes first
+    assert [low.rate, middle.rate, same.rate] == [0.0, 100.0, 0.0]
+    fleet.events.run(5.0)
+    high = background(fleet, 0, 3, 3.0)
+    assert [low.rate, middle.rate, same.rate, high.rate] == [0.0, 0.0, 0.0, 100.0]
+    ends = []
+    for time in (14.5, 15.5, 19.5, 20.5, 29.5, 30.5, 39.5, 40.5):
+        fleet.events.run(time)
+        ends.append([here(fleet.devices[0], m) == 1000 for m in (3, 1, 2, 0)])
+    assert ends[::2] == [[True] * i + [False] * (4 - i) for i in range(4)]
+    assert ends[1::2] == [[True] * i + [False] * (4 - i) for i in range(1, 5)]
+
+
+def test_what_has_come_stays_when_loading_stops_and_is_not_loaded_again() -> None:
+    fleet = fleet_of()
+    device = fleet.devices[0]
+    background(fleet, 0, 0)
+    fleet.events.run(5.5)
+    fleet.call_off(device, device.shards[0, 0], 2)  # five layers are there, and half a one
+    assert here(device, 0) == 500 == device.used
+    assert not device.background
+    fleet.events.run(9.0)
+    assert here(device, 0) == 500
+    background(fleet, 0, 0)
+    fleet.events.run(14.1)
+    assert here(device, 0) == 1000
+    assert fleet.links.loaded == pytest.approx(1050)
+    assert fleet.wasted == pytest.approx(50)
+
+
+def test_more_layers_of_what_loads_take_their_own_time() -> None:
+    fleet = fleet_of()
+    device = fleet.devices[0]
+    assert fleet.prewarm(device, 0, 0, 4)
+    fleet.events.run(2.0)
+    assert fleet.prewarm(device, 0, 0, 8, priority=7.0)
+    fleet.events.run(5.0)
+    assert device.shards[0, 0].layers == 5
+    assert device.background[0].priority == 7.0
+    fleet.events.run(9.0)
+    assert here(device, 0) == 800
+    assert fleet.links.loaded == pytest.approx(800)
+
+
+@pytest.mark.parametrize(
+    ("multipath", "urgent", "rate"),
+    [(1, 1, 100), (2, 1, 200), (4, 1, 400), (9, 1, 400), (4, 2, 200), (2, 2, 200), (4, 3, 400 / 3),
+     (4, 4, 100)],
+)  # fmt: skip
+def test_idle_neighbours_help_and_busy_ones_do_not(
+    multipath: int, urgent: int, rate: float
+) -> None:
+    fleet = fleet_of(multipath=multipath)
+    flows = [foreground(fleet, device, 0) for device in range(urgent)]
+    assert [flow.rate for flow in flows] == pytest.approx([rate] * urgent)
+
+
+def test_helping_takes_from_the_neighbours_background_all_but_its_share() -> None:
+    fleet = fleet_of(multipath=3, background_share=0.1)
+    waiting = background(fleet, 1, 0)
+    urgent = foreground(fleet, 0, 0)
+    # Two links' worth of the 2.9 that three idle devices can spare.
+    assert urgent.rate == pytest.approx(300)
+    assert waiting.rate == pytest.approx(100 * (1 - 0.9 * 2 / 2.9))
+    fleet = fleet_of(multipath=8, background_share=0.1)
+    waiting = background(fleet, 1, 0)
+    urgent = foreground(fleet, 0, 0)
+    assert (urgent.rate, waiting.rate) == pytest.approx((390, 10))
+
+
+def test_devices_behind_a_switch_share_its_link_and_help_only_others() -> None:
+    fleet = fleet_of(switch_devices=2)
+    first = foreground(fleet, 0, 0)
+    assert first.rate == 100
+    second = foreground(fleet, 1, 0)
+    assert (first.rate, second.rate) == (50, 50)
+    third, fourth = background(fleet, 2, 0), background(fleet, 3, 0)
+    assert (third.rate, fourth.rate) == (50, 50)
+    fleet = fleet_of(switch_devices=2, multipath=4)
+    assert foreground(fleet, 0, 0).rate == 200  # two links are all there are
+    fleet = fleet_of(switch_devices=2, multipath=4)
+    flows = [foreground(fleet, device, 0) for device in (0, 2)]
+    assert [flow.rate for flow in flows] == [100, 100]
+
+
+def test_nodes_do_not_help_each_other() -> None:
+    fleet = Fleet(workload(MODELS, []), Hardware(4, 2, 1e5, 100.0, 4), Scripted(), switch_s=0.0)
+    fleet.controller.begin(fleet)
+    assert foreground(fleet, 0, 0).rate == 200
+
+
+# Disk and host memory.
+
+
+def test_what_host_memory_lacks_comes_as_fast_as_the_disk() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=60.0)
+    first = foreground(fleet, 0, 0)
+    assert first.rate == 60
+    second = foreground(fleet, 1, 0)  # what is still being read is not there yet
+    assert (first.rate, second.rate) == (30, 30)
+    fleet.events.run(40.0)
+    again = foreground(fleet, 2, 0)
+    assert again.rate == 100
+    assert 0 in fleet.hosted[0]
+    assert 1 not in fleet.hosted[0]
+
+
+def test_every_rank_comes_from_disk_and_does_so_when_its_load_is_begun_again() -> None:
+    wide = ModelProfile("wide", 2, LAYERS, 1, 0.0, 0.0, 0.01)
+    hardware = Hardware(2, 2, 1e5, 100.0, host_memory=1e4, disk_bandwidth=60.0)
+    fleet = Fleet(workload([wide], []), hardware, Scripted())
+    fleet.controller.begin(fleet)
+    for rank, device in enumerate(fleet.devices):
+        fleet.prewarm(device, 0, rank, 5)
+    fleet.events.run(5.0)
+    for rank, device in enumerate(fleet.devices):
+        fleet.prewarm(device, 0, rank, 10)
+    assert [device.background[0].rate for device in fleet.devices] == [30, 30]
+    device = fleet.devices[1]
+    fleet.events.run(6.0)
+    fleet.keep(device, device.shards[0, 1], 0)
+    assert fleet.prewarm(device, 0, 1, 2)  # of which 180 bytes had been read
+    assert device.background[0].rate == 30
+    fleet.events.run(7.0)
+    assert fleet.prewarm(device, 0, 1, 3)
+    fleet.keep(device, device.shards[0, 1], 0)
+    assert fleet.prewarm(device, 0, 1, 1)
+    assert device.background[0].rate == 100
+
+
+def test_host_memory_keeps_what_was_used_last() -> None:
+    memory = HostMemory(2500)
+    for model in (0, 1):
+        memory.bring(model, 0, 1000)
+    memory.use(0)
+    memory.bring(2, 0, 1000)
+    assert [model in memory for model in range(3)] == [True, False, True]
+    memory.bring(0, 1, 400)
+    assert memory.has(0, 0, 1000)
+    assert not memory.has(0, 1, 401)
+    memory.bring(2, 0, 200)  # less of it is no news
+    assert memory.has(2, 0, 1000)
+    memory.bring(3, 0, 3000)  # larger than it is
+    assert [model in memory for model in range(4)] == [False] * 4
+
+
+def test_infinite_host_memory_has_everything() -> None:
+    fleet = fleet_of(disk_bandwidth=1.0)
+    assert foreground(fleet, 0, 0).rate == 100
+    assert 3 in fleet.hosted[0]
+
+
+# Room.
+
+
+def test_room_that_lacks_less_than_a_byte_is_made_of_a_layer() -> None:
+    fleet = fleet_of(1, memory=1999.75)
+    background(fleet, 0, 0)
+    assert fleet.load(fleet.devices[0], 1, 0, 10, [(1000.0, 1.0)])
+    assert fleet.devices[0].shards[0, 0].target == 900
+
+
+def test_room_is_made_of_what_is_worth_least_tail_layers_first_and_only_if_it_is_enough() -> None:
+    fleet = fleet_of(1, memory=2500.0)
+    device = fleet.devices[0]
+    assert fleet.load(device, 0, 0, 10, [(400.0, 5.0), (1000.0, 2.0)])
+    assert fleet.load(device, 1, 0, 10, [(300.0, 4.0), (1000.0, 1.0)])
+    fleet.events.run(25.0)
+    assert fleet.wasted == 0
+
+    def targets() -> list[float]:
+        return [device.shards[m, 0].target for m in range(4) if (m, 0) in device.shards]
+
+    assert not fleet.load(device, 2, 0, 10, [(1000.0, 1.0)])  # of equal worth
+    assert targets() == [1000, 1000]
+    assert fleet.load(device, 2, 0, 10, [(1000.0, 1.5)])
+    assert targets() == [1000, 500, 1000]
+    assert fleet.wasted == 500
+    assert not fleet.load(device, 3, 0, 10, [(1000.0, 1.2)])  # 200 bytes are worth less
+    assert targets() == [1000, 500, 1000]
+    assert fleet.load(device, 3, 0, 10, [(1000.0, 3.0)])
+    assert targets() == [1000, 300, 200, 1000]
+    fleet.start(1, [device], drop_others=False)
+    assert device.used == 2500
+    assert device.shards[1, 0].pinned

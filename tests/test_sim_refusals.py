@@ -1,0 +1,97 @@
+"""Risk: a simulation of what cannot be runs, and says something."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from sim_checks import SMALL, Scripted, tiny, workload
+
+from warmserve_rt.sim import catalogue, workloads
+from warmserve_rt.sim.devices import Hardware
+from warmserve_rt.sim.fleet import Fleet
+from warmserve_rt.sim.run import simulate
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"devices": 0}, "0 devices"),
+        ({"devices": -8}, "-8 devices"),
+        ({"devices": 12}, "12 devices are no nodes of 8"),
+        ({"node_devices": 0}, "no nodes of 0"),
+        ({"switch_devices": 0}, "do not share 0"),
+        ({"switch_devices": 3}, "do not share 3"),
+        ({"memory": math.nan}, "positive and finite"),
+        ({"memory": math.inf}, "positive and finite"),
+        ({"bandwidth": math.nan}, "positive and finite"),
+        ({"bandwidth": 0.0}, "positive and finite"),
+        ({"disk_bandwidth": math.nan}, "positive and finite"),
+        ({"disk_bandwidth": -1.0}, "positive and finite"),
+        ({"multipath": 0}, "positive"),
+        ({"host_memory": math.nan}, "host memory of nan"),
+        ({"host_memory": -1.0}, "host memory of -1"),
+        ({"background_share": 1.0}, "share of 1"),
+        ({"background_share": -0.1}, "share of -0.1"),
+        ({"background_share": math.nan}, "share of nan"),
+    ],
+)
+def test_hardware_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Hardware(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("policy", "hardware", "times", "said"),
+    [
+        ("nosuch", Hardware(), {}, "no policy 'nosuch'"),
+        ("warmserve", Hardware(memory=20e9), {}, "larger than every device: 34.5 GB on each of 4"),
+        ("h0", Hardware(memory=20e9), {}, "larger than every device"),
+        ("warmserve", Hardware(16, 2), {}, "wants 4 devices of one node, which has 2"),
+        ("warmserve", Hardware(), {"switch_s": -1.0}, "a start of -1"),
+        ("warmserve", Hardware(), {"switch_s": math.nan}, "a start of nan"),
+        ("autoscaling", Hardware(), {"engine_start_s": math.inf}, "inf s for an engine"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(
+    policy: str, hardware: Hardware, times: dict[str, float], said: str
+) -> None:
+    requests = workloads.power_law(catalogue.paper_models(), 1.0, 10.0, 0)
+    with pytest.raises(ValueError, match=said):
+        simulate(policy, requests, hardware, **times)
+
+
+def test_what_a_controller_may_not_do_is_refused_and_changes_nothing() -> None:
+    wide = tiny(2)
+    fleet = Fleet(workload([SMALL, wide, tiny(layers=(900, 900, 900))], []),
+                  Hardware(4, 2, 1000.0, 1.0), Scripted())  # fmt: skip
+    a, b, c, d = fleet.devices
+    instance = fleet.start(0, [a])
+    kv = instance.kv_room
+    shard = a.shards[0, 0]
+    for said, wrong in [
+        ("wants 2 devices", lambda: fleet.start(1, [c])),
+        ("wants 2 devices", lambda: fleet.start(1, [c, c])),
+        ("not of one node", lambda: fleet.start(1, [b, c])),
+        ("one has an instance", lambda: fleet.start(1, [a, b])),
+        ("one has an instance", lambda: fleet.start(0, [a])),
+        ("is larger than devices", lambda: fleet.start(2, [d])),
+        ("is not stopped", lambda: fleet.stop(instance)),
+        ("an instance uses", lambda: fleet.keep(a, shard, 0)),
+        ("6 layers of small's 5", lambda: fleet.prewarm(b, 0, 0, 6)),
+        ("-1 layers", lambda: fleet.prewarm(b, 0, 0, -1)),
+        ("no room", lambda: fleet.preload(b, 2, 0)),
+        ("bytes of KV cache", lambda: fleet.lend(instance, kv + 1)),
+        ("bytes of KV cache", lambda: fleet.lend(instance, -1.0)),
+        ("bytes of KV cache", lambda: fleet.lend(instance, math.nan)),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            wrong()
+    assert [len(device.shards) for device in fleet.devices] == [1, 0, 0, 0]
+    assert fleet.starts == 1
+    assert instance.kv_room == kv
+    fleet.events.run(fleet.now + 1000)
+    fleet.stop(instance)
+    with pytest.raises(ValueError, match="has ended"):
+        fleet.stop(instance)

@@ -1,0 +1,198 @@
+"""Host links: what is being loaded over them, and at what rate. Fluid: bytes flow evenly."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from .devices import Device, Hardware, Shard
+from .events import Due, Events
+from .host import HostMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Flow(Due):
+    """The bytes that a shard still lacks, on their way over its device's link.
+
+    ``priority``: of background flows the highest goes first, alone. ``disk``: host memory lacks
+    some of what the shard is to have, so that all of it comes as fast as the disk. ``done`` is
+    called when all have arrived.
+    """
+
+    __slots__ = (
+        "device",
+        "disk",
+        "done",
+        "foreground",
+        "links",
+        "marks",
+        "priority",
+        "rate",
+        "shard",
+        "since",
+    )
+
+    def __init__(
+        self, links: Links, device: Device, shard: Shard, priority: float, disk: bool
+    ) -> None:
+        super().__init__()
+        self.links, self.device, self.shard = links, device, shard
+        self.priority, self.disk = priority, disk
+        self.foreground = False
+        self.rate = 0.0
+        self.since = links.events.now
+        self.done: Callable[[], None] | None = None
+        self.marks: list[tuple[float, float]] = []  # of the foreground: bytes there, and when
+
+    def settle(self, now: float) -> None:
+        """Books what has arrived until now."""
+        if self.rate > 0:
+            self.book(min(self.rate * (now - self.since), self.shard.target - self.shard.resident))
+        self.since = now
+        if self.foreground:
+            self.marks.append((self.shard.resident, now))
+
+    def book(self, arrived: float) -> None:
+        shard = self.shard
+        shard.resident += arrived
+        self.links.loaded += arrived
+        if not shard.pinned:
+            shard.unused += arrived
+
+    def arrivals(self, ends: Sequence[float]) -> list[float]:
+        """When each of these leading parts of the shard had come, once the flow is done; the time
+        at which it became the foreground for what was there by then."""
+        times = []
+        for end in ends:
+            after = bisect_left(self.marks, (end, -math.inf))
+            high, stop = self.marks[after]
+            low, begin = self.marks[after - 1] if after else (-math.inf, stop)
+            times.append(stop - (stop - begin) * (high - end) / (high - low))
+        return times
+
+    def happen(self) -> None:
+        self.links.arrived(self)
+
+
+class Links:
+    """All flows of a fleet. One foreground flow and any number of background flows per device."""
+
+    def __init__(self, events: Events, hardware: Hardware, devices: list[Device]) -> None:
+        self.events, self.hardware = events, hardware
+        self.loaded = 0.0  # bytes, in all
+        size = hardware.node_devices
+        self.nodes = [devices[i : i + size] for i in range(0, len(devices), size)]
+        self.hosted = [HostMemory(hardware.host_memory) for _ in self.nodes]
+
+    def load(self, device: Device, shard: Shard, *, priority: float) -> Flow:
+        """Begins to bring a shard up to its target in the background."""
+        hosted = self.hosted[device.node]
+        hosted.use(shard.model)
+        disk = not hosted.has(shard.model, shard.rank, shard.target)
+        flow = Flow(self, device, shard, priority, disk)
+        shard.flow = flow
+        queue = device.background
+        place = len(queue)
+        while place and queue[place - 1].priority < priority:
+            place -= 1
+        queue.insert(place, flow)
+        if not place:
+            self.balance(device.node)
+        return flow
+
+    def urge(self, flow: Flow, done: Callable[[], None]) -> None:
+        """Makes it the device's foreground flow."""
+        flow.settle(self.events.now)
+        flow.device.background.remove(flow)
+        flow.foreground, flow.done = True, done
+        flow.marks.append((flow.shard.resident, self.events.now))
+        flow.device.foreground = flow
+        self.balance(flow.device.node)
+
+    def stop(self, flow: Flow) -> None:
+        """Calls it off; what has arrived stays."""
+        flow.settle(self.events.now)
+        self._leave(flow)
+
+    def arrived(self, flow: Flow) -> None:
+        flow.settle(self.events.now)
+        flow.book(flow.shard.target - flow.shard.resident)  # what rounding left
+        flow.shard.resident = flow.shard.target
+        if flow.foreground:
+            flow.marks[-1] = (flow.shard.target, self.events.now)
+        self._leave(flow)
+        if flow.done:
+            flow.done()
+
+    def _leave(self, flow: Flow) -> None:
+        self.events.cancel(flow)
+        flow.rate = 0.0
+        device, shard = flow.device, flow.shard
+        shard.flow = None
+        if flow.disk:
+            self.hosted[device.node].bring(shard.model, shard.rank, shard.resident)
+        if flow.foreground:
+            device.foreground = None
+        else:
+            first = device.background[0] is flow
+            device.background.remove(flow)
+            if not first:
+                return  # it had no rate
+        self.balance(device.node)
+
+    def balance(self, node: int) -> None:
+        """Shares a node's links anew.
+
+        The devices behind one switch share a link evenly. A foreground flow has its link but for
+        the background's share, and with multipath an even part of the links that no foreground
+        flow claims, again but for the background's share; that part is then lost to the background
+        whether or not the disk is fast enough for it.
+        """
+        hardware, devices = self.hardware, self.nodes[node]
+        share, size = hardware.background_share, hardware.switch_devices
+        urgent = 0
+        spare = 0.0  # links that no foreground flow claims, but for the background's share
+        switches = []
+        for first in range(0, len(devices), size):
+            group = devices[first : first + size]
+            ahead = [d.foreground for d in group if d.foreground]
+            behind = [d.background[0] for d in group if d.background]
+            own = 1.0 - (share if behind else 0.0)
+            urgent += len(ahead)
+            if not ahead:
+                spare += own
+            switches.append((ahead, behind, own))
+        if not any(ahead or behind for ahead, behind, _ in switches):
+            return
+        more = min(hardware.multipath - 1, spare / urgent) if urgent else 0.0
+        taken = more * urgent / spare if spare else 0.0
+        rates: list[tuple[Flow, float]] = []
+        for ahead, behind, own in switches:
+            for flow in ahead:
+                rates.append((flow, hardware.bandwidth * (own / len(ahead) + more)))
+            left = 1.0 - own * (1.0 if ahead else taken)
+            for flow in behind:
+                rates.append((flow, hardware.bandwidth * left / len(behind)))
+        on_disk = sum(flow.disk for flow, rate in rates if rate > 0) or 1
+        for flow, rate in rates:
+            self._set(flow, min(rate, hardware.disk_bandwidth / on_disk) if flow.disk else rate)
+        for device in devices:
+            for flow in device.background[1:]:
+                if not flow.rate:
+                    break  # only the one that was first before has any
+                self._set(flow, 0.0)
+
+    def _set(self, flow: Flow, rate: float) -> None:
+        if rate == flow.rate:
+            return
+        now = self.events.now
+        flow.settle(now)
+        flow.rate = rate
+        if rate > 0:
+            left = flow.shard.target - flow.shard.resident
+            self.events.schedule(flow, now + left / rate)
+        else:
+            self.events.cancel(flow)
