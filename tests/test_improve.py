@@ -1,0 +1,129 @@
+"""Exchanges that are not the best, or lose more than they gain, would churn or starve models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exchange_model import Held, Market
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+
+from warmserve_rt.policy.curve import ValueCurve
+from warmserve_rt.policy.improve import Copy, Curves, improve
+
+DEVICES, NODE = 8, 4
+
+
+def curve(draw: st.DrawFn, name: str) -> ValueCurve:
+    layers = draw(st.integers(1, 5))
+    width = draw(st.sampled_from([1, 1, 2, 4]))
+    nbytes = np.array([draw(st.integers(1, 9)) for _ in range(layers)], np.int64) * 1_000_003
+    value = np.cumsum([0.0, *(draw(st.floats(0.0, 1.0)) for _ in range(layers))])
+    return ValueCurve(name, width, nbytes, value, np.arange(layers))
+
+
+@st.composite
+def markets(
+    draw: st.DrawFn,
+) -> tuple[list[ValueCurve], list[float], list[Copy], list[float], list[float]]:
+    curves = [curve(draw, f"m{i}") for i in range(draw(st.integers(1, 5)))]
+    need = [draw(st.floats(0.0, 2.0)) for _ in curves]
+    available = [draw(st.floats(0.1, 1.0)) for _ in range(DEVICES)]
+    free = [draw(st.integers(0, 30)) * 1_000_003.0 for _ in range(DEVICES)]
+    copies = []
+    for model, each in enumerate(curves):
+        for first in range(0, DEVICES, each.width):
+            if draw(st.booleans()):
+                layers = draw(st.integers(1, len(each.nbytes)))
+                copies.append(Copy(model, first, layers, fixed=draw(st.integers(0, 5)) == 0))
+    return curves, need, copies, free, available
+
+
+@settings(max_examples=150, deadline=None)
+@given(markets(), st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 6), st.integers(0, 6))
+def test_exchanges_are_those_of_a_plain_model(
+    market: tuple[list[ValueCurve], list[float], list[Copy], list[float], list[float]],
+    margin: float,
+    most: int,
+    moves: int,
+) -> None:
+    curves, need, copies, free, available = market
+    found = improve(
+        Curves(curves),
+        np.array(need),
+        copies,
+        np.array(free),
+        np.array(available),
+        NODE,
+        margin=margin,
+        most=most,
+        moves=moves,
+    )
+    held = [Held(c.model, c.first, c.layers, c.fixed) for c in copies]
+    plain = Market(curves, need, held, list(free), available, NODE, margin, most)
+    for _ in range(moves):
+        if not plain.move():
+            break
+    assert sorted((c.model, c.first, c.layers) for c in found) == sorted(
+        (h.model, h.first, h.layers) for h in plain.held
+    )
+    by_place = {(h.model, h.first): h.use for h in plain.held}
+    for copy in found:
+        assert copy.use == pytest.approx(by_place[copy.model, copy.first])
+    after = list(free)
+    for sign, group in ((1, [(c.model, c.first, c.layers) for c in copies]), (-1, found_of(found))):
+        for model, first, layers in group:
+            for device in range(first, first + curves[model].width):
+                after[device] += sign * float(curves[model].cumulative[layers])
+    assert min(after) >= 0 or min(after) >= min(free)  # never more than there is
+    kept = {(c.model, c.first): c.layers for c in found}
+    assert all(kept[c.model, c.first] == c.layers for c in copies if c.fixed)
+
+
+def found_of(copies: list[Copy]) -> list[tuple[int, int, int]]:
+    return [(c.model, c.first, c.layers) for c in copies]
+
+
+def two_models(value: float) -> list[ValueCurve]:
+    nbytes = np.array([10_000_000], np.int64)
+    return [
+        ValueCurve("held", 1, nbytes, np.array([0.0, 1.0]), np.arange(1)),
+        ValueCurve("new", 1, nbytes, np.array([0.0, value]), np.arange(1)),
+    ]
+
+
+@pytest.mark.parametrize(("value", "stays"), [(1.05, True), (1.2, False)])
+def test_what_is_there_goes_only_for_what_is_clearly_better(value: float, stays: bool) -> None:
+    found = improve(
+        Curves(two_models(value)),
+        np.array([1.0, 1.0]),
+        [Copy(0, 0, 1)],
+        np.array([0.0]),
+        np.array([1.0]),
+        1,
+        margin=0.1,
+    )
+    assert [c.model for c in found] == [0 if stays else 1]
+
+
+def test_a_plan_that_is_in_place_moves_nothing() -> None:
+    curves = Curves(two_models(0.5))
+    arguments = (np.array([1.0, 1.0]), np.array([1.0, 0.9]), 1)
+    first = improve(curves, arguments[0], [], np.array([15e6, 15e6]), *arguments[1:], margin=0.0)
+    again = improve(curves, arguments[0], first, np.array([5e6, 5e6]), *arguments[1:], margin=0.0)
+    assert found_of(again) == found_of(first)
+
+
+def test_what_an_instance_uses_is_no_victim() -> None:
+    found = improve(
+        Curves(two_models(100.0)),
+        np.array([1.0, 1.0]),
+        [Copy(0, 0, 1, fixed=True)],
+        np.array([0.0]),
+        np.array([1.0]),
+        1,
+        margin=0.1,
+    )
+    assert [c.model for c in found] == [0]

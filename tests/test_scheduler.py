@@ -1,0 +1,204 @@
+"""A scheduler that churns, ignores demand, or acts when it should only say what it would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.policy.slo import Slo
+from warmserve_rt.scheduler import Scheduler
+from warmserve_rt.sim.devices import Hardware
+from warmserve_rt.sim.fleet import Fleet
+from warmserve_rt.sim.workloads import Workload, power_law
+from warmserve_rt.starts import Starts
+
+GB = 1_000_000_000
+
+
+def models(n: int, width: int = 1, layers: int = 12) -> tuple[ModelProfile, ...]:
+    return tuple(
+        ModelProfile(f"m{i}", width, (GB,) * layers, 100_000, 0.005, 0.00005, 0.02)
+        for i in range(n)
+    )
+
+
+def fleet(
+    profiles: tuple[ModelProfile, ...],
+    rate: float,
+    scheduler: Scheduler | None = None,
+    *,
+    seconds: float = 120,
+    alpha: float = 0.5,
+    memory: float = 30 * GB,
+    devices: int = 4,
+    seed: int = 1,
+) -> Fleet:
+    workload = power_law(profiles, rate, seconds, seed, alpha=alpha)
+    hardware = Hardware(devices=devices, node_devices=devices, memory=memory, bandwidth=10 * GB)
+    return Fleet(
+        workload,
+        hardware,
+        Starts(scheduler or Scheduler()),
+        streaming=True,
+        elastic_kv=True,
+    )
+
+
+def held(run: Fleet) -> dict[int, int]:
+    """Layers of each model that some device holds whole ranks of."""
+    found: dict[int, int] = {}
+    for device in run.devices:
+        for (model, _), shard in device.shards.items():
+            found[model] = max(found.get(model, 0), shard.layers)
+    return found
+
+
+def test_everything_is_held_where_everything_fits() -> None:
+    run = fleet(models(4), 0.5)
+    run.run()
+    assert set(held(run)) == {0, 1, 2, 3}
+    assert run.start_hits / run.start_layers > 0.9
+
+
+def test_what_is_asked_for_more_is_held_more() -> None:
+    run = fleet(models(12), 0.6, alpha=1.5, memory=20 * GB, devices=2, seconds=300)
+    run.run()
+    layers = held(run)
+    assert sum(layers.get(m, 0) for m in range(4)) > sum(layers.get(m, 0) for m in range(8, 12))
+
+
+def test_a_steady_load_settles() -> None:
+    """In the second half of the run it loads no more than three models for each start."""
+    run = fleet(models(8), 0.4, seconds=600)
+    loaded: list[float] = []
+    run.after(360.0, lambda: loaded.append(run.links.loaded))
+    run.run()
+    starts = run.starts
+    assert run.links.loaded - loaded[0] < 18 * GB * starts
+
+
+def test_memory_and_every_request_in_all_that() -> None:
+    run = fleet(models(6, width=2), 1.0)
+    over: list[float] = []
+
+    def look() -> None:
+        over.extend(device.used - device.memory for device in run.devices)
+        run.after(0.2, look)
+
+    run.after(0.0, look)
+    run.run()
+    assert max(over) <= 1e-3
+    assert not np.isnan(run.first_token).any()
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
+    scheduler = Scheduler(dry_run=True)
+    run = fleet(models(4), 0.5, scheduler)
+    run.controller.begin(run)
+    said = scheduler.explain()
+    assert any(line.startswith("keeps ") and "expected starts" in line for line in said)
+    assert any(" of 12 layers of m0 on device " in line for line in said)
+    run.events.run(5.0)
+    assert run.links.loaded == 0
+    assert not any(device.shards for device in run.devices)
+
+
+def test_an_explanation_names_what_gives_way() -> None:
+    scheduler = Scheduler(dry_run=True)
+    run = fleet(models(2), 0.5, scheduler, memory=12 * GB, devices=1)
+    run.preload(run.devices[0], 1, 0)
+    run.controller.begin(run)
+    scheduler.demand.forecast = lambda now, horizon: None  # type: ignore[method-assign]
+    scheduler.demand.rates = [0.05, 1e-6]
+    scheduler.plan()
+    assert any(
+        "of m0 on device 0" in line and "layers of m1" in line for line in scheduler.explain()
+    )
+
+
+@pytest.mark.parametrize(("memory", "most"), [(100 * GB, 0.02), (20 * GB, 0.25)])
+def test_what_is_held_is_near_what_could_be(memory: float, most: float) -> None:
+    scheduler = Scheduler()
+    run = fleet(models(10), 0.5, scheduler, memory=memory, devices=2, seconds=200)
+    gaps: list[float] = []
+
+    def look() -> None:
+        value, bound = scheduler.certificate()
+        assert 0 <= value <= bound * (1 + 1e-9)
+        gaps.append(1 - value / bound)
+        run.after(7.0, look)
+
+    run.after(100.0, look)
+    run.run()
+    assert sorted(gaps)[len(gaps) // 2] <= most
+
+
+def test_an_idle_instance_makes_room_at_once() -> None:
+    """Two models on one device, in turns: nobody waits for the other to have been idle for long."""
+    profiles = models(2)
+    time = np.array([0.0, 10.0, 20.0])
+    workload = Workload(
+        name="turns",
+        models=profiles,
+        time=time,
+        model=np.array([0, 1, 0]),
+        prompt=np.full(3, 100),
+        output=np.full(3, 2),
+        duration=30.0,
+        history_window=300.0,
+        history=np.zeros((0, 2)),
+        service=np.array([1.0, 1.0]),
+        dispersion=np.zeros((0, 2)),
+    )
+    hardware = Hardware(devices=1, node_devices=1, memory=30 * GB, bandwidth=10 * GB)
+    run = Fleet(
+        workload, hardware, Starts(Scheduler(), linger=1e9), streaming=True, elastic_kv=True
+    )
+    run.run()
+    assert (run.first_token - time).max() < 1.5
+    assert run.starts == 3
+
+
+def test_draining_frees_devices_for_a_model_that_waits() -> None:
+    """One model has two instances with work for one; another comes and finds no device free."""
+    profiles = models(2)
+    n = 40
+    time = np.concatenate((np.linspace(0.0, 0.1, n), [3.0]))
+    workload = Workload(
+        name="drain",
+        models=profiles,
+        time=time,
+        model=np.array([0] * n + [1]),
+        prompt=np.full(n + 1, 100),
+        output=np.array([100] * 20 + [2000] * 20 + [2]),
+        duration=10.0,
+        history_window=300.0,
+        history=np.zeros((0, 2)),
+        service=np.array([1.0, 1.0]),
+        dispersion=np.zeros((0, 2)),
+    )
+    hardware = Hardware(devices=2, node_devices=2, memory=30 * GB, bandwidth=10 * GB)
+    run = Fleet(workload, hardware, Starts(Scheduler()), streaming=True, elastic_kv=True)
+    run.run()
+    assert not np.isnan(run.first_token).any()
+    assert run.finished[:n].max() > run.first_token[n]  # it did not wait for all of the first
+
+
+@pytest.mark.parametrize(
+    "options", [{"objective": "fast"}, {"objective": 2.0}, {"objective": float("nan")}]
+)
+def test_an_objective_that_there_is_not(options: dict[str, Any]) -> None:
+    run = fleet(models(2), 0.5, Scheduler(**options))
+    with pytest.raises(ValueError, match="objective"):
+        run.run()
+
+
+@pytest.mark.parametrize(("prefills", "seconds"), [(float("nan"), 0.2), (5.0, -1.0)])
+def test_an_slo_that_is_none(prefills: float, seconds: float) -> None:
+    with pytest.raises(ValueError, match="SLO"):
+        Slo(prefills, seconds)
