@@ -1,0 +1,84 @@
+"""Many simulated runs at once: which, and what came of them."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from statistics import fmean
+
+from warmserve_rt.sim import workloads
+from warmserve_rt.sim.catalogue import mixed, paper_models
+from warmserve_rt.sim.devices import Hardware
+from warmserve_rt.sim.metrics import RunSummary, summary
+from warmserve_rt.sim.run import simulate
+from warmserve_rt.sim.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload on 16 GPUs. ``models``: "paper" or a number of the mix; ``rate``: requests per
+    second; ``seconds``: of arrivals; ``bandwidth``: GB/s of each host link."""
+
+    name: str
+    workload: str
+    models: str
+    rate: float
+    seconds: float
+    bandwidth: float = 25.0
+
+    def at(self, rate: float) -> Case:
+        return replace(self, rate=rate)
+
+
+@dataclass(frozen=True)
+class Run:
+    case: Case
+    policy: str
+    seed: int
+    multipath: int = 1
+    memory: float = 72e9  # bytes of each GPU
+    engine_start_s: float = 5.0
+    options: tuple[tuple[str, float], ...] = field(default=())
+
+
+@lru_cache(maxsize=4)
+def _workload(case: Case, seed: int) -> Workload:
+    models = paper_models() if case.models == "paper" else mixed(int(case.models))
+    return workloads.parse(case.workload, models, case.rate, case.seconds, seed)
+
+
+def perform(run: Run) -> RunSummary:
+    hardware = Hardware(
+        memory=run.memory, bandwidth=run.case.bandwidth * 1e9, multipath=run.multipath
+    )
+    fleet = simulate(
+        run.policy,
+        _workload(replace(run.case, bandwidth=0.0), run.seed),
+        hardware,
+        engine_start_s=run.engine_start_s,
+        policy_options=dict(run.options),
+    )
+    return summary(fleet)
+
+
+def perform_all(runs: Iterable[Run]) -> dict[Run, RunSummary]:
+    """Each once, in as many processes as there are CPUs."""
+    wanted = list(dict.fromkeys(runs))
+    context = multiprocessing.get_context("spawn")
+    processes = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        return dict(zip(wanted, pool.map(perform, wanted, chunksize=1), strict=True))
+
+
+def mean_of(found: Mapping[Run, RunSummary], run: Run, seeds: Iterable[int], what: str) -> float:
+    """The mean over seeds of a field of the summaries."""
+    return fmean(getattr(found[replace(run, seed=seed)], what) for seed in seeds)
+
+
+def geomean(values: Iterable[float]) -> float:
+    return math.exp(fmean(math.log(value) for value in values))

@@ -1,0 +1,80 @@
+"""The policies that a simulation compares, a small file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from ...scheduler import Scheduler
+from ...starts import Starts
+from ..fleet import Controller
+from .blitzscale import BlitzScale
+from .clairvoyant import Clairvoyant
+from .everything import Everything
+from .lru import Lru
+from .serverless import Autoscaling
+from .sharing import FixedShares, Sharing
+from .warmserve import WarmServe
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``title``: what a report calls it. ``make`` takes its options by name. ``engine_start``: each
+    start waits for an engine process. ``streaming``, ``elastic_kv``: see Fleet. ``polls``:
+    so do the fleet's starts. ``unlimited``: memory holds whatever it wants. ``multipath``: its
+    foreground loads may use idle neighbours' links, where the hardware can. ``bound``: it has or
+    knows what no policy can."""
+
+    title: str
+    make: Callable[..., Controller]
+    engine_start: bool = False
+    streaming: bool = False
+    elastic_kv: bool = False
+    polls: bool = False
+    unlimited: bool = False
+    multipath: bool = False
+    bound: bool = False
+
+
+def ours(scheduler: type[Scheduler] = Scheduler, **options: Any) -> Starts:
+    """This project's own, with options of its scheduler."""
+    return Starts(scheduler(**options))
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "autoscaling": Policy("autoscaling, host-memory tier", Autoscaling, engine_start=True),
+        "autoscaling-polls": Policy(
+            "autoscaling, host-memory tier, polling",
+            partial(Autoscaling, polls=True),
+            engine_start=True,
+            polls=True,
+        ),
+        "blitzscale": Policy("serving while loading", BlitzScale, streaming=True),
+        "sharing": Policy("static sharing", Sharing),
+        "fixed-shares": Policy("static sharing, fixed shares", FixedShares),
+        "lru": Policy("whole-model LRU", Lru),
+        "warmserve": Policy("WarmServe, event-driven", WarmServe),
+        "warmserve-polls": Policy("WarmServe, polling", partial(WarmServe, polls=True), polls=True),
+        "scheduler": Policy("warmserve_rt", ours, streaming=True, elastic_kv=True, multipath=True),
+        "h1": Policy(
+            "residency that knows 120 s (h1)",
+            partial(ours, Clairvoyant),
+            streaming=True,
+            elastic_kv=True,
+            multipath=True,
+            bound=True,
+        ),
+        "h0": Policy("all resident everywhere (h0)", Everything, unlimited=True, bound=True),
+    }
+)
+
+
+def find(name: str) -> Policy:
+    """Raises ValueError for one that is not there."""
+    if name not in POLICIES:
+        raise ValueError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
+    return POLICIES[name]
