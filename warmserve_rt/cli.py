@@ -1,4 +1,5 @@
-"""The command line: ``warmserve-rt demo | inspect``. Needs the ``demo`` extra."""
+"""The command line: ``warmserve-rt demo | live | inspect | simulate``. Needs extras, demo
+or sim, live both."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from typing import Annotated
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit("warmserve-rt needs typer: pip install 'warmserve_rt[demo]'")
+    extra = "sim" if sys.argv[1:2] == ["simulate"] else "demo"
+    sys.exit(f"warmserve-rt needs typer: pip install 'warmserve_rt[{extra}]'")
 
 from ._errors import WarmServeError
 from .checkpoint import open_checkpoint
 from .layers import build_layout
+from .sim.command import simulate
 
 app = typer.Typer(
     help="Keeps layers of many models warm in one device's memory.",
@@ -22,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(simulate)
 
 
 @app.command()
@@ -40,6 +44,26 @@ def demo(
         sys.exit(f"warmserve-rt demo needs {error.name}: pip install 'warmserve_rt[demo]'")
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"warmserve-rt demo: {error}")
+    raise typer.Exit(status)
+
+
+@app.command()
+def live(
+    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    requests: Annotated[int, typer.Option(min=2, help="About how many arrive.")] = 40,
+    seconds: Annotated[float, typer.Option(help="In which they arrive.")] = 90.0,
+    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    mutate: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Let the scheduler prewarm real models, and compare with what the simulator predicts."""
+    try:
+        from .demo.live import run
+
+        status = run(json, requests=requests, seconds=seconds, seed=seed, mutate=mutate)
+    except ModuleNotFoundError as error:
+        sys.exit(f"warmserve-rt live needs {error.name}: pip install 'warmserve_rt[demo,sim]'")
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"warmserve-rt live: {error}")
     raise typer.Exit(status)
 
 

@@ -1,0 +1,193 @@
+"""Risk: a report says what was not run, or cannot be read where it is opened."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from studies import BASELINE, SMALL, WARM
+
+from warmserve_rt.sim import study as study_module
+from warmserve_rt.sim import words
+from warmserve_rt.sim.digest import as_interval, digest, to_json
+from warmserve_rt.sim.policies import POLICIES
+from warmserve_rt.sim.report import render
+from warmserve_rt.sim.study import Result, run
+
+ASKED_FOR = (
+    *("ttft_mean", "ttft_p50", "ttft_p95", "ttft_p99", "slo_miss", "hit_share"),
+    *("loaded_bytes", "wasted_bytes", "gpu_hours"),
+)
+
+
+@pytest.fixture(scope="module")
+def small() -> Result:
+    return run(SMALL, 1)
+
+
+@pytest.fixture(scope="module")
+def numbers(small: Result) -> dict[str, Any]:
+    return digest(small)
+
+
+@pytest.fixture(scope="module")
+def page(small: Result, numbers: dict[str, Any]) -> str:
+    return render(small, numbers)
+
+
+def test_summary_json_has_what_was_asked_for(numbers: dict[str, Any]) -> None:
+    data = json.loads(to_json(numbers))
+    assert set(data["policies"]) == set(POLICIES)
+    for policy in data["policies"].values():
+        for name in ASKED_FOR:
+            metric = policy["metrics"][name]
+            assert len(metric["by_seed"]) == 2
+            assert metric["low"] <= metric["mean"] <= metric["high"]
+        assert [each["goal"] for each in policy["highest_rate"]] == [0.99, 0.97]
+        assert [each["rate"] for each in policy["attainment"]] == [0.25, 0.5]
+    pairs = len(POLICIES) * (len(POLICIES) - 1) // 2
+    assert len(data["paired"]) == pairs
+
+
+def test_pairs_turned_round_are_each_others_inverse(numbers: dict[str, Any]) -> None:
+    there = words.ratio_of(numbers, "ttft_p99_ratio", BASELINE, WARM)
+    back = words.ratio_of(numbers, "ttft_p99_ratio", WARM, BASELINE)
+    assert there.mean == pytest.approx(1 / back.mean)
+    assert there.low == pytest.approx(1 / (back.high or math.nan))
+    ahead = words.ratio_of(numbers, "slo_miss_difference", BASELINE, WARM)
+    behind = words.ratio_of(numbers, "slo_miss_difference", WARM, BASELINE)
+    assert (ahead.mean, ahead.low) == (-behind.mean, -(behind.high or math.nan))
+
+
+def test_the_engine_starts_part_is_told_in_the_numbers_that_were_run(
+    numbers: dict[str, Any], page: str
+) -> None:
+    told = " ".join(words.engine_start(numbers))
+    assert "up to 50.8x" in told
+    assert "engine start of 5 s" in told
+    rows = {r["engine_start_s"]: r for r in numbers["engine_starts"] if r["policy"] == BASELINE}
+    for start in (0.0, 5.0):
+        assert words.times(as_interval(rows[start]["ttft_p99_over"][WARM])) in told
+    assert rows[0.0]["ttft_p99"]["mean"] < rows[5.0]["ttft_p99"]["mean"]
+    assert escape(told) in page
+
+
+def test_equal_starts_that_were_not_run_are_not_told(numbers: dict[str, Any]) -> None:
+    kept = [row for row in numbers["engine_starts"] if row["engine_start_s"] == 5.0]
+    told = " ".join(words.engine_start({**numbers, "engine_starts": kept}))
+    assert "equal starts were not run" in told
+    assert "is the engine start's" not in told
+    assert "No policy" in " ".join(words.engine_start({**numbers, "engine_starts": []}))
+
+
+def test_a_best_policy_that_seeds_cannot_tell_apart_is_not_called_sure(
+    numbers: dict[str, Any],
+) -> None:
+    def told(low: float) -> str:
+        policies = {name: dict(numbers["policies"][name]) for name in (BASELINE, WARM)}
+        for name, seconds in ((BASELINE, 8.0), (WARM, 4.0)):
+            tail = {"mean": seconds, "low": None, "high": None}
+            policies[name]["metrics"] = {**policies[name]["metrics"], "ttft_p99": tail}
+        pair = {"policy": BASELINE, "over": WARM}
+        ratio = {"mean": 2.0, "low": low, "high": 4.0}
+        paired = [{**pair, "ttft_p99_ratio": ratio}]
+        return " ".join(words.findings({**numbers, "policies": policies, "paired": paired}))
+
+    assert f"{WARM} has the lowest P99 TTFT, 4 s" in told(1.5)
+    assert "do not tell the two apart" in told(0.5)
+    assert "do not tell the two apart" not in told(1.5)
+
+
+class Tags(HTMLParser):
+    """Fails at a tag that closes another than the last opened."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [name for name, _ in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def well_formed(page: str) -> None:
+    tags = Tags()
+    tags.feed(page)
+    tags.close()
+    assert tags.open == []
+    assert tags.links == []
+    drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawn) > 5
+    for each in drawn:
+        ElementTree.fromstring(each)
+        assert "nan" not in re.sub(r"<title>.*?</title>|aria-label=\"[^\"]*\"", "", each)
+
+
+def test_a_trace_is_run_at_its_own_rate_once(tmp_path: Path) -> None:
+    rows = "".join(f"{20 * i},{i % 3},100,20\n" for i in range(40))
+    path = tmp_path / "<b>&trace.csv"
+    path.write_text("t_s,model,input_tokens,output_tokens\n" + rows)
+    study = replace(SMALL, workload=str(path), history_minutes=5, seeds=4)
+    result = run(study, 1)
+    assert result.study.seeds == 1
+    assert len(result.workload.time) == 40 - 15
+    assert {o.run.rate for o in result.outcomes} == {result.study.rate}
+    data = digest(result)
+    assert data["study"]["workload"] == "<b>&trace.csv"
+    assert str(tmp_path) not in to_json(data)
+    well_formed(render(result, data))
+
+
+def test_the_report_is_well_formed_and_needs_nothing_else(page: str) -> None:
+    well_formed(page)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|<img", page)
+
+
+def test_the_report_follows_the_readers_colours_and_screen(page: str) -> None:
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport" content="width=device-width' in page
+
+
+def test_colours_can_be_read_on_either_ground() -> None:
+    """Contrast of text at least 4.5, of lines and bands at least 3 (WCAG 2.1, 1.4.3 and 1.4.11)."""
+    style = (Path(study_module.__file__).parent / "report.css").read_text()
+    grounds = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(grounds) == 2
+    for ground in grounds:
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", ground))
+        for name in ("ink", "quiet"):
+            assert contrast(colours[name], colours["page"]) >= 4.5, name
+        for name in (f"c{i}" for i in range(8)):
+            assert contrast(colours[name], colours["page"]) >= 3, name
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_every_policy_is_in_every_part_of_the_report(page: str) -> None:
+    for name, policy in POLICIES.items():
+        assert page.count(f"</svg>{name}</li>") == 2
+        assert policy.title in page
+        assert (f"<summary>{name}</summary>" in page) is not policy.unlimited

@@ -1,0 +1,175 @@
+"""Plots as SVG text, drawn by hand so that a report needs nothing else to be seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+WIDTH = 680
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+COLOURS = 8  # that the report's style sheet has, as --c0 and on
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2", "1 2", "12 4", "6 2 2 2")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to pixels. ``shape`` is applied to both ends and to each value."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+    ticks: tuple[tuple[float, str], ...]
+    shape: Callable[[float], float] = float
+
+    def __call__(self, value: float) -> float:
+        """Values beyond the ends lie on them."""
+        low, high = self.shape(self.low), self.shape(self.high)
+        part = (self.shape(min(max(value, self.low), self.high)) - low) / (high - low)
+        return self.first + part * (self.last - self.first)
+
+
+def linear(low: float, high: float, first: float, last: float, unit: str = "") -> Scale:
+    """With about five round ticks."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    begin = math.ceil(low / step - 1e-9)
+    values = [i * step for i in range(begin, math.floor(high / step + 1e-9) + 1)]
+    return Scale(low, high, first, last, tuple((v, f"{v:.6g}{unit}") for v in values))
+
+
+def logarithmic(low: float, high: float, first: float, last: float) -> Scale:
+    """Seconds, with a tick at each 1, 2 or 5 of them, as many as are not too many."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    values = [d * 10.0**e for e in exponents for d in digits]
+    ticks = tuple((v, seconds(v)) for v in values if low <= v * 1.0001 and v <= high * 1.0001)
+    return Scale(low, high, first, last, ticks, math.log10)
+
+
+def nines(high: float, first: float, last: float) -> Scale:
+    """Shares up to ``high`` < 1: a step up for each ten times fewer that are not among them."""
+    known = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 0.999, 0.9999)
+    ticks = tuple((share, f"{100 * share:.6g} %") for share in known if share <= high)
+    return Scale(0.0, high, first, last, ticks, lambda share: -math.log10(1.0 - share))
+
+
+def seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"
+
+
+def svg(height: float, label: str, body: Iterable[str]) -> str:
+    """``label`` is what a screen reader says of it."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">'
+        + "".join(body)
+        + "</svg>"
+    )
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(words)}</text>'
+
+
+def rule(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[str]:
+    """Grid and ticks; the title of y stands above its axis, where it is read without a turn."""
+    parts = []
+    for value, label in y.ticks:
+        parts.append(rule(x.first, y(value), x.last, y(value)))
+        parts.append(text(x.first - 8, y(value) + 4, label, "end"))
+    for value, label in x.ticks:
+        parts.append(rule(x(value), y.first, x(value), y.first + 4, "axis"))
+        parts.append(text(x(value), y.first + 18, label, "middle"))
+    parts.append(rule(x.first, y.first, x.last, y.first, "axis"))
+    parts.append(text((x.first + x.last) / 2, y.first + 36, x_title, "middle", "title"))
+    parts.append(text(4, y.last - 12, y_title, "start", "title"))
+    return parts
+
+
+def line(points: Sequence[tuple[float, float]], place: int, name: str) -> str:
+    """``points`` in pixels; colour and dashes are those of the place."""
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    dash = DASHES[place % len(DASHES)]
+    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    return (
+        f'<path class="line" style="stroke:{colour(place)}"{dashes} d="{path}">'
+        f"<title>{escape(name)}</title></path>"
+    )
+
+
+def colour(place: int) -> str:
+    return f"var(--c{place % COLOURS})"
+
+
+def legend(names: Sequence[str]) -> str:
+    """HTML: a sample of each line and its name."""
+    items = []
+    for place, name in enumerate(names):
+        dash = DASHES[place % len(DASHES)]
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        items.append(
+            '<li><svg class="key" viewBox="0 0 34 10" aria-hidden="true"><line x1="1" y1="5" '
+            f'x2="33" y2="5" class="line" style="stroke:{colour(place)}"{dashes}/></svg>'
+            f"{escape(name)}</li>"
+        )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def distribution(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
+    """Shares of requests at or below times, of each name."""
+    times = [time for _, points in curves for time, _ in points if time > 0]
+    low, high = (min(times), max(times)) if times else (0.01, 1.0)
+    low, high = low * 0.9, max(high, 10 * low)
+    bottom = 340
+    x = logarithmic(low, high, LEFT, WIDTH - RIGHT)
+    y = nines(0.9995, bottom, TOP + 26)
+    body = axes(x, y, "time to first token", "share of requests at or below")
+    for place, (name, points) in enumerate(curves):
+        points = [point for point in points if point[1] <= y.high]
+        if points:
+            steps = [(x(points[0][0]), y(0.0))]
+            for (time, share), (later, _) in pairwise(points):
+                steps += [(x(time), y(share)), (x(later), y(share))]
+            steps.append((x(points[-1][0]), y(points[-1][1])))
+            body.append(line(steps, place, name))
+    return svg(bottom + BOTTOM, "Distribution of times to first token by policy", body)
+
+
+def attainment(
+    curves: Sequence[tuple[str, Sequence[tuple[float, float, float | None, float | None]]]],
+    goals: Sequence[float],
+) -> str:
+    """Shares within the SLO at rates, with the ends of their intervals, of each name."""
+    rates = sorted({point[0] for _, points in curves for point in points})
+    margin = (rates[-1] - rates[0]) * 0.05 or rates[0] * 0.5
+    bottom = 340
+    x = linear(rates[0] - margin, rates[-1] + margin, LEFT, WIDTH - RIGHT)
+    x = Scale(x.low, x.high, x.first, x.last, tuple((rate, f"{rate:.3g}") for rate in rates))
+    y = nines(0.9995, bottom, TOP + 26)
+    body = axes(x, y, "requests per second", "share of requests within the SLO")
+    body += [rule(x.first, y(goal), x.last, y(goal), "goal") for goal in goals]
+    for place, (name, points) in enumerate(curves):
+        shift = 2.5 * (place - (len(curves) - 1) / 2)  # so that whiskers do not hide each other
+        ends = [(x(rate) + shift, y(share)) for rate, share, _, _ in points]
+        for (at, _), (_, _, low, high) in zip(ends, points, strict=True):
+            if low is not None and high is not None:
+                body.append(
+                    f'<line class="whisker" style="stroke:{colour(place)}" x1="{at:.1f}" '
+                    f'x2="{at:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
+                )
+        body.append(line(ends, place, name))
+        for (at, height), (rate, share, _, _) in zip(ends, points, strict=True):
+            body.append(
+                f'<circle class="dot" style="fill:{colour(place)}" cx="{at:.1f}" '
+                f'cy="{height:.1f}" r="4"><title>{escape(name)}: {100 * share:.2f} % at '
+                f"{rate:g} requests per second</title></circle>"
+            )
+    return svg(bottom + BOTTOM, "Share of requests within the SLO by rate and policy", body)

@@ -1,0 +1,125 @@
+"""``warmserve-rt simulate``. What it needs is imported when it runs: other commands do without."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .study import Study
+
+RATE, RATES, MINUTES = 1.0, "0.25,0.5,1,2", 10.0
+
+
+def simulate(
+    workload: Annotated[
+        str, typer.Option(help="azure, mooncake, power-law, servegen-periodic, ... or a CSV file.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and summary.json.")],
+    gpus: Annotated[int, typer.Option(help="Of the fleet.")] = 16,
+    node_gpus: Annotated[int, typer.Option(help="In a node, at most.")] = 8,
+    models: Annotated[str, typer.Option(help="How many, or 'paper' for the paper's four.")] = "24",
+    policies: Annotated[str, typer.Option(help="'all', or names with commas.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Paired runs of each policy; a file has one.")] = 5,
+    rate: Annotated[
+        float | None, typer.Option(help=f"Requests per second, in all. ({RATE:g})")
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option(help=f"Grid on which the highest are sought. ({RATES})")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help=f"In which requests come. ({MINUTES:g})")
+    ] = None,
+    history: Annotated[float, typer.Option(help="First minutes of a file that are its past.")] = 0,
+    memory: Annotated[float, typer.Option(help="GB of a GPU for layers and KV caches.")] = 72.0,
+    bandwidth: Annotated[float, typer.Option(help="GB/s of a GPU's host link.")] = 25.0,
+    multipath: Annotated[int, typer.Option(help="Host links that one load may use.")] = 1,
+    engine_start: Annotated[
+        float, typer.Option(help="Seconds to start an engine, where a policy has none waiting.")
+    ] = 5.0,
+    engine_starts: Annotated[
+        str, typer.Option(help="Seconds to compare with, with commas; '' for none.")
+    ] = "0,2,5,10",
+    switch: Annotated[float, typer.Option(help="Seconds that any start takes.")] = 0.01,
+    slo_prefills: Annotated[float, typer.Option(help="A first token is due after these,")] = 5.0,
+    slo_seconds: Annotated[float, typer.Option(help="and so many seconds.")] = 0.2,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes, which change no result. (one a CPU)")
+    ] = None,
+) -> None:
+    """Compare policies on a simulated fleet: a table here, a report and numbers in a folder."""
+    try:
+        from . import terminal
+        from .devices import Hardware
+        from .digest import digest, to_json
+        from .folder import check_folder, put
+        from .metrics import Slo
+        from .policies import POLICIES
+        from .report import render
+        from .study import Study, StudyError
+    except ModuleNotFoundError as error:
+        sys.exit(f"warmserve-rt simulate needs {error.name}: pip install 'warmserve_rt[sim]'")
+
+    def asked() -> Study:
+        if Path(workload).is_file() and not (rate is None and rates is None and minutes is None):
+            raise StudyError(f"{workload} has a rate and a duration of its own")
+        return Study(
+            workload=workload,
+            hardware=Hardware(
+                devices=gpus,
+                node_devices=max(1, min(gpus, node_gpus)),
+                memory=memory * 1e9,
+                bandwidth=bandwidth * 1e9,
+                multipath=multipath,
+            ),
+            models=int(models) if models.removeprefix("-").isdecimal() else models,
+            policies=tuple(POLICIES) if policies == "all" else tuple(_words(policies)),
+            rate=RATE if rate is None else rate,
+            rates=_numbers("rates", RATES if rates is None else rates),
+            seeds=seeds,
+            minutes=MINUTES if minutes is None else minutes,
+            history_minutes=history,
+            switch_s=switch,
+            engine_start_s=engine_start,
+            engine_starts_s=_numbers("engine-starts", engine_starts),
+            slo=Slo(slo_prefills, slo_seconds),
+        )
+
+    try:
+        try:
+            study = asked()
+            check_folder(out)
+        except (ValueError, OSError) as error:
+            raise StudyError(str(error)) from None
+        result = terminal.run(study, _cpus() if jobs is None else jobs)
+    except StudyError as error:
+        print(f"warmserve-rt simulate: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    data = digest(result)
+    try:
+        put({"summary.json": to_json(data), "report.html": render(result, data)}, out)
+    except OSError as error:
+        sys.exit(f"warmserve-rt simulate: {error}")
+    terminal.show(data)
+    print(f"report.html and summary.json are in {out}")
+
+
+def _numbers(option: str, words: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _words(words)))
+    except ValueError:
+        raise ValueError(f"--{option}: numbers with commas between, not {words!r}") from None
+
+
+def _words(words: str) -> list[str]:
+    """Those between commas; none of nothing."""
+    return [word.strip() for word in words.split(",")] if words.strip() else []
+
+
+def _cpus() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
