@@ -54,13 +54,10 @@ def run(
     """
     if requests < 2:
         raise ValueError(f"{requests} requests are too few: at least 2")
-    torch.set_num_threads(1)
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     screen = report.Screen()
     screen.console.print(report.INTRODUCTION)
-    cast = _prepare(screen)
+    cast = prepare(screen)
     unique = unique_granules(cast.contents.values())
     arena = unique // 2 * GRANULE
     screen.console.print(
@@ -89,7 +86,16 @@ def run(
     return 1
 
 
-def _prepare(screen: report.Screen) -> Cast:
+def quiet() -> None:
+    """One torch thread, and no word from transformers."""
+    torch.set_num_threads(1)
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def prepare(screen: report.Screen, questions: Sequence[str] = QUESTIONS) -> Cast:
+    """The tenants, made if they are not there, asked these questions."""
     with screen.bars() as bars:
         tenants = make_tenants(bars.show)
         contents: dict[str, Content] = {}
@@ -97,13 +103,13 @@ def _prepare(screen: report.Screen) -> Cast:
             contents[name] = Content(path, GRANULE)
             bars.show("hashing the models' granules", len(contents), len(tenants))
         tokenizer = AutoTokenizer.from_pretrained(next(iter(tenants.values())))
-        prompts = {question: prompt_ids(tokenizer, question) for question in QUESTIONS}
+        prompts = {question: prompt_ids(tokenizer, question) for question in questions}
         wanted = reference.expected(tenants, contents, prompts, TOKENS, bars.show)
     samples: dict[str, Any] = {
-        name: tokenizer.decode(wanted[name, QUESTIONS[0]], skip_special_tokens=True)
+        name: tokenizer.decode(wanted[name, questions[0]], skip_special_tokens=True)
         for name in tenants
     }
-    screen.console.print(report.samples(QUESTIONS[0], samples))
+    screen.console.print(report.samples(questions[0], samples))
     return Cast(tenants, contents, tokenizer, prompts, wanted)
 
 
@@ -120,7 +126,7 @@ def _run_rows(
         lambda: OnDemand(cast.tenants, cast.contents, arena, mutation),
         lambda: Prewarmed(cast.tenants, cast.contents, arena),
     ]
-    _warm_up(cast)
+    warm_up(cast)
     results = []
     with screen.bars() as bars:
         for make in rows:
@@ -132,7 +138,7 @@ def _run_rows(
     return results
 
 
-def _warm_up(cast: Cast) -> None:
+def warm_up(cast: Cast) -> None:
     """Let torch prepare its kernels, which is no row's business."""
     with Mapped(cast.tenants).serving(next(iter(cast.tenants))) as module:
         for prompt in cast.prompts.values():

@@ -1,0 +1,103 @@
+"""What serving costs on this machine: the numbers that a scheduler and a simulator go by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from warmserve_rt import Lease, Runtime
+from warmserve_rt.demo.serve import generate
+from warmserve_rt.policy.pipeline import first_token_by_prefix
+from warmserve_rt.policy.profile import ModelProfile
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds and bytes a second. ``switch_s``: what a first token out of nothing takes longer than
+    loading and computing that overlap perfectly: the lease, pages touched for the first time,
+    and what loading takes from computing. ``check_s``: of comparing a leased model with its file.
+    """
+
+    bandwidth: float
+    switch_s: float
+    prefill_s: float
+    prefill_token_s: float
+    decode_s: float
+    check_s: float
+
+    def numbers(self) -> dict[str, float]:
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
+
+
+def measure(
+    runtime: Runtime,
+    modules: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    check: Callable[[str], bool],
+    tokens: int,
+) -> Costs:
+    """Medians of some rounds with nothing else to do. ``check``: compares a tenant that is leased.
+    Leaves no layer resident."""
+    loads, checks, steps, cold = [], [], [], []
+    prefills: list[tuple[int, float]] = []
+    for name, module in list(modules.items())[:ROUNDS]:
+        _evict(runtime, modules)
+        nbytes = runtime.model(name).nbytes
+        loads.append(nbytes / _seconds(partial(_hold, runtime.lease(name))))
+        with runtime.lease(name):
+            for prompt in prompts:
+                begun = time.monotonic()
+                at = [time.monotonic() - begun for _ in generate(module, list(prompt), tokens, -1)]
+                prefills.append((len(prompt), at[0]))
+                steps.append((at[-1] - at[0]) / (len(at) - 1))
+            checks.append(_seconds(partial(check, name)))
+        for prompt in prompts:
+            _evict(runtime, modules)
+            begun = time.monotonic()
+            with runtime.lease(name, streaming=True):
+                next(generate(module, list(prompt), 1, -1))
+                cold.append((len(prompt), time.monotonic() - begun))
+    _evict(runtime, modules)
+    lengths = sorted({length for length, _ in prefills})
+    medians = [np.median([s for n, s in prefills if n == length]) for length in lengths]
+    slope, base = np.polyfit(lengths, medians, 1) if len(lengths) > 1 else (0.0, medians[0])
+    if slope < 0 or base < 0:  # what little a prompt's length matters is lost in the noise
+        slope, base = 0.0, float(np.median(medians))
+    bandwidth = float(np.median(loads))
+    moved = np.array([layer.nbytes for layer in runtime.model(name).layers]) / bandwidth
+    ideal = ModelProfile(name, 1, (1,) * len(moved), 0, float(base), float(slope), 0.0)
+    extra = [
+        seconds - first_token_by_prefix(moved, ideal.compute(ideal.prefill(length)))[0]
+        for length, seconds in cold
+    ]
+    return Costs(
+        bandwidth=bandwidth,
+        switch_s=max(float(np.median(extra)), 0.0),
+        prefill_s=float(base),
+        prefill_token_s=float(slope),
+        decode_s=float(np.median(steps)),
+        check_s=float(np.median(checks)),
+    )
+
+
+def _evict(runtime: Runtime, names: Iterable[str]) -> None:
+    for name in names:
+        runtime.evict(name)
+
+
+def _hold(lease: Lease) -> None:
+    with lease:
+        pass
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = time.monotonic()
+    call()
+    return time.monotonic() - begun

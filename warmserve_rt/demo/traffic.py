@@ -1,0 +1,87 @@
+"""A recorded hour's requests for the demo's tenants, some minutes of it in less time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from warmserve_rt.demo.lessons import QUESTIONS
+from warmserve_rt.demo.workload import Request
+from warmserve_rt.policy.forecast import Forecaster
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.sim.requests import Workload, alone
+from warmserve_rt.sim.workloads import azure
+
+# Of one question to all of them: prompts as different in length as a small model can take.
+PROMPTS = tuple(" ".join(QUESTIONS[:count]) for count in range(1, len(QUESTIONS) + 1))
+TRACE_S = 540.0  # of the trace
+WINDOW_S = 300.0  # of its history
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """The same requests for a simulation and for real: ``prompts[i]`` and ``outputs[i]`` tokens
+    are asked of request i of the ``workload``."""
+
+    workload: Workload
+    requests: list[Request]
+    outputs: list[int]
+
+
+def traffic(
+    profiles: Sequence[ModelProfile],
+    prompts: dict[str, list[int]],
+    wanted: dict[tuple[str, str], list[int]],
+    *,
+    count: int,
+    seconds: float,
+    seed: int,
+) -> Traffic:
+    """About ``count`` requests of the Azure trace of 2023 (conversations for every second tenant,
+    code for the others) within ``seconds``, into which nine minutes of it and its past days are
+    compressed.
+
+    The trace's prompts become PROMPTS by their rank, its outputs at most as many tokens as are
+    ``wanted``, at least 2.
+    """
+    faster = TRACE_S / seconds
+    recorded = azure(profiles, count / TRACE_S, TRACE_S, seed, window=WINDOW_S)
+    total = len(recorded.time)
+    rank = np.argsort(np.argsort(recorded.prompt, kind="stable")) * len(PROMPTS) // max(total, 1)
+    requests, outputs = [], []
+    for time, model, place, output in zip(
+        recorded.time, recorded.model, rank, recorded.output, strict=True
+    ):
+        request = Request(float(time) / faster, profiles[model].name, PROMPTS[place])
+        requests.append(request)
+        outputs.append(min(max(int(output), 2), len(wanted[request.tenant, request.prompt])))
+    lengths = np.array([len(prompts[request.prompt]) for request in requests], np.int32)
+    mean = float(lengths.mean()), float(np.mean(outputs)) - 1
+    workload = replace(
+        recorded,
+        name=f"{recorded.name}, {faster:g} times as fast",
+        time=recorded.time / faster,
+        prompt=lengths,
+        output=np.array(outputs, np.int32),
+        duration=seconds,
+        history_window=WINDOW_S / faster,
+        history=recorded.history * faster,
+        service=np.array([alone(profile, *mean) for profile in profiles]),
+    )
+    return Traffic(workload, requests, outputs)
+
+
+def forecaster(workload: Workload) -> Forecaster:
+    """One that knows the past days, as fast as the requests come."""
+    window = workload.history_window
+    made = Forecaster(
+        len(workload.models),
+        window=window,
+        horizons=(window, 12 * window, 36 * window),
+        period=86400 / WINDOW_S * window,
+    )
+    averages, peaks = workload.concurrency_history()
+    made.observe_windows(-window * len(averages), averages, peaks)
+    return made
