@@ -12,9 +12,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "warmserve_rt"
 ORDER = [
     "cli",
     "demo",
+    "sim",
     "engines",
     "testing",
     "simcuda",
+    "starts",
+    "dispatch",
+    "runtime_fleet",
+    "runtime_device",
+    "loop",
+    "scheduler",
     "__init__",
     "runtime",
     "devices",
@@ -29,6 +36,7 @@ ORDER = [
     "dtypes",
     "checkpoint",
     "kernels",
+    "policy",
     "_units",
     "_native",
     "_errors",
@@ -87,7 +95,7 @@ def problems() -> list[str]:
         check=True,
         cwd="/",
     ).stdout.split()
-    heavy = {"torch", "cupy", "transformers", "safetensors", "rich", "typer"} & set(loaded)
+    heavy = {"torch", "cupy", "transformers", "safetensors", "rich", "typer", "numba"} & set(loaded)
     return found + [f"importing warmserve_rt imports {module}" for module in sorted(heavy)]
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import write_model
+
+from warmserve_rt import Runtime
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -27,6 +30,17 @@ def test_the_simulated_example_runs() -> None:
     names: dict[str, object] = {}
     exec(found[1], names)
     assert not names["cuda"].violations  # type: ignore[attr-defined]
+
+
+def test_the_example_of_the_scheduler_runs(tmp_path: Path) -> None:
+    found = re.search(r"<!-- schedule-example -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert found
+    path = write_model(tmp_path / "m", "m", [1000, 5, 1000])
+    with Runtime(arena="16MiB") as runtime:
+        runtime.register("chat", path)
+        names: dict[str, Any] = {"runtime": runtime}
+        exec(found[1], names)
+        assert not names["fleet"].errors
 
 
 @pytest.mark.parametrize("name", ["demo", "test"])
