@@ -15,9 +15,7 @@ from .policy.demand import Demand
 from .policy.explain import sentence
 from .policy.forecast import Forecaster
 from .policy.improve import Copy, Curves, improve
-from .policy.problem import Catalogue, Problem
 from .policy.profile import ModelProfile
-from .policy.residency import plan
 from .policy.slo import Slo
 
 Stamps = list[tuple[float, float]]  # bytes of leading layers up to which a keep value holds
@@ -100,7 +98,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        objective: float | str = 0.25,
+        objective: float | str = 0.7,
         slo: Slo | None = None,
         horizon: float = 30.0,
         interval: float = 2.0,
@@ -217,35 +215,12 @@ class Scheduler:
         ]
         return said
 
-    def certificate(self) -> tuple[float, float]:
-        """Seconds that starts are expected to save with what the last plan holds, and a bound on
-        what any plan could save: the linear relaxation of `residency.plan`, in which each model is
-        held once and every start finds it."""
-        curves, capacity = self.demand.curves, self.room.copy()
-        value = 0.0
-        for copy in self.held:
-            gain = float(curves[copy.model].value[copy.layers])
-            value += float(self.needed[copy.model]) * copy.use * gain
-        for copy in self.before:
-            if copy.busy:  # its layers are not in the room that its devices have
-                for device in range(copy.first, copy.first + curves[copy.model].width):
-                    capacity[device] += self.curves.nbytes(copy.model, copy.layers)
-        problem = Problem(
-            Catalogue.of(curves),
-            model=np.arange(len(curves)),
-            need=self.needed,
-            capacity=capacity.astype(np.int64),
-            node_devices=self.fleet.node_devices,
-        )
-        return value, plan(problem, tries=1).bound
-
     def snapshot(self) -> tuple[list[Copy], npt.NDArray[np.float64]]:
         """The complete groups that hold something of a model, and the bytes that are left on each
         device for more. What an active instance uses is no copy that another start could have."""
         fleet = self.fleet
         devices, node = fleet.devices, fleet.node_devices
-        self.room = np.array([device.room for device in devices], np.float64)
-        free = self.room.copy()
+        free = np.array([device.room for device in devices], np.float64)
         found: list[Copy] = []
         for first, device in enumerate(devices):
             for (model, rank), shard in device.shards.items():
