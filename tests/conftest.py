@@ -23,9 +23,10 @@ from warmserve_rt.simcuda import SimulatedCuda
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
-def pytest_collection_finish() -> None:
-    """What the collected tests import stays to the end: gc.collect() need not look at it each
-    time."""
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays() -> None:
+    """What the tests import, and what those of earlier files left (compilers leave millions of
+    objects), stays to the end: gc.collect() need not look at it each time."""
     gc.collect()
     gc.freeze()
 
