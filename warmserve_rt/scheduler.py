@@ -239,7 +239,7 @@ class Scheduler:
                 if not (ours and device.active):
                     free[first : first + width] -= self.curves.nbytes(model, layers)
                 fixed = ours or shard.pinned
-                found.append(Copy(model, first, layers, fixed=fixed, busy=ours and device.active))
+                found.append(Copy(model, first, layers, fixed=fixed))
         return found, free
 
     def apply(self, held: Sequence[Copy], need: npt.NDArray[np.float64]) -> None:

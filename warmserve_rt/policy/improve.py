@@ -16,14 +16,12 @@ from .curve import ValueCurve
 @dataclass(frozen=True)
 class Copy:
     """Leading layers of a model on the group of devices from ``first`` on. ``fixed``: an instance
-    has them, and none can go; ``busy``: it has work. ``use``: the probability that a start is
-    there."""
+    has them, and none can go. ``use``: the probability that a start is there."""
 
     model: int
     first: int
     layers: int
     fixed: bool = False
-    busy: bool = False
     use: float = 0.0
 
 

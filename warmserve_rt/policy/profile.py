@@ -59,11 +59,3 @@ class ModelProfile:
             return (seconds / len(self.layer_bytes),) * len(self.layer_bytes)
         inner = len(self.layer_bytes) - 2
         return (0.0, *(seconds / inner,) * inner, 0.0)
-
-    def compute_last(self, seconds: float) -> float:
-        """Of ``seconds`` of a forward pass, those of the last layer that computes."""
-        return seconds / (len(self.layer_bytes) - (2 if self.ends else 0))
-
-    def compute_before(self, layer: int, seconds: float) -> float:
-        """Of ``seconds`` of a forward pass, those of the layers before this one."""
-        return sum(self.compute(seconds)[:layer])

@@ -162,14 +162,6 @@ class Device:
             room -= self.instance.profile.nbytes + KV_STEP
         return max(room, 0.0)
 
-    def shard(self, model: int, rank: int) -> Shard | None:
-        return self.shards.get((model, rank))
-
-    def resident(self, model: int, rank: int) -> float:
-        """Bytes of that shard that are here."""
-        shard = self.shards.get((model, rank))
-        return shard.resident if shard else 0.0
-
 
 def layer_ends(profile: ModelProfile) -> tuple[int, ...]:
     """Cumulative bytes of a model's layers on one device."""
