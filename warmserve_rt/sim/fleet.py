@@ -148,7 +148,7 @@ class Fleet(Memory):
             self._grow_kv(instance, KV_STEP)
         else:
             for device in devices:
-                self._set_kv(device, device.memory - device.used)
+                self._set_kv(device, max(0.0, device.memory - device.used))
             instance.kv_room = min(device.kv for device in devices)
         delay = self.switch_s + self.engine_start_s
         if any(d.shards[model, r].resident < ends[-1] for r, d in enumerate(devices)):
