@@ -42,6 +42,7 @@ class Run:
     seed: int
     multipath: int = 1
     memory: float = 72e9  # bytes of each GPU
+    interference: float = 0.35
     engine_start_s: float = 5.0
     options: tuple[tuple[str, float], ...] = field(default=())
 
@@ -54,7 +55,10 @@ def _workload(case: Case, seed: int) -> Workload:
 
 def perform(run: Run) -> RunSummary:
     hardware = Hardware(
-        memory=run.memory, bandwidth=run.case.bandwidth * 1e9, multipath=run.multipath
+        memory=run.memory,
+        bandwidth=run.case.bandwidth * 1e9,
+        multipath=run.multipath,
+        interference=run.interference,
     )
     fleet = simulate(
         run.policy,

@@ -22,8 +22,8 @@ SCARCE = [
 ]
 GRIDS = [
     (Case("paper", "azure-conv", "paper", 0, 600), (10, 15, 20, 25, 30)),
-    (Case("mixed-24", "azure", "24", 0, 900), (0.1, 0.2, 0.4, 0.6, 0.8, 1.2)),
-    (Case("mixed-40", "azure", "40", 0, 900), (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
+    (Case("mixed-24", "azure", "24", 0, 900), (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 9.6, 12.8, 16)),
+    (Case("mixed-40", "azure", "40", 0, 900), (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
     (Case("servegen-periodic", "servegen-periodic", "24", 0, 900), (0.4, 0.8, 1.2, 1.6, 2.4)),
     (Case("servegen-middle", "servegen-middle", "24", 0, 900), (0.4, 0.8, 1.6, 2.4, 3.2)),
     (Case("servegen-aperiodic", "servegen-aperiodic", "24", 0, 900), (0.4, 0.8, 1.6, 2.4, 3.2)),
@@ -125,7 +125,11 @@ def cases(bench: Bench, seeds: range) -> None:
 def rates(bench: Bench, seeds: range) -> None:
     """The highest rate of a grid at which 99 % of requests are in time."""
     policies = (OURS, THEIRS, "h0")
-    shared = [Run(GRIDS[1][0], "sharing", 0, options=(("interference", x),)) for x in INTERFERENCE]
+    shared = [
+        Run(GRIDS[1][0], policy, 0, interference=x)
+        for x in INTERFERENCE
+        for policy in ("sharing", OURS)
+    ]
     shared.append(Run(GRIDS[1][0], "fixed-shares", 0))
     runs = [
         replace(run, case=case.at(rate), seed=seed)

@@ -13,7 +13,6 @@ from warmserve_rt.sim.devices import Device, Hardware, Shard
 from warmserve_rt.sim.fleet import Fleet
 from warmserve_rt.sim.instance import Instance
 from warmserve_rt.sim.links import Flow
-from warmserve_rt.sim.tenancy import Tenant
 from warmserve_rt.sim.workloads import Workload
 
 BYTE = 1.0  # what sums of byte counts may be off by
@@ -65,6 +64,8 @@ class Scripted:
     def arrived(self, request: int, model: int) -> None:
         self.waiting.append((request, model))
         self.assign()
+
+    def prefilled(self, instance: Instance) -> None: ...
 
     def finished(self, instance: Instance, request: int) -> None:
         self.assign()
@@ -138,9 +139,7 @@ class Books:
         for device in self.fleet.devices:
             for flow in flows(device):
                 self.carried += flow.rate * (then - now)
-            if device.instance is not None:
-                self.busy += then - now
-            elif device.tenants:  # which count from the first request on
+            if device.instances:  # they count from the first request on
                 self.busy += max(then, 0.0) - max(now, 0.0)
 
     def check(self) -> None:
@@ -152,10 +151,10 @@ class Books:
         for model, instances in enumerate(self.fleet.instances):
             for instance in instances:
                 assert instance.model == model
-                assert all(instance in users(device) for device in instance.devices)
+                assert all(instance in device.instances for device in instance.devices)
                 assert 0 <= instance.work <= instance.profile.batch
-                if not isinstance(instance, Tenant):
-                    assert instance.kv_room == min(device.kv for device in instance.devices)
+                assert instance.slow == self.fleet.slowdown(instance)
+                assert instance.working == (instance.prefilling >= 0 or bool(instance.decoding))
                 assert (instance.kv_tokens == 0) == (instance.work == 0)
                 assert instance.queued_prefill >= -1e-9
                 if instance.loaded:
@@ -169,9 +168,10 @@ class Books:
             assert device.used <= hardware.memory + BYTE
         targets = sum(shard.target for shard in device.shards.values())
         assert abs(device.used - targets - device.kv) <= BYTE
-        assert device.kv >= 0
-        assert device.kv == 0 or users(device)
-        assert device.instance is None or not device.tenants
+        assert device.kv == sum(instance.kv_room for instance in device.instances)
+        assert all(instance.kv_room >= 0 for instance in device.instances)
+        assert self.fleet.elastic_kv or len(device.instances) <= 1
+        assert bool(device.instances) == any(s.pinned for s in device.shards.values())
         assert self.fleet.wasted >= 0
         for (model, rank), shard in device.shards.items():
             assert (shard.model, shard.rank) == (model, rank)
@@ -180,7 +180,7 @@ class Books:
             assert 0 <= shard.unused <= shard.resident + 1e-3
             used = [
                 user
-                for user in users(device)
+                for user in device.instances
                 if (model, rank) == (user.model, user.devices.index(device))
             ]
             assert shard.pinned == (len(used) == 1)
@@ -194,11 +194,11 @@ class Books:
         assert len({id(flow.shard) for flow in flows(device)}) == len(flows(device))
         for flow in flows(device):
             assert device.shards[flow.shard.model, flow.shard.rank].flow is flow
-            assert flow.foreground == (flow is device.foreground)
+            assert flow.foreground == (flow in device.foreground)
             assert not flow.foreground or flow.shard.pinned
         priorities = [flow.priority for flow in device.background]
         assert priorities == sorted(priorities, reverse=True)
-        assert all(flow.rate == 0 for flow in device.background[1:])
+        assert all(flow.rate == 0 for flow in device.background[1:] + device.foreground[1:])
 
     def check_links(self, node: Sequence[Device]) -> None:
         hardware = self.fleet.hardware
@@ -212,7 +212,7 @@ class Books:
         urgent = any(device.foreground for device in node)
         for first in range(0, len(node), size):
             group = node[first : first + size]
-            ahead = [d.foreground for d in group if d.foreground]
+            ahead = [d.foreground[0] for d in group if d.foreground]
             behind = [d.background[0] for d in group if d.background]
             for flow in ahead:
                 assert 0 < flow.rate <= hardware.bandwidth * hardware.multipath * near
@@ -246,12 +246,8 @@ class Books:
         assert fleet.wasted <= fleet.links.loaded + BYTE
 
 
-def users(device: Device) -> list[Instance]:
-    return [*([device.instance] if device.instance else []), *device.tenants]
-
-
 def flows(device: Device) -> list[Flow]:
-    return [*([device.foreground] if device.foreground else []), *device.background]
+    return [*device.foreground, *device.background]
 
 
 def run(

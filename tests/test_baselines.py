@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,11 +122,8 @@ def test_prewarming_is_worth_far_more_than_whatever_else_quickens_a_start() -> N
 
 
 def test_options_a_policy_does_not_have_are_refused(small: Workload) -> None:
-    with pytest.raises(TypeError, match="interference"):
-        simulate("lru", small, EIGHT, policy_options={"interference": 0.5})
-    for bad in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="an interference of"):
-            simulate("sharing", small, EIGHT, policy_options={"interference": bad})
+    with pytest.raises(TypeError, match="objective"):
+        simulate("lru", small, EIGHT, policy_options={"objective": 0.5})
 
 
 # A cold start, and polls.
@@ -212,12 +210,11 @@ def test_what_must_go_goes_whole_and_from_all_its_devices() -> None:
 
 @pytest.mark.parametrize("interference", [0.0, 0.35, 1.0])
 def test_neighbours_slow_each_other_while_both_work(interference: float) -> None:
-    one = Hardware(devices=1, node_devices=1)
+    one = Hardware(devices=1, node_devices=1, interference=interference)
     models = [toy("a"), toy("b")]
-    options = {"interference": interference}
 
     def run(*rows: tuple[float, int, int, int]) -> Any:
-        return ttft(simulate("sharing", requests(models, rows), one, policy_options=options))
+        return ttft(simulate("sharing", requests(models, rows), one))
 
     assert run((0.0, 0, 9, 1)) == pytest.approx([0.2])
     assert run((0.0, 0, 9, 1), (0.0, 1, 9, 1)) == pytest.approx([0.2 * (1 + interference)] * 2)
@@ -227,9 +224,9 @@ def test_neighbours_slow_each_other_while_both_work(interference: float) -> None
 
 
 def test_decoding_is_slowed_too() -> None:
-    one = Hardware(devices=1, node_devices=1)
+    one = Hardware(devices=1, node_devices=1, interference=1.0)
     workload = requests([toy("a"), toy("b")], [(0.0, 0, 9, 101), (0.5, 1, 9, 1)])
-    fleet = simulate("sharing", workload, one, policy_options={"interference": 1.0})
+    fleet = simulate("sharing", workload, one)
     # 0.2 s of prefill and 1 s of decoding, of which 0.4 s beside a prefill went half as fast.
     assert fleet.finished[0] == pytest.approx(0.2 + 1.0 + 0.2)
 
@@ -244,7 +241,7 @@ def test_fixed_shares_are_slow_with_nobody_beside_them() -> None:
 
 def test_more_interference_is_slower(small: Workload) -> None:
     means = [
-        ttft(simulate("sharing", small, EIGHT, policy_options={"interference": x})).mean()
+        ttft(simulate("sharing", small, replace(EIGHT, interference=x))).mean()
         for x in (0.0, 0.35, 1.0)
     ]
     assert means[0] < means[1] < means[2]

@@ -248,10 +248,10 @@ def test_a_model_two_devices_wide_comes_on_both(tmp_path: Path) -> None:
 def test_an_exclusive_device_is_its_lease_s(tmp_path: Path) -> None:
     world = World(tmp_path, exclusive=True)
     device = world.fleet.devices[0]
-    assert (device.active, device.occupant) == (False, None)
+    assert device.occupants == {}
     with world.runtimes[0].lease("b"):
         device.refresh()
-        assert (device.active, device.occupant) == (True, (1, 0))
+        assert device.occupants == {(1, 0): True}
         assert device.room == 2 * GRANULE
     world.finish()
 

@@ -38,9 +38,7 @@ def background(fleet: Fleet, device: int, model: int, priority: float = 0.0) -> 
 def foreground(fleet: Fleet, device: int, model: int) -> Flow:
     fleet.start(model, [fleet.devices[device]])
     fleet.events.run(fleet.now + 1e-9)
-    flow = fleet.devices[device].foreground
-    assert flow is not None
-    return flow
+    return fleet.devices[device].foreground[-1]
 
 
 def here(device: Device, model: int) -> float:

@@ -35,6 +35,8 @@ from warmserve_rt.sim.run import simulate
         ({"background_share": 1.0}, "share of 1"),
         ({"background_share": -0.1}, "share of -0.1"),
         ({"background_share": math.nan}, "share of nan"),
+        ({"interference": -0.1}, "interference of -0.1"),
+        ({"interference": math.nan}, "interference of nan"),
     ],
 )
 def test_hardware_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) -> None:
@@ -76,7 +78,7 @@ def test_what_a_controller_may_not_do_is_refused_and_changes_nothing() -> None:
         ("not of one node", lambda: fleet.start(1, [b, c])),
         ("one has an instance", lambda: fleet.start(1, [a, b])),
         ("one has an instance", lambda: fleet.start(0, [a])),
-        ("is larger than devices", lambda: fleet.start(2, [d])),
+        ("is larger than what devices", lambda: fleet.start(2, [d])),
         ("is not stopped", lambda: fleet.stop(instance)),
         ("an instance uses", lambda: fleet.keep(a, shard, 0)),
         ("6 layers of small's 5", lambda: fleet.prewarm(b, 0, 0, 6)),

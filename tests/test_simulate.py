@@ -78,6 +78,7 @@ def trace(path: Path, rows: str, header: str = HEADER) -> str:
         ("--bandwidth nan", "finite"),
         ("--memory inf", "finite"),
         ("--multipath 0", "positive"),
+        ("--interference -1", "interference of -1"),
         ("--slo-prefills 0.5 --slo-seconds 0", "impossible"),
         ("--slo-prefills nan", "finite"),
         ("--slo-seconds -1", "not negative"),

@@ -14,16 +14,18 @@ class Dispatcher:
     """Keeps requests in order of arrival for each model and hands them to instances with room.
 
     An instance has a ``model``, is ``loaded`` and ``draining`` or not, has ``work`` requests and
-    ``backlog(now)`` seconds of prefill before one that comes now, and can ``take(request)``.
+    ``backlog(now)`` seconds of prefill before one that comes now, and can ``take(request)``. Its
+    ``devices`` say which ``instances`` there are on them.
 
     A request that no instance has room for waits in line, so that whichever has room first serves
     it: that is the instance with the earliest first token, without a guess at when that would be.
     Among instances with room it is the one with the least ``backlog``; of those within ``slack``
     seconds of it the fullest, so that the others run empty and their devices can serve others.
+    One with a backlog of more than ``late`` seconds has no room.
     """
 
-    def __init__(self, *, slack: float = 0.0) -> None:
-        self.slack = slack
+    def __init__(self, *, slack: float = 0.0, late: float = float("inf")) -> None:
+        self.slack, self.late = slack, late
         self.pending: list[deque[int]] = []
         self.concurrent: list[int] = []
 
@@ -42,9 +44,19 @@ class Dispatcher:
         self.concurrent[instance.model] -= 1
         if self.pending[instance.model]:
             self.assign(instance.model)
+        # What it leaves in memory may be what another model on these devices waits for.
+        for device in instance.devices:
+            for other in device.instances:
+                if other is not instance and self.pending[other.model]:
+                    self.assign(other.model)
 
     def loaded(self, instance: Any) -> None:
         self.assign(instance.model)
+
+    def prefilled(self, instance: Any) -> None:
+        """A first token has come."""
+        if self.pending[instance.model]:
+            self.assign(instance.model)
 
     def idle(self, instance: Any) -> None:
         """An instance that is loaded has nothing to do."""
@@ -67,9 +79,11 @@ class Dispatcher:
         now = fleet.events.now
         best, best_backlog = None, 0.0
         for instance in instances:
-            if not instance.loaded or instance.draining or not fleet.reserve(instance, request):
+            if not instance.loaded or instance.draining:
                 continue
             backlog = instance.backlog(now)
+            if backlog > self.late or not fleet.reserve(instance, request):
+                continue
             if (
                 best is None
                 or backlog < best_backlog - self.slack

@@ -81,15 +81,15 @@ class RuntimeDevice:
 
     @property
     def active(self) -> bool:
+        """A model has it for itself."""
         return self.exclusive and self.seen.leases > 0
 
     @property
-    def occupant(self) -> tuple[int, int] | None:
-        if self.exclusive:
-            for (model, rank), shard in self.shards.items():
-                if shard.pinned:
-                    return model, self.index - rank
-        return None
+    def occupants(self) -> dict[tuple[int, int], bool]:
+        if not self.active:
+            return {}
+        pinned = (key for key, shard in self.shards.items() if shard.pinned)
+        return {(model, self.index - rank): True for model, rank in pinned}
 
     @property
     def room(self) -> float:

@@ -43,18 +43,16 @@ class ShardView(Protocol):
 
 
 class DeviceView(Protocol):
-    """``active``: an instance works or loads on it; ``occupant``: the model and the first device
-    of the instance on it, if it has one, idle or not. ``room``: bytes that layers may take, without
-    those of an active instance."""
+    """``occupants``: of each instance on it the model and the first of its devices, and whether it
+    is active, that is has work or loads. ``room``: bytes that layers may take, without those of
+    active instances."""
 
     index: int
 
     @property
     def shards(self) -> Mapping[tuple[int, int], ShardView]: ...
     @property
-    def active(self) -> bool: ...
-    @property
-    def occupant(self) -> tuple[int, int] | None: ...
+    def occupants(self) -> Mapping[tuple[int, int], bool]: ...
     @property
     def room(self) -> float: ...
 
@@ -151,7 +149,7 @@ class Scheduler:
 
     def _tick(self) -> None:
         share = 1 - math.exp(-self.interval / self.busy_memory)
-        active = np.array([device.active for device in self.fleet.devices], np.float64)
+        active = np.array([any(d.occupants.values()) for d in self.fleet.devices], np.float64)
         self.busy += share * (active - self.busy)
         self._rested += 1
         if self._improving or self._rested >= REST:
@@ -235,10 +233,10 @@ class Scheduler:
                     layers = min(layers, other.goal) if other else 0
                 if not layers:
                     continue
-                ours = device.occupant == (model, first)
-                if not (ours and device.active):
+                active = device.occupants.get((model, first))
+                if not active:
                     free[first : first + width] -= self.curves.nbytes(model, layers)
-                fixed = ours or shard.pinned
+                fixed = active is not None or shard.pinned
                 found.append(Copy(model, first, layers, fixed=fixed))
         return found, free
 

@@ -13,10 +13,15 @@ from .scheduler import Scheduler
 class Starts(Dispatcher):
     """Starts an instance when requests wait that no instance has room for, or soon will.
 
-    An instance without requests gives its devices up at once when another model wants them. Where
-    no devices are to be had, the model waits in line, and an instance whose requests others of its
-    model can take over is drained for it. ``up``: the share of a model's capacity from which on it
-    starts another instance ahead of need, if devices are free. ``linger``: seconds that an instance
+    Instances share devices whose memory they fit in together: layers that lie beside a busy
+    neighbour are sooner at work there than loaded elsewhere. An instance without requests gives its
+    memory up at once when another model wants it. Where no devices are to be had, the model waits
+    in line, and an instance whose requests others of its model can take over is drained for it.
+
+    ``share``: False gives each instance devices of its own. ``crowd``: seconds that a start there
+    loses for each busy neighbour. ``late``: see Dispatcher; a request that waits for that is one
+    that no instance has room for. ``up``: the share of a model's capacity from which on it starts
+    another instance ahead of need, if devices are to be had. ``linger``: seconds that an instance
     with nothing to do is kept.
     """
 
@@ -24,6 +29,9 @@ class Starts(Dispatcher):
         self,
         scheduler: Scheduler,
         *,
+        share: bool = True,
+        crowd: float = 0.05,
+        late: float = 0.1,
         up: float = 0.8,
         linger: float = 5.0,
         slack: float = 0.0,
@@ -31,8 +39,9 @@ class Starts(Dispatcher):
         wait: float = 3.0,
         occupied: float = 5.0,
     ) -> None:
-        super().__init__(slack=slack)
+        super().__init__(slack=slack, late=late)
         self.scheduler = scheduler
+        self.share, self.crowd = share, crowd
         self.up, self.linger = up, linger
         self.rivalry, self.wait, self.occupied = rivalry, wait, occupied
 
@@ -66,10 +75,14 @@ class Starts(Dispatcher):
             coming = sum(batch - i.work for i in instances if not i.loaded)
             if len(self.pending[model]) > coming and not self.take_back(model):
                 self.start(model)
-        elif self.concurrent[model] > self.up * batch * sum(
-            not i.draining for i in instances
-        ) and not self.take_back(model):
+            return
+        full = self.up * batch * sum(not i.draining for i in instances)
+        if self.concurrent[model] > full and not self.take_back(model):
             self.start(model, ahead=True)
+
+    def loaded(self, instance: Any) -> None:
+        super().loaded(instance)
+        self.demand(instance.model)
 
     def take_back(self, model: int) -> bool:
         """A draining instance serves again."""
@@ -81,7 +94,7 @@ class Starts(Dispatcher):
         return False
 
     def start(self, model: int, *, ahead: bool = False) -> bool:
-        devices = self.choose(model, ahead=ahead)
+        devices = self.choose(model)
         if devices is None:
             if not ahead:
                 self.waiting[model] = None
@@ -89,20 +102,20 @@ class Starts(Dispatcher):
             return False
         self.waiting.pop(model, None)
         for device in devices:
-            if device.instance is not None:
-                self.fleet.stop(device.instance)
+            for instance in [i for i in device.instances if not i.active]:
+                self.fleet.stop(instance)
         self.fleet.start(model, devices)
         self.scheduler.changed()
         return True
 
     def free(self, model: int) -> int:
         """The devices on which it could start, as a mask."""
-        mask = 0
-        for device in self.fleet.devices:
-            i = device.instance
-            if i is None or (i.loaded and not i.work and i.model != model):
-                mask |= 1 << device.index
-        return mask
+        fits = self.fleet.fits
+        return sum(
+            1 << d.index
+            for d in self.fleet.devices
+            if fits(d, model) and (self.share or not any(d.occupants.values()))
+        )
 
     def possible(self, model: int, need: float) -> Start:
         """A start of it, with what each device holds of it now."""
@@ -111,10 +124,11 @@ class Starts(Dispatcher):
         seconds = []
         for device in fleet.devices:
             shard = device.shards.get((model, device.index % width))
-            seconds.append(lost[shard.layers] if shard else lost[0])
+            crowd = self.crowd * sum(i.active for i in device.instances)
+            seconds.append((lost[shard.layers] if shard else lost[0]) + crowd)
         return Start(need, width, lost[0], seconds)
 
-    def choose(self, model: int, *, ahead: bool) -> Any:
+    def choose(self, model: int) -> Any:
         fleet = self.fleet
         rivals = []
         for other in range(len(fleet.profiles)):

@@ -38,6 +38,9 @@ def simulate(
     memory: Annotated[float, typer.Option(help="GB of a GPU for layers and KV caches.")] = 72.0,
     bandwidth: Annotated[float, typer.Option(help="GB/s of a GPU's host link.")] = 25.0,
     multipath: Annotated[int, typer.Option(help="Host links that one load may use.")] = 1,
+    interference: Annotated[
+        float, typer.Option(help="How much longer work takes for each busy neighbour on a GPU.")
+    ] = 0.35,
     engine_start: Annotated[
         float, typer.Option(help="Seconds to start an engine, where a policy has none waiting.")
     ] = 5.0,
@@ -75,6 +78,7 @@ def simulate(
                 memory=memory * 1e9,
                 bandwidth=bandwidth * 1e9,
                 multipath=multipath,
+                interference=interference,
             ),
             models=int(models) if models.removeprefix("-").isdecimal() else models,
             policies=tuple(POLICIES) if policies == "all" else tuple(_words(policies)),

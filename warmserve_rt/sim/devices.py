@@ -12,7 +12,6 @@ from ..policy.profile import ModelProfile
 if TYPE_CHECKING:
     from .instance import Instance
     from .links import Flow
-    from .tenancy import Tenant
 
 
 KV_STEP = float(1 << 30)  # bytes by which an elastic KV cache grows on each device
@@ -26,7 +25,9 @@ class Hardware:
     idle neighbours. ``switch_devices``: that many devices share one link of ``bandwidth``.
     ``host_memory``: bytes of a node that keep models; what is not there comes from the node's disk
     at ``disk_bandwidth``. ``background_share``: what of a link's bytes background loads get while
-    a foreground load wants it.
+    a foreground load wants it. ``interference``: while b other instances work on a device, prefills
+    and steps of each take 1 + ``interference`` b times as long. Assumed: no source gives it for any
+    two models, a comparison should vary it from 0 to 1.
 
     Raises ValueError for what cannot be."""
 
@@ -39,6 +40,7 @@ class Hardware:
     host_memory: float = float("inf")
     disk_bandwidth: float = 12e9
     background_share: float = 0.05
+    interference: float = 0.35
 
     def __post_init__(self) -> None:
         if min(self.devices, self.node_devices) < 1 or self.devices % self.node_devices:
@@ -52,6 +54,8 @@ class Hardware:
             raise ValueError(f"a host memory of {self.host_memory} bytes")
         if not 0 <= self.background_share < 1:
             raise ValueError(f"a background share of {self.background_share}")
+        if not 0 <= self.interference < float("inf"):
+            raise ValueError(f"an interference of {self.interference}: it is not negative")
 
 
 class Shard:
@@ -117,19 +121,18 @@ class Shard:
 
 
 class Device:
-    """One device. ``used``: bytes of its shards' targets and of the KV cache. ``instance`` has it
-    to itself; ``tenants`` share it."""
+    """One device. ``used``: bytes of its shards' targets and of the KV caches ``kv`` of the
+    ``instances`` on it. ``foreground``: what instances wait for, one after the other."""
 
     __slots__ = (
         "background",
         "foreground",
         "index",
-        "instance",
+        "instances",
         "kv",
         "memory",
         "node",
         "shards",
-        "tenants",
         "used",
     )
 
@@ -137,30 +140,30 @@ class Device:
         self.index, self.node, self.memory = index, node, memory
         self.shards: dict[tuple[int, int], Shard] = {}
         self.used = self.kv = 0.0
-        self.instance: Instance | None = None
-        self.tenants: list[Tenant] = []
-        self.foreground: Flow | None = None
+        self.instances: list[Instance] = []
+        self.foreground: list[Flow] = []
         self.background: list[Flow] = []
 
     @property
-    def active(self) -> bool:
-        """An instance loads or has requests."""
-        return self.instance is not None and (self.instance.work > 0 or not self.instance.loaded)
+    def instance(self) -> Instance | None:
+        """The first there is; the only one where a policy has no two of them share a device."""
+        return self.instances[0] if self.instances else None
 
     @property
-    def occupant(self) -> tuple[int, int] | None:
-        """The model of its instance, and the first of the instance's devices."""
-        instance = self.instance
-        return None if instance is None else (instance.model, instance.devices[0].index)
+    def occupants(self) -> dict[tuple[int, int], bool]:
+        """Of each instance its model and the first of its devices: whether it is active."""
+        return {(i.model, i.devices[0].index): i.active for i in self.instances}
 
     @property
     def room(self) -> float:
-        """Bytes for layers, beside the KV cache and the weights of an active instance."""
-        room = self.memory - self.kv
-        if self.active:
-            assert self.instance is not None
-            room -= self.instance.profile.nbytes + KV_STEP
-        return max(room, 0.0)
+        """Bytes for layers, beside the KV caches and the weights of active instances."""
+        active = sum(i.profile.nbytes + KV_STEP for i in self.instances if i.active)
+        return max(self.memory - self.kv - active, 0.0)
+
+    @property
+    def spare(self) -> float:
+        """Bytes that no instance uses."""
+        return self.memory - self.kv - sum(i.profile.nbytes for i in self.instances)
 
 
 def layer_ends(profile: ModelProfile) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from .links import Flow
 from .memory import Memory
 from .workloads import Workload
 
-if TYPE_CHECKING:
-    from .tenancy import Tenant
-
 LEAD_S = 60.0  # before the first request, in which layers can be brought in
 
 
@@ -27,6 +24,7 @@ class Controller(Protocol):
 
     def begin(self, fleet: Fleet) -> None: ...
     def arrived(self, request: int, model: int) -> None: ...
+    def prefilled(self, instance: Instance) -> None: ...
     def finished(self, instance: Instance, request: int) -> None: ...
     def loaded(self, instance: Instance) -> None: ...
     def idle(self, instance: Instance) -> None: ...
@@ -38,8 +36,10 @@ class Fleet(Memory):
     ``switch_s``: seconds from a start until its layers begin to load or, resident, to be used.
     ``engine_start_s``: seconds more, where no engine process waits on the devices.
     ``streaming``: instances prefill behind the layers that come in. ``elastic_kv``: an instance has
-    the KV cache that its requests need and leaves the rest to other models' layers; otherwise it
-    has all that its weights leave. Of a runtime that polls, ``server_poll_s``: how often a started
+    the KV cache that its requests need and leaves the rest to other models' layers and instances;
+    otherwise it has all that its weights leave. ``partitioned``: each of n instances on a device
+    has an n-th part of it, busy neighbours or not, as percentages of an MPS server divide it. Of a
+    runtime that polls, ``server_poll_s``: how often a started
     instance is asked whether it is loaded; ``mapping_poll_s``: until the load of missing layers
     notices that memory is mapped for them.
     """
@@ -54,6 +54,7 @@ class Fleet(Memory):
         engine_start_s: float = 0.0,
         streaming: bool = False,
         elastic_kv: bool = False,
+        partitioned: bool = False,
         server_poll_s: float = 0.0,
         mapping_poll_s: float = 0.0,
     ) -> None:
@@ -63,6 +64,7 @@ class Fleet(Memory):
         self.workload, self.controller = workload, controller
         self.switch_s, self.engine_start_s = switch_s, engine_start_s
         self.streaming, self.elastic_kv = streaming, elastic_kv
+        self.partitioned = partitioned
         self.server_poll_s, self.mapping_poll_s = server_poll_s, mapping_poll_s
         self.bandwidth = hardware.bandwidth * (1 - hardware.background_share)
         self.node_devices = hardware.node_devices
@@ -75,7 +77,8 @@ class Fleet(Memory):
         self.finished = np.full(len(workload.time), np.nan)
         self.refused = np.zeros(len(workload.time), bool)
         self.instances: list[list[Instance]] = [[] for _ in self.profiles]
-        self.device_seconds = 0.0
+        self.device_seconds = 0.0  # that have an instance, from the first request on
+        self.occupied_since = [0.0] * hardware.devices
         self.starts = 0
         self.start_layers = self.start_hits = 0
 
@@ -94,10 +97,9 @@ class Fleet(Memory):
             if events.now > deadline:
                 left = int((np.isnan(self.finished) & ~self.refused).sum())
                 raise RuntimeError(f"{left} requests were not served an hour after the last came")
-        for instances in self.instances:
-            for instance in instances:
-                self._count(instance)
         for device in self.devices:
+            if device.instances:
+                self._count(device)
             for shard in device.shards.values():
                 if shard.flow:
                     shard.flow.settle(events.now)
@@ -118,10 +120,12 @@ class Fleet(Memory):
         """An instance on these devices of one node, in the order of their ranks.
 
         ``drop_others``: everything else in their memory goes; otherwise what its weights and its
-        first KV cache need, the least valuable first. What is on its way to them goes on.
+        KV cache need, the least valuable first. What is on its way to them goes on. Instances
+        with elastic KV caches may share devices.
 
         Raises ValueError for devices that are not as many as the model wants, that are not of one
-        node or too small, and for one that has an instance.
+        node or have not the memory, and for one that has an instance of the model, or, without
+        elastic KV caches, of any.
         """
         self._check_start(model, devices)
         profile, ends = self.profiles[model], self.ends[model]
@@ -129,7 +133,9 @@ class Fleet(Memory):
         self.instances[model].append(instance)
         self.starts += 1
         for rank, device in enumerate(devices):
-            device.instance = instance
+            if not device.instances:
+                self.occupied_since[device.index] = max(self.events.now, 0.0)
+            device.instances.append(instance)
             shard = self._shard(device, model, rank)
             flow = shard.flow
             if flow:
@@ -144,38 +150,15 @@ class Fleet(Memory):
             self._resize(device, shard, ends[-1])
             if flow:
                 self.links.load(device, shard, priority=flow.priority)
-        if self.elastic_kv:
-            self._grow_kv(instance, KV_STEP)
-        else:
-            for device in devices:
-                self._set_kv(device, max(0.0, device.memory - device.used))
-            instance.kv_room = min(device.kv for device in devices)
+        if not self.elastic_kv:
+            left = min(math.floor(device.memory - device.used) for device in devices)
+            self._set_kv(instance, float(max(left, 0)))
+        self.disturb(instance)
         delay = self.switch_s + self.engine_start_s
         if any(d.shards[model, r].resident < ends[-1] for r, d in enumerate(devices)):
             delay += self.mapping_poll_s
         self.after(delay, lambda: self._load(instance))
         return instance
-
-    def share(self, tenant: Tenant) -> None:
-        """An instance on devices that it shares. Its weights, for which there must be room, load in
-        the background and stay; it serves from when they are all there. It counts as a start with
-        nothing there."""
-        self.instances[tenant.model].append(tenant)
-        self.starts += 1
-        for rank, device in enumerate(tenant.devices):
-            device.tenants.append(tenant)
-            tenant.missing.add(device.index)
-            self.start_layers += len(self.ends[tenant.model])
-            shard = self._shard(device, tenant.model, rank)
-            shard.pinned = True
-            self._resize(device, shard, self.ends[tenant.model][-1])
-            flow = self.links.load(device, shard, priority=0.0)
-            flow.done = partial(self._settled, tenant, device.index)
-
-    def _settled(self, tenant: Tenant, device: int) -> None:
-        tenant.missing.discard(device)
-        if not tenant.missing:
-            self._ready(tenant)
 
     def refuse(self, request: int) -> None:
         """It is never served."""
@@ -187,10 +170,11 @@ class Fleet(Memory):
             raise ValueError(f"{profile.name} wants {profile.width} devices, not {indices}")
         if len({device.node for device in devices}) > 1:
             raise ValueError(f"devices {indices} are not of one node")
-        if any(device.instance is not None for device in devices):
+        there = [each for device in devices for each in device.instances]
+        if any(not self.elastic_kv or each.model == model for each in there):
             raise ValueError(f"of devices {indices}, one has an instance")
-        if any(device.memory < profile.nbytes for device in devices):
-            raise ValueError(f"{profile.name} is larger than devices {indices}")
+        if any(device.spare < profile.nbytes for device in devices):
+            raise ValueError(f"{profile.name} is larger than what devices {indices} have left")
 
     def _load(self, instance: Instance) -> None:
         """What lacks becomes urgent; the rest can be computed with from now on."""
@@ -232,28 +216,29 @@ class Fleet(Memory):
         now evictable, or are dropped with it."""
         if instance.ended or instance.work or not instance.loaded:
             raise ValueError("an instance that has work, loads or has ended is not stopped")
-        self._count(instance)
         self.events.cancel(instance)
         instance.ended = True
         self.instances[instance.model].remove(instance)
+        self._set_kv(instance, 0.0)
         for rank, device in enumerate(instance.devices):
-            self._set_kv(device, 0.0)
-            device.instance = None
+            device.instances.remove(instance)
+            if not device.instances:
+                self._count(device)
             shard = device.shards[instance.model, rank]
             shard.pinned = False
             if drop:
                 self.keep(device, shard, 0)
+        self.disturb(instance)
 
     def lend(self, instance: Instance, kv_bytes: float) -> None:
-        """Leaves an instance so many bytes of KV cache on each device, and the rest to prewarming.
+        """Leaves an instance so many bytes of KV cache on each device, rounded down to a whole
+        number, and the rest to prewarming.
 
         Raises ValueError where it has not as many.
         """
         if not 0 <= kv_bytes <= instance.kv_room:
             raise ValueError(f"{kv_bytes:g} bytes of KV cache of {instance.kv_room:g}")
-        for device in instance.devices:
-            self._set_kv(device, kv_bytes)
-        instance.kv_room = kv_bytes
+        self._set_kv(instance, float(math.floor(kv_bytes)))
 
     def reserve(self, instance: Instance, request: int) -> bool:
         """Whether its KV cache takes this request too; an elastic one grows for it."""
@@ -265,11 +250,41 @@ class Fleet(Memory):
             return True
         if not self.elastic_kv:
             return not instance.work  # a request that is larger than any cache is cut, not stuck
-        grown = self._grow_kv(instance, need + KV_STEP) or self._grow_kv(instance, need)
-        return grown or not instance.work
+        if self._grow_kv(instance, _steps(need)) or self._grow_kv(instance, need):
+            return True
+        alone = min(device.spare + device.kv for device in instance.devices)
+        return not instance.work and need > alone
+
+    def released(self, instance: Instance) -> None:
+        """A request of it has ended; an elastic KV cache shrinks when much of it is unused, and
+        ends with the last."""
+        if self.elastic_kv:
+            need = _steps(float(instance.kv_tokens) * instance.profile.kv_token_bytes)
+            if not need or instance.kv_room > need + KV_STEP:
+                self._set_kv(instance, need)
 
     def idle(self, instance: Instance) -> None:
         self.controller.idle(instance)
 
-    def _count(self, instance: Instance) -> None:
-        self.device_seconds += (self.events.now - instance.start) * instance.occupied
+    def slowdown(self, instance: Instance) -> float:
+        """So many times as long as alone its work takes now."""
+        if self.partitioned:
+            return float(max(len(device.instances) for device in instance.devices))
+        beside = max(
+            sum(other.working for other in device.instances if other is not instance)
+            for device in instance.devices
+        )
+        return 1.0 + self.hardware.interference * beside
+
+    def disturb(self, instance: Instance) -> None:
+        """Tells those beside an instance that it begins or ends to work, or to be."""
+        for other in {other: None for device in instance.devices for other in device.instances}:
+            other.disturbed()
+
+    def _count(self, device: Device) -> None:
+        since = self.occupied_since[device.index]
+        self.device_seconds += max(self.events.now - since, 0.0)
+
+
+def _steps(nbytes: float) -> float:
+    return math.ceil(nbytes / KV_STEP) * KV_STEP

@@ -26,8 +26,9 @@ class Instance(Due):
     works on them; ``draining``: it takes no more; ``ended``: it is no more.
 
     ``streaming``: prefill runs behind the layers as they come in, not after them.
-    ``kv_tokens``: of the requests it has, prompt and output. ``slow``: its prefills and steps take
-    so many times as long as on devices of its own.
+    ``kv_tokens``: of the requests it has, prompt and output; ``kv_room``: bytes on each device.
+    ``working``: it computes; ``slow``: for those that work beside it on the one of its devices
+    where the most do, its prefills and steps take so many times as long as alone.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class Instance(Due):
         "streamed",
         "streaming",
         "work",
+        "working",
     )
 
     def __init__(
@@ -70,7 +72,7 @@ class Instance(Due):
         super().__init__()
         self.fleet, self.model, self.profile, self.devices = fleet, model, profile, devices
         self.streaming = streaming
-        self.slow = 1.0
+        self.slow, self.working = 1.0, False
         self.start = self.since = self.idle_since = fleet.events.now
         self.loaded = self.running = self.draining = self.ended = False
         self.missing: set[int] = set()  # devices whose layers are not all there
@@ -105,18 +107,25 @@ class Instance(Due):
         return running + self.queued_prefill * self.slow
 
     @property
-    def occupied(self) -> float:
-        """Devices that it has to itself, or its parts of those that it shares."""
-        return len(self.devices)
+    def active(self) -> bool:
+        """It loads or has requests."""
+        return self.work > 0 or not self.loaded
 
-    def pace(self, slow: float) -> None:
-        """From now on it is so slow; what it is at takes that much longer, or less."""
+    def disturbed(self) -> None:
+        """Who works beside it has changed, or who is there."""
+        slow = self.fleet.slowdown(self)
+        if slow != self.slow:
+            self._pace(slow)
+
+    def _pace(self, slow: float) -> None:
+        """What it is at takes that much longer, or less."""
         now = self.fleet.events.now
         self._settle(now)
-        before, self.slow = self.slow, slow
+        change, self.slow = slow / self.slow, slow
         self.step = self.profile.decode(len(self.decoding)) * slow
+        self.streamed = deque(now + (end - now) * change for end in self.streamed)
         if self.prefilling >= 0:
-            self.prefill_end = now + (self.prefill_end - now) * slow / before
+            self.prefill_end = now + (self.prefill_end - now) * change
             self.fleet.events.schedule(self, self.prefill_end)
         elif self.decoding:
             wait = (self.decoding[0][0] - self.progress) * self.step
@@ -151,7 +160,8 @@ class Instance(Due):
         late = rest[np.searchsorted(come, points)]  # of a forward pass, what comes from then on
         work = np.zeros(len(points))
         for request, time in zip(self.queue, times, strict=True):
-            work += profile.prefill(fleet.prompt[request]) * np.where(points <= time, 1.0, late)
+            seconds = profile.prefill(fleet.prompt[request]) * self.slow
+            work += seconds * np.where(points <= time, 1.0, late)
             end = np.max(points + work, initial=self.arrivals[-1], where=work > 0)
             self.streamed.append(float(end))
 
@@ -173,11 +183,12 @@ class Instance(Due):
                 self.step = self.profile.decode(len(self.decoding)) * self.slow
             else:
                 self._finish(request, now)
+            fleet.controller.prefilled(self)
         else:
             decoding, reached = self.decoding, self.progress + 1e-6
             while decoding and decoding[0][0] <= reached:
                 self._finish(heappop(decoding)[1], now)
-            self.step = self.profile.decode(len(decoding))
+            self.step = self.profile.decode(len(decoding)) * self.slow
         # Whoever heard of a finished request may have given a new one, or ended this instance.
         if self.prefilling < 0 and not self.ended:
             self._next(now)
@@ -187,6 +198,7 @@ class Instance(Due):
         fleet.finished[request] = now
         self.work -= 1
         self.kv_tokens -= fleet.tokens[request]
+        fleet.released(self)
         fleet.controller.finished(self, request)
 
     def _next(self, now: float) -> None:
@@ -202,5 +214,10 @@ class Instance(Due):
             self.fleet.events.schedule(self, now + wait)
         else:
             self.fleet.events.cancel(self)
+        working = self.prefilling >= 0 or bool(self.decoding)
+        if working != self.working:
+            self.working = working
+            self.fleet.disturb(self)
+        if not working:
             self.idle_since = now
             self.fleet.idle(self)

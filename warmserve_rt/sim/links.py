@@ -78,7 +78,7 @@ class Flow(Due):
 
 
 class Links:
-    """All flows of a fleet. One foreground flow and any number of background flows per device."""
+    """All flows of a fleet. Of a device's foreground flows one runs, the first that became one."""
 
     def __init__(self, events: Events, hardware: Hardware, devices: list[Device]) -> None:
         self.events, self.hardware = events, hardware
@@ -104,12 +104,12 @@ class Links:
         return flow
 
     def urge(self, flow: Flow, done: Callable[[], None]) -> None:
-        """Makes it the device's foreground flow."""
+        """Makes it the last of the device's foreground flows."""
         flow.settle(self.events.now)
         flow.device.background.remove(flow)
         flow.foreground, flow.done = True, done
         flow.marks.append((flow.shard.resident, self.events.now))
-        flow.device.foreground = flow
+        flow.device.foreground.append(flow)
         self.balance(flow.device.node)
 
     def stop(self, flow: Flow) -> None:
@@ -134,14 +134,11 @@ class Links:
         shard.flow = None
         if flow.disk:
             self.hosted[device.node].bring(shard.model, shard.rank, shard.resident)
-        if flow.foreground:
-            device.foreground = None
-        else:
-            first = device.background[0] is flow
-            device.background.remove(flow)
-            if not first:
-                return  # it had no rate
-        self.balance(device.node)
+        queue = device.foreground if flow.foreground else device.background
+        first = queue[0] is flow
+        queue.remove(flow)
+        if first:  # the others have no rate
+            self.balance(device.node)
 
     def balance(self, node: int) -> None:
         """Shares a node's links anew.
@@ -158,7 +155,7 @@ class Links:
         switches = []
         for first in range(0, len(devices), size):
             group = devices[first : first + size]
-            ahead = [d.foreground for d in group if d.foreground]
+            ahead = [d.foreground[0] for d in group if d.foreground]
             behind = [d.background[0] for d in group if d.background]
             own = 1.0 - (share if behind else 0.0)
             urgent += len(ahead)
@@ -183,6 +180,8 @@ class Links:
             for flow in device.background[1:]:
                 if not flow.rate:
                     break  # only the one that was first before has any
+                self._set(flow, 0.0)
+            for flow in device.foreground[1:]:
                 self._set(flow, 0.0)
 
     def _set(self, flow: Flow, rate: float) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..policy.profile import ModelProfile
-from .devices import Device, Hardware, Shard, layer_ends
+from .devices import KV_STEP, Device, Hardware, Shard, layer_ends
 from .events import Events
 from .links import Links
 
@@ -22,8 +23,9 @@ class Memory:
         self.profiles, self.hardware = profiles, hardware
         self.ends = [layer_ends(profile) for profile in profiles]
         self.events = Events()
+        memory = float(math.floor(hardware.memory))  # whole bytes: sums of them are exact
         self.devices = [
-            Device(i, i // hardware.node_devices, hardware.memory) for i in range(hardware.devices)
+            Device(i, i // hardware.node_devices, memory) for i in range(hardware.devices)
         ]
         self.links = Links(self.events, hardware, self.devices)
         self.hosted = self.links.hosted  # of each node
@@ -114,6 +116,16 @@ class Memory:
         elif flow and shard.resident < bound:
             self.links.load(device, shard, priority=flow.priority)
 
+    def fits(self, device: Device, model: int) -> bool:
+        """Whether an instance of it could start here beside those that are active, and have some
+        KV cache."""
+        if any(each.model == model for each in device.instances):
+            return False
+        need = float(self.profiles[model].nbytes)
+        if any(each.active for each in device.instances):
+            need += KV_STEP
+        return need <= device.room
+
     # The books.
 
     def _bound(self, model: int, layers: int) -> float:
@@ -162,16 +174,19 @@ class Memory:
             shard.planned = min(shard.planned, shard.target)
         return True
 
-    def _set_kv(self, device: Device, kv_bytes: float) -> None:
-        device.used += kv_bytes - device.kv
-        device.kv = kv_bytes
+    def _set_kv(self, instance: Instance, nbytes: float) -> None:
+        """On each of its devices. A whole number, so that sums of them are exact."""
+        for device in instance.devices:
+            device.used += nbytes - instance.kv_room
+            device.kv += nbytes - instance.kv_room
+        instance.kv_room = nbytes
 
     def _grow_kv(self, instance: Instance, need: float) -> bool:
         """On each of its devices, to so many bytes; where one has no room for it on none."""
-        if any(device.memory - instance.profile.nbytes < need for device in instance.devices):
+        more = need - instance.kv_room
+        if any(device.spare < more for device in instance.devices):
             return False
         for device in instance.devices:
-            self._make_room(device, need - device.kv)
-            self._set_kv(device, need)
-        instance.kv_room = need
+            self._make_room(device, more)
+        self._set_kv(instance, need)
         return True

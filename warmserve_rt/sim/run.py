@@ -29,8 +29,8 @@ def simulate(
 ) -> Fleet:
     """The fleet after it has served the workload. ``switch_s``: see Fleet. ``engine_start_s``: of
     the policies whose starts wait for an engine. ``policy_options``: of its controller, such as the
-    interference of static sharing. ``observers`` are given the fleet before it runs,
-    and may schedule timers on it.
+    objective of our scheduler. ``observers`` are given the fleet before it runs, and may schedule
+    timers on it.
 
     Raises ValueError for an unknown policy and as ``check`` does, TypeError for options that the
     policy does not have, RuntimeError where requests that nobody refused are never served.
@@ -49,6 +49,7 @@ def simulate(
         engine_start_s=engine_start_s if chosen.engine_start else 0.0,
         streaming=chosen.streaming,
         elastic_kv=chosen.elastic_kv,
+        partitioned=chosen.partitioned,
         server_poll_s=SERVER_POLL_S if chosen.polls else 0.0,
         mapping_poll_s=MAPPING_POLL_S if chosen.polls else 0.0,
     )

@@ -55,9 +55,8 @@ class Timeline:
         fleet, number = self.fleet, len(self.times)
         loaded = fleet.links.loaded
         for device, timeline in zip(fleet.devices, self.devices, strict=True):
-            for flow in (device.foreground, *device.background):
-                if flow:
-                    loaded += arrived(fleet, flow.shard) - flow.shard.resident
+            for flow in (*device.foreground, *device.background):
+                loaded += arrived(fleet, flow.shard) - flow.shard.resident
             timeline.kv.append(device.kv)
             self.sample_shards(device, timeline, number)
         hardware = fleet.hardware

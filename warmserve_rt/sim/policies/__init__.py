@@ -16,32 +16,33 @@ from .clairvoyant import Clairvoyant
 from .everything import Everything
 from .lru import Lru
 from .serverless import Autoscaling
-from .sharing import FixedShares, Sharing
+from .sharing import Sharing
 from .warmserve import WarmServe
 
 
 @dataclass(frozen=True)
 class Policy:
     """``title``: what a report calls it. ``make`` takes its options by name. ``engine_start``: each
-    start waits for an engine process. ``streaming``, ``elastic_kv``: see Fleet. ``polls``:
-    so do the fleet's starts. ``unlimited``: memory holds whatever it wants. ``multipath``: its
-    foreground loads may use idle neighbours' links, where the hardware can. ``bound``: it has or
-    knows what no policy can."""
+    start waits for an engine process. ``streaming``, ``elastic_kv``, ``partitioned``: see Fleet.
+    ``polls``: so do the fleet's starts. ``unlimited``: memory holds whatever it wants.
+    ``multipath``: its foreground loads may use idle neighbours' links, where the hardware can.
+    ``bound``: it has or knows what no policy can."""
 
     title: str
     make: Callable[..., Controller]
     engine_start: bool = False
     streaming: bool = False
     elastic_kv: bool = False
+    partitioned: bool = False
     polls: bool = False
     unlimited: bool = False
     multipath: bool = False
     bound: bool = False
 
 
-def ours(scheduler: type[Scheduler] = Scheduler, **options: Any) -> Starts:
-    """This project's own, with options of its scheduler."""
-    return Starts(scheduler(**options))
+def ours(scheduler: type[Scheduler] = Scheduler, *, share: bool = True, **options: Any) -> Starts:
+    """This project's own, with options of its scheduler; ``share``: see Starts."""
+    return Starts(scheduler(**options), share=share)
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
@@ -54,8 +55,10 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             polls=True,
         ),
         "blitzscale": Policy("serving while loading", BlitzScale, streaming=True),
-        "sharing": Policy("static sharing", Sharing),
-        "fixed-shares": Policy("static sharing, fixed shares", FixedShares),
+        "sharing": Policy("static sharing", Sharing, elastic_kv=True),
+        "fixed-shares": Policy(
+            "static sharing, fixed shares", Sharing, elastic_kv=True, partitioned=True
+        ),
         "lru": Policy("whole-model LRU", Lru),
         "warmserve": Policy("WarmServe, event-driven", WarmServe),
         "warmserve-polls": Policy("WarmServe, polling", partial(WarmServe, polls=True), polls=True),

@@ -1,7 +1,7 @@
 """Static sharing, in the manner of MuxServe: models placed once and for all, several to a device.
 
 Nothing ever starts or stops. Which models share devices is decided before the first request, from
-the history of their load; see Tenant for how they slow each other down. MuxServe's own estimator
+the history of their load; `Hardware` says how they slow each other down. MuxServe's own estimator
 and its split of the cache between models are not reproduced: the cache goes to whoever asks first.
 """
 
@@ -13,27 +13,17 @@ import numpy as np
 
 from ...dispatch import Dispatcher
 from ..fleet import Fleet
-from ..tenancy import Tenant
 from .balance import Demand, Placed, balance
 
 
 class Sharing(Dispatcher):
-    """``interference``: see Tenant. Assumed: no source gives it for any two models, a comparison
-    should vary it from 0 to 1. Models for which there is no room are refused."""
-
-    def __init__(self, *, interference: float = 0.35) -> None:
-        super().__init__()
-        if not interference >= 0:
-            raise ValueError(f"an interference of {interference}: it is not negative")
-        self.interference: float | None = interference
+    """Models for which there is no room are refused."""
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        placed = balance(demands(fleet), fleet.hardware)
-        for each in placed:
-            devices = fleet.devices[each.first : each.first + each.width]
-            fleet.share(Tenant(fleet, each.model, tuple(devices), self.interference))
-        self.placed: list[Placed] = placed
+        self.placed: list[Placed] = balance(demands(fleet), fleet.hardware)
+        for each in self.placed:
+            fleet.start(each.model, fleet.devices[each.first : each.first + each.width])
 
     def arrived(self, request: int, model: int) -> None:
         if self.fleet.instances[model]:
@@ -41,27 +31,11 @@ class Sharing(Dispatcher):
         else:
             self.fleet.refuse(request)
 
-    def finished(self, instance: Any, request: int) -> None:
-        """Its memory may be what another model of these devices waits for."""
-        super().finished(instance, request)
-        for model in {t.model: None for d in instance.devices for t in d.tenants}:
-            if self.pending[model]:
-                self.assign(model)
-
     def route(self, instances: Any, request: int) -> Any:
         """With the least to do before it; of equals the fullest, so that fewer disturb others."""
         now = self.fleet.now
-        able = [i for i in instances if i.admits(request)]
+        able = [i for i in instances if i.loaded and self.fleet.reserve(i, request)]
         return min(able, key=lambda i: (i.backlog(now), -i.work), default=None)
-
-
-class FixedShares(Sharing):
-    """Each model has a fixed part of its devices' compute, busy neighbours or not, as percentages
-    of an MPS server divide them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.interference = None
 
 
 def demands(fleet: Fleet) -> list[Demand]:

@@ -1,0 +1,149 @@
+"""Risk: instances that share a device each behave as if they had it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sim_checks import Scripted, run, tiny, workload
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.scheduler import Scheduler
+from warmserve_rt.sim.devices import KV_STEP, Hardware
+from warmserve_rt.sim.fleet import Fleet
+from warmserve_rt.starts import Starts
+
+GB = 10**9
+ONE = Hardware(1, 1, 100.0 * GB, 10.0 * GB, interference=0.5)
+TIMES: dict[str, Any] = {"switch_s": 0.0, "elastic_kv": True}
+
+
+def model(name: str, *, layers: int = 4, prefill: float = 0.2, **more: Any) -> ModelProfile:
+    """Of 10 GB: it loads in a second."""
+    nbytes = (10 * GB // layers,) * layers
+    values = {"kv_token_bytes": 1, "decode_s": 0.01, "decode_request_s": 0.0, "batch": 8, **more}
+    return ModelProfile(name, 1, nbytes, prefill_s=prefill, prefill_token_s=0.0, **values)
+
+
+def start(at: float, which: int) -> tuple[float, Any]:
+    return at, lambda fleet: fleet.start(which, [fleet.devices[0]])
+
+
+def waits(fleet: Fleet) -> list[float]:
+    return [float(wait) for wait in fleet.first_token - fleet.workload.time]
+
+
+def test_loads_of_one_device_come_one_after_the_other() -> None:
+    models = [model("a"), model("b")]
+    requests = workload(models, [(1.0, 0, 9, 1), (1.0, 1, 9, 1)])
+    fleet, _ = run(requests, ONE, Scripted(start(1.0, 0), start(1.0, 1)), **TIMES)
+    assert waits(fleet) == pytest.approx([1.0 + 0.2, 2.0 + 0.2])
+
+
+def test_layers_stream_in_behind_a_neighbour_s_load() -> None:
+    """Two blocks of a second each, the first there half a second into a load. The second load
+    begins when the first ends; its blocks are slowed by the neighbour, and from when they are seen
+    to run, at 3.0, what is left of the neighbour's by them."""
+    models = [model("a", prefill=2.0), model("b", prefill=2.0)]
+    requests = workload(models, [(1.0, 0, 9, 900), (1.0, 1, 9, 1)])
+    script = Scripted(start(1.0, 0), start(1.0, 1))
+    fleet, _ = run(requests, ONE, script, streaming=True, **TIMES)
+    assert waits(fleet)[0] == pytest.approx(2.0 + 0.5 * 1.5)
+    assert waits(fleet)[1] == pytest.approx(1.5 + 2.0 * 1.5)
+
+
+def test_a_neighbour_slows_prefills_and_steps_while_it_works() -> None:
+    models = [model("a"), model("b")]
+    rows = [(5.0, 0, 9, 101), (5.7, 1, 9, 1)]
+    fleet, _ = run(workload(models, rows), ONE, Scripted(start(0.0, 0), start(0.0, 1)), **TIMES)
+    assert waits(fleet) == pytest.approx([0.2, 0.2 * 1.5])
+    # A second of steps; beside the prefill of 0.3 s they were half as fast again.
+    assert fleet.finished[0] == pytest.approx(5.2 + 1.0 + 0.3 - 0.2)
+
+
+def test_a_neighbour_that_comes_or_goes_slows_partitions_alone() -> None:
+    models = [model("a"), model("b")]
+    script = Scripted(
+        start(0.0, 0), start(0.0, 1), (5.1, lambda fleet: fleet.stop(fleet.instances[1][0]))
+    )
+    rows = [(5.0, 0, 9, 1)]
+    fleet, _ = run(workload(models, rows), ONE, script, partitioned=True, **TIMES)
+    # A quarter of the prefill at half the speed, the rest alone.
+    assert waits(fleet) == pytest.approx([0.1 + 0.15])
+
+
+def test_what_shares_a_device_shares_its_memory() -> None:
+    """Room for the caches of two requests beside the weights: the third waits for one to end."""
+    token = KV_STEP / 100
+    models = [model("a", kv_token_bytes=token), model("b", kv_token_bytes=token)]
+    hardware = Hardware(1, 1, 20.0 * GB + 2 * KV_STEP, 10.0 * GB, interference=0.0)
+    rows = [(5.0, 0, 50, 50), (5.0, 1, 50, 50), (5.1, 1, 50, 50)]
+    fleet, _ = run(
+        workload(models, rows), hardware, Scripted(start(0.0, 0), start(0.0, 1)), **TIMES
+    )
+    assert waits(fleet)[:2] == pytest.approx([0.2, 0.2])
+    assert fleet.first_token[2] == pytest.approx(min(fleet.finished[:2]) + 0.2)
+    assert fleet.devices[0].kv == 0
+
+
+def test_a_cache_shrinks_with_what_it_holds() -> None:
+    token = KV_STEP / 10
+    requests = workload(
+        [model("a", kv_token_bytes=token)], [(5.0, 0, 50, 2), (5.0, 0, 50, 50), (5.0, 0, 5, 90)]
+    )
+    seen: list[float] = []
+    look = [(at, lambda fleet: seen.append(fleet.devices[0].kv)) for at in (5.5, 5.9, 6.3, 9.0)]
+    run(requests, ONE, Scripted(start(0.0, 0), *look), **TIMES)
+    assert seen == [steps * KV_STEP for steps in (25, 20, 10, 0)]
+
+
+def test_instances_with_fixed_caches_share_nothing() -> None:
+    fleet = Fleet(workload([tiny(), tiny(layers=(1, 1, 1))], []), Hardware(1, 1), Scripted())
+    fleet.start(0, fleet.devices)
+    with pytest.raises(ValueError, match="one has an instance"):
+        fleet.start(1, fleet.devices)
+
+
+# What ours makes of it.
+
+
+def ours(rows: list[tuple[float, int, int, int]], models: list[ModelProfile], hardware: Hardware,
+         **options: Any) -> list[float]:  # fmt: skip
+    """The waits where every layer is there from the beginning."""
+
+    def resident(fleet: Fleet) -> None:
+        for device in fleet.devices:
+            for each in range(len(models)):
+                fleet.preload(device, each, 0)
+
+    starts = Starts(Scheduler(), **options)
+    fleet = Fleet(workload(models, rows), hardware, starts, streaming=True, **TIMES)
+    resident(fleet)
+    fleet.run()
+    return waits(fleet)
+
+
+TWO = Hardware(2, 2, 100.0 * GB, 10.0 * GB, interference=0.5)
+
+
+def test_ours_starts_beside_a_busy_neighbour_rather_than_waits_for_it() -> None:
+    models = [model("a"), model("b")]
+    rows = [(5.0, 0, 9, 2000), (6.0, 1, 9, 2)]
+    assert ours(rows, models, ONE)[1] == pytest.approx(0.2 * 1.5)
+    assert ours(rows, models, ONE, share=False)[1] > 19
+
+
+def test_ours_prefers_a_free_device_where_both_hold_as_much() -> None:
+    models = [model("a"), model("b")]
+    rows = [(5.0, 0, 9, 2000), (6.0, 1, 9, 2)]
+    assert ours(rows, models, TWO)[1] == pytest.approx(0.2)
+
+
+def test_ours_starts_another_where_prefills_queue() -> None:
+    """Twenty at nearly once, 0.2 s each: on one instance the last waits for nearly four seconds,
+    though its batch is not full; on two for half of that."""
+    rows = [(5.0 + i / 100, 0, 9, 2) for i in range(20)]
+    models = [model("a", batch=32)]
+    queued, spread = ours(rows, models, TWO, late=1e9), ours(rows, models, TWO)
+    assert max(queued) == pytest.approx(20 * 0.2 - 0.19, abs=0.05)
+    assert max(spread) == pytest.approx(max(queued) / 2, rel=0.15)
