@@ -339,6 +339,26 @@ def test_sets_that_cross_do_not_nest() -> None:
     assert not replica.nests((b, c))
 
 
+def test_a_replica_goes_to_any_devices_on_which_it_nests_aligned_ones_first() -> None:
+    wide = MODELS["llama2-70b"]
+    fleet = Fleet(requests([toy("a"), wide], [(1e6, 0, 1, 1)]), EIGHT, POLICIES["warmserve"].make())
+    warmserve: Any = fleet.controller
+    warmserve.begin(fleet)
+
+    def place(busy: int) -> list[int] | None:
+        if busy >= 0:
+            fleet.start(0, [fleet.devices[busy]])
+        group = warmserve.group_for(Replica(1, (), 1.0))
+        return group and [device.index for device in group]
+
+    assert [place(busy) for busy in (-1, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert place(6) == [0, 2, 3, 4]
+    warmserve.replicas = [Replica(0, (fleet.devices[2], fleet.devices[5]), 0.5)]
+    assert place(-1) == [0, 3, 4, 7]
+    assert place(0) == [2, 3, 4, 5]  # with one of the two alone it would cross them
+    assert place(5) is None
+
+
 def test_a_draining_instance_lends_in_proportion_to_what_it_serves() -> None:
     model = toy("a", nbytes=12)
     fleet = Fleet(requests([model], [(1e6, 0, 1, 1)]), EIGHT, POLICIES["warmserve"].make())

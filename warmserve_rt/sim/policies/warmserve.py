@@ -119,21 +119,21 @@ class WarmServe(Autoscaler):
         """Of the groups with room that nest with all that is there, one on which the new replica
         scores above all that it overlaps, with the least sum of theirs; else the least sum.
 
-        Only aligned groups are looked at: widths are powers of two, so these nest with each other.
+        Of equals an aligned one, which whatever comes later nests with: the paper does not say.
         """
         profile = self.fleet.profiles[new.model]
-        best, best_rank = None, (True, 0.0)
+        best, best_rank = None, (True, math.inf, True)
         for node in self.fleet.links.nodes:
-            for first in range(0, len(node) - profile.width + 1, profile.width):
-                group = tuple(node[first : first + profile.width])
-                if not all(self.fits(device, new.model, profile.nbytes) for device in group):
-                    continue
-                others = [replica for replica in self.replicas if replica.overlaps(group)]
+            there = [replica for replica in self.replicas if replica.overlaps(node)]
+            room = [device for device in node if self.fits(device, new.model, profile.nbytes)]
+            for group in combinations(room, profile.width):
+                others = [replica for replica in there if replica.overlaps(group)]
                 if not all(other.nests(group) for other in others):
                     continue
                 scores = [other.score for other in others]
-                rank = (any(score >= new.score for score in scores), sum(scores))
-                if best is None or rank < best_rank:
+                lost = any(score >= new.score for score in scores)
+                rank = (lost, sum(scores), not aligned(group))
+                if rank < best_rank:
                     best, best_rank = group, rank
         return best
 
@@ -202,16 +202,18 @@ class WarmServe(Autoscaler):
         """Its weights stay where they are, as a replica, if they nest with the others: the paper
         does not say, and it costs nothing."""
         self.whole_kv.pop(instance)
-        devices = instance.devices
-        width, node = len(devices), self.fleet.hardware.node_devices
-        first = devices[0].index % node
-        aligned = not first % width and all(
-            d.index == devices[0].index + i for i, d in enumerate(devices)
+        others = [replica for replica in self.replicas if replica.overlaps(instance.devices)]
+        keep = all(
+            other.model != instance.model and other.nests(instance.devices) for other in others
         )
-        others = [replica for replica in self.replicas if replica.overlaps(devices)]
-        keep = aligned and all(r.model != instance.model and r.nests(devices) for r in others)
         if keep:
-            self.replicas.append(Replica(instance.model, devices, 0.0))
+            self.replicas.append(Replica(instance.model, instance.devices, 0.0))
         self.fleet.stop(instance, drop=not keep)
         self.start_waiting()
         self.place()
+
+
+def aligned(group: tuple[Device, ...]) -> bool:
+    """Whether it is one of those into which a node divides evenly."""
+    first = group[0].index
+    return not first % len(group) and group[-1].index == first + len(group) - 1
