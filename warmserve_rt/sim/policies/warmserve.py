@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import Any
 
 from ...policy.forecast import Forecaster
+from ..arrivals import DAY
 from ..devices import Device
 from ..fleet import Fleet
 from ..instance import Instance
@@ -42,14 +43,46 @@ class Replica:
 
 class WarmServe(Autoscaler):
     """Prewarms for the coming window on devices that serve nobody and in what draining instances
-    lend. ``polls``: see Autoscaler."""
+    lend. ``polls``: see Autoscaler. ``window``: seconds of the windows that it forecasts; ``begin``
+    raises ValueError for a workload whose history has others.
+
+    The rest take a part of it away, to see what that part is worth. ``prewarm=False``: nothing
+    loads before its start, and the weights of an instance go when it stops. ``placement=False``: a
+    replica goes to the first devices with room, whatever is there, and need not nest with it.
+    ``lending=False``: a draining instance keeps its KV cache whole.
+    """
+
+    def __init__(
+        self,
+        *,
+        polls: bool = False,
+        window: float = WINDOW_S,
+        prewarm: bool = True,
+        placement: bool = True,
+        lending: bool = True,
+    ) -> None:
+        super().__init__(polls=polls)
+        self.window = window
+        self.prewarm, self.placement, self.lending = prewarm, placement, lending
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        self.forecaster = Forecaster(len(fleet.profiles), window=WINDOW_S, expert="paper")
+        self.forecaster = Forecaster(
+            len(fleet.profiles),
+            window=self.window,
+            horizons=(self.window,),
+            period=DAY,
+            expert="paper",
+        )
         averages, peaks = fleet.workload.concurrency_history()
         if len(averages):
-            self.forecaster.observe_windows(-WINDOW_S * len(averages), averages, peaks)
+            history_window = fleet.workload.history_window
+            if history_window != self.window:
+                raise ValueError(
+                    f"a history in windows of {history_window:g} s, and {self.window:g} s are "
+                    "forecast: they are to be the same"
+                )
+            self.forecaster.observe_windows(-self.window * len(averages), averages, peaks)
         self.replicas: list[Replica] = []  # the first prewarmed first
         self.whole_kv: dict[Instance, float] = {}  # of draining ones, before they lent any
         self.place()
@@ -61,7 +94,7 @@ class WarmServe(Autoscaler):
     def finished(self, instance: Any, request: int) -> None:
         super().finished(instance, request)
         self.observe(instance.model)
-        if instance.draining and instance.work:
+        if self.lending and instance.draining and instance.work:
             self.lend(instance)
 
     def observe(self, model: int) -> None:
@@ -77,12 +110,12 @@ class WarmServe(Autoscaler):
         """New replicas, the highest score first. Those that are there count as the first of their
         model, and get the scores of these; one more than are wanted has score 0.
 
-        The paper forecasts windows; the window here is the next 300 seconds, which at a window's
-        beginning is the same. It divides by an average that may be 0; then a burst's factor is 1.
+        The paper forecasts windows; the window here begins now, which at a window's beginning is
+        the same. It divides by an average that may be 0; then a burst's factor is 1.
         That replicas which are there are scored again, it does not say: they give way to better
         ones the sooner.
         """
-        forecast = self.forecaster.forecast(self.fleet.now, WINDOW_S)
+        forecast = self.forecaster.forecast(self.fleet.now, self.window)
         found = []
         for model, profile in enumerate(self.fleet.profiles):
             running = len(self.serving(model))
@@ -105,8 +138,10 @@ class WarmServe(Autoscaler):
 
     def place(self) -> None:
         """One that fits nowhere is skipped; nothing is evicted to make room."""
+        if not self.prewarm:
+            return
         for replica in self.wanted():
-            group = self.group_for(replica)
+            group = self.group_for(replica) if self.placement else self.first_fit(replica)
             if group is None:
                 continue
             replica.devices = group
@@ -136,6 +171,15 @@ class WarmServe(Autoscaler):
                 if rank < best_rank:
                     best, best_rank = group, rank
         return best
+
+    def first_fit(self, new: Replica) -> tuple[Device, ...] | None:
+        """The first devices of a node that have room."""
+        profile = self.fleet.profiles[new.model]
+        for node in self.fleet.links.nodes:
+            room = [device for device in node if self.fits(device, new.model, profile.nbytes)]
+            if len(room) >= profile.width:
+                return tuple(room[: profile.width])
+        return None
 
     def fits(self, device: Device, model: int, nbytes: int) -> bool:
         if device.instance is not None and not device.instance.draining:
@@ -187,7 +231,8 @@ class WarmServe(Autoscaler):
 
     def drain(self, instance: Instance) -> None:
         self.whole_kv[instance] = instance.kv_room
-        self.lend(instance)
+        if self.lending:
+            self.lend(instance)
 
     def lend(self, instance: Instance) -> None:
         """A draining instance keeps C Q / 32 blocks of its KV cache of C, for Q requests, and never
@@ -202,15 +247,20 @@ class WarmServe(Autoscaler):
         """Its weights stay where they are, as a replica, if they nest with the others: the paper
         does not say, and it costs nothing."""
         self.whole_kv.pop(instance)
-        others = [replica for replica in self.replicas if replica.overlaps(instance.devices)]
-        keep = all(
-            other.model != instance.model and other.nests(instance.devices) for other in others
-        )
+        keep = self.prewarm and self.keeps(instance)
         if keep:
             self.replicas.append(Replica(instance.model, instance.devices, 0.0))
         self.fleet.stop(instance, drop=not keep)
         self.start_waiting()
         self.place()
+
+    def keeps(self, instance: Instance) -> bool:
+        """Whether its weights can stay as a replica."""
+        others = [replica for replica in self.replicas if replica.overlaps(instance.devices)]
+        return all(
+            other.model != instance.model and (other.nests(instance.devices) or not self.placement)
+            for other in others
+        )
 
 
 def aligned(group: tuple[Device, ...]) -> bool:
