@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,6 +14,7 @@ from statistics import fmean
 from warmserve_rt.sim import workloads
 from warmserve_rt.sim.catalogue import mixed, paper_models
 from warmserve_rt.sim.devices import Hardware
+from warmserve_rt.sim.intervals import interval
 from warmserve_rt.sim.metrics import RunSummary, summary
 from warmserve_rt.sim.run import simulate
 from warmserve_rt.sim.workloads import Workload
@@ -86,3 +87,19 @@ def mean_of(found: Mapping[Run, RunSummary], run: Run, seeds: Iterable[int], wha
 
 def geomean(values: Iterable[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
+
+
+def jackknife(of: Callable[[Sequence[int]], float], seeds: Sequence[int]) -> tuple[float, float]:
+    """The 95 % interval of a positive number that is computed ``of`` paired seeds: Tukey's
+    jackknife of its logarithm, Student's t of the pseudo-values about the number itself.
+
+    Raises ValueError for fewer than two seeds.
+    """
+    if len(seeds) < 2:
+        raise ValueError(f"an interval over {len(seeds)} seeds")
+    n, whole = len(seeds), math.log(of(seeds))
+    without = [math.log(of([seed for seed in seeds if seed != left])) for left in seeds]
+    found = interval([n * whole - (n - 1) * part for part in without])
+    assert found.high is not None
+    half = found.high - found.mean
+    return math.exp(whole - half), math.exp(whole + half)

@@ -21,6 +21,7 @@ from time import perf_counter
 
 GIB, MIB = 1 << 30, 1 << 20
 _WIDTHS = {"BF16": 2, "F32": 4}  # bytes of an element
+Interval = tuple[float, float] | None  # low and high
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
 
 
@@ -32,6 +33,7 @@ class Bench:
     args: argparse.Namespace
     results: dict[str, float] = field(default_factory=dict)
     targets: list[dict[str, object]] = field(default_factory=list)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, name: str, parser: argparse.ArgumentParser) -> Bench:
@@ -40,18 +42,29 @@ class Bench:
         parser.add_argument("--device", default="host", help="of the runtime (default: host)")
         return cls(name, parser.parse_args())
 
-    def row(self, name: str, value: float, unit: str) -> None:
-        """Records a result."""
+    def row(self, name: str, value: float, unit: str, interval: Interval = None) -> None:
+        """Records a result, with its 95 % interval if it has one."""
         self.results[name] = _round(value)
-        print(f"  {name:<32} {self.results[name]:>10} {unit}", flush=True)
+        within = self._within(name, interval)
+        print(f"  {name:<32} {self.results[name]:>10} {unit}{within}", flush=True)
 
-    def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None:
-        """Records a result that has a bound."""
+    def target(
+        self, name: str, value: float, unit: str, op: str, bound: float, interval: Interval = None
+    ) -> None:
+        """Records a result that has a bound, which it meets or misses whatever its interval."""
         met = _COMPARE[op](value, bound)
         self.results[name] = value = _round(value)
         self.targets.append({"name": name, "value": value, "op": op, "bound": bound, "met": met})
         verdict = "met" if met else "MISSED"
-        print(f"* {name:<32} {value:>10} {unit:<6} {op} {bound:g}: {verdict}", flush=True)
+        within = self._within(name, interval)
+        print(f"* {name:<32} {value:>10} {unit:<6} {op} {bound:g}: {verdict}{within}", flush=True)
+
+    def _within(self, name: str, interval: Interval) -> str:
+        if interval is None:
+            return ""
+        self.intervals[name] = [_round(end) for end in interval]
+        low, high = self.intervals[name]
+        return f"  [{low:g}, {high:g}]"
 
     def finish(self) -> None:
         """Writes the JSON file that was asked for."""
@@ -62,6 +75,7 @@ class Bench:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "results": self.results,
             "targets": self.targets,
+            "intervals": self.intervals,
         }
         if self.args.json:
             self.args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -6,10 +6,11 @@ python bench/policies.py [--full] [--only claim,cases,rates,ablations] [--json F
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from _fleets import Case, Run, geomean, mean_of, perform_all
-from _harness import Bench
+from _fleets import Case, Run, geomean, jackknife, mean_of, perform_all
+from _harness import Bench, Interval
 
 OURS, THEIRS = "scheduler", "warmserve"
 PAPER = [Case(f"paper-{rate}", "azure-conv", "paper", rate, 900) for rate in (15, 20, 25)]
@@ -30,6 +31,12 @@ GRIDS = [
 ]
 STARTS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 INTERFERENCE = (0.0, 0.35, 1.0)
+LEAST_SEEDS = 3  # for an interval: of two it is 12.7 standard errors wide to each side
+
+
+def over(seeds: range, of: Callable[[Sequence[int]], float]) -> tuple[float, Interval]:
+    """A ratio of all seeds with its interval, where there are enough seeds for one."""
+    return of(seeds), jackknife(of, seeds) if len(seeds) >= LEAST_SEEDS else None
 
 
 def claim(bench: Bench, seeds: range) -> None:
@@ -45,25 +52,27 @@ def claim(bench: Bench, seeds: range) -> None:
     runs += [Run(case, "warmserve-polls", seed) for case in cases for seed in seeds]
     found = perform_all(runs)
 
-    def p99(run: Run) -> float:
-        return mean_of(found, run, seeds, "ttft_p99")
+    def gain(policy: str, **more: float) -> tuple[float, Interval]:
+        """The geometric mean over cases of this policy's P99 over WarmServe's."""
 
-    gains = {
-        start: geomean(
-            p99(Run(case, "autoscaling", 0, engine_start_s=start)) / p99(Run(case, THEIRS, 0))
-            for case in cases
-        )
-        for start in STARTS_S
-    }
+        def of(some: Sequence[int]) -> float:
+            return geomean(
+                mean_of(found, Run(case, policy, 0, **more), some, "ttft_p99")
+                / mean_of(found, Run(case, THEIRS, 0), some, "ttft_p99")
+                for case in cases
+            )
+
+        return over(seeds, of)
+
     print("P99 of autoscaling over WarmServe, by the engine start that autoscaling alone pays:")
-    for start, gain in gains.items():
+    for start in STARTS_S:
         if start != 5.0:
-            bench.row(f"paper_p99_gain_start{start:g}", gain, "x")
-    bench.target("paper_p99_gain_start5", gains[5.0], "x", ">=", 20)
-    polls = geomean(
-        p99(Run(case, "warmserve-polls", 0)) / p99(Run(case, THEIRS, 0)) for case in cases
-    )
-    bench.row("warmserve_polls_p99", polls, "x of event-driven")
+            value, within = gain("autoscaling", engine_start_s=start)
+            bench.row(f"paper_p99_gain_start{start:g}", value, "x", within)
+    value, within = gain("autoscaling", engine_start_s=5.0)
+    bench.target("paper_p99_gain_start5", value, "x", ">=", 20, within)
+    value, within = gain("warmserve-polls")
+    bench.row("warmserve_polls_p99", value, "x of event-driven", within)
 
 
 def cases(bench: Bench, seeds: range) -> None:
@@ -80,46 +89,70 @@ def cases(bench: Bench, seeds: range) -> None:
     found = perform_all(runs)
     requests = min(summary.requests for summary in found.values())
     bench.row("requests_per_run_min", requests, "")
-    misses, tails, means, known, spread = {}, {}, {}, {}, {}
+    # Half a request in a run is the least share of misses that a run could show.
+    least = 0.5 / requests
+
+    def mean(case: Case, policy: str, what: str, some: Sequence[int] = seeds, **more: int) -> float:
+        value = mean_of(found, Run(case, policy, 0, **more), some, what)
+        return max(value, least) if what == "slo_miss" else value
+
+    head = []
     print(
         f"  {'case':<20} GB/s   misses %: ours WarmServe h0    P99 s: ours WarmServe h1 h0   mean s"
     )
     for case in every:
-
-        def of(policy: str, what: str, case: Case = case, **more: int) -> float:
-            return mean_of(found, Run(case, policy, 0, **more), seeds, what)
-
-        ours, theirs = of(OURS, "ttft_p99"), of(THEIRS, "ttft_p99")
-        means[case] = of(OURS, "ttft_mean") / of(THEIRS, "ttft_mean")
-        known[case] = ours / of("h1", "ttft_p99")
-        # Half a request in a run is the least share of misses that a run could show.
-        least = 0.5 / requests
-        if theirs > 1.2 * of("h0", "ttft_p99"):
-            misses[case] = max(of(THEIRS, "slo_miss"), least) / max(of(OURS, "slo_miss"), least)
-            tails[case] = theirs / ours
-            if case.bandwidth == 25.0:
-                spread[case] = theirs / of(OURS, "ttft_p99", multipath=4)
-        head = "" if case in tails else " (no head-room)"
+        missed = [
+            100 * mean_of(found, Run(case, policy, 0), seeds, "slo_miss")
+            for policy in (OURS, THEIRS, "h0")
+        ]
+        tails = [mean(case, policy, "ttft_p99") for policy in (OURS, THEIRS, "h1", "h0")]
+        if tails[1] > 1.2 * tails[3]:
+            head.append(case)
         print(
             f"  {case.name:<20} {case.bandwidth:>4g}   "
-            f"{100 * of(OURS, 'slo_miss'):>6.2f} {100 * of(THEIRS, 'slo_miss'):>6.2f} "
-            f"{100 * of('h0', 'slo_miss'):>6.2f}   {ours:>6.3f} {theirs:>6.3f} "
-            f"{of('h1', 'ttft_p99'):>6.3f} {of('h0', 'ttft_p99'):>6.3f}   "
-            f"{of(OURS, 'ttft_mean'):.3f} {of(THEIRS, 'ttft_mean'):.3f}{head}",
+            + " ".join(f"{each:>6.2f}" for each in missed)
+            + "   "
+            + " ".join(f"{each:>6.3f}" for each in tails)
+            + f"   {mean(case, OURS, 'ttft_mean'):.3f} {mean(case, THEIRS, 'ttft_mean'):.3f}"
+            + ("" if case in head else " (no head-room)"),
             flush=True,
         )
-    slow = [case for case in misses if case.bandwidth == 25.0]
-    fast = [case for case in misses if case.bandwidth == 52.0]
-    bench.row("headroom_cases", len(misses), f"of {len(every)}")
-    bench.target("misses_gain_min", min(misses.values()), "x", ">=", 1.4)
-    bench.target("misses_gain_geomean", geomean(misses[c] for c in slow), "x", ">=", 2.0)
-    bench.target("misses_gain_52_geomean", geomean(misses[c] for c in fast), "x", ">=", 5)
-    bench.target("p99_gain_min", min(tails.values()), "x", ">=", 1.18)
-    bench.target("p99_gain_geomean", geomean(tails.values()), "x", ">=", 1.45)
-    bench.target("p99_gain_multipath_geomean", geomean(spread.values()), "x", ">=", 2.5)
-    bench.target("worst_ratio_mean", max(means.values()), "x", "<=", 1.02)
-    bench.target("p99_vs_h1_max", max(known.values()), "x", "<=", 1.4)
-    bench.target("p99_vs_h1_geomean", geomean(known.values()), "x", "<=", 1.12)
+    bench.row("headroom_cases", len(head), f"of {len(every)}")
+    at_25 = [case for case in head if case.bandwidth == 25.0]
+    at_52 = [case for case in head if case.bandwidth == 52.0]
+
+    def target(
+        name: str,
+        reduce: Callable[[Iterable[float]], float],
+        some_cases: Sequence[Case],
+        what: str,
+        op: str,
+        bound: float,
+        *,
+        above: str = THEIRS,
+        below: str = OURS,
+        **more: int,
+    ) -> None:
+        """``reduce`` of the ratios of ``above`` to ``below`` (which runs with ``more``)."""
+
+        def of(some: Sequence[int]) -> float:
+            return reduce(
+                mean(case, above, what, some) / mean(case, below, what, some, **more)
+                for case in some_cases
+            )
+
+        value, within = over(seeds, of)
+        bench.target(name, value, "x", op, bound, within)
+
+    target("misses_gain_min", min, head, "slo_miss", ">=", 1.4)
+    target("misses_gain_geomean", geomean, at_25, "slo_miss", ">=", 2.0)
+    target("misses_gain_52_geomean", geomean, at_52, "slo_miss", ">=", 5)
+    target("p99_gain_min", min, head, "ttft_p99", ">=", 1.18)
+    target("p99_gain_geomean", geomean, head, "ttft_p99", ">=", 1.45)
+    target("p99_gain_multipath_geomean", geomean, at_25, "ttft_p99", ">=", 2.5, multipath=4)
+    target("worst_ratio_mean", max, every, "ttft_mean", "<=", 1.02, above=OURS, below=THEIRS)
+    target("p99_vs_h1_max", max, every, "ttft_p99", "<=", 1.4, above=OURS, below="h1")
+    target("p99_vs_h1_geomean", geomean, every, "ttft_p99", "<=", 1.12, above=OURS, below="h1")
 
 
 def rates(bench: Bench, seeds: range) -> None:
@@ -205,6 +238,10 @@ def main() -> None:
     )
     bench = Bench.start("policies", parser)
     seeds = range(1, 6) if bench.args.full else range(1, 3)
+    if len(seeds) < LEAST_SEEDS:
+        print(f"{len(seeds)} seeds: ratios have no intervals; --full has them")
+    else:
+        print("of ratios in claim and cases: [95 % interval over the paired seeds]")
     for part in bench.args.only.split(","):
         print(f"{part}: {PARTS[part].__doc__}", flush=True)
         PARTS[part](bench, seeds)
