@@ -2,8 +2,8 @@
 
     python tests/mutations.py [NAME ...]
 
-Each in its own copy of a tree that is built, so that only what it changes is compiled. Exit status
-1 if a mutant survives or no longer applies.
+Each in its own copy of a tree that is built, so that only what it changes is compiled; as many at
+once as there are CPUs. Exit status 1 if a mutant survives or no longer applies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,16 +350,24 @@ def main(names: list[str]) -> int:
         ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__")
         shutil.copytree(ROOT, built, ignore=ignore)
         build(built)
-        for name in sorted({mutation.test for mutation in chosen}):
-            if said := failure(built, name):
-                raise SystemExit(f"{name} fails without a mutation:\n{said}")
-        for mutation in chosen:
-            start = time.monotonic()
-            survived = survives(built, Path(folder, "mutant"), mutation)
-            verdict = "SURVIVED" if survived else "caught"
-            print(f"{verdict}: {mutation.name} ({time.monotonic() - start:.0f} s)", flush=True)
-            if survived:
-                survivors.append(mutation.name)
+
+        def verdict(number: int) -> bool:
+            start, mutation = time.monotonic(), chosen[number]
+            survived = survives(built, Path(folder, f"mutant-{number}"), mutation)
+            said = "SURVIVED" if survived else "caught"
+            print(f"{said}: {mutation.name} ({time.monotonic() - start:.0f} s)", flush=True)
+            return survived
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            needed = sorted({mutation.test for mutation in chosen})
+            for name, said in zip(needed, pool.map(partial(failure, built), needed), strict=True):
+                if said:
+                    raise SystemExit(f"{name} fails without a mutation:\n{said}")
+            for mutation, survived in zip(
+                chosen, pool.map(verdict, range(len(chosen))), strict=True
+            ):
+                if survived:
+                    survivors.append(mutation.name)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
     return 1 if survivors or not chosen else 0
 
