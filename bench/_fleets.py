@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import fmean
+from typing import Any
 
 from warmserve_rt.sim import workloads
 from warmserve_rt.sim.catalogue import mixed, paper_models
@@ -45,7 +46,7 @@ class Run:
     memory: float = 72e9  # bytes of each GPU
     interference: float = 0.35
     engine_start_s: float = 5.0
-    options: tuple[tuple[str, float], ...] = field(default=())
+    options: tuple[tuple[str, Any], ...] = field(default=())
 
 
 @lru_cache(maxsize=4)
