@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <iterator>
 #include <limits>
 
 #include "types.h"
@@ -24,7 +23,7 @@ class LinkLoad {
   }
   // Pieces land in the order they were sent.
   void landed(std::uint64_t bytes, Deadline now) {
-    seconds_ = kMemory * seconds_ + since(now);
+    seconds_ = kMemory * seconds_ + std::max(since(now), 1e-9);  // two may be seen at once
     bytes_ = kMemory * bytes_ + static_cast<double>(bytes);
     since_ = now;
     under_way_ -= bytes;
@@ -36,15 +35,19 @@ class LinkLoad {
   double bandwidth() const { return seconds_ > 0 ? bytes_ / seconds_ : 0; }
 
   // Seconds from now at which it would have carried so many more bytes. One that was not measured
-  // yet is tried with a piece at a time; one that stands still is as slow as that makes it.
+  // yet is tried with a piece at a time. One that stands still is as slow as that makes it; one
+  // that has been idle may have become faster, so that it is tried again.
   double finish(std::uint64_t bytes, Deadline now) const {
     if (bytes_ == 0) return idle() ? 0 : std::numeric_limits<double>::infinity();
-    const double stood = idle() ? 0 : since(now);
-    return static_cast<double>(under_way_ + bytes) * std::max(seconds_, stood) / bytes_;
+    const double passed = since(now);
+    const double seconds =
+        idle() ? seconds_ / (1 + std::min(kHope, passed / seconds_)) : std::max(seconds_, passed);
+    return static_cast<double>(under_way_ + bytes) * seconds / bytes_;
   }
 
  private:
   static constexpr double kMemory = 0.75;  // what is left of the sums with each piece: four count
+  static constexpr double kHope = 3;       // an idle link is at most so much faster than it was
 
   double since(Deadline now) const { return std::chrono::duration<double>(now - since_).count(); }
 
@@ -54,19 +57,19 @@ class LinkLoad {
 };
 
 // Of the links, each a pointer to something with a `load` that `takes()`, the one that will have
-// carried the bytes first; of equals the first. The first link of all takes in any case.
+// carried the bytes first; of equals the first. Null: all are at their first piece yet.
 template <typename Links>
-auto& soonest(const Links& links, std::uint64_t bytes, Deadline now) {
-  auto* best = &*links.front();
-  double least = best->load.finish(bytes, now);
-  for (auto link = std::next(links.begin()); link != links.end(); ++link) {
-    if (!(*link)->takes()) continue;
-    if (const double finish = (*link)->load.finish(bytes, now); finish < least) {
+auto soonest(const Links& links, std::uint64_t bytes, Deadline now) {
+  decltype(&*links.front()) best = nullptr;
+  double least = std::numeric_limits<double>::infinity();
+  for (const auto& link : links) {
+    if (!link->takes()) continue;
+    if (const double finish = link->load.finish(bytes, now); finish < least) {
       least = finish;
-      best = &**link;
+      best = &*link;
     }
   }
-  return *best;
+  return best;
 }
 
 }  // namespace warmserve

@@ -48,22 +48,23 @@ std::vector<RouteState> Uploads::routes() {
 }
 
 // Over the link that will have carried it first; only what is urgent over others than the own.
-// False: that one has no room now, and the own link has something to do.
+// False: that one has no room now and the own link something to do, or none is measured yet.
 bool Uploads::begin(const FlightPtr& flight) {
   for (;;) {
     Lane& own = *lanes_.front();
-    Lane& lane =
-        flight->urgent && lanes_.size() > 1 ? soonest(lanes_, flight->bytes, Clock::now()) : own;
-    if (!lane.route) {
+    Lane* lane = &own;
+    if (flight->urgent && lanes_.size() > 1) lane = soonest(lanes_, flight->bytes, Clock::now());
+    if (!lane) return false;
+    if (!lane->route) {
       if (!flight->urgent && not_urgent_ && not_urgent_ + flight->bytes > staging_.chunk_bytes())
         return false;
       begin_on_own_link(flight);
       return true;
     }
     try {
-      flight->crossing = lane.route->begin(flight->copies);
+      flight->crossing = lane->route->begin(flight->copies);
     } catch (const std::exception& error) {
-      lane.error = error.what();
+      lane->error = error.what();
       continue;
     }
     if (!flight->crossing) {
@@ -71,8 +72,8 @@ bool Uploads::begin(const FlightPtr& flight) {
       begin_on_own_link(flight);
       return true;
     }
-    lane.flights.push_back(flight);
-    lane.load.sent(flight->bytes, Clock::now());
+    lane->flights.push_back(flight);
+    lane->load.sent(flight->bytes, Clock::now());
     return true;
   }
 }

@@ -3,6 +3,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <utility>
 
 #include "check.h"
 #include "link_load.h"
@@ -75,10 +76,11 @@ double load(Links& links, std::uint64_t bytes, std::size_t chunks, Deadline now 
   const Deadline begin = now;
   std::size_t free = chunks;
   for (std::uint64_t sent = 0; sent < bytes || under_way(links);) {
-    if (sent < bytes && free) {
-      const std::uint64_t piece = std::min(kPiece, bytes - sent);
+    const std::uint64_t piece = std::min(kPiece, bytes - sent);
+    Link* link = piece && free ? soonest(links, piece, now) : nullptr;
+    if (link) {
       if (meanwhile) meanwhile(sent, now);
-      soonest(links, piece, now).send(piece, now);
+      link->send(piece, now);
       sent += piece;
       --free;
     } else {
@@ -89,16 +91,15 @@ double load(Links& links, std::uint64_t bytes, std::size_t chunks, Deadline now 
   return std::chrono::duration<double>(now - begin).count();
 }
 
-// So that their speeds are known. Returns when that is.
+// So that their speeds are known, at the time that it returns.
 Deadline measure(Links& links) {
-  Deadline last{};
+  const Deadline end = Deadline{} + std::chrono::seconds(100);
   for (const auto& link : links) {
-    link->send(kPiece, Deadline{});
-    last = std::max(last, link->under_way.front().second);
+    link->send(kPiece, end - takes(kPiece, link->rate));
     link->land();
     link->carried = 0;
   }
-  return last;
+  return end;
 }
 
 }  // namespace
@@ -139,22 +140,16 @@ TEST(with_few_chunks_and_unknown_speeds_it_is_nearly_as_soon) {
 
 TEST(a_link_that_slows_down_takes_few_and_one_that_recovers_takes_its_part) {
   Links links = make({20e9, 20e9});
-  const std::uint64_t part = 100 * kPiece;
-  const auto change = [&](std::uint64_t sent, Deadline) {
-    if (sent == part) links[1]->rate = 0.5e9;
-    if (sent == 2 * part) links[1]->rate = 20e9;
-    if (sent == 0 || sent == part || sent == 2 * part || sent == 3 * part) {
-      for (const auto& link : links) link->carried = 0;
-    }
-  };
-  std::uint64_t slow = 0;
-  const auto watch = [&](std::uint64_t sent, Deadline now) {
-    if (sent == 2 * part) slow = links[1]->carried;
-    change(sent, now);
-  };
-  load(links, 4 * part, 16, Deadline{}, watch);
-  CHECK(slow <= 12 * kPiece);               // those that were under way, and a few trials
-  CHECK(links[1]->carried >= 40 * kPiece);  // of the last hundred
+  const std::uint64_t part = 1000 * kPiece;
+  std::vector<std::uint64_t> carried;  // by the second link, in each part
+  load(links, 4 * part, 16, Deadline{}, [&](std::uint64_t sent, Deadline) {
+    if (sent % part) return;
+    if (sent) carried.push_back(std::exchange(links[1]->carried, 0) / kPiece);
+    links[1]->rate = sent == part ? 0.5e9 : 20e9;
+  });
+  CHECK(carried[0] >= 480 && carried[0] <= 520);
+  CHECK(carried[1] <= 40);  // 8 were under way; of its speed now 24 would be its part
+  CHECK(links[1]->carried / kPiece >= 480);
 }
 
 TEST(a_link_that_stands_still_is_waited_for_by_nobody_but_its_own_pieces) {
@@ -164,7 +159,7 @@ TEST(a_link_that_stands_still_is_waited_for_by_nobody_but_its_own_pieces) {
   for (int i = 0; i < 4; ++i) links[1]->send(kPiece, now);
   // By its measured speed it would be the first for another second.
   now += std::chrono::seconds(1);
-  CHECK(&soonest(links, kPiece, now) == links[0].get());
+  CHECK(soonest(links, kPiece, now) == links[0].get());
 }
 
 TEST(a_link_that_takes_nothing_is_given_nothing) {
@@ -178,11 +173,13 @@ TEST(a_link_that_takes_nothing_is_given_nothing) {
 TEST(one_that_was_not_tried_yet_gets_one_piece) {
   Links links = make({10e9, 10e9});
   const Deadline now{};
-  for (int i = 0; i < 6; ++i) {
-    Link& link = soonest(links, kPiece, now);
-    CHECK(&link == links[i == 1].get());
-    link.send(kPiece, now);
+  for (const auto& link : links) {
+    CHECK(soonest(links, kPiece, now) == link.get());
+    link->send(kPiece, now);
   }
+  CHECK(soonest(links, kPiece, now) == nullptr);
+  land_next(links);
+  CHECK(soonest(links, kPiece, now + takes(kPiece, 10e9)) == links[0].get());
 }
 
 TEST(the_speed_is_that_of_the_time_in_which_there_was_work) {
