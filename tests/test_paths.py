@@ -198,7 +198,7 @@ def test_a_neighbour_that_was_not_let_in_is_refused() -> None:
 def test_one_path_twice_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda, peers=[1]), testing.cuda_driver(cuda, 1)
-        with pytest.raises(ValueError, match="'cuda:1 .*' is there already"):
+        with pytest.raises(ValueError, match=r"'cuda:1 .*' is there already"):
             Runtime(driver=own, arena="8MiB", tensors="dlpack", paths=[other, other])
 
 
