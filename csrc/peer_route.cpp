@@ -6,10 +6,21 @@
 namespace warmserve {
 namespace {
 
+// Memory of the neighbour's, and a stream that fills and empties it.
 struct Slot {
-  Slot(const DevicePtr& device, Address at)
-      : bounce(at), stream(device, StreamPriority::background), event(device) {}
-  const Address bounce;
+  Slot(const DevicePtr& device, std::uint64_t bytes)
+      : reservation(std::make_shared<Reservation>(device, bytes)),
+        granule(device, bytes),
+        mapping(reservation, 0, std::array{granule.handle()}, bytes),
+        stream(device, StreamPriority::background),
+        event(device) {
+    mapping.set_access(Access::read_write);
+  }
+  Address address() const noexcept { return reservation->address(); }
+
+  const ReservationPtr reservation;
+  const Granule granule;
+  Mapping mapping;
   Stream stream;
   Event event;
 };
@@ -17,15 +28,10 @@ struct Slot {
 // Slots that are free; outlives the route while a crossing has one.
 class Slots {
  public:
-  Slots(const DevicePtr& device, std::uint64_t slot_bytes, unsigned count)
-      : reservation_(std::make_shared<Reservation>(
-            device, ceil_div(slot_bytes * count, device->facts().granularity) *
-                        device->facts().granularity)),
-        granule_(device, reservation_->bytes()),
-        mapping_(reservation_, 0, handles(granule_), reservation_->bytes()) {
-    mapping_.set_access(Access::read_write);
-    for (unsigned i = 0; i < count; ++i)
-      free_.push_back(std::make_unique<Slot>(device, reservation_->address() + i * slot_bytes));
+  Slots(const DevicePtr& device, std::uint64_t slot_bytes, unsigned count) {
+    const std::uint64_t granularity = device->facts().granularity;
+    const std::uint64_t bytes = ceil_div(slot_bytes, granularity) * granularity;
+    for (unsigned i = 0; i < count; ++i) free_.push_back(std::make_unique<Slot>(device, bytes));
   }
   std::unique_ptr<Slot> take() {
     const std::lock_guard lock(mutex_);
@@ -40,11 +46,6 @@ class Slots {
   }
 
  private:
-  static std::array<Handle, 1> handles(const Granule& granule) { return {granule.handle()}; }
-
-  const ReservationPtr reservation_;
-  const Granule granule_;
-  Mapping mapping_;
   std::mutex mutex_;  // a leaf
   std::vector<std::unique_ptr<Slot>> free_;
 };
@@ -55,11 +56,11 @@ class PeerCrossing final : public Crossing {
       : slots_(std::move(slots)), slot_(std::move(slot)) {}
   ~PeerCrossing() override { slots_->give(std::move(slot_)); }
 
-  // Whether any copy is under way. Errors after the first are the crossing's.
-  bool begin(std::span<const Copy> copies) {
+  // Throws when nothing was begun; what fails later is told by look().
+  void begin(std::span<const Copy> copies) {
     bool under_way = false;
     try {
-      Address bounce = slot_->bounce;
+      Address bounce = slot_->address();
       for (const Copy& copy : copies) {
         slot_->stream.copy_to_device(bounce, copy.from, copy.bytes);
         under_way = true;
@@ -71,40 +72,37 @@ class PeerCrossing final : public Crossing {
       if (!under_way) throw;
       cut_short_ = error.what();
     }
-    return under_way;
   }
 
   State look(Deadline until, std::string* why) noexcept override {
     try {
+      *why = cut_short_;
       if (cut_short_.empty()) {
         if (slot_->event.complete()) return State::arrived;
         if (until <= Clock::now()) return State::moving;
         slot_->event.wait(until, nullptr);
         return State::arrived;
       }
-      // There is nothing to ask but the stream.
-      if (until <= Clock::now()) return State::moving;
-      slot_->stream.synchronize();
-      *why = cut_short_;
-      return State::failed;
     } catch (const Error& error) {
       if (error.kind() == ErrorKind::timeout) return State::moving;
       *why = error.what();
-      // A device that is lost reads and writes no more; of another only its stream can tell.
       if (error.kind() == ErrorKind::device_lost) return State::failed;
     }
     return settle(until, why);
   }
 
  private:
+  // Where the event cannot tell, only the stream can. A device that is lost reads and writes no
+  // more.
   State settle(Deadline until, std::string* why) noexcept {
     if (until <= Clock::now()) return State::moving;
     try {
       slot_->stream.synchronize();
       return State::failed;
     } catch (const Error& error) {
+      if (error.kind() != ErrorKind::device_lost) return State::moving;
       *why = error.what();
-      return error.kind() == ErrorKind::device_lost ? State::failed : State::moving;
+      return State::failed;
     }
   }
 
