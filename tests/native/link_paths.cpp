@@ -157,6 +157,8 @@ TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
   for (const Primitive call : {copy_to_device, copy_to_peer, event_record, event_query, event_wait})
     for (const Status status : {Status::failed, Status::out_of_memory, Status::device_lost})
       for (const std::uint64_t last : {1ull, ~0ull}) {
+        // This device only says that it is lost: what it was given before goes on.
+        if (status == Status::device_lost && call != copy_to_device) continue;
         Bench bench;
         bench.connect();
         bench.neighbour.driver->arm({{1, last}}, call, status);
