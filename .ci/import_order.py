@@ -24,6 +24,7 @@ ORDER = [
     "scheduler",
     "__init__",
     "runtime",
+    "paths",
     "devices",
     "revisions",
     "lease",

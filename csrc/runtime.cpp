@@ -335,6 +335,19 @@ Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
   return model.layers[index];
 }
 
+void Runtime::add_route(RoutePtr route) {
+  const Lock lock = open();
+  if (arena_.filled_by_host())
+    throw Error(ErrorKind::invalid_argument,
+                "a path to " + device_->facts().name + ": the CPU writes its memory, over no link");
+  transfer_.add(std::move(route));
+}
+
+void Runtime::drop_route(const std::string& name) {
+  enter();
+  transfer_.drop_route(name);
+}
+
 bool Runtime::step() {
   {
     const Lock lock = open();

@@ -57,6 +57,7 @@ struct RuntimeState {
   std::uint32_t granules = 0, granules_free = 0, granules_uncreated = 0;
   std::size_t leases = 0, staging_chunks_free = 0;
   Counters counters;
+  std::vector<RouteState> routes;
   std::vector<ModelState> models;
 };
 
@@ -147,6 +148,14 @@ class Runtime {
   // A digest of each of its granules (kernels.h), made on the device. Throws as read_back, and
   // general where the device has no kernels. Blocks.
   std::vector<std::uint64_t> digest(const ModelPtr& model, std::uint32_t layer);
+
+  // From now on foreground loads may go this way too, beside the device's own link. Throws
+  // invalid_argument for a name that is taken, and where the CPU writes the device's memory itself.
+  // Strong, wait-free.
+  void add_route(RoutePtr route);
+  // Also one that has failed. It takes nothing more and is let go when its last bytes are there.
+  // Throws invalid_argument for a name that is not there.
+  void drop_route(const std::string& name);
 
   RuntimeState state();
   bool step();

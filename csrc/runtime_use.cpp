@@ -168,6 +168,7 @@ RuntimeState Runtime::state() {
   state.granules_uncreated = arena_.uncreated_count();
   state.leases = desk_.active();
   state.counters = books_.counters;
+  state.routes = transfer_.routes();
   for (const auto& [name, model] : books_.models) {
     ModelState& shown = state.models.emplace_back();
     shown.name = name;

@@ -58,6 +58,11 @@ class Transfer {
     return uploads_.events(layer.fill);
   }
 
+  // Other ways for the bytes of foreground loads; see Uploads.
+  void add(RoutePtr route) { uploads_.add(std::move(route)); }
+  void drop_route(const std::string& name) { uploads_.drop(name); }
+  std::vector<RouteState> routes() { return uploads_.routes(); }
+
   // One chunk of one transfer, or one step of making room for it. False: nothing can be done now.
   // Blocks as long as that takes.
   bool step();

@@ -13,6 +13,9 @@ namespace {
 // others move.
 constexpr std::uint64_t kPieces = 4;
 
+// Where copies are under way on several links, each is waited for in turn.
+constexpr std::chrono::microseconds kTurn{200};
+
 }  // namespace
 
 // Waiting for a chunk, a loader collects: the chunks it waits for are those under way.
@@ -40,10 +43,11 @@ std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, 
   std::uint64_t at = begin;
   while (at < end) {
     const std::uint64_t bytes = std::min(piece, end - at);
-    const auto flight = std::make_shared<Flight>(
-        Flight{fill, terms.generation, bytes, terms.urgent, chunk, nullptr});
+    const auto flight =
+        std::make_shared<Flight>(Flight{fill, terms.generation, bytes, terms.urgent, chunk,
+                                        copies_of(layer, at, bytes, chunk->data() + (at - begin))});
     try {
-      if (!send_piece(flight, layer, at, chunk->data() + (at - begin), deadline, terms)) break;
+      if (!send_piece(flight, deadline, terms)) break;
     } catch (...) {
       if (at == begin) throw;
       const std::lock_guard lock(mutex_);
@@ -55,22 +59,31 @@ std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, 
   return at - begin;
 }
 
+// Neighbouring granules take one copy.
+std::vector<Copy> Uploads::copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
+                                     const std::byte* from) const {
+  const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + bytes;
+  std::vector<Copy> copies;
+  for (std::uint64_t at = begin; at < end;) {
+    const std::size_t first = at / granule_bytes;
+    std::size_t last = first;
+    while ((last + 1) * granule_bytes < end && layer.granules[last + 1] == layer.granules[last] + 1)
+      ++last;
+    const std::uint64_t stop = std::min(end, (last + 1) * granule_bytes);
+    copies.push_back({arena_.window(layer.granules[first]) + at % granule_bytes,
+                      from + (at - begin), stop - at});
+    at = stop;
+  }
+  return copies;
+}
+
 // False: it is not wanted any more.
-bool Uploads::send_piece(const FlightPtr& flight, const Layer& layer, std::uint64_t begin,
-                         const std::byte* bytes, Deadline deadline, const Terms& terms) {
+bool Uploads::send_piece(const FlightPtr& flight, Deadline deadline, const Terms& terms) {
   for (;;) {
     if (!terms.wanted()) return false;
     {
       const std::lock_guard lock(mutex_);
-      if (terms.urgent || !not_urgent_ || not_urgent_ + flight->bytes <= staging_.chunk_bytes()) {
-        if (!stream_)
-          stream_ = std::make_unique<Stream>(arena_.device(), StreamPriority::background);
-        if (const auto error = enqueue(*flight, layer, begin, bytes))
-          news_.push_back({flight->fill, flight->generation, 0, error});
-        flights_.push_back(flight);
-        if (!terms.urgent) not_urgent_ += flight->bytes;
-        return true;
-      }
+      if (begin(flight)) return true;
     }
     if (Clock::now() >= deadline)
       throw Error(ErrorKind::staging_timeout, "copies to the device do not move");
@@ -79,24 +92,14 @@ bool Uploads::send_piece(const FlightPtr& flight, const Layer& layer, std::uint6
   }
 }
 
-// Neighbouring granules take one copy. Once a copy is under way an error is returned, not thrown:
-// the flight goes on, for its chunk must stay until the stream has passed it.
-std::exception_ptr Uploads::enqueue(Flight& flight, const Layer& layer, std::uint64_t begin,
-                                    const std::byte* bytes) {
-  const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + flight.bytes;
+// Once a copy is under way an error is returned, not thrown: the flight goes on, for its chunk must
+// stay until the stream has passed it.
+std::exception_ptr Uploads::enqueue(Flight& flight) {
   bool under_way = false;
   try {
-    for (std::uint64_t at = begin; at < end;) {
-      const std::size_t first = at / granule_bytes;
-      std::size_t last = first;
-      while ((last + 1) * granule_bytes < end &&
-             layer.granules[last + 1] == layer.granules[last] + 1)
-        ++last;
-      const std::uint64_t stop = std::min(end, (last + 1) * granule_bytes);
-      stream_->copy_to_device(arena_.window(layer.granules[first]) + at % granule_bytes,
-                              bytes + (at - begin), stop - at);
+    for (const Copy& copy : flight.copies) {
+      stream_->copy_to_device(copy.to, copy.from, copy.bytes);
       under_way = true;
-      at = stop;
     }
     const std::shared_ptr<Event> event = spare_event();
     event->record(stream_->id());
@@ -132,66 +135,101 @@ std::vector<Uploads::News> Uploads::collect(bool wait, bool* moving) {
 
 bool Uploads::under_way() {
   const std::lock_guard lock(mutex_);
-  return !flights_.empty() || !news_.empty();
+  return !news_.empty() || std::any_of(lanes_.begin(), lanes_.end(),
+                                       [](const LanePtr& lane) { return !lane->flights.empty(); });
 }
 
 std::optional<Uploads::Events> Uploads::events(const Fill* fill) {
   Events events;
   const std::lock_guard lock(mutex_);
-  for (const FlightPtr& flight : flights_) {
-    if (flight->fill != fill) continue;
-    if (!flight->event) return std::nullopt;
-    events.push_back(flight->event);
-  }
+  for (const LanePtr& lane : lanes_)
+    for (const FlightPtr& flight : lane->flights) {
+      if (flight->fill != fill) continue;
+      if (!flight->event) return std::nullopt;
+      events.push_back(flight->event);
+    }
   return events;
 }
 
-void Uploads::release() {
-  const std::lock_guard lock(mutex_);
-  stream_.reset();
-  spare_events_.clear();
+Uploads::Gathered Uploads::gather(bool wait) {
+  std::vector<LanePtr> lanes;  // let go without the lock
+  Gathered all;
+  std::unique_lock lock(mutex_);
+  lanes = lanes_;
+  const auto busy = std::count_if(lanes.begin(), lanes.end(),
+                                  [](const LanePtr& lane) { return !lane->flights.empty(); });
+  for (const LanePtr& lane : lanes) {
+    const Wait patience = !wait || all.landed ? Wait{0} : busy > 1 ? kTurn : Wait{kPollInterval};
+    const Gathered one = gather(lock, *lane, patience);
+    all.landed = all.landed || one.landed;
+    all.moving = all.moving || one.moving;
+  }
+  std::erase_if(lanes_, [](const LanePtr& lane) { return lane->dropped && lane->flights.empty(); });
+  return all;
 }
 
 // Several threads may look at the same copy; the first to see it over takes it.
-Uploads::Gathered Uploads::gather(bool wait) {
+Uploads::Gathered Uploads::gather(std::unique_lock<std::mutex>& lock, Lane& lane, Wait wait) {
   Gathered gathered;
-  std::unique_lock lock(mutex_);
-  while (!flights_.empty()) {
-    FlightPtr flight = flights_.front();
+  while (!lane.flights.empty()) {
+    FlightPtr flight = lane.flights.front();
     std::shared_ptr<Event> event = flight->event;
+    std::shared_ptr<Crossing> crossing = flight->crossing;
     lock.unlock();
     std::exception_ptr error;
-    const Copies copies = look(event.get(), wait, error);
+    std::string why;
+    const Copies copies = crossing ? look(*crossing, wait, &why) : look(event.get(), wait, error);
     lock.lock();
     if (error && std::exchange(flight->event, nullptr))
       news_.push_back({flight->fill, flight->generation, 0, error});
     gathered.moving = copies == Copies::moving;
-    if (copies != Copies::over) break;
+    if (copies != Copies::over && copies != Copies::failed) break;
     gathered.landed = true;
-    wait = false;
-    if (flights_.empty() || flights_.front() != flight) continue;
-    flights_.pop_front();
+    wait = Wait{0};
+    if (lane.flights.empty() || lane.flights.front() != flight) continue;
+    lane.flights.pop_front();
+    if (copies == Copies::failed) {
+      lane.load.lost(flight->bytes);
+      if (lane.error.empty()) lane.error = why.empty() ? "it says no more" : why;
+      begin_again(flight);
+      continue;
+    }
+    lane.load.landed(flight->bytes, Clock::now());
+    lane.carried += flight->bytes;
     if (!flight->urgent) not_urgent_ -= flight->bytes;
     event.reset();
     if (flight->event) spare_events_.push_back(std::move(flight->event));
+    if (crossing)
+      for (const Copy& copy : flight->copies)
+        arena_.device()->driver().peer_wrote(copy.to, copy.bytes);
     news_.push_back({flight->fill, flight->generation, flight->bytes, nullptr});
     lock.unlock();
+    crossing.reset();
     flight.reset();  // its chunk has a lock of its own
     lock.lock();
   }
   return gathered;
 }
 
+Uploads::Copies Uploads::look(Crossing& crossing, Wait wait, std::string* why) {
+  switch (crossing.look(Clock::now() + wait, why)) {
+    case Crossing::State::arrived: return Copies::over;
+    case Crossing::State::failed: return Copies::failed;
+    case Crossing::State::moving: break;
+  }
+  return Copies::moving;
+}
+
 // Whether the copies have left the chunk. Where the event fails, the stream is waited for; a device
 // that is lost will not read the chunk any more.
-Uploads::Copies Uploads::look(const Event* event, bool wait, std::exception_ptr& error) {
+Uploads::Copies Uploads::look(const Event* event, Wait wait, std::exception_ptr& error) {
   const Copies not_yet = arena_.device()->facts().threads ? Copies::moving : Copies::stuck;
   const auto lost = [](const Error& e) { return e.kind() == ErrorKind::device_lost; };
   if (event) {
     try {
       if (event->complete()) return Copies::over;
-      if (!wait) return not_yet;
-      event->wait(Clock::now() + kPollInterval, nullptr);
+      if (!wait.count()) return not_yet;
+      event->wait(Clock::now() + wait, nullptr);
       return Copies::over;
     } catch (const Error& caught) {
       if (caught.kind() == ErrorKind::timeout) return not_yet;
@@ -199,7 +237,7 @@ Uploads::Copies Uploads::look(const Event* event, bool wait, std::exception_ptr&
       if (lost(caught)) return Copies::over;
     }
   }
-  if (!wait) return Copies::stuck;
+  if (!wait.count()) return Copies::stuck;
   try {
     stream_->synchronize();
     return Copies::over;

@@ -171,6 +171,9 @@ void Stream::copy_to_device(Address to, const std::byte* from, std::uint64_t byt
 void Stream::copy_from_device(std::byte* to, Address from, std::uint64_t bytes) {
   device_->call(Primitive::copy_from_device, &Driver::copy_from_device, to, from, bytes, id_);
 }
+void Stream::copy_to_peer(Address to, Address from, std::uint64_t bytes) {
+  device_->call(Primitive::copy_to_peer, &Driver::copy_to_peer, to, from, bytes, id_);
+}
 void Stream::launch(const KernelCall& call) {
   device_->call(Primitive::launch, &Driver::launch, call, id_);
 }

@@ -169,6 +169,7 @@ class Stream {
   const DevicePtr& device() const noexcept { return device_; }
   void copy_to_device(Address to, const std::byte* from, std::uint64_t bytes);
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
+  void copy_to_peer(Address to, Address from, std::uint64_t bytes);
   void launch(const KernelCall& call);
   // What is enqueued from here on waits for the event's position as it is now.
   void wait_for(const Event& event);

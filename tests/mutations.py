@@ -89,6 +89,27 @@ MUTATIONS = [
         "test_state_machine.py::test_every_interleaving_keeps_the_rules[host-staged]",
     ),
     Mutation(
+        "a chunk goes over two links",
+        "csrc/uploads_links.cpp",
+        "lane->flights.push_back(flight);",
+        "lane->flights.push_back(flight);\n    begin_on_own_link(flight);",
+        "test_paths.py::test_a_load_goes_over_both_links",
+    ),
+    Mutation(
+        "what a path has lost is taken for there",
+        "csrc/uploads.cpp",
+        "case Crossing::State::failed: return Copies::failed;",
+        "case Crossing::State::failed: return Copies::over;",
+        "test_paths.py::test_a_neighbour_whose_context_dies_costs_no_bytes",
+    ),
+    Mutation(
+        "the background borrows links",
+        "csrc/uploads_links.cpp",
+        "if (flight->urgent && lanes_.size() > 1)",
+        "if (lanes_.size() > 1)",
+        "test_paths.py::test_what_is_in_the_background_borrows_nobody_s_link",
+    ),
+    Mutation(
         "leases pass those in line",
         "csrc/lease.cpp",
         "if (!(line_.empty() && fits(lock, *hold)) && !nested(*hold)) return false;",

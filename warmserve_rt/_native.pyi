@@ -54,7 +54,11 @@ def host_driver(
     *, threads: bool = True, host_view: bool = True, huge_pages: bool = True
 ) -> Driver: ...
 def cuda_driver(
-    *, library: str = "libcuda.so.1", ordinal: int = 0, kernels: bytes = b""
+    *,
+    library: str = "libcuda.so.1",
+    ordinal: int = 0,
+    kernels: bytes = b"",
+    peers: Sequence[int] = (),  # ordinals of devices that may write its memory
 ) -> Driver: ...
 def time_driver(
     driver: Driver, *, granule: int, batch: int, rounds: int, writable: bool = True
@@ -150,6 +154,16 @@ class ModelState:
     @property
     def layers(self) -> list[LayerState]: ...
 
+class RouteState:
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...  # that it has carried
+    @property
+    def bandwidth(self) -> float: ...  # as measured last; 0: not yet
+    @property
+    def error(self) -> str: ...  # why it carries no more; "": it does
+
 class RuntimeState:
     @property
     def granule_bytes(self) -> int: ...
@@ -174,6 +188,8 @@ class RuntimeState:
     @property
     def layers_evicted(self) -> int: ...
     @property
+    def routes(self) -> list[RouteState]: ...
+    @property
     def models(self) -> list[ModelState]: ...
 
 class Runtime:
@@ -191,7 +207,9 @@ class Runtime:
         poison: bool,
         background_share: float,
         read_bandwidth: int,
+        neighbours: Sequence[Driver],
     ) -> None: ...
+    def drop_route(self, name: str) -> None: ...
     def register(
         self,
         name: str,

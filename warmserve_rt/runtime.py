@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import weakref
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -16,11 +15,12 @@ from . import _native
 from ._errors import WarmServeError
 from ._units import parse_bytes
 from .checkpoint import Source, open_checkpoint
-from .devices import arena_bytes, open_driver
+from .devices import arena_bytes, loader_count
 from .dtypes import planned_casts
 from .layers import Grouping, build_layout
 from .lease import Lease
 from .model import Model, native_files, native_layers
+from .paths import Path, open_devices
 from .revisions import Revisions, parse_name
 from .selection import Layers, all_but, layer_index, layer_indices
 from .snapshot import Snapshot
@@ -50,7 +50,8 @@ class Runtime:
     that all loads together read at most. ``tensors``: what leases hand out,
     "torch", "numpy" (on the host), "cupy" (on CUDA) or "dlpack" (objects with ``__dlpack__``,
     ``address`` and ``nbytes``); by default torch where it is installed, else numpy or cupy.
-    ``driver``: the device itself, for tests.
+    ``driver``: the device itself, for tests. ``paths``: neighbours ("cuda:1") whose host links its
+    foreground loads may use too; each gives four chunks of its memory (:mod:`warmserve_rt.paths`).
 
     Sizes are bytes or strings such as ``"2GiB"``. Raises ValueError (a device that is not there, an
     option that makes no sense), OutOfDeviceMemory, and WarmServeError where the device cannot be
@@ -78,18 +79,15 @@ class Runtime:
         read_bandwidth: int | str | None = None,
         tensors: Framework | None = None,
         driver: _native.Driver | None = None,
+        paths: Sequence[Path] = (),
     ) -> None:
-        if loaders is None:
-            loaders = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
-        if loaders < 1:
-            raise ValueError(f"{loaders} loaders: for none, say pump=True")
+        threads = loader_count(loaders, pump=pump)
         if not 0 <= background_share <= 1:
             raise ValueError(f"a background share of {background_share}: it is from 0 to 1")
         bandwidth = 0 if read_bandwidth is None else parse_bytes(read_bandwidth)
         if read_bandwidth is not None and bandwidth < 1:
             raise ValueError("a read bandwidth of nothing")
-        if driver is None:
-            driver = open_driver(device, pump=pump)
+        driver, neighbours = open_devices(device, driver, paths, pump=pump)
         spare = None if headroom is None else parse_bytes(headroom)
         granule = parse_bytes(granule)
         asked = None if arena is None else parse_bytes(arena)
@@ -102,11 +100,12 @@ class Runtime:
             granule=granule,
             chunk=parse_bytes(chunk),
             headroom=spare or 0,
-            loaders=0 if pump else loaders,
+            loaders=threads,
             staging_timeout=staging_timeout,
             poison=poison,
             background_share=background_share,
             read_bandwidth=bandwidth,
+            neighbours=neighbours,
         )
         _runtimes.add(self)
 

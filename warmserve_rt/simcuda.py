@@ -222,6 +222,7 @@ def _options(given: Mapping[str, object], costs: Mapping[str, tuple[float, float
 def simulated_cuda(
     *,
     devices: int = 1,
+    peers: bool = False,
     memory: int | str = "8GiB",
     granularity: int | str = "2MiB",
     clock: Literal["real", "virtual"] = "real",
@@ -244,9 +245,11 @@ def simulated_cuda(
 ) -> Iterator[SimulatedCuda]:
     """Begins the simulated driver anew, without objects and not initialised.
 
-    ``h2d``, ``d2h`` and ``d2d`` are bytes per second of the copy engines and ``launch`` seconds for
-    a kernel, at least; none: as fast as it goes. ``costs`` are microseconds that a function takes,
-    for each call and for each granule it concerns: ``{"cuMemSetAccess": (3.0, 36.0)}``. With
+    With ``peers`` every two devices reach each other's memory, once access is set.
+    ``h2d``, ``d2h`` and ``d2d`` are bytes per second of each device's copy engines and ``launch``
+    seconds for a kernel, at least; none: as fast as it goes. ``costs`` are microseconds that a
+    function takes, for each call and for each granule it concerns:
+    ``{"cuMemSetAccess": (3.0, 36.0)}``. With
     ``clock="virtual"`` there are no threads and time is counted, not waited for.
     ``content`` keeps only so many leading bytes of each granule; what is not kept reads as zeros.
     With ``host_numa`` the CPU can be given access to memory of the host that is mapped for the
@@ -264,6 +267,7 @@ def simulated_cuda(
     options = _options(
         {
             "devices": devices,
+            "peers": int(peers),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible,
             "name": name,
             "driver_version": driver_version,

@@ -42,6 +42,17 @@ class ModelSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class PathSnapshot:
+    """A neighbour's link: bytes that came over it, and bytes a second as measured last, 0.0 before.
+    ``error`` says why it carries no more; empty: it does."""
+
+    name: str
+    nbytes: int
+    bandwidth: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """One device. Bytes and counts since the runtime was made; ``driver_calls`` maps a driver
     primitive to how often it was called and the nanoseconds spent in it. ``headroom_bytes`` of
@@ -58,6 +69,7 @@ class Snapshot:
     layers_loaded: int
     layers_evicted: int
     driver_calls: Mapping[str, tuple[int, int]]
+    paths: tuple[PathSnapshot, ...]
     models: Mapping[str, ModelSnapshot]
 
     @property
@@ -81,6 +93,7 @@ class Snapshot:
             layers_loaded=state.layers_loaded,
             layers_evicted=state.layers_evicted,
             driver_calls=native.driver_calls(),
+            paths=tuple(PathSnapshot(x.name, x.nbytes, x.bandwidth, x.error) for x in state.routes),
             models={
                 model.name: ModelSnapshot(
                     model.leases,

@@ -18,6 +18,7 @@ with testing.simulated_cuda(clock="virtual") as cuda:
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import _native
@@ -68,9 +69,14 @@ class Watched:
             assert not (closed and kept), f"never given back to the driver: {kept}"
 
 
-def cuda_driver(cuda: SimulatedCuda, ordinal: int = 0) -> _native.Driver:
-    """A device of the simulated driver, to pass to ``Runtime(driver=...)``."""
-    return _native.cuda_driver(library=str(cuda.library), ordinal=ordinal, kernels=b"simulated")
+def cuda_driver(
+    cuda: SimulatedCuda, ordinal: int = 0, *, peers: Sequence[int] = ()
+) -> _native.Driver:
+    """A device of the simulated driver, to pass to ``Runtime(driver=...)``; its ``peers`` may be
+    that runtime's ``paths``."""
+    return _native.cuda_driver(
+        library=str(cuda.library), ordinal=ordinal, kernels=b"simulated", peers=peers
+    )
 
 
 def watch(

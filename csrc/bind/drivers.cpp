@@ -96,13 +96,14 @@ void bind_drivers(py::module_& m) {
       py::arg("huge_pages") = true);
   m.def(
       "cuda_driver",
-      [](const std::string& library, int ordinal, const py::bytes& kernels) {
-        CudaOptions options{library, ordinal, kernels};
+      [](const std::string& library, int ordinal, const py::bytes& kernels,
+         const std::vector<int>& peers) {
+        CudaOptions options{library, ordinal, kernels, peers};
         const py::gil_scoped_release release;
         return make_cuda_driver(options);
       },
       py::kw_only(), py::arg("library") = "libcuda.so.1", py::arg("ordinal") = 0,
-      py::arg("kernels") = py::bytes());
+      py::arg("kernels") = py::bytes(), py::arg("peers") = std::vector<int>());
   m.def("time_driver", &time_driver, py::arg("driver"), py::kw_only(), py::arg("granule"),
         py::arg("batch"), py::arg("rounds"), py::arg("writable") = true);
   py::class_<FaultyDriver, Driver, std::shared_ptr<FaultyDriver>>(m, "FaultyDriver")

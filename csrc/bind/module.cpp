@@ -11,6 +11,7 @@
 #include "bind/drivers.h"
 #include "bind/handles.h"
 #include "bind/kernels.h"
+#include "peer_route.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -108,6 +109,11 @@ void bind_state(py::module_& m) {
       .def_readonly("leases", &ModelState::leases)
       .def_readonly("backing_epoch", &ModelState::backing_epoch)
       .def_readonly("layers", &ModelState::layers);
+  py::class_<RouteState>(m, "RouteState")
+      .def_readonly("name", &RouteState::name)
+      .def_readonly("nbytes", &RouteState::bytes)
+      .def_readonly("bandwidth", &RouteState::bandwidth)
+      .def_readonly("error", &RouteState::error);
   py::class_<RuntimeState>(m, "RuntimeState")
       .def_readonly("granule_bytes", &RuntimeState::granule_bytes)
       .def_readonly("pinned_bytes", &RuntimeState::pinned_bytes)
@@ -123,6 +129,7 @@ void bind_state(py::module_& m) {
                              [](const RuntimeState& s) { return s.counters.layers_loaded; })
       .def_property_readonly("layers_evicted",
                              [](const RuntimeState& s) { return s.counters.layers_evicted; })
+      .def_readonly("routes", &RuntimeState::routes)
       .def_readonly("models", &RuntimeState::models);
 }
 
@@ -131,18 +138,23 @@ void bind_runtime(py::module_& m) {
       .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
                        std::uint64_t granule, std::uint64_t chunk, std::uint64_t headroom,
                        unsigned loaders, double staging_timeout, bool poison,
-                       double background_share, std::uint64_t read_bandwidth) {
+                       double background_share, std::uint64_t read_bandwidth,
+                       const std::vector<std::shared_ptr<Driver>>& neighbours) {
              const py::gil_scoped_release release;
-             return Runtime::make(
+             const RuntimePtr runtime = Runtime::make(
                  std::move(driver),
                  {arena, staging, granule, chunk, headroom, loaders,
                   std::chrono::milliseconds(static_cast<std::int64_t>(staging_timeout * 1e3)),
                   poison, background_share, read_bandwidth});
+             for (const auto& neighbour : neighbours)
+               runtime->add_route(
+                   make_peer_route(std::make_shared<Device>(neighbour), *runtime->device(), chunk));
+             return runtime;
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
            py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
            py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
-           py::arg("read_bandwidth"))
+           py::arg("read_bandwidth"), py::arg("neighbours"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
            py::arg("writable"))
       .def(
@@ -232,6 +244,7 @@ void bind_runtime(py::module_& m) {
             return std::pair(available, total);
           },
           NoGil())
+      .def("drop_route", &Runtime::drop_route, py::arg("name"), NoGil())
       .def("state", &Runtime::state)
       .def("driver_calls", &driver_calls)
       .def("step", &Runtime::step, NoGil())

@@ -60,6 +60,7 @@ class CudaDriver final : public Driver {
                         StreamId stream) override;
   Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                           StreamId stream) override;
+  Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override;
   Status launch(const KernelCall& call, StreamId stream) override;
 
  private:
@@ -69,6 +70,7 @@ class CudaDriver final : public Driver {
   Context context_;
   Granules granules_;
   DeviceFacts facts_;
+  std::vector<CUdevice> peers_;
   int least_priority_ = 0, greatest_priority_ = 0;
   CUmodule module_ = nullptr;
 
@@ -86,6 +88,8 @@ CudaDriver::CudaDriver(const CudaOptions& options)
   facts_.granularity = granules_.granularity();
   facts_.host_view = granules_.integrated();
   facts_.cuda_ordinal = options.ordinal;
+  for (const int ordinal : options.peers) peers_.push_back(context_.peer(ordinal));
+  facts_.peers = options.peers;
   load_kernels(options.kernels);
   CALL(cuCtxGetStreamPriorityRange, &least_priority_, &greatest_priority_);
 }
@@ -183,11 +187,15 @@ Status CudaDriver::unmap(Address address, std::uint64_t bytes) {
 }
 
 Status CudaDriver::set_access(Address address, std::uint64_t bytes, Access access) {
-  const CUmemAccessDesc wanted{{CU_MEM_LOCATION_TYPE_DEVICE, context_.device()},
-                               access == Access::none   ? CU_MEM_ACCESS_FLAGS_PROT_NONE
-                               : access == Access::read ? CU_MEM_ACCESS_FLAGS_PROT_READ
-                                                        : CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-  return CALL(cuMemSetAccess, CUdeviceptr{address}, bytes, &wanted, std::size_t{1});
+  std::vector<CUmemAccessDesc> wanted{{{CU_MEM_LOCATION_TYPE_DEVICE, context_.device()},
+                                       access == Access::none ? CU_MEM_ACCESS_FLAGS_PROT_NONE
+                                       : access == Access::read
+                                           ? CU_MEM_ACCESS_FLAGS_PROT_READ
+                                           : CU_MEM_ACCESS_FLAGS_PROT_READWRITE}};
+  if (access == Access::read_write)
+    for (const CUdevice peer : peers_)
+      wanted.push_back({{CU_MEM_LOCATION_TYPE_DEVICE, peer}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
+  return CALL(cuMemSetAccess, CUdeviceptr{address}, bytes, wanted.data(), wanted.size());
 }
 
 // Registered rather than allocated by the driver: exactly the bytes asked for, and about twice as
@@ -267,6 +275,11 @@ Status CudaDriver::copy_to_device(Address to, const std::byte* from, std::uint64
 Status CudaDriver::copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                                     StreamId stream) {
   return CALL(cuMemcpyDtoHAsync_v2, to, CUdeviceptr{from}, bytes, stream_of(stream));
+}
+
+// Both ends are in the unified address space, and this device was let in at the other's.
+Status CudaDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
+  return CALL(cuMemcpyDtoDAsync_v2, CUdeviceptr{to}, CUdeviceptr{from}, bytes, stream_of(stream));
 }
 
 Status CudaDriver::launch(const KernelCall& call, StreamId stream) {

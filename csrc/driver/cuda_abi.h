@@ -185,6 +185,7 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuDeviceGet, (CUdevice*, int)) \
   X(cuDeviceGetName, (char*, int, CUdevice)) \
   X(cuDeviceGetAttribute, (int*, CUdevice_attribute, CUdevice)) \
+  X(cuDeviceCanAccessPeer, (int*, CUdevice, CUdevice)) \
   X(cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice)) \
   X(cuDevicePrimaryCtxRelease_v2, (CUdevice)) \
   X(cuCtxGetCurrent, (CUcontext*)) \
@@ -204,6 +205,7 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuMemHostUnregister, (void*)) \
   X(cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, std::size_t, CUstream)) \
   X(cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, std::size_t, CUstream)) \
+  X(cuMemcpyDtoDAsync_v2, (CUdeviceptr, CUdeviceptr, std::size_t, CUstream)) \
   X(cuStreamCreateWithPriority, (CUstream*, unsigned, int)) \
   X(cuStreamDestroy_v2, (CUstream)) \
   X(cuStreamSynchronize, (CUstream)) \

@@ -47,6 +47,18 @@ int Context::attribute(CUdevice_attribute which) const {
   return library_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : 0;
 }
 
+CUdevice Context::peer(int ordinal) const {
+  CUdevice peer = 0;
+  int reaches = 0;
+  const std::string asked = "cuda:" + std::to_string(ordinal);
+  if (library_.cuDeviceGet(&peer, ordinal) != CUDA_SUCCESS)
+    throw Error(ErrorKind::invalid_argument, "no device " + asked);
+  if (peer == device_ || library_.cuDeviceCanAccessPeer(&reaches, peer, device_) != CUDA_SUCCESS ||
+      !reaches)
+    throw Error(ErrorKind::invalid_argument, asked + " does not reach the memory of " + name_);
+  return peer;
+}
+
 std::string Context::detail() const {
   if (const CUresult lost = lost_.load())
     return "the CUDA context died of " + describe(lost) +

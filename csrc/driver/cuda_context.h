@@ -21,6 +21,8 @@ class Context {
   CUdevice device() const noexcept { return device_; }
   const std::string& name() const noexcept { return name_; }  // "cuda:0 (NVIDIA H100)"
   int attribute(CUdevice_attribute which) const;              // 0 where the driver does not know it
+  // Another device, which reaches this one's memory. Throws invalid_argument where it does not.
+  CUdevice peer(int ordinal) const;
   bool lost() const noexcept { return lost_.load() != CUDA_SUCCESS; }
   std::string detail() const;  // Driver::detail
 

@@ -10,6 +10,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels/kernels.h"
 #include "types.h"
@@ -37,7 +38,7 @@ enum class Access { none, read, read_write };
   X(map) X(unmap) X(set_access) X(pinned_create) \
   X(pinned_release) X(stream_create) X(stream_destroy) X(stream_synchronize) \
   X(stream_wait_event) X(event_create) X(event_destroy) X(event_record) \
-  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) X(launch)
+  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) X(copy_to_peer) X(launch)
 // clang-format on
 enum class Primitive : int {
 #define X(name) name,
@@ -53,6 +54,7 @@ struct DeviceFacts {
   bool threads = true;     // false: streams move only inside step, event_wait and synchronize
   bool host_view = true;   // the CPU reaches every granule; else it reaches none
   int cuda_ordinal = -1;   // of a CUDA device; -1: addresses are the CPU's
+  std::vector<int> peers;  // CUDA devices that reach what is mapped here with read_write access
   std::string no_kernels;  // why launch() does not work; empty: it does
 };
 
@@ -126,6 +128,13 @@ class Driver {
                                 StreamId stream) = 0;
   virtual Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                                   StreamId stream) = 0;
+  // From this device's memory to memory of another that lets this one in (facts().peers there; of
+  // the host device, any). As copy_to_device otherwise. The other device knows nothing of it:
+  // whoever has waited for the copy tells it by peer_wrote, and unmaps nothing before.
+  virtual Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) = 0;
+  // Another device has written [address, address + bytes); reads of this one that are enqueued
+  // after this call see it.
+  virtual void peer_wrote(Address, std::uint64_t) noexcept {}
   // Enqueued on the stream. What the call touches (kernels.h) is mapped with access for it, or
   // pinned, when it runs. invalid: the call is a misuse; failed: there are no kernels.
   virtual Status launch(const KernelCall& call, StreamId stream) = 0;
@@ -141,10 +150,12 @@ std::shared_ptr<Driver> make_host_driver(const HostOptions& options);
 struct CudaOptions {
   std::string library = "libcuda.so.1";  // or a path
   int ordinal = 0;
-  std::string kernels;  // an image of weight_kernels.cu; empty: no kernels
+  std::string kernels;       // an image of weight_kernels.cu; empty: no kernels
+  std::vector<int> peers{};  // ordinals of devices that may write its memory
 };
 // Throws general with a sentence that says what to do where there is no driver, one before 12.0, or
-// no device that can do this; invalid_argument for an ordinal that is not there.
+// no device that can do this; invalid_argument for an ordinal that is not there, and for a peer
+// that does not reach the device's memory.
 std::shared_ptr<Driver> make_cuda_driver(const CudaOptions& options);
 
 }  // namespace warmserve

@@ -227,6 +227,9 @@ class HostDriver final : public Driver {
                           StreamId stream) override {
     return streams_.enqueue(stream, [=] { std::memcpy(to, pointer(from), bytes); });
   }
+  Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override {
+    return streams_.enqueue(stream, [=] { std::memcpy(pointer(to), pointer(from), bytes); });
+  }
   Status launch(const KernelCall& call, StreamId stream) override {
     if (misuse(call) != Misuse::none) return Status::invalid;
     return streams_.enqueue(stream, [call] { run_on_cpu(call); });

@@ -24,6 +24,9 @@ class Interposer : public Driver {
   Status stream_adopt(std::uint64_t handle, StreamId* out) override {
     return inner_->stream_adopt(handle, out);
   }
+  void peer_wrote(Address address, std::uint64_t bytes) noexcept override {
+    inner_->peer_wrote(address, bytes);
+  }
   Status stream_step(StreamId stream) override { return inner_->stream_step(stream); }
 
 #define WARMSERVE_FORWARD(name, parameters, ...)                      \
@@ -57,6 +60,8 @@ class Interposer : public Driver {
   WARMSERVE_FORWARD(copy_from_device,
                     (std::byte * to, Address from, std::uint64_t bytes, StreamId stream), to, from,
                     bytes, stream)
+  WARMSERVE_FORWARD(copy_to_peer, (Address to, Address from, std::uint64_t bytes, StreamId stream),
+                    to, from, bytes, stream)
   WARMSERVE_FORWARD(launch, (const KernelCall& call, StreamId stream), call, stream)
 #undef WARMSERVE_FORWARD
 

@@ -408,6 +408,34 @@ Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t
              [&] { return Interposer::copy_from_device(to, from, bytes, stream); });
 }
 
+// What it writes is the other device's, whose own checks learn of it by peer_wrote.
+Status StrictDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
+  const Guard guard(mutex_);
+  return use("copy_to_peer", std::vector<Touched>{{from, bytes, false}}, stream,
+             [&] { return Interposer::copy_to_peer(to, from, bytes, stream); });
+}
+
+// The whole granule need not be quiet: streams of this device may be at other bytes of it.
+void StrictDriver::peer_wrote(Address address, std::uint64_t bytes) noexcept {
+  const Guard guard(mutex_);
+  const std::uint64_t now = ++host_[0];
+  for (Address at = address; at < address + bytes;) {
+    auto mapping = mappings_.upper_bound(at);
+    if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at ||
+        mapping->second.access != Access::read_write) {
+      violation("peer_wrote where a peer cannot write");
+      return;
+    }
+    GranuleState& granule = granules_[mapping->second.granule];
+    const std::uint64_t begin = at - mapping->first;
+    const std::uint64_t end = std::min(mapping->second.bytes, address + bytes - mapping->first);
+    granule.writes[0] = now;
+    mark_written(granule, begin, end);
+    at = mapping->first + end;
+  }
+  Interposer::peer_wrote(address, bytes);
+}
+
 Status StrictDriver::launch(const KernelCall& call, StreamId stream) {
   const Guard guard(mutex_);
   if (const Misuse wrong = misuse(call); wrong != Misuse::none)

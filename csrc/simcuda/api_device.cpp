@@ -180,12 +180,11 @@ CUresult cuDeviceGetByPCIBusId(CUdevice* device, const char* id) {
   return call.status;
 }
 
-// No two of the devices are peers.
 CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
   Call call(Function::cuDeviceCanAccessPeer, Need::driver);
   if (!call) return call.status;
   if (!can) return CUDA_ERROR_INVALID_VALUE;
-  if (call.device(device) && call.device(peer)) *can = 0;
+  if (call.device(device) && call.device(peer)) *can = call.sim->options.peers && device != peer;
   return call.status;
 }
 

@@ -186,8 +186,9 @@ CUresult cuMemSetAccess(CUdeviceptr address, std::size_t bytes, const CUmemAcces
     return CUDA_ERROR_INVALID_VALUE;
   for (const Mapping* const mapping : mappings) {
     if (mapping->physical->host) continue;
-    for (const CUmemAccessDesc& desc : all)  // no two devices are peers, and the CPU is none [D]
-      if (is_host(call, desc.location) || desc.location.id != mapping->physical->device)
+    for (const CUmemAccessDesc& desc : all)  // the CPU is no peer [D]
+      if (is_host(call, desc.location) ||
+          (desc.location.id != mapping->physical->device && !call.sim->options.peers))
         return CUDA_ERROR_INVALID_VALUE;
   }
   for (Mapping* const mapping : mappings) {

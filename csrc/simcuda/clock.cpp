@@ -48,8 +48,10 @@ Nanoseconds Simulator::duration(const Work& work) const {
 }
 
 // The first time from `ready` on when the engine is free for so long. Returns its end.
-Nanoseconds Simulator::reserve_engine(Engine engine, Nanoseconds ready, Nanoseconds length) {
-  std::vector<Busy>& busy = busy_[static_cast<std::size_t>(engine)];
+Nanoseconds Simulator::reserve_engine(int device, Engine engine, Nanoseconds ready,
+                                      Nanoseconds length) {
+  std::vector<Busy>& busy =
+      busy_[static_cast<std::size_t>(device)][static_cast<std::size_t>(engine)];
   const Nanoseconds past = now();
   std::erase_if(busy, [&](const Busy& taken) { return taken.end <= past; });
   Nanoseconds begin = ready;
@@ -75,8 +77,9 @@ void Simulator::schedule_virtual(const OperationPtr& operation, Nanoseconds not_
   for (const OperationPtr& before : operation->after) ready = std::max(ready, before->end);
   const Nanoseconds length = duration(operation->work);
   const auto* copy = std::get_if<Copy>(&operation->work);
-  operation->end =
-      copy && length > 0 ? reserve_engine(copy->engine(), ready, length) : ready + length;
+  operation->end = copy && length > 0
+                       ? reserve_engine(operation->context->device, copy->engine(), ready, length)
+                       : ready + length;
   operation->sequence = next_sequence_++;
   due_.push_back(operation);
   std::push_heap(due_.begin(), due_.end(), Later{});

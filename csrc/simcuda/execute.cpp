@@ -116,7 +116,7 @@ void Simulator::unlocked(Lock& lock, Move move) {
 CUresult Simulator::copy(Lock& lock, Operation& operation, const Copy& copy) {
   Nanoseconds end = 0;
   if (const Nanoseconds length = duration(copy); length > 0 && !options.virtual_clock) {
-    end = reserve_engine(copy.engine(), now(), length);
+    end = reserve_engine(operation.context->device, copy.engine(), now(), length);
     pause(lock, end - std::min(length, static_cast<Nanoseconds>(copy.bytes / kOwnRate * 1e9)));
     if (stopping_ || state_of(*operation.context) != CUDA_SUCCESS) return CUDA_SUCCESS;
   }

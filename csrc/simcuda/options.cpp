@@ -84,6 +84,7 @@ bool set(const std::string& key, const std::string& value, Options* out) {
     return parse(value, &out->granularity) && out->granularity >= 4 * kKiB &&
            out->granularity <= kGiB && (out->granularity & (out->granularity - 1)) == 0;
   }
+  if (key == "peers") return parse(value, &out->peers);
   if (key == "integrated") return parse(value, &out->integrated);
   if (key == "host_numa") return parse(value, &out->host_numa);
   if (key == "posix_fd") return parse(value, &out->posix_fd);

@@ -31,6 +31,7 @@ struct Options {
   std::string name = "Simulated CUDA";
   int driver_version = 13000, capability = 90;
   std::uint64_t memory = 8 * kGiB, granularity = 2 * kMiB;
+  bool peers = false;  // every two devices are
   bool integrated = false, host_numa = false, posix_fd = true, rdma = true;
   bool read_only_register = true;
   bool virtual_clock = false, detector = true;

@@ -16,6 +16,7 @@ extern "C" {
 // simcuda_error() saying why; then nothing has changed. No cu* call may be under way.
 //
 //   devices=1                 how many; all alike
+//   peers=0                   1: every two devices reach each other's memory, once access is set
 //   visible=0,1               as CUDA_VISIBLE_DEVICES: indices; what follows the first bad one is
 //                             not there; empty: none
 //   name=Simulated CUDA       of each device
@@ -29,7 +30,9 @@ extern "C" {
 //   integrated=0              1: the device has no memory but the host's; implies host_numa=1
 //   clock=real                streams are threads. Or "virtual": no threads; time moves by what
 //                             calls cost and by what is waited for, work runs when its time comes
-//   h2d=0  d2h=0  d2d=0       bytes per second of each copy engine; 0: no pacing
+//   h2d=0  d2h=0  d2d=0       bytes per second of each copy engine, which each device has for
+//   itself;
+//                             0: no pacing
 //   launch=0                  seconds a kernel takes, at least
 //   cost.NAME=A+B             the call takes A microseconds and B for each granule of the bytes it
 //                             concerns, if any. NAME without its version is all versions of it

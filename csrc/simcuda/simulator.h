@@ -214,7 +214,7 @@ class Simulator {
   void unlocked(Lock& lock, Move move);
   void pause(Lock& lock, Nanoseconds until);  // real clock: sleeps, dropping the lock
   Nanoseconds duration(const Work& work) const;
-  Nanoseconds reserve_engine(Engine engine, Nanoseconds ready, Nanoseconds duration);
+  Nanoseconds reserve_engine(int device, Engine engine, Nanoseconds ready, Nanoseconds duration);
 
   struct Later {
     bool operator()(const OperationPtr& a, const OperationPtr& b) const {
@@ -229,7 +229,7 @@ class Simulator {
   Nanoseconds virtual_now_ = 0;
   std::uint64_t next_sequence_ = 0;
   std::vector<OperationPtr> due_;  // virtual clock: a heap by Later
-  std::array<std::vector<Busy>, kEngines> busy_;
+  std::array<std::array<std::vector<Busy>, kEngines>, kMaxDevices> busy_;  // by device
   std::condition_variable done_;    // an operation is done, a thread has ended, or stop()
   std::condition_variable pacing_;  // stop() alone
   std::size_t moving_ = 0;          // operations that move bytes, without the lock

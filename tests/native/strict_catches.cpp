@@ -199,6 +199,27 @@ const Breach kBreaches[] = {
        x.lawful(x.fill(x.a));
        return x.fill(x.b);
      }},
+    {"passing on to a peer what nobody has written",
+     [](Bench& x) { return x.strict.copy_to_peer(x.address + kMiB, x.address, kPinned, x.a); }},
+    {"unmapping what is still passed on to a peer",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       x.lawful(x.strict.stream_synchronize(x.a));
+       x.lawful(x.strict.copy_to_peer(x.address + kMiB, x.address, kPinned, x.a));
+       return x.strict.unmap(x.address, kGranule);
+     }},
+    {"a peer that has written where nothing is mapped",
+     [](Bench& x) {
+       x.strict.peer_wrote(x.address + kGranule - 4096, 8192);
+       return Status::invalid;
+     }},
+    {"a peer that has written what is read-only",
+     [](Bench& x) {
+       x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
+       x.lawful(x.strict.set_access(x.address + kGranule, kGranule, Access::read));
+       x.strict.peer_wrote(x.address + kGranule, 4096);
+       return Status::invalid;
+     }},
     {"a kernel reading what nobody has written", [](Bench& x) { return x.digest(x.a); }},
     {"a kernel reading before another stream's write",
      [](Bench& x) {
@@ -292,7 +313,11 @@ TEST(lawful_use_is_let_through) {
   ok(strict.event_wait(bench.event, std::chrono::seconds(60)));
   strict.host_wrote(bench.granule, 0, kGranule);
   ok(strict.copy_from_device(bench.pinned, bench.address + kMiB, kPinned, bench.a));
+  ok(strict.copy_to_peer(bench.address + kPinned, bench.address, kPinned, bench.a));
   ok(strict.stream_synchronize(bench.a));
+  strict.peer_wrote(bench.address + kPinned, kPinned);
+  ok(strict.copy_from_device(bench.pinned, bench.address + kPinned, kPinned, bench.b));
+  ok(strict.stream_synchronize(bench.b));
   ok(strict.map(bench.address + kGranule, &bench.spare, 1));
   ok(strict.map(bench.address + 2 * kGranule, &bench.granule, 1));  // at a second address
   ok(strict.set_access(bench.address + kGranule, 2 * kGranule, Access::read));

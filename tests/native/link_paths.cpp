@@ -1,0 +1,314 @@
+// Bytes that go by a neighbour's link are the model's, whatever becomes of the neighbour meanwhile.
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <random>
+#include <thread>
+
+#include "fixtures.h"
+#include "peer_route.h"
+
+namespace warmserve {
+namespace {
+
+const std::vector<std::uint64_t> kLayers{2 * kGranule, kGranule + 700'001, 3 * kGranule};
+constexpr std::uint32_t kGranules = 7;
+const HostOptions kStaged{true, false, true};
+
+// A runtime with a model, and beside its device a neighbour.
+struct Bench {
+  explicit Bench(unsigned loaders = 2)
+      : device(kStaged), runtime(Runtime::make(device.driver, options(kGranules, loaders))) {
+    model = file.register_in(*runtime);
+  }
+  ~Bench() {
+    runtime->check_invariants();
+    model.reset();
+    runtime.reset();
+    device.expect_returned();
+    if (neighbour_lost)
+      neighbour.expect_kept();
+    else
+      neighbour.expect_returned();
+  }
+  void connect() {
+    runtime->add_route(make_peer_route(std::make_shared<Device>(neighbour.driver),
+                                       *runtime->device(), 512 * kKiB));
+  }
+  void load(int priority = kForeground) {
+    runtime->evict(model, in(kLong), nullptr);
+    runtime->wait(runtime->prewarm(model, priority), in(kLong), nullptr);
+    runtime->check_invariants();
+    const Leased leased(*runtime, {model});
+    CHECK(file.is_in(*runtime, model));
+  }
+  RouteState route() { return runtime->state().routes.at(0); }
+
+  Watched device, neighbour;
+  std::shared_ptr<Runtime> runtime;
+  ModelFile file{1, kLayers};
+  ModelPtr model;
+  bool neighbour_lost = false;
+};
+
+// A route that does what the test says, on a thread.
+class Scripted final : public Route {
+ public:
+  enum class Act { carry, spoil, refuse, full };
+  struct Sent final : Crossing {
+    State look(Deadline until, std::string* why) noexcept override {
+      while (state == State::moving && Clock::now() < until) std::this_thread::yield();
+      if (state == State::failed) *why = "it was told to";
+      return state;
+    }
+    std::atomic<State> state{State::moving};
+  };
+
+  explicit Scripted(std::string name, std::function<Act(int piece)> script)
+      : name_(std::move(name)), script_(std::move(script)), thread_([this] { run(); }) {}
+  ~Scripted() override {
+    stop_ = true;
+    thread_.join();
+    CHECK(queue_.empty());  // nothing is left under way
+  }
+  const std::string& name() const noexcept override { return name_; }
+  std::shared_ptr<Crossing> begin(std::span<const Copy> copies) override {
+    const Act act = script_(pieces_++);
+    if (act == Act::refuse) throw Error(ErrorKind::general, "it was told to refuse");
+    if (act == Act::full) return nullptr;
+    const auto sent = std::make_shared<Sent>();
+    const std::lock_guard lock(mutex_);
+    queue_.push_back({sent, {copies.begin(), copies.end()}, act});
+    return sent;
+  }
+  std::atomic<bool> held{false};  // nothing moves
+
+ private:
+  struct Task {
+    std::shared_ptr<Sent> sent;
+    std::vector<Copy> copies;
+    Act act;
+  };
+  void run() {
+    while (!stop_) {
+      std::optional<Task> task;
+      {
+        const std::lock_guard lock(mutex_);
+        if (!held && !queue_.empty()) {
+          task = std::move(queue_.front());
+          queue_.pop_front();
+        }
+      }
+      if (!task) {
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+        continue;
+      }
+      for (const Copy& copy : task->copies) {
+        const auto to = reinterpret_cast<std::byte*>(copy.to);
+        if (task->act == Act::carry)
+          std::memcpy(to, copy.from, copy.bytes);
+        else
+          std::memset(to, 0xee, copy.bytes / 2);
+      }
+      task->sent->state =
+          task->act == Act::carry ? Crossing::State::arrived : Crossing::State::failed;
+    }
+  }
+  const std::string name_;
+  const std::function<Act(int)> script_;
+  int pieces_ = 0;
+  std::mutex mutex_;
+  std::deque<Task> queue_;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;  // last: it uses all above
+};
+using Act = Scripted::Act;
+
+}  // namespace
+
+TEST(bytes_go_over_both_links) {
+  Bench bench;
+  bench.connect();
+  bench.load();
+  const RouteState route = bench.route();
+  CHECK(route.name == "host" && route.error.empty());
+  CHECK(route.bytes > 0 && route.bytes < kGranules * kGranule && route.bandwidth > 0);
+  bench.load();
+}
+
+TEST(what_is_not_urgent_stays_on_the_own_link) {
+  Bench bench;
+  bench.connect();
+  bench.load(kBackground);
+  CHECK(bench.route().bytes == 0);
+  bench.load();
+  CHECK(bench.route().bytes > 0);
+}
+
+TEST(without_loaders_whoever_waits_moves_both) {
+  Bench bench(0);
+  bench.connect();
+  bench.load();
+  CHECK(bench.route().bytes > 0);
+}
+
+TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
+  using enum Primitive;
+  for (const Primitive call : {copy_to_device, copy_to_peer, event_record, event_query, event_wait})
+    for (const Status status : {Status::failed, Status::out_of_memory, Status::device_lost})
+      for (const std::uint64_t last : {1ull, ~0ull}) {
+        // This device only says that it is lost: what it was given before goes on.
+        if (status == Status::device_lost && call != copy_to_device) continue;
+        Bench bench;
+        bench.connect();
+        bench.neighbour.driver->arm({{1, last}}, call, status);
+        bench.load();
+        const bool hit = bench.neighbour.driver->injected() > 0;
+        CHECK(hit || call == event_wait);  // who finds a copy over need not wait
+        if (hit && (last > 1 || status == Status::device_lost)) CHECK(!bench.route().error.empty());
+        bench.neighbour.driver->disarm();
+        bench.neighbour_lost = hit && status == Status::device_lost;
+        bench.load();
+      }
+}
+
+TEST(the_own_link_s_errors_are_still_the_load_s) {
+  Bench bench;
+  bench.connect();
+  bench.load();
+  bench.runtime->evict(bench.model, in(kLong), nullptr);
+  bench.device.driver->arm({{1, ~0ull}}, Primitive::copy_to_device, Status::failed);
+  CHECK_THROWS(general, bench.runtime->wait(bench.runtime->prewarm(bench.model, kForeground),
+                                            in(kLong), nullptr));
+  bench.device.driver->disarm();
+  CHECK(bench.route().error.empty());
+  bench.load();
+}
+
+TEST(what_a_route_spoils_is_sent_again) {
+  Bench bench;
+  bench.runtime->add_route(std::make_shared<Scripted>(
+      "spoils", [](int piece) { return piece < 2 ? Act::carry : Act::spoil; }));
+  for (int i = 0; i < 3; ++i) bench.load();
+  CHECK(bench.route().error == "it was told to");
+}
+
+TEST(a_route_that_refuses_is_asked_no_more) {
+  Bench bench;
+  std::atomic<int> asked{0};
+  bench.runtime->add_route(std::make_shared<Scripted>("refuses", [&](int) {
+    ++asked;
+    return Act::refuse;
+  }));
+  bench.load();
+  bench.load();
+  CHECK(asked == 1 && bench.route().error == "it was told to refuse");
+}
+
+TEST(a_route_without_room_holds_nobody_up) {
+  Bench bench;
+  bench.runtime->add_route(std::make_shared<Scripted>("full", [](int) { return Act::full; }));
+  bench.load();
+  CHECK(bench.route().bytes == 0 && bench.route().error.empty());
+}
+
+TEST(a_layer_is_there_when_its_last_chunk_is_whatever_way_it_came) {
+  Bench bench;
+  auto route = std::make_shared<Scripted>("slow", [](int) { return Act::carry; });
+  Scripted& slow = *route;
+  slow.held = true;
+  bench.runtime->add_route(std::move(route));
+  const HoldPtr hold = bench.runtime->begin_lease({bench.model}, 1);
+  bench.runtime->await_lease(hold, in(kLong), nullptr, false);
+  const auto stream = std::make_shared<Stream>(bench.runtime->device());
+  // Its second chunk is on the slow way, so no stream can be put behind the first layer's copies.
+  CHECK_THROWS(timeout,
+               bench.runtime->await_layer(hold, bench.model, 0, stream, in(10 * kSoon), nullptr));
+  CHECK_THROWS(timeout,
+               bench.runtime->await_layer(hold, bench.model, 0, nullptr, in(kSoon), nullptr));
+  CHECK(!bench.runtime->arrived(hold, bench.model, 0));
+  slow.held = false;
+  for (std::uint32_t layer = 0; layer < kLayers.size(); ++layer)
+    bench.runtime->await_layer(hold, bench.model, layer, stream, in(kLong), nullptr);
+  stream->synchronize();
+  CHECK(bench.file.is_in(*bench.runtime, bench.model));
+  bench.runtime->end_lease(hold);
+}
+
+TEST(a_route_that_is_dropped_ends_what_it_has_begun) {
+  Bench bench;
+  auto route = std::make_shared<Scripted>("leaves", [](int) { return Act::carry; });
+  const std::weak_ptr<Scripted> left = route;
+  route->held = true;
+  bench.runtime->add_route(std::move(route));
+  const TicketPtr ticket = bench.runtime->prewarm(bench.model, kForeground);
+  CHECK_THROWS(timeout, bench.runtime->wait(ticket, in(10 * kSoon), nullptr));
+  bench.runtime->drop_route("leaves");
+  CHECK(bench.runtime->state().routes.empty());
+  CHECK_THROWS(invalid_argument, bench.runtime->drop_route("leaves"));
+  CHECK_THROWS(timeout, bench.runtime->wait(ticket, in(kSoon), nullptr));
+  left.lock()->held = false;
+  bench.runtime->wait(ticket, in(kLong), nullptr);
+  {
+    const Leased leased(*bench.runtime, {bench.model});
+    CHECK(bench.file.is_in(*bench.runtime, bench.model));
+  }
+  for (const Deadline end = in(kLong); !left.expired() && Clock::now() < end;)
+    std::this_thread::yield();
+  CHECK(left.expired());
+  bench.connect();  // and another may come
+  bench.load();
+}
+
+TEST(an_eviction_waits_for_what_is_under_way_on_a_route) {
+  Bench bench;
+  auto route = std::make_shared<Scripted>("slow", [](int) { return Act::carry; });
+  Scripted& slow = *route;
+  slow.held = true;
+  bench.runtime->add_route(std::move(route));
+  const TicketPtr ticket = bench.runtime->prewarm(bench.model, kForeground);
+  CHECK_THROWS(timeout, bench.runtime->wait(ticket, in(10 * kSoon), nullptr));
+  CHECK_THROWS(timeout, bench.runtime->evict(bench.model, in(10 * kSoon), nullptr));
+  slow.held = false;
+  bench.runtime->evict(bench.model, in(kLong), nullptr);
+  bench.load();
+}
+
+TEST(routes_that_make_no_sense_are_refused) {
+  Bench bench;
+  bench.connect();
+  CHECK_THROWS(invalid_argument, bench.connect());
+  CHECK_THROWS(invalid_argument, bench.runtime->drop_route("elsewhere"));
+  Watched seen;  // the CPU writes its memory itself
+  const auto other = Runtime::make(seen.driver, options(2));
+  CHECK_THROWS(invalid_argument,
+               other->add_route(make_peer_route(std::make_shared<Device>(bench.neighbour.driver),
+                                                *other->device(), kGranule)));
+}
+
+// Routes come, spoil, refuse and go while threads load and evict.
+TEST(routes_that_come_and_go_under_load) {
+  Bench bench(3);
+  std::atomic<bool> over{false};
+  std::jthread changing([&] {
+    std::mt19937 random(3);
+    for (int round = 0; !over; ++round) {
+      const unsigned fate = random() % 4;
+      const std::string name = "route " + std::to_string(round);
+      bench.runtime->add_route(std::make_shared<Scripted>(name, [fate](int piece) {
+        if (piece < 3 || fate == 0) return Act::carry;
+        return fate == 1 ? Act::spoil : fate == 2 ? Act::refuse : Act::full;
+      }));
+      std::this_thread::sleep_for(std::chrono::milliseconds(random() % 8));
+      bench.runtime->drop_route(name);
+    }
+  });
+  bench.connect();
+  for (int round = 0; round < 60; ++round) {
+    if (round % 7 == 3) bench.runtime->cancel(bench.runtime->prewarm(bench.model, kForeground));
+    bench.load();
+  }
+  over = true;
+}
+
+}  // namespace warmserve

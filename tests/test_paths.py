@@ -1,0 +1,221 @@
+"""Risk: a load that goes over a neighbour's host link too brings other bytes than the file's, loses
+some when the neighbour fails, or is no faster."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import GRANULE, write_safetensors
+
+from warmserve_rt import FOREGROUND, Runtime, WarmServeError, _native, testing
+from warmserve_rt.simcuda import SimulatedCuda
+
+LAYERS, LAYER = 6, 4 * GRANULE
+CHUNK = GRANULE
+LOST = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """A checkpoint of LAYERS layers, and what each of them holds."""
+    random = np.random.default_rng(1)
+    layers = [random.bytes(LAYER) for _ in range(LAYERS)]
+    path = tmp_path_factory.mktemp("paths") / "model.safetensors"
+    write_safetensors(
+        path,
+        {f"model.layers.{i}.weight": ("U8", (LAYER,), content) for i, content in enumerate(layers)},
+    )
+    return path, layers
+
+
+def make(
+    cuda: SimulatedCuda, path: Path, *, ordinal: int = 0, paths: bool = True, **options: object
+) -> Runtime:
+    """A runtime on one of two devices, with the other as its path."""
+    other = 1 - ordinal
+    runtime = Runtime(
+        driver=testing.cuda_driver(cuda, ordinal, peers=[other] if paths else []),
+        arena=LAYERS * LAYER,
+        staging=16 * CHUNK,
+        chunk=CHUNK,
+        tensors="dlpack",
+        paths=[testing.cuda_driver(cuda, other)] if paths else [],
+        **options,  # type: ignore[arg-type]
+    )
+    runtime.register("m", path)
+    return runtime
+
+
+def load(runtime: Runtime, layers: list[bytes], *, priority: int = FOREGROUND) -> float:
+    """Seconds that it took; the bytes are checked."""
+    runtime.evict("m")
+    begin = time.perf_counter()
+    runtime.prewarm("m", priority=priority).wait(60)
+    took = time.perf_counter() - begin
+    for index, content in enumerate(layers):
+        assert runtime.read_back("m", index).tobytes() == content
+    return took
+
+
+def test_a_load_goes_over_both_links(model: tuple[Path, list[bytes]]) -> None:
+    path, layers = model
+    with (
+        testing.simulated_cuda(devices=2, peers=True, leaks=True) as cuda,
+        make(cuda, path) as runtime,
+    ):
+        load(runtime, layers)
+        (by,) = runtime.snapshot().paths
+        assert (by.name, by.error) == ("cuda:1 (Simulated CUDA)", "")
+        assert 0 < by.nbytes < LAYERS * LAYER
+        assert by.bandwidth > 0
+        assert cuda.copied["d2d"] == by.nbytes
+        assert cuda.copied["h2d"] == LAYERS * LAYER
+
+
+def test_two_links_of_one_speed_nearly_halve_the_time(model: tuple[Path, list[bytes]]) -> None:
+    """The best of three, for others use the machine too."""
+    path, layers = model
+    seconds = {}
+    for paths in (False, True):
+        with (
+            testing.simulated_cuda(devices=2, peers=True, h2d=200e6, d2d=5e9) as cuda,
+            make(cuda, path, paths=paths, loaders=2) as runtime,
+        ):
+            load(runtime, layers)  # speeds are known from here on
+            seconds[paths] = min(load(runtime, layers) for _ in range(3))
+    assert seconds[False] / seconds[True] > 1.5
+
+
+def test_what_is_in_the_background_borrows_nobody_s_link(model: tuple[Path, list[bytes]]) -> None:
+    path, layers = model
+    with testing.simulated_cuda(devices=2, peers=True) as cuda, make(cuda, path) as runtime:
+        load(runtime, layers, priority=0)
+        assert runtime.snapshot().paths[0].nbytes == 0
+
+
+def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[bytes]]) -> None:
+    path, layers = model
+    with (
+        testing.simulated_cuda(devices=2, peers=True, h2d=400e6) as cuda,
+        make(cuda, path, ordinal=1) as runtime,
+    ):
+        runtime.evict("m")
+        ticket = runtime.prewarm("m", priority=FOREGROUND)
+        while not ticket.progress[0]:
+            time.sleep(0.001)
+        cuda.break_context(LOST)  # of device 0, the neighbour
+        ticket.wait(60)
+        for index, content in enumerate(layers):
+            assert runtime.read_back("m", index).tobytes() == content
+        assert "700" in runtime.snapshot().paths[0].error
+        load(runtime, layers)
+
+
+@pytest.mark.parametrize("function", ["cuMemcpyDtoDAsync_v2", "cuEventRecord", "cuEventQuery"])
+@pytest.mark.parametrize("status", ["failed", "out_of_memory"])
+def test_a_call_on_the_way_that_fails_costs_no_bytes(
+    model: tuple[Path, list[bytes]], function: str, status: str
+) -> None:
+    """Calls of both devices are counted; a load that the own link's error ends is begun again."""
+    path, layers = model
+    with testing.simulated_cuda(devices=2, peers=True) as cuda, make(cuda, path) as runtime:
+        for call in (1, 2, 5):
+            cuda.faults.arm([(call, call)], only=function, status=status)
+            if function == "cuMemcpyDtoDAsync_v2":  # only paths call it
+                load(runtime, layers)
+                break
+            try:
+                load(runtime, layers)
+            except WarmServeError:
+                load(runtime, layers)
+        cuda.faults.disarm()
+
+
+def test_a_stream_waits_for_a_layer_that_came_by_a_neighbour(
+    model: tuple[Path, list[bytes]],
+) -> None:
+    path, layers = model
+    with (
+        testing.simulated_cuda(devices=2, peers=True, h2d=400e6) as cuda,
+        make(cuda, path) as runtime,
+    ):
+        stream = runtime.stream()
+        with runtime.lease("m", streaming=True) as lease:
+            for index, content in enumerate(layers):
+                lease.wait(index, stream)
+                out = bytearray(LAYER)
+                view = runtime.model("m").native.view(index, 0, [LAYER], LAYER, 1, 8, 1)
+                stream.copy_from(out, view)
+                stream.synchronize()
+                assert out == content
+        assert runtime.snapshot().paths[0].nbytes > 0
+
+
+def test_a_path_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[bytes]]) -> None:
+    path, layers = model
+    with (
+        testing.simulated_cuda(devices=2, peers=True, leaks=True, h2d=400e6) as cuda,
+        make(cuda, path) as runtime,
+    ):
+        ticket = runtime.prewarm("m", priority=FOREGROUND)
+        while not ticket.progress[0]:
+            time.sleep(0.001)
+        runtime.native.drop_route("cuda:1 (Simulated CUDA)")
+        assert runtime.snapshot().paths == ()
+        ticket.wait(60)
+        del ticket  # it keeps the runtime
+        load(runtime, layers)
+        with pytest.raises(ValueError, match="there is no path"):
+            runtime.native.drop_route("cuda:1 (Simulated CUDA)")
+
+
+def test_a_neighbour_that_is_no_peer_is_refused() -> None:
+    with (
+        testing.simulated_cuda(devices=2) as cuda,
+        pytest.raises(ValueError, match="cuda:1 does not reach the memory of cuda:0"),
+    ):
+        testing.cuda_driver(cuda, peers=[1])
+
+
+def test_peers_that_make_no_sense_are_refused() -> None:
+    with testing.simulated_cuda(devices=2, peers=True) as cuda:
+        with pytest.raises(ValueError, match="no device cuda:2"):
+            testing.cuda_driver(cuda, peers=[2])
+        with pytest.raises(ValueError, match="cuda:0 does not reach the memory of cuda:0"):
+            testing.cuda_driver(cuda, peers=[0])
+
+
+def test_a_neighbour_that_was_not_let_in_is_refused() -> None:
+    with testing.simulated_cuda(devices=2, peers=True) as cuda:
+        own, other = testing.cuda_driver(cuda), testing.cuda_driver(cuda, 1)
+        with pytest.raises(ValueError, match=r"cuda:1 .* was not let in at cuda:0"):
+            Runtime(driver=own, arena="8MiB", tensors="dlpack", paths=[other])
+
+
+def test_one_path_twice_is_refused() -> None:
+    with testing.simulated_cuda(devices=2, peers=True) as cuda:
+        own, other = testing.cuda_driver(cuda, peers=[1]), testing.cuda_driver(cuda, 1)
+        with pytest.raises(ValueError, match=r"'cuda:1 .*' is there already"):
+            Runtime(driver=own, arena="8MiB", tensors="dlpack", paths=[other, other])
+
+
+@pytest.mark.parametrize(
+    ("device", "paths", "why"),
+    [
+        ("host", ["cuda:1"], "no path 'cuda:1' to 'host'"),
+        ("cuda:0", ["host"], "no path 'host' to 'cuda:0'"),
+        ("cuda:0", ["cuda"], "no path 'cuda' to 'cuda:0'"),
+        ("cuda:0", ["cuda:1", "cuda:1"], "named twice"),
+    ],
+)
+def test_paths_that_make_no_sense_are_refused(device: str, paths: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Runtime(device, arena="8MiB", paths=paths)
+
+
+def test_the_host_device_has_no_link_to_help() -> None:
+    with pytest.raises(ValueError, match="over no link"):
+        Runtime(arena="8MiB", paths=[_native.host_driver()])
