@@ -37,6 +37,7 @@ ORDER = [
     "checkpoint",
     "kernels",
     "policy",
+    "_paths",
     "_units",
     "_native",
     "_errors",
