@@ -23,7 +23,7 @@ from warmserve_rt import OutOfDeviceMemory, Runtime  # noqa: E402
 from warmserve_rt._errors import CorruptCheckpoint  # noqa: E402
 from warmserve_rt.engines import vllm as engine  # noqa: E402
 from warmserve_rt.engines.vllm import arenas  # noqa: E402
-from warmserve_rt.engines.vllm.cache import Cache, Key  # noqa: E402
+from warmserve_rt.engines.vllm.cache import Cache, Key, discard  # noqa: E402
 from warmserve_rt.engines.vllm.options import Options  # noqa: E402
 from warmserve_rt.engines.vllm.state import (  # noqa: E402
     LayoutDiffers,
@@ -121,10 +121,10 @@ class TestCache:
     def test_discarding_forgets_that_entry_and_no_newer_one(self, tmp_path: Path) -> None:
         cache = Cache(tmp_path)
         old = cache.write(KEY, state_of(1))
-        cache.discard(old, "a reason")
+        discard(old, "a reason")
         assert cache.find(KEY) is None
         new = cache.write(KEY, state_of(2))
-        cache.discard(old, "a reason")
+        discard(old, "a reason")
         assert cache.find(KEY) == new
 
     def test_a_dtype_that_safetensors_lacks_is_refused(self, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from typing import BinaryIO
 
 from warmserve_rt._errors import CorruptCheckpoint, OutOfDeviceMemory, WarmServeError
 from warmserve_rt._units import parse_bytes
@@ -15,7 +16,7 @@ from warmserve_rt.layers import build_layout
 from warmserve_rt.lease import Lease
 from warmserve_rt.runtime import FOREGROUND, Model, Runtime, Ticket
 
-from .cache import GRANULE, Entry
+from .cache import GRANULE, Entry, discard, open_for_use
 
 _arenas: dict[str, Arena] = {}
 _owner = os.getpid()
@@ -48,10 +49,11 @@ class Arena:
 
         ``kept``: they will never leave. Raises OutOfDeviceMemory, with nothing changed, where they
         do not fit, or would leave too little room for another engine: what is admitted can always
-        be made resident again.
+        be made resident again. FileNotFoundError: the entry was replaced meanwhile.
         """
         name = f"{entry.folder.name}-{entry.identity[:12]}".replace("@", "-")
-        with self._lock:
+        with self._lock, ExitStack() as undo:
+            in_use = undo.enter_context(open_for_use(entry.weights))
             known = any(model.name == name for model in self.runtime.models)
             if not known:
                 self.runtime.register(name, entry.weights)
@@ -64,7 +66,8 @@ class Arena:
                 raise
             self._users[name] += 1
             self._kept[name] += kept
-        return Weights(self, model, entry, kept=kept)
+            undo.pop_all()
+        return Weights(self, model, entry, in_use, kept=kept)
 
     def _admit(self, model: Model, kept: bool) -> None:
         snapshot = self.runtime.snapshot()
@@ -107,9 +110,12 @@ class Arena:
 class Weights:
     """One engine's weights in an arena."""
 
-    def __init__(self, arena: Arena, model: Model, entry: Entry, *, kept: bool) -> None:
+    def __init__(
+        self, arena: Arena, model: Model, entry: Entry, in_use: BinaryIO, *, kept: bool
+    ) -> None:
         self.arena, self.model, self.kept = arena, model, kept
         self._entry = entry
+        self._in_use = in_use
         self._hold: Lease | None = None
         self._closed = False
 
@@ -128,7 +134,7 @@ class Weights:
 
     def verify(self) -> None:
         """Waits for each layer and compares what arrived with what was written, once in a process.
-        Raises CorruptCheckpoint, and what loading raises."""
+        Raises CorruptCheckpoint, where the entry is forgotten, and what loading raises."""
         if self.arena._is_verified(self.model.name):
             return
         same_granules = self.runtime.snapshot().granule_bytes == GRANULE
@@ -137,9 +143,11 @@ class Weights:
             for layer in self.model.layers:
                 lease.wait(layer.index)
                 if self._digest(layer.index, same_granules) != self._entry.digests.get(layer.name):
-                    raise CorruptCheckpoint(
+                    error = CorruptCheckpoint(
                         f"{self._entry.weights}: layer {layer.name!r} is not as it was written"
                     )
+                    discard(self._entry, error)
+                    raise error
         self.arena._mark_verified(self.model.name)
 
     def _digest(self, layer: int, same_granules: bool) -> list[int]:
@@ -164,6 +172,7 @@ class Weights:
         if not self._closed:
             self._closed = True
             self.arena._leave(self)
+            self._in_use.close()
 
 
 def use(runtime: Runtime, device: str = "host") -> None:

@@ -7,16 +7,17 @@ or meets a full disk, leaves the entry as it was. Writers take turns by a lock.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import secrets
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +109,7 @@ class Cache:
             if found := self.find(key):
                 return found
             kept = _named(folder)
-            _remove_all_but(folder, kept)  # what a process that was killed had begun
+            _remove_all_but(folder, kept)  # what was in use then, or begun by who was killed
             try:
                 _write(folder, key, state)
             except OSError as error:
@@ -125,12 +126,13 @@ class Cache:
             _remove_all_but(folder, _named(folder))
             return _read(folder, key)
 
-    def discard(self, entry: Entry, reason: object) -> None:
-        """Forgets an entry whose content is not what it should be."""
-        log.warning("%s: the cached weights are made again: %s", entry.folder, reason)
-        with locked(entry.folder / "lock"):
-            if entry.weights.name in _named(entry.folder):
-                (entry.folder / "manifest.json").unlink()
+
+def discard(entry: Entry, reason: object) -> None:
+    """Forgets an entry whose content is not what it should be, if it is still the one there."""
+    with locked(entry.folder / "lock"):
+        if entry.weights.name in _named(entry.folder):
+            log.warning("%s: the cached weights are to be made again: %s", entry.folder, reason)
+            (entry.folder / "manifest.json").unlink()
 
 
 def _read(folder: Path, key: Key) -> Entry:
@@ -237,9 +239,20 @@ def _named(folder: Path) -> set[str]:
         return set()
 
 
+def open_for_use(weights: Path) -> BinaryIO:
+    """Keeps a file of weights from being removed until it is closed: a runtime reads it again
+    whenever they come back, and takes a file that was touched for another."""
+    file = open(weights, "rb")  # noqa: SIM115
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
 def _remove_all_but(folder: Path, kept: set[str]) -> None:
     for path in folder.iterdir():
-        if path.name not in kept and path.name != "lock":
+        if path.name in kept or path.name == "lock":
+            continue
+        with open(path, "rb") as file, suppress(BlockingIOError):  # in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 

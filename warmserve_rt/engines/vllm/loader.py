@@ -29,9 +29,10 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from warmserve_rt._errors import CorruptCheckpoint
 from warmserve_rt._paths import cache_dir
 from warmserve_rt.engines.gates import guard
+from warmserve_rt.streams import native_stream
 
 from . import WORKER, arenas
-from .cache import Cache, Entry
+from .cache import Cache, Entry, discard
 from .key import key_of
 from .options import Options
 from .state import (
@@ -93,11 +94,14 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
                 rebuilt = True
                 entry = cache.write(key, self._processed(vllm_config, model_config, prefix))
             try:
-                return self._bound(vllm_config, model_config, prefix, entry, leasing)
+                with undone_on_error(vllm_config):
+                    return self._bound(vllm_config, model_config, prefix, entry, leasing)
+            except FileNotFoundError:  # another process has replaced the entry
+                continue
             except (CorruptCheckpoint, LayoutDiffers) as error:
                 if rebuilt:
                     raise
-                cache.discard(entry, error)
+                discard(entry, error)
 
     def _bound(
         self, vllm_config: Any, model_config: Any, prefix: str, entry: Entry, leasing: bool
@@ -107,8 +111,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         weights = arena.add(entry, kept=not leasing)
         try:
             weights.prewarm()  # goes on while the module is built
-            with undone_on_error(vllm_config):
-                model = self._build(vllm_config, model_config, prefix, entry.state, weights)
+            model = self._build(vllm_config, model_config, prefix, entry.state, weights)
             if not leasing:
                 log.warning(
                     "load format warmserve: %s stays in the arena for good, for its engine's "
@@ -120,6 +123,8 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
             if not leasing or not self.options.gated:
                 weights.verify()
             guard(model, weights.runtime, weights.model)
+            if self.options.gated:
+                wait_for_the_rest(model, weights)
         except BaseException:
             weights.close()
             raise
@@ -195,6 +200,21 @@ def has_leasing_worker(vllm_config: Any) -> bool:
     """Whether the engine's worker takes a lease around each step."""
     worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     return bool(getattr(worker, "warmserve_leases", False))
+
+
+def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
+    """After a gated forward pass vLLM reads the output embedding without calling its module."""
+
+    on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors().values())
+
+    def wait(module: nn.Module, arguments: Any, output: Any) -> None:
+        stream = None
+        if on_cuda:
+            stream = native_stream(weights.runtime.native, torch.cuda.current_stream())
+        for layer in weights.model.layers:
+            weights.model.native.wait(layer.index, stream)
+
+    model.register_forward_hook(wait)
 
 
 def refuse_unsupported(model: nn.Module, *, on_cpu: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms import current_platform
 
+from .options import Options
 from .sleep import ArenaBackend, release_pages
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Worker(_Base):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._weights: list[Weights] = []
         self._lease: Lease | None = None
+        self._gated = False
         self._verified = False
 
     def load_model(self, **options: Any) -> None:
@@ -44,11 +46,11 @@ class Worker(_Base):  # type: ignore[misc]
         self._weights = [m.warmserve_weights for m in models if hasattr(m, "warmserve_weights")]
         if self._weights:
             first = self._weights[0]
-            gated = bool((self.load_config.model_loader_extra_config or {}).get("gated"))
+            self._gated = Options.parse(self.load_config.model_loader_extra_config).gated
             self._lease = first.runtime.lease(
-                [weights.model for weights in self._weights], streaming=gated
+                [weights.model for weights in self._weights], streaming=self._gated
             )
-            self._verified = not gated
+            self._verified = not self._gated
 
     def execute_model(self, scheduler_output: Any) -> Any:
         lease = self._lease
@@ -93,13 +95,15 @@ class Worker(_Base):  # type: ignore[misc]
             lease.release()
 
     @contextmanager
-    def _leased(self) -> Iterator[None]:
-        """For what reads weights outside of a step. All of them are there."""
+    def _leased(self, *, gated: bool = False) -> Iterator[None]:
+        """For what reads weights outside of a step. All are there, unless it does so by forward
+        passes alone, which may be ``gated``."""
         if not self._weights:
             yield
             return
         runtime = self._weights[0].runtime
-        lease = runtime.lease([weights.model for weights in self._weights])
+        models = [weights.model for weights in self._weights]
+        lease = runtime.lease(models, streaming=gated)
         lease.acquire(self._stream())
         try:
             yield
@@ -111,7 +115,7 @@ class Worker(_Base):  # type: ignore[misc]
 
     def determine_available_memory(self) -> int:
         """On a CPU vLLM counts what is mapped, which of an arena is not what it has."""
-        with self._leased():
+        with self._leased(gated=self._gated):
             if not (current_platform.is_cpu() and self._weights):
                 return int(super().determine_available_memory())
             requested = self.requested_cpu_memory
@@ -123,11 +127,11 @@ class Worker(_Base):  # type: ignore[misc]
                 self.requested_cpu_memory = requested
 
     def compile_or_warm_up_model(self) -> Any:
-        with self._leased():
+        with self._leased(gated=self._gated):
             return super().compile_or_warm_up_model()
 
     def execute_dummy_batch(self) -> None:
-        with self._leased():
+        with self._leased(gated=self._gated):
             super().execute_dummy_batch()
 
     def apply_model(self, fn: Callable[[torch.nn.Module], Any]) -> Any:
