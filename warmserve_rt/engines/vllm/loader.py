@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,22 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
     def _bound(
         self, vllm_config: Any, model_config: Any, prefix: str, entry: Entry, leasing: bool
     ) -> nn.Module:
-        arena = arenas.obtain(self._device(vllm_config), self.options.arena, entry)
-        assert arena is not None
-        weights = arena.add(entry, kept=not leasing)
-        try:
-            weights.prewarm()  # goes on while the module is built
-            model = self._build(vllm_config, model_config, prefix, entry.state, weights)
+        device = self._device(vllm_config)
+
+        def bring_in() -> arenas.Weights:
+            arena = arenas.obtain(device, self.options.arena, entry)
+            assert arena is not None
+            weights = arena.add(entry, kept=not leasing)
+            weights.prewarm()
+            return weights
+
+        # Arena and weights come while the module is built, which needs neither.
+        with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
+            coming = beside.submit(bring_in)
+            undo.callback(_close, coming)
+            model = self._built(vllm_config, model_config, prefix, entry.state)
+            weights = coming.result()
+            self._give(model, weights, vllm_config, model_config, entry.state)
             if not leasing:
                 log.warning(
                     "load format warmserve: %s stays in the arena for good, for its engine's "
@@ -125,40 +136,42 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
             guard(model, weights.runtime, weights.model)
             if self.options.gated:
                 wait_for_the_rest(model, weights)
-        except BaseException:
-            weights.close()
-            raise
+            undo.pop_all()
         model.warmserve_weights = weights  # type: ignore[assignment]
         return model
 
-    def _build(
-        self,
-        vllm_config: Any,
-        model_config: Any,
-        prefix: str,
-        state: State,
-        weights: arenas.Weights,
-    ) -> nn.Module:
-        device = torch.device(vllm_config.device_config.device)
-        settled = copy.copy(model_config)
-        settled.word_embeddings_untied_by_checkpoint = False  # the aliases say what is tied
+    def _built(self, vllm_config: Any, model_config: Any, prefix: str, state: State) -> nn.Module:
+        """The module, with parameters on the meta device."""
         with set_default_torch_dtype(model_config.dtype):
             with torch.device("meta"):
                 model: nn.Module = initialize_model(
                     vllm_config=vllm_config, model_config=model_config, prefix=prefix
                 )
             bind_private(model, state)
-            on_cpu = device.type == "cpu"
-            if on_cpu:
+            if _device_type(vllm_config) == "cpu":
                 # Of parameters on meta vLLM makes no packed copies, and needs no values.
                 refuse_unsupported(model, on_cpu=True)
-                process_weights_after_loading(model, settled, device)
-            bind_parameters(model, state, weights.model.tensors(), exact=on_cpu)
-            if not on_cpu:
-                with weights.runtime.lease(weights.model), weights_already_processed():
-                    process_weights_after_loading(model, settled, device)
-        refuse_meta(model)
+                _process(model, model_config, vllm_config)
         return model.eval()
+
+    def _give(
+        self,
+        model: nn.Module,
+        weights: arenas.Weights,
+        vllm_config: Any,
+        model_config: Any,
+        state: State,
+    ) -> None:
+        on_cpu = _device_type(vllm_config) == "cpu"
+        bind_parameters(model, state, weights.model.tensors(), exact=on_cpu)
+        if not on_cpu:
+            with (
+                set_default_torch_dtype(model_config.dtype),
+                weights.runtime.lease(weights.model),
+                weights_already_processed(),
+            ):
+                _process(model, model_config, vllm_config)
+        refuse_meta(model)
 
     def _processed(self, vllm_config: Any, model_config: Any, prefix: str) -> State:
         """What vLLM's default loader and its processing make of the checkpoint."""
@@ -194,6 +207,23 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         if vllm_config.device_config.device_type == "cpu":
             return "host"
         return f"cuda:{torch.cuda.current_device()}"
+
+
+def _close(coming: Future[arenas.Weights]) -> None:
+    if coming.exception() is None:
+        coming.result().close()
+
+
+def _device_type(vllm_config: Any) -> str:
+    return torch.device(vllm_config.device_config.device).type
+
+
+def _process(model: nn.Module, model_config: Any, vllm_config: Any) -> None:
+    """vLLM's processing of weights that the first start has processed. What is tied was settled
+    then, and the names say it."""
+    settled = copy.copy(model_config)
+    settled.word_embeddings_untied_by_checkpoint = False
+    process_weights_after_loading(model, settled, torch.device(vllm_config.device_config.device))
 
 
 def has_leasing_worker(vllm_config: Any) -> bool:
