@@ -23,7 +23,7 @@ from warmserve_rt import OutOfDeviceMemory, Runtime  # noqa: E402
 from warmserve_rt._errors import CorruptCheckpoint  # noqa: E402
 from warmserve_rt.engines import vllm as engine  # noqa: E402
 from warmserve_rt.engines.vllm import arenas  # noqa: E402
-from warmserve_rt.engines.vllm.cache import Cache, Key, discard  # noqa: E402
+from warmserve_rt.engines.vllm.cache import Cache, Key, discard, open_for_use  # noqa: E402
 from warmserve_rt.engines.vllm.options import Options  # noqa: E402
 from warmserve_rt.engines.vllm.state import (  # noqa: E402
     LayoutDiffers,
@@ -86,6 +86,17 @@ class TestCache:
         assert not old.weights.exists()
         assert cache.find(KEY) is None
         assert cache.find(other) == new
+
+    def test_a_file_in_use_is_left_until_the_next_writer(self, tmp_path: Path) -> None:
+        cache = Cache(tmp_path)
+        old = cache.write(KEY, state_of(1))
+        descriptor = open_for_use(old.weights)
+        for version in ("0.33.0", "0.34.0"):
+            cache.write(Key(KEY.name, KEY.place, {"vLLM": version}), state_of(2))
+            assert old.weights.exists()
+        os.close(descriptor)
+        cache.write(Key(KEY.name, KEY.place, {"vLLM": "0.35.0"}), state_of(2))
+        assert not old.weights.exists()
 
     def test_dtypes_and_shards_lie_side_by_side(self, tmp_path: Path) -> None:
         cache = Cache(tmp_path)
@@ -389,6 +400,14 @@ class TestArenas:
         weights = arena.add(entry)
         weights.wake()
         assert arena.runtime.snapshot().models[weights.model.name].resident
+        other = arena.add(entry)
+        weights.sleep()
+        weights.sleep()
+        assert arena.runtime.snapshot().granules_free == 0  # the other is awake
+        other.sleep()
+        assert arena.runtime.snapshot().granules_free == 4
+        other.close()
+        weights.wake()
         weights.sleep()
         assert arena.runtime.snapshot().granules_free == 4
         weights.close()

@@ -306,7 +306,7 @@ def test_a_failed_start_leaves_the_next_one_what_it_needs(
 def test_a_forward_pass_without_a_lease_is_refused(make: Make, models: dict[str, Path]) -> None:
     llm = make(models["other"])
     (weights,) = worker_of(llm)._weights
-    weights.sleep()
+    runtime().evict(weights.model)
     model = worker_of(llm).get_model()
     with pytest.raises(StaleView, match="is not leased"):
         model(torch.tensor([1]), torch.tensor([0]))
@@ -323,7 +323,7 @@ def test_what_reads_weights_outside_of_a_step_takes_a_lease(
         lambda: worker.compute_weight_checksums(),
         lambda: worker.execute_dummy_batch(),
     ):
-        weights.sleep()
+        runtime().evict(weights.model)
         use_it()
         assert resident(llm)
         assert runtime().snapshot().leases == 0

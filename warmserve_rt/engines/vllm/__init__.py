@@ -25,7 +25,6 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    _registered = True
     import vllm
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
     from vllm.model_executor.model_loader import register_model_loader
@@ -37,6 +36,7 @@ def register() -> None:
     SleepModeBackendFactory.register_backend(
         "warmserve", "warmserve_rt.engines.vllm.sleep", "ArenaBackend"
     )
+    _registered = True
 
 
 def warn_untested(version: str) -> None:

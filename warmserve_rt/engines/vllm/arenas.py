@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import Counter
 from contextlib import ExitStack, closing, suppress
-from typing import BinaryIO
 
 from warmserve_rt._errors import CorruptCheckpoint, OutOfDeviceMemory, WarmServeError
 from warmserve_rt._units import parse_bytes
@@ -31,6 +31,7 @@ class Arena:
         self._lock = threading.Lock()
         self._users: Counter[str] = Counter()
         self._kept: Counter[str] = Counter()
+        self._asleep: Counter[str] = Counter()
         self._verified: set[str] = set()
 
     @property
@@ -53,7 +54,8 @@ class Arena:
         """
         name = f"{entry.folder.name}-{entry.identity[:12]}".replace("@", "-")
         with self._lock, ExitStack() as undo:
-            in_use = undo.enter_context(open_for_use(entry.weights))
+            in_use = open_for_use(entry.weights)
+            undo.callback(os.close, in_use)
             known = any(model.name == name for model in self.runtime.models)
             if not known:
                 self.runtime.register(name, entry.weights)
@@ -95,10 +97,22 @@ class Arena:
         with self._lock:
             self._users[name] -= 1
             self._kept[name] -= weights.kept
+            self._asleep[name] -= weights.asleep
             if not self._users[name]:
                 self._verified.discard(name)
                 if self.is_open:  # at the end of a process it may be closed before its engines
                     self.runtime.unregister(weights.model)
+
+    def _sleep(self, weights: Weights) -> None:
+        name = weights.model.name
+        with self._lock:
+            if self._asleep[name] + 1 == self._users[name]:
+                self.runtime.evict(weights.model)
+            self._asleep[name] += 1
+
+    def _wake(self, weights: Weights) -> None:
+        with self._lock:
+            self._asleep[weights.model.name] -= 1
 
     def _is_verified(self, name: str) -> bool:
         return name in self._verified
@@ -111,13 +125,14 @@ class Weights:
     """One engine's weights in an arena."""
 
     def __init__(
-        self, arena: Arena, model: Model, entry: Entry, in_use: BinaryIO, *, kept: bool
+        self, arena: Arena, model: Model, entry: Entry, in_use: int, *, kept: bool
     ) -> None:
         self.arena, self.model, self.kept = arena, model, kept
         self._entry = entry
-        self._in_use = in_use
+        self._let_go = weakref.finalize(self, os.close, in_use)
         self._hold: Lease | None = None
         self._closed = False
+        self.asleep = False
 
     @property
     def runtime(self) -> Runtime:
@@ -157,12 +172,18 @@ class Weights:
         return [int(x) for x in granule_digest(self.runtime.read_back(self.model, layer), GRANULE)]
 
     def sleep(self) -> None:
-        """Leaves the arena to others. Raises Busy while a step runs, or where they are kept."""
-        self.runtime.evict(self.model)
+        """Leaves the arena to others, when all engines with these weights sleep; idempotent.
+        Raises Busy while a step runs, or where they are kept."""
+        if not self.asleep:
+            self.arena._sleep(self)
+            self.asleep = True
 
     def wake(self) -> None:
         """Returns when all is there."""
         self.prewarm().wait()
+        if self.asleep:
+            self.arena._wake(self)
+            self.asleep = False
 
     def close(self) -> None:
         """Gives the room back; idempotent. Raises Busy while a step runs."""
@@ -172,7 +193,7 @@ class Weights:
         if not self._closed:
             self._closed = True
             self.arena._leave(self)
-            self._in_use.close()
+            self._let_go()
 
 
 def use(runtime: Runtime, device: str = "host") -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -239,12 +239,12 @@ def _named(folder: Path) -> set[str]:
         return set()
 
 
-def open_for_use(weights: Path) -> BinaryIO:
-    """Keeps a file of weights from being removed until it is closed: a runtime reads it again
-    whenever they come back, and takes a file that was touched for another."""
-    file = open(weights, "rb")  # noqa: SIM115
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+def open_for_use(weights: Path) -> int:
+    """Keeps a file of weights from being removed until this descriptor is closed: a runtime reads it
+    again whenever they come back, and takes one that was touched for another."""
+    descriptor = os.open(weights, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def _remove_all_but(folder: Path, kept: set[str]) -> None:

@@ -59,40 +59,34 @@ class Worker(_Base):  # type: ignore[misc]
         if lease.held:  # a step that was given up between its halves
             lease.release()
         lease.acquire(self._stream())
-        output = None
+        goes_on = False
         try:
             output = super().execute_model(scheduler_output)
-        except BaseException:
-            lease.release()
-            raise
-        if output is not None:
-            self._end_step(lease)
-        return output
+            goes_on = output is None
+            if not goes_on:
+                self._verify_once()
+            return output
+        finally:
+            if not goes_on:
+                lease.release()
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         lease = self._lease
         if lease is None or not lease.held:
             return super().sample_tokens(grammar_output)
-        done = False
         try:
             output = super().sample_tokens(grammar_output)
-            done = True
-        finally:
-            if done:
-                self._end_step(lease)
-            else:
-                lease.release()
-        return output
-
-    def _end_step(self, lease: Lease) -> None:
-        """After a gated start nothing has been compared yet, and no token may leave before."""
-        try:
-            if not self._verified:
-                for weights in self._weights:
-                    weights.verify()
-                self._verified = True
+            self._verify_once()
+            return output
         finally:
             lease.release()
+
+    def _verify_once(self) -> None:
+        """After a gated start nothing has been compared yet, and no token may leave before."""
+        if not self._verified:
+            for weights in self._weights:
+                weights.verify()
+            self._verified = True
 
     @contextmanager
     def _leased(self, *, gated: bool = False) -> Iterator[None]:
