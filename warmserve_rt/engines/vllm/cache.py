@@ -240,8 +240,8 @@ def _named(folder: Path) -> set[str]:
 
 
 def open_for_use(weights: Path) -> int:
-    """Keeps a file of weights from being removed until this descriptor is closed: a runtime reads it
-    again whenever they come back, and takes one that was touched for another."""
+    """Keeps a file of weights from being removed until this descriptor is closed: a runtime reads
+    it again whenever they come back, and takes one that was touched for another."""
     descriptor = os.open(weights, os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
