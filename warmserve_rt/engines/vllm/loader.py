@@ -238,6 +238,9 @@ def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
     on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors().values())
 
     def wait(module: nn.Module, arguments: Any, output: Any) -> None:
+        everything_there, _ = weights.model.native.leased
+        if everything_there:
+            return
         stream = None
         if on_cuda:
             stream = native_stream(weights.runtime.native, torch.cuda.current_stream())
