@@ -38,6 +38,7 @@ ORDER = [
     "checkpoint",
     "kernels",
     "policy",
+    "_paths",
     "_units",
     "_native",
     "_errors",

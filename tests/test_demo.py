@@ -17,12 +17,13 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from warmserve_rt._paths import cache_dir  # noqa: E402
 from warmserve_rt.demo import run as demo  # noqa: E402
 from warmserve_rt.demo import tenants as tenants_module  # noqa: E402
 from warmserve_rt.demo.content import Content, unique_granules  # noqa: E402
 from warmserve_rt.demo.lessons import LESSONS, QUESTIONS, Lesson  # noqa: E402
 from warmserve_rt.demo.prewarmer import rank  # noqa: E402
-from warmserve_rt.demo.tenants import cache_dir, make_tenants  # noqa: E402
+from warmserve_rt.demo.tenants import make_tenants  # noqa: E402
 from warmserve_rt.demo.training import tune  # noqa: E402
 from warmserve_rt.demo.workload import arrivals  # noqa: E402
 

@@ -7,7 +7,6 @@ on most CPUs.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from warmserve_rt._paths import cache_dir, locked
 from warmserve_rt.demo.lessons import LESSONS, Lesson
 from warmserve_rt.demo.training import BATCH, tune
 
@@ -36,13 +36,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 RECIPE = 1  # to be raised when anything below changes what the files hold
 DISK_NEEDED = 3_200_000_000  # bytes
 PAGE = 4096
-
-
-def cache_dir() -> Path:
-    """Where this package keeps what it can make again: `$XDG_CACHE_HOME` or `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "warmserve_rt"
 
 
 def make_tenants(progress: Progress, *, count: int | None = None) -> dict[str, Path]:
@@ -57,7 +50,7 @@ def make_tenants(progress: Progress, *, count: int | None = None) -> dict[str, P
     root = cache_dir() / f"demo-{key}"
     root.mkdir(parents=True, exist_ok=True)
     tenants = {name: root / name for name in list(LESSONS)[:count]}
-    with _locked(root / "lock"):
+    with locked(root / "lock"):
         for left_over in root.glob("making-*"):  # by a process that was killed
             shutil.rmtree(left_over)
         missing = [name for name, path in tenants.items() if not path.exists()]
@@ -84,13 +77,6 @@ def _make(name: str, lesson: Lesson | None, base: Path, into: Path, progress: Pr
     tokenizer = AutoTokenizer.from_pretrained(base)
     tune(model, tokenizer, lesson, lambda done: progress(f"{name}: tuning {what}", done, steps))
     _write(into, model, tokenizer)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -1,0 +1,268 @@
+"""An engine's processed weights on the disk: written once, found again, and never half of them.
+
+An entry is a folder with a manifest, which names its two files, and is the only thing by which they
+are found. All is written aside under new names; the manifest is renamed last. So whoever is killed,
+or meets a full disk, leaves the entry as it was. Writers take turns by a lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+
+from warmserve_rt._errors import CorruptCheckpoint
+from warmserve_rt._paths import locked
+from warmserve_rt.checkpoint import open_checkpoint
+from warmserve_rt.kernels import granule_digest
+from warmserve_rt.layers import LayerSpec, build_layout
+
+from .state import State
+
+FORMAT = 1  # to be raised when a manifest means something else
+GRANULE = 2 << 20  # bytes that a digest is of
+PAGE = 4096
+_NAMES: Mapping[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What processed weights are of. ``place``: what lies side by side (which model, which dtype,
+    which shard); ``content``: what makes an entry stale when it changes."""
+
+    name: str
+    place: Mapping[str, Any]
+    content: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Processed weights that are complete. ``state`` is without its parameters, which are in the
+    file ``weights``; ``digests``: by layer, of each granule as a runtime lays it out."""
+
+    folder: Path
+    weights: Path
+    state: State = field(compare=False)
+    digests: Mapping[str, list[int]]
+    identity: str  # of the content
+
+
+class Cache:
+    """Entries under one folder. Raises OSError where that cannot be read or written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, key: Key) -> Path:
+        place = hashlib.sha256(json.dumps(dict(key.place), sort_keys=True).encode()).hexdigest()
+        return self.root / f"{key.name}-{place[:12]}"
+
+    def find(self, key: Key) -> Entry | None:
+        """The entry, if there is one of just this content and it is whole. The parameters' bytes
+        are not read: :attr:`Entry.digests` are for when they are."""
+        folder = self.folder(key)
+        try:
+            return _read(folder, key)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, CorruptCheckpoint) as error:
+            log.warning("%s: the cached weights are not used: %s", folder, error)
+            return None
+
+    def write(self, key: Key, state: State) -> Entry:
+        """Writes an entry, or finds the one that another process has written meanwhile.
+
+        Raises OSError, saying how many bytes it needs, where they cannot be written; what was there
+        is then as it was.
+        """
+        folder = self.folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):
+            if found := self.find(key):
+                return found
+            kept = _named(folder)
+            _remove_all_but(folder, kept)  # what was in use then, or begun by who was killed
+            try:
+                _write(folder, key, state)
+            except OSError as error:
+                _remove_all_but(folder, kept)
+                needs = sum(each.nbytes for each in state.parameters.values())
+                raise OSError(
+                    error.errno,
+                    f"cannot cache {key.name}'s processed weights, which need {needs} bytes in "
+                    f"{folder}: {error.strerror}",
+                ) from error
+            except BaseException:
+                _remove_all_but(folder, kept)
+                raise
+            _remove_all_but(folder, _named(folder))
+            return _read(folder, key)
+
+
+def discard(entry: Entry, reason: object) -> None:
+    """Forgets an entry whose content is not what it should be, if it is still the one there."""
+    with locked(entry.folder / "lock"):
+        if entry.weights.name in _named(entry.folder):
+            log.warning("%s: the cached weights are to be made again: %s", entry.folder, reason)
+            (entry.folder / "manifest.json").unlink()
+
+
+def _read(folder: Path, key: Key) -> Entry:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError("a manifest of another format")
+    if manifest.pop("digest", None) != _digest_of(manifest):
+        raise ValueError("the manifest was changed")
+    wanted = json.loads(json.dumps({"place": dict(key.place), "content": dict(key.content)}))
+    if manifest["key"] != wanted:
+        changed = [
+            name
+            for part in wanted
+            for name in wanted[part].keys() | manifest["key"][part].keys()
+            if wanted[part].get(name) != manifest["key"][part].get(name)
+        ]
+        raise ValueError(f"they are of another {', '.join(sorted(changed))}")
+    weights, private = folder / manifest["weights"], folder / manifest["private"]
+    if weights.stat().st_size != manifest["weights_bytes"]:
+        raise ValueError(f"{weights.name} has another size than it was written with")
+    if hashlib.sha256(private.read_bytes()).hexdigest() != manifest["private_sha256"]:
+        raise ValueError(f"{private.name} is not as it was written")
+    state = State(
+        private=load_file(private),
+        aliases=manifest["aliases"],
+        orders=manifest["orders"],
+        attributes=set(manifest["attributes"]),
+    )
+    return Entry(folder, weights, state, manifest["layers"], _digest_of(manifest["layers"]))
+
+
+def _write(folder: Path, key: Key, state: State) -> None:
+    nonce = secrets.token_hex(4)
+    weights, private = (folder / f"{what}-{nonce}.safetensors" for what in ("weights", "private"))
+    write_safetensors(weights, state.parameters)
+    save_file({name: each.clone() for name, each in state.private.items()}, private)
+    _sync(private)
+    with closing(open_checkpoint(weights)) as opened:
+        layers = build_layout(opened).layers
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "key": {"place": dict(key.place), "content": dict(key.content)},
+        "weights": weights.name,
+        "weights_bytes": weights.stat().st_size,
+        "private": private.name,
+        "private_sha256": hashlib.sha256(private.read_bytes()).hexdigest(),
+        "aliases": state.aliases,
+        "orders": state.orders,
+        "attributes": sorted(state.attributes),
+        "layers": {layer.name: layer_digest(layer, state.parameters) for layer in layers},
+    }
+    manifest["digest"] = _digest_of(manifest)
+    aside = folder / f"manifest-{nonce}.json"
+    aside.write_text(json.dumps(manifest))
+    _sync(aside)
+    aside.rename(folder / "manifest.json")
+    _sync(folder)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes row-major tensors one after the other, the first at the start of a page: no second
+    copy of them is made, and what maps the file finds them aligned. Raises ValueError for a dtype
+    that the format has no name for."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors cannot hold")
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": [*tensor.shape],
+            "data_offsets": offsets,
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(_bytes_of(tensor).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def layer_digest(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    """Of each granule of a layer as a runtime holds it: zeros lie between its tensors."""
+    whole = np.zeros(layer.nbytes, np.uint8)
+    for spec in layer.tensors:
+        whole[spec.offset : spec.offset + spec.nbytes] = _bytes_of(tensors[spec.name])
+    return [int(each) for each in granule_digest(whole, GRANULE)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    raw: npt.NDArray[np.uint8] = tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+    return raw
+
+
+def _named(folder: Path) -> set[str]:
+    """The files of the folder that make its entry."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return {"manifest.json", str(manifest["weights"]), str(manifest["private"])}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def open_for_use(weights: Path) -> int:
+    """Keeps a file of weights from being removed until this descriptor is closed: a runtime reads
+    it again whenever they come back, and takes one that was touched for another."""
+    descriptor = os.open(weights, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _remove_all_but(folder: Path, kept: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name in kept or path.name == "lock":
+            continue
+        with open(path, "rb") as file, suppress(BlockingIOError):  # in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

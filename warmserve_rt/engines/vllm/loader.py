@@ -1,0 +1,284 @@
+"""vLLM's model loader for the load format "warmserve"."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import (
+    initialize_model,
+    process_weights_after_loading,
+)
+from vllm.model_executor.utils import weights_already_processed
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from warmserve_rt._errors import CorruptCheckpoint
+from warmserve_rt._paths import cache_dir
+from warmserve_rt.engines.gates import guard
+from warmserve_rt.streams import native_stream
+
+from . import WORKER, arenas
+from .cache import Cache, Entry, discard
+from .key import key_of
+from .options import Options
+from .state import (
+    LayoutDiffers,
+    State,
+    bind_parameters,
+    bind_private,
+    export,
+    refuse_meta,
+)
+
+log = logging.getLogger(__name__)
+
+
+class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
+    """Builds a model on the meta device and makes views of the process's arena its parameters.
+
+    What is in the arena is what vLLM itself computes with, as its default loader and its processing
+    left it; the first start of a model writes that to the cache. On a CPU, weights are not packed
+    into private copies, as vLLM else does.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self.options = Options.parse(load_config.model_loader_extra_config)
+
+    def download_model(self, model_config: Any) -> None:
+        self._default().download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        raise NotImplementedError(
+            "load format warmserve: weights in an arena are read-only; load the other model as an "
+            "engine of its own"
+        )
+
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes of the arena, which vLLM is not to count as its own. One that is to be as large as
+        its first model is not there yet, and vLLM then sees it as that model's weights."""
+        arena = arenas.obtain(self._device(vllm_config), self.options.arena)
+        return 0 if arena is None else arena.nbytes
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """The model, with all its weights there unless ``gated``, and their
+        :class:`arenas.Weights` as ``warmserve_weights``.
+
+        Raises ValueError for what cannot be served so, naming it; OutOfDeviceMemory where the arena
+        has no room; OSError where the cache cannot be written.
+        """
+        eager = vllm_config.model_config.enforce_eager
+        if self.options.gated and not eager:
+            raise ValueError("load format warmserve: gated=True needs enforce_eager=True")
+        cache = Cache(Path(self.options.cache) if self.options.cache else cache_dir() / "vllm")
+        key = key_of(vllm_config, model_config)
+        leasing = has_leasing_worker(vllm_config)
+        rebuilt = False
+        while True:
+            entry = cache.find(key)
+            if entry is None:
+                rebuilt = True
+                entry = cache.write(key, self._processed(vllm_config, model_config, prefix))
+            try:
+                with undone_on_error(vllm_config):
+                    return self._bound(vllm_config, model_config, prefix, entry, leasing)
+            except FileNotFoundError:  # another process has replaced the entry
+                continue
+            except (CorruptCheckpoint, LayoutDiffers) as error:
+                if rebuilt:
+                    raise
+                discard(entry, error)
+
+    def _bound(
+        self, vllm_config: Any, model_config: Any, prefix: str, entry: Entry, leasing: bool
+    ) -> nn.Module:
+        device = self._device(vllm_config)
+
+        def bring_in() -> arenas.Weights:
+            arena = arenas.obtain(device, self.options.arena, entry)
+            assert arena is not None
+            weights = arena.add(entry, kept=not leasing)
+            weights.prewarm()
+            return weights
+
+        # Arena and weights come while the module is built, which needs neither.
+        with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
+            coming = beside.submit(bring_in)
+            undo.callback(_close, coming)
+            model = self._built(vllm_config, model_config, prefix, entry.state)
+            weights = coming.result()
+            self._give(model, weights, vllm_config, model_config, entry.state)
+            if not leasing:
+                log.warning(
+                    "load format warmserve: %s stays in the arena for good, for its engine's "
+                    "worker takes no leases: say worker_cls=%r",
+                    weights.model.name,
+                    WORKER,
+                )
+                weights.hold()
+            if not leasing or not self.options.gated:
+                weights.verify()
+            guard(model, weights.runtime, weights.model)
+            if self.options.gated:
+                wait_for_the_rest(model, weights)
+            undo.pop_all()
+        model.warmserve_weights = weights  # type: ignore[assignment]
+        return model
+
+    def _built(self, vllm_config: Any, model_config: Any, prefix: str, state: State) -> nn.Module:
+        """The module, with parameters on the meta device."""
+        with set_default_torch_dtype(model_config.dtype):
+            with torch.device("meta"):
+                model: nn.Module = initialize_model(
+                    vllm_config=vllm_config, model_config=model_config, prefix=prefix
+                )
+            bind_private(model, state)
+            if _device_type(vllm_config) == "cpu":
+                # Of parameters on meta vLLM makes no packed copies, and needs no values.
+                refuse_unsupported(model, on_cpu=True)
+                _process(model, model_config, vllm_config)
+        return model.eval()
+
+    def _give(
+        self,
+        model: nn.Module,
+        weights: arenas.Weights,
+        vllm_config: Any,
+        model_config: Any,
+        state: State,
+    ) -> None:
+        on_cpu = _device_type(vllm_config) == "cpu"
+        bind_parameters(model, state, weights.model.tensors(), exact=on_cpu)
+        if not on_cpu:
+            with (
+                set_default_torch_dtype(model_config.dtype),
+                weights.runtime.lease(weights.model),
+                weights_already_processed(),
+            ):
+                _process(model, model_config, vllm_config)
+        refuse_meta(model)
+
+    def _processed(self, vllm_config: Any, model_config: Any, prefix: str) -> State:
+        """What vLLM's default loader and its processing make of the checkpoint."""
+        scratch = copy.copy(vllm_config)  # a second model of that name may not be known to it
+        scratch.compilation_config = copy.copy(vllm_config.compilation_config)
+        scratch.compilation_config.static_forward_context = {}
+        scratch.compilation_config.static_all_moe_layers = []
+        device = torch.device(vllm_config.device_config.device)
+        with set_default_torch_dtype(model_config.dtype):
+            with device:
+                model = initialize_model(
+                    vllm_config=scratch, model_config=model_config, prefix=prefix
+                )
+            refuse_unsupported(model, on_cpu=device.type == "cpu")
+            if device.type == "cpu":
+                for part in model.modules():
+                    if isinstance(getattr(part, "quant_method", None), UnquantizedLinearMethod):
+                        vars(part)["_cpu_skip_gemm_dispatch"] = True  # vLLM's own switch
+            self._default().load_weights(model, model_config)
+            process_weights_after_loading(model, model_config, device)
+        return export(model)
+
+    def _default(self) -> Any:
+        plain = dataclasses.replace(
+            self.load_config, load_format="auto", model_loader_extra_config={}
+        )
+        return DefaultModelLoader(plain)
+
+    def _device(self, vllm_config: Any) -> str:
+        """The name of vLLM's device as a runtime has it."""
+        if self.options.device is not None:
+            return self.options.device
+        if vllm_config.device_config.device_type == "cpu":
+            return "host"
+        return f"cuda:{torch.cuda.current_device()}"
+
+
+def _close(coming: Future[arenas.Weights]) -> None:
+    if coming.exception() is None:
+        coming.result().close()
+
+
+def _device_type(vllm_config: Any) -> str:
+    return torch.device(vllm_config.device_config.device).type
+
+
+def _process(model: nn.Module, model_config: Any, vllm_config: Any) -> None:
+    """vLLM's processing of weights that the first start has processed. What is tied was settled
+    then, and the names say it."""
+    settled = copy.copy(model_config)
+    settled.word_embeddings_untied_by_checkpoint = False
+    process_weights_after_loading(model, settled, torch.device(vllm_config.device_config.device))
+
+
+def has_leasing_worker(vllm_config: Any) -> bool:
+    """Whether the engine's worker takes a lease around each step."""
+    worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    return bool(getattr(worker, "warmserve_leases", False))
+
+
+def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
+    """After a gated forward pass vLLM reads the output embedding without calling its module."""
+
+    on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors().values())
+
+    def wait(module: nn.Module, arguments: Any, output: Any) -> None:
+        everything_there, _ = weights.model.native.leased
+        if everything_there:
+            return
+        stream = None
+        if on_cuda:
+            stream = native_stream(weights.runtime.native, torch.cuda.current_stream())
+        for layer in weights.model.layers:
+            weights.model.native.wait(layer.index, stream)
+
+    model.register_forward_hook(wait)
+
+
+def refuse_unsupported(model: nn.Module, *, on_cpu: bool) -> None:
+    """Raises ValueError, which names it, for a part whose processing makes something else of its
+    weights than tensors that can be bound again."""
+    for name, part in model.named_modules():
+        method = getattr(part, "quant_method", None)
+        if not isinstance(method, QuantizeMethodBase):
+            continue
+        plain = isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+        if not (plain if on_cpu else method.supports_pre_processed_weights):
+            raise ValueError(
+                f"load format warmserve cannot serve {type(model).__name__}: "
+                f"{type(method).__name__}, of {name!r}, replaces its parameters by what only it "
+                "can read. Use vLLM's own load format for this model"
+            )
+
+
+@contextmanager
+def undone_on_error(vllm_config: Any) -> Iterator[None]:
+    """What building a model on meta leaves with vLLM: rotary modules, which must not be found by
+    the next; and, where building fails, the names of layers, which the next has again."""
+    layers = vllm_config.compilation_config.static_forward_context
+    rotary = rotary_embedding._ROPE_DICT
+    known, shared = set(layers), set(rotary)
+    try:
+        yield
+    except BaseException:
+        for name in layers.keys() - known:
+            del layers[name]
+        raise
+    finally:
+        for name in rotary.keys() - shared:
+            del rotary[name]
