@@ -41,7 +41,7 @@ def make(device: Device, files: dict[str, Path], watched: testing.Watched) -> Ru
         arena=CAPACITY * GRANULE,
         staging=2 * GRANULE,
         chunk=GRANULE,
-        staging_timeout=0.05,
+        staging_timeout=0.25,
         pump=True,
         tensors=device.tensors,
         driver=watched.driver,
