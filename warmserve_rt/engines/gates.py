@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,28 +17,37 @@ if TYPE_CHECKING:
     from warmserve_rt.runtime import Model, Runtime
 
 
-def guard(module: nn.Module, runtime: Runtime, model: Model) -> None:
+def guard(
+    module: nn.Module, runtime: Runtime, model: Model, entries: Iterable[nn.Module] = ()
+) -> None:
     """Lets a module that is bound to a model's tensors run under leases alone.
 
     A forward pass raises StaleView while no lease holds the model. Under one that streams, or is on
     some layers, each part of the module waits for the layer it computes with: on the host the
-    thread does, on CUDA torch's current stream. Parts of it are not to be called by themselves.
+    thread does, on CUDA torch's current stream. ``entries``: parts of it that may be called by
+    themselves, as a whole may (an encoder); other parts are not to be.
     """
     gates = Gates(module, runtime, model)
 
-    def must_be_leased(module: nn.Module, arguments: Any) -> None:
-        all_there, leased = model.native.leased
-        if all_there:
-            gates.remove()
-        elif leased:
-            gates.install()
-            gates.wait(gates.first)
-        else:
-            raise StaleView(
-                f"{model.name!r} is not leased: run it under `with runtime.lease({model.name!r})`"
-            )
+    def must_be_leased(layers: list[int]) -> Any:
+        def check(part: nn.Module, arguments: Any) -> None:
+            all_there, leased = model.native.leased
+            if all_there:
+                gates.remove()
+            elif leased:
+                gates.install()
+                gates.wait(layers)
+            else:
+                raise StaleView(
+                    f"{model.name!r} is not leased: run it under `with runtime.lease"
+                    f"({model.name!r})`"
+                )
 
-    module.register_forward_pre_hook(must_be_leased)
+        return check
+
+    for entry in dict.fromkeys((module, *entries)):
+        # A hook of an entry that is made while one of its hooks runs would come too late.
+        entry.register_forward_pre_hook(must_be_leased(gates.take(entry)))
 
 
 class Gates:
@@ -58,9 +67,11 @@ class Gates:
             if spec.nbytes
         }
         self._layers = gated_parts(module, layer_at)
-        # A hook of the module itself that is made while one of them runs would come too late.
-        self.first = self._layers.pop(module, [])
         self._hooks: list[RemovableHandle] = []
+
+    def take(self, part: nn.Module) -> list[int]:
+        """The layers that a part waits for; from now on that is the caller's business."""
+        return self._layers.pop(part, [])
 
     def install(self) -> None:
         if not self._hooks:

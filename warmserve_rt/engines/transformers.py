@@ -3,14 +3,15 @@
 Nothing is copied. A module is built without memory for its weights, and each parameter becomes a
 view at the address where the runtime will put that tensor. So it must be there just as the module
 wants it: a checkpoint that transformers would first have to fuse or split is refused, and one that
-it would have to cast, unless `load(dtype=...)` has it cast as it is loaded.
+it would have to cast, unless `load(dtype=...)` has it cast as it is loaded. Experts that it would
+stack are computed with one by one instead.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from . import experts
 from .gates import guard
 
 if TYPE_CHECKING:
@@ -42,9 +44,10 @@ def load(
 
     No weight is read: that happens when the model is prewarmed or leased. Run the module under
     `with runtime.lease(module.warmserve_model)`; with `streaming=True` its first blocks compute
-    while the last are still loaded. A forward pass of the whole module raises StaleView while no
-    lease on the model is held; other ways to read its weights then (printing a parameter, calling a
-    part of the module) are faults. The weights are read-only: they take no gradient, and writing to
+    while the last are still loaded. A forward pass raises StaleView while no lease on the model is
+    held, whether of the whole module or of a part that is a transformers model itself (its
+    `base_model`, an encoder); other ways to read its weights then (printing a parameter, calling a
+    block or the head) are faults. The weights are read-only: they take no gradient, and writing to
     one in place is a fault (RWKV does so in its forward pass).
 
     `name` is the model's in the runtime, by default the directory's; `dtype`, `layers` and
@@ -53,14 +56,28 @@ def load(
     The module computes in `dtype`, or else in the dtype that most of the checkpoint's bytes have,
     whatever its configuration says.
 
+    Where the checkpoint has each expert of a mixture by itself, `layers="experts"` makes each a
+    layer of its own, and a pass waits for those alone that the router chose. A model of two stacks
+    (T5) has one axis of layers, the encoder's blocks before the decoder's, and wants
+    `auto_class=AutoModelForSeq2SeqLM`.
+
     Raises ValueError, which names the tensor, if parameters and tensors do not match one to one
-    in name, shape and dtype; ValueError for a quantized model; and what `Runtime.register` raises.
-    The model is then not registered.
+    in name, shape and dtype; ValueError for a quantized model, which names the method, and for two
+    stacks where `auto_class` wants one; and what `Runtime.register` raises. The model is then not
+    registered.
     """
     path = os.fspath(path)
     settings = AutoConfig.from_pretrained(path, local_files_only=True, **config)
-    if getattr(settings, "quantization_config", None) is not None:
-        raise ValueError(f"{path}: a quantized model cannot compute on its file's bytes in place")
+    if method := _quantization(settings):
+        raise ValueError(
+            f"{path} is quantized ({method}): transformers would replace its parameters, and "
+            "cannot compute on its file's bytes in place"
+        )
+    if settings.is_encoder_decoder and auto_class is AutoModelForCausalLM:
+        raise ValueError(
+            f"{path}: {settings.model_type} has an encoder and a decoder, and AutoModelForCausalLM "
+            "builds one stack: say auto_class=transformers.AutoModelForSeq2SeqLM"
+        )
     model = runtime.register(
         name or os.path.basename(os.path.abspath(path)),
         path,
@@ -71,13 +88,16 @@ def load(
     try:
         tensors = runtime.tensors(model)
         module = skeleton(settings, _main_dtype(tensors.values()), auto_class=auto_class)
+        experts.separate(module, _stacked(module, tensors))
         bind(module, tensors)
     except BaseException:
         runtime.unregister(model)
         raise
     if module.can_generate() and os.path.exists(os.path.join(path, "generation_config.json")):
         module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    guard(module, runtime, model)
+    # Each of these has a call of its own: generate() calls the encoder of two stacks by itself.
+    whole: Iterable[nn.Module] = module.modules()
+    guard(module, runtime, model, (part for part in whole if isinstance(part, PreTrainedModel)))
     module.warmserve_model = model  # type: ignore[assignment]
     return module
 
@@ -147,6 +167,17 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
         slots_of[leaf] = value
 
 
+def _quantization(settings: Any) -> str | None:
+    """By what method the weights are quantized, also those of a part of a composite model."""
+    parts = (settings, *(getattr(settings, key, None) for key in settings.sub_configs))
+    for part in parts:
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            values = found if isinstance(found, dict) else vars(found)
+            return str(values.get("quant_method", "by an unknown method"))
+    return None
+
+
 def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The floating-point dtype with the most bytes."""
     sizes: dict[torch.dtype, int] = {torch.float32: 0}
@@ -192,17 +223,12 @@ def _targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     some, which a view cannot.
     """
     state = module.state_dict(keep_vars=True)
-    transforms = get_model_conversion_mapping(module)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    prefix = module.base_model_prefix
     targets: dict[str, str] = {}
     unused: dict[str, str] = {}
-    for name in names:
-        target, converted = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, converted = name, None
-        if converted is not None:
+    for name, target, part in _renamed(module, names, state):
+        if part in state:
+            target = part
+        elif part is not None:
             raise ValueError(
                 f"tensor {name!r} is only a part of {target!r}, which {type(module).__name__} "
                 "computes with: save the model again with save_original_format=False"
@@ -217,6 +243,32 @@ def _targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     for target in sorted(keys.unexpected_keys):
         raise ValueError(f"tensor {unused[target]!r} has no place in {type(module).__name__}")
     return targets
+
+
+def _stacked(module: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The paths of the modules whose experts a checkpoint of these names has apart."""
+    state = module.state_dict(keep_vars=True)
+    renamed = _renamed(module, names, state)
+    return {target.rpartition(".")[0] for _, target, part in renamed if part and target in state}
+
+
+def _renamed(
+    module: PreTrainedModel, names: Iterable[str], state: dict[str, Any]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Of each name of a checkpoint: what transformers makes of it, and, if it is only a part of
+    that, what the part is called where experts are apart, or "" where nothing is called so."""
+    transforms = get_model_conversion_mapping(module)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    prefix = module.base_model_prefix
+    for name in names:
+        target, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, converted = name, None
+        part = None
+        if converted is not None:
+            part = experts.part_of(name, target, converted, converters) or ""
+        yield name, target, part
 
 
 def _dtype_of(module: PreTrainedModel, name: str, slot: torch.Tensor) -> torch.dtype:
