@@ -104,13 +104,14 @@ def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
 def _cupy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
     """Over the address itself: what CuPy makes of a DLPack capsule needs a CUDA runtime of its
     own, and this is the same without."""
-    import cupy
-
     known = spec.dtype.name in _NUMPY
     view = native_view(model, spec, as_bytes=not known)
-    memory = cupy.cuda.UnownedMemory(
-        view.address, max(view.nbytes, 1), view, view.__dlpack_device__()[1]
-    )
+    kind, ordinal = view.__dlpack_device__()
+    if kind != _CUDA:
+        raise ValueError("tensors as 'cupy': it cannot see this device's memory")
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(view.address, max(view.nbytes, 1), view, ordinal)
     shape, dtype = (spec.shape, _NUMPY_NAMES[spec.dtype.name]) if known else (view.nbytes, "uint8")
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
