@@ -32,7 +32,16 @@ BATCH = {
     ),
     "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]]),
 }
-GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two that wait for each other on a busy machine take far longer than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -176,8 +185,6 @@ def test_experts_in_one_tensor_are_no_layers(runtime: Runtime, tmp_path: Path) -
     path = save(tmp_path / "model", "mixtral")
     with pytest.raises(ValueError, match="no tensor belongs to one expert alone"):
         load(runtime, path, layers="experts")
-    with pytest.raises(ValueError, match="the only name of a grouping is 'experts'"):
-        load(runtime, path, layers="blocks")  # type: ignore[arg-type]
 
 
 # Two stacks

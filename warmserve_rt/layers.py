@@ -217,19 +217,17 @@ def _prefixes(name: str) -> list[str]:
 def _groups(
     tensors: Mapping[str, TensorEntry], grouping: Grouping | None
 ) -> Sequence[tuple[str, Sequence[str]]]:
-    if grouping is None or isinstance(grouping, str):
+    if grouping is None or grouping == "experts":
         layers = group_by_name({name: entry.nbytes for name, entry in tensors.items()})
-        if grouping is None:
-            return layers
-        if grouping != "experts":
-            raise ValueError(f"layers={grouping!r}: the only name of a grouping is 'experts'")
-        return experts_apart(layers)
+        return experts_apart(layers) if grouping else layers
     if isinstance(grouping, Mapping):
         return [*grouping.items()]
-    if isinstance(grouping, Sequence):
+    if isinstance(grouping, Sequence) and not isinstance(grouping, str):
         return [(str(number), names) for number, names in enumerate(grouping)]
     if not callable(grouping):
-        raise TypeError(f"layers must be a mapping, a sequence or a function, not {grouping!r}")
+        raise TypeError(
+            f"layers must be 'experts', a mapping, a sequence or a function, not {grouping!r}"
+        )
     found: dict[str | int, list[str]] = {}
     for name in tensors:
         layer = grouping(name)

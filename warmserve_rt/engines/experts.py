@@ -67,6 +67,11 @@ class Experts(nn.ModuleList):
         return out
 
 
+def is_of_one(name: str) -> bool:
+    """Whether a tensor of this name belongs to one expert."""
+    return _NUMBER.search(name) is not None
+
+
 def part_of(
     name: str, target: str, pattern: str, converters: Iterable[WeightConverter]
 ) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,8 +102,13 @@ def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, 
     tensors of one layer; what has several waits for those of its own tensors, and its parts for
     theirs. A container that is never called leaves it to its parts, or to whoever has it.
     """
-    within = {part: set(_layers(part.modules(), layer_at)) for part in module.modules()}
+    within: dict[nn.Module, set[int]] = {}
     found: dict[nn.Module, set[int]] = {}
+
+    def gather(part: nn.Module) -> set[int]:
+        if part not in within:
+            within[part] = _own_layers(part, layer_at).union(*map(gather, part.children()))
+        return within[part]
 
     def descend(part: nn.Module, caller: nn.Module) -> None:
         called = type(part).forward is not nn.Module.forward
@@ -111,16 +116,17 @@ def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, 
             found.setdefault(part, set()).update(within[part])
             return
         caller = part if called else caller
-        found.setdefault(caller, set()).update(_layers([part], layer_at))
+        found.setdefault(caller, set()).update(_own_layers(part, layer_at))
         for child in part.children():
             descend(child, caller)
 
+    gather(module)
     descend(module, module)
     return {part: sorted(layers) for part, layers in found.items() if layers}
 
 
-def _layers(parts: Any, layer_at: dict[int, int]) -> Iterator[int]:
-    for part in parts:
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and tensor.data_ptr() in layer_at:
-                yield layer_at[tensor.data_ptr()]
+def _own_layers(part: nn.Module, layer_at: dict[int, int]) -> set[int]:
+    """Those of the tensors that are the part's and not a part's of it."""
+    own = (*part._parameters.values(), *part._buffers.values())
+    addresses = (tensor.data_ptr() for tensor in own if tensor is not None)
+    return {layer_at[address] for address in addresses if address in layer_at}
