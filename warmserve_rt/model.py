@@ -57,6 +57,7 @@ class Model:
         """Unchecked views of all tensors, at addresses that never change; loads nothing.
 
         Of the runtime's framework ("torch", ...), or of another, as in ``Runtime(tensors=...)``.
+        Raises ValueError for one that there is not, or that cannot see the device.
 
         For binding a module once. Reading one outside of a lease is a fault when its layer is not
         resident (``print(module)`` of a torch module prints no values, but printing a tensor reads

@@ -63,8 +63,7 @@ def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
         return next(
             (found for found in fitting[:-1] if importlib.util.find_spec(found)), fitting[-1]
         )
-    if name not in _MAKERS:
-        raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+    _maker(name)
     if name == ("numpy" if cuda else "cupy"):
         raise ValueError(f"tensors as {name!r}: it cannot see this device's memory")
     return name
@@ -124,6 +123,12 @@ _MAKERS: dict[Framework, Callable[[_native.Model, TensorSpec], Any]] = {
 }
 
 
+def _maker(name: Framework) -> Callable[[_native.Model, TensorSpec], Any]:
+    if name not in _MAKERS:
+        raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+    return _MAKERS[name]
+
+
 def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> dict[str, Any]:
     """All tensors of a model, at its addresses, whether or not anything is behind them.
 
@@ -131,7 +136,7 @@ def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> 
     fp6 in numpy and cupy; fp6 in torch) is uint8 of shape ``(nbytes,)``. "dlpack": the producers
     themselves.
     """
-    make = _MAKERS[framework]
+    make = _maker(framework)
     return {name: make(model, spec) for name, spec in layout.tensors.items()}
 
 

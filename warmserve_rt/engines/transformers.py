@@ -263,7 +263,7 @@ def _targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     for name, target, part in _renamed(module, names, state):
         if part in state:
             target = part
-        elif part is not None:
+        elif part is not None and target in state:
             raise ValueError(
                 f"tensor {name!r} is only a part of {target!r}, which {type(module).__name__} "
                 "computes with: save the model again with save_original_format=False"
