@@ -237,6 +237,18 @@ def test_an_encoder_called_by_itself_must_be_leased(runtime: Runtime, t5: Path) 
         module.get_encoder()(PROMPT)
 
 
+def test_an_encoder_that_is_no_layer_of_its_own_is_waited_for(t5: Path) -> None:
+    """All is one layer, for which the whole module waits; but the encoder is called by itself."""
+    names = [*load_file(t5 / "model.safetensors")]
+    with Runtime(arena="96MiB", staging="16MiB", pump=True, poison=True) as runtime:
+        module = load(runtime, t5, layers=[names], auto_class=AutoModelForSeq2SeqLM)
+        encoder = plain(t5, AutoModelForSeq2SeqLM).get_encoder()
+        with runtime.lease(module.warmserve_model, streaming=True), torch.no_grad():
+            states = module.get_encoder()(PROMPT).last_hidden_state
+            theirs = encoder(PROMPT).last_hidden_state
+    assert torch.equal(states, theirs)
+
+
 # What is refused or caught
 
 

@@ -61,17 +61,20 @@ class Gates:
         self._model = model
         tensors = model.tensors()
         self._on_cuda = any(tensor.is_cuda for tensor in tensors.values())
-        layer_at = {
+        self._layer_at = {
             tensors[name].data_ptr(): spec.layer
             for name, spec in model.layout.tensors.items()
             if spec.nbytes
         }
-        self._layers = gated_parts(module, layer_at)
+        self._layers = gated_parts(module, self._layer_at)
         self._hooks: list[RemovableHandle] = []
 
     def take(self, part: nn.Module) -> list[int]:
-        """The layers that a part waits for; from now on that is the caller's business."""
-        return self._layers.pop(part, [])
+        """The layers that a part waits for where it is called by itself; from now on that is the
+        caller's business."""
+        waits_for = self._layers.pop(part, [])
+        within = set[int]().union(*(_own_layers(each, self._layer_at) for each in part.modules()))
+        return list(within) if len(within) == 1 else waits_for
 
     def install(self) -> None:
         if not self._hooks:
