@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from . import experts
+from . import experts, names
 from .gates import guard
 
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_} | {
@@ -93,7 +90,7 @@ def load(
     try:
         tensors = runtime.tensors(model)
         module = skeleton(settings, _main_dtype(tensors.values()), auto_class=auto_class)
-        experts.separate(module, _stacked(module, tensors))
+        experts.separate(module, names.stacked(module, tensors))
         bind(module, tensors)
     except BaseException:
         runtime.unregister(model)
@@ -151,7 +148,7 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises ValueError as `load` does; the module is then unchanged.
     """
-    targets = _targets(module, tensors)
+    targets = names.targets(module, tensors)
     slots = _slots(module)
     plan = _dtype_plan(module)
     bound: dict[str, torch.Tensor] = {}
@@ -249,64 +246,6 @@ def _initialized(
     untyped: Any = module
     untyped.initialize_weights()
     return {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
-
-
-def _targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The checkpoint's name of each parameter or buffer that is in it.
-
-    transformers renames some tensors on load, which a view can follow; it also fuses and splits
-    some, which a view cannot.
-    """
-    state = module.state_dict(keep_vars=True)
-    targets: dict[str, str] = {}
-    unused: dict[str, str] = {}
-    for name, target, part in _renamed(module, names, state):
-        if part in state:
-            target = part
-        elif part is not None and target in state:
-            raise ValueError(
-                f"tensor {name!r} is only a part of {target!r}, which {type(module).__name__} "
-                "computes with: save the model again with save_original_format=False"
-            )
-        if target not in state:
-            unused[target] = name
-        elif targets.setdefault(target, name) != name:
-            raise ValueError(f"tensors {targets[target]!r} and {name!r} are both {target!r}")
-    # Some leftovers of old versions are known to be harmless.
-    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unused))
-    module._adjust_missing_and_unexpected_keys(keys)  # type: ignore[arg-type]
-    for target in sorted(keys.unexpected_keys):
-        raise ValueError(f"tensor {unused[target]!r} has no place in {type(module).__name__}")
-    return targets
-
-
-def _stacked(module: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """The paths of the modules whose experts a checkpoint of these names has apart."""
-    names = [name for name in names if experts.is_of_one(name)]
-    if not names:
-        return set()
-    state = module.state_dict(keep_vars=True)
-    renamed = _renamed(module, names, state)
-    return {target.rpartition(".")[0] for _, target, part in renamed if part and target in state}
-
-
-def _renamed(
-    module: PreTrainedModel, names: Iterable[str], state: dict[str, Any]
-) -> Iterator[tuple[str, str, str | None]]:
-    """Of each name of a checkpoint: what transformers makes of it, and, if it is only a part of
-    that, what the part is called where experts are apart, or "" where nothing is called so."""
-    transforms = get_model_conversion_mapping(module)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    prefix = module.base_model_prefix
-    for name in names:
-        target, converted = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, converted = name, None
-        part = None
-        if converted is not None:
-            part = experts.part_of(name, target, converted, converters) or ""
-        yield name, target, part
 
 
 def _dtype_plan(module: PreTrainedModel) -> list[tuple[re.Pattern[str], torch.dtype]]:
