@@ -15,6 +15,7 @@ from cuda_runtime import SIZES, WEIGHT, make
 
 from warmserve_rt import (
     Runtime,
+    StaleView,
     WarmServeError,
     testing,
 )
@@ -189,3 +190,73 @@ def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None
             found = cuda.peek(array.data.ptr, wanted.nbytes)
             assert found == wanted.tobytes()
         del array
+
+
+def test_leased_cupy_arrays_whatever_the_runtime_s_are(cuda: SimulatedCuda, tmp_path: Path) -> None:
+    cupy = pytest.importorskip("cupy")
+    data = np.arange(6, dtype=np.float32)
+    path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], data.tobytes())})
+    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="dlpack") as runtime:
+        runtime.register("f", path)
+        lease = runtime.lease("f")
+        with pytest.raises(StaleView, match="not held"):
+            lease.cupy()
+        with lease:
+            arrays = lease.cupy()
+            assert isinstance(arrays["h.0.w"], cupy.ndarray)
+            assert arrays["h.0.w"].data.ptr == lease.tensors["h.0.w"].address
+            assert lease.cupy(runtime.model("f"))["h.0.w"] is arrays["h.0.w"]
+        with pytest.raises(StaleView, match="was released"):
+            arrays["h.0.w"]
+
+
+def test_cupy_cannot_see_the_host(two_files: dict[str, Path]) -> None:
+    with Runtime(arena="8MiB", tensors="dlpack") as runtime:
+        runtime.register("a", two_files["a"])
+        with runtime.lease("a") as lease:
+            with pytest.raises(ValueError, match="'cupy': it cannot see this device's memory"):
+                lease.cupy()
+            assert not hasattr(lease.tensors[WEIGHT], "__cuda_array_interface__")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "name"),
+    [
+        ("F32", [2, 3], "<f4"),
+        ("F16", [5], "<f2"),
+        ("I64", [2], "<i8"),
+        ("U8", [7], "|u1"),
+        ("I8", [7], "|i1"),
+        ("BOOL", [3], "|b1"),
+        ("C64", [1, 2], "<c8"),
+        ("F32", [0, 4], "<f4"),
+        ("F32", [], "<f4"),
+        ("BF16", [4], None),
+        ("F8_E4M3", [4], None),
+        ("F4", [4], None),
+    ],
+)
+def test_the_cuda_array_interface(
+    cuda: SimulatedCuda, tmp_path: Path, dtype: str, shape: list[int], name: str | None
+) -> None:
+    bits = {"C64": 64, "BOOL": 8, "F4": 4, "BF16": 16, "F8_E4M3": 8}
+    width = bits.get(dtype) or int(dtype[1:])
+    nbytes = int(np.prod(shape)) * width // 8
+    path = write_safetensors(tmp_path / "f", {"h.0.w": (dtype, shape, bytes(nbytes))})
+    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="dlpack") as runtime:
+        for model, writable in (("f", False), ("g", True)):
+            runtime.register(model, path, writable=writable)
+            with runtime.lease(model) as lease:
+                view = lease.tensors["h.0.w"]
+                if name is None:
+                    with pytest.raises(AttributeError, match="use DLPack"):
+                        _ = view.__cuda_array_interface__
+                    continue
+                assert view.__cuda_array_interface__ == {
+                    "shape": tuple(shape),
+                    "typestr": name,
+                    "data": (view.address if nbytes else 0, not writable),
+                    "strides": None,
+                    "stream": None,
+                    "version": 3,
+                }

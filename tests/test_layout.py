@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+from checkpoints import write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -277,6 +278,32 @@ def test_layers_given_as_a_function(checkpoint: Checkpoint) -> None:
     assert [layer.name for layer in layout.layers] == ["h.1", "h.0", "wte", "ln"]
 
 
+def test_experts_are_layers_after_the_rest_of_their_block(tmp_path: Path) -> None:
+    """In the order of their numbers, whatever the file's; shared experts stay with the block."""
+    names = [
+        "lm_head.w",
+        *(f"layers.{block}.mlp.experts.{n}.w" for block in (1, 0) for n in (10, 2)),
+        "layers.0.mlp.shared_experts.0.w",
+        "layers.0.mlp.gate",
+        "layers.1.norm",
+        "embed.w",
+    ]
+    path = write_safetensors(tmp_path / "f", {name: ("U8", [4], bytes(4)) for name in names})
+    with closing(open_checkpoint(path)) as checkpoint:
+        layout = build_layout(checkpoint, "experts")
+    assert {layer.name: [t.name for t in layer.tensors] for layer in layout.layers} == {
+        "embedding": ["embed.w"],
+        "layers.0": ["layers.0.mlp.shared_experts.0.w", "layers.0.mlp.gate"],
+        "layers.0.experts.2": ["layers.0.mlp.experts.2.w"],
+        "layers.0.experts.10": ["layers.0.mlp.experts.10.w"],
+        "layers.1": ["layers.1.norm"],
+        "layers.1.experts.2": ["layers.1.mlp.experts.2.w"],
+        "layers.1.experts.10": ["layers.1.mlp.experts.10.w"],
+        "head": ["lm_head.w"],
+    }
+    assert [layer.name for layer in layout.layers][2] == "layers.0.experts.2"
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -284,8 +311,9 @@ def test_layers_given_as_a_function(checkpoint: Checkpoint) -> None:
         ({"a": BLOCK, "b": ["wte", "ln", "h.1.w", "h.0.a"]}, "'h.0.a' is in layer 'a' and .* 'b'"),
         ([[*BLOCK, "wte", "wte"]], "'wte' is in layer '0' and again in '0'"),
         ([[*BLOCK, "h.2.w"]], "'h.2.w' of layer '0' is not in the checkpoint"),
+        ("experts", "no tensor belongs to one expert alone"),
     ],
-    ids=["forgotten", "repeated", "repeated in a layer", "invented"],
+    ids=["forgotten", "repeated", "repeated in a layer", "invented", "no experts"],
 )
 def test_layers_that_do_not_fit(checkpoint: Checkpoint, layers: Grouping, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from warmserve_rt.checkpoint import Checkpoint, DType, TensorEntry
 from warmserve_rt.dtypes import cast_kind
@@ -18,10 +18,15 @@ from warmserve_rt.dtypes import cast_kind
 ALIGNMENT = 256  # bytes; of each tensor in its layer, as device allocators give
 
 Grouping: TypeAlias = (
-    Callable[[str], str | int] | Sequence[Sequence[str]] | Mapping[str, Sequence[str]]
+    Literal["experts"]
+    | Callable[[str], str | int]
+    | Sequence[Sequence[str]]
+    | Mapping[str, Sequence[str]]
 )
 
 _NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|\Z)")
+
+_EXPERT = re.compile(r"\.experts\.([0-9]{1,9})(?=\.)")
 
 # What runs before the blocks, by the names that the common families give it. Their output
 # embedding is not among it.
@@ -89,6 +94,8 @@ def build_layout(
     `grouping` says which tensors make a layer, and in which order the layers execute:
 
     - None: by the names, as `group_by_name` does;
+    - "experts": the same, but each expert that has tensors of its own is a layer, after the rest of
+      its block;
     - a mapping from a layer's name to its tensors' names, in order of execution;
     - a sequence of sequences of tensor names, in order; the layers are named "0", "1", ...;
     - a function from a tensor's name to its layer. Layers that are numbers execute in their
@@ -101,7 +108,8 @@ def build_layout(
     Layers are the same with and without.
 
     Raises ValueError, which names the tensor, if one is left out, repeated or not in the
-    checkpoint; TypeError if `grouping` is none of the above.
+    checkpoint; ValueError for "experts" where none has tensors of its own; TypeError if `grouping`
+    is none of the above.
     """
     groups = _groups(checkpoint.tensors, grouping)
     chosen: dict[str, int] = {}
@@ -177,6 +185,29 @@ def group_by_name(sizes: Mapping[str, int]) -> list[tuple[str, list[str]]]:
     return [(layer, names) for layer, names in layers if names]
 
 
+def experts_apart(layers: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """The same layers, but with each expert in one of its own, after what is left of its block.
+
+    Its name is the block's and its number, as in "model.layers.0.experts.3". Raises ValueError if
+    no tensor is an expert's alone.
+    """
+    apart: list[tuple[str, list[str]]] = []
+    for layer, names in layers:
+        rest: list[str] = []
+        experts: dict[int, list[str]] = {}
+        for name in names:
+            number = _EXPERT.search(name)
+            (experts.setdefault(int(number[1]), []) if number else rest).append(name)
+        apart.append((layer, rest))
+        apart += [(f"{layer}.experts.{number}", experts[number]) for number in sorted(experts)]
+    if len(apart) == len(layers):
+        raise ValueError(
+            "layers='experts': no tensor belongs to one expert alone (a name like "
+            "'experts.0.w1.weight')"
+        )
+    return [(layer, names) for layer, names in apart if names]
+
+
 def _prefixes(name: str) -> list[str]:
     """The name, then what is left as its last parts fall off one by one, at last nothing."""
     parts = name.split(".")
@@ -186,14 +217,17 @@ def _prefixes(name: str) -> list[str]:
 def _groups(
     tensors: Mapping[str, TensorEntry], grouping: Grouping | None
 ) -> Sequence[tuple[str, Sequence[str]]]:
-    if grouping is None:
-        return group_by_name({name: entry.nbytes for name, entry in tensors.items()})
+    if grouping is None or grouping == "experts":
+        layers = group_by_name({name: entry.nbytes for name, entry in tensors.items()})
+        return experts_apart(layers) if grouping else layers
     if isinstance(grouping, Mapping):
         return [*grouping.items()]
-    if isinstance(grouping, Sequence):
+    if isinstance(grouping, Sequence) and not isinstance(grouping, str):
         return [(str(number), names) for number, names in enumerate(grouping)]
     if not callable(grouping):
-        raise TypeError(f"layers must be a mapping, a sequence or a function, not {grouping!r}")
+        raise TypeError(
+            f"layers must be 'experts', a mapping, a sequence or a function, not {grouping!r}"
+        )
     found: dict[str | int, list[str]] = {}
     for name in tensors:
         layer = grouping(name)

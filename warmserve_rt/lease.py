@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from ._errors import StaleView
 from .selection import layer_index
 from .streams import StreamLike, native_stream
-from .views import LeasedTensors
+from .views import LeasedTensors, Tensors
 
 if TYPE_CHECKING:
     from . import _native
@@ -159,6 +159,20 @@ class Lease:
 
     def of(self, model: Model) -> LeasedTensors:
         """The tensors of one of the leased models. Raises StaleView when the lease is not held."""
+        return self._checked(model, model.tensors())
+
+    def cupy(self, model: Model | None = None) -> LeasedTensors:
+        """The tensors as CuPy arrays, whatever the runtime makes of them otherwise, of a model or
+        of the only one; zero-copy, and checked as those of :attr:`tensors`. CuPy knows no read-only
+        arrays: writing to one is a fault all the same.
+
+        Raises StaleView when the lease is not held, ValueError on the host, whose memory CuPy
+        cannot see, and ImportError where CuPy is not installed.
+        """
+        model = model or self._only_model()
+        return self._checked(model, model.tensors("cupy"))
+
+    def _checked(self, model: Model, tensors: Tensors) -> LeasedTensors:
         if model not in self._models:
             raise ValueError(f"{model.name!r} is not in this lease")
         mine = self._latest(f"the tensors of {model.name!r}")
@@ -171,9 +185,7 @@ class Lease:
             return hold.arrived(model.native, layer)
 
         complete = self._layers is None and not self._streaming
-        return LeasedTensors(
-            model.name, model.layout, model.tensors(), held, None if complete else here
-        )
+        return LeasedTensors(model.name, model.layout, tensors, held, None if complete else here)
 
     def _only_model(self) -> Model:
         if len(self._models) != 1:

@@ -18,7 +18,7 @@ class Model:
         self.native = native
         self.layout = layout
         self._framework = framework
-        self._tensors: dict[str, Any] | None = None
+        self._tensors: dict[Framework, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
         return f"<Model {self.name!r}: {len(self.layers)} layers, {self.nbytes} bytes>"
@@ -53,16 +53,20 @@ class Model:
         """Changes whenever the granules behind the model's addresses do. Lock-free."""
         return self.native.backing_epoch
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self, framework: Framework | None = None) -> dict[str, Any]:
         """Unchecked views of all tensors, at addresses that never change; loads nothing.
+
+        Of the runtime's framework ("torch", ...), or of another, as in ``Runtime(tensors=...)``.
+        Raises ValueError for one that there is not, or that cannot see the device.
 
         For binding a module once. Reading one outside of a lease is a fault when its layer is not
         resident (``print(module)`` of a torch module prints no values, but printing a tensor reads
         it).
         """
-        if self._tensors is None:
-            self._tensors = make_tensors(self.native, self.layout, self._framework)
-        return self._tensors
+        framework = framework or self._framework
+        if framework not in self._tensors:
+            self._tensors[framework] = make_tensors(self.native, self.layout, framework)
+        return self._tensors[framework]
 
 
 def native_files(checkpoint: Checkpoint) -> list[_native.FileTuple]:

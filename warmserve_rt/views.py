@@ -63,8 +63,7 @@ def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
         return next(
             (found for found in fitting[:-1] if importlib.util.find_spec(found)), fitting[-1]
         )
-    if name not in _MAKERS:
-        raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+    _maker(name)
     if name == ("numpy" if cuda else "cupy"):
         raise ValueError(f"tensors as {name!r}: it cannot see this device's memory")
     return name
@@ -104,13 +103,14 @@ def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
 def _cupy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
     """Over the address itself: what CuPy makes of a DLPack capsule needs a CUDA runtime of its
     own, and this is the same without."""
-    import cupy
-
     known = spec.dtype.name in _NUMPY
     view = native_view(model, spec, as_bytes=not known)
-    memory = cupy.cuda.UnownedMemory(
-        view.address, max(view.nbytes, 1), view, view.__dlpack_device__()[1]
-    )
+    kind, ordinal = view.__dlpack_device__()
+    if kind != _CUDA:
+        raise ValueError("tensors as 'cupy': it cannot see this device's memory")
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(view.address, max(view.nbytes, 1), view, ordinal)
     shape, dtype = (spec.shape, _NUMPY_NAMES[spec.dtype.name]) if known else (view.nbytes, "uint8")
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
@@ -123,6 +123,12 @@ _MAKERS: dict[Framework, Callable[[_native.Model, TensorSpec], Any]] = {
 }
 
 
+def _maker(name: Framework) -> Callable[[_native.Model, TensorSpec], Any]:
+    if name not in _MAKERS:
+        raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+    return _MAKERS[name]
+
+
 def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> dict[str, Any]:
     """All tensors of a model, at its addresses, whether or not anything is behind them.
 
@@ -130,7 +136,7 @@ def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> 
     fp6 in numpy and cupy; fp6 in torch) is uint8 of shape ``(nbytes,)``. "dlpack": the producers
     themselves.
     """
-    make = _MAKERS[framework]
+    make = _maker(framework)
     return {name: make(model, spec) for name, spec in layout.tensors.items()}
 
 

@@ -2,6 +2,8 @@
 
 #include <cstring>
 #include <memory>
+#include <string>
+#include <string_view>
 
 namespace py = pybind11;
 
@@ -9,6 +11,7 @@ namespace warmserve::dlpack {
 namespace {
 
 constexpr const char* kName = "dltensor_versioned";
+constexpr std::uint8_t kBool = 6;  // a type code of DLPack
 
 // What a capsule owns. Its deleter may run on any thread, with or without the GIL, and after the
 // interpreter is gone: there is nothing of Python in it.
@@ -28,6 +31,15 @@ void delete_capsule(PyObject* capsule) {
   if (!PyCapsule_IsValid(capsule, kName)) return;
   auto* managed = static_cast<ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, kName));
   managed->deleter(managed);
+}
+
+// As numpy writes it; empty where numpy has none.
+std::string type_string(const DataType& dtype) {
+  constexpr std::string_view kinds = "iuf??c";  // by DLPack's codes, from 0
+  if (dtype.code == kBool) return "|b1";
+  if (dtype.lanes != 1 || dtype.code >= kinds.size() || kinds[dtype.code] == '?') return {};
+  return (dtype.bits == 8 ? "|" : "<") + std::string(1, kinds[dtype.code]) +
+         std::to_string(dtype.bits / 8);
 }
 
 }  // namespace
@@ -80,6 +92,20 @@ py::capsule View::export_capsule(const py::object& stream, const py::object& max
   py::capsule capsule(&owned->managed, kName, delete_capsule);
   owned.release();
   return capsule;
+}
+
+py::dict View::cuda_array_interface() const {
+  if (device().type != DeviceType::cuda)
+    throw py::attribute_error("host memory has no CUDA array interface");
+  const std::string type = type_string(dtype);
+  if (type.empty())
+    throw py::attribute_error("the CUDA array interface has no name for this dtype: use DLPack");
+  py::tuple dimensions(shape.size());
+  for (std::size_t i = 0; i < shape.size(); ++i) dimensions[i] = shape[i];
+  using py::literals::operator""_a;
+  return py::dict("shape"_a = dimensions, "typestr"_a = type,
+                  "data"_a = py::make_tuple(bytes ? address : 0, read_only),
+                  "strides"_a = py::none(), "stream"_a = py::none(), "version"_a = 3);
 }
 
 }  // namespace warmserve::dlpack

@@ -58,6 +58,9 @@ struct View {
                                    const pybind11::object& max_version,
                                    const pybind11::object& dl_device,
                                    const pybind11::object& copy) const;
+  // Version 3 of the CUDA array interface, for who speaks no DLPack (numba). Throws AttributeError,
+  // as hasattr() wants it, on the host and for a dtype that numpy has no name for.
+  pybind11::dict cuda_array_interface() const;
 };
 
 }  // namespace warmserve::dlpack

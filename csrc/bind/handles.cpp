@@ -67,6 +67,7 @@ void bind_handles(py::module_& m) {
              const dlpack::Device device = self.device();
              return std::pair(static_cast<int>(device.type), device.id);
            })
+      .def_property_readonly("__cuda_array_interface__", &dlpack::View::cuda_array_interface)
       .def_readonly("address", &dlpack::View::address)
       .def_readonly("nbytes", &dlpack::View::bytes);
   py::class_<PyModel>(m, "Model")

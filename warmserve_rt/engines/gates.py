@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,28 +17,37 @@ if TYPE_CHECKING:
     from warmserve_rt.runtime import Model, Runtime
 
 
-def guard(module: nn.Module, runtime: Runtime, model: Model) -> None:
+def guard(
+    module: nn.Module, runtime: Runtime, model: Model, entries: Iterable[nn.Module] = ()
+) -> None:
     """Lets a module that is bound to a model's tensors run under leases alone.
 
     A forward pass raises StaleView while no lease holds the model. Under one that streams, or is on
     some layers, each part of the module waits for the layer it computes with: on the host the
-    thread does, on CUDA torch's current stream. Parts of it are not to be called by themselves.
+    thread does, on CUDA torch's current stream. ``entries``: parts of it that may be called by
+    themselves, as a whole may (an encoder); other parts are not to be.
     """
     gates = Gates(module, runtime, model)
 
-    def must_be_leased(module: nn.Module, arguments: Any) -> None:
-        all_there, leased = model.native.leased
-        if all_there:
-            gates.remove()
-        elif leased:
-            gates.install()
-            gates.wait(gates.first)
-        else:
-            raise StaleView(
-                f"{model.name!r} is not leased: run it under `with runtime.lease({model.name!r})`"
-            )
+    def must_be_leased(layers: list[int]) -> Any:
+        def check(part: nn.Module, arguments: Any) -> None:
+            all_there, leased = model.native.leased
+            if all_there:
+                gates.remove()
+            elif leased:
+                gates.install()
+                gates.wait(layers)
+            else:
+                raise StaleView(
+                    f"{model.name!r} is not leased: run it under `with runtime.lease"
+                    f"({model.name!r})`"
+                )
 
-    module.register_forward_pre_hook(must_be_leased)
+        return check
+
+    for entry in dict.fromkeys((module, *entries)):
+        # A hook of an entry that is made while one of its hooks runs would come too late.
+        entry.register_forward_pre_hook(must_be_leased(gates.take(entry)))
 
 
 class Gates:
@@ -52,15 +61,20 @@ class Gates:
         self._model = model
         tensors = model.tensors()
         self._on_cuda = any(tensor.is_cuda for tensor in tensors.values())
-        layer_at = {
+        self._layer_at = {
             tensors[name].data_ptr(): spec.layer
             for name, spec in model.layout.tensors.items()
             if spec.nbytes
         }
-        self._layers = gated_parts(module, layer_at)
-        # A hook of the module itself that is made while one of them runs would come too late.
-        self.first = self._layers.pop(module, [])
+        self._layers = gated_parts(module, self._layer_at)
         self._hooks: list[RemovableHandle] = []
+
+    def take(self, part: nn.Module) -> list[int]:
+        """The layers that a part waits for where it is called by itself; from now on that is the
+        caller's business."""
+        waits_for = self._layers.pop(part, [])
+        within = set[int]().union(*(_own_layers(each, self._layer_at) for each in part.modules()))
+        return list(within) if len(within) == 1 else waits_for
 
     def install(self) -> None:
         if not self._hooks:
@@ -91,8 +105,13 @@ def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, 
     tensors of one layer; what has several waits for those of its own tensors, and its parts for
     theirs. A container that is never called leaves it to its parts, or to whoever has it.
     """
-    within = {part: set(_layers(part.modules(), layer_at)) for part in module.modules()}
+    within: dict[nn.Module, set[int]] = {}
     found: dict[nn.Module, set[int]] = {}
+
+    def gather(part: nn.Module) -> set[int]:
+        if part not in within:
+            within[part] = _own_layers(part, layer_at).union(*map(gather, part.children()))
+        return within[part]
 
     def descend(part: nn.Module, caller: nn.Module) -> None:
         called = type(part).forward is not nn.Module.forward
@@ -100,16 +119,17 @@ def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, 
             found.setdefault(part, set()).update(within[part])
             return
         caller = part if called else caller
-        found.setdefault(caller, set()).update(_layers([part], layer_at))
+        found.setdefault(caller, set()).update(_own_layers(part, layer_at))
         for child in part.children():
             descend(child, caller)
 
+    gather(module)
     descend(module, module)
     return {part: sorted(layers) for part, layers in found.items() if layers}
 
 
-def _layers(parts: Any, layer_at: dict[int, int]) -> Iterator[int]:
-    for part in parts:
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and tensor.data_ptr() in layer_at:
-                yield layer_at[tensor.data_ptr()]
+def _own_layers(part: nn.Module, layer_at: dict[int, int]) -> set[int]:
+    """Those of the tensors that are the part's and not a part's of it."""
+    own = (*part._parameters.values(), *part._buffers.values())
+    addresses = (tensor.data_ptr() for tensor in own if tensor is not None)
+    return {layer_at[address] for address in addresses if address in layer_at}

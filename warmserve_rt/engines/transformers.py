@@ -3,24 +3,28 @@
 Nothing is copied. A module is built without memory for its weights, and each parameter becomes a
 view at the address where the runtime will put that tensor. So it must be there just as the module
 wants it: a checkpoint that transformers would first have to fuse or split is refused, and one that
-it would have to cast, unless `load(dtype=...)` has it cast as it is loaded.
+it would have to cast, unless `load(dtype=...)` has it cast as it is loaded. Experts that it would
+stack are computed with one by one instead.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from . import experts, names
 from .gates import guard
+
+_FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_} | {
+    getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "fill_", "zero_")
+}
 
 if TYPE_CHECKING:
     from warmserve_rt.layers import Grouping
@@ -42,9 +46,10 @@ def load(
 
     No weight is read: that happens when the model is prewarmed or leased. Run the module under
     `with runtime.lease(module.warmserve_model)`; with `streaming=True` its first blocks compute
-    while the last are still loaded. A forward pass of the whole module raises StaleView while no
-    lease on the model is held; other ways to read its weights then (printing a parameter, calling a
-    part of the module) are faults. The weights are read-only: they take no gradient, and writing to
+    while the last are still loaded. A forward pass raises StaleView while no lease on the model is
+    held, whether of the whole module or of a part that is a transformers model itself (its
+    `base_model`, an encoder); other ways to read its weights then (printing a parameter, calling a
+    block or the head) are faults. The weights are read-only: they take no gradient, and writing to
     one in place is a fault (RWKV does so in its forward pass).
 
     `name` is the model's in the runtime, by default the directory's; `dtype`, `layers` and
@@ -53,14 +58,28 @@ def load(
     The module computes in `dtype`, or else in the dtype that most of the checkpoint's bytes have,
     whatever its configuration says.
 
+    Where the checkpoint has each expert of a mixture by itself, `layers="experts"` makes each a
+    layer of its own, and a pass waits for those alone that the router chose. A model of two stacks
+    (T5) has one axis of layers, the encoder's blocks before the decoder's, and wants
+    `auto_class=AutoModelForSeq2SeqLM`.
+
     Raises ValueError, which names the tensor, if parameters and tensors do not match one to one
-    in name, shape and dtype; ValueError for a quantized model; and what `Runtime.register` raises.
-    The model is then not registered.
+    in name, shape and dtype; ValueError for a quantized model, which names the method, and for two
+    stacks where `auto_class` wants one; and what `Runtime.register` raises. The model is then not
+    registered.
     """
     path = os.fspath(path)
     settings = AutoConfig.from_pretrained(path, local_files_only=True, **config)
-    if getattr(settings, "quantization_config", None) is not None:
-        raise ValueError(f"{path}: a quantized model cannot compute on its file's bytes in place")
+    if method := _quantization(settings):
+        raise ValueError(
+            f"{path} is quantized ({method}): transformers would replace its parameters, and "
+            "cannot compute on its file's bytes in place"
+        )
+    if settings.is_encoder_decoder and auto_class is AutoModelForCausalLM:
+        raise ValueError(
+            f"{path}: {settings.model_type} has an encoder and a decoder, and AutoModelForCausalLM "
+            "builds one stack: say auto_class=transformers.AutoModelForSeq2SeqLM"
+        )
     model = runtime.register(
         name or os.path.basename(os.path.abspath(path)),
         path,
@@ -71,13 +90,16 @@ def load(
     try:
         tensors = runtime.tensors(model)
         module = skeleton(settings, _main_dtype(tensors.values()), auto_class=auto_class)
+        experts.separate(module, names.stacked(module, tensors))
         bind(module, tensors)
     except BaseException:
         runtime.unregister(model)
         raise
     if module.can_generate() and os.path.exists(os.path.join(path, "generation_config.json")):
         module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    guard(module, runtime, model)
+    # Each of these has a call of its own: generate() calls the encoder of two stacks by itself.
+    whole: Iterable[nn.Module] = module.modules()
+    guard(module, runtime, model, (part for part in whole if isinstance(part, PreTrainedModel)))
     module.warmserve_model = model  # type: ignore[assignment]
     return module
 
@@ -90,14 +112,19 @@ def skeleton(
     A buffer that transformers does not know how to fill is on the meta device too. Raises
     ValueError, which names it, for a tensor there that is neither parameter nor buffer.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _FillsNothing():
         module: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
     # What a buffer holds is the constructor's business, which ran on meta. transformers' own
     # loader refills buffers by initialising the module again with its parameters marked as done.
     # A buffer that keeps what it held before is one that the initialisation forgot.
     for parameter in module.parameters():
         _mark_initialized(parameter)
-    once, again = (_initialized(module, start) for start in (0, 1))
+    parts = {
+        module.get_submodule(path)
+        for name, _ in module.named_buffers(remove_duplicate=False)
+        for path in _parents(name)
+    }
+    once, again = (_initialized(module, parts, start) for start in (0, 1))
     for name, buffer in again.items():
         if not torch.equal(once[name], buffer):
             owner, leaf = _owner(module, name)
@@ -121,12 +148,13 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises ValueError as `load` does; the module is then unchanged.
     """
-    targets = _targets(module, tensors)
+    targets = names.targets(module, tensors)
     slots = _slots(module)
+    plan = _dtype_plan(module)
     bound: dict[str, torch.Tensor] = {}
     for target, name in targets.items():
         tensor, slot = tensors[name], slots[target]
-        dtype = _dtype_of(module, target, slot)
+        dtype = next((dtype for part, dtype in plan if part.search(target)), slot.dtype)
         if tensor.shape != slot.shape or tensor.dtype != dtype:
             raise ValueError(
                 f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)} in the checkpoint, "
@@ -147,6 +175,17 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
         slots_of[leaf] = value
 
 
+def _quantization(settings: Any) -> str | None:
+    """By what method the weights are quantized, also those of a part of a composite model."""
+    parts = (settings, *(getattr(settings, key, None) for key in settings.sub_configs))
+    for part in parts:
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            values = found if isinstance(found, dict) else vars(found)
+            return str(values.get("quant_method", "by an unknown method"))
+    return None
+
+
 def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The floating-point dtype with the most bytes."""
     sizes: dict[torch.dtype, int] = {torch.float32: 0}
@@ -164,63 +203,52 @@ def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def _parents(name: str) -> list[str]:
+    """The paths of the modules that a tensor is in, from its owner to the outermost, ""."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, leaf = name.rpartition(".")
     return module.get_submodule(parent), leaf
+
+
+class _FillsNothing(TorchFunctionMode):
+    """Leaves out what would fill tensors without memory, a third of the time a module takes.
+
+    Of this thread alone, unlike transformers' `no_init_weights`, which patches torch's functions.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _mark_initialized(thing: Any, done: bool = True) -> None:
     thing._is_hf_initialized = done
 
 
-def _initialized(module: PreTrainedModel, start: int) -> dict[str, torch.Tensor]:
-    """The buffers after transformers' initialisation, each on the CPU and first full of `start`."""
+def _initialized(
+    module: PreTrainedModel, parts: Container[nn.Module], start: int
+) -> dict[str, torch.Tensor]:
+    """The buffers after transformers' initialisation of these parts, each on the CPU and first full
+    of `start`."""
     for name, buffer in module.named_buffers(remove_duplicate=False):
         owner, leaf = _owner(module, name)
         owner._buffers[leaf] = torch.full_like(buffer, start, device="cpu")
     for part in module.modules():
-        _mark_initialized(part, False)
+        _mark_initialized(part, part not in parts)
     untyped: Any = module
     untyped.initialize_weights()
     return {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
-def _targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The checkpoint's name of each parameter or buffer that is in it.
-
-    transformers renames some tensors on load, which a view can follow; it also fuses and splits
-    some, which a view cannot.
-    """
-    state = module.state_dict(keep_vars=True)
-    transforms = get_model_conversion_mapping(module)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    prefix = module.base_model_prefix
-    targets: dict[str, str] = {}
-    unused: dict[str, str] = {}
-    for name in names:
-        target, converted = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, converted = name, None
-        if converted is not None:
-            raise ValueError(
-                f"tensor {name!r} is only a part of {target!r}, which {type(module).__name__} "
-                "computes with: save the model again with save_original_format=False"
-            )
-        if target not in state:
-            unused[target] = name
-        elif targets.setdefault(target, name) != name:
-            raise ValueError(f"tensors {targets[target]!r} and {name!r} are both {target!r}")
-    # Some leftovers of old versions are known to be harmless.
-    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unused))
-    module._adjust_missing_and_unexpected_keys(keys)  # type: ignore[arg-type]
-    for target in sorted(keys.unexpected_keys):
-        raise ValueError(f"tensor {unused[target]!r} has no place in {type(module).__name__}")
-    return targets
-
-
-def _dtype_of(module: PreTrainedModel, name: str, slot: torch.Tensor) -> torch.dtype:
-    """The dtype to which transformers' own loader would cast a parameter."""
+def _dtype_plan(module: PreTrainedModel) -> list[tuple[re.Pattern[str], torch.dtype]]:
+    """To what dtypes transformers' own loader would cast the parameters of such names."""
     plan: Mapping[str, torch.dtype] = module._get_dtype_plan(module.dtype)
-    wanted = ((part.replace("*", ".*"), dtype) for part, dtype in plan.items())
-    return next((dtype for part, dtype in wanted if re.search(part, name)), slot.dtype)
+    return [(re.compile(part.replace("*", ".*")), dtype) for part, dtype in plan.items()]

@@ -1,0 +1,177 @@
+"""What does a transformers model in the arena cost, beside transformers by itself?
+
+Binding: `load()`, which reads no weight, in turns with `from_pretrained` of the same directory,
+which lies in the page cache, and is mapped and not read either. Gates: what the hooks add to a
+forward pass, measured on their parts alone with the computation taken out, for beside milliseconds
+of it they are not to be seen: once the leased layers are there, when only the checks at the entries
+are left, and while some may be missing, when every part waits. All on one thread of torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from _harness import MIB, Bench, interleaved, ratio, seconds
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from warmserve_rt import Runtime, StaleView
+from warmserve_rt.demo.tenants import make_tenants
+from warmserve_rt.engines.transformers import load
+
+PASSES = 1000  # with the hooks and without, in turns
+PROMPT = torch.arange(100, 132)[None]
+TOKENS = 8
+
+
+def measure(bench: Bench, model: Path, rounds: int) -> None:
+    """Binding, gates and tokens of the causal model in a directory."""
+    torch.set_num_threads(1)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with Runtime(bench.args.device, size + size // 8 + 64 * MIB) as runtime:
+        measure_binding(bench, runtime, model, rounds)
+        module: Any = load(runtime, model, name="chat")
+        measure_gates(bench, runtime, module)
+        measure_tokens(bench, runtime, module, model, rounds)
+
+
+def measure_binding(bench: Bench, runtime: Runtime, model: Path, rounds: int) -> None:
+    def bound(lease: bool) -> float:
+        def work() -> Any:
+            module: Any = load(runtime, model, name="bound")
+            if lease:
+                with runtime.lease("bound"):
+                    pass
+            return module
+
+        taken = seconds(work)
+        gc.collect()  # a module and its gates are a cycle, which holds the model's addresses
+        runtime.unregister("bound")
+        return taken
+
+    def pretrained(read: bool) -> float:
+        def work() -> Any:
+            module: Any = AutoModelForCausalLM.from_pretrained(model)
+            if read:  # a number of every page
+                for parameter in module.parameters():
+                    parameter.data.view(-1)[:: 4096 // parameter.element_size()].sum()
+            return module
+
+        return seconds(work)
+
+    taken = interleaved(
+        {
+            "bind": lambda: bound(False),
+            "bind_and_load": lambda: bound(True),
+            "from_pretrained": lambda: pretrained(False),
+            "from_pretrained_and_read": lambda: pretrained(True),
+        },
+        rounds,
+    )
+    for name, samples in taken.items():
+        bench.row(f"{name}_s", statistics.median(samples), "s")
+    theirs = taken["from_pretrained"]
+    bench.target("bind_vs_from_pretrained", ratio(taken["bind"], theirs), "times", "<=", 0.3)
+    ready = ratio(taken["bind_and_load"], taken["from_pretrained_and_read"])
+    bench.row("weights_there_vs_from_pretrained", ready, "times")
+
+
+def measure_gates(bench: Bench, runtime: Runtime, module: Any) -> None:
+    last = len(module.warmserve_model.layers) - 1
+    with runtime.lease("chat"):
+        bench.target("gate_us_per_token", hooks_us(module, lambda part: True), "us", "<=", 5)
+    # A lease that lacks a layer keeps the gates; the part that computes with it is left out.
+    with runtime.lease("chat", layers=range(last)):
+        try:
+            module(PROMPT)
+        except StaleView:
+            gates = hooks_us(module, passes)
+        else:
+            raise AssertionError("the pass did not need the last layer")
+    bench.row("gate_us_while_layers_are_missing", gates, "us")
+
+
+def passes(part: nn.Module) -> bool:
+    """Whether a part's hooks find the layers they want."""
+    try:
+        for hook in part._forward_pre_hooks.values():
+            hook(part, ())
+    except StaleView:
+        return False
+    return True
+
+
+def hooks_us(module: nn.Module, among: Callable[[nn.Module], bool]) -> float:
+    """What the hooks of a module and of its parts add to one forward pass, in microseconds: the
+    median of passes that call those parts and compute nothing."""
+    parts = [part for part in module.modules() if part._forward_pre_hooks and among(part)]
+    hooks = [part._forward_pre_hooks for part in parts]
+
+    def timed(these: list[Any]) -> float:
+        for part, its in zip(parts, these, strict=True):
+            part._forward_pre_hooks = its
+        begin = perf_counter()
+        for part in parts:
+            part()
+        return perf_counter() - begin
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(computing_nothing(part))
+        none: list[Any] = [OrderedDict() for _ in parts]
+        runs = {"without": lambda: timed(none), "with": lambda: timed(hooks)}
+        taken = interleaved(runs, PASSES)
+    difference = [w - wo for w, wo in zip(taken["with"], taken["without"], strict=True)]
+    return 1e6 * statistics.median(difference)
+
+
+@contextmanager
+def computing_nothing(part: Any) -> Iterator[None]:
+    part.forward = lambda: None
+    try:
+        yield
+    finally:
+        del part.forward
+
+
+def measure_tokens(bench: Bench, runtime: Runtime, module: Any, model: Path, rounds: int) -> None:
+    """Ours against transformers' own, whose weights are read beforehand; and the same tokens."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(model)
+    greedy = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    said: dict[str, Any] = {}
+
+    def ours() -> None:
+        with runtime.lease("chat"):
+            said["ours"] = module.generate(PROMPT, **greedy)
+
+    def theirs() -> None:
+        said["theirs"] = plain.generate(PROMPT, **greedy)
+
+    taken = interleaved({"ours": lambda: seconds(ours), "plain": lambda: seconds(theirs)}, rounds)
+    bench.row("token_ms", 1e3 * statistics.median(taken["ours"]) / TOKENS, "ms")
+    bench.row("token_vs_plain", ratio(taken["ours"], taken["plain"]), "times")
+    same = int(torch.eq(said["ours"], said["theirs"]).all())
+    bench.target("tokens_are_transformers", same, "", "=", 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a directory (default: SmolLM2, as the demo's)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each kind")
+    bench = Bench.start("engines-transformers", parser)
+    model = bench.args.model or next(iter(make_tenants(lambda *_: None, count=1).values()))
+    measure(bench, model, bench.args.rounds)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
