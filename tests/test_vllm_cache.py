@@ -165,6 +165,7 @@ class TestCache:
         old = cache.write(KEY, state_of(1))
         child = subprocess.Popen(
             [sys.executable, "-c", SLOW_WRITER, str(tmp_path), str(Path(__file__).parent)],
+            cwd=tmp_path,  # not where a folder has the package's name
         )
         try:
             deadline = time.monotonic() + 60
