@@ -27,10 +27,9 @@ from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.plugins import load_general_plugins
 
-from warmserve_rt.engines.vllm import arenas
+from warmserve_rt.engines.vllm import WORKER, arenas
 from warmserve_rt.engines.vllm.loader import ArenaLoader
 
-WORKER = "warmserve_rt.engines.vllm.worker.Worker"
 PROMPTS = [
     "The capital of France is",
     "Once upon a time there was a",

@@ -19,13 +19,13 @@ class Dispatcher:
 
     A request that no instance has room for waits in line, so that whichever has room first serves
     it: that is the instance with the earliest first token, without a guess at when that would be.
-    Among instances with room it is the one with the least ``backlog``; of those within ``slack``
-    seconds of it the fullest, so that the others run empty and their devices can serve others.
-    One with a backlog of more than ``late`` seconds has no room.
+    Among instances with room it is the one with the least ``backlog``; of equals the fullest, so
+    that the others run empty and their devices can serve others. One with a backlog of more than
+    ``late`` seconds has no room.
     """
 
-    def __init__(self, *, slack: float = 0.0, late: float = float("inf")) -> None:
-        self.slack, self.late = slack, late
+    def __init__(self, *, late: float = float("inf")) -> None:
+        self.late = late
         self.pending: list[deque[int]] = []
         self.concurrent: list[int] = []
 
@@ -86,8 +86,8 @@ class Dispatcher:
                 continue
             if (
                 best is None
-                or backlog < best_backlog - self.slack
-                or (backlog <= best_backlog + self.slack and instance.work > best.work)
+                or backlog < best_backlog
+                or (backlog == best_backlog and instance.work > best.work)
             ):
                 best, best_backlog = instance, backlog
         return best

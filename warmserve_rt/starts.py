@@ -34,12 +34,11 @@ class Starts(Dispatcher):
         late: float = 0.1,
         up: float = 0.8,
         linger: float = 5.0,
-        slack: float = 0.0,
         rivalry: float = 1.0,
         wait: float = 3.0,
         occupied: float = 5.0,
     ) -> None:
-        super().__init__(slack=slack, late=late)
+        super().__init__(late=late)
         self.scheduler = scheduler
         self.share, self.crowd = share, crowd
         self.up, self.linger = up, linger
@@ -133,7 +132,7 @@ class Starts(Dispatcher):
         rivals = []
         for other in range(len(fleet.profiles)):
             if other != model:
-                running = sum(i.work > 0 or not i.loaded for i in fleet.instances[other])
+                running = sum(i.active for i in fleet.instances[other])
                 need = self.scheduler.demand.urgency(other, running, self.occupied) * self.rivalry
                 if need > 1e-3:
                     rivals.append(self.possible(other, need))

@@ -20,7 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 
-WORKER = "warmserve_rt.engines.vllm.worker.Worker"
+from warmserve_rt.engines.vllm import WORKER
+
 PROMPTS = [[5, 9, 200, 31], [7], [100, 101, 102, 103, 104, 105, 106], [250, 3]]
 
 

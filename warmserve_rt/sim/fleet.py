@@ -39,9 +39,9 @@ class Fleet(Memory):
     the KV cache that its requests need and leaves the rest to other models' layers and instances;
     otherwise it has all that its weights leave. ``partitioned``: each of n instances on a device
     has an n-th part of it, busy neighbours or not, as percentages of an MPS server divide it. Of a
-    runtime that polls, ``server_poll_s``: how often a started
-    instance is asked whether it is loaded; ``mapping_poll_s``: until the load of missing layers
-    notices that memory is mapped for them.
+    runtime that polls, ``server_poll_s``: how often a started instance is asked whether it is
+    loaded; ``mapping_poll_s``: until the load of missing layers notices that memory is mapped for
+    them.
     """
 
     def __init__(
