@@ -164,8 +164,12 @@ TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
         bench.neighbour.driver->arm({{1, last}}, call, status);
         bench.load();
         const bool hit = bench.neighbour.driver->injected() > 0;
-        CHECK(hit || call == event_wait);  // who finds a copy over need not wait
-        if (hit && (last > 1 || status == Status::device_lost)) CHECK(!bench.route().error.empty());
+        // Who finds a copy over need not wait; and a wait that failed as its time ran out is one
+        // that the next look may find over.
+        const bool sure = call != event_wait;
+        CHECK(hit || !sure);
+        if (sure && (last > 1 || status == Status::device_lost))
+          CHECK(!bench.route().error.empty());
         bench.neighbour.driver->disarm();
         bench.neighbour_lost = hit && status == Status::device_lost;
         bench.load();
