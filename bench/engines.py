@@ -1,7 +1,8 @@
 """What do serving engines gain and lose when their weights are in an arena?
 
 vLLM as it is installed, on the CPU with one thread, with a real language model in float32, beside
-the same vLLM with its own loader. Wants the environment that `.ci/engine_tests` makes.
+the same vLLM with its own loader; and transformers (_engines_transformers.py, which runs by itself
+too). Wants the environment that `.ci/engine_tests` makes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from time import perf_counter
 from types import SimpleNamespace
 
 import psutil
+from _engines_transformers import measure as measure_transformers
 from _harness import Bench, interleaved, ratio, scratch, seconds
 from _vllm import Engine, close_arena, engine, write_other
 from load import huge_pages, read, reclaim
@@ -245,6 +247,7 @@ def main() -> None:
         check_killed(answers, model, cache)
         bench.row("tokens_compared", answers.compared, "tokens")
         bench.target("tokens_match", answers.equal / answers.compared, "", "=", 1)
+    measure_transformers(bench, model, bench.args.rounds)
     bench.finish()
 
 

@@ -72,6 +72,7 @@ struct Model {
   // Under the runtime's lock.
   bool registered = true;
   std::uint32_t leases = 0;       // on any of its layers
+  std::uint64_t lease_epoch = 0;  // changes whenever one of them begins or ends
   std::uint32_t whole_holds = 0;  // those on all of them, which are not counted in each
   std::uint32_t layers_held = 0, granules_held = 0;  // by the others
   std::uint32_t missing = 0;                         // layers that are not resident

@@ -61,6 +61,7 @@ void Books::hold(const Lock&, const Selection& selection) {
   else if (model.whole_holds++ == 0)
     held_granules += model.granules - model.granules_held;
   ++model.leases;
+  ++model.lease_epoch;
   model.last_use = ++clock;
 }
 
@@ -76,6 +77,7 @@ void Books::unhold(const Lock&, const Selection& selection) {
   else if (--model.whole_holds == 0)
     held_granules -= model.granules - model.granules_held;
   --model.leases;
+  ++model.lease_epoch;
   if (room_wanted || release_wanted) wake();
 }
 

@@ -113,9 +113,10 @@ class Runtime {
   int fileno(const HoldPtr& hold, bool all);
   // Orders what comes after it behind the layer's arrival: blocks until the layer is there; with a
   // stream, until its copies are all under way, which the stream then waits for and the caller does
-  // not. Without a hold, for whoever leases the layer. Throws stale_view for what is not held or
-  // not in the lease, timeout, and what loading the layer met.
-  void await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer,
+  // not. Without a hold, for whoever leases the layer. True: it is resident, and nothing else need
+  // wait for it while it is held. Throws stale_view for what is not held or not in the lease,
+  // timeout, and what loading the layer met.
+  bool await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer,
                    const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
   // Whether the lease is held and the layer is there for it: resident, or waited for. Wait-free.
   bool arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer);
@@ -130,8 +131,9 @@ class Runtime {
   int fileno(const TicketPtr& ticket);  // readable when done; the ticket's
   // Readable once a backing epoch has changed, until it is read; the runtime's.
   int fileno();
-  // Whether every layer is held and resident; and whether any is held.
-  std::pair<bool, bool> leased(const ModelPtr& model);
+  // Whether every layer is held and resident; and, where any is held, a number other than 0 that
+  // changes whenever a lease on the model begins or ends. Wait-free.
+  std::pair<bool, std::uint64_t> leased(const ModelPtr& model);
   // Blocks until done; of a layer, until it is there. Throws timeout, the ticket's error, or what
   // poll throws; the work goes on.
   void wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll);

@@ -78,15 +78,15 @@ Ticket* Runtime::awaited(const Lock&, const Hold& hold, bool all) {
   return all && hold.ticket && !hold.ticket->done ? hold.ticket.get() : nullptr;
 }
 
-void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index,
+bool Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index,
                           const std::shared_ptr<Stream>& stream, Deadline deadline,
                           const Poll& poll) {
   const Layer& layer = layer_of(*model, index);
-  const std::string where = "layer " + std::to_string(index) + " of '" + model->name + "'";
+  const auto where = [&] { return "layer " + std::to_string(index) + " of '" + model->name + "'"; };
   std::optional<Uploads::Events> copies;
   Lock lock = open();
   if (hold && !hold->wants_layer(layer))
-    throw Error(ErrorKind::invalid_argument, where + " is not in this lease");
+    throw Error(ErrorKind::invalid_argument, where() + " is not in this lease");
   const auto held = [&] { return hold ? hold->admitted : layer.held(); };
   const auto over = [&] {
     if (!held() || !layer.fill || layer.residency == Residency::resident) return true;
@@ -94,16 +94,17 @@ void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
     return copies.has_value();
   };
   if (!wait_until(lock, deadline, poll, over))
-    throw Error(ErrorKind::timeout, where + " did not arrive in time");
+    throw Error(ErrorKind::timeout, where() + " did not arrive in time");
   if (!held())
     throw Error(ErrorKind::stale_view,
-                where + (hold ? ": the lease is not held" : " is not leased"));
+                where() + (hold ? ": the lease is not held" : " is not leased"));
   if (!copies && layer.residency != Residency::resident) {
     const Hold* failed =
         hold && hold->ticket && hold->ticket->error ? hold.get() : desk_.failed(lock, layer);
     if (failed) std::rethrow_exception(failed->ticket->error);
-    throw Error(ErrorKind::stale_view, where + " is not on its way");
+    throw Error(ErrorKind::stale_view, where() + " is not on its way");
   }
+  const bool resident = !copies;
   if (copies) {
     lock.unlock();
     for (const auto& event : *copies) stream->wait_for(*event);
@@ -111,6 +112,7 @@ void Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
     lock.lock();
   }
   if (hold) hold->ordered[model.get()].insert(index);
+  return resident;
 }
 
 bool Runtime::arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index) {
@@ -150,12 +152,12 @@ void Runtime::end_lease(const HoldPtr& hold) {
   while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
 }
 
-std::pair<bool, bool> Runtime::leased(const ModelPtr& model) {
+std::pair<bool, std::uint64_t> Runtime::leased(const ModelPtr& model) {
   enter();
   const Lock lock(books_.mutex);
   const bool all =
       model->whole_holds || (model->leases && model->layers_held == model->layers.size());
-  return {all && model->missing == 0, model->leases > 0};
+  return {all && model->missing == 0, model->leases ? model->lease_epoch : 0};
 }
 
 }  // namespace warmserve

@@ -26,6 +26,8 @@ from transformers import AutoConfig  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
 
 from warmserve_rt import CorruptCheckpoint, Runtime, StaleView  # noqa: E402
+from warmserve_rt.engines import transformers as engine  # noqa: E402
+from warmserve_rt.engines.blueprints import KEPT, Blueprints  # noqa: E402
 from warmserve_rt.engines.gates import gated_parts  # noqa: E402
 from warmserve_rt.engines.transformers import bind, load, skeleton  # noqa: E402
 
@@ -275,9 +277,92 @@ def test_gates_are_there_only_while_something_is_missing(runtime: Runtime, tmp_p
     with runtime.lease("chat", layers=3, streaming=True):
         with pytest.raises(StaleView, match="layer 3 of 'chat' is not leased"):
             module(PROMPT)
-        assert hooks() > entries
+        assert hooks() == entries + 3  # of the last block, the norm and the head
     leased_logits(runtime, module)
     assert hooks() == entries
+
+
+def test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    module = load(runtime, save(tmp_path / "model", "llama"), name="chat")
+    blocks = module.model.layers
+    gated = lambda: [bool(block._forward_pre_hooks) for block in blocks]  # noqa: E731
+    with runtime.lease("chat", layers=3, streaming=True):
+        for _ in range(2):
+            with pytest.raises(StaleView, match="layer 3"):
+                module(PROMPT)
+            assert gated() == [False, False, True]
+        with runtime.lease("chat", layers=2), pytest.raises(StaleView, match="layer 3"):
+            module(PROMPT)  # two leases hold the first layers
+    with runtime.lease("chat", layers=2), pytest.raises(StaleView, match="layer 2"):
+        module(PROMPT)  # what went with the first lease is not there for another
+    assert gated() == [False, True, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_module_built_like_another_computes_the_same(
+    runtime: Runtime, tmp_path: Path, family: str
+) -> None:
+    for seed in range(3):  # the third is unpickled
+        path = save(tmp_path / f"model-{seed}", family, seed=seed)
+        with torch.no_grad():
+            module = load(runtime, path)
+            assert module.name_or_path == module.config.name_or_path == str(path)
+            assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
+def test_modules_of_one_configuration_share_nothing(runtime: Runtime, tmp_path: Path) -> None:
+    modules = [load(runtime, save(tmp_path / f"model-{seed}", "llama")) for seed in range(4)]
+    wanted = [leased_logits(runtime, module) for module in modules]
+    modules[2].config.num_hidden_layers = 1
+    modules[2].model.rotary_emb.inv_freq.zero_()
+    assert modules[3].config.num_hidden_layers == 3
+    assert not torch.equal(leased_logits(runtime, modules[2]), wanted[2])
+    assert torch.equal(leased_logits(runtime, modules[3]), wanted[3])
+    later = load(runtime, tmp_path / "model-0", name="later")
+    assert torch.equal(leased_logits(runtime, later), wanted[0])
+
+
+def test_what_cannot_be_pickled_is_built_each_time(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    original = engine.skeleton
+
+    def unpicklable(*arguments: Any, **options: Any) -> Any:
+        module = original(*arguments, **options)
+        module.a_closure = lambda: module
+        built.append(module)
+        return module
+
+    monkeypatch.setattr(engine, "_blueprints", Blueprints())
+    monkeypatch.setattr(engine, "skeleton", unpicklable)
+    path = save(tmp_path / "model", "llama")
+    for number in range(4):
+        module = load(runtime, path, name=f"model-{number}")
+        assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+    assert len(built) == 4
+
+
+def test_configurations_are_forgotten_in_time() -> None:
+    blueprints = Blueprints()
+    configs = [AutoConfig.for_model("llama", vocab_size=size) for size in range(1, KEPT + 2)]
+    made: list[int] = []
+
+    def find(config: Any) -> None:
+        def build() -> Any:
+            made.append(config.vocab_size)
+            return config
+
+        blueprints.find(config, torch.float32, None, (), build)
+
+    for config in configs:
+        find(config)
+    assert len(blueprints._kept) == KEPT
+    find(configs[0])  # forgotten: it is only remembered again
+    find(configs[0])
+    assert made == [*range(1, KEPT + 2), 1, 1]
 
 
 def test_a_load_that_fails_stops_the_pass_at_its_layer(runtime: Runtime, tmp_path: Path) -> None:
@@ -312,7 +397,15 @@ def test_which_parts_wait_for_which_layers() -> None:
     by = {"attention": attention.weight, "scale": block.scale}
 
     def parts(*layers: tuple[Any, int]) -> dict[Any, list[int]]:
-        return gated_parts(block, {tensor.data_ptr(): layer for tensor, layer in layers})
+        own = {
+            part: {
+                layer
+                for tensor, layer in layers
+                if any(tensor is p for p in part._parameters.values())
+            }
+            for part in block.modules()
+        }
+        return gated_parts(block, own)
 
     everything = [(tensor, 0) for tensor in by.values()]
     both = [(expert.weight, 0) for expert in experts]

@@ -87,10 +87,10 @@ class Model:
     @property
     def backing_epoch(self) -> int: ...
     @property
-    def leased(self) -> tuple[bool, bool]: ...  # every layer, resident; any
+    def leased(self) -> tuple[bool, int]: ...  # every layer, resident; any: the leases' epoch
     def wait(
         self, layer: int, stream: Stream | None = None, timeout: float | None = None
-    ) -> None: ...
+    ) -> bool: ...  # resident, while it is held
     def view(
         self,
         layer: int,

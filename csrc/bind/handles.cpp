@@ -84,7 +84,7 @@ void bind_handles(py::module_& m) {
              std::optional<double> timeout) {
             const auto behind = stream_of(stream);
             const py::gil_scoped_release release;
-            self.runtime->await_layer(nullptr, self.model, layer, behind, deadline(timeout),
+            return self.runtime->await_layer(nullptr, self.model, layer, behind, deadline(timeout),
                                       check_signals);
           },
           py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +31,11 @@ def guard(
 
     def must_be_leased(layers: list[int]) -> Any:
         def check(part: nn.Module, arguments: Any) -> None:
-            all_there, leased = model.native.leased
+            all_there, epoch = model.native.leased
             if all_there:
                 gates.remove()
-            elif leased:
-                gates.install()
+            elif epoch:
+                gates.install(epoch)
                 gates.wait(layers)
             else:
                 raise StaleView(
@@ -53,7 +53,8 @@ def guard(
 class Gates:
     """Hooks before the parts of a module, each waiting for the layers with which its part computes.
 
-    They are there only while something may be missing: a hook costs more than what it asks.
+    A hook costs more than what it asks. So each is there only until its layers are, and comes back
+    when the leases on the model have changed, for what is there for one may go after another.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, model: Model) -> None:
@@ -61,56 +62,64 @@ class Gates:
         self._model = model
         tensors = model.tensors()
         self._on_cuda = any(tensor.is_cuda for tensor in tensors.values())
-        self._layer_at = {
+        layer_at = {
             tensors[name].data_ptr(): spec.layer
             for name, spec in model.layout.tensors.items()
             if spec.nbytes
         }
-        self._layers = gated_parts(module, self._layer_at)
-        self._hooks: list[RemovableHandle] = []
+        self._own = {part: _own_layers(part, layer_at) for part in module.modules()}
+        self._layers = gated_parts(module, self._own)
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self._epoch = 0  # of the leases for which hooks that are not there are not needed
 
     def take(self, part: nn.Module) -> list[int]:
         """The layers that a part waits for where it is called by itself; from now on that is the
         caller's business."""
         waits_for = self._layers.pop(part, [])
-        within = set[int]().union(*(_own_layers(each, self._layer_at) for each in part.modules()))
+        within = set[int]().union(*(self._own[each] for each in part.modules()))
         return list(within) if len(within) == 1 else waits_for
 
-    def install(self) -> None:
-        if not self._hooks:
-            self._hooks = [
-                part.register_forward_pre_hook(self._gate(layers))
-                for part, layers in self._layers.items()
-            ]
+    def install(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        for part in self._layers.keys() - self._hooks.keys():
+            self._hooks[part] = part.register_forward_pre_hook(self._gate)
+        self._epoch = epoch
 
     def remove(self) -> None:
         while self._hooks:
-            self._hooks.pop().remove()
+            self._hooks.popitem()[1].remove()
+        self._epoch = 0
 
-    def wait(self, layers: list[int]) -> None:
+    def wait(self, layers: list[int]) -> bool:
+        """Whether they are resident; else torch's current stream waits for them."""
         stream = None
         if self._on_cuda:
             stream = native_stream(self._runtime.native, torch.cuda.current_stream())
+        there = True
         for layer in layers:
-            self._model.native.wait(layer, stream)
+            there &= self._model.native.wait(layer, stream)
+        return there
 
-    def _gate(self, layers: list[int]) -> Any:
-        return lambda module, arguments: self.wait(layers)
+    def _gate(self, part: nn.Module, arguments: Any) -> None:
+        if self.wait(self._layers[part]) and (hook := self._hooks.pop(part, None)):
+            hook.remove()
 
 
-def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, list[int]]:
+def gated_parts(module: nn.Module, own: Mapping[nn.Module, set[int]]) -> dict[nn.Module, list[int]]:
     """For each part that has to wait, the layers that it waits for, ascending.
 
-    ``layer_at``: from a tensor's address to its layer. A part is as large as it can be with the
-    tensors of one layer; what has several waits for those of its own tensors, and its parts for
-    theirs. A container that is never called leaves it to its parts, or to whoever has it.
+    ``own``: of each part, the layers of those tensors that are not a part's of it. A part is as
+    large as it can be with the tensors of one layer; what has several waits for those of its own
+    tensors, and its parts for theirs. A container that is never called leaves it to its parts, or
+    to whoever has it.
     """
     within: dict[nn.Module, set[int]] = {}
     found: dict[nn.Module, set[int]] = {}
 
     def gather(part: nn.Module) -> set[int]:
         if part not in within:
-            within[part] = _own_layers(part, layer_at).union(*map(gather, part.children()))
+            within[part] = own[part].union(*map(gather, part.children()))
         return within[part]
 
     def descend(part: nn.Module, caller: nn.Module) -> None:
@@ -119,7 +128,7 @@ def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, 
             found.setdefault(part, set()).update(within[part])
             return
         caller = part if called else caller
-        found.setdefault(caller, set()).update(_own_layers(part, layer_at))
+        found.setdefault(caller, set()).update(own[part])
         for child in part.children():
             descend(child, caller)
 
@@ -128,8 +137,7 @@ def gated_parts(module: nn.Module, layer_at: dict[int, int]) -> dict[nn.Module, 
     return {part: sorted(layers) for part, layers in found.items() if layers}
 
 
-def _own_layers(part: nn.Module, layer_at: dict[int, int]) -> set[int]:
-    """Those of the tensors that are the part's and not a part's of it."""
+def _own_layers(part: nn.Module, layer_at: Mapping[int, int]) -> set[int]:
     own = (*part._parameters.values(), *part._buffers.values())
     addresses = (tensor.data_ptr() for tensor in own if tensor is not None)
     return {layer_at[address] for address in addresses if address in layer_at}

@@ -20,11 +20,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from . import experts, names
+from .blueprints import Blueprint, Blueprints
 from .gates import guard
 
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_} | {
     getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "fill_", "zero_")
 }
+
+_blueprints = Blueprints()
 
 if TYPE_CHECKING:
     from warmserve_rt.layers import Grouping
@@ -89,9 +92,16 @@ def load(
     )
     try:
         tensors = runtime.tensors(model)
-        module = skeleton(settings, _main_dtype(tensors.values()), auto_class=auto_class)
-        experts.separate(module, names.stacked(module, tensors))
-        bind(module, tensors)
+        dtype_of_most = _main_dtype(tensors.values())
+
+        def build() -> Blueprint:
+            built = skeleton(settings, dtype_of_most, auto_class=auto_class)
+            experts.separate(built, names.stacked(built, tensors))
+            return Blueprint(built, names.targets(built, tensors))
+
+        blueprint = _blueprints.find(settings, dtype_of_most, auto_class, tensors, build)
+        module = blueprint.module
+        _bind(module, tensors, blueprint.targets)
     except BaseException:
         runtime.unregister(model)
         raise
@@ -148,8 +158,14 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises ValueError as `load` does; the module is then unchanged.
     """
-    targets = names.targets(module, tensors)
-    slots = _slots(module)
+    _bind(module, tensors, names.targets(module, tensors))
+
+
+def _bind(
+    module: PreTrainedModel, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, str]
+) -> None:
+    owners = _owners(module)
+    slots = {name: _slot(owner, leaf) for name, (owner, leaf) in owners.items()}
     plan = _dtype_plan(module)
     bound: dict[str, torch.Tensor] = {}
     for target, name in targets.items():
@@ -170,7 +186,7 @@ def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{type(module).__name__} needs {name!r}: no tensor of the checkpoint")
         bound[name] = value
     for name, value in bound.items():
-        owner, leaf = _owner(module, name)
+        owner, leaf = owners[name]
         slots_of: Any = owner._parameters if leaf in owner._parameters else owner._buffers
         slots_of[leaf] = value
 
@@ -195,12 +211,19 @@ def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _slots(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint can hold and what it cannot: every parameter and buffer by its name."""
+def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Of every parameter and buffer, by its name, the part that has it, and its name there."""
     return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        f"{path}.{leaf}".lstrip("."): (part, leaf)
+        for path, part in module.named_modules(remove_duplicate=False)
+        for leaf, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
     }
+
+
+def _slot(owner: Any, leaf: str) -> torch.Tensor:
+    found: torch.Tensor = owner._parameters.get(leaf)
+    return owner._buffers[leaf] if found is None else found
 
 
 def _parents(name: str) -> list[str]:
