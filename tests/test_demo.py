@@ -14,68 +14,22 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
 from safetensors.torch import load_file  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from tiny_tenants import NAMES, cast_for, tiny  # noqa: E402
 
 from warmserve_rt._paths import cache_dir  # noqa: E402
 from warmserve_rt.demo import run as demo  # noqa: E402
 from warmserve_rt.demo import tenants as tenants_module  # noqa: E402
-from warmserve_rt.demo.content import Content, unique_granules  # noqa: E402
+from warmserve_rt.demo.content import Content, differing, unique_granules  # noqa: E402
 from warmserve_rt.demo.lessons import LESSONS, QUESTIONS, Lesson  # noqa: E402
-from warmserve_rt.demo.prewarmer import rank  # noqa: E402
+from warmserve_rt.demo.prewarmer import Prewarmer, rank  # noqa: E402
 from warmserve_rt.demo.tenants import make_tenants  # noqa: E402
 from warmserve_rt.demo.training import tune  # noqa: E402
 from warmserve_rt.demo.workload import arrivals  # noqa: E402
 
-NAMES = ["A", "B", "C", "D", "E"]
-TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-def tiny(seed: int) -> tuple[Any, Any]:
-    """A random model and a tokenizer whose words are the questions'."""
-    words = sorted({word for question in QUESTIONS for word in question.split()})
-    words += [f"w{i}" for i in range(96 - 4 - len(words))]
-    vocabulary = {word: number for number, word in enumerate(["<p>", "<b>", "<e>", "<u>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast: Any = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<p>", bos_token="<b>", eos_token="<e>"
-    )
-    fast.chat_template = TEMPLATE
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model, fast
-
 
 @pytest.fixture
 def cast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Five tiny tenants in place of the real ones; B differs from A in its last block alone."""
-    paths: dict[str, Path] = {}
-    for seed, name in enumerate(NAMES):
-        model, tokenizer = tiny(0 if name == "B" else seed)
-        if name == "B":
-            torch.nn.init.normal_(model.model.layers[2].mlp.up_proj.weight)
-        paths[name] = tmp_path / "tenants" / name
-        paths[name].mkdir(parents=True)
-        tenants_module._write(paths[name], model, tokenizer)
-    monkeypatch.setattr(demo, "make_tenants", lambda progress: paths)
-    monkeypatch.setattr(demo, "GAP", 0.01)
-    return paths
+    return cast_for(monkeypatch, tmp_path)
 
 
 def test_the_demo_passes_and_reports(cast: dict[str, Path], tmp_path: Path) -> None:
@@ -112,7 +66,8 @@ def test_reference_answers_are_kept_until_the_checkpoint_changes(
 ) -> None:
     contents = {name: Content(path, demo.GRANULE) for name, path in cast.items()}
     prompts = {"q": [5, 6, 7]}
-    arguments = cast, contents, prompts, 4, lambda *progress: None
+    plain = demo.reference.PlainTransformers()
+    arguments = cast, contents, prompts, 4, lambda *progress: None, plain
     answers = demo.reference.expected(*arguments)
     monkeypatch.setattr(demo.reference, "_generate", lambda *arguments: [9])
     assert demo.reference.expected(*arguments) == answers
@@ -140,7 +95,7 @@ def test_shared_granules_count_once(cast: dict[str, Path]) -> None:
     assert [len(layer) for layer in a.granules] == [1] * 5
     assert unique_granules([a, b]) == 6
     assert unique_granules([a, b, c]) == 11
-    assert a.layers_all_different(b) == [3]
+    assert differing(a.granules, b.granules) == [(3, 0)]
     assert a.digest != b.digest
 
 
@@ -176,7 +131,7 @@ def test_prewarming_is_never_shown_the_future(
     started = None
     seen: list[tuple[int, float]] = []
 
-    def spy(self: Any, queue: Any, past: Any) -> None:
+    def spy(self: Any, serving: str, queue: Any, past: Any) -> None:
         nonlocal started
         started = started or demo_clock()
         seen.append((len(past), demo_clock() - started))
@@ -184,7 +139,7 @@ def test_prewarming_is_never_shown_the_future(
 
     from time import monotonic as demo_clock
 
-    monkeypatch.setattr(demo.Prewarmed, "look_ahead", spy)
+    monkeypatch.setattr(Prewarmer, "look_ahead", spy)
     demo.run(None, requests=12, seed=1)
     stream = arrivals([*cast], QUESTIONS, count=12, seed=1, gap=demo.GAP)
     for count, time in seen:

@@ -3,8 +3,10 @@ or sim, live both."""
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import closing
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -28,20 +30,31 @@ app = typer.Typer(
 app.command()(simulate)
 
 
+class Engine(Enum):
+    """What the demo serves with."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 @app.command()
 def demo(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     requests: Annotated[int, typer.Option(min=2, help="How many arrive.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    engine: Annotated[Engine, typer.Option(help="What serves them.")] = Engine.transformers,
     mutate: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Serve five real models in an arena that holds half of them, in four ways."""
+    """Serve five real models in an arena that holds half of them, beside other ways."""
+    if engine is Engine.vllm:  # whose starts torch would speak of; read when it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from .demo.run import run
 
-        status = run(json, requests=requests, seed=seed, mutate=mutate)
+        status = run(json, requests=requests, seed=seed, engine=engine.value, mutate=mutate)
     except ModuleNotFoundError as error:
-        sys.exit(f"warmserve-rt demo needs {error.name}: pip install 'warmserve_rt[demo]'")
+        extras = "demo,vllm" if engine is Engine.vllm else "demo"
+        sys.exit(f"warmserve-rt demo needs {error.name}: pip install 'warmserve_rt[{extras}]'")
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"warmserve-rt demo: {error}")
     raise typer.Exit(status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +51,17 @@ class Content:
             for start in range(0, len(wanted), STEP)
         )
 
-    def layers_all_different(self, other: Content) -> list[int]:
-        """Layers of which no granule has the content of any granule of the other's."""
-        pairs = zip(self.granules, other.granules, strict=True)
-        return [index for index, (ours, theirs) in enumerate(pairs) if not {*ours} & {*theirs}]
+
+def differing(
+    ours: Sequence[Sequence[object]], theirs: Sequence[Sequence[object]]
+) -> list[tuple[int, int]]:
+    """Layer and granule of each place where digests, by layer, of two models differ."""
+    return [
+        (layer, granule)
+        for layer, pair in enumerate(zip(ours, theirs, strict=True))
+        for granule, (one, other) in enumerate(zip(*pair, strict=True))
+        if one != other
+    ]
 
 
 def unique_granules(contents: Iterable[Content]) -> int:

@@ -12,21 +12,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
-from warmserve_rt import Runtime, testing
+from warmserve_rt import testing
 from warmserve_rt.demo import report
 from warmserve_rt.demo.content import unique_granules
 from warmserve_rt.demo.measure import Costs, measure
 from warmserve_rt.demo.predicted import BEFORE_S, Outcome, predict
-from warmserve_rt.demo.rows import OnDemand
+from warmserve_rt.demo.rows import Say
 from warmserve_rt.demo.run import GRANULE, TOKENS, Cast, prepare, quiet, warm_up
-from warmserve_rt.demo.serve import generate
 from warmserve_rt.demo.traffic import PROMPTS, TRACE_S, Traffic, forecaster, traffic
+from warmserve_rt.demo.transformers_rows import Transformers, generate
 from warmserve_rt.loop import Loop
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.runtime_fleet import RuntimeFleet, profile_of
@@ -47,38 +46,30 @@ ROWS = {
 }
 
 
-class Tenants(OnDemand):
+class Tenants(Transformers):
     """The tenants in one runtime, served while layers are on their way."""
 
-    @property
-    def runtime(self) -> Runtime:
-        return self._runtime
-
-    @property
-    def modules(self) -> Mapping[str, Any]:
-        return self._modules
-
     @contextmanager
-    def serving(self, tenant: str) -> Iterator[Any]:
-        with self._runtime.lease(tenant, streaming=True) as lease:
+    def answering(self, tenant: str) -> Iterator[Say]:
+        with self.runtime.lease(tenant, streaming=True) as lease:
             self._leased = lease
             if self._mutation:
                 for layer in (1, 2):
                     lease.wait(layer)
-                model = self._modules[tenant].warmserve_model
-                testing.swap_granules(self._runtime, model, 1, model, 2)
+                model = self._models[tenant]
+                testing.swap_granules(self.runtime, model, 1, model, 2)
                 self._mutation = None
-            yield self._modules[tenant]
+            yield partial(generate, self.modules[tenant])
 
     def compare(self, tenant: str) -> bool:
         """Whether a model that can be leased has its file's bytes."""
-        with self._runtime.lease(tenant) as lease:
+        with self.runtime.lease(tenant) as lease:
             self._leased = lease
             return self.bytes_match(tenant)
 
     def leading(self, tenant: str) -> int:
         """How many layers are resident, counted from the first."""
-        layers = self._runtime.snapshot().models[tenant].layers
+        layers = self.runtime.snapshot().models[tenant].layers
         missing = (i for i, layer in enumerate(layers) if layer.residency != "resident")
         return next(missing, len(layers))
 
@@ -126,7 +117,8 @@ def run(
     cast = prepare(screen, PROMPTS)
     warm_up(cast)
     arena = unique_granules(cast.contents.values()) // 2 * GRANULE
-    tenants = Tenants(cast.tenants, cast.contents, arena, random.Random(seed) if mutate else None)
+    mutation = random.Random(seed) if mutate else None
+    tenants = Tenants(cast.tenants, cast.contents, arena, mutation=mutation)
     try:
         costs = measure(
             tenants.runtime, tenants.modules, [*cast.prompts.values()], tenants.compare, TOKENS
@@ -269,10 +261,10 @@ def _serve(
             last = request.tenant
             hits += tenants.leading(last)
             turn = clock()
-            with tenants.serving(last) as module:
+            with tenants.serving(last) as say:
                 answer: list[int] = []
                 length = asked.outputs[number]
-                for token in generate(module, cast.prompts[request.prompt], length, -1):
+                for token in say(cast.prompts[request.prompt], length, -1):
                     ttft[number] = ttft[number] or clock() - request.time
                     answer.append(token)
                 answered, first = clock(), ttft[number] + request.time

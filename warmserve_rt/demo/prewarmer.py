@@ -3,7 +3,44 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from warmserve_rt import Busy, Model, Runtime, Ticket
+
+
+class Prewarmer:
+    """Brings in the tenants that are most worth having, as many as there is room for."""
+
+    def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
+        self._runtime, self._models = runtime, models
+        snapshot = runtime.snapshot()
+        layers = [snapshot.models[model.name].layers for model in models.values()]
+        self._room = snapshot.granules // max(sum(each.granules for each in of) for of in layers)
+        self._tickets: dict[str, Ticket] = {}
+
+    def look_ahead(self, serving: str, queue: Sequence[str], past: Sequence[str]) -> None:
+        """``queue`` and ``past`` as of :func:`rank`. Who is served, if anybody, has room before all
+        others."""
+        ranking = rank(queue, past, [*self._models])
+        if serving:
+            ranking = [serving, *(name for name in ranking if name != serving)]
+        for place, name in enumerate(ranking):
+            self._runtime.stamp(self._models[name], keep_value=len(ranking) - place)
+        wanted = ranking[: self._room]
+        for name in self._tickets.keys() - wanted:
+            self._tickets.pop(name).cancel()  # what has arrived of it stays until it is in the way
+        models = self._runtime.snapshot().models
+        for name in wanted:
+            ticket = self._tickets.get(name)
+            if (ticket is None or ticket.done) and not models[self._models[name].name].resident:
+                self._tickets[name] = self._runtime.prewarm(self._models[name])
+
+    def settle(self) -> None:
+        """Wait until nothing moves."""
+        for ticket in self._tickets.values():
+            with suppress(Busy):  # a lease came first
+                ticket.wait()
 
 
 def rank(queue: Sequence[str], past: Sequence[str], tenants: Sequence[str]) -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import transformers
@@ -17,15 +18,17 @@ from transformers import AutoTokenizer
 from warmserve_rt.demo import reference, report
 from warmserve_rt.demo.content import Content, unique_granules
 from warmserve_rt.demo.lessons import QUESTIONS
-from warmserve_rt.demo.rows import Mapped, OnDemand, Prewarmed, Reload, Row
-from warmserve_rt.demo.serve import Answer, generate, serve
-from warmserve_rt.demo.tenants import make_tenants
+from warmserve_rt.demo.rows import Row
+from warmserve_rt.demo.serve import Answer, serve
+from warmserve_rt.demo.tenants import Progress, make_tenants
 from warmserve_rt.demo.training import prompt_ids
+from warmserve_rt.demo.transformers_rows import Mapped, Reload, Transformers
 from warmserve_rt.demo.workload import Request, arrivals
 
 GRANULE = 2 << 20  # bytes, the runtime's default
 TOKENS = 10  # of an answer
 GAP = 1.0  # seconds between requests, on average
+Engine: TypeAlias = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,10 @@ def run(
     *,
     requests: int = 20,
     seed: int = 0,
+    engine: Engine = "transformers",
     mutate: bool = False,
 ) -> int:
-    """Serve `requests` requests in four ways, print a table and write `json_path`, if given.
+    """Serve `requests` requests in several ways, print a table and write `json_path`, if given.
 
     Returns the exit status: 0 if every token and every leased byte is right, else 1. `mutate`
     swaps a granule of two tenants in memory, to see that the demo notices. Raises ValueError for
@@ -56,8 +60,8 @@ def run(
         raise ValueError(f"{requests} requests are too few: at least 2")
     quiet()
     screen = report.Screen()
-    screen.console.print(report.INTRODUCTION)
-    cast = prepare(screen)
+    screen.console.print(report.INTRODUCTION[engine])
+    cast = prepare(screen, engine=engine)
     unique = unique_granules(cast.contents.values())
     arena = unique // 2 * GRANULE
     screen.console.print(
@@ -65,10 +69,15 @@ def run(
         f"the arena: {arena / 1e6:.0f} MB; {requests} requests, seed {seed}\n"
     )
     stream = arrivals([*cast.tenants], QUESTIONS, count=requests, seed=seed, gap=GAP)
-    results = _run_rows(screen, cast, stream, arena, random.Random(seed) if mutate else None)
-
-    screen.console.print(report.table(results), report.NOTE)
+    ways = vllm_ways if engine == "vllm" else transformers_ways
+    with screen.bars() as bars:
+        mutation = random.Random(seed) if mutate else None
+        results = [
+            _run_row(make, cast, stream, bars) for make in ways(cast, arena, mutation, bars.show)
+        ]
+    screen.console.print(report.table(results), report.NOTE[engine])
     facts = {
+        "engine": engine,
         "models": len(cast.tenants),
         "tenants": [*cast.tenants],
         "arena_bytes": arena,
@@ -94,7 +103,9 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def prepare(screen: report.Screen, questions: Sequence[str] = QUESTIONS) -> Cast:
+def prepare(
+    screen: report.Screen, questions: Sequence[str] = QUESTIONS, engine: Engine = "transformers"
+) -> Cast:
     """The tenants, made if they are not there, asked these questions."""
     with screen.bars() as bars:
         tenants = make_tenants(bars.show)
@@ -104,7 +115,12 @@ def prepare(screen: report.Screen, questions: Sequence[str] = QUESTIONS) -> Cast
             bars.show("hashing the models' granules", len(contents), len(tenants))
         tokenizer = AutoTokenizer.from_pretrained(next(iter(tenants.values())))
         prompts = {question: prompt_ids(tokenizer, question) for question in questions}
-        wanted = reference.expected(tenants, contents, prompts, TOKENS, bars.show)
+        plain: reference.Plain = reference.PlainTransformers()
+        if engine == "vllm":
+            from warmserve_rt.demo.vllm_rows import PlainVllm
+
+            plain = PlainVllm()
+        wanted = reference.expected(tenants, contents, prompts, TOKENS, bars.show, plain)
     samples: dict[str, Any] = {
         name: tokenizer.decode(wanted[name, questions[0]], skip_special_tokens=True)
         for name in tenants
@@ -113,40 +129,45 @@ def prepare(screen: report.Screen, questions: Sequence[str] = QUESTIONS) -> Cast
     return Cast(tenants, contents, tokenizer, prompts, wanted)
 
 
-def _run_rows(
-    screen: report.Screen,
-    cast: Cast,
-    stream: Sequence[Request],
-    arena: int,
-    mutation: random.Random | None,
-) -> list[report.Result]:
-    rows: list[Callable[[], Row]] = [
-        lambda: Reload(cast.tenants),
-        lambda: Mapped(cast.tenants),
-        lambda: OnDemand(cast.tenants, cast.contents, arena, mutation),
-        lambda: Prewarmed(cast.tenants, cast.contents, arena),
-    ]
+def transformers_ways(
+    cast: Cast, arena: int, mutation: random.Random | None, progress: Progress
+) -> Iterator[Callable[[], Row]]:
+    """What makes each row; it is called when the one before has given its memory back."""
     warm_up(cast)
-    results = []
-    with screen.bars() as bars:
-        for make in rows:
-            row = make()
-            try:
-                results.append(_run_row(row, cast, stream, bars))
-            finally:
-                row.close()
-    return results
+    yield lambda: Reload(cast.tenants)
+    yield lambda: Mapped(cast.tenants)
+    yield lambda: Transformers(cast.tenants, cast.contents, arena, mutation=mutation)
+    yield lambda: Transformers(cast.tenants, cast.contents, arena, prewarm=True)
+
+
+def vllm_ways(
+    cast: Cast, arena: int, mutation: random.Random | None, progress: Progress
+) -> Iterator[Callable[[], Row]]:
+    """The same for vLLM."""
+    from warmserve_rt.demo.vllm_rows import Restarted, Vllm
+
+    cache = next(iter(cast.tenants.values())).parent / "vllm"
+    yield lambda: Restarted(cast.tenants, cast.contents)
+    yield lambda: Vllm(cast.tenants, arena, cache, progress, mutation=mutation)
+    yield lambda: Vllm(cast.tenants, arena, cache, progress, prewarm=True)
 
 
 def warm_up(cast: Cast) -> None:
     """Let torch prepare its kernels, which is no row's business."""
-    with Mapped(cast.tenants).serving(next(iter(cast.tenants))) as module:
+    with Mapped(cast.tenants).serving(next(iter(cast.tenants))) as say:
         for prompt in cast.prompts.values():
-            for _ in generate(module, prompt, 2, end=-1):
+            for _ in say(prompt, 2, -1):
                 pass
 
 
-def _run_row(row: Row, cast: Cast, stream: Sequence[Request], bars: report.Bars) -> report.Result:
+def _run_row(
+    make: Callable[[], Row], cast: Cast, stream: Sequence[Request], bars: report.Bars
+) -> report.Result:
+    with closing(make()) as row:
+        return _served(row, cast, stream, bars)
+
+
+def _served(row: Row, cast: Cast, stream: Sequence[Request], bars: report.Bars) -> report.Result:
     result = report.Result(row.name, row.title)
     bars.show(row.title, 0, len(stream))
 

@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from warmserve_rt.demo.rows import Row
 from warmserve_rt.demo.workload import Request
@@ -76,12 +73,12 @@ def serve(
         time.sleep(max(0.0, request.time - clock.now()))
         waited = clock.now() - request.time
         hit = row.ready(request.tenant)
-        with row.serving(request.tenant) as module:
+        with row.serving(request.tenant) as say:
             seen = 0  # the row has not been asked yet what it would do beside this request
             arrived(turn + 1)
             answer: list[int] = []
             ttft = 0.0
-            for token in generate(module, prompts[request.prompt], tokens, end):
+            for token in say(prompts[request.prompt], tokens, end):
                 ttft = ttft or clock.now() - request.time
                 answer.append(token)
                 arrived(turn + 1)
@@ -91,18 +88,3 @@ def serve(
         seen = 0
         arrived(turn + 1)
         answered(Answer(request, answer, ttft, waited, hit, matches, occupancy))
-
-
-@torch.inference_mode()
-def generate(module: Any, prompt: list[int], count: int, end: int) -> Iterator[int]:
-    """Greedy tokens, each given as soon as it is known."""
-    tokens = torch.tensor([prompt])
-    cache = None
-    for _ in range(count):
-        output = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        tokens = output.logits[:, -1].argmax(-1, keepdim=True)
-        token = int(tokens)
-        yield token
-        if token == end:
-            return

@@ -6,13 +6,14 @@ import os
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 
 from warmserve_rt._errors import CorruptCheckpoint, OutOfDeviceMemory, WarmServeError
 from warmserve_rt._units import parse_bytes
 from warmserve_rt.checkpoint import open_checkpoint
 from warmserve_rt.kernels import granule_digest
-from warmserve_rt.layers import build_layout
+from warmserve_rt.layers import LayerSpec, build_layout
 from warmserve_rt.lease import Lease
 from warmserve_rt.runtime import FOREGROUND, Model, Runtime, Ticket
 
@@ -138,6 +139,11 @@ class Weights:
     def runtime(self) -> Runtime:
         return self.arena.runtime
 
+    @property
+    def digests(self) -> Mapping[str, list[int]]:
+        """By layer, of each granule as it was written (:func:`kernels.granule_digest`)."""
+        return self._entry.digests
+
     def prewarm(self) -> Ticket:
         """Begins to bring in what is missing."""
         return self.runtime.prewarm(self.model, priority=FOREGROUND)
@@ -152,18 +158,25 @@ class Weights:
         Raises CorruptCheckpoint, where the entry is forgotten, and what loading raises."""
         if self.arena._is_verified(self.model.name):
             return
+        layer = self.differing()
+        if layer is not None:
+            error = CorruptCheckpoint(
+                f"{self._entry.weights}: layer {layer.name!r} is not as it was written"
+            )
+            discard(self._entry, error)
+            raise error
+        self.arena._mark_verified(self.model.name)
+
+    def differing(self) -> LayerSpec | None:
+        """Leases all, and returns the first layer that is not as it was written, if there is one.
+        Raises what loading raises."""
         same_granules = self.runtime.snapshot().granule_bytes == GRANULE
-        lease = self.runtime.lease(self.model, streaming=True)
-        with lease:
+        with self.runtime.lease(self.model, streaming=True) as lease:
             for layer in self.model.layers:
                 lease.wait(layer.index)
-                if self._digest(layer.index, same_granules) != self._entry.digests.get(layer.name):
-                    error = CorruptCheckpoint(
-                        f"{self._entry.weights}: layer {layer.name!r} is not as it was written"
-                    )
-                    discard(self._entry, error)
-                    raise error
-        self.arena._mark_verified(self.model.name)
+                if self._digest(layer.index, same_granules) != self.digests.get(layer.name):
+                    return layer
+        return None
 
     def _digest(self, layer: int, same_granules: bool) -> list[int]:
         if same_granules:

@@ -159,6 +159,15 @@ class Worker(_Base):  # type: ignore[misc]
                 f"{what}: weights in an arena are read-only, and other engines may have the same"
             )
 
+    def warmserve_models(self) -> list[str]:
+        """The names under which the arena's runtime has the engine's models."""
+        return [weights.model.name for weights in self._weights]
+
+    def prewarm(self) -> None:
+        """Begins to bring in what is missing, at the priority of a request that waits."""
+        for weights in self._weights:
+            weights.prewarm()
+
     def sleep(self, level: int = 1) -> None:
         """Leaves the arena to others and gives the KV cache's memory back. Both levels do the
         same: the cache of processed weights holds what comes back."""

@@ -1,0 +1,179 @@
+"""vLLM's rows: an engine started anew at each switch, or one for each tenant on a shared arena."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import count as count_from
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported: in this process, on one thread, and without a word.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from warmserve_rt import Runtime
+from warmserve_rt.demo.content import Content, differing
+from warmserve_rt.demo.rows import InArena, Row, Say
+from warmserve_rt.demo.tenants import Progress
+from warmserve_rt.engines.vllm import WORKER, use
+
+_numbers = count_from()
+
+
+class PlainVllm:
+    """vLLM with its own loader."""
+
+    name = "vLLM"
+    version: str = vllm.__version__
+
+    @contextmanager
+    def __call__(self, path: Path) -> Iterator[Callable[[list[int], int], list[int]]]:
+        with _engine(path) as llm:
+            yield partial(self.answer, llm)
+
+    @staticmethod
+    def answer(llm: Any, prompt: list[int], tokens: int) -> list[int]:
+        how = SamplingParams(temperature=0, max_tokens=tokens)
+        (output,) = llm.generate({"prompt_token_ids": prompt}, how, use_tqdm=False)
+        return [*output.outputs[0].token_ids]
+
+
+class Restarted(Row):
+    """One engine at a time, vLLM's own, started anew at every switch."""
+
+    name = "restart"
+    title = "restart"
+
+    def __init__(self, tenants: Mapping[str, Path], contents: Mapping[str, Content]) -> None:
+        self._tenants, self._contents = tenants, contents
+        self._running = ExitStack()
+        self._current = ""
+        self._llm: Any = None
+        self._moved = 0
+
+    def ready(self, tenant: str) -> bool:
+        return tenant == self._current
+
+    @contextmanager
+    def serving(self, tenant: str) -> Iterator[Say]:
+        if tenant != self._current:
+            self.close()
+            self._llm = self._running.enter_context(_engine(self._tenants[tenant]))
+            self._current = tenant
+            self._moved += self._contents[tenant].nbytes
+        yield partial(say, self._llm)
+
+    def bytes_moved(self) -> int:
+        return self._moved
+
+    def close(self) -> None:
+        self._llm, self._current = None, ""
+        self._running.close()
+
+
+class Vllm(InArena):
+    """An engine for each tenant, all in this process; each leases its weights for each step."""
+
+    def __init__(
+        self,
+        tenants: Mapping[str, Path],
+        arena: int,
+        cache: Path,
+        progress: Progress,
+        *,
+        prewarm: bool = False,
+        mutation: random.Random | None = None,
+    ) -> None:
+        runtime = Runtime(device="host", arena=arena, loaders=1, tensors="torch")
+        with ExitStack() as undo:
+            undo.callback(runtime.close)
+            use(runtime)
+            self._engines: dict[str, Any] = {}
+            for name, path in tenants.items():
+                self._engines[name] = undo.enter_context(
+                    _engine(
+                        path,
+                        load_format="warmserve",
+                        worker_cls=WORKER,
+                        model_loader_extra_config={"cache": str(cache)},
+                    )
+                )
+                progress("starting engines", len(self._engines), len(tenants))
+            self._weights = {
+                name: llm.collective_rpc("get_model")[0].warmserve_weights
+                for name, llm in self._engines.items()
+            }
+            models = {name: weights.model for name, weights in self._weights.items()}
+            super().__init__(runtime, models, prewarm=prewarm, mutation=mutation)
+            self._running = undo.pop_all()
+
+    @contextmanager
+    def answering(self, tenant: str) -> Iterator[Say]:
+        if self._mutation:
+            with self.runtime.lease(self._models[tenant]):
+                self.mutate(tenant)
+        yield partial(say, self._engines[tenant])
+
+    def bytes_match(self, tenant: str) -> bool:
+        """Compares every granule with what vLLM's own loader and processing had made."""
+        return self._weights[tenant].differing() is None
+
+    def differing(self, tenant: str, other: str) -> list[tuple[int, int]]:
+        return differing(*([*self._weights[name].digests.values()] for name in (tenant, other)))
+
+    def close(self) -> None:
+        self._weights.clear()
+        self._engines.clear()
+        self._running.close()
+
+
+def say(llm: Any, prompt: list[int], count: int, end: int) -> Iterator[int]:
+    """Greedy tokens, each given as soon as it is known."""
+    how = SamplingParams(
+        temperature=0,
+        max_tokens=count,
+        stop_token_ids=[end] if end >= 0 else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    engine = llm.llm_engine
+    engine.add_request(str(next(_numbers)), {"prompt_token_ids": prompt}, how)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            yield from output.outputs[0].token_ids
+
+
+@contextmanager
+def _engine(path: Path, **options: Any) -> Iterator[Any]:
+    llm = LLM(
+        str(path),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=1 << 25,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
