@@ -144,6 +144,21 @@ def test_two_engines_take_turns_in_an_arena_of_one(
     assert runtime().snapshot().layers_evicted > 0
 
 
+def test_an_engine_s_models_are_known_by_name_and_can_be_prewarmed(
+    make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
+) -> None:
+    llm = make(models["tied"])
+    ((name,),) = llm.collective_rpc("warmserve_models")
+    assert [model.name for model in runtime().models] == [name]
+    runtime().evict(name)
+    llm.collective_rpc("prewarm")
+    runtime().prewarm(name).wait()
+    loaded = runtime().snapshot().bytes_loaded
+    assert resident(llm)
+    assert tokens(llm) == wanted["tied"]
+    assert runtime().snapshot().bytes_loaded == loaded
+
+
 def test_asleep_it_has_no_memory_and_awake_it_answers(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
 ) -> None:
