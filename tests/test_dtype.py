@@ -300,6 +300,12 @@ def test_the_rule(dtypes: dict[str, str], dtype: str) -> None:
     assert {cast_kind(DTYPES[dtypes[name]], found) for name, found in casts.items()} <= {
         *kernels.CASTS
     }
+    some = sorted(entries)[::2]
+    assert planned_casts(entries, dict.fromkeys(some, dtype)) == {
+        name: cast for name, cast in casts.items() if name in some
+    }
+    with pytest.raises(ValueError, match="no tensor 'another'"):
+        planned_casts(entries, {"another": dtype})
     double = TensorEntry("new.w", DTYPES["F64"], (), 0, 0, 0)
     with pytest.raises(ValueError, match=r"'new\.w' is F64"):
         planned_casts({**entries, "new.w": double}, dtype)

@@ -83,6 +83,15 @@ def test_logits_equal_in_another_dtype(
     assert torch.equal(leased_logits(runtime, module), wanted)
 
 
+def test_what_is_in_another_dtype_than_most_is_cast(runtime: Runtime, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", "llama")
+    norm = load_file(path / "model.safetensors")["model.norm.weight"]
+    rewrite(path, model__norm__weight=norm.half())
+    module = load(runtime, path)
+    assert module.model.norm.weight.dtype is torch.float32
+    assert torch.equal(leased_logits(runtime, module), plain_logits(path))
+
+
 def test_greedy_generation_equals_transformers(runtime: Runtime, tmp_path: Path) -> None:
     path = save(tmp_path / "model", "llama-tied")
     module = load(runtime, path)
@@ -182,10 +191,11 @@ def test_experts_that_cannot_be_apart_are_refused(
         ({"model__norm__weight": None}, ["needs 'model.norm.weight'"]),
         ({"model__layers__1__extra": torch.ones(3)}, ["'model.layers.1.extra' has no place"]),
         ({"model__norm__weight": torch.ones(65)}, ["norm.weight", "65", "64"]),
-        ({"model__norm__weight": torch.ones(64).half()}, ["norm.weight", "float16", "float32"]),
+        ({"model__norm__weight": torch.ones(64).double()}, ["norm.weight", "F64"]),
+        ({"model__norm__weight": torch.ones(64).int()}, ["norm.weight", "int32", "float32"]),
         ({"norm__weight": torch.ones(64)}, ["norm.weight", "norm.weight", "are both"]),
     ],
-    ids=["missing", "extra", "shape", "dtype", "twice"],
+    ids=["missing", "extra", "shape", "double", "dtype", "twice"],
 )
 def test_checkpoints_that_do_not_fit_the_module_are_refused(
     runtime: Runtime, tmp_path: Path, changes: dict[str, Any], words: list[str]

@@ -264,6 +264,15 @@ def test_a_base_model_called_by_itself_must_be_leased(runtime: Runtime, tmp_path
         assert torch.equal(module.lm_head(states), plain_logits(path))
 
 
+def test_a_model_that_would_write_to_its_weights_is_refused(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "model", "rwkv")
+    with pytest.raises(ValueError, match="rescales its weights in place"):
+        load(runtime, path, rescale_every=6)
+    assert runtime.models == ()
+
+
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq", "mxfp4"])
 @pytest.mark.parametrize("part", [None, "text_config"])
 def test_quantized_models_are_refused_by_their_method(

@@ -50,6 +50,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}),
     "opt": ("opt", {**LLAMA, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "apertus": ("apertus", LLAMA),  # has buffers in its checkpoint
+    "bloom": ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "rwkv": ("rwkv", {"hidden_size": 64, "num_hidden_layers": 2, "rescale_every": 0}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **LLAMA,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+    "gpt_oss": ("gpt_oss", {**LLAMA, "head_dim": 16, "num_local_experts": 4}),
     "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4}),
     **MIXTURES,
 }

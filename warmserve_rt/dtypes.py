@@ -29,27 +29,37 @@ def target_dtype(name: str) -> DType:
     return DTYPES[found]
 
 
-def planned_casts(tensors: Mapping[str, TensorEntry], dtype: str) -> dict[str, DType]:
-    """The tensors that are not of ``dtype`` but should be, by name, and that dtype.
+def planned_casts(
+    tensors: Mapping[str, TensorEntry], dtype: str | Mapping[str, str]
+) -> dict[str, DType]:
+    """The tensors that are not of ``dtype`` but should be, by name, and that dtype; of a mapping,
+    those that it names.
 
     These are of F32, F16 or BF16. A float belongs to a quantised tensor and stays as it is where
     one (of 8 to 32-bit integers, fp8, fp6 or fp4) has the same prefix up to the name's last dot
     ("q.weight" and "q.scales"), or has a name with which, and a dot, the float's begins ("q.weight"
     and "q.weight.absmax").
 
-    Raises as `target_dtype`, and ValueError, which names the tensor, for a plain one of F64.
+    Raises as `target_dtype`, and ValueError, which names the tensor, for a plain one of F64, and
+    for one that a mapping names and the checkpoint has not.
     """
-    target = target_dtype(dtype)
+    if isinstance(dtype, str):
+        targets = dict.fromkeys(tensors, target_dtype(dtype))
+    else:
+        targets = {name: target_dtype(each) for name, each in dtype.items()}
+        if unknown := sorted(targets.keys() - tensors.keys()):
+            raise ValueError(f"dtype: no tensor {unknown[0]!r} in the checkpoint")
     quantised = {name for name, entry in tensors.items() if entry.dtype.name in _QUANTISED}
     modules = {_module(name) for name in quantised}
     casts = {}
-    for name, entry in tensors.items():
+    for name, target in targets.items():
+        entry = tensors[name]
         if entry.dtype.name not in ("F64", *_TARGETS.values()) or entry.dtype == target:
             continue
         if _module(name) in modules or any(prefix in quantised for prefix in _prefixes(name)):
             continue
         if entry.dtype.name == "F64":
-            raise ValueError(f"tensor {name!r} is F64, of which there is no cast to {dtype}")
+            raise ValueError(f"tensor {name!r} is F64, of which there is no cast to {target.name}")
         casts[name] = target
     return casts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, Literal
 
@@ -140,7 +140,7 @@ class Runtime:
         name: str,
         checkpoint: Source,
         *,
-        dtype: str | None = None,
+        dtype: str | Mapping[str, str] | None = None,
         layers: Grouping | None = None,
         writable: bool = False,
         allow_symlinks: bool = False,
@@ -151,8 +151,8 @@ class Runtime:
         bare name stands for the first registered, until :meth:`promote`.
         ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
         ``dtype``: "bfloat16", "float16" or "float32", to which plain floating-point weights are
-        cast as they are loaded; quantised tensors, and the floats that belong to them, stay as they
-        are (:func:`dtypes.planned_casts`).
+        cast as they are loaded, or such a name for each of some tensors; quantised tensors, and the
+        floats that belong to them, stay as they are (:func:`dtypes.planned_casts`).
         ``layers``: how tensors form layers, where their names do not tell; see
         :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that

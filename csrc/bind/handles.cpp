@@ -85,7 +85,7 @@ void bind_handles(py::module_& m) {
             const auto behind = stream_of(stream);
             const py::gil_scoped_release release;
             return self.runtime->await_layer(nullptr, self.model, layer, behind, deadline(timeout),
-                                      check_signals);
+                                             check_signals);
           },
           py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),

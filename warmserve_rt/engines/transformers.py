@@ -2,8 +2,8 @@
 
 Nothing is copied. A module is built without memory for its weights, and each parameter becomes a
 view at the address where the runtime will put that tensor. So it must be there just as the module
-wants it: a checkpoint that transformers would first have to fuse or split is refused, and one that
-it would have to cast, unless `load(dtype=...)` has it cast as it is loaded. Experts that it would
+wants it: what transformers would cast is cast as it is loaded, and a checkpoint that it would first
+have to fuse or split is refused. Experts that it would
 stack are computed with one by one instead.
 """
 
@@ -31,7 +31,7 @@ _blueprints = Blueprints()
 
 if TYPE_CHECKING:
     from warmserve_rt.layers import Grouping
-    from warmserve_rt.runtime import Runtime
+    from warmserve_rt.runtime import Model, Runtime
 
 
 def load(
@@ -53,13 +53,14 @@ def load(
     held, whether of the whole module or of a part that is a transformers model itself (its
     `base_model`, an encoder); other ways to read its weights then (printing a parameter, calling a
     block or the head) are faults. The weights are read-only: they take no gradient, and writing to
-    one in place is a fault (RWKV does so in its forward pass).
+    one in place is a fault. RWKV would do so in its forward pass: it wants `rescale_every=0`.
 
     `name` is the model's in the runtime, by default the directory's; `dtype`, `layers` and
     `allow_symlinks` are as in `Runtime.register`; `auto_class` is the transformers class that
     builds the module; other arguments (`attn_implementation="eager"`) go into its configuration.
     The module computes in `dtype`, or else in the dtype that most of the checkpoint's bytes have,
-    whatever its configuration says.
+    whatever its configuration says; what transformers keeps in float32, such as some routers, is
+    that here too.
 
     Where the checkpoint has each expert of a mixture by itself, `layers="experts"` makes each a
     layer of its own, and a pass waits for those alone that the router chose. A model of two stacks
@@ -67,9 +68,9 @@ def load(
     `auto_class=AutoModelForSeq2SeqLM`.
 
     Raises ValueError, which names the tensor, if parameters and tensors do not match one to one
-    in name, shape and dtype; ValueError for a quantized model, which names the method, and for two
-    stacks where `auto_class` wants one; and what `Runtime.register` raises. The model is then not
-    registered.
+    in name, shape and dtype; ValueError for a quantized model, which names the method, for one that
+    writes to its weights, and for two stacks where `auto_class` wants one; and what
+    `Runtime.register` raises. The model is then not registered.
     """
     path = os.fspath(path)
     settings = AutoConfig.from_pretrained(path, local_files_only=True, **config)
@@ -78,18 +79,23 @@ def load(
             f"{path} is quantized ({method}): transformers would replace its parameters, and "
             "cannot compute on its file's bytes in place"
         )
+    if getattr(settings, "rescale_every", 0):
+        raise ValueError(
+            f"{path}: {settings.model_type} rescales its weights in place as it computes, and they "
+            "are read-only: say rescale_every=0"
+        )
     if settings.is_encoder_decoder and auto_class is AutoModelForCausalLM:
         raise ValueError(
             f"{path}: {settings.model_type} has an encoder and a decoder, and AutoModelForCausalLM "
             "builds one stack: say auto_class=transformers.AutoModelForSeq2SeqLM"
         )
-    model = runtime.register(
-        name or os.path.basename(os.path.abspath(path)),
-        path,
-        dtype=dtype,
-        layers=layers,
-        allow_symlinks=allow_symlinks,
-    )
+
+    def register(dtype: str | Mapping[str, str] | None) -> Model:
+        known_as = name or os.path.basename(os.path.abspath(path))
+        links = allow_symlinks
+        return runtime.register(known_as, path, dtype=dtype, layers=layers, allow_symlinks=links)
+
+    model = register(dtype)
     try:
         tensors = runtime.tensors(model)
         dtype_of_most = _main_dtype(tensors.values())
@@ -101,9 +107,14 @@ def load(
 
         blueprint = _blueprints.find(settings, dtype_of_most, auto_class, tensors, build)
         module = blueprint.module
+        if casts := _casts(module, tensors, blueprint.targets):
+            runtime.unregister(model)
+            model = register(casts)
+            tensors = runtime.tensors(model)
         _bind(module, tensors, blueprint.targets)
     except BaseException:
-        runtime.unregister(model)
+        if model in runtime.models:
+            runtime.unregister(model)
         raise
     if module.can_generate() and os.path.exists(os.path.join(path, "generation_config.json")):
         module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -166,11 +177,10 @@ def _bind(
 ) -> None:
     owners = _owners(module)
     slots = {name: _slot(owner, leaf) for name, (owner, leaf) in owners.items()}
-    plan = _dtype_plan(module)
+    dtypes = _dtypes(module, {target: slots[target] for target in targets})
     bound: dict[str, torch.Tensor] = {}
     for target, name in targets.items():
-        tensor, slot = tensors[name], slots[target]
-        dtype = next((dtype for part, dtype in plan if part.search(target)), slot.dtype)
+        tensor, slot, dtype = tensors[name], slots[target], dtypes[target]
         if tensor.shape != slot.shape or tensor.dtype != dtype:
             raise ValueError(
                 f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)} in the checkpoint, "
@@ -271,7 +281,27 @@ def _initialized(
     return {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
-def _dtype_plan(module: PreTrainedModel) -> list[tuple[re.Pattern[str], torch.dtype]]:
-    """To what dtypes transformers' own loader would cast the parameters of such names."""
+def _dtypes(module: PreTrainedModel, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    """To what dtypes transformers' own loader would cast a module's parameters and buffers."""
     plan: Mapping[str, torch.dtype] = module._get_dtype_plan(module.dtype)
-    return [(re.compile(part.replace("*", ".*")), dtype) for part, dtype in plan.items()]
+    parts = [(re.compile(part.replace("*", ".*")), dtype) for part, dtype in plan.items()]
+    return {
+        name: next((dtype for part, dtype in parts if part.search(name)), slot.dtype)
+        for name, slot in slots.items()
+    }
+
+
+def _casts(
+    module: PreTrainedModel, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, str]
+) -> dict[str, str]:
+    """By name, in what dtype each floating-point tensor is to be, if one is in another."""
+    owners = _owners(module)
+    wanted = _dtypes(module, {target: _slot(*owners[target]) for target in targets})
+    floats = {
+        name: (tensors[name].dtype, wanted[target])
+        for target, name in targets.items()
+        if tensors[name].is_floating_point() and wanted[target].is_floating_point
+    }
+    if all(found == dtype for found, dtype in floats.values()):
+        return {}
+    return {name: str(dtype).removeprefix("torch.") for name, (_, dtype) in floats.items()}
