@@ -319,6 +319,14 @@ MUTATIONS = [
         "",
         "test_cuda_device.py::test_the_headroom_is_left_alone_and_reported",
     ),
+    Mutation(
+        "gates that went with one lease stay away under another",
+        "warmserve_rt/engines/gates.py",
+        "if epoch == self._epoch:",
+        "if self._epoch:",
+        "test_transformers_engine.py::"
+        "test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases",
+    ),
 ]
 
 
