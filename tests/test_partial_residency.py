@@ -322,11 +322,11 @@ def test_the_descriptor_tells_that_a_backing_changed(runtime: Runtime) -> None:
         return True
 
     assert not changed()
-    epoch = runtime.backing_epoch("a")
+    epoch = runtime.model("a").backing_epoch
     runtime.prewarm("a", layers=1).wait(20)
     assert changed()
     assert not changed()
-    assert runtime.backing_epoch("a") > epoch
+    assert runtime.model("a").backing_epoch > epoch
     runtime.evict("a", layers=1)
     assert changed()
 

@@ -309,10 +309,6 @@ class Runtime:
         process, of which this runtime never takes the last ``headroom``. Zeros: it does not say."""
         return self.native.device_memory()
 
-    def backing_epoch(self, model: Model | str) -> int:
-        """See :attr:`Model.backing_epoch`. Lock-free; changes are posted to :meth:`fileno`."""
-        return self.model(model).backing_epoch
-
     def fileno(self) -> int:
         """An eventfd, readable when a backing epoch has changed since it was last read: graph and
         collective registrations of memory can then be renewed. The runtime's; do not close it."""
