@@ -353,6 +353,10 @@ def test_what_cannot_be_pickled_is_built_each_time(
         module = load(runtime, path, name=f"model-{number}")
         assert torch.equal(leased_logits(runtime, module), plain_logits(path))
     assert len(built) == 4
+    for number in range(3):
+        settings = {"a_setting": lambda: None} if number else {}
+        load(runtime, path, name=f"odd-{number}", **settings)
+    assert len(built) == 7
 
 
 def test_configurations_are_forgotten_in_time() -> None:

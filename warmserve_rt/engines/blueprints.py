@@ -50,7 +50,10 @@ class Blueprints:
         """One that is the caller's alone. Raises what ``build`` raises."""
         nameless = copy.copy(config)
         nameless._name_or_path = ""
-        key = pickle.dumps(nameless), dtype, auto_class, tuple(names)
+        described = _pickled(nameless)
+        if described is None:
+            return build()
+        key = described, dtype, auto_class, tuple(names)
         with self._lock:
             known = key in self._kept
             pickled = self._kept.get(key)
@@ -61,15 +64,15 @@ class Blueprints:
             made = build()
             pickled = _pickled(made) if known else None
         with self._lock:
-            self._kept[key] = pickled
+            self._kept[key] = pickled or self._kept.get(key)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return made
 
 
-def _pickled(made: Blueprint) -> bytes | None:
+def _pickled(thing: object) -> bytes | None:
     try:
-        return pickle.dumps(made, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError):
         return None  # a class or a function of it has no name: it is built each time
