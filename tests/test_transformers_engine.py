@@ -29,7 +29,8 @@ from warmserve_rt import CorruptCheckpoint, Runtime, StaleView  # noqa: E402
 from warmserve_rt.engines import transformers as engine  # noqa: E402
 from warmserve_rt.engines.blueprints import KEPT, Blueprints  # noqa: E402
 from warmserve_rt.engines.gates import gated_parts  # noqa: E402
-from warmserve_rt.engines.transformers import bind, load, skeleton  # noqa: E402
+from warmserve_rt.engines.skeletons import skeleton  # noqa: E402
+from warmserve_rt.engines.transformers import bind, load  # noqa: E402
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from warmserve_rt import Runtime
 from warmserve_rt.demo.content import Content, differing
 from warmserve_rt.demo.rows import InArena, Row, Say
 from warmserve_rt.engines import transformers as engine
+from warmserve_rt.engines.skeletons import skeleton
 
 
 class Reload(Row):
@@ -29,7 +30,7 @@ class Reload(Row):
         self._tenants = tenants
         # The tenants differ in weights alone, so one module serves them all.
         config = AutoConfig.from_pretrained(next(iter(tenants.values())))
-        self._module = engine.skeleton(config, torch.float32)
+        self._module = skeleton(config, torch.float32)
         self._current = ""
         self._moved = 0
 
