@@ -59,6 +59,9 @@ def small_models(kind: str) -> Iterator[Any]:
             model: Any = AutoModelForCausalLM.from_config(config).eval()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
+            for part in model.modules():  # as training leaves them; some are zeroed again on load
+                if isinstance(part, torch.nn.Embedding) and part.padding_idx is not None:
+                    part.weight[part.padding_idx].zero_()
             model(PROMPT)
         except Exception:  # whatever a family makes of sizes that do not fit together
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -11,15 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from conftest import Device  # noqa: E402
 from torch import nn  # noqa: E402
 
-from warmserve_rt import OutOfDeviceMemory, Runtime  # noqa: E402
+from warmserve_rt import OutOfDeviceMemory, Runtime, WarmServeError  # noqa: E402
 from warmserve_rt._errors import CorruptCheckpoint  # noqa: E402
 from warmserve_rt.engines import vllm as engine  # noqa: E402
 from warmserve_rt.engines.vllm import arenas  # noqa: E402
@@ -412,6 +415,47 @@ class TestArenas:
         weights.sleep()
         assert arena.runtime.snapshot().granules_free == 4
         weights.close()
+
+    def test_a_driver_call_that_fails_leaves_room_for_the_next(
+        self, tmp_path: Path, device: Device
+    ) -> None:
+        (entry,) = self.entries(tmp_path, 1)
+
+        def an_engine_s_life(arena: arenas.Arena) -> None:
+            weights = arena.add(entry)
+            with closing(weights):
+                weights.wake()
+                weights.verify()
+                weights.sleep()
+                weights.wake()
+
+        descriptors = []
+        for call in range(1, 500):
+            watched = device.watch(pump=True)
+            with Runtime(
+                arena="8MiB",
+                staging="16MiB",
+                staging_timeout=0.25,
+                pump=True,
+                tensors=device.tensors,
+                driver=watched.driver,
+            ) as runtime:
+                arena = arenas.Arena(runtime)
+                watched.finest_faults.arm([(call, call)])
+                with suppress(WarmServeError):
+                    an_engine_s_life(arena)
+                failed = watched.finest_faults.injected
+                watched.finest_faults.disarm()
+                an_engine_s_life(arena)
+                assert runtime.models == ()
+                runtime.check_invariants()
+            gc.collect()
+            watched.check()
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+            if not failed:
+                break
+        assert 20 < call < 499
+        assert descriptors[-1] == descriptors[0]
 
 
 @pytest.mark.parametrize(
