@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ pytest.importorskip("rich")
 
 from safetensors.torch import load_file  # noqa: E402
 from tiny_tenants import NAMES, cast_for, tiny  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 from warmserve_rt._paths import cache_dir  # noqa: E402
+from warmserve_rt.cli import app  # noqa: E402
 from warmserve_rt.demo import run as demo  # noqa: E402
 from warmserve_rt.demo import tenants as tenants_module  # noqa: E402
 from warmserve_rt.demo.content import Content, differing, unique_granules  # noqa: E402
@@ -78,6 +81,17 @@ def test_reference_answers_are_kept_until_the_checkpoint_changes(
 def test_too_few_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         demo.run(requests=1)
+
+
+def test_an_unknown_engine_and_one_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = CliRunner().invoke(app, ["demo", "--engine", "another"])
+    assert refused.exit_code == 2
+    assert "transformers" in refused.output
+    assert "vllm" in refused.output
+    monkeypatch.setattr(demo, "prepare", lambda *_, **__: import_module("vllm.not_there"))
+    missing = CliRunner().invoke(app, ["demo", "--engine", "vllm"])
+    assert missing.exit_code == 1
+    assert "pip install 'warmserve_rt[demo,vllm]'" in str(missing.exception)
 
 
 def test_content_sees_one_wrong_byte(cast: dict[str, Path]) -> None:
