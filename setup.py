@@ -5,7 +5,8 @@ WARMSERVE_KERNELS says where nvcc comes from: "system" (CUDA_HOME or PATH), "pyp
 build's own environment), "none" (no kernels for GPUs), or "auto", the default: the system's; else
 PyPI's where there is an NVIDIA device; else none. If nvcc was not asked for by name and fails, the
 package is built without. WARMSERVE_SANITIZE is what to pass to -fsanitize, for the tests of the
-native code under pytest; WARMSERVE_BUILD_JOBS how many compilers run at once.
+native code under pytest, and WARMSERVE_OBJECTS a folder with what tests/native has compiled so
+already; WARMSERVE_BUILD_JOBS how many compilers run at once.
 """
 
 import os
@@ -25,7 +26,8 @@ HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]
 FLAGS = ["-O3", "-fno-trapping-math", "-g0", "-Wall", "-Wextra"]
 SANITIZE = os.environ.get("WARMSERVE_SANITIZE")
 if SANITIZE:
-    FLAGS = [f"-fsanitize={SANITIZE}", "-O1", "-g", "-fno-omit-frame-pointer"]
+    FLAGS = [f"-fsanitize={SANITIZE}", "-O1", "-g1", "-fno-omit-frame-pointer"]
+OBJECTS = os.environ.get("WARMSERVE_OBJECTS")
 LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
 
@@ -40,6 +42,15 @@ TOOLKIT = [  # later ones write PTX that fewer drivers understand
 
 def sources(*folders: str) -> list[str]:
     return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.cpp"))
+
+
+def parts(*folders: str, beside: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """What is in these folders, as sources, or as objects where there are some; and the sources
+    that are in those ``beside``."""
+    if OBJECTS is None:
+        return {"sources": sources(*folders, *beside)}
+    made = [Path(OBJECTS, each).with_suffix(".o") for each in sources(*folders)]
+    return {"sources": sources(*beside), "extra_objects": [*map(str, made)]}
 
 
 def is_older(built: str, source: str) -> bool:
@@ -131,7 +142,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "warmserve_rt._native",
-            sources(".", "driver", "kernels", "bind"),
+            **parts(".", "driver", "kernels", beside=("bind",)),
             depends=HEADERS,
             include_dirs=["csrc"],
             cxx_std=20,
@@ -140,7 +151,7 @@ setup(
         ),
         Extension(
             SIMULATOR,
-            sources("simcuda", "kernels"),
+            **parts("simcuda", "kernels"),
             depends=HEADERS,
             include_dirs=["csrc"],
             extra_compile_args=["-std=c++20", "-fvisibility=hidden", *FLAGS],
