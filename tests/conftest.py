@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from hypothesis import Phase, settings
 
 from warmserve_rt import Model, Runtime, testing
 from warmserve_rt.simcuda import SimulatedCuda
+
+# Engines are tested where they are installed, by `.ci/engine_tests`.
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["engines/test_vllm*.py"]
 
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
