@@ -162,8 +162,16 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
   return model;
 }
 
+// Takes a model off the books. What it had, which may be the last of a stream that has work left,
+// is the caller's to free without the lock.
+Runtime::Remains Runtime::take_off(const Lock&, Model& model) {
+  model.registered = false;
+  books_.models.erase(model.name);
+  return {std::move(model.reservation), std::exchange(model.uses, {})};
+}
+
 void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& poll) {
-  ReservationPtr reservation;  // freed without the lock
+  Remains remains;
   Lock lock = open();
   require_registered(lock, *model);
   do {
@@ -174,9 +182,7 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   transfer_.drop_layers(lock, model, why);
   for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
   while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
-  model->registered = false;
-  books_.models.erase(model->name);
-  reservation = std::move(model->reservation);
+  remains = take_off(lock, *model);
 }
 
 ReservationPtr Runtime::reservation(const ModelPtr& model) {
@@ -363,6 +369,7 @@ void Runtime::check_invariants() {
 }
 
 void Runtime::close(const Poll& poll) {
+  std::vector<Remains> remains;
   enter();
   Lock lock(books_.mutex);
   wait_until(lock, kNever, poll, [&] { return !closing_; });
@@ -389,14 +396,12 @@ void Runtime::close(const Poll& poll) {
   while (!books_.models.empty()) {
     const ModelPtr model = books_.models.begin()->second;
     evict_locked(lock, model, kNever, poll, Patience::streams);
-    if (!model->registered) continue;  // by a thread that was at it
-    model->registered = false;
-    model->reservation.reset();
-    books_.models.erase(model->name);
+    if (model->registered) remains.push_back(take_off(lock, *model));  // else: by another thread
   }
   wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
   if (arena_.free_count()) trim_locked(lock);
   lock.unlock();
+  remains.clear();
   transfer_.release();
   staging_.release();
   arena_.release();

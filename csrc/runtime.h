@@ -171,6 +171,11 @@ class Runtime {
   Lock look();         // and when closed
   Lock open();         // and when the device is lost
   void require_registered(const Lock&, const Model& model) const;
+  struct Remains {
+    ReservationPtr reservation;
+    std::vector<Use> uses;
+  };
+  Remains take_off(const Lock&, Model& model);
   static Layer& layer_of(Model& model, std::uint32_t index);
   void check(const Lock&, const Selection& selection) const;
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;

@@ -47,6 +47,13 @@ MUTATIONS = [
         "test_leases.py::test_the_backing_epoch_tells_that_granules_changed",
     ),
     Mutation(
+        "an unregistered model keeps the streams that used it",
+        "csrc/runtime.cpp",
+        "return {std::move(model.reservation), std::exchange(model.uses, {})};",
+        "return {std::move(model.reservation), {}};",
+        "test_streaming_leases.py::test_what_is_unregistered_keeps_no_stream[host]",
+    ),
+    Mutation(
         "ids claimed for a failed start are lost",
         "csrc/transfer.cpp",
         "arena.return_uncreated(fresh);",

@@ -187,6 +187,33 @@ def test_a_lease_that_ends_early_gives_up_the_rest(device: Device, files: dict[s
     runtime.check_invariants()
 
 
+def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, Path]) -> None:
+    """A stream that was recorded for a whole lease, of which one model never came."""
+    runtime, watched = device.watched_runtime(
+        arena=CAPACITY * GRANULE, chunk=GRANULE, staging=2 * GRANULE, pump=True
+    )
+    for name in "ab":
+        runtime.register(name, files[name])
+    ticket = runtime.prewarm("a")  # who has it has the model
+    ticket.cancel()
+    stream = runtime.stream()
+    hold = runtime.native.begin_lease([runtime.model(name).native for name in "ba"], 0)
+    while not hold.arrived(runtime.model("b").native, 1):
+        hold.wait_layer(runtime.model("b").native, 1, stream, 20)
+    hold.record(stream)
+    hold.release()
+    assert states(runtime, "a") == ["absent"] * 4
+    runtime.unregister("a")
+    runtime.unregister("b")
+    stream.synchronize()
+    del stream, hold
+    gc.collect()
+    left = dict(watched.strict.live)
+    del ticket
+    gc.collect()
+    assert watched.strict.live == left
+
+
 def test_admission_waits_for_room_and_not_for_layers(
     device: Device, files: dict[str, Path]
 ) -> None:
