@@ -45,8 +45,9 @@ class Market:
     def on(self, held: Held, device: int) -> bool:
         return held.first <= device < held.first + self.width(held)
 
-    def nbytes(self, model: int, layers: int) -> float:
-        return float(self.curves[model].cumulative[layers])
+    def size(self, model: int, low: int, high: int) -> float:
+        cumulative = self.curves[model].cumulative
+        return float(cumulative[high] - cumulative[low])
 
     def chance(self, first: int, width: int) -> float:
         return prod(self.available[first : first + width])
@@ -60,14 +61,31 @@ class Market:
             left *= 1 - self.chance(held.first, width)
         return left
 
-    def tail(self, held: Held, layers: int) -> tuple[float, int]:
-        """Of the last segment of so many layers: seconds lost for a byte on each device, and the
-        layers before it."""
-        curve = self.curves[held.model]
-        before = max(k for k in curve.knots.tolist() if k < layers or k == 0)
-        gone = float(curve.value[layers] - curve.value[before])
-        size = self.nbytes(held.model, layers) - self.nbytes(held.model, before)
-        return gone * self.need[held.model] * held.use / max(size, 1.0), before
+    def worth(self, model: int, low: int, high: int) -> float:
+        """Seconds that its layers from ``low`` to ``high`` save."""
+        value = self.curves[model].value
+        return float(value[high] - value[low]) * self.need[model]
+
+    def value(self) -> float:
+        """Seconds saved by all that is held."""
+        return sum(self.worth(h.model, 0, h.layers) * h.use for h in self.held)
+
+    def cut(self, held: Held, layers: int, lacking: float) -> int:
+        """The most of so many layers that leave room for ``lacking`` bytes on each device, but no
+        fewer than the last stop before them."""
+        stops = self.curves[held.model].stops.tolist()
+        stop = max([0, *(stop for stop in stops if stop < layers)])
+        keep = layers
+        while keep > stop and self.size(held.model, keep, layers) < lacking:
+            keep -= 1
+        return keep
+
+    def price(self, held: Held, layers: int, lacking: float) -> tuple[float, float, int]:
+        """Of dropping its tail for that many bytes: seconds lost for each that is wanted, in all,
+        and the layers that are left."""
+        left = self.cut(held, layers, lacking)
+        gone = self.worth(held.model, left, layers) * held.use
+        return gone / min(self.size(held.model, left, layers), lacking), gone, left
 
     def victims(
         self, first: int, width: int, more: float, worth: float, own: Held | None
@@ -80,7 +98,7 @@ class Market:
                 continue
             for held, left in chosen.items():
                 if self.on(held, device):
-                    lacking -= self.nbytes(held.model, held.layers) - self.nbytes(held.model, left)
+                    lacking -= self.size(held.model, left, held.layers)
             while lacking > 0:
                 there = [
                     h
@@ -90,20 +108,14 @@ class Market:
                 ]
                 if not there:
                     return None
-                victim = min(there, key=lambda h: self.tail(h, chosen.get(h, h.layers))[0])
-                have = chosen.get(victim, victim.layers)
-                per_byte, before = self.tail(victim, have)
-                left = have
-                while left > before and (
-                    self.nbytes(victim.model, have) - self.nbytes(victim.model, left) < lacking
-                ):
-                    left -= 1
-                freed = self.nbytes(victim.model, have) - self.nbytes(victim.model, left)
-                lost += per_byte * freed
+
+                offers = [(*self.price(h, chosen.get(h, h.layers), lacking), h) for h in there]
+                _, gone, left, victim = min(offers, key=lambda offer: offer[0])
+                lost += gone
                 if lost >= worth:
                     return None
+                lacking -= self.size(victim.model, left, chosen.get(victim, victim.layers))
                 chosen[victim] = left
-                lacking -= freed
         return chosen, lost
 
     def spend(self, first: int, width: int, more: float) -> None:
@@ -113,26 +125,20 @@ class Market:
     def offers(self) -> list[tuple[float, float, float, int, Held | None, int]]:
         """Density, gain, bytes, model, what grows (or None: a new copy), layers then."""
         found: list[tuple[float, float, float, int, Held | None, int]] = []
-        for held in self.held:
-            curve, need = self.curves[held.model], self.need[held.model]
-            more = [k for k in curve.knots.tolist() if k > held.layers]
-            if held.fixed or need <= 0 or not more:
-                continue
-            gain = need * held.use * float(curve.value[more[0]] - curve.value[held.layers])
-            size = self.nbytes(held.model, more[0]) - self.nbytes(held.model, held.layers)
-            if gain > 0:
-                found.append((gain / size / curve.width, gain, size, held.model, held, more[0]))
+        growing: list[tuple[int, int, float, Held | None]] = [
+            (h.model, h.layers, h.use, h) for h in self.held if not h.fixed
+        ]
         for model, curve in enumerate(self.curves):
             mine = sum(h.model == model for h in self.held)
-            if self.need[model] <= 0 or len(curve.knots) < 2:
-                continue
-            if mine >= min(self.most, len(self.free) // curve.width):
-                continue
-            end = int(curve.knots[1])
-            gain = self.need[model] * self.order(model) * float(curve.value[end])
-            size = self.nbytes(model, end)
-            if gain > 0:
-                found.append((gain / size / curve.width, gain, size, model, None, end))
+            if mine < min(self.most, len(self.free) // curve.width):
+                growing.append((model, 0, self.order(model), None))
+        for model, layers, use, held in growing:
+            for end in self.curves[model].stops.tolist():
+                gain = self.worth(model, layers, end) * use if end > layers else 0.0
+                if gain > 0:
+                    size = self.size(model, layers, end)
+                    density = gain / size / self.curves[model].width
+                    found.append((density, gain, size, model, held, end))
         return sorted(found, key=lambda offer: -offer[0])
 
     def move(self) -> bool:
@@ -168,7 +174,7 @@ class Market:
 
     def settle(self, victims: dict[Held, int]) -> None:
         for victim, left in victims.items():
-            freed = self.nbytes(victim.model, victim.layers) - self.nbytes(victim.model, left)
+            freed = self.size(victim.model, left, victim.layers)
             self.spend(victim.first, self.width(victim), -freed)
             victim.layers = left
             if not left:

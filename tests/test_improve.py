@@ -86,6 +86,99 @@ def found_of(copies: list[Copy]) -> list[tuple[int, int, int]]:
     return [(c.model, c.first, c.layers) for c in copies]
 
 
+@settings(max_examples=100, deadline=None)
+@given(markets(), st.integers(1, 6))
+def test_each_exchange_is_a_gain(
+    market: tuple[list[ValueCurve], list[float], list[Copy], list[float], list[float]], most: int
+) -> None:
+    """Or plans would go round in circles."""
+    curves, need, copies, free, _ = market
+    available = [0.9] * DEVICES
+    arrays = Curves(curves)
+
+    def value(copies: list[Copy]) -> float:
+        held = [Held(c.model, c.first, c.layers, c.fixed) for c in copies]
+        return Market(curves, need, held, [], available, NODE, 0.0, most).value()
+
+    for _ in range(100):
+        found = improve(
+            arrays,
+            np.array(need),
+            copies,
+            np.array(free),
+            np.array(available),
+            NODE,
+            margin=0.01,
+            most=most,
+            moves=1,
+        )
+        if sorted(found_of(found)) == sorted(found_of(copies)):
+            return
+        assert value(found) >= value(copies) * (1 - 1e-9)
+        for sign, group in ((1, copies), (-1, found)):
+            for copy in group:
+                for device in range(copy.first, copy.first + curves[copy.model].width):
+                    free[device] += sign * float(curves[copy.model].cumulative[copy.layers])
+        copies = found
+    raise AssertionError("exchanges do not end")
+
+
+def steps(count: int) -> list[ValueCurve]:
+    """Models of which eight layers are worth as much as all, and seven as little as none."""
+    value = np.array([0.0] * 8 + [1.0])
+    nbytes = np.full(8, 1_000_000, np.int64)
+    return [ValueCurve(f"m{i}", 1, nbytes, value, np.arange(8)) for i in range(count)]
+
+
+def test_a_part_of_a_step_is_not_sold_for_its_share() -> None:
+    """On the hull three of A's eight layers are worth less than all of B's."""
+    found = improve(
+        Curves(steps(2)),
+        np.array([1.0, 1.0]),
+        [Copy(0, 0, 8)],
+        np.array([5e6]),
+        np.array([1.0]),
+        1,
+        margin=0.1,
+    )
+    assert found_of(found) == [(0, 0, 8)]
+
+
+def test_a_fleet_of_floors_is_filled() -> None:
+    copies: list[Copy] = []
+    for _ in range(3):
+        taken = [sum(c.layers for c in copies if c.first == d) * 1e6 for d in range(4)]
+        copies = improve(
+            Curves(steps(9)),
+            np.linspace(1.0, 1.3, 9),
+            copies,
+            np.array([18e6 - each for each in taken]),
+            np.full(4, 0.99),
+            4,
+            margin=0.1,
+            moves=4,
+        )
+    assert len({c.model for c in copies}) == 8
+    assert all(c.layers == 8 for c in copies)
+
+
+def test_what_does_not_fit_whole_comes_in_part() -> None:
+    """The part that is the best for its bytes is too large: a smaller one stops where a unit more
+    is worth less."""
+    nbytes = np.full(4, 1_000_000, np.int64)
+    value = np.array([0.0, 0.2, 0.4, 0.4, 1.2])
+    found = improve(
+        Curves([ValueCurve("m", 1, nbytes, value, np.arange(4))]),
+        np.array([1.0]),
+        [],
+        np.array([3e6]),
+        np.array([1.0]),
+        1,
+        margin=0.1,
+    )
+    assert found_of(found) == [(0, 0, 2)]
+
+
 def two_models(value: float) -> list[ValueCurve]:
     nbytes = np.array([10_000_000], np.int64)
     return [

@@ -100,7 +100,7 @@ class Scheduler:
         slo: Slo | None = None,
         horizon: float = 30.0,
         interval: float = 2.0,
-        margin: float = 1.0,
+        margin: float = 0.5,
         copies: int = 6,
         busy_memory: float = 300.0,
         moves: int = 16,

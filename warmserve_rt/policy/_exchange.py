@@ -11,16 +11,27 @@ from ._greedy import _entry as jit
 
 
 class Models(NamedTuple):
-    """``cum`` and ``value`` [points] of each number of layers, from ``begin[m]`` on; ``knots`` of
-    the hulls from ``knot[m]`` on, the first 0; ``width`` and ``need`` [models]."""
+    """``cum`` and ``value`` [points] of each number of layers, from ``begin[m]`` on; ``stops`` from
+    ``stop[m]`` on, the first 0; ``width`` and ``need`` [models]."""
 
     begin: I64
     cum: F64
     value: F64
-    knot: I64
-    knots: I64
+    stop: I64
+    stops: I64
     width: I64
     need: F64
+
+
+class Offers(NamedTuple):
+    """``row``: of the copy that would grow, or -1 for a new one; ``end``: its layers then."""
+
+    row: I64
+    model: I64
+    end: I64
+    gain: F64
+    more: F64
+    density: F64
 
 
 class Copies(NamedTuple):
@@ -31,7 +42,6 @@ class Copies(NamedTuple):
     layers: I64
     fixed: I64
     use: F64
-    per_byte: F64
     before: I64
 
 
@@ -44,17 +54,44 @@ def chance(available: F64, first: int, width: int) -> float:
 
 
 @jit
-def tail(models: Models, m: int, layers: int, use: float) -> tuple[float, int]:
-    """Of the last segment of so many layers: seconds lost for a byte on each device, and the layers
-    before it."""
-    begin, before = models.begin[m], 0
-    for k in range(models.knot[m], models.knot[m + 1]):
-        if models.knots[k] >= layers:
+def nbytes(models: Models, m: int, low: int, high: int) -> float:
+    """Of its layers from ``low`` to ``high``, on each device."""
+    begin = models.begin[m]
+    return float(models.cum[begin + high] - models.cum[begin + low])
+
+
+@jit
+def worth_of(models: Models, m: int, low: int, high: int) -> float:
+    """What its layers from ``low`` to ``high`` save, in seconds: of the curve itself, for of a step
+    that is worth something as a whole the hull would have a part cost a part."""
+    begin = models.begin[m]
+    return float((models.value[begin + high] - models.value[begin + low]) * models.need[m])
+
+
+@jit
+def segment(models: Models, m: int, layers: int) -> int:
+    """The last stop before so many layers."""
+    before = 0
+    for k in range(models.stop[m], models.stop[m + 1]):
+        if models.stops[k] >= layers:
             break
-        before = models.knots[k]
-    size = models.cum[begin + layers] - models.cum[begin + before]
-    gone = (models.value[begin + layers] - models.value[begin + before]) * models.need[m]
-    return gone * use / max(size, 1.0), before
+        before = models.stops[k]
+    return before
+
+
+@jit
+def cut(models: Models, m: int, low: int, high: int, lacking: float) -> int:
+    """Of ``high`` layers so many as leave room for ``lacking`` bytes on each device; or ``low``,
+    which is less."""
+    begin = models.begin[m]
+    enough = models.cum[begin + high] - lacking
+    while low < high:
+        middle = (low + high + 1) // 2
+        if models.cum[begin + middle] <= enough:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @jit
@@ -72,7 +109,7 @@ def order(models: Models, copies: Copies, available: F64, m: int) -> float:
         c = chance(available, copies.first[r], width)
         copies.use[r] = left * c
         left *= 1.0 - c
-        copies.per_byte[r], copies.before[r] = tail(models, m, copies.layers[r], copies.use[r])
+        copies.before[r] = segment(models, m, copies.layers[r])
     return left
 
 
@@ -98,44 +135,41 @@ def victims(
             continue
         for i in range(count):
             r = rows[i]
-            w = models.width[copies.model[r]]
-            if copies.first[r] <= d < copies.first[r] + w:
-                begin = models.begin[copies.model[r]]
-                lacking -= models.cum[begin + copies.layers[r]] - models.cum[begin + left[i]]
+            m = copies.model[r]
+            if copies.first[r] <= d < copies.first[r] + models.width[m]:
+                lacking -= nbytes(models, m, left[i], copies.layers[r])
         while lacking > 0:
-            best, chosen, least, stop, have = -1, -1, np.inf, 0, 0
+            best, chosen, least, floor, loss = -1, -1, np.inf, 0, 0.0
             for r in range(len(copies.model)):
                 m = copies.model[r]
                 if m < 0 or copies.fixed[r] or r == own:
                     continue
                 if not copies.first[r] <= d < copies.first[r] + models.width[m]:
                     continue
-                per_byte, before, layers, place = (
-                    copies.per_byte[r],
-                    copies.before[r],
-                    copies.layers[r],
-                    -1,
-                )
+                before, layers, place = copies.before[r], copies.layers[r], -1
                 for i in range(count):
                     if rows[i] == r:
                         layers, place = left[i], i
-                        per_byte, before = tail(models, m, layers, copies.use[r])
-                if layers > 0 and per_byte < least:
-                    best, chosen, least, stop, have = r, place, per_byte, before, layers
+                        before = segment(models, m, layers)
+                if not layers:
+                    continue
+                keep = cut(models, m, before, layers, lacking)
+                gone = worth_of(models, m, keep, layers) * copies.use[r]
+                freed = nbytes(models, m, keep, layers)
+                each = gone / min(freed, lacking)
+                if each < least:
+                    best, chosen, least, floor, loss = r, place, each, keep, gone
             if best < 0:
                 return -1, lost
-            begin, keep = models.begin[copies.model[best]], have
-            while keep > stop and models.cum[begin + have] - models.cum[begin + keep] < lacking:
-                keep -= 1
-            freed = models.cum[begin + have] - models.cum[begin + keep]
-            lost += least * freed
+            lost += loss
             if lost >= worth or (chosen < 0 and count == len(rows)):
                 return -1, lost
+            have = copies.layers[best] if chosen < 0 else left[chosen]
+            lacking -= nbytes(models, copies.model[best], floor, have)
             if chosen < 0:
                 chosen = count
                 count += 1
-            rows[chosen], left[chosen] = best, keep
-            lacking -= freed
+            rows[chosen], left[chosen] = best, floor
     return count, lost
 
 
@@ -143,6 +177,24 @@ def victims(
 def spend(free: F64, first: int, width: int, more: float) -> None:
     for d in range(first, first + width):
         free[d] -= more
+
+
+@jit
+def offer(
+    models: Models, copies: Copies, r: int, use: float, m: int, offers: Offers, n: int
+) -> int:
+    """Writes from ``n`` on what it would gain if copy r, or where r is negative a new one, ended at
+    each of the model's later stops; returns how many offers there are then."""
+    layers = copies.layers[r] if r >= 0 else 0
+    for k in range(models.stop[m], models.stop[m + 1]):
+        end = models.stops[k]
+        gain = worth_of(models, m, layers, end) * use if end > layers else 0.0
+        if gain > 0:
+            offers.row[n], offers.end[n], offers.gain[n] = r, end, gain
+            offers.model[n], offers.more[n] = m, nbytes(models, m, layers, end)
+            offers.density[n] = gain / offers.more[n] / models.width[m]
+            n += 1
+    return n
 
 
 @jit
@@ -156,7 +208,9 @@ def exchange(
     most: int,
     moves: int,
 ) -> int:
-    """Makes the best exchanges, at most ``moves``; returns how many it has made."""
+    """Makes exchanges, at most ``moves``, those of the highest gain for a byte first; returns how
+    many it has made. Gain and loss are of the curves themselves, so that each raises what all that
+    is held is worth, and they come to an end."""
     count = len(models.width)
     unserved = np.ones(count)
     for m in range(count):
@@ -164,48 +218,31 @@ def exchange(
     size = len(copies.model)
     rows, left = np.empty(64, np.int64), np.empty(64, np.int64)
     best_rows, best_left = np.empty(64, np.int64), np.empty(64, np.int64)
-    density = np.empty(size + count)
-    gain, more = np.empty(size + count), np.empty(size + count)
+    room = (size + count) * np.max(models.stop[1:] - models.stop[:-1])
+    offers = Offers(
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room),
+        np.empty(room),
+        np.empty(room),
+    )
     made = 0
     while made < moves:
         n = 0
-        offer = np.empty(size + count, np.int64)  # a row, or -1 - model for a new copy
-        end = np.empty(size + count, np.int64)
         held = np.zeros(count, np.int64)
         for r in range(size):
             m = copies.model[r]
-            if m < 0:
-                continue
-            held[m] += 1
-            if copies.fixed[r] or models.need[m] <= 0:
-                continue
-            begin, layers = models.begin[m], copies.layers[r]
-            for k in range(models.knot[m], models.knot[m + 1]):
-                to = models.knots[k]
-                if to > layers:
-                    worth = models.value[begin + to] - models.value[begin + layers]
-                    worth *= models.need[m] * copies.use[r]
-                    if worth > 0:
-                        offer[n], end[n], gain[n] = r, to, worth
-                        more[n] = models.cum[begin + to] - models.cum[begin + layers]
-                        density[n] = worth / more[n] / models.width[m]
-                        n += 1
-                    break
+            if m >= 0:
+                held[m] += 1
+                if not copies.fixed[r]:
+                    n = offer(models, copies, r, copies.use[r], m, offers, n)
         for m in range(count):
-            if models.need[m] <= 0 or held[m] >= min(most, len(free) // models.width[m]):
-                continue
-            if models.knot[m + 1] - models.knot[m] < 2:
-                continue
-            begin, to = models.begin[m], models.knots[models.knot[m] + 1]
-            worth = models.need[m] * unserved[m] * models.value[begin + to]
-            if worth > 0:
-                offer[n], end[n], gain[n], more[n] = -1 - m, to, worth, models.cum[begin + to]
-                density[n] = worth / more[n] / models.width[m]
-                n += 1
+            if held[m] < min(most, len(free) // models.width[m]):
+                n = offer(models, copies, -1, unserved[m], m, offers, n)
         moved = False
-        for i in np.argsort(-density[:n], kind="mergesort"):
-            r = offer[i]
-            m = copies.model[r] if r >= 0 else -1 - r
+        for i in np.argsort(-offers.density[:n], kind="mergesort"):
+            r, m, more = offers.row[i], offers.model[i], offers.more[i]
             width = models.width[m]
             place, found = -1, 0
             if r >= 0:
@@ -216,8 +253,8 @@ def exchange(
                     free,
                     place,
                     width,
-                    more[i],
-                    gain[i] / (1 + margin),
+                    more,
+                    offers.gain[i] / (1 + margin),
                     r,
                     best_rows,
                     best_left,
@@ -229,7 +266,7 @@ def exchange(
                 for first in range(0, len(free) - width + 1, width):
                     if first // node != (first + width - 1) // node:
                         continue
-                    worth = gain[i] * chance(available, first, width)
+                    worth = offers.gain[i] * chance(available, first, width)
                     if worth <= net:
                         continue
                     there = False
@@ -243,7 +280,7 @@ def exchange(
                         free,
                         first,
                         width,
-                        more[i],
+                        more,
                         worth / (1 + margin),
                         -1,
                         rows,
@@ -265,16 +302,15 @@ def exchange(
             for j in range(found):
                 v = best_rows[j]
                 vm = copies.model[v]
-                begin = models.begin[vm]
-                freed = models.cum[begin + copies.layers[v]] - models.cum[begin + best_left[j]]
+                freed = nbytes(models, vm, best_left[j], copies.layers[v])
                 spend(free, copies.first[v], models.width[vm], -freed)
                 copies.layers[v] = best_left[j]
                 if best_left[j] == 0:
                     copies.model[v] = -1
                 unserved[vm] = order(models, copies, available, vm)
-            copies.model[r], copies.first[r], copies.layers[r] = m, place, end[i]
+            copies.model[r], copies.first[r], copies.layers[r] = m, place, offers.end[i]
             copies.fixed[r] = 0
-            spend(free, place, width, more[i])
+            spend(free, place, width, more)
             unserved[m] = order(models, copies, available, m)
             moved = True
             break

@@ -66,6 +66,20 @@ class ValueCurve:
         return hulls(begin, self.cumulative, self.value.copy(), np.full(1, np.inf))[0]
 
     @cached_property
+    def stops(self) -> I64:
+        """Numbers of units after which the next is worth less for a byte, so that a part of the
+        model ends best there: from 0 to the fewest that are worth as much as all. Of those that
+        add less than a hundredth of all there is only the last."""
+        last = int(self.knots[-1])
+        slope = np.diff(self.value[: last + 1]) / self.nbytes[:last]
+        found, least = [0], self.value[last] / 100
+        for k in range(1, last):
+            falls = slope[k - 1] > slope[k] * (1 + 1e-6)
+            if falls and self.value[k] - self.value[found[-1]] >= least:
+                found.append(k)
+        return np.array([*found, last] if last else found)
+
+    @cached_property
     def density(self) -> F64:
         """Of each unit [L]: seconds per expected start and byte (of all devices) of its segment of
         the hull; falling, and 0 beyond the last knot."""

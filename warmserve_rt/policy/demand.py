@@ -19,7 +19,9 @@ MOST_INSTANCES = 4  # of one model, whose starts are counted
 PROMPTS = 64  # recent prompts, of which QUANTILES stand for all
 QUANTILES = (np.arange(8) + 0.5) / 8
 TYPICAL = (128, 256, 384, 512, 640, 768, 896, 1024)  # tokens, until prompts have come
-SHORTEST_FORECAST_S = 60.0
+# A shorter one is mostly of the requests of now, and a model that is asked for once in an hour has
+# none nearly always: taken for its rate, they would have it held nowhere.
+SHORTEST_FORECAST_S = 120.0
 
 
 class Demand:

@@ -32,8 +32,8 @@ class Curves:
         self.begin = np.cumsum([0, *(len(c.value) for c in curves)])
         self.cum = np.concatenate([c.cumulative for c in curves]).astype(np.float64)
         self.value = np.concatenate([c.value for c in curves])
-        self.knot = np.cumsum([0, *(len(c.knots) for c in curves)])
-        self.knots = np.concatenate([c.knots for c in curves])
+        self.stop = np.cumsum([0, *(len(c.stops) for c in curves)])
+        self.stops = np.concatenate([c.stops for c in curves])
         self.width = np.array([c.width for c in curves])
         self._sizes = [c.cumulative.tolist() for c in curves]
 
@@ -58,13 +58,13 @@ def improve(
     model = np.full(room, -1)
     first, layers = np.zeros(room, np.int64), np.zeros(room, np.int64)
     fixed, before = np.zeros(room, np.int64), np.zeros(room, np.int64)
-    use, per_byte = np.zeros(room), np.zeros(room)
+    use = np.zeros(room)
     for i, copy in enumerate(copies):
         model[i], first[i], layers[i], fixed[i] = copy.model, copy.first, copy.layers, copy.fixed
     models = Models(
-        curves.begin, curves.cum, curves.value, curves.knot, curves.knots, curves.width, need
+        curves.begin, curves.cum, curves.value, curves.stop, curves.stops, curves.width, need
     )
-    state = Copies(model, first, layers, fixed, use, per_byte, before)
+    state = Copies(model, first, layers, fixed, use, before)
     exchange(models, state, free, available, node, margin, most, moves)
     return [
         Copy(int(model[i]), int(first[i]), int(layers[i]), bool(fixed[i]), use=float(use[i]))

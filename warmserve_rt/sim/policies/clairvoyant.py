@@ -41,6 +41,12 @@ class KnownDemand(Demand):
 
 
 class Clairvoyant(Scheduler):
+    """Ours with a wider margin: what it knows of the next two minutes changes at every request, and
+    as a bound it is given what serves it best (bench/policies.py: 0.95 % late instead of 1.4 %)."""
+
+    def __init__(self, *, margin: float = 1.0, **options: Any) -> None:
+        super().__init__(margin=margin, **options)
+
     def make_demand(self, fleet: Any, forecaster: Forecaster, service: Sequence[float]) -> Demand:
         known = KnownDemand(
             fleet.profiles,
