@@ -55,6 +55,11 @@ def _workload(case: Case, seed: int) -> Workload:
     return workloads.parse(case.workload, models, case.rate, case.seconds, seed)
 
 
+def workload_of(case: Case, seed: int) -> Workload:
+    """The same for every bandwidth."""
+    return _workload(replace(case, bandwidth=0.0), seed)
+
+
 def perform(run: Run) -> RunSummary:
     hardware = Hardware(
         memory=run.memory,
@@ -64,7 +69,7 @@ def perform(run: Run) -> RunSummary:
     )
     fleet = simulate(
         run.policy,
-        _workload(replace(run.case, bandwidth=0.0), run.seed),
+        workload_of(run.case, run.seed),
         hardware,
         engine_start_s=run.engine_start_s,
         policy_options=dict(run.options),

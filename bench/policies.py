@@ -8,10 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
-from _fleets import Case, Run, geomean, jackknife, mean_of, perform_all
+from _fleets import Case, Run, geomean, jackknife, mean_of, perform_all, workload_of
 from _harness import Bench, Interval
+from _still import late_at_least
+
+from warmserve_rt.sim.devices import Hardware
+from warmserve_rt.sim.metrics import Slo
 
 OURS, THEIRS = "scheduler", "warmserve"
 PAPER = [Case(f"paper-{rate}", "azure-conv", "paper", rate, 900) for rate in (15, 20, 25)]
@@ -33,6 +38,7 @@ GRIDS = [
 SHARED = (GRIDS[1], GRIDS[3])  # beside static sharing
 STARTS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 INTERFERENCE = (0.0, 0.35, 1.0)
+STILL_GB = (1152, 1000, 900, 800)  # all, and what instances at work leave
 LEAST_SEEDS = 3  # for an interval: of two it is 12.7 standard errors wide to each side
 
 
@@ -217,7 +223,8 @@ def rates(bench: Bench, seeds: range) -> None:
 
 def ablations(bench: Bench, seeds: range) -> None:
     """What ours owes to what: misses on devices of its own, without limits of memory or of links,
-    and with neighbours that slow each other not at all or twice."""
+    and with neighbours that slow each other not at all or twice; and how many starts of the 40
+    models are late at the least where what is held, of so many GB, stands still."""
     ways: dict[str, dict[str, Any]] = {
         "": {},
         "_exclusive": {"options": (("share", False),)},
@@ -235,6 +242,11 @@ def ablations(bench: Bench, seeds: range) -> None:
         for way, more in ways.items():
             missed = mean_of(found, Run(case, OURS, 0, **more), seeds, "slo_miss")
             bench.row(f"{case.name}_{case.bandwidth:g}_misses{way}", 100 * missed, "%")
+    for case in (every[2], every[3]):  # the 40 models
+        for memory in STILL_GB:
+            hardware = Hardware(memory=memory * 1e9 / 16, bandwidth=case.bandwidth * 1e9)
+            late = fmean(late_at_least(workload_of(case, seed), hardware, Slo()) for seed in seeds)
+            bench.row(f"{case.name}_{case.bandwidth:g}_late_still_{memory}", 100 * late, "%")
 
 
 PARTS = {"claim": claim, "cases": cases, "rates": rates, "ablations": ablations}

@@ -162,6 +162,19 @@ def test_a_fleet_of_floors_is_filled() -> None:
     assert all(c.layers == 8 for c in copies)
 
 
+def test_a_curve_stops_where_a_unit_more_is_worth_less() -> None:
+    nbytes = np.array([1, 1, 2, 1, 1, 1], np.int64) * 1_000_000
+    value = np.array([0.0, 1.0, 2.0, 2.0, 5.0, 5.01, 5.01])
+    curve = ValueCurve("m", 1, nbytes, value, np.arange(6))
+    assert curve.knots.tolist() == [0, 4, 5]
+    assert curve.stops.tolist() == [0, 2, 4, 5]
+    value = np.array([0.0, 1.0, 1.001, 1.002, 2.0, 2.001, 2.002])
+    small = ValueCurve("m", 1, nbytes, value, np.arange(6))
+    assert small.stops.tolist() == [0, 1, 4, 6]  # what adds next to nothing is none, but the last
+    nothing = ValueCurve("m", 1, nbytes, np.zeros(7), np.arange(6))
+    assert nothing.stops.tolist() == [0]
+
+
 def test_what_does_not_fit_whole_comes_in_part() -> None:
     """The part that is the best for its bytes is too large: a smaller one stops where a unit more
     is worth less."""

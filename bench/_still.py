@@ -1,0 +1,44 @@
+"""How late starts must be where what is held stands still."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from warmserve_rt.policy.curve import ValueCurve
+from warmserve_rt.policy.pipeline import first_token_by_prefix
+from warmserve_rt.policy.residency import Catalogue, Problem, plan
+from warmserve_rt.sim.devices import Hardware
+from warmserve_rt.sim.metrics import Slo
+from warmserve_rt.sim.workloads import Workload
+
+SWITCH_S = 0.01  # of a start, beside loading and computing; `simulate` has the same
+
+
+def late_at_least(workload: Workload, hardware: Hardware, slo: Slo) -> float:
+    """The share of starts that are late, were each request one, alone on its devices, and the same
+    layers held at every time: by the linear bound no choice of them has fewer, though it knows how
+    often each model will be asked for and with which prompts."""
+    curves, need, anyway = [], np.zeros(len(workload.models)), 0.0
+    for model, profile in enumerate(workload.models):
+        prompts = workload.prompt[workload.model == model]
+        need[model] = len(prompts) / len(workload.prompt)
+        nbytes = np.array(profile.layer_bytes)
+        in_time = np.zeros(len(nbytes) + 1)
+        for prompt in prompts.tolist():
+            prefill = profile.prefill(prompt)
+            times = first_token_by_prefix(nbytes / hardware.bandwidth, profile.compute(prefill))
+            in_time += (times + SWITCH_S <= slo.budget(prefill)) / len(prompts)
+        anyway += need[model] * in_time[0]
+        curves.append(
+            ValueCurve(
+                profile.name, profile.width, nbytes, in_time - in_time[0], np.arange(len(nbytes))
+            )
+        )
+    problem = Problem(
+        Catalogue.of(curves),
+        np.arange(len(curves)),
+        need,
+        np.full(hardware.devices, int(hardware.memory)),
+        hardware.node_devices,
+    )
+    return max(float(1 - anyway - plan(problem, tries=1).bound), 0.0)
