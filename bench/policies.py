@@ -242,9 +242,10 @@ def ablations(bench: Bench, seeds: range) -> None:
         for way, more in ways.items():
             missed = mean_of(found, Run(case, OURS, 0, **more), seeds, "slo_miss")
             bench.row(f"{case.name}_{case.bandwidth:g}_misses{way}", 100 * missed, "%")
-    for case in (every[2], every[3]):  # the 40 models
+    for case in [case for case in every if case.models == "40"]:
         for memory in STILL_GB:
-            hardware = Hardware(memory=memory * 1e9 / 16, bandwidth=case.bandwidth * 1e9)
+            each = memory * 1e9 / Hardware.devices
+            hardware = Hardware(memory=each, bandwidth=case.bandwidth * 1e9)
             late = fmean(late_at_least(workload_of(case, seed), hardware, Slo()) for seed in seeds)
             bench.row(f"{case.name}_{case.bandwidth:g}_late_still_{memory}", 100 * late, "%")
 

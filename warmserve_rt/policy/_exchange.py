@@ -81,8 +81,8 @@ def segment(models: Models, m: int, layers: int) -> int:
 
 @jit
 def cut(models: Models, m: int, low: int, high: int, lacking: float) -> int:
-    """Of ``high`` layers so many as leave room for ``lacking`` bytes on each device; or ``low``,
-    which is less."""
+    """The most of ``high`` layers without which ``lacking`` bytes on each device are free; ``low``
+    where that is not to be had."""
     begin = models.begin[m]
     enough = models.cum[begin + high] - lacking
     while low < high:

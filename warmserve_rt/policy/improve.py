@@ -54,6 +54,13 @@ def improve(
     most: int = 6,
     moves: int = 16,
 ) -> list[Copy]:
+    """What should be held in place of ``copies``, after at most ``moves`` exchanges.
+
+    ``need`` [models]: expected starts. ``free`` [devices]: bytes beside the copies; what is taken
+    of them is taken from this array. ``available`` [devices], 0 to 1: whether a start could be
+    there. Groups lie within nodes of ``node`` devices. What comes is worth more than
+    ``1 + margin`` times what goes for it. ``most``: groups that hold a model.
+    """
     room = len(copies) + moves
     model = np.full(room, -1)
     first, layers = np.zeros(room, np.int64), np.zeros(room, np.int64)
