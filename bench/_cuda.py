@@ -41,7 +41,6 @@ SIGNATURES |= {  # those that the tests have too may go from there
     "cuGraphExecDestroy": (u64,),
     "cuGraphInstantiateWithFlags": (pointer, u64, u64),
     "cuGraphLaunch": (u64, u64),
-    "cuLaunchHostFunc": (u64, pointer, pointer),
     "cuLaunchKernel": (u64, *[u32] * 7, u64, pointer, pointer),
     "cuMemExportToShareableHandle": (pointer, u64, i32, u64),
     "cuMemImportFromShareableHandle": (pointer, u64, i32),

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from warmserve_rt.simcuda import SimulatedCuda
 
-# Microseconds of a call on one granule, as measured on an A100 by kvcached's bench_vmm. It says
-# nothing of how a call on a range splits into a part for the call and one for each granule: half
-# and half is taken.
-PER_GRANULE = {"cuMemCreate": 193.0, "cuMemMap": 1.5, "cuMemSetAccess": 36.0, "cuMemUnmap": 26.0}
-RANGE_CALLS = ("cuMemSetAccess", "cuMemUnmap")
+# Microseconds of a call, and of each granule that it concerns, as gpu.sh measured them on an H200
+# (driver 580.159): whole calls on 1 to 256 granules of 2 to 32 MiB.
 COSTS = {
-    name: (cost / 2, cost / 2) if name in RANGE_CALLS else (0.0, cost)
-    for name, cost in PER_GRANULE.items()
+    "cuMemCreate": (13.0, 0.05),
+    "cuMemMap": (7.7, 0.0),
+    "cuMemSetAccess": (24.0, 30.0),
+    "cuMemUnmap": (12.0, 25.0),
 }
 BANDWIDTH = 25e9  # bytes per second, host to device
 

@@ -28,7 +28,7 @@ from _harness import (
     write_checkpoint,
     write_hollow_checkpoint,
 )
-from _sim import BANDWIDTH, COSTS, PER_GRANULE
+from _sim import BANDWIDTH, COSTS
 
 from warmserve_rt import FOREGROUND, Model, Runtime, _native, testing
 from warmserve_rt.checkpoint import open_checkpoint
@@ -138,10 +138,9 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
             bench.target("load_vs_bandwidth", taken / (model.nbytes / BANDWIDTH), "x", "<=", 1.03)
             calls = {name: cuda.calls.get(name, 0) - before.get(name, 0) for name in MEMORY_CALLS}
             bench.row("load_memory_calls", sum(calls.values()), "calls")
-            cost = sum(PER_GRANULE[name] * calls[name] for name in ("cuMemCreate", "cuMemMap"))
             granules = sum(layer.granules for layer in runtime.snapshot().models["llama"].layers)
-            one = PER_GRANULE["cuMemSetAccess"] * granules
-            bench.row("one_by_one_would_cost", (cost + one) * 1e-6, "s")
+            one = sum(sum(COSTS[name]) for name in ("cuMemMap", "cuMemSetAccess"))
+            bench.row("one_by_one_would_cost", one * granules * 1e-6, "s")
             bench.target(
                 "load_sample_matches", float(sample_matches(cuda, model, path)), "", "=", 1
             )

@@ -18,7 +18,7 @@ from cuda_calls import Cuda
 from cuda_runtime import SIZES
 from hypothesis import Phase, settings
 
-from warmserve_rt import Model, Runtime, testing
+from warmserve_rt import Model, Runtime, _native, testing
 from warmserve_rt.simcuda import SimulatedCuda
 
 # Engines are tested where they are installed, by `.ci/engine_tests`.
@@ -98,6 +98,11 @@ class Device:
         self._pinned.callback(raw.release_primary)
         self._pinned.callback(raw.unregister, memory.address)
         return memory.view
+
+    def hold_up(self, stream: _native.Stream) -> None:
+        """On a GPU, which would be done at once: what comes next in a stream waits for a second."""
+        if self.name == "cuda:0":
+            Cuda("libcuda.so.1").sleep(stream.handle, 1_000_000)
 
     def finish(self) -> None:
         try:

@@ -101,6 +101,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventRecord": (u64, u64),
     "cuEventQuery": (u64,),
     "cuEventSynchronize": (u64,),
+    "cuLaunchHostFunc": (u64, pointer, pointer),
     "cuModuleLoadData": (pointer, pointer),
     "cuModuleGetFunction": (pointer, u64, ctypes.c_char_p),
 }
@@ -304,6 +305,10 @@ class Cuda:
 
     def synchronize(self, stream: int) -> None:
         self.call("cuStreamSynchronize", stream)
+
+    def sleep(self, stream: int, microseconds: int) -> None:
+        """What comes next in the stream waits so long, whether the device is fast or not."""
+        self.call("cuLaunchHostFunc", stream, ctypes.CDLL(None).usleep, pointer(microseconds))
 
     def wait(self, stream: int, event: int) -> None:
         self.call("cuStreamWaitEvent", stream, event, 0)

@@ -126,7 +126,7 @@ def test_a_graph_is_replayed_only_under_a_lease(two_files: dict[str, Path]) -> N
         assert not cuda.violations
         runtime.swap(evict="a", load="b").wait()
         with suppress(Exception):  # refused at the launch, or when it runs
-            assert replay() == 700
+            assert replay() == 719
         assert out[0:GRANULE] != wanted
         assert "use-while-unmapped" in {violation.kind for violation in cuda.violations}
 

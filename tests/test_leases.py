@@ -291,7 +291,8 @@ def busy_stream(device: Device, runtime: Runtime, name: str) -> Iterator[None]:
     view = runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
     lease = runtime.lease(name)
     lease.acquire(stream)
-    for _ in range(5000):
+    device.hold_up(stream)
+    for _ in range(5000 if device.name != "cuda:0" else 1):
         stream.copy_from(out, view)
     lease.release()
     try:

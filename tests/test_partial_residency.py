@@ -366,6 +366,7 @@ def test_an_eviction_that_waits_for_nothing_spares_what_a_stream_uses(
     stream = runtime.stream()
     lease = runtime.lease("a", layers=1).acquire(stream)
     out = device.pinned(GRANULE)
+    device.hold_up(stream)
     stream.copy_from(out, runtime.model("a").native.view(0, 0, [GRANULE], GRANULE, 1, 8, 1))
     lease.release()
     with pytest.raises(Busy, match="a stream still uses 'a'"):

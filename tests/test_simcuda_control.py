@@ -80,14 +80,21 @@ def test_calls_cost_what_was_said() -> None:
     costs = {"cuMemMap": (1.5, 0.25), "cuMemSetAccess": (3.0, 36.0), "cuMemUnmap": (0.0, 26.0)}
     with simulated_cuda(clock="virtual", costs=costs) as simulated:
         cuda = Cuda(simulated.library).start()
-        address, handle = cuda.reserve(5 * G), cuda.create(5 * G)
+        address, large, small = cuda.reserve(6 * G), cuda.create(5 * G), cuda.create(G)
         us = {
-            "map": elapsed(simulated, lambda: cuda.map(address, 5 * G, handle)),
-            "access": elapsed(simulated, lambda: cuda.set_access(address, 5 * G)),
-            "unmap": elapsed(simulated, lambda: cuda.unmap(address, 5 * G)),
-            "free": elapsed(simulated, lambda: cuda.address_free(address, 5 * G)),
+            "map": elapsed(simulated, lambda: cuda.map(address, 5 * G, large)),
+            "map more": elapsed(simulated, lambda: cuda.map(address + 5 * G, G, small)),
+            "access": elapsed(simulated, lambda: cuda.set_access(address, 6 * G)),
+            "unmap": elapsed(simulated, lambda: cuda.unmap(address, 6 * G)),
+            "free": elapsed(simulated, lambda: cuda.address_free(address, 6 * G)),
         }
-        expected = {"map": 2.75e-6, "access": 183e-6, "unmap": 130e-6, "free": 0.0}
+        expected = {
+            "map": 2.75e-6,
+            "map more": 1.75e-6,
+            "access": 75e-6,  # of two mappings
+            "unmap": 52e-6,
+            "free": 0.0,
+        }
         assert us == pytest.approx(expected, abs=1e-9)
 
 

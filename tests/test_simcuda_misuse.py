@@ -2,7 +2,8 @@
 or answers with another error, so that code which handles errors was tested against nothing.
 
 One row for each misuse, and for what looks like misuse and is legal. The last column says how the
-answer is known: D, documented; O, observed on GPUs by others; guess, neither.
+answer is known: D, documented; O, observed on GPUs by others; M, measured on an H200; guess, none
+of these. An H200 gave each of these answers, but for those rows that say a device is lenient.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from cuda_calls import (
     code,
 )
 
+from warmserve_rt.simcuda import SimulatedCuda, Violation
 from warmserve_rt.testing import simulated_cuda
 
 G = 2 << 20
 NOT_RESERVED = 0x10_0000_0000
-D, O, GUESS = "D", "O", "guess"  # noqa: E741
+D, O, M, GUESS = "D", "O", "M", "guess"  # noqa: E741
 OK = ""
 
 
@@ -37,12 +39,18 @@ class Row(NamedTuple):
     function: str  # that fails; OK: none does
     error: int
     source: str
+    lenient: bool = False  # a device lets it pass; refused here, for CUDA's documentation forbids it
 
 
 @pytest.fixture
-def cuda() -> Iterator[Cuda]:
-    with simulated_cuda(devices=2, memory="64MiB", clock="virtual", check=False) as simulated:
-        yield Cuda(simulated.library).start()
+def simulated() -> Iterator[SimulatedCuda]:
+    with simulated_cuda(devices=2, memory="64MiB", clock="virtual", check=False) as made:
+        yield made
+
+
+@pytest.fixture
+def cuda(simulated: SimulatedCuda) -> Cuda:
+    return Cuda(simulated.library).start()
 
 
 def check(row: Row, cuda: Cuda) -> None:
@@ -91,9 +99,9 @@ RESERVE, FREE = "cuMemAddressReserve", "cuMemAddressFree"
 CREATE, RELEASE = "cuMemCreate", "cuMemRelease"
 MAP, UNMAP, ACCESS = "cuMemMap", "cuMemUnmap", "cuMemSetAccess"
 MEMORY = [
-    Row("reserve nothing", lambda c: c.reserve(0), RESERVE, 2, O),
-    Row("reserve part of a page", lambda c: c.reserve(G - 1), RESERVE, 2, O),
-    Row("reserve aligned to 3", lambda c: c.reserve(G, 3), RESERVE, 2, O),
+    Row("reserve nothing", lambda c: c.reserve(0), RESERVE, 1, M),
+    Row("reserve part of a page", lambda c: c.reserve(G - 1), RESERVE, 1, M),
+    Row("reserve aligned to 3", lambda c: c.reserve(G, 3), RESERVE, 1, M),
     Row("reserve without out", lambda c: c.call(RESERVE, None, G, 0, 0, 0), RESERVE, 1, O),
     Row("reserve with flags", lambda c: c.reserve(G, flags=1), RESERVE, 1, GUESS),
     Row("reserve 16 TiB", lambda c: c.reserve(1 << 44), OK, 0, O),
@@ -109,20 +117,20 @@ MEMORY = [
     Row("create part of a granule", lambda c: c.create(G + PAGE), CREATE, 1, O),
     Row("create of no type", lambda c: c.create(G, Prop(type=0)), CREATE, 1, O),
     Row("create nowhere", lambda c: c.create(G, Prop(location=0)), CREATE, 1, O),
-    Row("create on device 7", lambda c: c.create(G, Prop(id=7)), CREATE, 1, O),
-    Row("create on device -1", lambda c: c.create(G, Prop(id=-1)), CREATE, 1, O),
+    Row("create on device 7", lambda c: c.create(G, Prop(id=7)), CREATE, 101, M),
+    Row("create on device -1", lambda c: c.create(G, Prop(id=-1)), CREATE, 101, M),
     Row("create on this NUMA node", lambda c: c.create(G, Prop(location=4)), CREATE, 1, D),
     Row("create with flags", lambda c: c.create(G, flags=1), CREATE, 1, D),
     Row("create too much", lambda c: c.create(66 << 20), CREATE, 2, D),
     Row("release null", lambda c: c.release(0), RELEASE, 1, O),
     Row("release while mapped", lambda c: c.htod(c.mapped(G), c.pinned(PAGE).address, 9), OK, 0, D),
-    Row("map at an offset", lambda c: c.map(c.reserve(G), G, c.create(2 * G), G), MAP, 1, D),
+    Row("map at an offset", lambda c: c.map(c.reserve(G), G, c.create(2 * G), G), MAP, 801, M),
     Row("map with flags", lambda c: c.map(c.reserve(G), G, c.create(G), flags=1), MAP, 1, D),
     Row("map over a mapping", map_again, MAP, 1, GUESS),
     Row("map what is not reserved", lambda c: c.map(NOT_RESERVED, G, c.create(G)), MAP, 1, GUESS),
-    Row("map past the end", lambda c: c.map(c.reserve(G), 2 * G, c.create(2 * G)), MAP, 1, GUESS),
-    Row("map more than there is", lambda c: c.map(c.reserve(2 * G), 2 * G, c.create(G)), MAP, 1, D),
-    Row("map a part", lambda c: c.map(c.reserve(2 * G), G, c.create(2 * G)), MAP, 1, GUESS),
+    Row("map past the end", lambda c: c.map(c.reserve(G), 2 * G, c.create(2 * G)), MAP, 1, GUESS, True),
+    Row("map more than there is", lambda c: c.map(c.reserve(2 * G), 2 * G, c.create(G)), MAP, 801, M),
+    Row("map a part", lambda c: c.map(c.reserve(2 * G), G, c.create(2 * G)), MAP, 801, M),
     Row("map unaligned", lambda c: c.map(c.reserve(2 * G) + PAGE, G, c.create(G)), MAP, 1, D),
     Row("map nothing", lambda c: c.map(c.reserve(G), 0, c.create(G)), MAP, 1, GUESS),
     Row("map no handle", lambda c: c.map(c.reserve(G), G, 0), MAP, 1, GUESS),
@@ -130,13 +138,13 @@ MEMORY = [
     Row("unmap one byte less", lambda c: c.unmap(c.mapped(G), G - 1), UNMAP, 1, O),
     Row("unmap nothing", lambda c: c.unmap(c.mapped(G), 0), UNMAP, 1, O),
     Row("unmap null", lambda c: c.unmap(0, G), UNMAP, 1, O),
-    Row("unmap what is not mapped", lambda c: c.unmap(c.reserve(G), G), UNMAP, 1, O),
+    Row("unmap what is not mapped", lambda c: c.unmap(c.reserve(G), G), UNMAP, 1, O, True),
     Row("unmap the first half", lambda c: c.unmap(c.mapped(2 * G), G), UNMAP, 1, D),
     Row("unmap the second half", lambda c: c.unmap(c.mapped(2 * G) + G, G), UNMAP, 1, D),
     Row("unmap two mappings", lambda c: c.unmap(two_mappings(c), 2 * G), OK, 0, O),
-    Row("unmap across a hole", lambda c: c.unmap(two_mappings(c, G), 3 * G), UNMAP, 1, GUESS),
+    Row("unmap across a hole", lambda c: c.unmap(two_mappings(c, G), 3 * G), UNMAP, 1, GUESS, True),
     Row("access to two mappings", lambda c: c.set_access(two_mappings(c), 2 * G), OK, 0, D),
-    Row("access to a hole", lambda c: c.set_access(two_mappings(c, G), 3 * G), ACCESS, 1, D),
+    Row("access to a hole", lambda c: c.set_access(two_mappings(c, G), 3 * G), ACCESS, 1, D, True),
     Row("access past the end", lambda c: c.set_access(c.mapped(G), 2 * G), ACCESS, 1, D),
     Row("access unreserved", lambda c: c.set_access(NOT_RESERVED, G), ACCESS, 1, O),
     Row("access unmapped", lambda c: c.set_access(c.reserve(G), G), ACCESS, 1, D),
@@ -221,6 +229,7 @@ def no_context(c: Cuda, call: Callable[[], object]) -> None:
 
 
 LOAD = "cuModuleLoadData"
+PTX = b".version 7.0\n.target sm_75\n.address_size 64\n"  # of no function
 WORK = [
     Row("event of another context", event_of_another_context, "cuEventRecord", 400, D),
     Row("query of nothing", lambda c: c.done(0), "cuEventQuery", 400, GUESS),
@@ -241,9 +250,8 @@ WORK = [
         D,
     ),
     Row("load nothing", lambda c: c.call("cuModuleLoadData", None, None), LOAD, 1, D),
-    Row(
-        "no such kernel", lambda c: c.function(c.module(b"any"), "k"), "cuModuleGetFunction", 500, D
-    ),
+    Row("load what is no image", lambda c: c.module(b"any"), LOAD, 200, M),
+    Row("no such kernel", lambda c: c.function(c.module(PTX), "k"), "cuModuleGetFunction", 500, D),
 ]
 
 
@@ -280,3 +288,14 @@ def test_after_fork(cuda: Cuda) -> None:
         os._exit(code(cuda.memory))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     cuda.memory()
+
+
+def test_violations_name_their_call(cuda: Cuda, simulated: SimulatedCuda) -> None:
+    address, streams = cuda.mapped(G), [cuda.stream(), cuda.stream()]
+    for stream in streams:
+        cuda.memset(address, 1, 1, stream)
+    (found,) = simulated.violations
+    assert (found.kind, found.call) == ("race", sum(simulated.calls.values()))
+    assert isinstance(found, Violation)
+    with pytest.raises(AssertionError, match=r"1 violations of CUDA's rules:\n  race at call \d+"):
+        simulated.check(leaks=False)

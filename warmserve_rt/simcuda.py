@@ -248,8 +248,8 @@ def simulated_cuda(
     With ``peers`` every two devices reach each other's memory, once access is set.
     ``h2d``, ``d2h`` and ``d2d`` are bytes per second of each device's copy engines and ``launch``
     seconds for a kernel, at least; none: as fast as it goes. ``costs`` are microseconds that a
-    function takes, for each call and for each granule it concerns:
-    ``{"cuMemSetAccess": (3.0, 36.0)}``. With
+    function takes, for each call and for each granule it concerns, which for cuMemSetAccess and
+    cuMemUnmap is each mapping, however large: ``{"cuMemSetAccess": (24.0, 30.0)}``. With
     ``clock="virtual"`` there are no threads and time is counted, not waited for.
     ``content`` keeps only so many leading bytes of each granule; what is not kept reads as zeros.
     With ``host_numa`` the CPU can be given access to memory of the host that is mapped for the

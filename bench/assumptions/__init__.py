@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from _cuda import CudaError, Gpu, NotRun
 
-DOCUMENTED, OBSERVED, GUESS = "D", "O", "guess"
+DOCUMENTED, OBSERVED, MEASURED, GUESS = "D", "O", "M", "guess"
 GRANULE = 2 << 20
 
 
@@ -23,7 +23,7 @@ class Refuted(Exception):
 class Assumption:
     name: str
     assumes: str
-    source: str  # how it was known: documented, observed by others, guessed
+    source: str  # how it was known: documented, observed by others, measured here, guessed
     check: Callable[[Gpu], str | None]  # returns what else is worth knowing
     alone: bool = False  # it needs a process that nothing else was done in, or breaks its own
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from _cuda import Gpu, code
 from cuda_calls import GLOBAL, PAGE, READ, RELAXED, THREAD_LOCAL
 
-from . import DOCUMENTED, GRANULE, GUESS, OBSERVED, assumed, expect
+from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, assumed, expect
 from .memory import content, store
 from .work import _create, _map, _register, _release, _set_access, _unmap, _unregister
 
@@ -115,7 +115,7 @@ _CALLS: dict[str, tuple[Prepare, bool, str]] = {
     "cuMemcpyHtoDAsync": (_copy, False, GUESS),
     "cuStreamCreate and Destroy": (_streams, False, GUESS),
     "cuEventCreate and Destroy": (_events, False, GUESS),
-    "cuModuleLoadData": (_load, True, GUESS),
+    "cuModuleLoadData": (_load, False, MEASURED),
     "cuMemGetInfo": (_memory, False, GUESS),
     "cuMemAlloc": (_allocate, True, DOCUMENTED),
 }

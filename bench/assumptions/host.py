@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from _cuda import Gpu, NotRun, code
 from cuda_calls import PAGE
 
-from . import DOCUMENTED, GRANULE, GUESS, OBSERVED, Refuted, assumed, expect
+from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
 from .memory import content
 
 _PORTABLE_MAPPED, _READ_ONLY = 3, 8
@@ -79,11 +79,13 @@ def _(cuda: Gpu) -> None:
     pins(cuda, mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _HUGETLB), _NBYTES)
 
 
-@assumed("pinning a file's page cache", "works", GUESS)
+@assumed("pinning a file's page cache to write to it", "1: Linux keeps no such pin", MEASURED)
 def _(cuda: Gpu) -> None:
+    if cuda.simulated:
+        raise NotRun("the simulated driver keeps one")
     with tempfile.TemporaryFile() as file:
         file.truncate(_NBYTES)
-        pins(cuda, mapped(_NBYTES, mmap.MAP_SHARED, file.fileno()), _NBYTES)
+        expect(code(cuda.register, mapped(_NBYTES, mmap.MAP_SHARED, file.fileno()), _NBYTES), 1)
 
 
 @assumed("pinning a file for reading alone", "works with READ_ONLY (attribute 113)", DOCUMENTED)

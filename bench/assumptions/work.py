@@ -12,7 +12,7 @@ from time import perf_counter
 from _cuda import Gate, Gpu, NotRun, code, microseconds
 from cuda_calls import BLOCKING, LEGACY, PAGE, Pinned, Prop
 
-from . import DOCUMENTED, GRANULE, GUESS, OBSERVED, Refuted, assumed, expect
+from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
 from .memory import content, store
 
 _LARGE = 64 << 20
@@ -145,18 +145,19 @@ def _(cuda: Gpu) -> None:
     expect(got, [800])
 
 
-def _beside(name: str, call: Callable[[Gpu], Callable[[], object]]) -> None:
+def _beside(name: str, call: Callable[[Gpu], Callable[[], object]], waits: bool) -> None:
     """A memory call beside work of another stream that does not touch the same memory."""
+    verb, source = ("waits", MEASURED) if waits else ("does not wait", OBSERVED)
 
-    @assumed(f"{name} beside a stream that is held up", "does not wait for it", OBSERVED)
+    @assumed(f"{name} beside a stream that is held up", f"{verb} for it", source)
     def _(cuda: Gpu) -> str:
         ready = call(cuda)
         with Gate(cuda, cuda.stream()) as gate:
             taken = microseconds(ready)
-            expect(gate.expired, False, "waited:")
+            expect(gate.expired, waits, "waited:")
         return f"{taken:.0f} us"
 
-    @assumed(f"{name} beside copies that run", "does not wait for them", GUESS)
+    @assumed(f"{name} beside copies that run", f"{verb} for them", MEASURED if waits else GUESS)
     def _(cuda: Gpu) -> str:
         ready, stream, event = call(cuda), cuda.stream(), cuda.event()
         address, host = cuda.mapped(_LARGE), cuda.pinned(_LARGE)
@@ -167,8 +168,8 @@ def _beside(name: str, call: Callable[[Gpu], Callable[[], object]]) -> None:
         cuda.record(event, stream)
         begin = perf_counter()
         taken = microseconds(ready)
-        if cuda.done(event):
-            raise Refuted(f"a call of {taken:.0f} us, and they were done")
+        if cuda.done(event) != waits:
+            raise Refuted(f"a call of {taken:.0f} us; copies done: {not waits}")
         cuda.synchronize(stream)
         return f"{taken:.0f} us, and they ran {1e6 * (perf_counter() - begin) - taken:.0f} us more"
 
@@ -221,7 +222,7 @@ for _name, _call in {
     "register": _register,
     "unregister": _unregister,
 }.items():
-    _beside(_name, _call)
+    _beside(_name, _call, waits=_call is _unregister)
 
 
 @assumed("copies of two streams", "one held up does not hold up the other", DOCUMENTED)

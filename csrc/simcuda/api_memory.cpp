@@ -140,22 +140,22 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
   return CUDA_SUCCESS;
 }
 
-// Legal from any context [O ucx#10643]. It does not wait.
+// Legal from any context [O ucx#10643]. It waits for all the work there is, as an H200's does: for a
+// stream held up for seconds as well. Nothing promises that, so the detector wants it waited for.
 CUresult cuMemHostUnregister(void* address) {
   Call call(Function::cuMemHostUnregister, Need::context);
   if (!call) return call.status;
   if (const CUresult refused = unsafe_call(call); refused != CUDA_SUCCESS) return refused;
   const auto at = reinterpret_cast<Address>(address);
-  Pinned* const pinned = call.sim->memory.pinned_at(at);
+  Pinned* pinned = call.sim->memory.pinned_at(at);
   if (!address) return CUDA_ERROR_INVALID_VALUE;
   if (!pinned) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
   if (pinned->allocated || pinned->begin != at) return CUDA_ERROR_INVALID_VALUE;
   call.sim->detector.take_away(pinned->uses, "unregistered", "cuMemHostUnregister", call.number);
-  call.sim->memory.unpin_host(pinned);
-  // A dead context touches nothing any more; a copy that is under way here still does.
-  if (call.context->sticky != CUDA_SUCCESS && !call.sim->options.virtual_clock)
-    call.sim->drain_context(call.lock, call.context);
-  return call.context->sticky;
+  const CUresult state = call.sim->drain_context(call.lock, call.context);
+  pinned = call.sim->memory.pinned_at(at);
+  if (pinned && pinned->begin == at) call.sim->memory.unpin_host(pinned);
+  return state;
 }
 
 CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* out, void* address, unsigned flags) {

@@ -26,13 +26,11 @@ bool answer(Simulator& sim, CUpointer_attribute attribute, Address address, void
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
       put(out, static_cast<std::size_t>(reservation ? reservation->bytes : pinned->bytes));
       return true;
-    case CU_POINTER_ATTRIBUTE_MAPPED:
-      put(out, static_cast<unsigned char>(!reservation || mapping));
-      return true;
     default: break;
   }
   if (reservation && !mapping) return false;  // nothing is known of addresses alone
   switch (static_cast<int>(attribute)) {
+    case CU_POINTER_ATTRIBUTE_MAPPED: put(out, static_cast<unsigned char>(1)); return true;
     case CU_POINTER_ATTRIBUTE_CONTEXT:
       // [?] for mapped memory, which belongs to no context: null.
       put(out, pinned ? pinned->context : reservation->context);

@@ -1,9 +1,7 @@
 // Virtual memory management. None of these calls needs a current context, none waits for work, and
-// none is refused while a stream is being captured [O, indirect: CUDA.md section 2].
-//
-// Codes that nothing documents and nobody has seen are INVALID_VALUE, the one that all of these
-// functions list: freeing addresses while something is mapped, mapping twice, mapping part of a
-// handle, access for part of a mapping.
+// none is refused while a stream is being captured: as an H200 does, whose codes these are (driver
+// 580.159). It lets pass what the header forbids and is refused here: to map beyond a reservation,
+// to unmap or set the access of a range with a hole in it.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -41,9 +39,9 @@ CUresult check(Call& call, const CUmemAllocationProp& prop) {
       return CUDA_ERROR_NOT_SUPPORTED;  // and so is attribute 141
     default: return CUDA_ERROR_INVALID_VALUE;
   }
-  // A bad ordinal is INVALID_VALUE here, and not INVALID_DEVICE [O HT].
   if (!is_device(call, prop.location) && !is_host(call, prop.location))
-    return CUDA_ERROR_INVALID_VALUE;
+    return prop.location.type == CU_MEM_LOCATION_TYPE_DEVICE ? CUDA_ERROR_INVALID_DEVICE
+                                                             : CUDA_ERROR_INVALID_VALUE;
   switch (prop.requestedHandleTypes) {
     case CU_MEM_HANDLE_TYPE_NONE: return CUDA_SUCCESS;
     case CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR:
@@ -82,10 +80,9 @@ CUresult cuMemAddressReserve(CUdeviceptr* out, std::size_t bytes, std::size_t al
                              CUdeviceptr hint, unsigned long long flags) {
   Call call(Function::cuMemAddressReserve, Need::driver, bytes);
   if (!call) return call.status;
-  if (!out || flags != 0) return CUDA_ERROR_INVALID_VALUE;
-  // [O HT] for the three; the header wants multiples of the host's page.
-  if (bytes == 0 || bytes % kHostPage || (alignment != 0 && !is_power_of_two(alignment)))
-    return CUDA_ERROR_OUT_OF_MEMORY;
+  if (!out || flags != 0 || bytes == 0 || bytes % kHostPage ||
+      (alignment != 0 && !is_power_of_two(alignment)))
+    return CUDA_ERROR_INVALID_VALUE;
   Reservation* reservation = nullptr;
   const CUresult result = call.sim->memory.reserve(bytes, alignment, hint, &reservation);
   if (result == CUDA_SUCCESS) *out = reservation->begin;
@@ -145,18 +142,19 @@ CUresult cuMemMap(CUdeviceptr address, std::size_t bytes, std::size_t offset,
   Physical* const physical = memory.find(handle);
   Reservation* const found = memory.reservation_at(address);
   const std::uint64_t granularity = memory.granularity();
-  if (!physical || !found || found->plain || flags != 0 || offset != 0 ||
-      bytes != physical->bytes || address % granularity ||
+  if (!physical || !found || found->plain || flags != 0 || bytes == 0 || address % granularity ||
       found->begin + found->bytes - address < bytes || !memory.is_free(*found, address, bytes))
     return CUDA_ERROR_INVALID_VALUE;
+  if (offset != 0 || bytes != physical->bytes) return CUDA_ERROR_NOT_SUPPORTED;
   memory.map(*found, address, bytes, physical);
   return CUDA_SUCCESS;
 }
 
 CUresult cuMemUnmap(CUdeviceptr address, std::size_t bytes) {
-  Call call(Function::cuMemUnmap, Need::driver, bytes);
+  Call call(Function::cuMemUnmap, Need::driver);
   if (!call) return call.status;
   Memory& memory = call.sim->memory;
+  call.pay_for_mappings(address, bytes);
   const auto& mappings = memory.whole(address, bytes);
   if (mappings.empty()) return CUDA_ERROR_INVALID_VALUE;
   Reservation& reservation = *memory.reservation_at(address);
@@ -170,8 +168,9 @@ CUresult cuMemUnmap(CUdeviceptr address, std::size_t bytes) {
 
 CUresult cuMemSetAccess(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* descs,
                         std::size_t count) {
-  Call call(Function::cuMemSetAccess, Need::driver, bytes);
+  Call call(Function::cuMemSetAccess, Need::driver);
   if (!call) return call.status;
+  call.pay_for_mappings(address, bytes);
   if (!descs || count == 0) return CUDA_ERROR_INVALID_VALUE;
   const std::span all(descs, count);
   for (const CUmemAccessDesc& desc : all) {

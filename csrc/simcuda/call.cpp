@@ -106,6 +106,13 @@ Event* Call::event(CUevent handle) {
   return found;
 }
 
+void Call::pay_for_mappings(Address address, std::uint64_t bytes) {
+  const double each = sim->options.costs[static_cast<std::size_t>(function)].granule;
+  if (each == 0) return;
+  const std::size_t mappings = sim->memory.whole(address, bytes).size();
+  sim->pay(lock, static_cast<Nanoseconds>(each * static_cast<double>(mappings) + 0.5));
+}
+
 CUresult Call::not_ready() {
   if (sim->options.virtual_clock) sim->pay(lock, kPoll);
   return CUDA_ERROR_NOT_READY;

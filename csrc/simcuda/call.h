@@ -23,6 +23,9 @@ class Call {
   // stream's context is then the one whose state counts.
   Stream* stream(CUstream handle, bool broken_too = false);
   Event* event(CUevent handle);
+  // What a call on a range costs beyond itself, by mappings: an H200 takes as long for one of 2 MiB
+  // as for one of 512. May drop the lock.
+  void pay_for_mappings(Address address, std::uint64_t bytes);
   // What a query says that found something unfinished: polling moves the virtual clock.
   CUresult not_ready();
   Simulator::Origin origin() const { return {number, function}; }

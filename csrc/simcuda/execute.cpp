@@ -136,7 +136,8 @@ CUresult Simulator::copy(Lock& lock, Operation& operation, const Copy& copy) {
   }
   for (Physical* const physical : pinned) memory.unpin(physical);
   if (end > 0) pause(lock, end);
-  return result;
+  // A copy engine's fault is told in other words than a kernel's.
+  return result == CUDA_ERROR_ILLEGAL_ADDRESS ? CUDA_ERROR_LAUNCH_FAILED : result;
 }
 
 CUresult Simulator::fill(Lock& lock, Operation& operation, const Fill& fill) {
