@@ -140,8 +140,8 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
   return CUDA_SUCCESS;
 }
 
-// Legal from any context [O ucx#10643]. It waits for all the work there is, as an H200's does: for a
-// stream held up for seconds as well. Nothing promises that, so the detector wants it waited for.
+// Legal from any context [O ucx#10643]. It waits for all the work there is, as an H200's does: for
+// a stream held up for seconds as well. Nothing promises that, so the detector wants it waited for.
 CUresult cuMemHostUnregister(void* address) {
   Call call(Function::cuMemHostUnregister, Need::context);
   if (!call) return call.status;

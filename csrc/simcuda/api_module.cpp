@@ -15,7 +15,7 @@ bool is_image(const void* image) {
   const auto begins = [&](const char* with) {
     return std::strncmp(static_cast<const char*>(image), with, std::strlen(with)) == 0;
   };
-  for (const char* with : {"\x50\xed\x55\xba", "\x7f" "ELF", ".version", "//", "simulated"})
+  for (const char* with : {"\x50\xed\x55\xba", "\177ELF", ".version", "//", "simulated"})
     if (begins(with)) return true;
   return false;
 }
