@@ -61,7 +61,8 @@ class Gates:
         self._runtime = runtime
         self._model = model
         tensors = model.tensors()
-        self._on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+        on_cuda = (tensor.device for tensor in tensors.values() if tensor.is_cuda)
+        self._device = next(on_cuda, None)
         layer_at = {
             tensors[name].data_ptr(): spec.layer
             for name, spec in model.layout.tensors.items()
@@ -94,8 +95,8 @@ class Gates:
     def wait(self, layers: list[int]) -> bool:
         """Whether they are resident; else torch's current stream waits for them."""
         stream = None
-        if self._on_cuda:
-            stream = native_stream(self._runtime.native, torch.cuda.current_stream())
+        if self._device:  # whose stream it is, and not the current device's
+            stream = native_stream(self._runtime.native, torch.cuda.current_stream(self._device))
         there = True
         for layer in layers:
             there &= self._model.native.wait(layer, stream)

@@ -50,6 +50,10 @@ def load(
     block or the head) are faults. The weights are read-only: they take no gradient, and writing to
     one in place is a fault. RWKV would do so in its forward pass: it wants `rescale_every=0`.
 
+    On CUDA a lease may end while the device still computes. `generate()` has waited for its last
+    token; after a pass of your own, and before the lease ends, say
+    `lease.record(torch.cuda.current_stream())`, or an eviction unmaps weights that are being read.
+
     `name` is the model's in the runtime, by default the directory's; `dtype`, `layers` and
     `allow_symlinks` are as in `Runtime.register`; `auto_class` is the transformers class that
     builds the module; other arguments (`attn_implementation="eager"`) go into its configuration.
@@ -149,6 +153,7 @@ def _bind(
         is_buffer = not isinstance(slot, nn.Parameter)
         bound[target] = tensor if is_buffer else nn.Parameter(tensor, requires_grad=False)
 
+    device = next((tensor.device for tensor in tensors.values()), None)
     tied = {id(slots[target]): value for target, value in bound.items()}
     for name, slot in slots.items():
         value = bound.get(name, tied.get(id(slot), slot))
@@ -157,8 +162,12 @@ def _bind(
         bound[name] = value
     for name, value in bound.items():
         owner, leaf = owners[name]
-        slots_of: Any = owner._parameters if leaf in owner._parameters else owner._buffers
-        slots_of[leaf] = value
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = value  # type: ignore[assignment]
+        else:
+            # Those that no tensor fills were computed on the CPU, such as rotary frequencies. A
+            # device cannot compute with them there, or would fetch them for each pass.
+            owner._buffers[leaf] = value.to(device)
 
 
 def _quantization(settings: Any) -> str | None:
