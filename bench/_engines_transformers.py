@@ -1,12 +1,14 @@
 """What does a transformers model in the arena cost, beside transformers by itself?
 
 Binding: `load()`, which reads no weight, in turns with `from_pretrained` of the same directory,
-which lies in the page cache, and is mapped and not read either; of the first model of a
-configuration, and of a later one, whose module is not built anew. Gates: what the hooks add to a
-forward pass, measured on their parts alone with the computation taken out, for beside milliseconds
-of it they are not to be seen: once the leased layers are there, when only the checks at the entries
-are left, and in the first pass under a lease, when every part waits for its own. All on one thread
-of torch's.
+which lies in the page cache, and which on the host is mapped and not read either, but on CUDA is
+copied to the device; of the first model of a configuration, and of a later one, whose module is not
+built anew. Gates: what the hooks add to a forward pass, measured on their parts alone with the
+computation taken out, for beside milliseconds of it they are not to be seen: once the leased layers
+are there, when only the checks at the entries are left, and in the first pass under a lease, when
+every part waits for its own. Switches: see _engines_switch.py. All on one thread of torch's.
+
+    python bench/_engines_transformers.py [--device cuda:0] [--made 1b] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +26,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _harness import MIB, Bench, interleaved, ratio, seconds
+from _engines_made import SIZES, make, make_other
+from _engines_place import Place
+from _engines_switch import measure_switch
+from _harness import MIB, Bench, interleaved, ratio, scratch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from warmserve_rt import Runtime, StaleView
 from warmserve_rt.demo.tenants import make_tenants
@@ -33,22 +40,49 @@ from warmserve_rt.engines.blueprints import Blueprints
 from warmserve_rt.engines.transformers import load
 
 PASSES = 1000  # with the hooks and without, in turns
-PROMPT = torch.arange(100, 132)[None]
 TOKENS = 8
+Part = Callable[[], None]
 
 
-def measure(bench: Bench, model: Path, rounds: int) -> None:
-    """Binding, gates and tokens of the causal model in a directory."""
+def measure(
+    bench: Bench,
+    model: Path,
+    rounds: int,
+    other: Path | None = None,
+    run: Callable[[Part], None] = lambda part: part(),
+) -> None:
+    """Binding, gates, tokens and switches of the causal model in a directory, each by ``run``.
+
+    ``other``: one of the same configuration to switch to; by default one is made.
+    """
     torch.set_num_threads(1)
+    progress: Any = logging
+    progress.disable_progress_bar()
+    place = Place(bench.args.device)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    with Runtime(bench.args.device, size + size // 8 + 64 * MIB) as runtime:
-        measure_binding(bench, runtime, model, rounds)
-        module: Any = load(runtime, model, name="chat")
-        measure_gates(bench, runtime, module)
-        measure_tokens(bench, runtime, module, model, rounds)
+
+    def binding() -> None:
+        with place.runtime(size + size // 8 + 64 * MIB) as runtime:
+            measure_binding(bench, place, runtime, model, rounds)
+
+    def gates() -> None:
+        with place.runtime(size + size // 8 + 64 * MIB) as runtime:
+            measure_gates(bench, place, runtime, load(runtime, model, name="chat"))
+
+    def tokens() -> None:
+        with place.runtime(size + size // 8 + 64 * MIB) as runtime:
+            measure_tokens(bench, place, runtime, model, rounds)
+
+    def switch() -> None:
+        with scratch() as folder:
+            second = other or make_other(model, folder / "other")
+            measure_switch(bench, place, [model, second], rounds)
+
+    for part in (binding, gates, tokens, switch):
+        run(part)
 
 
-def measure_binding(bench: Bench, runtime: Runtime, model: Path, rounds: int) -> None:
+def measure_binding(bench: Bench, place: Place, runtime: Runtime, model: Path, rounds: int) -> None:
     def bound(*, first: bool = False, lease: bool = False) -> float:
         if first:
             transformers_engine._blueprints = Blueprints()
@@ -60,20 +94,20 @@ def measure_binding(bench: Bench, runtime: Runtime, model: Path, rounds: int) ->
                     pass
             return module
 
-        taken = seconds(work)
+        taken = place.seconds(work)
         gc.collect()  # a module and its gates are a cycle, which holds the model's addresses
         runtime.unregister("bound")
         return taken
 
     def pretrained(read: bool) -> float:
         def work() -> Any:
-            module: Any = AutoModelForCausalLM.from_pretrained(model)
+            module: Any = place.plain(model)
             if read:  # a number of every page
                 for parameter in module.parameters():
                     parameter.data.view(-1)[:: 4096 // parameter.element_size()].sum()
             return module
 
-        return seconds(work)
+        return place.seconds(work)
 
     bound(), bound()  # it is known as one of several
     taken = interleaved(
@@ -98,15 +132,17 @@ def measure_binding(bench: Bench, runtime: Runtime, model: Path, rounds: int) ->
     bench.row("weights_there_vs_from_pretrained", ready, "times")
 
 
-def measure_gates(bench: Bench, runtime: Runtime, module: Any) -> None:
+def measure_gates(bench: Bench, place: Place, runtime: Runtime, module: Any) -> None:
     runtime.prewarm("chat").wait()
     with runtime.lease("chat", layers=1):
         try:
-            module(PROMPT)
+            module(place.prompt)
         except StaleView:
             waiting = [part for part in module.modules() if part._forward_pre_hooks]
         else:
             raise AssertionError("the pass did not need the second layer")
+        finally:
+            place.done()
 
     def renew() -> None:
         with runtime.lease("chat", layers=1):
@@ -161,35 +197,57 @@ def computing_nothing(part: Any) -> Iterator[None]:
         del part.forward
 
 
-def measure_tokens(bench: Bench, runtime: Runtime, module: Any, model: Path, rounds: int) -> None:
+def measure_tokens(bench: Bench, place: Place, runtime: Runtime, model: Path, rounds: int) -> None:
     """Ours against transformers' own, whose weights are read beforehand; and the same tokens."""
-    plain: Any = AutoModelForCausalLM.from_pretrained(model)
-    greedy = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    module = load(runtime, model, name="chat")
+    plain = place.plain(model)
     said: dict[str, Any] = {}
 
     def ours() -> None:
         with runtime.lease("chat"):
-            said["ours"] = module.generate(PROMPT, **greedy)
+            said["ours"] = place.say(module, TOKENS)
+            place.done()
 
     def theirs() -> None:
-        said["theirs"] = plain.generate(PROMPT, **greedy)
+        said["theirs"] = place.say(plain, TOKENS)
 
-    taken = interleaved({"ours": lambda: seconds(ours), "plain": lambda: seconds(theirs)}, rounds)
+    runs = {"ours": lambda: place.seconds(ours), "plain": lambda: place.seconds(theirs)}
+    taken = interleaved(runs, rounds)
     bench.row("token_ms", 1e3 * statistics.median(taken["ours"]) / TOKENS, "ms")
     bench.row("token_vs_plain", ratio(taken["ours"], taken["plain"]), "times")
-    same = int(torch.eq(said["ours"], said["theirs"]).all())
+    same = int(torch.equal(said["ours"], said["theirs"]))
     bench.target("tokens_are_transformers", same, "", "=", 1)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="a directory (default: SmolLM2, as the demo's)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, help="a directory (default: SmolLM2, as the demo's)")
+    which.add_argument("--made", choices=SIZES, help="two random Llamas instead, of this size")
     parser.add_argument("--rounds", type=int, default=7, help="of each kind")
     bench = Bench.start("engines-transformers", parser)
-    model = bench.args.model or next(iter(make_tenants(lambda *_: None, count=1).values()))
-    measure(bench, model, bench.args.rounds)
+    failed = 0
+
+    def run(part: Part) -> None:
+        nonlocal failed
+        try:
+            part()
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+
+    with ExitStack() as stack:
+        other, model = None, bench.args.model
+        if bench.args.made:
+            folder, device = stack.enter_context(scratch()), Place(bench.args.device).device
+            model, other = (
+                make(folder / str(seed), bench.args.made, device, seed) for seed in (1, 2)
+            )
+        model = model or next(iter(make_tenants(lambda *_: None, count=1).values()))
+        measure(bench, model, bench.args.rounds, other, run)
     bench.finish()
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
