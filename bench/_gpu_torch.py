@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from _gpu_part import NotRun, Part, arena_for, layer_address, layer_bytes
 
-from warmserve_rt import Model, Runtime
+from warmserve_rt import Busy, Model, Runtime
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -29,6 +29,7 @@ def torch(part: Part) -> None:
                 torch.allclose(_product(torch, weight).cpu(), on_host, rtol=1e-2, atol=1e-1),
             )
         _graph(part, torch, runtime, a, b)
+        _pass_that_outlives_its_lease(part, torch, runtime, a)
 
 
 def _torch_with_cuda() -> Any:
@@ -79,3 +80,26 @@ def _graph(part: Part, torch: Any, runtime: Runtime, a: Model, b: Model) -> None
         graph.replay()
         torch.cuda.synchronize()
         part.yes("torch_graph_after_swaps", torch.equal(out.cpu(), wanted))
+
+
+def _pass_that_outlives_its_lease(part: Part, torch: Any, runtime: Runtime, model: Model) -> None:
+    """Of a guarded module: what it has enqueued still runs when the lease is over."""
+    from warmserve_rt.engines.gates import guard
+
+    weight = model.tensors()[NAME]
+    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    guard(module, runtime, model)
+    inputs = torch.ones(4, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with runtime.lease(model):
+        torch.cuda._sleep(1 << 30)  # cycles: half a second
+        module(inputs)
+    try:
+        runtime.evict(model, wait="nothing")
+    except Busy:
+        waits = True
+    else:
+        waits = False
+    part.yes("torch_pass_is_recorded", waits)
+    torch.cuda.synchronize()
+    runtime.evict(model, wait="nothing")

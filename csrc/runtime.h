@@ -123,6 +123,8 @@ class Runtime {
   // What the stream was given so far will run before the models are unmapped. Throws stale_view
   // unless the lease is held. Wait-free.
   void record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream);
+  // The same of what is leased of the model, for whoever leases it.
+  void record(const ModelPtr& model, const std::shared_ptr<Stream>& stream);
   // Wait-free; at once even where the lease was still waited for. Idempotent.
   void end_lease(const HoldPtr& hold);
 

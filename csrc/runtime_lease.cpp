@@ -6,6 +6,25 @@
 
 namespace warmserve {
 
+namespace {
+
+// Of uses that are over: they go without the lock, for one may be a stream's last.
+using Fences = std::vector<std::shared_ptr<const Fence>>;
+
+void add_use(const Lock&, const Selection& used, const std::shared_ptr<const Fence>& fence,
+             Fences* past) {
+  std::vector<Use>& uses = used.model->uses;
+  if (uses.size() >= 8)  // bounds them by what is really under way
+    std::erase_if(uses, [&](const Use& use) {
+      const bool complete = use.fence->complete();
+      if (complete) past->push_back(use.fence);
+      return complete;
+    });
+  uses.push_back({fence, used.layers});
+}
+
+}  // namespace
+
 // Loads what an admitted hold is missing.
 void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
   if (hold->entry) hold->entry->finish(books_, lock);
@@ -128,19 +147,22 @@ bool Runtime::arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t 
 void Runtime::record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream) {
   enter();
   const auto fence = std::make_shared<const Fence>(stream);
-  std::vector<std::shared_ptr<const Fence>> past;  // gone without the lock: the last of a stream
+  Fences past;
   const Lock lock = open();
   if (!hold->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
-  for (const Selection& wanted : hold->wants) {
-    std::vector<Use>& uses = wanted.model->uses;
-    if (uses.size() >= 8)  // bounds them by what is really under way
-      std::erase_if(uses, [&](const Use& use) {
-        const bool complete = use.fence->complete();
-        if (complete) past.push_back(use.fence);
-        return complete;
-      });
-    uses.push_back({fence, wanted.layers});
-  }
+  for (const Selection& wanted : hold->wants) add_use(lock, wanted, fence, &past);
+}
+
+void Runtime::record(const ModelPtr& model, const std::shared_ptr<Stream>& stream) {
+  enter();
+  const auto fence = std::make_shared<const Fence>(stream);
+  Fences past;
+  const Lock lock = open();
+  LayerSet leased;
+  for (const Layer& layer : model->layers)
+    if (layer.held()) leased.insert(layer.index);
+  if (leased.empty()) throw Error(ErrorKind::stale_view, "'" + model->name + "' is not leased");
+  add_use(lock, Selection(model, std::move(leased)), fence, &past);
 }
 
 void Runtime::end_lease(const HoldPtr& hold) {

@@ -214,6 +214,29 @@ def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, P
     assert watched.strict.live == left
 
 
+def test_whoever_leases_a_model_may_record_for_it(device: Device, files: dict[str, Path]) -> None:
+    """As an engine does that is given the model and not the lease."""
+    if not device.steps:
+        device.simulation["d2h"] = 1e6  # the stream takes seconds, of a clock that stands still
+    runtime = device.runtime(pump=True)
+    model = runtime.register("a", files["a"])
+    stream, out = runtime.stream(), device.pinned(GRANULE)
+    with pytest.raises(StaleView, match="'a' is not leased"):
+        model.native.record(stream)
+    with runtime.lease("a", layers=[0, 1]):
+        device.hold_up(stream)
+        stream.copy_from(out, model.native.view(0, 0, [GRANULE], GRANULE, 1, 8, 1))
+        model.native.record(stream)
+    with pytest.raises(Busy, match="a stream still uses 'a'"):
+        runtime.evict("a", wait="nothing")
+    runtime.prewarm("a").wait()
+    runtime.evict("a", layers=[2, 3], wait="nothing")  # which were not leased
+    stream.synchronize()
+    runtime.evict("a", wait="nothing")
+    with pytest.raises(StaleView, match="'a' is not leased"):
+        model.native.record(stream)
+
+
 def test_admission_waits_for_room_and_not_for_layers(
     device: Device, files: dict[str, Path]
 ) -> None:

@@ -91,6 +91,7 @@ class Model:
     def wait(
         self, layer: int, stream: Stream | None = None, timeout: float | None = None
     ) -> bool: ...  # resident, while it is held
+    def record(self, stream: Stream) -> None: ...
     def view(
         self,
         layer: int,

@@ -88,6 +88,14 @@ void bind_handles(py::module_& m) {
                                              check_signals);
           },
           py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())
+      .def(
+          "record",
+          [](const PyModel& self, const PyStream& stream) {
+            const auto recorded = stream.stream;
+            const py::gil_scoped_release release;
+            self.runtime->record(self.model, recorded);
+          },
+          py::arg("stream"))
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
            py::arg("code"), py::arg("bits"), py::arg("lanes"));
   py::class_<PyTicket>(m, "Ticket")

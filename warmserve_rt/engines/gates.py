@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from warmserve_rt.streams import native_stream
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from warmserve_rt import _native
     from warmserve_rt.runtime import Model, Runtime
 
 
@@ -24,8 +26,9 @@ def guard(
 
     A forward pass raises StaleView while no lease holds the model. Under one that streams, or is on
     some layers, each part of the module waits for the layer it computes with: on the host the
-    thread does, on CUDA torch's current stream. ``entries``: parts of it that may be called by
-    themselves, as a whole may (an encoder); other parts are not to be.
+    thread does, on CUDA torch's current stream. There a pass is recorded too: what it has enqueued
+    will run before the weights are unmapped, though the lease end before it. ``entries``: parts of
+    it that may be called by themselves, as a whole may (an encoder); other parts are not to be.
     """
     gates = Gates(module, runtime, model)
 
@@ -48,6 +51,8 @@ def guard(
     for entry in dict.fromkeys((module, *entries)):
         # A hook of an entry that is made while one of its hooks runs would come too late.
         entry.register_forward_pre_hook(must_be_leased(gates.take(entry)))
+        if gates.on_cuda:  # also where a pass fails: what it enqueued runs all the same
+            entry.register_forward_hook(lambda *_: gates.record(), always_call=True)
 
 
 class Gates:
@@ -61,8 +66,8 @@ class Gates:
         self._runtime = runtime
         self._model = model
         tensors = model.tensors()
-        on_cuda = (tensor.device for tensor in tensors.values() if tensor.is_cuda)
-        self._device = next(on_cuda, None)
+        self._device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        self.on_cuda = self._device.type == "cuda"
         layer_at = {
             tensors[name].data_ptr(): spec.layer
             for name, spec in model.layout.tensors.items()
@@ -94,13 +99,23 @@ class Gates:
 
     def wait(self, layers: list[int]) -> bool:
         """Whether they are resident; else torch's current stream waits for them."""
-        stream = None
-        if self._device:  # whose stream it is, and not the current device's
-            stream = native_stream(self._runtime.native, torch.cuda.current_stream(self._device))
+        stream = self._stream() if self.on_cuda else None
         there = True
         for layer in layers:
             there &= self._model.native.wait(layer, stream)
         return there
+
+    def record(self) -> None:
+        """What torch's current stream was given uses the model, if it runs at all: of a capture
+        the replays do, and whoever launches those records them."""
+        if torch.cuda.is_current_stream_capturing():
+            return
+        with suppress(StaleView):  # the lease has ended: there it was recorded, or nowhere
+            self._model.native.record(self._stream())
+
+    def _stream(self) -> _native.Stream:
+        """Of the arena's device, which need not be the current one."""
+        return native_stream(self._runtime.native, torch.cuda.current_stream(self._device))
 
     def _gate(self, part: nn.Module, arguments: Any) -> None:
         if self.wait(self._layers[part]) and (hook := self._hooks.pop(part, None)):

@@ -50,9 +50,8 @@ def load(
     block or the head) are faults. The weights are read-only: they take no gradient, and writing to
     one in place is a fault. RWKV would do so in its forward pass: it wants `rescale_every=0`.
 
-    On CUDA a lease may end while the device still computes. `generate()` has waited for its last
-    token; after a pass of your own, and before the lease ends, say
-    `lease.record(torch.cuda.current_stream())`, or an eviction unmaps weights that are being read.
+    On CUDA a lease may end while the device still computes: each pass is recorded, and an eviction
+    waits for it. Replays of a CUDA graph are not: say `lease.record(stream)` after them.
 
     `name` is the model's in the runtime, by default the directory's; `dtype`, `layers` and
     `allow_symlinks` are as in `Runtime.register`; `auto_class` is the transformers class that
