@@ -40,7 +40,7 @@ def loader_count(asked: int | None, *, pump: bool) -> int:
     """How many threads load; with ``pump`` none. Raises ValueError for fewer than one."""
     if asked is not None and asked < 1:
         raise ValueError(f"{asked} loaders: for none, say pump=True")
-    return 0 if pump else asked or max(1, min(4, len(os.sched_getaffinity(0)) - 1))
+    return 0 if pump else asked or max(1, min(8, len(os.sched_getaffinity(0)) - 1))
 
 
 def arena_bytes(
