@@ -109,7 +109,7 @@ def bench_decode(bench: Bench, plain: Engine, ours: Engine) -> None:
 def bench_wake(bench: Bench, ours: Engine, plain_load_s: float) -> None:
     (weights,) = ours.worker._weights
     path = weights._entry.weights
-    loaders = max(1, min(4, len(os.sched_getaffinity(0)) - 1))  # as the runtime has by default
+    loaders = max(1, min(8, len(os.sched_getaffinity(0)) - 1))  # as the runtime has by default
 
     def wake() -> float:
         ours.llm.sleep(1)

@@ -41,8 +41,8 @@ class Runtime:
     ``arena`` given it is all that is free beside the headroom, and with neither 2 GiB.
     ``staging``: the most pinned host memory it takes, in chunks of ``chunk`` bytes (unused where
     the CPU reaches the device's memory). ``granule``: bytes, a multiple of the device's
-    granularity. ``loaders``: threads that load; by default one for each CPU but one, four at the
-    most. ``staging_timeout``: seconds that a load waits for a chunk before it fails with
+    granularity; a GPU maps one of 8 MiB as fast as one of 2, but every layer takes whole ones.
+    ``loaders``: threads that load; by default one for each CPU but one, eight at the most. ``staging_timeout``: seconds that a load waits for a chunk before it fails with
     StagingTimeout. ``pump``: no threads at all, and :meth:`step` does the work. ``poison``: evicted
     addresses read as NaN, and do not fault, for debugging. ``background_share``: of the bytes that
     move while foreground loads wait, what work of priority BACKGROUND or less gets; it gets so much
