@@ -42,16 +42,17 @@ class Runtime:
     ``staging``: the most pinned host memory it takes, in chunks of ``chunk`` bytes (unused where
     the CPU reaches the device's memory). ``granule``: bytes, a multiple of the device's
     granularity; a GPU maps one of 8 MiB as fast as one of 2, but every layer takes whole ones.
-    ``loaders``: threads that load; by default one for each CPU but one, eight at the most. ``staging_timeout``: seconds that a load waits for a chunk before it fails with
-    StagingTimeout. ``pump``: no threads at all, and :meth:`step` does the work. ``poison``: evicted
-    addresses read as NaN, and do not fault, for debugging. ``background_share``: of the bytes that
-    move while foreground loads wait, what work of priority BACKGROUND or less gets; it gets so much
-    and no more, and all when nobody else wants it. ``read_bandwidth``: bytes a second (or "1GiB")
-    that all loads together read at most. ``tensors``: what leases hand out,
-    "torch", "numpy" (on the host), "cupy" (on CUDA) or "dlpack" (objects with ``__dlpack__``,
-    ``address`` and ``nbytes``); by default torch where it is installed, else numpy or cupy.
-    ``driver``: the device itself, for tests. ``paths``: neighbours ("cuda:1") whose host links its
-    foreground loads may use too; each gives four chunks of its memory (:mod:`warmserve_rt.paths`).
+    ``loaders``: threads that load; by default one for each CPU but one, eight at the most.
+    ``staging_timeout``: seconds that a load waits for a chunk before it fails with StagingTimeout.
+    ``pump``: no threads at all, and :meth:`step` does the work. ``poison``: evicted addresses read
+    as NaN, and do not fault, for debugging. ``background_share``: of the bytes that move while
+    foreground loads wait, what work of priority BACKGROUND or less gets; it gets so much and no
+    more, and all when nobody else wants it. ``read_bandwidth``: bytes a second (or "1GiB") that all
+    loads together read at most. ``tensors``: what leases hand out, "torch", "numpy" (on the host),
+    "cupy" (on CUDA) or "dlpack" (objects with ``__dlpack__``, ``address`` and ``nbytes``); by
+    default torch where it is installed, else numpy or cupy. ``driver``: the device itself, for
+    tests. ``paths``: neighbours ("cuda:1") whose host links its foreground loads may use too; each
+    gives four chunks of its memory (:mod:`warmserve_rt.paths`).
 
     Sizes are bytes or strings such as ``"2GiB"``. Raises ValueError (a device that is not there, an
     option that makes no sense), OutOfDeviceMemory, and WarmServeError where the device cannot be
