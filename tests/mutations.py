@@ -138,6 +138,13 @@ MUTATIONS = [
         "test_streaming_leases.py::test_it_is_the_stream_that_waits[simcuda]",
     ),
     Mutation(
+        "who leases a model records for layers that are not leased",
+        "csrc/runtime_lease.cpp",
+        "    if (layer.held()) leased.insert(layer.index);",
+        "    leased.insert(layer.index);",
+        "test_streaming_leases.py::test_whoever_leases_a_model_may_record_for_it[simcuda]",
+    ),
+    Mutation(
         "a layer that has to wait is shown",
         "warmserve_rt/views.py",
         "if not self._here(layer):",
@@ -283,6 +290,15 @@ MUTATIONS = [
         "if ((piece.mapping->access[operation.context->device] & need) != need)",
         "if (false)",
         "test_simcuda_behaviour.py::test_access_that_changes_under_a_copy_kills_it[virtual]",
+    ),
+    Mutation(
+        "unregistering waits for nothing",
+        "csrc/simcuda/api_memory.cpp",
+        'take_away(pinned->uses, "unregistered", "cuMemHostUnregister", call.number);\n'
+        "  const CUresult state = call.sim->drain_context(call.lock, call.context);",
+        'take_away(pinned->uses, "unregistered", "cuMemHostUnregister", call.number);\n'
+        "  const CUresult state = state_of(*call.context);",
+        "test_simcuda_behaviour.py::test_unregistering_waits_for_all_work[virtual]",
     ),
     Mutation(
         "a forbidden call spares the capture it disturbs",

@@ -226,6 +226,17 @@ def test_unmap_does_not_wait_and_what_is_pending_dies(simulated: SimulatedCuda, 
     assert code(cuda.context_synchronize) == 719
 
 
+def test_unregistering_waits_for_all_work(simulated: SimulatedCuda, cuda: Cuda) -> None:
+    """Also for what does not touch the memory."""
+    stream, event, host = cuda.stream(), cuda.event(), cuda.pinned(PAGE)
+    busy(cuda, stream)
+    cuda.record(event, stream)
+    assert not cuda.done(event)
+    cuda.unregister(host.address)
+    assert cuda.done(event)
+    assert not simulated.violations
+
+
 def test_addresses_are_looked_up_when_the_copy_runs(simulated: SimulatedCuda, cuda: Cuda) -> None:
     """Another granule behind the same addresses, mapped too early, gets the bytes."""
     stream, address, host = cuda.stream(), cuda.reserve(G), cuda.pinned(PAGE, b"bytes")
