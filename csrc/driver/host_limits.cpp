@@ -22,7 +22,7 @@ std::optional<std::uint64_t> read_number(const std::string& path) {
 }
 
 // Room left in one control group and all above it. `usage` counts page cache too, which the
-// kernel gives back when asked, so inactive file pages are added to what is left.
+// kernel gives back when asked: it is added to what is left, as MemAvailable has it.
 std::uint64_t room_in_groups(const std::string& root, std::string group, const char* limit_file,
                              const char* usage_file) {
   std::uint64_t room = kUnlimited;
@@ -31,10 +31,13 @@ std::uint64_t room_in_groups(const std::string& root, std::string group, const c
     const auto limit = read_number(directory + "/" + limit_file);
     const auto usage = read_number(directory + "/" + usage_file);
     if (limit && usage) {
-      std::uint64_t reclaimable = 0, value = 0;
+      std::uint64_t own = 0, total = 0, value = 0;  // version 1 tells of the groups below apart
       std::ifstream stat(directory + "/memory.stat");
-      for (std::string key; stat >> key >> value;)
-        if (key == "inactive_file" || key == "total_inactive_file") reclaimable = value;
+      for (std::string key; stat >> key >> value;) {
+        if (key == "inactive_file" || key == "active_file") own += value;
+        if (key == "total_inactive_file" || key == "total_active_file") total += value;
+      }
+      const std::uint64_t reclaimable = std::max(own, total);
       const std::uint64_t used = *usage > reclaimable ? *usage - reclaimable : 0;
       room = std::min(room, *limit > used ? *limit - used : 0);
     }
@@ -46,21 +49,22 @@ std::uint64_t room_in_groups(const std::string& root, std::string group, const c
 
 }  // namespace
 
-std::uint64_t available_memory() {
+std::uint64_t available_memory(const std::string& root) {
   std::uint64_t room = kUnlimited;
-  std::ifstream meminfo("/proc/meminfo");
+  std::ifstream meminfo(root + "/proc/meminfo");
   for (std::string line; std::getline(meminfo, line);)
     if (line.rfind("MemAvailable:", 0) == 0) room = std::stoull(line.substr(13)) * kKiB;
-  std::ifstream groups("/proc/self/cgroup");
+  std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {  // "id:controllers:path"
     const auto first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
     const std::string path = line.substr(second + 1);
+    const std::string top = root + "/sys/fs/cgroup";
     if (controllers.empty())
-      room = std::min(room, room_in_groups("/sys/fs/cgroup", path, "memory.max", "memory.current"));
+      room = std::min(room, room_in_groups(top, path, "memory.max", "memory.current"));
     else if (controllers == "memory")
-      room = std::min(room, room_in_groups("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
+      room = std::min(room, room_in_groups(top + "/memory", path, "memory.limit_in_bytes",
                                            "memory.usage_in_bytes"));
   }
   return room;

@@ -1,13 +1,15 @@
 // What the operating system will still give this process.
 #pragma once
 
+#include <string>
+
 #include "types.h"
 
 namespace warmserve {
 
 // Bytes that could be allocated without swapping: the least of the machine's and of every memory
-// control group above this process.
-std::uint64_t available_memory();
+// control group above this process. `root`: where /proc and /sys are, for tests.
+std::uint64_t available_memory(const std::string& root = "");
 std::uint64_t total_memory();
 
 // The kernel's limit of mappings per process (vm.max_map_count), and how many there are.

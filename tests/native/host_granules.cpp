@@ -2,7 +2,10 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 
+#include "driver/host_limits.h"
 #include "fixtures.h"
 
 namespace warmserve {
@@ -149,6 +152,47 @@ TEST(more_addresses_than_there_are) {
         Status::out_of_addresses);
   std::byte* pinned = nullptr;
   CHECK(bench.driver->pinned_create(std::uint64_t{1} << 60, &pinned) == Status::out_of_memory);
+}
+
+// A machine's /proc and /sys, of files with these contents.
+struct Machine {
+  explicit Machine(std::initializer_list<std::pair<const char*, const char*>> files) {
+    for (const auto& [path, content] : files) {
+      std::filesystem::create_directories((root + path).substr(0, (root + path).rfind('/')));
+      std::ofstream(root + path) << content;
+    }
+  }
+  ~Machine() { std::filesystem::remove_all(root); }
+
+  const std::string root =
+      std::filesystem::temp_directory_path() / ("warmserve-machine-" + std::to_string(::getpid()));
+};
+
+TEST(what_is_available_is_the_least_of_machine_and_groups) {
+  const auto meminfo = std::pair("/proc/meminfo", "MemTotal: 9 kB\nMemAvailable:     4096 kB\n");
+  CHECK(available_memory(Machine({meminfo}).root) == 4096 * kKiB);
+  // Version 2: a group without a limit in one that is full, but for page cache.
+  const auto group = std::pair("/proc/self/cgroup", "0::/service/worker\n");
+  const Machine full({meminfo,
+                      group,
+                      {"/sys/fs/cgroup/service/worker/memory.max", "max\n"},
+                      {"/sys/fs/cgroup/service/worker/memory.current", "900000\n"},
+                      {"/sys/fs/cgroup/service/memory.max", "1000000\n"},
+                      {"/sys/fs/cgroup/service/memory.current", "1000000\n"},
+                      {"/sys/fs/cgroup/service/memory.stat",
+                       "anon 500000\nshmem 100000\ninactive_file 1000\nactive_file 30000\n"}});
+  CHECK(available_memory(full.root) == 31000);
+}
+
+TEST(what_is_available_in_groups_of_the_first_version) {
+  const Machine machine(
+      {{"/proc/meminfo", "MemAvailable: 4096 kB\n"},
+       {"/proc/self/cgroup", "4:memory:/service\n1:cpu:/\n0::/\n"},
+       {"/sys/fs/cgroup/memory/service/memory.limit_in_bytes", "1000000\n"},
+       {"/sys/fs/cgroup/memory/service/memory.usage_in_bytes", "400000\n"},
+       {"/sys/fs/cgroup/memory/service/memory.stat",
+        "inactive_file 1\nactive_file 2\ntotal_inactive_file 10\ntotal_active_file 20\n"}});
+  CHECK(available_memory(machine.root) == 600030);
 }
 
 }  // namespace warmserve
