@@ -56,24 +56,6 @@ bool StrictDriver::quiet(const GranuleState& granule) const {
   return ordered(granule.reads, host_, 0) && ordered(granule.writes, host_, 0);
 }
 
-void StrictDriver::mark_written(GranuleState& granule, std::uint64_t begin, std::uint64_t end) {
-  auto next = granule.written.upper_bound(begin);
-  if (next != granule.written.begin() && std::prev(next)->second >= begin) {
-    --next;
-    begin = next->first;
-  }
-  while (next != granule.written.end() && next->first <= end) {
-    end = std::max(end, next->second);
-    next = granule.written.erase(next);
-  }
-  granule.written[begin] = end;
-}
-
-bool StrictDriver::is_written(const GranuleState& granule, std::uint64_t begin, std::uint64_t end) {
-  const auto next = granule.written.upper_bound(begin);
-  return next != granule.written.begin() && std::prev(next)->second >= end;
-}
-
 void StrictDriver::forget_if_dead(Handle handle) {
   const auto granule = granules_.find(handle);
   if (granule->second.released && granule->second.mappings == 0) granules_.erase(granule);
@@ -113,7 +95,7 @@ void StrictDriver::host_wrote(Handle handle, std::uint64_t offset, std::uint64_t
   GranuleState& granule = found->second;
   if (!quiet(granule)) violation("the host writes a granule that a stream still uses");
   granule.writes[0] = ++host_[0];
-  mark_written(granule, offset, offset + bytes);
+  granule.written.add(offset, offset + bytes);
   Interposer::host_wrote(handle, offset, bytes);
 }
 
@@ -360,7 +342,8 @@ Status StrictDriver::use(const std::string& name, std::span<const Touched> range
       const std::uint64_t begin = at - mapping->first;
       const std::uint64_t end =
           std::min(mapping->second.bytes, range.address + range.bytes - mapping->first);
-      if (!range.write && !is_written(granule, begin, end)) return violation(name + " before fill");
+      if (!range.write && !granule.written.covers(begin, end))
+        return violation(name + " before fill");
       if (!ordered(granule.writes, now, agent) ||
           (range.write && !ordered(granule.reads, now, agent)))
         return violation(name + " races with another use");
@@ -370,7 +353,7 @@ Status StrictDriver::use(const std::string& name, std::span<const Touched> range
   }
   if (const Status status = enqueue(); status != Status::ok) return status;
   for (const Piece& piece : pieces) {
-    if (piece.write) mark_written(*piece.granule, piece.begin, piece.end);
+    if (piece.write) piece.granule->written.add(piece.begin, piece.end);
     (piece.write ? piece.granule->writes : piece.granule->reads)[agent] = now[agent];
   }
   for (PinnedState* region : regions) region->uses[agent] = now[agent];
@@ -430,7 +413,7 @@ void StrictDriver::peer_wrote(Address address, std::uint64_t bytes) noexcept {
     const std::uint64_t begin = at - mapping->first;
     const std::uint64_t end = std::min(mapping->second.bytes, address + bytes - mapping->first);
     granule.writes[0] = now;
-    mark_written(granule, begin, end);
+    granule.written.add(begin, end);
     at = mapping->first + end;
   }
   Interposer::peer_wrote(address, bytes);

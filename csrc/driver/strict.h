@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "driver/byte_ranges.h"
 #include "driver/interposer.h"
 
 namespace warmserve {
@@ -63,8 +64,8 @@ class StrictDriver final : public Interposer {
     std::uint64_t bytes = 0;
     bool released = false;
     std::size_t mappings = 0;
-    VectorClock reads, writes;                       // the last of each agent
-    std::map<std::uint64_t, std::uint64_t> written;  // begin, end; by its tenant
+    VectorClock reads, writes;  // the last of each agent
+    ByteRanges written;         // by its tenant
   };
   struct MappingState {
     std::uint64_t bytes = 0;
@@ -82,8 +83,6 @@ class StrictDriver final : public Interposer {
                                                                          std::uint64_t bytes);
   static void join(VectorClock& into, const VectorClock& from);
   static bool ordered(const VectorClock& uses, const VectorClock& before, Agent by);
-  static void mark_written(GranuleState& granule, std::uint64_t begin, std::uint64_t end);
-  static bool is_written(const GranuleState& granule, std::uint64_t begin, std::uint64_t end);
   bool quiet(const GranuleState& granule) const;
   void forget_if_dead(Handle handle);
   PinnedState* pinned_at(Address address);
