@@ -23,7 +23,7 @@ from warmserve_rt.sim.workloads import Workload
 
 @dataclass(frozen=True)
 class Case:
-    """A workload on 16 GPUs. ``models``: "paper" or a number of the mix; ``rate``: requests per
+    """A workload on GPUs. ``models``: "paper" or a number of the mix; ``rate``: requests per
     second; ``seconds``: of arrivals; ``bandwidth``: GB/s of each host link."""
 
     name: str
@@ -43,6 +43,7 @@ class Run:
     policy: str
     seed: int
     multipath: int = 1
+    devices: int = 16
     memory: float = 72e9  # bytes of each GPU
     interference: float = 0.35
     engine_start_s: float = 5.0
@@ -62,6 +63,7 @@ def workload_of(case: Case, seed: int) -> Workload:
 
 def perform(run: Run) -> RunSummary:
     hardware = Hardware(
+        devices=run.devices,
         memory=run.memory,
         bandwidth=run.case.bandwidth * 1e9,
         multipath=run.multipath,

@@ -126,6 +126,29 @@ def test_options_a_policy_does_not_have_are_refused(small: Workload) -> None:
         simulate("lru", small, EIGHT, policy_options={"objective": 0.5})
 
 
+# When instances start.
+
+
+@pytest.mark.parametrize("policy", ["autoscaling", "blitzscale", "lru", "warmserve", "h0"])
+@pytest.mark.parametrize(
+    ("scaling", "second"), [({}, 4.5), ({"up": 0.5, "down": 0.3, "averaged_s": 1.0}, 1.0)]
+)
+def test_another_instance_starts_once_load_has_been_high_for_long_enough(
+    policy: str, scaling: dict[str, float], second: float
+) -> None:
+    """An instance has all that it takes from 0.25 s on; twice a second it is looked at."""
+    rows = [(0.25, 0, 9, 2000)] * 4
+    instances = []
+
+    def look(fleet: Fleet) -> None:
+        for at in (second - 0.01, second + 0.01):
+            fleet.after(at, lambda: instances.append(len(fleet.instances[0])))
+
+    workload = requests([toy("a", batch=4)], rows)
+    simulate(policy, workload, EIGHT, policy_options=scaling, observers=[look])
+    assert instances == [1, 2]
+
+
 # A cold start, and polls.
 
 

@@ -21,9 +21,10 @@ MAPPING_POLL_S = 0.01  # the loader asks whether memory is mapped
 
 
 class Load:
-    """The number of concurrent requests of one model, averaged over the last seconds."""
+    """The number of concurrent requests of one model, averaged over the last ``seconds``."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.steps: deque[tuple[float, float, int]] = deque(
             [(0.0, 0.0, 0)]
         )  # time, integral, value
@@ -31,17 +32,17 @@ class Load:
     def set(self, now: float, value: int) -> None:
         time, integral, before = self.steps[-1]
         self.steps.append((now, integral + (now - time) * before, value))
-        while len(self.steps) > 1 and self.steps[1][0] <= now - AVERAGED_S:
+        while len(self.steps) > 1 and self.steps[1][0] <= now - self.seconds:
             self.steps.popleft()
 
     def mean(self, now: float) -> float:
         time, integral, value = self.steps[-1]
         end = integral + (now - time) * value
-        begin = now - AVERAGED_S
+        begin = now - self.seconds
         while len(self.steps) > 1 and self.steps[1][0] <= begin:
             self.steps.popleft()
         time, integral, value = self.steps[0]
-        return (end - integral - max(0.0, begin - time) * value) / AVERAGED_S
+        return (end - integral - max(0.0, begin - time) * value) / self.seconds
 
 
 class Autoscaler(Dispatcher):
@@ -51,19 +52,27 @@ class Autoscaler(Dispatcher):
     request that finds none of its model asks again a second later; one that finds them full waits
     in line, as without polls. Otherwise an instance starts at the request that wants it, and every
     request that waits is served as soon as an instance has room. The two polls of a start are the
-    fleet's.
+    fleet's. ``up``, ``down``: the shares of capacity above and below which it scales;
+    ``averaged_s``: seconds over which it averages load.
     """
 
     drop_others = True
     fleet: Fleet
 
-    def __init__(self, *, polls: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        polls: bool = False,
+        up: float = UP,
+        down: float = DOWN,
+        averaged_s: float = AVERAGED_S,
+    ) -> None:
         super().__init__()
-        self.polls = polls
+        self.polls, self.up, self.down, self.averaged_s = polls, up, down, averaged_s
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        self.load = [Load() for _ in fleet.profiles]
+        self.load = [Load(self.averaged_s) for _ in fleet.profiles]
         self.waiting: dict[int, None] = {}  # models that want an instance and found no devices
         self.asking = [0] * len(fleet.profiles)  # requests that will ask again
         fleet.after(CONTROL_S, self.control)
@@ -114,7 +123,7 @@ class Autoscaler(Dispatcher):
         batch = self.fleet.profiles[model].batch
         load = self.load[model].mean(self.fleet.events.now)
         none = not serving and (self.pending[model] or self.asking[model])
-        if none or (serving and load > UP * batch * len(serving)):
+        if none or (serving and load > self.up * batch * len(serving)):
             if model not in self.waiting:
                 self.waiting[model] = None
                 self.start_waiting()
@@ -132,9 +141,9 @@ class Autoscaler(Dispatcher):
         """The one with the least work drains; the last one only when nothing has come for long."""
         now, serving = self.fleet.events.now, self.serving(model)
         load, batch = self.load[model].mean(now), self.fleet.profiles[model].batch
-        if not serving or load >= DOWN * batch * len(serving):
+        if not serving or load >= self.down * batch * len(serving):
             return
-        if len(serving) > 1 and load >= UP * batch * (len(serving) - 1):
+        if len(serving) > 1 and load >= self.up * batch * (len(serving) - 1):
             return  # the others would want it back at once
         if len(serving) == 1 and (load > 0 or self.concurrent[model]):
             return

@@ -43,8 +43,8 @@ class Replica:
 
 class WarmServe(Autoscaler):
     """Prewarms for the coming window on devices that serve nobody and in what draining instances
-    lend. ``polls``: see Autoscaler. ``window``: seconds of the windows that it forecasts; ``begin``
-    raises ValueError for a workload whose history has others.
+    lend. ``window``: seconds of the windows that it forecasts; ``begin`` raises ValueError for a
+    workload whose history has others. ``scaling``: see Autoscaler.
 
     The rest take a part of it away, to see what that part is worth. ``prewarm=False``: nothing
     loads before its start, and the weights of an instance go when it stops. ``placement=False``: a
@@ -55,13 +55,13 @@ class WarmServe(Autoscaler):
     def __init__(
         self,
         *,
-        polls: bool = False,
         window: float = WINDOW_S,
         prewarm: bool = True,
         placement: bool = True,
         lending: bool = True,
+        **scaling: Any,
     ) -> None:
-        super().__init__(polls=polls)
+        super().__init__(**scaling)
         self.window = window
         self.prewarm, self.placement, self.lending = prewarm, placement, lending
 
