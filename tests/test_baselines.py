@@ -149,6 +149,15 @@ def test_another_instance_starts_once_load_has_been_high_for_long_enough(
     assert instances == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [{"up": 0.4}, {"down": 0.0}, {"up": float("nan")}, {"averaged_s": 0.0}, {"averaged_s": -1.0}],
+)
+def test_scaling_that_makes_no_sense_is_refused(small: Workload, scaling: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"of capacity|seconds"):
+        simulate("warmserve", small, EIGHT, policy_options=scaling)
+
+
 # A cold start, and polls.
 
 

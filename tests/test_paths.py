@@ -98,10 +98,10 @@ def test_what_is_in_the_background_borrows_nobody_s_link(model: tuple[Path, list
 
 def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[bytes]]) -> None:
     path, layers = model
-    with (
+    with (  # its first piece takes a second, so that it dies with one under way
         testing.simulated_cuda(devices=2, peers=True, h2d=400e6, d2d=2e6) as cuda,
         make(cuda, path, ordinal=1) as runtime,
-    ):  # so that the neighbour's first piece takes a second
+    ):
         runtime.evict("m")
         ticket = runtime.prewarm("m", priority=FOREGROUND)
         while not ticket.progress[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from functools import partial
 from typing import Any
@@ -53,7 +54,8 @@ class Autoscaler(Dispatcher):
     in line, as without polls. Otherwise an instance starts at the request that wants it, and every
     request that waits is served as soon as an instance has room. The two polls of a start are the
     fleet's. ``up``, ``down``: the shares of capacity above and below which it scales;
-    ``averaged_s``: seconds over which it averages load.
+    ``averaged_s``: seconds over which it averages load. Raises ValueError for thresholds or a time
+    that are none.
     """
 
     drop_others = True
@@ -68,6 +70,10 @@ class Autoscaler(Dispatcher):
         averaged_s: float = AVERAGED_S,
     ) -> None:
         super().__init__()
+        if not 0 < down <= up < math.inf:
+            raise ValueError(f"scaled up above {up} and down below {down} of capacity")
+        if not 0 < averaged_s < math.inf:
+            raise ValueError(f"load averaged over {averaged_s} seconds")
         self.polls, self.up, self.down, self.averaged_s = polls, up, down, averaged_s
 
     def begin(self, fleet: Fleet) -> None:
