@@ -26,7 +26,8 @@ HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]
 FLAGS = ["-O3", "-fno-trapping-math", "-g0", "-Wall", "-Wextra"]
 SANITIZE = os.environ.get("WARMSERVE_SANITIZE")
 if SANITIZE:
-    FLAGS = [f"-fsanitize={SANITIZE}", "-O1", "-g1", "-fno-omit-frame-pointer"]
+    optimise = "-O1" if SANITIZE == "thread" else "-Og"  # as tests/native/Makefile does, and why
+    FLAGS = [f"-fsanitize={SANITIZE}", optimise, "-g1", "-fno-omit-frame-pointer"]
 OBJECTS = os.environ.get("WARMSERVE_OBJECTS")
 LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"

@@ -1,0 +1,75 @@
+"""Chooses what a run of CI checks in full: everything a change may have broken, and a part of the
+rest that rotates by commit.
+
+The change is all that differs from the newest commit that is 12 hours older than HEAD, or from
+`CI_BASE`. With `CI_ALL` set (`.ci/deep` does so) everything counts as changed.
+
+    python .ci/changed.py PATH [PATH ...]    exits with 0 if something below these paths changed
+    python .ci/changed.py --turn COUNT       prints a number below COUNT that rotates by commit
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent
+WAVE_S = 12 * 3600  # commits closer together than this are one change
+PARTS = 3  # of what did not change, one part in three is checked
+
+Item = TypeVar("Item")
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@cache
+def changed_files() -> frozenset[str] | None:
+    """Returns the files that the change touches, or None if everything counts as changed."""
+    if os.environ.get("CI_ALL"):
+        return None
+    base = os.environ.get("CI_BASE")
+    if not base:
+        before = int(git("show", "-s", "--format=%ct", "HEAD")) - WAVE_S
+        base = git("rev-list", "-1", f"--before={before}", "HEAD")
+    if not base:  # a clone without history
+        return None
+    return frozenset(git("diff", "--name-only", base).splitlines())
+
+
+def any_changed(*paths: str) -> bool:
+    """Returns whether a file changed that is one of these paths or lies below one."""
+    files = changed_files()
+    return files is None or any(
+        file == path or file.startswith(f"{path.rstrip('/')}/") for file in files for path in paths
+    )
+
+
+def turn(count: int) -> int:
+    """Returns a number below `count` that rotates by commit."""
+    return int(git("rev-parse", "HEAD")[:8], 16) % count
+
+
+def chosen(items: Sequence[Item], touched: Callable[[Item], bool]) -> list[Item]:
+    """Returns the items that the change touches and one part of the others, in their order."""
+    ours = turn(PARTS)
+    return [
+        item for number, item in enumerate(items) if touched(item) or number % PARTS == ours
+    ]
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case []:
+            sys.exit(__doc__)
+        case ["--turn", count]:
+            print(turn(int(count)))
+        case paths:
+            sys.exit(not any_changed(*paths))
