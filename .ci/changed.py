@@ -60,9 +60,7 @@ def turn(count: int) -> int:
 def chosen(items: Sequence[Item], touched: Callable[[Item], bool]) -> list[Item]:
     """Returns the items that the change touches and one part of the others, in their order."""
     ours = turn(PARTS)
-    return [
-        item for number, item in enumerate(items) if touched(item) or number % PARTS == ours
-    ]
+    return [item for number, item in enumerate(items) if touched(item) or number % PARTS == ours]
 
 
 if __name__ == "__main__":
