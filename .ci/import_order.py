@@ -40,6 +40,7 @@ ORDER = [
     "policy",
     "_paths",
     "_units",
+    "_arguments",
     "_native",
     "_errors",
 ]
