@@ -11,8 +11,10 @@ from ._errors import (
     WarmServeError,
 )
 from .lease import Lease
-from .runtime import BACKGROUND, FOREGROUND, Model, Runtime, Ticket
+from .model import Model
+from .runtime import BACKGROUND, FOREGROUND, Runtime
 from .snapshot import LayerSnapshot, ModelSnapshot, Snapshot
+from .ticket import Progress, Ticket
 
 __all__ = [
     "BACKGROUND",
@@ -26,6 +28,7 @@ __all__ = [
     "Model",
     "ModelSnapshot",
     "OutOfDeviceMemory",
+    "Progress",
     "Runtime",
     "Snapshot",
     "StagingTimeout",

@@ -7,12 +7,13 @@ TypeError (a value of the wrong type) or ValueError (one out of range) in a sing
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
-INT32_MAX = 2**31 - 1
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 Integer: TypeAlias = SupportsIndex
 """An int, or another integer such as numpy's."""
 Number: TypeAlias = SupportsFloat
@@ -47,11 +48,13 @@ def integer(
     return number
 
 
-def number(name: str, value: SupportsFloat) -> float:
-    """Returns a finite float. Accepts integers and numpy's scalars; refuses bool, str and NaN."""
-    found = _float(name, value, "a finite number")
-    if found - found != 0:  # NaN and the infinities
-        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+def number(name: str, value: SupportsFloat, *, finite: bool = True) -> float:
+    """Returns a float. Accepts integers and numpy's scalars; refuses bool, str and NaN, and
+    infinities if it must be `finite`."""
+    wanted = "a finite number" if finite else "a number"
+    found = _float(name, value, wanted)
+    if math.isnan(found) or (finite and math.isinf(found)):
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     return found
 
 
@@ -111,6 +114,14 @@ def path(name: str, value: object) -> str:
     return found
 
 
+def paths(name: str, value: object) -> str | list[str]:
+    """Returns a path, or the list of an iterable of paths."""
+    if isinstance(value, str | bytes | os.PathLike):
+        return path(name, value)
+    items = sequence(name, value, "paths", or_one="a path (str, bytes or os.PathLike) or ")
+    return [path(f"{name}[{index}]", each) for index, each in enumerate(items)]
+
+
 def choice(name: str, value: object, choices: Collection[str]) -> str:
     """Returns one of `choices`; the message for another suggests the nearest."""
     if isinstance(value, str) and value in choices:
@@ -138,14 +149,11 @@ def did_you_mean(value: object, choices: Collection[str]) -> str:
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
-def sequence(name: str, value: object, of: str) -> Sequence[Any]:
+def sequence(name: str, value: object, of: str, or_one: str = "") -> list[Any]:
     """Returns a list of the items of an iterable that is no string; `of` says of what."""
-    if isinstance(value, str | bytes | bytearray):
-        raise TypeError(f"{name} must be a sequence of {of}, got {shown(value)}")
-    try:
-        return list(value)  # type: ignore[call-overload, no-any-return]
-    except TypeError:
-        raise TypeError(f"{name} must be a sequence of {of}, got {shown(value)}") from None
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be {or_one}a sequence of {of}, got {shown(value)}")
+    return list(value)
 
 
 def _range(what: str, low: int | None, high: int | None) -> str:

@@ -72,3 +72,13 @@ def _share(size: str, name: str, numerator: int, denominator: int, total: int, w
     if not total:
         raise ValueError(f"{name} must be in bytes, got {shown(size)}: {whole} is unknown")
     return total * numerator // denominator
+
+
+def format_bytes(nbytes: float) -> str:
+    """Returns "512 B", "1.5 MiB", "530 MiB": three or four digits and a unit of 1024s."""
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
