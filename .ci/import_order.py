@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "warmserve_rt"
 # From top to bottom; a folder is one unit. What is imported for types alone does not count: the
 # native module's stub names what Python hands it.
 ORDER = [
+    "__main__",
     "cli",
     "demo",
     "sim",

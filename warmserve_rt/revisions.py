@@ -92,20 +92,21 @@ class Revisions:
 
     def _unknown(self, model: Model | str) -> str:
         """Says of a model that cannot be found what is registered instead."""
-        full = model if isinstance(model, str) else model.name
         if isinstance(model, Model):
-            if full in self._models:
-                return f"this model {full!r} was unregistered; {full!r} is another model now"
-            return f"model {full!r} was unregistered"
-        revisions = [each for each in list(self._models) if parse_name(each)[0] == full]
-        if revisions:
-            names = ", ".join(map(repr, revisions))
+            full = model.name
+            other = f"; {full!r} is another model now" if full in self._models else ""
+            return f"no model {full!r} as given is registered: it was unregistered{other}"
+        registered = list(self._models)
+        if model in registered:
             return (
-                f"{full!r} stands for no revision now: choose one of {names} with "
-                f"runtime.promote({revisions[0]!r})"
+                f"{model!r} stands for no revision now, though one is registered as {model!r}: "
+                f"choose it with runtime.promote({model!r})"
             )
-        near = check.did_you_mean(full, list(self._models))
-        return f"no model {full!r} is registered{near}"
+        said = f"no model {model!r} is registered"
+        if revisions := [each for each in registered if parse_name(each)[0] == model]:
+            names = ", ".join(map(repr, revisions))
+            return f"{said}: it stands for none of {names} until runtime.promote() chooses one"
+        return said + check.did_you_mean(model, registered)
 
     def add(self, full: str, layout: Layout, make: Callable[[], Model]) -> Model:
         """Returns the model that `make` registers; the bare name stands for it if for no other.

@@ -11,7 +11,7 @@ from ._at_exit import close_at_exit
 from ._log import log
 from ._units import Size, format_bytes
 from .checkpoint import Source, open_checkpoint
-from .dtypes import planned_casts
+from .dtypes import DTypeLike, planned_casts
 from .evicting import Evicting
 from .layers import Grouping, build_layout
 from .lease import Lease
@@ -118,7 +118,7 @@ class Runtime(Evicting):
         name: str,
         checkpoint: Source,
         *,
-        dtype: str | Mapping[str, str] | None = None,
+        dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         layers: Grouping | None = None,
         writable: bool = False,
         allow_symlinks: bool = False,
@@ -128,9 +128,10 @@ class Runtime(Evicting):
         ``name``: "chat", or "chat@2" for a revision, a model of its own beside the others. The
         bare name stands for the first registered, until :meth:`promote`.
         ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
-        ``dtype``: "bfloat16", "float16" or "float32", to which plain floating-point weights are
-        cast as they are loaded, or such a name for each of some tensors; quantised tensors, and the
-        floats that belong to them, stay as they are (:func:`dtypes.planned_casts`).
+        ``dtype``: "bfloat16", "float16" or "float32" (or torch's or numpy's dtype), to which plain
+        floating-point weights are cast as they are loaded, or one for each of some tensors by name;
+        quantised tensors, and the floats that belong to them, stay as they are
+        (:func:`dtypes.planned_casts`).
         ``layers``: how tensors form layers, where their names do not tell; see
         :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
