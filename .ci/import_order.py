@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "warmserve_rt"
 # From top to bottom; a folder is one unit. What is imported for types alone does not count: the
 # native module's stub names what Python hands it.
 ORDER = [
+    "__main__",
     "cli",
     "demo",
     "sim",
@@ -24,6 +25,12 @@ ORDER = [
     "scheduler",
     "__init__",
     "runtime",
+    "_at_exit",
+    "options",
+    "evicting",
+    "inspecting",
+    "_in_thread",
+    "ticket",
     "paths",
     "devices",
     "revisions",
@@ -40,6 +47,8 @@ ORDER = [
     "policy",
     "_paths",
     "_units",
+    "_arguments",
+    "_log",
     "_native",
     "_errors",
 ]

@@ -5,6 +5,13 @@
 
 namespace warmserve {
 
+std::string lease_on(const std::vector<Selection>& wants) {
+  std::string names;
+  for (const Selection& wanted : wants)
+    names += (names.empty() ? "'" : ", '") + wanted.model->name + "'";
+  return "lease on " + names;
+}
+
 bool LeaseDesk::fits(const Lock& lock, const Hold& hold) const {
   std::uint64_t granules = books_.held_granules;
   for (const Selection& wanted : hold.wants) granules += books_.granules_to_hold(lock, wanted);
@@ -43,13 +50,13 @@ void LeaseDesk::wait_in_line(const Lock& lock, const HoldPtr& hold) {
     wanted.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
   const std::uint64_t bytes = granules * books_.arena.granule_bytes();
   if (granules > books_.arena.capacity())
-    throw no_room(ErrorKind::out_of_device_memory, "lease", bytes, books_.arena.budget(),
-                  books_.holders(lock));
+    throw no_room(ErrorKind::out_of_device_memory, lease_on(hold->wants), bytes,
+                  books_.arena.budget(), books_.holders(lock));
   line_.push_back(hold);
   if (would_deadlock()) {
     line_.pop_back();
-    const Error room =
-        no_room(ErrorKind::busy, "lease", bytes, books_.arena.budget(), books_.holders(lock));
+    const Error room = no_room(ErrorKind::busy, lease_on(hold->wants), bytes, books_.arena.budget(),
+                               books_.holders(lock));
     throw Error(ErrorKind::busy,
                 std::string(room.what()) + "; those who hold them would wait for this lease");
   }
@@ -70,6 +77,11 @@ std::vector<HoldPtr> LeaseDesk::turn_away(const Lock&, const ModelPtr& model) {
       if (wanted.model == model) out.push_back(hold);
   for (const HoldPtr& hold : out) line_.remove(hold);
   return out;
+}
+
+std::size_t LeaseDesk::ahead_of(const Lock&, const HoldPtr& hold) const {
+  return static_cast<std::size_t>(
+      std::distance(line_.begin(), std::find(line_.begin(), line_.end(), hold)));
 }
 
 void LeaseDesk::leave(const Lock& lock, const HoldPtr& hold) {

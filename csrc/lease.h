@@ -31,6 +31,9 @@ struct Hold {
 };
 using HoldPtr = std::shared_ptr<Hold>;
 
+// For messages: "lease on 'a', 'b'".
+std::string lease_on(const std::vector<Selection>& wants);
+
 class LeaseDesk {
  public:
   explicit LeaseDesk(Books& books) : books_(books) {}
@@ -48,6 +51,8 @@ class LeaseDesk {
   HoldPtr admit_next(const Lock& lock);
   // Takes those that wait for the model out of the line.
   std::vector<HoldPtr> turn_away(const Lock& lock, const ModelPtr& model);
+  // How many leases wait before this one.
+  std::size_t ahead_of(const Lock& lock, const HoldPtr& hold) const;
   // Leaves the line, or gives up what is held.
   void leave(const Lock& lock, const HoldPtr& hold);
 

@@ -33,17 +33,6 @@ void check_shape(const std::string& name, const std::vector<File>& files,
   }
 }
 
-// For the time of its scope somebody waits for leases to end. Under the runtime's lock.
-class Wanted {
- public:
-  explicit Wanted(unsigned& count) : count_(count) { ++count_; }
-  ~Wanted() { --count_; }
-  Wanted(const Wanted&) = delete;
-
- private:
-  unsigned& count_;
-};
-
 }  // namespace
 
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
@@ -162,29 +151,6 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
   return model;
 }
 
-// Takes a model off the books. What it had, which may be the last of a stream that has work left,
-// is the caller's to free without the lock.
-Runtime::Remains Runtime::take_off(const Lock&, Model& model) {
-  model.registered = false;
-  books_.models.erase(model.name);
-  return {std::move(model.reservation), std::exchange(model.uses, {})};
-}
-
-void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& poll) {
-  Remains remains;
-  Lock lock = open();
-  require_registered(lock, *model);
-  do {
-    evict_locked(lock, model, deadline, poll, Patience::streams);
-    require_registered(lock, *model);  // another thread may have been faster
-  } while (model->leases);
-  const auto why = cancelled("'" + model->name + "' was unregistered");
-  transfer_.drop_layers(lock, model, why);
-  for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
-  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
-  remains = take_off(lock, *model);
-}
-
 ReservationPtr Runtime::reservation(const ModelPtr& model) {
   {
     const Lock lock = open();
@@ -238,66 +204,6 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
   ticket->swapped_out = evict;
   transfer_.request(lock, ticket);
   return ticket;
-}
-
-void Runtime::evict(const Selection& selection, Deadline deadline, const Poll& poll,
-                    Patience patience) {
-  Lock lock = open();
-  check(lock, selection);
-  evict_locked(lock, selection, deadline, poll, patience);
-}
-
-void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline deadline,
-                           const Poll& poll, Patience patience) {
-  const std::string name = "'" + selection.model->name + "'";
-  const auto none = [&](auto&& is) {
-    bool found = false;
-    selection.for_each([&](const Layer& layer) { found = found || is(layer); });
-    return !found;
-  };
-  const auto free = [&] { return none([](const Layer& l) { return l.held(); }); };
-  const auto gone = [&] {
-    return none([](const Layer& l) { return l.residency != Residency::absent; });
-  };
-  const auto settled = [&] {  // nobody works on any of them
-    return none([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
-  };
-  const auto wait_for = [&](const std::function<bool()>& condition) {
-    if (!wait_until(lock, deadline, poll, condition))
-      throw Error(ErrorKind::timeout, name + " was not evicted in time");
-  };
-  do {
-    if (!free()) {
-      if (patience != Patience::leases_and_streams)
-        throw Error(ErrorKind::busy, name + " is leased");
-      const Wanted release(books_.release_wanted);
-      wait_for(free);
-    }
-    const auto in_use = [&](const Use& use) {
-      return use.layers.intersects(selection.layers) && !use.fence->complete();
-    };
-    if (const auto& uses = selection.model->uses;
-        patience == Patience::none && std::any_of(uses.begin(), uses.end(), in_use))
-      throw Error(ErrorKind::busy, "a stream still uses " + name);
-    transfer_.drop_layers(lock, selection, cancelled(name + " was evicted"));
-    std::vector<Layer*> layers;
-    selection.for_each([&](Layer& layer) {
-      if (!layer.owned && (layer.residency == Residency::resident || layer.torn))
-        layers.push_back(&layer);
-    });
-    if (!layers.empty()) {
-      std::vector<GranuleId> freed;
-      books_.claim(lock, layers);
-      try {
-        drain(books_, lock, layers, deadline, poll, freed);
-      } catch (...) {
-        arena_.give(freed);
-        throw;
-      }
-      arena_.give(freed);
-    }
-    wait_for(settled);
-  } while (!gone());
 }
 
 std::uint64_t Runtime::trim() {
@@ -366,47 +272,6 @@ bool Runtime::step() {
 void Runtime::check_invariants() {
   const Lock lock = look();
   books_.check_invariants(lock);
-}
-
-void Runtime::close(const Poll& poll) {
-  std::vector<Remains> remains;
-  enter();
-  Lock lock(books_.mutex);
-  wait_until(lock, kNever, poll, [&] { return !closing_; });
-  for (const Holder& holder : books_.holders(lock))
-    if (holder.leased) throw Error(ErrorKind::busy, "close: '" + holder.name + "' is leased");
-  if (desk_.active()) throw Error(ErrorKind::busy, "close: a model without bytes is leased");
-  closed_ = closing_ = true;
-  struct Closing {
-    ~Closing() {
-      if (!lock.owns_lock()) lock.lock();
-      closing = false;
-      books.wake();
-    }
-    Lock& lock;
-    bool& closing;
-    Books& books;
-  } end{lock, closing_, books_};
-  const auto why = cancelled("the runtime was closed");
-  for (const auto& [name, model] : books_.models) transfer_.drop_layers(lock, model, why);
-  transfer_.drop_swaps(lock, why);
-  lock.unlock();
-  transfer_.stop();
-  lock.lock();
-  while (!books_.models.empty()) {
-    const ModelPtr model = books_.models.begin()->second;
-    evict_locked(lock, model, kNever, poll, Patience::streams);
-    if (model->registered) remains.push_back(take_off(lock, *model));  // else: by another thread
-  }
-  wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
-  if (arena_.free_count()) trim_locked(lock);
-  lock.unlock();
-  remains.clear();
-  transfer_.release();
-  staging_.release();
-  arena_.release();
-  if (!device_->retry_releases())
-    throw Error(ErrorKind::general, "close: the driver does not take everything back");
 }
 
 }  // namespace warmserve

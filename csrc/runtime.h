@@ -77,8 +77,10 @@ class Runtime {
   // Strong. Throws invalid_argument for a name that is taken.
   ModelPtr register_model(const std::string& name, std::vector<File> files,
                           const std::vector<LayerShape>& layers, bool writable);
-  // Per layer. Evicts; views keep the addresses. Throws busy while leased. Blocks.
-  void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll);
+  // Per layer. Evicts; views keep the addresses. Throws busy or waits, as `patience` says, and
+  // timeout. Blocks.
+  void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll,
+                  Patience patience = Patience::streams);
 
   // Strong, wait-free. Loading happens later; the ticket tells how it went, per layer. Throws
   // out_of_device_memory for what could never fit, busy for what does not fit beside the leased,
@@ -130,6 +132,7 @@ class Runtime {
 
   bool done(const TicketPtr& ticket);
   std::pair<std::uint64_t, std::uint64_t> progress(const TicketPtr& ticket);  // bytes, of bytes
+  std::pair<std::size_t, std::size_t> layers_left(const TicketPtr& ticket);   // of how many
   int fileno(const TicketPtr& ticket);  // readable when done; the ticket's
   // Readable once a backing epoch has changed, until it is read; the runtime's.
   int fileno();
@@ -164,9 +167,10 @@ class Runtime {
   RuntimeState state();
   bool step();
   void check_invariants();
-  // Per layer. Ends loaders, evicts all, frees all. Throws busy while anything is leased, and
-  // general when the driver keeps something: calling again goes on from there. Blocks.
-  void close(const Poll& poll);
+  // Per layer. Ends loaders, evicts all, frees all. Throws busy or waits, as `patience` says, and
+  // timeout: nothing has changed then. Throws general when the driver keeps something: calling
+  // again goes on from there. Blocks.
+  void close(const Poll& poll, Deadline deadline = kNever, Patience patience = Patience::streams);
 
  private:
   void enter() const;  // throws in another process than the one that made it
@@ -182,6 +186,7 @@ class Runtime {
   void check(const Lock&, const Selection& selection) const;
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;
   void serve(const Lock& lock, const HoldPtr& hold);
+  void await_entry(const HoldPtr& hold, Deadline deadline, const Poll& poll);
   static Ticket* awaited(const Lock&, const Hold& hold, bool all);
   template <typename Made>
   void with_resident(const ModelPtr& model, std::uint32_t layer,
@@ -189,6 +194,9 @@ class Runtime {
                      const std::function<void(Made&, const Layer&)>& work);
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
+  void await_leases(Lock& lock, const std::string& who, Deadline deadline, const Poll& poll,
+                    Patience patience, const std::function<bool()>& unheld);
+  bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                     Patience patience);
   std::uint64_t trim_locked(Lock& lock);

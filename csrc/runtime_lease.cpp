@@ -35,7 +35,7 @@ void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
     return found;
   });
   if (!missing) return;
-  hold->ticket = std::make_shared<Ticket>("lease", kForeground, hold->wants);
+  hold->ticket = std::make_shared<Ticket>(lease_on(hold->wants), kForeground, hold->wants);
   transfer_.request(lock, hold->ticket);
 }
 
@@ -50,7 +50,8 @@ HoldPtr Runtime::begin_lease(std::vector<Selection> wants, std::uint64_t owner) 
     serve(lock, hold);
   } else {
     desk_.wait_in_line(lock, hold);
-    hold->entry = std::make_shared<Ticket>("lease", kForeground, std::vector<Selection>());
+    hold->entry =
+        std::make_shared<Ticket>(lease_on(hold->wants), kForeground, std::vector<Selection>());
   }
   return hold;
 }
@@ -68,12 +69,37 @@ HoldPtr Runtime::share_lease(const HoldPtr& hold, std::uint64_t owner) {
 
 void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll, bool all) {
   try {
-    if (hold->entry) wait(hold->entry, deadline, poll);
+    if (hold->entry) await_entry(hold, deadline, poll);
     if (all && hold->ticket) wait(hold->ticket, deadline, poll);
   } catch (...) {
     end_lease(hold);
     throw;
   }
+}
+
+// Waits until the hold is admitted. A timeout says what it needs, and what stands in its way.
+void Runtime::await_entry(const HoldPtr& hold, Deadline deadline, const Poll& poll) {
+  enter();
+  Lock lock(books_.mutex);
+  if (wait_until(lock, deadline, poll, [&] { return hold->entry->done; })) {
+    if (hold->entry->error) std::rethrow_exception(hold->entry->error);
+    return;
+  }
+  std::uint64_t needed = 0;
+  for (const Selection& wanted : hold->wants)
+    wanted.for_each([&](const Layer& layer) { needed += layer.granules_needed; });
+  const std::uint64_t unleased = arena_.capacity() - books_.held_granules;
+  const std::uint64_t free =
+      std::min<std::uint64_t>(arena_.free_count() + arena_.uncreated_count(), unleased);
+  const Error room =
+      no_room(ErrorKind::timeout, lease_on(hold->wants) + " did not begin in time: it",
+              needed * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
+  std::string said = room.what();
+  said += "; " + format_bytes(free * arena_.granule_bytes()) + " are free and " +
+          format_bytes((unleased - free) * arena_.granule_bytes()) + " can be evicted";
+  if (const std::size_t ahead = desk_.ahead_of(lock, hold))
+    said += "; leases that wait before it: " + std::to_string(ahead);
+  throw Error(ErrorKind::timeout, said);
 }
 
 bool Runtime::ready(const HoldPtr& hold, bool all) {

@@ -36,6 +36,14 @@ std::pair<std::uint64_t, std::uint64_t> Runtime::progress(const TicketPtr& ticke
   return {ticket->bytes_done, ticket->bytes_total};
 }
 
+std::pair<std::size_t, std::size_t> Runtime::layers_left(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  std::size_t all = 0;
+  for (const Selection& wanted : ticket->wants) wanted.for_each([&](const Layer&) { ++all; });
+  return {ticket->fills.size(), all};
+}
+
 int Runtime::fileno(const TicketPtr& ticket) {
   enter();
   const Lock lock(books_.mutex);
@@ -56,7 +64,7 @@ void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll)
       if (holder.leased) who += (who.empty() ? "; leased: '" : ", '") + holder.name + "'";
     throw Error(ErrorKind::timeout,
                 ticket->what + " did not finish in time: " + format_bytes(ticket->bytes_done) +
-                    " of " + format_bytes(ticket->bytes_total) + " are there" + who);
+                    " of " + format_bytes(ticket->bytes_total) + " arrived" + who);
   }
   if (ticket->error) std::rethrow_exception(ticket->error);
 }

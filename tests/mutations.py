@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an unregistered model keeps the streams that used it",
-        "csrc/runtime.cpp",
+        "csrc/runtime_evict.cpp",
         "return {std::move(model.reservation), std::exchange(model.uses, {})};",
         "return {std::move(model.reservation), {}};",
         "test_streaming_leases.py::test_what_is_unregistered_keeps_no_stream[host]",

@@ -124,7 +124,7 @@ def test_a_name_whose_revision_is_gone_is_unknown(runtime: Runtime, paths: list[
 
 @pytest.mark.parametrize("name", ["chat@", "@1", "@", "chat@1@2", "chat@@1"])
 def test_names_that_are_none(runtime: Runtime, paths: list[Path], name: str) -> None:
-    with pytest.raises(ValueError, match="neither a name nor 'name@revision'"):
+    with pytest.raises(ValueError, match="must be 'name' or 'name@revision', got"):
         runtime.register(name, paths[0])
     assert runtime.models == ()
 

@@ -1,6 +1,6 @@
 # What csrc/bind/module.cpp defines; runtime.py, lease.py and views.py are its users. Bytes and
 # seconds throughout.
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -111,6 +111,10 @@ class Ticket:
     def done(self) -> bool: ...
     @property
     def progress(self) -> tuple[int, int]: ...
+    @property
+    def what(self) -> str: ...  # "prewarm of 'chat'"
+    @property
+    def layers_left(self) -> tuple[int, int]: ...  # of how many
 
 class Stream:
     @property
@@ -120,7 +124,9 @@ class Stream:
     def synchronize(self) -> None: ...
 
 class Hold:
-    def wait(self, timeout: float | None = None, all: bool = True) -> None: ...
+    def wait(
+        self, timeout: float | None = None, all: bool = True
+    ) -> bool: ...  # whether anything had to be waited for
     def ready(self, all: bool = True) -> bool: ...
     def fileno(self, all: bool = True) -> int: ...
     def wait_layer(
@@ -220,7 +226,13 @@ class Runtime:
         layers: Sequence[LayerTuple],
         writable: bool,
     ) -> Model: ...
-    def unregister(self, model: Model, timeout: float | None) -> None: ...
+    def unregister(
+        self,
+        model: Model,
+        timeout: float | None,
+        wait: str,
+        poll: Callable[[], None] | None = None,  # called while it waits; may raise
+    ) -> None: ...
     def prewarm(
         self,
         model: Model,
@@ -230,7 +242,12 @@ class Runtime:
     ) -> Ticket: ...
     def swap(self, evict: Model, load: Model, priority: int) -> Ticket: ...
     def evict(
-        self, model: Model, layers: Sequence[int] | None, timeout: float | None, wait: str
+        self,
+        model: Model,
+        layers: Sequence[int] | None,
+        timeout: float | None,
+        wait: str,
+        poll: Callable[[], None] | None = None,
     ) -> None: ...
     def fileno(self) -> int: ...
     def trim(self) -> int: ...
@@ -247,7 +264,12 @@ class Runtime:
     def driver_calls(self) -> dict[str, tuple[int, int]]: ...  # calls, nanoseconds
     def step(self) -> bool: ...
     def check_invariants(self) -> None: ...
-    def close(self) -> None: ...
+    def close(
+        self,
+        timeout: float | None = None,
+        wait: str = "streams",
+        poll: Callable[[], None] | None = None,
+    ) -> None: ...
 
 def process_exits() -> None: ...
 

@@ -30,6 +30,23 @@ app = typer.Typer(
 app.command()(simulate)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import warmserve_rt
+
+        typer.echo(f"warmserve-rt {warmserve_rt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Keeps layers of many models warm in one device's memory."""
+
+
 class Engine(Enum):
     """What the demo serves with."""
 

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Any, TypeAlias
 
+import numpy as np
+
+from warmserve_rt import _arguments as check
 from warmserve_rt.checkpoint import DTYPES, DType, TensorEntry
+
+DTypeLike: TypeAlias = Any
+"""The name of a dtype, or a dtype of torch or numpy."""
 
 _TARGETS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # BOOL, I64 and U64 are masks and counters, which stand beside plain weights.
@@ -18,19 +25,26 @@ _QUANTISED = {"I8", "U8", "I16", "U16", "I32", "U32"} | {
 }
 
 
-def target_dtype(name: str) -> DType:
-    """The dtype named "float32", "float16" or "bfloat16", or as safetensors has it, "BF16".
+def target_dtype(dtype: object) -> DType:
+    """Returns the dtype named "float32", "float16" or "bfloat16", or as safetensors has it, "BF16".
+    Accepts torch's dtypes, and numpy's.
 
     Raises ValueError for any other: a packed format cannot be made out of values alone.
     """
-    found = _TARGETS.get(name, name)
+    name = dtype
+    if isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic)):
+        name = np.dtype(dtype).name
+    elif type(dtype).__module__ == "torch":
+        name = str(dtype).removeprefix("torch.")
+    found = _TARGETS.get(name, name) if isinstance(name, str) else None
     if found not in _TARGETS.values():
-        raise ValueError(f"dtype={name!r}: weights are cast to {', '.join(_TARGETS)}, and no other")
-    return DTYPES[found]
+        wanted = check.either(tuple(_TARGETS))
+        raise ValueError(f"dtype must be {wanted}, got {check.shown(dtype)}")
+    return DTYPES[str(found)]
 
 
 def planned_casts(
-    tensors: Mapping[str, TensorEntry], dtype: str | Mapping[str, str]
+    tensors: Mapping[str, TensorEntry], dtype: DTypeLike | Mapping[str, DTypeLike]
 ) -> dict[str, DType]:
     """The tensors that are not of ``dtype`` but should be, by name, and that dtype; of a mapping,
     those that it names.
@@ -43,7 +57,7 @@ def planned_casts(
     Raises as `target_dtype`, and ValueError, which names the tensor, for a plain one of F64, and
     for one that a mapping names and the checkpoint has not.
     """
-    if isinstance(dtype, str):
+    if not isinstance(dtype, Mapping):
         targets = dict.fromkeys(tensors, target_dtype(dtype))
     else:
         targets = {name: target_dtype(each) for name, each in dtype.items()}

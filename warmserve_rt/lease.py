@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
+from . import _arguments as check
 from ._errors import StaleView
+from ._log import log
+from ._units import format_bytes
 from .selection import layer_index
 from .streams import StreamLike, native_stream
 from .views import LeasedTensors, Tensors
@@ -64,6 +67,20 @@ class Lease:
         self._timeout = timeout
         self._acquired: list[_Acquisition] = []  # changed by single calls of the list's own
 
+    def __repr__(self) -> str:
+        names = ", ".join(repr(model.name) for model in self._models)
+        what = "" if self._layers is None else f"{len(self._layers)} layers of "
+        held = f"held {len(self._acquired)} times" if len(self._acquired) > 1 else "held"
+        return (
+            f"<Lease on {what}{names}: {format_bytes(self._nbytes())}, "
+            f"{'streaming, ' if self._streaming else ''}{held if self._acquired else 'not held'}>"
+        )
+
+    def _nbytes(self) -> int:
+        if self._layers is None:
+            return sum(model.nbytes for model in self._models)
+        return sum(self._models[0].layers[index].nbytes for index in self._layers)
+
     @property
     def models(self) -> tuple[Model, ...]:
         return self._models
@@ -87,7 +104,8 @@ class Lease:
         ours = None if stream is None else native_stream(self._native, stream)
         owner = threading.get_ident()
         hold = self._begin(owner)
-        hold.wait(self._timeout, not self._streaming)
+        if hold.wait(self._timeout, not self._streaming):
+            log.debug("waited for %r", self)
         self._acquired.append((owner, hold, ours))
         return self
 
@@ -111,7 +129,7 @@ class Lease:
         of = model or self._only_model()
         behind = None if stream is None else native_stream(self._native, stream)
         _, hold, _ = self._latest("wait()")
-        hold.wait_layer(of.native, layer_index(of, layer), behind, timeout)
+        hold.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
 
     def record(self, stream: StreamLike) -> None:
         """What the stream was given so far uses the layers: it is waited for before any is

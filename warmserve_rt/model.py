@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _native
+from ._units import format_bytes
 from .checkpoint import Checkpoint
 from .layers import LayerSpec, Layout
 from .views import Framework, make_tensors
@@ -21,7 +22,7 @@ class Model:
         self._tensors: dict[Framework, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
-        return f"<Model {self.name!r}: {len(self.layers)} layers, {self.nbytes} bytes>"
+        return f"<Model {self.name!r}: {len(self.layers)} layers, {format_bytes(self.nbytes)}>"
 
     @property
     def name(self) -> str:

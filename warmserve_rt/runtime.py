@@ -2,146 +2,123 @@
 
 from __future__ import annotations
 
-import atexit
-import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 
-import numpy as np
-import numpy.typing as npt
-
+from . import _arguments as check
 from . import _native
-from ._errors import WarmServeError
-from ._units import parse_bytes
+from ._at_exit import close_at_exit
+from ._log import log
+from ._units import Size, format_bytes
 from .checkpoint import Source, open_checkpoint
-from .devices import arena_bytes, loader_count
-from .dtypes import planned_casts
+from .dtypes import DTypeLike, planned_casts
+from .evicting import Evicting
 from .layers import Grouping, build_layout
 from .lease import Lease
 from .model import Model, native_files, native_layers
-from .paths import Path, open_devices
-from .revisions import Revisions, parse_name
-from .selection import Layers, all_but, layer_index, layer_indices
-from .snapshot import Snapshot
-from .views import Framework, checked_framework
+from .options import open_runtime
+from .paths import Path
+from .revisions import parse_name
+from .selection import Layers, layer_index, layer_indices
+from .ticket import Ticket
+from .views import Framework
 
 __all__ = ["BACKGROUND", "FOREGROUND", "Model", "Runtime", "Ticket"]
 
 BACKGROUND, FOREGROUND = 0, 100
-Ticket = _native.Ticket
+_ONE_MODEL = (str, Model)
 
 
-class Runtime:
+class Runtime(Evicting):
     """One device's memory, shared by many models.
 
-    ``device``: "host", "cuda" or "cuda:N". ``arena``: bytes of device memory it owns, all taken at
-    once. ``headroom``: bytes of the device's memory that are left to others (torch's activations,
-    KV caches): the arena is refused, and later not grown back, where less would be free; with no
-    ``arena`` given it is all that is free beside the headroom, and with neither 2 GiB.
-    ``staging``: the most pinned host memory it takes, in chunks of ``chunk`` bytes (unused where
-    the CPU reaches the device's memory). ``granule``: bytes, a multiple of the device's
-    granularity; a GPU maps one of 8 MiB as fast as one of 2, but every layer takes whole ones.
-    ``loaders``: threads that load; by default one for each CPU but one, eight at the most.
+    Sizes are bytes, or strings such as "2GiB" (1024s) and "2GB" (1000s).
+
+    ``device``: "host", "cuda" or "cuda:N".
+    ``arena``: bytes of device memory to own, all taken at once; "50%" is of the device's memory. By
+    default 2 GiB, or all that is free beside ``headroom``, if that is given.
+    ``headroom``: bytes of the device's memory, or a share of it, to leave to others (torch's
+    activations, KV caches). The arena is refused, and later not grown back, if less would be free.
+    ``staging``: the most pinned host memory to take, in chunks of ``chunk`` bytes; "5%" is of the
+    machine's memory. Unused if the CPU reaches the device's memory.
+    ``granule``: bytes, a multiple of the device's granularity. A GPU maps one of 8 MiB as fast as
+    one of 2, but every layer takes whole ones.
+    ``loaders``: threads that load; by default one for each CPU but one, at most eight.
     ``staging_timeout``: seconds that a load waits for a chunk before it fails with StagingTimeout.
-    ``pump``: no threads at all, and :meth:`step` does the work. ``poison``: evicted addresses read
-    as NaN, and do not fault, for debugging. ``background_share``: of the bytes that move while
-    foreground loads wait, what work of priority BACKGROUND or less gets; it gets so much and no
-    more, and all when nobody else wants it. ``read_bandwidth``: bytes a second (or "1GiB") that all
-    loads together read at most. ``tensors``: what leases hand out, "torch", "numpy" (on the host),
-    "cupy" (on CUDA) or "dlpack" (objects with ``__dlpack__``, ``address`` and ``nbytes``); by
-    default torch where it is installed, else numpy or cupy. ``driver``: the device itself, for
-    tests. ``paths``: neighbours ("cuda:1") whose host links its foreground loads may use too; each
-    gives four chunks of its memory (:mod:`warmserve_rt.paths`).
+    ``pump``: start no threads; :meth:`step` does the work.
+    ``poison``: evicted addresses read as NaN and do not fault, for debugging.
+    ``background_share``: the share of the bytes that work of priority BACKGROUND or less gets while
+    foreground loads wait: at most that much, and all when nobody else wants it.
+    ``read_bandwidth``: bytes a second (or "1GiB") that all loads together read at most.
+    ``tensors``: what leases hand out: "torch", "numpy" (on the host), "cupy" (on CUDA) or "dlpack"
+    (objects with ``__dlpack__``, ``address`` and ``nbytes``). By default torch if it is installed,
+    else numpy or cupy.
+    ``driver``: the device itself, for tests.
+    ``paths``: neighbours ("cuda:1") whose host links foreground loads may use too; each gives four
+    chunks of its memory (:mod:`warmserve_rt.paths`).
 
-    Sizes are bytes or strings such as ``"2GiB"``. Raises ValueError (a device that is not there, an
-    option that makes no sense), OutOfDeviceMemory, and WarmServeError where the device cannot be
-    used, saying what to do. Once the device is lost (a CUDA context that died), whatever needs it
-    raises DeviceLost; releasing, snapshots and :meth:`close` go on working.
+    Raises ValueError and TypeError (an unknown device, an invalid option), OutOfDeviceMemory, and
+    WarmServeError if the device cannot be used, saying what to do. Once the device is lost (a CUDA
+    context that died), all that needs it raises DeviceLost; releasing, snapshots and :meth:`close`
+    go on working.
 
-    Thread-safe. Not usable in a forked child, where every method raises WarmServeError and the
-    model's addresses are not mapped at all.
+    A context manager, also of ``async with``, that closes the runtime at its end. Thread-safe. Not
+    usable in a forked child: there every method raises WarmServeError, and the models' addresses
+    are not mapped.
     """
 
     def __init__(
         self,
         device: str = "host",
-        arena: int | str | None = None,
-        staging: int | str = "256MiB",
+        arena: Size | None = None,
+        staging: Size = "256MiB",
         *,
-        headroom: int | str | None = None,
-        granule: int | str = "2MiB",
-        chunk: int | str = "8MiB",
+        headroom: Size | None = None,
+        granule: Size = "2MiB",
+        chunk: Size = "8MiB",
         loaders: int | None = None,
         staging_timeout: float = 30.0,
         pump: bool = False,
         poison: bool = False,
         background_share: float = 0.05,
-        read_bandwidth: int | str | None = None,
+        read_bandwidth: Size | None = None,
         tensors: Framework | None = None,
         driver: _native.Driver | None = None,
         paths: Sequence[Path] = (),
     ) -> None:
-        threads = loader_count(loaders, pump=pump)
-        if not 0 <= background_share <= 1:
-            raise ValueError(f"a background share of {background_share}: it is from 0 to 1")
-        bandwidth = 0 if read_bandwidth is None else parse_bytes(read_bandwidth)
-        if read_bandwidth is not None and bandwidth < 1:
-            raise ValueError("a read bandwidth of nothing")
-        driver, neighbours = open_devices(device, driver, paths, pump=pump)
-        spare = None if headroom is None else parse_bytes(headroom)
-        granule = parse_bytes(granule)
-        asked = None if arena is None else parse_bytes(arena)
-        self._framework = checked_framework(tensors, cuda=driver.cuda_ordinal >= 0)
-        self._models = Revisions()
-        self._open: _native.Runtime | None = _native.Runtime(
-            driver,
-            arena=arena_bytes(driver, asked, spare, max(granule, 1), poison=poison),
-            staging=parse_bytes(staging),
-            granule=granule,
-            chunk=parse_bytes(chunk),
-            headroom=spare or 0,
-            loaders=threads,
-            staging_timeout=staging_timeout,
-            poison=poison,
-            background_share=background_share,
-            read_bandwidth=bandwidth,
-            neighbours=neighbours,
+        super().__init__(
+            *open_runtime(
+                device,
+                arena=arena,
+                staging=staging,
+                headroom=headroom,
+                granule=granule,
+                chunk=chunk,
+                loaders=loaders,
+                staging_timeout=staging_timeout,
+                pump=pump,
+                poison=poison,
+                background_share=background_share,
+                read_bandwidth=read_bandwidth,
+                tensors=tensors,
+                driver=driver,
+                paths=paths,
+            )
         )
-        _runtimes.add(self)
+        close_at_exit(self)
 
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Evicts everything and gives all memory back; idempotent. Raises Busy while anything is
-        leased. Views that outlive it keep their addresses, with nothing behind them."""
-        if self._open is None:
-            return
-        self._open.close()
-        self._open = None
-        self._models.clear()
-
-    @property
-    def native(self) -> _native.Runtime:
-        """The native runtime; raises WarmServeError when this one is closed."""
-        if self._open is None:
-            raise WarmServeError("the runtime is closed")
-        return self._open
-
-    @property
-    def models(self) -> tuple[Model, ...]:
-        return tuple(self._models.values())
+    async def __aenter__(self) -> Runtime:
+        return self
 
     def register(
         self,
         name: str,
         checkpoint: Source,
         *,
-        dtype: str | Mapping[str, str] | None = None,
+        dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         layers: Grouping | None = None,
         writable: bool = False,
         allow_symlinks: bool = False,
@@ -151,9 +128,10 @@ class Runtime:
         ``name``: "chat", or "chat@2" for a revision, a model of its own beside the others. The
         bare name stands for the first registered, until :meth:`promote`.
         ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
-        ``dtype``: "bfloat16", "float16" or "float32", to which plain floating-point weights are
-        cast as they are loaded, or such a name for each of some tensors; quantised tensors, and the
-        floats that belong to them, stay as they are (:func:`dtypes.planned_casts`).
+        ``dtype``: "bfloat16", "float16" or "float32" (or torch's or numpy's dtype), to which plain
+        floating-point weights are cast as they are loaded, or one for each of some tensors by name;
+        quantised tensors, and the floats that belong to them, stay as they are
+        (:func:`dtypes.planned_casts`).
         ``layers``: how tensors form layers, where their names do not tell; see
         :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
@@ -163,7 +141,9 @@ class Runtime:
         cast that there is not, a layout that is not that of the name's other revisions). Strong.
         """
         native = self.native
-        parse_name(name)
+        parse_name(check.text("name", name))
+        writable = check.flag("writable", writable)
+        checkpoint = check.paths("checkpoint", checkpoint)
         with closing(open_checkpoint(checkpoint, allow_symlinks=allow_symlinks)) as opened:
             casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
             layout = build_layout(opened, layers, casts)
@@ -173,26 +153,23 @@ class Runtime:
                 made = native.register(name, files, shapes, writable=writable)
                 return Model(made, layout, self._framework)
 
-            return self._models.add(name, layout, make)
-
-    def unregister(self, model: Model | str, *, timeout: float | None = None) -> None:
-        """Evicts a model and forgets it. Views of it keep their addresses, with nothing behind.
-        A bare name that stood for it is unknown until the next :meth:`promote` or registration.
-        Raises as :meth:`evict`."""
-        found = self.model(model)
-        self.native.unregister(found.native, timeout)
-        self._models.remove(found)
-
-    def model(self, model: Model | str) -> Model:
-        """The registered model of that full name, or that a bare name stands for now, or itself.
-        Raises ValueError."""
-        return self._models.find(model)
+            model = self._models.add(str(name), layout, make)
+        log.info(
+            "registered %r: %d layers, %s, from %s",
+            model.name,
+            len(model.layers),
+            format_bytes(model.nbytes),
+            checkpoint,
+        )
+        return model
 
     def promote(self, model: Model | str) -> Model | None:
         """From now on the bare name stands for this revision, given by its full name or itself;
         returns the model it stood for before. Nothing is loaded or evicted, and leases on the
         other go on. Atomic. Raises ValueError."""
-        return self._models.promote(model)
+        before = self._models.promote(model)
+        log.info("promoted %r; before: %r", self.model(model).name, before and before.name)
+        return before
 
     def prewarm(
         self,
@@ -212,42 +189,21 @@ class Runtime:
         ``wait(timeout)`` raises what loading raised, ``wait(layer=index)`` waits for one layer, and
         ``cancel()`` leaves the layers that arrived. Per layer.
         """
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"a deadline {deadline} seconds from now has passed")
+        if deadline is not None and not (deadline := check.seconds("deadline", deadline)):
+            raise ValueError("deadline must be more than 0 seconds from now, got 0")
         found = self.model(model)
-        return self.native.prewarm(found.native, layer_indices(found, layers), priority, deadline)
+        chosen, level = layer_indices(found, layers), _priority(priority)
+        ticket = Ticket(self.native.prewarm(found.native, chosen, level, deadline), found)
+        log.debug("%r", ticket)
+        return ticket
 
     def swap(self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND) -> Ticket:
         """Loads one model in the granules of another, which is absent when the ticket is done.
         Creates no granules. Raises as :meth:`prewarm`, and Busy while ``evict`` is leased."""
-        return self.native.swap(self.model(evict).native, self.model(load).native, priority)
-
-    def evict(
-        self,
-        model: Model | str,
-        *,
-        layers: Layers | None = None,
-        keep: Layers | None = None,
-        wait: Literal["nothing", "streams", "leases"] = "streams",
-        timeout: float | None = None,
-    ) -> None:
-        """Takes a model out of the arena, or these ``layers`` of it, or all but those to ``keep``.
-
-        What is loading them is called off; tickets that want other layers too go on to those, and
-        raise Cancelled at the end. ``wait`` says for what: "streams" that were recorded and still
-        use the layers, with Busy where they are leased; also for those "leases" to end; or for
-        "nothing", with Busy in either case. Raises TimeoutError after ``timeout`` seconds, and
-        ValueError as :meth:`prewarm`. Per layer.
-        """
-        found = self.model(model)
-        chosen = layer_indices(found, layers)
-        if keep is not None:
-            if layers is not None:
-                raise ValueError("either the layers to evict, or those to keep")
-            chosen = all_but(found, keep)
-            if not chosen:
-                return
-        self.native.evict(found.native, chosen, timeout, wait)
+        out, found = self.model(evict), self.model(load)
+        ticket = Ticket(self.native.swap(out.native, found.native, _priority(priority)), found)
+        log.debug("%r", ticket)
+        return ticket
 
     def lease(
         self,
@@ -261,14 +217,20 @@ class Runtime:
         yet acquired. With ``streaming`` it begins while layers are still on their way:
         :meth:`Lease.wait` says when each is there. ``timeout`` in seconds, for each acquisition.
         See :class:`Lease`."""
-        if isinstance(models, str | Model):
+        if isinstance(models, _ONE_MODEL):
             models = (models,)
+        elif not isinstance(models, Iterable):
+            self.model(models)  # raises TypeError
         wanted = tuple(dict.fromkeys(self.model(model) for model in models))
         if not wanted:
             raise ValueError("a lease on no model")
         if layers is not None and len(wanted) > 1:
             raise ValueError("layers of several models: lease each model by itself")
         chosen = layer_indices(wanted[0], layers)
+        if streaming is not False:
+            streaming = check.flag("streaming", streaming)
+        if timeout is not None:
+            timeout = check.timeout(timeout)
         return Lease(self.native, wanted, chosen, streaming=streaming, timeout=timeout)
 
     def stamp(
@@ -278,71 +240,19 @@ class Runtime:
         is needed, and of equals (0.0 at first) the least recently used. Wait-free."""
         found = self.model(model)
         index = None if layer is None else layer_index(found, layer)
-        self.native.stamp(found.native, keep_value, index)
+        self.native.stamp(found.native, check.number("keep_value", keep_value, finite=False), index)
 
     def trim(self) -> int:
         """Gives free granules back to the device; they are made again when needed. Returns the
         bytes given back."""
-        return self.native.trim()
-
-    def tensors(self, model: Model | str) -> dict[str, Any]:
-        """See :meth:`Model.tensors`."""
-        return self.model(model).tensors()
-
-    def read_back(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint8]:
-        """A copy of a resident layer's bytes, as the device has them: shape ``(layer.nbytes,)``.
-        Raises StaleView unless it is resident, ValueError for an unknown layer."""
-        found = self.model(model)
-        index = layer_index(found, layer)
-        out = np.empty(found.layers[index].nbytes, np.uint8)
-        self.native.read_back(found.native, index, out)
-        return out
-
-    def digest(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint64]:
-        """A digest of each granule of a resident layer, made on the device: as
-        :func:`kernels.granule_digest` of its bytes, shape ``(granules,)``. Raises as
-        :meth:`read_back`, and WarmServeError where there are no kernels for the device."""
-        found = self.model(model)
-        return np.array(self.native.digest(found.native, layer_index(found, layer)), np.uint64)
-
-    def device_memory(self) -> tuple[int, int]:
-        """Bytes of the device that nobody has, and in all: what is left for the rest of the
-        process, of which this runtime never takes the last ``headroom``. Zeros: it does not say."""
-        return self.native.device_memory()
-
-    def fileno(self) -> int:
-        """An eventfd, readable when a backing epoch has changed since it was last read: graph and
-        collective registrations of memory can then be renewed. The runtime's; do not close it."""
-        return self.native.fileno()
-
-    def snapshot(self) -> Snapshot:
-        """What is where now, as plain values."""
-        return Snapshot.of(self.native)
-
-    def stream(
-        self, priority: Literal["background", "normal", "urgent"] = "normal"
-    ) -> _native.Stream:
-        """A new stream of the device: work in order, beside the caller's. ``priority`` is a hint
-        for kernels; copies may not heed it. ``torch.cuda.ExternalStream(stream.handle)`` is the
-        same stream for torch, as long as this object lives."""
-        return self.native.stream(priority)
+        nbytes = self.native.trim()
+        log.info("trimmed %s", format_bytes(nbytes))
+        return nbytes
 
     def step(self) -> bool:
         """With ``pump``: one chunk of one transfer. False when there is nothing to do."""
         return self.native.step()
 
-    def check_invariants(self) -> None:
-        """Raises WarmServeError, naming the first thing wrong in the runtime's books."""
-        self.native.check_invariants()
 
-
-# What is open when the interpreter exits is closed; what cannot be closed is left to the process.
-_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for runtime in list(_runtimes):
-        with suppress(WarmServeError):
-            runtime.close()
-    _native.process_exits()
+def _priority(priority: int) -> int:
+    return check.integer("priority", priority, check.INT32_MIN, check.INT32_MAX)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
+
+from ._units import format_bytes
 
 if TYPE_CHECKING:
     from . import _native
+
+_SHOWN = 20  # models of a snapshot that its repr shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +27,26 @@ class LayerSnapshot:
     keep_value: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ModelSnapshot:
     """One model: its layers in execution order, and how many leases hold any of them."""
 
     leases: int
     backing_epoch: int
     layers: tuple[LayerSnapshot, ...]
+
+    def __repr__(self) -> str:
+        return f"<ModelSnapshot: {self._words()}>"
+
+    def _words(self) -> str:
+        resident = [layer for layer in self.layers if layer.residency == "resident"]
+        nbytes = sum(layer.nbytes for layer in self.layers)
+        here = format_bytes(sum(layer.nbytes for layer in resident))
+        leases = f", {self.leases} leases" if self.leases else ""
+        return (
+            f"{len(resident)} of {len(self.layers)} layers, {here} of {format_bytes(nbytes)}"
+            f"{leases}"
+        )
 
     @property
     def resident(self) -> bool:
@@ -52,7 +70,7 @@ class PathSnapshot:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
     """One device. Bytes and counts since the runtime was made; ``driver_calls`` maps a driver
     primitive to how often it was called and the nanoseconds spent in it. ``headroom_bytes`` of
@@ -76,6 +94,25 @@ class Snapshot:
     def arena_bytes(self) -> int:
         """The budget."""
         return self.granules * self.granule_bytes
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the granules that layers occupy."""
+        return sum(model.granules for model in self.models.values()) * self.granule_bytes
+
+    def __repr__(self) -> str:
+        lines = [
+            f"<Snapshot: {format_bytes(self.bytes_in_use)} of {format_bytes(self.arena_bytes)} in "
+            f"use by {len(self.models)} models, {self.leases} leases, "
+            f"{format_bytes(self.bytes_loaded)} loaded",
+            *(
+                f"  {name!r}: {model._words()}"
+                for name, model in islice(self.models.items(), _SHOWN)
+            ),
+        ]
+        if len(self.models) > _SHOWN:
+            lines.append(f"  and {len(self.models) - _SHOWN} more")
+        return "\n".join(lines) + ">"
 
     @classmethod
     def of(cls, native: _native.Runtime) -> Snapshot:

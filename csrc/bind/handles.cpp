@@ -37,6 +37,15 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
+Poll polling(const py::object& call) {
+  if (call.is_none()) return check_signals;
+  return [&call] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    call();
+  };
+}
+
 Deadline deadline(std::optional<double> seconds) {
   if (!seconds) return kNever;
   if (std::isnan(*seconds)) throw Error(ErrorKind::invalid_argument, "a timeout of nan");
@@ -114,8 +123,12 @@ void bind_handles(py::module_& m) {
       .def("fileno", [](const PyTicket& self) { return self.runtime->fileno(self.ticket); })
       .def_property_readonly("done",
                              [](const PyTicket& self) { return self.runtime->done(self.ticket); })
+      .def_property_readonly("what", [](const PyTicket& self) { return self.ticket->what; })
       .def_property_readonly(
-          "progress", [](const PyTicket& self) { return self.runtime->progress(self.ticket); });
+          "progress", [](const PyTicket& self) { return self.runtime->progress(self.ticket); })
+      .def_property_readonly("layers_left", [](const PyTicket& self) {
+        return self.runtime->layers_left(self.ticket);
+      });
   py::class_<PyHold>(m, "Hold")
       .def(
           "wait",
@@ -123,6 +136,7 @@ void bind_handles(py::module_& m) {
             const HoldPtr hold = self.held();  // another thread may release it meanwhile
             const py::gil_scoped_release release;
             self.runtime->await_lease(hold, deadline(timeout), check_signals, all);
+            return hold->entry || hold->ticket;
           },
           py::arg("timeout") = py::none(), py::arg("all") = true)
       .def(

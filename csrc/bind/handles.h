@@ -47,6 +47,9 @@ Selection select(const PyModel& model, const Layers& layers);
 Deadline deadline(std::optional<double> seconds);
 // Ctrl-C in a wait. Called without the GIL.
 void check_signals();
+// The same, and a Python call; what it raises ends the wait. None: signals alone. `call` outlives
+// it.
+Poll polling(const pybind11::object& call);
 
 void bind_handles(pybind11::module_& m);
 

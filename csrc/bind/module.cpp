@@ -159,10 +159,12 @@ void bind_runtime(py::module_& m) {
            py::arg("writable"))
       .def(
           "unregister",
-          [](Runtime& self, const PyModel& model, std::optional<double> timeout) {
-            self.unregister(model.model, deadline(timeout), check_signals);
+          [](Runtime& self, const PyModel& model, std::optional<double> timeout,
+             const std::string& wait, const py::object& poll) {
+            self.unregister(model.model, deadline(timeout), polling(poll), patience(wait));
           },
-          py::arg("model"), py::arg("timeout"), NoGil())
+          py::arg("model"), py::arg("timeout"), py::arg("wait"), py::arg("poll") = py::none(),
+          NoGil())
       .def(
           "prewarm",
           [](const RuntimePtr& self, const PyModel& model, const Layers& layers, int priority,
@@ -181,10 +183,11 @@ void bind_runtime(py::module_& m) {
       .def(
           "evict",
           [](Runtime& self, const PyModel& model, const Layers& layers,
-             std::optional<double> timeout, const std::string& wait) {
-            self.evict(select(model, layers), deadline(timeout), check_signals, patience(wait));
+             std::optional<double> timeout, const std::string& wait, const py::object& poll) {
+            self.evict(select(model, layers), deadline(timeout), polling(poll), patience(wait));
           },
-          py::arg("model"), py::arg("layers"), py::arg("timeout"), py::arg("wait"), NoGil())
+          py::arg("model"), py::arg("layers"), py::arg("timeout"), py::arg("wait"),
+          py::arg("poll") = py::none(), NoGil())
       .def("fileno", py::overload_cast<>(&Runtime::fileno))
       .def("trim", &Runtime::trim, NoGil())
       .def(
@@ -249,7 +252,14 @@ void bind_runtime(py::module_& m) {
       .def("driver_calls", &driver_calls)
       .def("step", &Runtime::step, NoGil())
       .def("check_invariants", &Runtime::check_invariants)
-      .def("close", [](Runtime& self) { self.close(check_signals); }, NoGil());
+      .def(
+          "close",
+          [](Runtime& self, std::optional<double> timeout, const std::string& wait,
+             const py::object& poll) {
+            self.close(polling(poll), deadline(timeout), patience(wait));
+          },
+          py::arg("timeout") = py::none(), py::arg("wait") = "streams",
+          py::arg("poll") = py::none(), NoGil());
 }
 
 }  // namespace

@@ -41,10 +41,7 @@ def guard(
                 gates.install(epoch)
                 gates.wait(layers)
             else:
-                raise StaleView(
-                    f"{model.name!r} is not leased: run it under `with runtime.lease"
-                    f"({model.name!r})`"
-                )
+                raise StaleView(runtime.why_not_leased(model))
 
         return check
 
