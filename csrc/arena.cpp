@@ -14,6 +14,10 @@ std::uint32_t checked_capacity(const Device& device, const Arena::Options& optio
     throw Error(ErrorKind::invalid_argument, "a granule of " + format_bytes(options.granule_bytes) +
                                                  " is not a multiple of the device's " +
                                                  format_bytes(granularity));
+  for (const std::uint64_t bytes : {options.bytes, options.granule_bytes, options.headroom_bytes})
+    if (bytes > kMostBytes)
+      throw Error(ErrorKind::invalid_argument, "sizes must be below 2^63 bytes, got " +
+                                                   std::to_string(bytes));
   const std::uint64_t capacity = options.bytes / options.granule_bytes;
   if (capacity == 0 || capacity > UINT32_MAX)
     throw Error(ErrorKind::invalid_argument,
@@ -28,11 +32,12 @@ Arena::Arena(DevicePtr device, const Options& options)
     : device_(std::move(device)),
       granule_bytes_(options.granule_bytes),
       headroom_bytes_(options.headroom_bytes),
-      capacity_(checked_capacity(*device_, options)),
-      pool_(capacity_),
-      slots_(capacity_) {
-  // Asked first: populating more memory than there is would call the OOM killer, not fail.
+      capacity_(checked_capacity(*device_, options)) {
+  // Asked before anything is made in proportion: populating more memory than there is would call
+  // the OOM killer, not fail.
   require_memory(budget(), "an arena of " + format_bytes(budget()));
+  pool_ = uncreated_ = GranulePool(capacity_);
+  slots_.resize(capacity_);
   if (!device_->facts().host_view) window_ = reserve(budget());
   make_all();
   if (options.poison) make_poison();
@@ -42,7 +47,7 @@ Arena::Arena(DevicePtr device, const Options& options)
 void Arena::require_memory(std::uint64_t bytes, const std::string& what) const {
   std::uint64_t available = 0, total = 0;
   device_->memory(&available, &total);
-  if (!total || bytes + headroom_bytes_ <= available) return;
+  if (!total || (bytes <= available && headroom_bytes_ <= available - bytes)) return;
   std::string message = what;
   if (headroom_bytes_) message += " beside a headroom of " + format_bytes(headroom_bytes_);
   throw Error(
@@ -68,19 +73,6 @@ void Arena::make_all() {
                       " now that they are given back");
     }
   pool_.give(all);
-}
-
-std::vector<GranuleId> Arena::claim_uncreated(std::uint32_t count) {
-  const auto split = uncreated_.end() - count;
-  std::vector<GranuleId> claimed(split, uncreated_.end());
-  uncreated_.erase(split, uncreated_.end());
-  std::sort(claimed.begin(), claimed.end());
-  return claimed;
-}
-
-void Arena::return_uncreated(std::span<const GranuleId> ids) {
-  uncreated_.insert(uncreated_.end(), ids.begin(), ids.end());
-  std::sort(uncreated_.begin(), uncreated_.end(), std::greater<>());
 }
 
 void Arena::create(GranuleId id) {
@@ -167,8 +159,8 @@ void Arena::check_invariants() const {
   }
   if (free != pool_.free_count())
     throw Error(ErrorKind::general, "the count of free granules is wrong");
-  for (const GranuleId id : uncreated_)
-    if (slots_[id].granule || pool_.is_free(id))
+  for (GranuleId id = 0; id < capacity_; ++id)
+    if (uncreated_.is_free(id) && (slots_[id].granule || pool_.is_free(id)))
       throw Error(ErrorKind::general, "granule " + std::to_string(id) + " is and is not created");
 }
 

@@ -36,21 +36,21 @@ class Arena {
   std::uint32_t capacity() const noexcept { return capacity_; }
   std::uint64_t budget() const noexcept { return capacity_ * granule_bytes_; }
   std::uint64_t headroom() const noexcept { return headroom_bytes_; }
-  std::uint32_t granules_of(std::uint64_t bytes) const noexcept {
-    return static_cast<std::uint32_t>(ceil_div(bytes, granule_bytes_));
+  std::uint64_t granules_of(std::uint64_t bytes) const noexcept {
+    return ceil_div(bytes, granule_bytes_);
   }
 
   // Bookkeeping.
   std::uint32_t free_count() const noexcept { return pool_.free_count(); }
   std::uint32_t uncreated_count() const noexcept {
-    return static_cast<std::uint32_t>(uncreated_.size());
+    return uncreated_.free_count();
   }
   bool is_free(GranuleId id) const noexcept { return pool_.is_free(id); }
   std::vector<GranuleId> take(std::uint32_t count) { return pool_.take(count); }
   void give(std::span<const GranuleId> ids) noexcept { pool_.give(ids); }
   // Ids without a granule behind them; they belong to the caller, who creates or returns them.
-  std::vector<GranuleId> claim_uncreated(std::uint32_t count);
-  void return_uncreated(std::span<const GranuleId> ids);
+  std::vector<GranuleId> claim_uncreated(std::uint32_t count) { return uncreated_.take(count); }
+  void return_uncreated(std::span<const GranuleId> ids) noexcept { uncreated_.give(ids); }
   void check_invariants() const;
 
   // Makes a claimed id a granule. Throws out_of_device_memory also where it would cut into the
@@ -90,7 +90,7 @@ class Arena {
   const std::uint64_t granule_bytes_, headroom_bytes_;
   const std::uint32_t capacity_;
   GranulePool pool_;
-  std::vector<GranuleId> uncreated_;  // descending: the lowest is claimed first
+  GranulePool uncreated_;  // ids without a granule
   // Every granule, writable, at index x granule_bytes: the models' own addresses are read-only,
   // and on a discrete device filling goes through here. Absent where the CPU reaches granules.
   ReservationPtr window_;

@@ -4,9 +4,9 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <system_error>
 
 #include "error.h"
+#include "os_failure.h"
 
 namespace warmserve {
 
@@ -17,7 +17,7 @@ EventFd::~EventFd() {
 int EventFd::descriptor() {
   if (!made()) descriptor_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (!made())
-    throw Error(ErrorKind::general, "eventfd: " + std::generic_category().message(errno));
+    throw Error(ErrorKind::general, os_failure("eventfd", errno, OsLimit::descriptors));
   return descriptor_;
 }
 

@@ -31,7 +31,7 @@ struct Layer {
   std::uint32_t index = 0;
   std::uint64_t bytes = 0;
   std::uint64_t offset = 0;  // in the model's reservation
-  std::uint32_t granules_needed = 0;
+  std::uint64_t granules_needed = 0;
   LayerSource source;
 
   Residency residency = Residency::absent;
@@ -63,7 +63,7 @@ struct Model {
   std::vector<File> files;
   std::deque<Layer> layers;    // execution order; addresses stay
   std::uint64_t bytes = 0;     // of the layers, padding to granules not counted
-  std::uint32_t granules = 0;  // of all layers
+  std::uint64_t granules = 0;  // of all layers; their bytes are at most kMostBytes
   ReservationPtr reservation;  // made at the first prewarm or view; set once, under the lock
 
   // Changes whenever the granules behind an address of the model do. Readable without the lock.
@@ -74,9 +74,10 @@ struct Model {
   std::uint32_t leases = 0;       // on any of its layers
   std::uint64_t lease_epoch = 0;  // changes whenever one of them begins or ends
   std::uint32_t whole_holds = 0;  // those on all of them, which are not counted in each
-  std::uint32_t layers_held = 0, granules_held = 0;  // by the others
-  std::uint32_t missing = 0;                         // layers that are not resident
-  std::uint64_t last_use = 0;                        // the runtime's logical clock
+  std::uint32_t layers_held = 0;  // by the others
+  std::uint64_t granules_held = 0;  // the same layers'
+  std::uint32_t missing = 0;        // layers that are not resident
+  std::uint64_t last_use = 0;       // the runtime's logical clock
   std::vector<Use> uses;
 };
 using ModelPtr = std::shared_ptr<Model>;

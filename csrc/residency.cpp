@@ -81,18 +81,18 @@ void Books::unhold(const Lock&, const Selection& selection) {
   if (room_wanted || release_wanted) wake();
 }
 
-std::uint32_t Books::granules_to_hold(const Lock&, const Selection& selection) const {
+std::uint64_t Books::granules_to_hold(const Lock&, const Selection& selection) const {
   const Model& model = *selection.model;
   if (model.whole_holds) return 0;
   if (selection.whole) return model.granules - model.granules_held;
-  std::uint32_t granules = 0;
+  std::uint64_t granules = 0;
   selection.for_each([&](const Layer& layer) {
     if (!layer.holds) granules += layer.granules_needed;
   });
   return granules;
 }
 
-std::vector<Layer*> Books::choose_victims(const Lock&, std::uint32_t granules,
+std::vector<Layer*> Books::choose_victims(const Lock&, std::uint64_t granules,
                                           const std::function<bool(const Layer&)>& spared,
                                           const Model* first) const {
   std::vector<Layer*> heap;
@@ -110,7 +110,7 @@ std::vector<Layer*> Books::choose_victims(const Lock&, std::uint32_t granules,
   const auto later = [&](const Layer* a, const Layer* b) { return rank(a) > rank(b); };
   std::make_heap(heap.begin(), heap.end(), later);
   std::vector<Layer*> victims;
-  for (std::uint32_t found = 0; found < granules;) {
+  for (std::uint64_t found = 0; found < granules;) {
     if (heap.empty()) return {};
     std::pop_heap(heap.begin(), heap.end(), later);
     found += heap.back()->granules_needed;
@@ -132,7 +132,7 @@ void Books::check_invariants(const Lock&) const {
     if (!holds) throw Error(ErrorKind::general, "invariant broken: " + what);
   };
   std::vector<bool> used(arena.capacity(), false);
-  std::uint32_t accounted = arena.free_count() + arena.uncreated_count(), held = 0;
+  std::uint64_t accounted = std::uint64_t{arena.free_count()} + arena.uncreated_count(), held = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {
     std::uint32_t missing = 0, layers_held = 0;

@@ -41,8 +41,8 @@ class Books {
 
   std::map<std::string, ModelPtr> models;
   std::uint64_t clock = 0;             // logical; orders uses
-  std::uint32_t held_granules = 0;     // of all layers with holds
-  std::uint32_t granules_in_hand = 0;  // taken from the pool by a thread that is trimming it
+  std::uint64_t held_granules = 0;     // of all layers with holds
+  std::uint64_t granules_in_hand = 0;  // taken from the pool by a thread that is trimming it
   bool room_wanted = false;            // a fill waits for layers to become evictable
   unsigned release_wanted = 0;         // evictions that wait for leases to end
   EventFd epochs;                      // signalled when a backing epoch has changed
@@ -57,12 +57,12 @@ class Books {
   void hold(const Lock&, const Selection& selection);
   void unhold(const Lock&, const Selection& selection);
   // Granules of the layers that nobody holds yet.
-  std::uint32_t granules_to_hold(const Lock&, const Selection& selection) const;
+  std::uint64_t granules_to_hold(const Lock&, const Selection& selection) const;
 
   // Layers to evict so that `granules` come free: lowest keep value first, then least recently
   // used, then the tail of a model before its head. `first` goes before all others; what is held,
   // and what `spared` says, never goes. Empty when there are not enough.
-  std::vector<Layer*> choose_victims(const Lock&, std::uint32_t granules,
+  std::vector<Layer*> choose_victims(const Lock&, std::uint64_t granules,
                                      const std::function<bool(const Layer&)>& spared,
                                      const Model* first) const;
   // From resident (or torn) to draining, owned by the caller.

@@ -2,6 +2,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 namespace warmserve {
@@ -14,13 +15,33 @@ bool cuts_elements(const Segment& segment) {
   return width == 0 || segment.layer_offset % width || segment.bytes % width;
 }
 
-// The rest of the library trusts these: a wrong offset would be a write out of bounds.
+// Whether the segment's bytes of its file, which a cast makes fewer or more, lie in the file.
+bool inside(const Segment& segment, const File& file) {
+  std::uint64_t count = segment.bytes, width = 1;
+  if (segment.cast) {
+    count /= widths(*segment.cast).to;
+    width = widths(*segment.cast).from;
+  }
+  const std::uint64_t size = std::min(file.identity().size, kMostBytes);
+  return segment.file_offset <= size && count <= (size - segment.file_offset) / width;
+}
+
+// The rest of the library trusts these: a wrong offset would be a write out of bounds, and a sum
+// that overflows a model that maps over another one's memory.
 void check_shape(const std::string& name, const std::vector<File>& files,
-                 const std::vector<LayerShape>& layers) {
+                 const std::vector<LayerShape>& layers, std::uint64_t granule_bytes) {
+  if (layers.size() > std::numeric_limits<std::uint32_t>::max())
+    throw Error(ErrorKind::invalid_argument,
+                "'" + name + "' has " + std::to_string(layers.size()) + " layers; at most " +
+                    std::to_string(std::numeric_limits<std::uint32_t>::max()) + " are accepted");
+  std::uint64_t granules = 0;
   for (const LayerShape& layer : layers) {
     std::uint64_t end = 0;
-    if (layer.bytes > kGiB * kKiB)
-      throw Error(ErrorKind::invalid_argument, "a layer of '" + name + "' is too large");
+    if (layer.bytes <= kMostBytes) granules += ceil_div(layer.bytes, granule_bytes);
+    if (layer.bytes > kMostBytes || granules > kMostBytes / granule_bytes)
+      throw Error(ErrorKind::invalid_argument,
+                  "the layers of '" + name + "', in granules of " + format_bytes(granule_bytes) +
+                      ", take more than the 2^63 - 1 bytes that a model can have");
     for (const Segment& segment : layer.segments) {
       if (segment.file >= files.size() || segment.layer_offset < end ||
           segment.bytes > layer.bytes || segment.layer_offset > layer.bytes - segment.bytes)
@@ -28,6 +49,11 @@ void check_shape(const std::string& name, const std::vector<File>& files,
                     "a segment of '" + name + "' is out of order or outside of its layer");
       if (cuts_elements(segment))
         throw Error(ErrorKind::invalid_argument, "a cast of '" + name + "' cuts elements");
+      if (const File& file = files[segment.file]; !inside(segment, file))
+        throw Error(ErrorKind::corrupt_checkpoint,
+                    file.path() + " has " + std::to_string(file.identity().size) +
+                        " bytes, and a segment of '" + name + "' that begins at byte " +
+                        std::to_string(segment.file_offset) + " does not end in it");
       end = segment.layer_offset + segment.bytes;
     }
   }
@@ -125,7 +151,7 @@ bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
 
 ModelPtr Runtime::register_model(const std::string& name, std::vector<File> files,
                                  const std::vector<LayerShape>& layers, bool writable) {
-  check_shape(name, files, layers);
+  check_shape(name, files, layers, arena_.granule_bytes());
   auto model = std::make_shared<Model>();
   model->name = name;
   model->runtime = this;
@@ -169,7 +195,7 @@ ReservationPtr Runtime::reservation(const ModelPtr& model) {
 void Runtime::require_room(const Lock& lock, const Selection& selection,
                            const std::string& what) const {
   if (books_.held_granules + books_.granules_to_hold(lock, selection) <= arena_.capacity()) return;
-  std::uint64_t granules = 0;
+  std::uint64_t granules = 0;  // of one model, so that neither they nor their bytes overflow
   selection.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
   throw no_room(granules <= arena_.capacity() ? ErrorKind::busy : ErrorKind::out_of_device_memory,
                 what, granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
@@ -213,11 +239,11 @@ std::uint64_t Runtime::trim() {
 
 std::uint64_t Runtime::trim_locked(Lock& lock) {
   const std::vector<GranuleId> ids = arena_.take(arena_.free_count());
-  books_.granules_in_hand += static_cast<std::uint32_t>(ids.size());
+  books_.granules_in_hand += ids.size();
   lock.unlock();
   const std::size_t destroyed = arena_.destroy(ids);
   lock.lock();
-  books_.granules_in_hand -= static_cast<std::uint32_t>(ids.size());
+  books_.granules_in_hand -= ids.size();
   arena_.return_uncreated(std::span(ids).first(destroyed));
   arena_.give(std::span(ids).subspan(destroyed));
   books_.wake();

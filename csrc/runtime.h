@@ -41,7 +41,7 @@ struct LayerShape {
 struct LayerState {
   Residency residency = Residency::absent;
   std::uint64_t bytes = 0;
-  std::uint32_t granules = 0;
+  std::uint64_t granules = 0;
   std::uint32_t leases = 0;
   double keep_value = 0;
 };

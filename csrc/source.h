@@ -30,6 +30,7 @@ class File {
 
   int descriptor() const noexcept { return descriptor_; }
   const std::string& path() const noexcept { return path_; }
+  const FileIdentity& identity() const noexcept { return identity_; }
   // Throws corrupt_checkpoint unless the file is what it was when it was registered. Said after
   // every read: a read may return its full length although the file was cut meanwhile.
   void check_unchanged() const;

@@ -8,6 +8,10 @@ StagingPool::StagingPool(DevicePtr device, std::uint64_t bytes, std::uint64_t ch
     : device_(std::move(device)),
       chunk_bytes_(chunk_bytes),
       count_(chunk_bytes ? bytes / chunk_bytes : 0) {
+  for (const std::uint64_t size : {bytes, chunk_bytes})
+    if (size > kMostBytes)
+      throw Error(ErrorKind::invalid_argument,
+                  "sizes must be below 2^63 bytes, got " + std::to_string(size));
   if (chunk_bytes == 0 || chunk_bytes % (4 * kKiB))
     throw Error(ErrorKind::invalid_argument,
                 "a chunk of " + format_bytes(chunk_bytes) + " is not a multiple of 4 KiB");
@@ -15,8 +19,6 @@ StagingPool::StagingPool(DevicePtr device, std::uint64_t bytes, std::uint64_t ch
     throw Error(ErrorKind::invalid_argument, "staging of " + format_bytes(bytes) +
                                                  " is smaller than a chunk of " +
                                                  format_bytes(chunk_bytes));
-  free_.reserve(count_);  // so that giving back never allocates
-  regions_.reserve(count_);
 }
 
 std::size_t StagingPool::available() const {
@@ -44,6 +46,11 @@ std::byte* StagingPool::take_free(std::unique_lock<std::mutex>& lock) {
     return data;
   }
   if (regions_.size() + pinning_ == count_) return nullptr;
+  const std::size_t most = regions_.size() + pinning_ + 1;
+  if (free_.capacity() < most) {  // so that giving back never allocates
+    free_.reserve(2 * most);
+    regions_.reserve(2 * most);
+  }
   ++pinning_;
   lock.unlock();
   std::unique_ptr<PinnedRegion> region;

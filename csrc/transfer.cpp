@@ -4,6 +4,8 @@
 #include <system_error>
 #include <utility>
 
+#include "os_failure.h"
+
 namespace warmserve {
 
 using enum Residency;
@@ -27,7 +29,8 @@ Transfer::Transfer(Books& books, StagingPool& staging, const Options& options)
     for (unsigned i = 0; i < options.loaders; ++i) loaders_.emplace_back(&Transfer::run, this);
   } catch (const std::system_error& error) {
     stop();
-    throw Error(ErrorKind::general, std::string("no thread for a loader: ") + error.what());
+    throw Error(ErrorKind::general, os_failure("starting a thread for a loader",
+                                               error.code().value(), OsLimit::threads));
   }
 }
 
@@ -130,8 +133,9 @@ bool Transfer::advance(Lock& lock, Fill& fill, bool may_copy, bool& room_blocked
 // Whether there are granules for the fill, or will be: then those that fill for less urgent
 // tickets are asked to give way. Its most urgent ticket keeps the other layers that it wants.
 Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Layer*>& victims) {
-  const std::uint32_t need = fill.layer->granules_needed;
-  const std::uint32_t have = books_.arena.free_count() + books_.arena.uncreated_count();
+  const std::uint64_t need = fill.layer->granules_needed;
+  const std::uint64_t have =
+      std::uint64_t{books_.arena.free_count()} + books_.arena.uncreated_count();
   if (need <= have) return Room::enough;
   const Model* first = nullptr;
   for (const TicketPtr& ticket : fill.tickets)
@@ -156,10 +160,13 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
 void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims) {
   Arena& arena = books_.arena;
   Layer& layer = *fill.layer;
-  const std::uint32_t need = layer.granules_needed;
-  std::vector<GranuleId> granules = arena.take(std::min(need, arena.free_count()));
-  std::vector<GranuleId> fresh = arena.claim_uncreated(std::min<std::uint32_t>(
-      need - static_cast<std::uint32_t>(granules.size()), arena.uncreated_count()));
+  const std::uint64_t need = layer.granules_needed;
+  const auto at_most = [](std::uint64_t count, std::uint32_t most) {
+    return static_cast<std::uint32_t>(std::min<std::uint64_t>(count, most));
+  };
+  std::vector<GranuleId> granules = arena.take(at_most(need, arena.free_count()));
+  std::vector<GranuleId> fresh =
+      arena.claim_uncreated(at_most(need - granules.size(), arena.uncreated_count()));
   books_.claim(lock, victims);
   books_.transition(lock, layer, filling);
   layer.owned = true;
@@ -179,8 +186,9 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
       granules.push_back(fresh.back());
     }
     std::sort(granules.begin(), granules.end());  // neighbours make one mapping
-    layer.granules.assign(granules.begin(), granules.begin() + need);
-    granules.erase(granules.begin(), granules.begin() + need);
+    const auto own = granules.begin() + static_cast<std::ptrdiff_t>(need);
+    layer.granules.assign(granules.begin(), own);
+    granules.erase(granules.begin(), own);
   } catch (...) {
     error = std::current_exception();
   }
@@ -200,7 +208,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
 
 void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   const std::uint64_t begin = fill.next;
-  const std::uint64_t end = std::min(begin + chunk_bytes_, fill.span);
+  const std::uint64_t end = begin + std::min(chunk_bytes_, fill.span - begin);
   fill.next = end;
   fill.in_flight += end - begin;
   ++fill.hands;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 
 namespace warmserve {
 
@@ -27,6 +28,10 @@ using Poll = std::function<void()>;
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 constexpr std::uint64_t kKiB = 1024, kMiB = 1024 * kKiB, kGiB = 1024 * kMiB;
+
+// The largest size, count or offset that is accepted from a file or a caller. The sum of two of
+// them fits 64 bits, and each fits an off_t and the signed sizes of numpy and DLPack.
+constexpr std::uint64_t kMostBytes = std::numeric_limits<std::int64_t>::max();
 
 constexpr std::uint64_t ceil_div(std::uint64_t value, std::uint64_t by) {
   return value / by + (value % by != 0);

@@ -87,13 +87,11 @@ void bind_drivers(py::module_& m) {
       });
   m.def(
       "host_driver",
-      [](bool threads, bool host_view, bool huge_pages) {
-        auto driver = make_host_driver({threads, host_view, huge_pages});
-        if (!driver) throw Error(ErrorKind::general, "the system gives no memfd or no addresses");
-        return driver;
+      [](bool threads, bool host_view, bool huge_pages, const std::string& root) {
+        return make_host_driver({threads, host_view, huge_pages, root});
       },
       py::kw_only(), py::arg("threads") = true, py::arg("host_view") = true,
-      py::arg("huge_pages") = true);
+      py::arg("huge_pages") = true, py::arg("root") = "");
   m.def(
       "cuda_driver",
       [](const std::string& library, int ordinal, const py::bytes& kernels,

@@ -6,11 +6,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cmath>
 
 #include "bind/drivers.h"
 #include "bind/handles.h"
 #include "bind/kernels.h"
+#include "os_failure.h"
 #include "peer_route.h"
 #include "runtime.h"
 
@@ -68,7 +71,10 @@ PyModel register_model(const RuntimePtr& runtime, const std::string& name,
   for (const auto& [descriptor, path, identity] : files) {
     const int duplicate = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
     if (duplicate < 0) {
-      PyErr_SetFromErrno(PyExc_OSError);
+      const int error = errno;
+      const std::string call = "fcntl(F_DUPFD_CLOEXEC) of " + path;
+      PyErr_SetObject(PyExc_OSError,
+                      py::make_tuple(error, os_failure(call, error, OsLimit::descriptors)).ptr());
       throw py::error_already_set();
     }
     const auto [device, inode, size, mtime, ctime] = identity;
@@ -144,7 +150,8 @@ void bind_runtime(py::module_& m) {
              const RuntimePtr runtime = Runtime::make(
                  std::move(driver),
                  {arena, staging, granule, chunk, headroom, loaders,
-                  std::chrono::milliseconds(static_cast<std::int64_t>(staging_timeout * 1e3)),
+                  std::chrono::milliseconds(
+                      static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
                   poison, background_share, read_bandwidth});
              for (const auto& neighbour : neighbours)
                runtime->add_route(

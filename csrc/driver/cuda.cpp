@@ -4,6 +4,7 @@
 #include <mutex>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "driver/cuda_context.h"
@@ -19,13 +20,19 @@ using namespace cuda;
 CUstream stream_of(StreamId id) { return reinterpret_cast<CUstream>(id); }
 CUevent event_of(EventId id) { return reinterpret_cast<CUevent>(id); }
 
+// Why this thread got no host memory to pin.
+thread_local std::string host_failure;
+
 class CudaDriver final : public Driver {
  public:
   explicit CudaDriver(const CudaOptions& options);
   ~CudaDriver() override;
 
   const DeviceFacts& facts() const noexcept override { return facts_; }
-  std::string detail() const override { return context_.detail(); }
+  std::string detail() const override {
+    std::string own = std::exchange(host_failure, {});
+    return own.empty() ? context_.detail() : own;
+  }
   Status memory(std::uint64_t* available, std::uint64_t* total) override;
 
   Status granule_create(std::uint64_t bytes, Handle* out) override {
@@ -203,8 +210,12 @@ Status CudaDriver::set_access(Address address, std::uint64_t bytes, Access acces
 Status CudaDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
   if (bytes == 0) return Status::invalid;
   if (context_.lost()) return Status::device_lost;
-  std::byte* memory = allocate_touched(bytes);
-  if (!memory) return Status::out_of_memory;
+  std::string why;
+  std::byte* memory = allocate_touched(bytes, &why);
+  if (!memory) {
+    host_failure = std::move(why);
+    return Status::out_of_memory;
+  }
   const Status status = CALL(cuMemHostRegister_v2, memory, bytes,
                              CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
   if (status != Status::ok) {

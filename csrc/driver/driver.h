@@ -144,7 +144,9 @@ struct HostOptions {
   bool threads = true;     // streams are threads; else they move when stepped or waited for
   bool host_view = true;   // false: hide it, so that filling goes by staging as on a discrete GPU
   bool huge_pages = true;  // collapse granules to huge pages where the kernel does it
+  std::string root{};      // where /proc and /sys are, for tests
 };
+// Throws general, naming the system call that failed.
 std::shared_ptr<Driver> make_host_driver(const HostOptions& options);
 
 struct CudaOptions {

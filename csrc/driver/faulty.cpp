@@ -4,6 +4,14 @@
 #include <thread>
 
 namespace warmserve {
+namespace {
+
+// Whether the last call on this thread was failed here: what the device said before is not why.
+thread_local bool failed_here = false;
+
+}  // namespace
+
+std::string FaultyDriver::detail() const { return failed_here ? "" : Interposer::detail(); }
 
 void FaultyDriver::arm(std::vector<Range> ranges, std::optional<Primitive> only, Status status) {
   const std::lock_guard lock(mutex_);
@@ -38,6 +46,7 @@ void FaultyDriver::cap_memory(std::uint64_t bytes) {
 
 Status FaultyDriver::before(Primitive primitive) {
   std::unique_lock lock(mutex_);
+  failed_here = false;
   const auto delay = delays_[static_cast<int>(primitive)];
   if (!only_ || *only_ == primitive) {
     const std::uint64_t call = ++calls_;
@@ -45,6 +54,7 @@ Status FaultyDriver::before(Primitive primitive) {
                     [&](const Range& r) { return r.first <= call && call <= r.last; })) {
       ++injected_;
       last_ = primitive;
+      failed_here = true;
       return status_;
     }
   }
@@ -56,7 +66,10 @@ Status FaultyDriver::before(Primitive primitive) {
 Status FaultyDriver::granule_create(std::uint64_t bytes, Handle* out) {
   {
     const std::lock_guard lock(mutex_);
-    if (created_ + bytes > cap_) return Status::out_of_memory;
+    if (bytes > cap_ || created_ > cap_ - bytes) {
+      failed_here = true;
+      return Status::out_of_memory;
+    }
     granule_bytes_ = bytes;
     created_ += bytes;
   }

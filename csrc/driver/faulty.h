@@ -33,6 +33,7 @@ class FaultyDriver final : public Interposer {
   // Granules beyond so many bytes are refused; ~0 lifts it.
   void cap_memory(std::uint64_t bytes);
 
+  std::string detail() const override;
   Status granule_create(std::uint64_t bytes, Handle* out) override;
   Status granule_release(Handle handle) override;
 

@@ -9,6 +9,9 @@
 #include <thread>
 #include <vector>
 
+#include "driver/host_limits.h"
+#include "error.h"
+#include "os_failure.h"
 #include "types.h"
 
 namespace warmserve {
@@ -25,10 +28,38 @@ bool touch(std::byte* memory, std::uint64_t bytes) noexcept {
 
 }  // namespace
 
-std::byte* allocate_touched(std::uint64_t bytes) noexcept {
+std::byte* reserve_aligned(std::uint64_t bytes, std::uint64_t alignment) noexcept {
+  if (bytes > kMostBytes) {
+    errno = ENOMEM;
+    return nullptr;
+  }
+  const std::uint64_t span = bytes + alignment;  // trimmed below
+  void* memory =
+      ::mmap(nullptr, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  const auto start = reinterpret_cast<std::uint64_t>(memory);
+  const std::uint64_t before = ceil_div(start, alignment) * alignment - start;
+  std::byte* aligned = static_cast<std::byte*>(memory) + before;
+  if (before) ::munmap(memory, before);
+  if (before < alignment) ::munmap(aligned + bytes, alignment - before);
+  ::madvise(aligned, bytes, MADV_DONTFORK);
+  return aligned;
+}
+
+std::byte* allocate_touched(std::uint64_t bytes, std::string* why) {
+  const std::uint64_t available = available_memory();
+  if (bytes > kMostBytes || available < kKeptForProcess || bytes > available - kKeptForProcess) {
+    *why = format_bytes(bytes) + " are needed and " + format_bytes(available) +
+           " are available in the machine and its control groups, of which " +
+           format_bytes(kKeptForProcess) + " are kept free";
+    return nullptr;
+  }
   void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
+  if (mapped == MAP_FAILED) {
+    *why = os_failure("mmap of " + format_bytes(bytes) + " to be pinned", errno, OsLimit::addresses);
+    return nullptr;
+  }
   auto* memory = static_cast<std::byte*>(mapped);
   ::madvise(memory, bytes, MADV_HUGEPAGE);
   ::madvise(memory, bytes, MADV_DONTFORK);
@@ -52,6 +83,7 @@ std::byte* allocate_touched(std::uint64_t bytes) noexcept {
   for (std::thread& helper : helpers) helper.join();
   if (touched) return memory;
   ::munmap(memory, bytes);
+  *why = "madvise(MADV_POPULATE_WRITE) of " + format_bytes(bytes) + " to be pinned failed";
   return nullptr;
 }
 

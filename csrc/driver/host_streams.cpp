@@ -3,6 +3,8 @@
 #include <system_error>
 #include <utility>
 
+#include "os_failure.h"
+
 namespace warmserve {
 
 HostStreams::~HostStreams() {
@@ -21,12 +23,13 @@ std::shared_ptr<HostStreams::Stream> HostStreams::find(StreamId stream) {
   return found == streams_.end() ? nullptr : found->second;
 }
 
-Status HostStreams::stream_create(StreamId* out) {
+Status HostStreams::stream_create(StreamId* out, std::string* why) {
   auto stream = std::make_shared<Stream>();
   if (threads_) {
     try {
       stream->thread = std::thread(&HostStreams::run, this, stream);
-    } catch (const std::system_error&) {
+    } catch (const std::system_error& error) {
+      *why = os_failure("starting a thread for a stream", error.code().value(), OsLimit::threads);
       return Status::failed;
     }
   }

@@ -19,7 +19,7 @@ class HostStreams {
   explicit HostStreams(bool threads) : threads_(threads) {}
   ~HostStreams();
 
-  Status stream_create(StreamId* out);
+  Status stream_create(StreamId* out, std::string* why);
   Status stream_destroy(StreamId stream);
   Status stream_synchronize(StreamId stream);
   Status stream_wait_event(StreamId stream, EventId event);
