@@ -38,6 +38,7 @@ ORDER = [
     "checkpoint",
     "kernels",
     "policy",
+    "_awaiting",
     "_paths",
     "_units",
     "_native",
