@@ -45,6 +45,7 @@ ORDER = [
     "checkpoint",
     "kernels",
     "policy",
+    "_awaiting",
     "_paths",
     "_units",
     "_arguments",

@@ -27,4 +27,10 @@ void EventFd::signal() noexcept {
   [[maybe_unused]] const int ignored = ::eventfd_write(descriptor_, 1);
 }
 
+void EventFd::clear() noexcept {
+  if (!made()) return;
+  eventfd_t count = 0;
+  [[maybe_unused]] const int ignored = ::eventfd_read(descriptor_, &count);
+}
+
 }  // namespace warmserve

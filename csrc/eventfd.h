@@ -14,6 +14,7 @@ class EventFd {
   // Non-blocking; owned by this. Throws general.
   int descriptor();
   void signal() noexcept;  // wait-free
+  void clear() noexcept;   // makes it unreadable until the next signal
 
  private:
   int descriptor_ = -1;

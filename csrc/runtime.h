@@ -109,10 +109,11 @@ class Runtime {
   // Blocks until it is admitted and, with `all`, has all its layers. On a throw (timeout, a failed
   // load, what poll throws) it is left.
   void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll, bool all = true);
-  // The same in steps: whether there is nothing to wait for (any more), and a descriptor that is
-  // readable when the next thing has come, which lives as long as the hold. Wait-free.
+  // The same in steps: whether there is nothing to wait for (any more); and wakes the token when
+  // the next step is over, with false where there is none. Wait-free.
   bool ready(const HoldPtr& hold, bool all);
-  int fileno(const HoldPtr& hold, bool all);
+  bool notify(const HoldPtr& hold, bool all, const std::shared_ptr<Waker>& waker,
+              std::uint64_t token);
   // Orders what comes after it behind the layer's arrival: blocks until the layer is there; with a
   // stream, until its copies are all under way, which the stream then waits for and the caller does
   // not. Without a hold, for whoever leases the layer. True: it is resident, and nothing else need
@@ -134,6 +135,8 @@ class Runtime {
   std::pair<std::uint64_t, std::uint64_t> progress(const TicketPtr& ticket);  // bytes, of bytes
   std::pair<std::size_t, std::size_t> layers_left(const TicketPtr& ticket);   // of how many
   int fileno(const TicketPtr& ticket);  // readable when done; the ticket's
+  // Wakes the token when the ticket is done. False: it is done.
+  bool notify(const TicketPtr& ticket, const std::shared_ptr<Waker>& waker, std::uint64_t token);
   // Readable once a backing epoch has changed, until it is read; the runtime's.
   int fileno();
   // Whether every layer is held and resident; and, where any is held, a number other than 0 that

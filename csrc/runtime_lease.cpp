@@ -108,12 +108,12 @@ bool Runtime::ready(const HoldPtr& hold, bool all) {
   return awaited(lock, *hold, all) == nullptr;
 }
 
-int Runtime::fileno(const HoldPtr& hold, bool all) {
+bool Runtime::notify(const HoldPtr& hold, bool all, const std::shared_ptr<Waker>& waker,
+                     std::uint64_t token) {
   enter();
   const Lock lock(books_.mutex);
   Ticket* ticket = awaited(lock, *hold, all);
-  if (!ticket) throw Error(ErrorKind::invalid_argument, "the lease waits for nothing");
-  return ticket->fileno(lock);
+  return ticket && ticket->notify(lock, waker, token);
 }
 
 // What the lease waits for now; null: nothing.

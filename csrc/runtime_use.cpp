@@ -50,6 +50,13 @@ int Runtime::fileno(const TicketPtr& ticket) {
   return ticket->fileno(lock);
 }
 
+bool Runtime::notify(const TicketPtr& ticket, const std::shared_ptr<Waker>& waker,
+                     std::uint64_t token) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->notify(lock, waker, token);
+}
+
 int Runtime::fileno() {
   const Lock lock = look();
   return books_.epochs.descriptor();

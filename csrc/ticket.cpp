@@ -15,6 +15,8 @@ void Ticket::finish(Books& books, const Lock&, std::exception_ptr why) {
   done = true;
   error = why;
   eventfd_.signal();
+  for (const auto& [listener, token] : std::exchange(listeners_, {}))
+    if (const auto waker = listener.lock()) waker->wake(token);
   books.wake();
 }
 
@@ -23,6 +25,13 @@ int Ticket::fileno(const Lock&) {
   const int descriptor = eventfd_.descriptor();
   if (done && !asked_before) eventfd_.signal();
   return descriptor;
+}
+
+bool Ticket::notify(const Lock&, const std::shared_ptr<Waker>& waker, std::uint64_t token) {
+  if (done) return false;
+  std::erase_if(listeners_, [](const auto& each) { return each.first.expired(); });
+  listeners_.emplace_back(waker, token);
+  return true;
 }
 
 }  // namespace warmserve

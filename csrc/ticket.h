@@ -4,9 +4,11 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "residency.h"
+#include "waker.h"
 
 namespace warmserve {
 
@@ -38,9 +40,12 @@ class Ticket {
   void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
   // A descriptor that becomes readable when the ticket is done; owned by the ticket.
   int fileno(const Lock&);
+  // Wakes the token when the ticket is done, if its waker still lives then. False: it is done.
+  bool notify(const Lock&, const std::shared_ptr<Waker>& waker, std::uint64_t token);
 
  private:
   EventFd eventfd_;
+  std::vector<std::pair<std::weak_ptr<Waker>, std::uint64_t>> listeners_;
 };
 using TicketPtr = std::shared_ptr<Ticket>;
 

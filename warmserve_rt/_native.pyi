@@ -103,10 +103,15 @@ class Model:
         lanes: int,
     ) -> View: ...
 
+class Waker:
+    def fileno(self) -> int: ...  # readable while there are tokens to take; the waker's
+    def take(self) -> list[int]: ...  # tokens woken since the last call
+
 class Ticket:
     def wait(self, timeout: float | None = None, *, layer: int | None = None) -> None: ...
     def cancel(self) -> None: ...
     def fileno(self) -> int: ...
+    def notify(self, waker: Waker, token: int) -> bool: ...  # False: it is done
     @property
     def done(self) -> bool: ...
     @property
@@ -128,7 +133,7 @@ class Hold:
         self, timeout: float | None = None, all: bool = True
     ) -> bool: ...  # whether anything had to be waited for
     def ready(self, all: bool = True) -> bool: ...
-    def fileno(self, all: bool = True) -> int: ...
+    def notify(self, waker: Waker, token: int, all: bool = True) -> bool: ...  # False: ready
     def wait_layer(
         self,
         model: Model,

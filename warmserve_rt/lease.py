@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 from . import _arguments as check
+from ._awaiting import until_over
 from ._errors import StaleView
 from ._log import log
 from ._units import format_bytes
@@ -153,14 +154,13 @@ class Lease:
         hold = self._begin(owner)
         everything = not self._streaming
 
-        async def arrive() -> None:
-            while not hold.ready(everything):
-                await _readable(hold.fileno(everything))
+        def notify(waker: _native.Waker, token: int) -> bool:
+            return hold.notify(waker, token, everything)
 
         try:
-            with suppress(asyncio.TimeoutError):  # wait() says so, and why
-                await asyncio.wait_for(arrive(), self._timeout)
-            hold.wait(0, everything)
+            if not hold.ready(everything):
+                await until_over(notify, self._timeout)
+            hold.wait(0, everything)  # raises what went wrong, a timeout included
         except BaseException:
             hold.release()
             raise
@@ -244,18 +244,3 @@ class Lease:
             warnings.warn(f"a lease on {names} was never released", ResourceWarning, stacklevel=2)
             while self._acquired:
                 self.release()
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    arrived = loop.create_future()
-
-    def arrive() -> None:
-        if not arrived.done():
-            arrived.set_result(None)
-
-    loop.add_reader(descriptor, arrive)
-    try:
-        await arrived
-    finally:
-        loop.remove_reader(descriptor)

@@ -107,6 +107,10 @@ void bind_handles(py::module_& m) {
           py::arg("stream"))
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
            py::arg("code"), py::arg("bits"), py::arg("lanes"));
+  py::class_<Waker, std::shared_ptr<Waker>>(m, "Waker")
+      .def(py::init<>())
+      .def("fileno", &Waker::fileno)
+      .def("take", &Waker::take);
   py::class_<PyTicket>(m, "Ticket")
       .def(
           "wait",
@@ -121,6 +125,12 @@ void bind_handles(py::module_& m) {
           py::arg("timeout") = py::none(), py::kw_only(), py::arg("layer") = py::none(), NoGil())
       .def("cancel", [](const PyTicket& self) { self.runtime->cancel(self.ticket); })
       .def("fileno", [](const PyTicket& self) { return self.runtime->fileno(self.ticket); })
+      .def(
+          "notify",
+          [](const PyTicket& self, const std::shared_ptr<Waker>& waker, std::uint64_t token) {
+            return self.runtime->notify(self.ticket, waker, token);
+          },
+          py::arg("waker"), py::arg("token"))
       .def_property_readonly("done",
                              [](const PyTicket& self) { return self.runtime->done(self.ticket); })
       .def_property_readonly("what", [](const PyTicket& self) { return self.ticket->what; })
@@ -144,9 +154,10 @@ void bind_handles(py::module_& m) {
           [](const PyHold& self, bool all) { return self.runtime->ready(self.held(), all); },
           py::arg("all") = true)
       .def(
-          "fileno",
-          [](const PyHold& self, bool all) { return self.runtime->fileno(self.held(), all); },
-          py::arg("all") = true)
+          "notify",
+          [](const PyHold& self, const std::shared_ptr<Waker>& waker, std::uint64_t token,
+             bool all) { return self.runtime->notify(self.held(), all, waker, token); },
+          py::arg("waker"), py::arg("token"), py::arg("all") = true)
       .def(
           "wait_layer",
           [](const PyHold& self, const PyModel& model, std::uint32_t layer, const PyStream* stream,
