@@ -41,9 +41,6 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FP16 = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]
 OLD_FP16 = ["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"]
 CONSOLIDATED = [name.replace("model", "consolidated") for name in SHARDS]
-    "consolidated-00001-of-00002.safetensors",
-    "consolidated-00002-of-00002.safetensors",
-]
 UNET = "diffusion_pytorch_model"
 # Names of a directory, the variant, and what is its model: an index, or files.
 CHOICES: list[tuple[Sequence[str], str | None, str | Sequence[str]]] = [
