@@ -116,18 +116,23 @@ class Runtime(Evicting):
     def register(
         self,
         name: str,
-        checkpoint: Source,
+        checkpoint: Source | None = None,
         *,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         layers: Grouping | None = None,
         writable: bool = False,
         allow_symlinks: bool = False,
+        variant: str | None = None,
+        revision: str | None = None,
     ) -> Model:
         """Makes a model known; loads nothing. Its files stay open until it is unregistered.
 
         ``name``: "chat", or "chat@2" for a revision, a model of its own beside the others. The
         bare name stands for the first registered, until :meth:`promote`.
-        ``checkpoint``: a safetensors file, a Hugging Face directory, or a list of files.
+        ``checkpoint``: a safetensors file, a Hugging Face directory, a list of files, or the id of
+        a model in the Hugging Face cache ("org/name"), of its ``revision``; by default ``name``,
+        so that ``register("org/name")`` is enough. ``variant``: "fp16" takes a directory's
+        model.fp16.safetensors instead of model.safetensors.
         ``dtype``: "bfloat16", "float16" or "float32" (or torch's or numpy's dtype), to which plain
         floating-point weights are cast as they are loaded, or one for each of some tensors by name;
         quantised tensors, and the floats that belong to them, stay as they are
@@ -135,16 +140,22 @@ class Runtime(Evicting):
         ``layers``: how tensors form layers, where their names do not tell; see
         :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
-        leave it, as in Hugging Face's cache.
+        leave it; those of the Hugging Face cache need no leave.
 
         Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken or none, a
         cast that there is not, a layout that is not that of the name's other revisions). Strong.
         """
         native = self.native
-        parse_name(check.text("name", name))
+        bare, named_revision = parse_name(check.text("name", name))
         writable = check.flag("writable", writable)
+        if checkpoint is None:
+            checkpoint, revision = bare, revision or named_revision
         checkpoint = check.paths("checkpoint", checkpoint)
-        with closing(open_checkpoint(checkpoint, allow_symlinks=allow_symlinks)) as opened:
+        with closing(
+            open_checkpoint(
+                checkpoint, allow_symlinks=allow_symlinks, variant=variant, revision=revision
+            )
+        ) as opened:
             casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
             layout = build_layout(opened, layers, casts)
             files, shapes = native_files(opened), native_layers(layout)

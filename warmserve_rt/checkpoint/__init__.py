@@ -7,17 +7,40 @@ the file.
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
 from warmserve_rt._errors import CorruptCheckpoint
 
-from .files import CheckpointFile, FileIdentity, blaming, list_directory, open_regular
-from .header import DTYPES, DType, TensorEntry, entry_of, read_header, strings
+from . import hub, mistaken
+from .choice import choose
+from .directory import Directory
+from .files import (
+    CheckpointFile,
+    FileIdentity,
+    blaming,
+    is_directory,
+    naming,
+    open_path,
+    reader,
+    shown,
+)
+from .header import (
+    DTYPES,
+    LIMIT,
+    DType,
+    TensorEntry,
+    entry_of,
+    parse_object,
+    read_header,
+    strings,
+)
 
 __all__ = [
     "DTYPES",
@@ -28,9 +51,11 @@ __all__ = [
     "Source",
     "TensorEntry",
     "open_checkpoint",
+    "shown",
 ]
 
-Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Source: TypeAlias = Path | Sequence[Path]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,56 +71,176 @@ class Checkpoint:
             file.close()
 
 
-def open_checkpoint(source: Source, *, allow_symlinks: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: Source,
+    *,
+    allow_symlinks: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Checkpoint:
     """Open a checkpoint and check all of it except the tensors' values.
 
-    `source` is a safetensors file, a list of them, or a Hugging Face directory. The directory's
-    files are those of its index (`model.safetensors.index.json`, else the only
-    `*.safetensors.index.json`) or, without one, every `*.safetensors` in it. Index and files must
-    agree: a tensor that a file holds and the index omits is refused too, though other readers
-    ignore it, for one of the two is not what its author meant. A symbolic link out of the
-    directory is refused unless `allow_symlinks`; snapshots in Hugging Face's own cache consist of
-    such links and need it. A path that the caller spells out is followed wherever it leads.
+    `source` is a safetensors file, a list of them, a directory, or the id of a model that is in the
+    Hugging Face cache ("org/name"; of its `revision`, by default "main"). A path that exists is
+    never taken for an id. The files of a directory are chosen as transformers and vLLM do (see
+    `choice`); `variant="fp16"` chooses model.fp16.safetensors or its like instead. Index and files
+    must agree: a tensor that a file holds and the index omits is refused too, though other readers
+    ignore it, for one of the two is not what its author meant. A symbolic link out of the directory
+    is refused unless `allow_symlinks`, except for a link from a snapshot of the Hugging Face cache
+    into its own blobs. A path that the caller spells out is followed wherever it leads.
 
     Raises CorruptCheckpoint, which names the file and what is wrong in it; FileNotFoundError if
-    `source` does not exist or is a directory without safetensors; ValueError if it is an empty
-    list; OSError if the system refuses to read a file. Nothing stays open then.
+    `source` does not exist or is a directory without a model; ValueError if it is an empty list,
+    or for an option that does not belong to it; TypeError if it is no path; OSError if the system
+    refuses to read a file. Nothing stays open then.
     """
-    index: dict[str, str] = {}
-    if not isinstance(source, str | os.PathLike):
-        paths = [os.fspath(path) for path in source]
+    with ExitStack() as folder:
+        candidates, index = _candidates(folder, source, allow_symlinks, variant, revision)
+        return _open_all(candidates, index)
+
+
+# The path of a file, and what opens it.
+_Candidates: TypeAlias = list[tuple[str, Callable[[], io.BufferedReader]]]
+
+
+def _candidates(
+    folder: ExitStack,
+    source: Source,
+    allow_symlinks: bool,
+    variant: str | None,
+    revision: str | None,
+) -> tuple[_Candidates, dict[str, str]]:
+    """The files of a checkpoint, and the path of each tensor if there is an index. A directory
+    stays open in `folder`."""
+    if isinstance(source, str | bytes | os.PathLike):
+        path, fd = _open_source(_checked(source), revision, isinstance(source, str))
+        if is_directory(fd):
+            directory = folder.enter_context(Directory(path, fd, allow_symlinks=allow_symlinks))
+            return _files_of(directory, variant)
+        if variant is None:
+            return [(path, partial(reader, fd))], {}
+        os.close(fd)
+    elif isinstance(source, Sequence) and not isinstance(source, bytearray | memoryview):
+        paths = [_checked(path) for path in source]
         if not paths:
             raise ValueError("a checkpoint needs at least one file")
-    elif os.path.isdir(source):
-        paths, index = list_directory(os.fspath(source), allow_symlinks)
+        if revision is not None:
+            raise ValueError("revision= is for the id of a model in the Hugging Face cache")
+        if variant is None:
+            return [(path, partial(_open_named, path)) for path in paths], {}
     else:
-        paths = [os.fspath(source)]
+        raise TypeError(f"a checkpoint is a path or a list of paths, got {type(source).__name__}")
+    raise ValueError("variant= is for a directory or the id of a model, not for files")
 
+
+def _checked(path: object) -> str:
+    """Return a path as a string. Raises TypeError or ValueError."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"a file of a checkpoint is a path, got {type(path).__name__}")
+    decoded: str = os.fsdecode(path)
+    if "\0" in decoded:
+        raise ValueError(f"a path cannot contain a NUL character, got {decoded!r}")
+    return decoded
+
+
+def _open_source(path: str, revision: str | None, may_be_id: bool) -> tuple[str, int]:
+    """Open a path, or else the folder of a model in the Hugging Face cache; and the path of it."""
+    try:
+        with blaming(path), naming(path):
+            fd = open_path(path)
+    except FileNotFoundError:
+        if not (may_be_id and hub.is_id(path)):
+            raise
+        path = hub.snapshot_of(path, revision)
+        with blaming(path), naming(path):
+            return path, open_path(path)
+    if revision is not None:
+        os.close(fd)
+        raise ValueError(
+            f"revision= is for the id of a model in the Hugging Face cache, and {path!r} is a path"
+        )
+    return path, fd
+
+
+def _open_named(path: str) -> io.BufferedReader:
+    with naming(path):
+        return reader(open_path(path))
+
+
+def _files_of(directory: Directory, variant: str | None) -> tuple[_Candidates, dict[str, str]]:
+    names = directory.names()
+    if variant is not None and not isinstance(variant, str):
+        raise TypeError(f"variant must be a string such as 'fp16', got {type(variant).__name__}")
+    try:
+        with blaming(directory.path):
+            index_name, files = choose(names, variant)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{shown(directory.path)}: {error}") from None
+    index: dict[str, str] = {}
+    if index_name is not None:
+        path = directory.path_of(index_name)
+        with blaming(path), directory.open(index_name) as file:
+            raw = file.read(LIMIT + 1)
+            if len(raw) > LIMIT:
+                raise ValueError(f"an index of more than {LIMIT} bytes is over the limit")
+            parsed = parse_object(raw)
+            weight_map = strings("weight_map", parsed.get("weight_map"))
+            if not weight_map:
+                raise ValueError("weight_map is empty")
+        index = {tensor: directory.path_of(shard) for tensor, shard in weight_map.items()}
+        files = sorted(set(weight_map.values()))
+    if not files:
+        hint = mistaken.directory_has(names)
+        if folders := directory.folders_with(".safetensors"):
+            hint += f"; there are some in {', '.join(folders[:5])}"
+        raise FileNotFoundError(
+            f"{shown(directory.path)}: no *.safetensors in this directory{hint}"
+        )
+    blamed = directory.path if index_name is None else directory.path_of(index_name)
+
+    def opener(name: str) -> io.BufferedReader:
+        with blaming(blamed):
+            return directory.open(name)
+
+    return [(directory.path_of(name), partial(opener, name)) for name in files], index
+
+
+def _open_all(candidates: _Candidates, index: Mapping[str, str]) -> Checkpoint:
     files: list[CheckpointFile] = []
     tensors: dict[str, TensorEntry] = {}
     with ExitStack() as opened:
-        for path in paths:
-            file, entries = _open_file(path, len(files))
+        for path, opener in candidates:
+            file, entries = _open_file(path, opener, len(files))
             files.append(opened.enter_context(file))
             with blaming(path):
                 for entry in entries:
                     if index and index.get(entry.name) != path:
                         raise ValueError(f"the index does not put tensor {entry.name!r} here")
                     if (other := tensors.setdefault(entry.name, entry)) is not entry:
-                        raise ValueError(f"{entry.name!r} is also in {files[other.file].path}")
+                        where = shown(files[other.file].path)
+                        raise ValueError(f"{entry.name!r} is also in {where}")
         if absent := sorted(index.keys() - tensors.keys()):
             name = absent[0]
-            raise CorruptCheckpoint(f"{index[name]}: no tensor {name!r}, which the index puts here")
+            raise CorruptCheckpoint(
+                f"{shown(index[name])}: no tensor {name!r}, which the index puts here"
+            )
         opened.pop_all()
     return Checkpoint(tuple(files), MappingProxyType(tensors))
 
 
-def _open_file(path: str, number: int) -> tuple[CheckpointFile, list[TensorEntry]]:
+def _open_file(
+    path: str, opener: Callable[[], io.BufferedReader], number: int
+) -> tuple[CheckpointFile, list[TensorEntry]]:
     """Open file `number` of a checkpoint; its tensors come ordered by offset."""
     with blaming(path), ExitStack() as opened:
-        file = opened.enter_context(open_regular(path))
+        file = opened.enter_context(opener())
         identity = FileIdentity.of(file.fileno())
-        header, start = read_header(file, identity.size)
+        try:
+            header, start = read_header(file, identity.size)
+        except ValueError as error:
+            if what := mistaken.file_is(file.fileno(), path):
+                raise ValueError(f"{what} (as safetensors: {error})") from error
+            raise
         metadata = strings("__metadata__", header.pop("__metadata__", {}))
         entries = [entry_of(name, item, number, start) for name, item in header.items()]
         entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
@@ -107,7 +252,10 @@ def _open_file(path: str, number: int) -> tuple[CheckpointFile, list[TensorEntry
             end += entry.nbytes
         if end != identity.size:
             what = "truncated" if end > identity.size else "bytes that belong to no tensor"
-            raise ValueError(f"{what}: tensors end at byte {end}, the file at {identity.size}")
+            unfinished = f" ({mistaken.name_is(path)})" if path.endswith(".incomplete") else ""
+            raise ValueError(
+                f"{what}: tensors end at byte {end}, the file at {identity.size}{unfinished}"
+            )
         if FileIdentity.of(file.fileno()) != identity:
             raise ValueError("changed while its header was read")
         opened.pop_all()

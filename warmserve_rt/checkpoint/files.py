@@ -1,17 +1,28 @@
-"""The files of a checkpoint: which they are, opened, and held to what they were."""
+"""Files of a checkpoint: opened first, then judged by what was opened."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from warmserve_rt._errors import CorruptCheckpoint, WarmServeError
 
-from .header import LIMIT, parse_object, strings
+# O_NONBLOCK, because opening a FIFO would block.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_LEASE_SECONDS = 5.0  # how long to wait for another process to give up a lease on a file
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ class FileIdentity:
 class CheckpointFile:
     """A safetensors file, held open so that replacing it on disk cannot change a model."""
 
-    path: str
+    path: str  # as os.fsdecode has it; see `shown`
     identity: FileIdentity  # when the header was read
     metadata: Mapping[str, str]  # the header's __metadata__
     _file: io.BufferedReader = field(repr=False)
@@ -44,7 +55,7 @@ class CheckpointFile:
     def fd(self) -> int:
         """The descriptor, which stays this object's. Raises WarmServeError after `close`."""
         if self._file.closed:
-            raise WarmServeError(f"{self.path} was closed")
+            raise WarmServeError(f"{shown(self.path)} was closed")
         return self._file.fileno()
 
     def close(self) -> None:
@@ -58,59 +69,83 @@ class CheckpointFile:
         self.close()
 
 
+def shown(path: str) -> str:
+    """Return a path as one line of text that can be printed, whatever bytes it is made of."""
+    return "".join(char if char.isprintable() else _escape(char) for char in path)
+
+
+def _escape(char: str) -> str:
+    if 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
+
+
 @contextmanager
 def blaming(path: str) -> Iterator[None]:
+    """Turn a ValueError into a CorruptCheckpoint that names the file."""
     try:
         yield
     except ValueError as error:
-        raise CorruptCheckpoint(f"{path}: {str(error)[:1000]}") from error  # names may be huge
+        what = str(error)[:1000]  # names may be huge
+        raise CorruptCheckpoint(f"{shown(path)}: {what}") from error
 
 
-def list_directory(directory: str, allow_symlinks: bool) -> tuple[list[str], dict[str, str]]:
-    """The paths of a directory's files; and the path of each tensor, if there is an index."""
-    names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
-    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    if "model.safetensors.index.json" in indexes:
-        indexes = ["model.safetensors.index.json"]
-    shards = [name for name in names if name.endswith(".safetensors")]
-    with blaming(directory):
-        if len(indexes) > 1:
-            raise ValueError(f"which of these is the index? {', '.join(indexes)}")
-        paths = [_path_inside(directory, name, allow_symlinks) for name in indexes or shards]
-    if not paths:
-        raise FileNotFoundError(f"{directory}: no *.safetensors in this directory")
-    if not indexes:
-        return paths, {}
-    with blaming(paths[0]), open_regular(paths[0]) as file:
-        index = parse_object(file.read(LIMIT))  # a longer one is cut, which is no JSON
-        weight_map = strings("weight_map", index.get("weight_map"))
-        if not weight_map:
-            raise ValueError("weight_map is empty")
-        found = {s: _path_inside(directory, s, allow_symlinks) for s in set(weight_map.values())}
-    return sorted(found.values()), {tensor: found[shard] for tensor, shard in weight_map.items()}
+def open_path(path: str, *, folder: int | None = None, follow: bool = True) -> int:
+    """Open a regular file or a directory, relative to the descriptor `folder` if there is one.
 
-
-def _path_inside(directory: str, name: str, allow_symlinks: bool) -> str:
-    """The path of an existing file that must not lie outside of the directory."""
-    if os.path.isabs(name) or ".." in name.split("/"):
-        raise ValueError(f"{name!r} is a path outside the directory")
-    path = os.path.join(directory, name)
+    Waits a few seconds for another process that has a lease on it (fcntl, F_SETLEASE). Raises
+    ValueError, which says what it is, for anything else, and OSError.
+    """
+    _judge(os.stat(path, dir_fd=folder, follow_symlinks=follow).st_mode, link=not follow)
+    flags = _FLAGS if follow else _FLAGS | os.O_NOFOLLOW
+    until = time.monotonic() + _LEASE_SECONDS
+    while True:
+        try:
+            fd = os.open(path, flags, dir_fd=folder)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() >= until:
+                why = "another process has a lease on this file (fcntl F_SETLEASE) and keeps it"
+                raise BlockingIOError(error.errno, why, path) from error
+            time.sleep(0.01)
     try:
-        root, real = os.path.realpath(directory), os.path.realpath(path, strict=True)
-    except OSError as error:
-        raise ValueError(f"{name!r} cannot be opened: {error.strerror}") from error
-    if not allow_symlinks and os.path.commonpath([root, real]) != root:
-        raise ValueError(f"{name!r} is a symbolic link out of the directory (see allow_symlinks)")
-    return path
+        _judge(os.fstat(fd).st_mode)  # what was opened may be another file than what was looked at
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-def open_regular(path: str) -> io.BufferedReader:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # or a FIFO would block
+def _judge(mode: int, *, link: bool = False) -> None:
+    kind = stat.S_IFMT(mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR) and not (link and kind == stat.S_IFLNK):
+        raise ValueError(f"not a regular file but {_KINDS.get(kind, 'of an unknown kind')}")
+
+
+def is_directory(fd: int) -> bool:
+    """Whether a descriptor is a directory's."""
+    return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+
+def reader(fd: int) -> io.BufferedReader:
+    """Return a reader that owns the descriptor. Raises ValueError if it is a directory's."""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("not a regular file")
+        if is_directory(fd):
+            raise ValueError("not a regular file but a directory")
         os.set_blocking(fd, True)  # for io_uring, which would fail with EAGAIN and not wait
         return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
         raise
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Give an OSError the whole path, and say which limit a process without descriptors is at."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.EMFILE:
+            why = f"{why}: each file of a model needs a descriptor (see `ulimit -n`)"
+        raise OSError(error.errno, why, path) from error
