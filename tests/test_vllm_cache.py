@@ -1,4 +1,7 @@
-"""An engine's processed weights on the disk and in an arena; no vLLM is needed for that."""
+"""Risk: an engine serves weights that are half written, damaged or of another model.
+
+No vLLM is needed here.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,11 @@ torch = pytest.importorskip("torch")
 from conftest import Device  # noqa: E402
 from torch import nn  # noqa: E402
 
-from warmserve_rt import OutOfDeviceMemory, Runtime, WarmServeError  # noqa: E402
+from warmserve_rt import Busy, OutOfDeviceMemory, Runtime, WarmServeError  # noqa: E402
 from warmserve_rt._errors import CorruptCheckpoint  # noqa: E402
 from warmserve_rt.engines import vllm as engine  # noqa: E402
 from warmserve_rt.engines.vllm import arenas  # noqa: E402
 from warmserve_rt.engines.vllm.cache import Cache, Key, discard, open_for_use  # noqa: E402
-from warmserve_rt.engines.vllm.options import Options  # noqa: E402
 from warmserve_rt.engines.vllm.state import (  # noqa: E402
     LayoutDiffers,
     State,
@@ -315,6 +317,11 @@ class TestState:
             refuse_meta(module)
 
 
+def step(weights: arenas.Weights) -> None:
+    with weights.runtime.lease(weights.model):
+        pass
+
+
 @pytest.fixture
 def closed_afterwards() -> object:
     yield
@@ -337,7 +344,7 @@ class TestArenas:
         assert arena.nbytes == 8 * MIB
         assert arenas.obtain("host", "8MiB") is arena
         assert arenas.find("host") is arena
-        with pytest.raises(ValueError, match="an arena of 9MiB on 'host', where this process has"):
+        with pytest.raises(ValueError, match=r"arena must be left out or 8388608, .* got '9MiB'"):
             arenas.obtain("host", "9MiB")
 
     def test_a_runtime_of_the_callers_own(self) -> None:
@@ -416,6 +423,57 @@ class TestArenas:
         assert arena.runtime.snapshot().granules_free == 4
         weights.close()
 
+    def test_told_to_sleep_again_it_evicts_what_came_in_meanwhile(self, tmp_path: Path) -> None:
+        (entry,) = self.entries(tmp_path, 1)
+        arena = arenas.obtain("host", None, entry)
+        weights, other = arena.add(entry), arena.add(entry)
+
+        def resident() -> bool:
+            return bool(arena.runtime.snapshot().models[weights.model.name].resident)
+
+        other.sleep()
+        for bring_in in (lambda: weights.prewarm().wait(), lambda: step(weights), weights.wake):
+            bring_in()
+            assert resident()
+            weights.sleep()
+            assert not resident()
+            weights.sleep()
+        weights.wake()
+        weights.wake()
+        other.sleep()
+        assert resident()  # it is awake, however often it was woken
+        with arena.runtime.lease(weights.model), pytest.raises(Busy):
+            weights.sleep()
+        other.sleep()
+        assert resident()  # it was refused its sleep
+        weights.sleep()
+        assert not resident()
+
+    def test_a_runtime_of_numpy_views_serves_an_engine_too(self, tmp_path: Path) -> None:
+        (entry,) = self.entries(tmp_path, 1)
+        with Runtime(arena="8MiB", tensors="numpy") as runtime:
+            engine.use(runtime)
+            weights = arenas.obtain("host", None).add(entry)
+            weights.verify()
+            assert weights.model.tensors("torch").keys() == state_of(0).parameters.keys()
+            weights.close()
+
+    @pytest.mark.parametrize(
+        ("wrong", "device", "complaint"),
+        [("x", "host", "runtime must be a"), (None, 3, "device must be 'host' or 'cuda:N', got 3")],
+    )
+    def test_anything_but_a_runtime_and_a_device_is_refused(
+        self, wrong: object, device: object, complaint: str
+    ) -> None:
+        with Runtime(arena="8MiB") as runtime, pytest.raises(TypeError, match=complaint):
+            engine.use(wrong or runtime, device)  # type: ignore[arg-type]
+
+    def test_a_closed_runtime_is_refused(self) -> None:
+        runtime = Runtime(arena="8MiB")
+        runtime.close()
+        with pytest.raises(WarmServeError, match="runtime must be open"):
+            engine.use(runtime)
+
     def test_a_driver_call_that_fails_leaves_room_for_the_next(
         self, tmp_path: Path, device: Device
     ) -> None:
@@ -456,26 +514,6 @@ class TestArenas:
                 break
         assert 20 < call < 499
         assert descriptors[-1] == descriptors[0]
-
-
-@pytest.mark.parametrize(
-    ("given", "complaint"),
-    [
-        ({"arenas": "1GiB"}, "knows no 'arenas': choose from device, arena, gated, cache"),
-        ({"gated": "yes"}, "gated is bool, not 'yes'"),
-        ({"arena": True}, "not True"),
-        ({"arena": 1.5}, "not 1.5"),
-        ({"cache": 3}, "not 3"),
-    ],
-)
-def test_options_that_there_are_not(given: dict[str, object], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        Options.parse(given)
-
-
-def test_options() -> None:
-    assert Options.parse(None) == Options(None, None, False, None)
-    assert Options.parse({"arena": 5, "gated": True}) == Options(None, 5, True, None)
 
 
 def test_an_untested_vllm_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make again."""
+"""Locates the user's cache folder of this package, and locks files between processes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,59 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The user's cache folder of this package: in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Returns this package's folder in `$XDG_CACHE_HOME` or in `~/.cache`.
+
+    Raises OSError if neither exists, as for a container's user without an entry in /etc/passwd.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "warmserve_rt"
+    if os.path.isabs(base):
+        return Path(base) / "warmserve_rt"
+    home = os.path.expanduser("~")
+    if os.environ.get("HOME") == "" or not os.path.isabs(home):
+        raise OSError(
+            "the user has no home directory for a cache: set HOME or XDG_CACHE_HOME to an absolute "
+            "path"
+        )
+    return Path(home) / ".cache" / "warmserve_rt"
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock that other processes wait for; one that is killed lets go of it."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Holds a lock that other processes wait for; it ends with its process.
+
+    Raises OSError if the file cannot be made or the file system has no locks.
+    """
+    descriptor = acquire(path)
+    try:
         yield
+    finally:
+        os.close(descriptor)
+
+
+def acquire(path: Path, *, wait: bool = True) -> int:
+    """Locks a file, made with its folder if it is missing; closing the descriptor unlocks it.
+
+    The holder may remove the file and its folder: those who waited make it again. Raises
+    BlockingIOError without ``wait`` if another holds it, and OSError as :func:`locked`.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # its folder was removed meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,4 +1,4 @@
-"""The command line: ``warmserve-rt demo | live | inspect | simulate``. Needs extras, demo
+"""The command line: ``warmserve-rt demo | live | inspect | simulate | cache``. Needs extras, demo
 or sim, live both."""
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ except ModuleNotFoundError:
 
 from ._errors import WarmServeError
 from .checkpoint import open_checkpoint
+from .engines.vllm import command as cache
 from .layers import build_layout
 from .sim.command import simulate
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(simulate)
+app.add_typer(cache.app, name="cache")
 
 
 def _version(asked: bool) -> None:

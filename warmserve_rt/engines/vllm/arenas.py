@@ -1,7 +1,8 @@
-"""The arenas of a process: one for each device, which all engines in it share."""
+"""Keeps the arenas of a process: one for each device, which all its engines share."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -17,18 +18,23 @@ from warmserve_rt.layers import LayerSpec, build_layout
 from warmserve_rt.lease import Lease
 from warmserve_rt.runtime import FOREGROUND, Model, Runtime, Ticket
 
+from . import processes
 from .cache import GRANULE, Entry, discard, open_for_use
 
+log = logging.getLogger(__name__)
 _arenas: dict[str, Arena] = {}
 _owner = os.getpid()
 _changes = threading.Lock()
 
 
 class Arena:
-    """A runtime, and which engines use which of its models. Thread-safe."""
+    """A runtime, and which engines use which of its models. Thread-safe.
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    ``asked``: the size with which it was made, if that is known.
+    """
+
+    def __init__(self, runtime: Runtime, asked: int | str | None = None) -> None:
+        self.runtime, self._asked = runtime, asked
         self._lock = threading.Lock()
         self._users: Counter[str] = Counter()
         self._kept: Counter[str] = Counter()
@@ -46,6 +52,14 @@ class Arena:
     def nbytes(self) -> int:
         return self.runtime.snapshot().arena_bytes
 
+    def is_of(self, size: int | str) -> bool:
+        """Whether an arena of ``size`` would be this one."""
+        if size == self._asked:
+            return True
+        with suppress(ValueError):  # a share of the device's memory
+            return -(-parse_bytes(size) // GRANULE) * GRANULE == self.nbytes
+        return False
+
     def add(self, entry: Entry, *, kept: bool = False) -> Weights:
         """Registers an entry's weights, or joins the engines that have just these.
 
@@ -53,7 +67,7 @@ class Arena:
         do not fit, or would leave too little room for another engine: what is admitted can always
         be made resident again. FileNotFoundError: the entry was replaced meanwhile.
         """
-        name = f"{entry.folder.name}-{entry.identity[:12]}".replace("@", "-")
+        name = f"{entry.folder.name}-{entry.identity[:12]}"
         with self._lock, ExitStack() as undo:
             in_use = open_for_use(entry.weights)
             undo.callback(os.close, in_use)
@@ -105,15 +119,19 @@ class Arena:
                     self.runtime.unregister(weights.model)
 
     def _sleep(self, weights: Weights) -> None:
+        """Evicts what is resident unless another engine with the same weights is awake."""
         name = weights.model.name
         with self._lock:
-            if self._asleep[name] + 1 == self._users[name]:
+            asleep = self._asleep[name] + (not weights.asleep)
+            if asleep == self._users[name]:
                 self.runtime.evict(weights.model)
-            self._asleep[name] += 1
+            self._asleep[name] = asleep
+            weights.asleep = True
 
     def _wake(self, weights: Weights) -> None:
         with self._lock:
-            self._asleep[weights.model.name] -= 1
+            self._asleep[weights.model.name] -= weights.asleep
+            weights.asleep = False
 
     def _is_verified(self, name: str) -> bool:
         return name in self._verified
@@ -185,18 +203,16 @@ class Weights:
         return [int(x) for x in granule_digest(self.runtime.read_back(self.model, layer), GRANULE)]
 
     def sleep(self) -> None:
-        """Leaves the arena to others, when all engines with these weights sleep; idempotent.
-        Raises Busy while a step runs, or where they are kept."""
-        if not self.asleep:
-            self.arena._sleep(self)
-            self.asleep = True
+        """Leaves the arena to others once all engines with these weights sleep. Told again, it
+        evicts what came in meanwhile: by a prewarm or by whatever took a lease.
+
+        Raises Busy, with nothing changed, during a step and if the weights are kept."""
+        self.arena._sleep(self)
 
     def wake(self) -> None:
-        """Returns when all is there."""
+        """Returns when all weights are resident."""
         self.prewarm().wait()
-        if self.asleep:
-            self.arena._wake(self)
-            self.asleep = False
+        self.arena._wake(self)
 
     def close(self) -> None:
         """Gives the room back; idempotent. Raises Busy while a step runs."""
@@ -210,42 +226,58 @@ class Weights:
 
 
 def use(runtime: Runtime, device: str = "host") -> None:
-    """Makes a runtime the arena of this process's engines on ``device``. Raises ValueError where
-    there is one already."""
+    """Implements :func:`warmserve_rt.engines.vllm.use`."""
+    if not isinstance(runtime, Runtime):
+        raise TypeError(f"runtime must be a warmserve_rt.Runtime, got {runtime!r}")
+    if not isinstance(device, str):
+        raise TypeError(f"device must be 'host' or 'cuda:N', got {device!r}")
+    made = Arena(runtime)
+    if not made.is_open:
+        raise WarmServeError("runtime must be open, got one that is closed")
     with _changes:
         _forget_parents()
         if device in _arenas:
             raise ValueError(f"this process has an arena on {device!r} already")
-        _arenas[device] = Arena(runtime)
+        _arenas[device] = made
+        processes.forget_strangers()
+        processes.mark(device)
+    if processes.starts_engines_elsewhere():
+        log.warning(
+            "use(runtime): vLLM starts engines in other processes, which cannot use a runtime of "
+            "this one; set %s=0 before an engine starts",
+            processes.SWITCH,
+        )
 
 
 def find(device: str) -> Arena | None:
-    """This process's arena on a device, if it has one that is open."""
+    """Returns this process's arena on a device, if it has one that is open."""
     with _changes:
         _forget_parents()
         return _arenas.get(device)
 
 
 def obtain(device: str, size: int | str | None, entry: Entry | None = None) -> Arena | None:
-    """This process's arena on a device; made now, of ``size`` or as large as an entry, if there is
-    none. None where neither is given.
+    """Returns this process's arena on a device. If there is none it is made now, of ``size`` or as
+    large as an entry; without either None is returned.
 
-    Raises ValueError for one of another size than is there, and what :class:`Runtime` raises.
+    Raises ValueError for a size that differs from that of the arena, WarmServeError if the arena
+    is a runtime of another process, and what :class:`Runtime` raises.
     """
     with _changes:
         _forget_parents()
         found = _arenas.get(device)
         if found is not None:
-            if size is not None and -(-parse_bytes(size) // GRANULE) * GRANULE != found.nbytes:
+            if size is not None and not found.is_of(size):
                 raise ValueError(
-                    f"an arena of {size} on {device!r}, where this process has one of "
-                    f"{found.nbytes} bytes, which all its engines share"
+                    f"arena must be left out or {found.nbytes}, the bytes of this process's arena "
+                    f"on {device!r}, which all its engines share; got {size!r}"
                 )
             return found
+        processes.refuse_if_marked(device)
         if size is None and entry is None:
             return None
-        wanted = parse_bytes(size) if size is not None else _needed(entry)
-        _arenas[device] = Arena(Runtime(device, arena=wanted, tensors="torch"))
+        wanted = size if size is not None else _needed(entry)
+        _arenas[device] = Arena(Runtime(device, arena=wanted, tensors="torch"), wanted)
         return _arenas[device]
 
 
@@ -257,7 +289,7 @@ def _needed(entry: Entry | None) -> int:
 
 
 def _forget_parents() -> None:
-    """A forked child cannot use what its parent had, and those that were closed nobody can."""
+    """Drops arenas that cannot be used: in a forked child the parent's, and those closed."""
     global _owner
     if _owner != os.getpid():
         _owner = os.getpid()

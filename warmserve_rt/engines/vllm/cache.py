@@ -1,20 +1,20 @@
-"""An engine's processed weights on the disk: written once, found again, and never half of them.
+"""Stores an engine's processed weights on the disk: written once, found again, never half of them.
 
-An entry is a folder with a manifest, which names its two files, and is the only thing by which they
-are found. All is written aside under new names; the manifest is renamed last. So whoever is killed,
-or meets a full disk, leaves the entry as it was. Writers take turns by a lock.
+An entry is a folder with a manifest, which names its two files; they are found by it alone. All
+files are written under new names and the manifest is renamed last, so a writer that is killed or
+meets a full disk leaves the entry as it was. Writers take turns by a lock.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from warmserve_rt._errors import CorruptCheckpoint
 from warmserve_rt._paths import locked
@@ -30,11 +30,16 @@ from warmserve_rt.checkpoint import open_checkpoint
 from warmserve_rt.kernels import granule_digest
 from warmserve_rt.layers import LayerSpec, build_layout
 
+from .entries import LOCK, MANIFEST, explained, open_for_use, prune, remove_unused
 from .state import State
+
+__all__ = ["Cache", "Entry", "Key", "discard", "open_for_use"]
 
 FORMAT = 1  # to be raised when a manifest means something else
 GRANULE = 2 << 20  # bytes that a digest is of
 PAGE = 4096
+_UNUSUAL = re.compile(r"[^\w.+-]")
+_NAME_LENGTH = 50  # characters, of four bytes at most: a folder's name has 255
 _NAMES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -55,8 +60,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Key:
-    """What processed weights are of. ``place``: what lies side by side (which model, which dtype,
-    which shard); ``content``: what makes an entry stale when it changes."""
+    """Says what processed weights are of. ``place`` tells entries apart (model, dtype, shard);
+    an entry is stale if ``content`` has changed."""
 
     name: str
     place: Mapping[str, Any]
@@ -65,8 +70,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """Processed weights that are complete. ``state`` is without its parameters, which are in the
-    file ``weights``; ``digests``: by layer, of each granule as a runtime lays it out."""
+    """Complete processed weights. ``state`` lacks the parameters, which are in the file
+    ``weights``; ``digests``: by layer, of each granule as a runtime lays it out."""
 
     folder: Path
     weights: Path
@@ -76,67 +81,79 @@ class Entry:
 
 
 class Cache:
-    """Entries under one folder. Raises OSError where that cannot be read or written."""
+    """Entries under one folder. Raises OSError, naming folder and option, if it cannot be used.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    ``limit``: bytes of all entries, or None for no limit. Before a new one is written, those that
+    no engine has are removed, the least recently used first, until it fits. An entry that is larger
+    by itself is written all the same.
+    """
+
+    def __init__(self, root: Path, limit: int | None = None) -> None:
+        self.root, self.limit = root, limit
 
     def folder(self, key: Key) -> Path:
         place = hashlib.sha256(json.dumps(dict(key.place), sort_keys=True).encode()).hexdigest()
-        return self.root / f"{key.name}-{place[:12]}"
+        return self.root / f"{re.sub(_UNUSUAL, '_', key.name)[:_NAME_LENGTH]}-{place[:12]}"
 
     def find(self, key: Key) -> Entry | None:
-        """The entry, if there is one of just this content and it is whole. The parameters' bytes
-        are not read: :attr:`Entry.digests` are for when they are."""
+        """Returns the entry if it has just this content and is whole. The parameters' bytes are not
+        read: they are compared with :attr:`Entry.digests` when they are."""
         folder = self.folder(key)
         try:
-            return _read(folder, key)
+            with explained("read", self.root, missing=True):
+                return _read(folder, key)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, CorruptCheckpoint) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, CorruptCheckpoint) as error:
             log.warning("%s: the cached weights are not used: %s", folder, error)
             return None
 
     def write(self, key: Key, state: State) -> Entry:
         """Writes an entry, or finds the one that another process has written meanwhile.
 
-        Raises OSError, saying how many bytes it needs, where they cannot be written; what was there
-        is then as it was.
+        Raises OSError, saying how many bytes it needs, if they cannot be written; the entry that
+        was there is then as it was.
         """
         folder = self.folder(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):
+        needs = sum(each.nbytes for each in state.parameters.values())
+        with explained("write", self.root, needs=needs), locked(folder / LOCK):
+            os.utime(folder / LOCK)
             if found := self.find(key):
                 return found
-            kept = _named(folder)
-            _remove_all_but(folder, kept)  # what was in use then, or begun by who was killed
+            remove_unused(folder, _named(folder))  # of earlier contents and of killed writers
+            self._make_room(needs, folder)
             try:
                 _write(folder, key, state)
-            except OSError as error:
-                _remove_all_but(folder, kept)
-                needs = sum(each.nbytes for each in state.parameters.values())
-                raise OSError(
-                    error.errno,
-                    f"cannot cache {key.name}'s processed weights, which need {needs} bytes in "
-                    f"{folder}: {error.strerror}",
-                ) from error
-            except BaseException:
-                _remove_all_but(folder, kept)
-                raise
-            _remove_all_but(folder, _named(folder))
+            finally:
+                remove_unused(folder, _named(folder))
             return _read(folder, key)
+
+    def _make_room(self, needs: int, folder: Path) -> None:
+        if self.limit is None:
+            return
+        pruned = prune(self.root, keep=max(0, self.limit - needs), spare=folder)
+        for each in pruned.removed:
+            log.info("%s: removed to make room in the cache", each.folder)
+        if needs > self.limit:
+            log.warning(
+                "%s: the processed weights take %d bytes, more than the cache's limit of %d "
+                '(option "cache_limit" of model_loader_extra_config)',
+                folder,
+                needs,
+                self.limit,
+            )
 
 
 def discard(entry: Entry, reason: object) -> None:
-    """Forgets an entry whose content is not what it should be, if it is still the one there."""
-    with locked(entry.folder / "lock"):
+    """Forgets an entry whose content is not what it should be, unless it was replaced meanwhile."""
+    with explained("replace an entry of", entry.folder), locked(entry.folder / LOCK):
         if entry.weights.name in _named(entry.folder):
             log.warning("%s: the cached weights are to be made again: %s", entry.folder, reason)
-            (entry.folder / "manifest.json").unlink()
+            (entry.folder / MANIFEST).unlink()
 
 
 def _read(folder: Path, key: Key) -> Entry:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError("a manifest of another format")
     if manifest.pop("digest", None) != _digest_of(manifest):
@@ -153,10 +170,11 @@ def _read(folder: Path, key: Key) -> Entry:
     weights, private = folder / manifest["weights"], folder / manifest["private"]
     if weights.stat().st_size != manifest["weights_bytes"]:
         raise ValueError(f"{weights.name} has another size than it was written with")
-    if hashlib.sha256(private.read_bytes()).hexdigest() != manifest["private_sha256"]:
+    content = private.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest["private_sha256"]:
         raise ValueError(f"{private.name} is not as it was written")
     state = State(
-        private=load_file(private),
+        private=load(content),
         aliases=manifest["aliases"],
         orders=manifest["orders"],
         attributes=set(manifest["attributes"]),
@@ -168,7 +186,8 @@ def _write(folder: Path, key: Key, state: State) -> None:
     nonce = secrets.token_hex(4)
     weights, private = (folder / f"{what}-{nonce}.safetensors" for what in ("weights", "private"))
     write_safetensors(weights, state.parameters)
-    save_file({name: each.clone() for name, each in state.private.items()}, private)
+    content = save({name: each.clone() for name, each in state.private.items()})
+    private.write_bytes(content)
     _sync(private)
     with closing(open_checkpoint(weights)) as opened:
         layers = build_layout(opened).layers
@@ -178,7 +197,7 @@ def _write(folder: Path, key: Key, state: State) -> None:
         "weights": weights.name,
         "weights_bytes": weights.stat().st_size,
         "private": private.name,
-        "private_sha256": hashlib.sha256(private.read_bytes()).hexdigest(),
+        "private_sha256": hashlib.sha256(content).hexdigest(),
         "aliases": state.aliases,
         "orders": state.orders,
         "attributes": sorted(state.attributes),
@@ -188,14 +207,15 @@ def _write(folder: Path, key: Key, state: State) -> None:
     aside = folder / f"manifest-{nonce}.json"
     aside.write_text(json.dumps(manifest))
     _sync(aside)
-    aside.rename(folder / "manifest.json")
+    aside.rename(folder / MANIFEST)
     _sync(folder)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes row-major tensors one after the other, the first at the start of a page: no second
-    copy of them is made, and what maps the file finds them aligned. Raises ValueError for a dtype
-    that the format has no name for."""
+    """Writes row-major tensors one after the other, the first at the start of a page, so that they
+    are aligned for readers that map the file. No second copy of them is made.
+
+    Raises ValueError for a dtype that the format has no name for."""
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -218,7 +238,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def layer_digest(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> list[int]:
-    """Of each granule of a layer as a runtime holds it: zeros lie between its tensors."""
+    """Returns a digest of each granule of a layer as a runtime holds it, with zeros between its
+    tensors."""
     whole = np.zeros(layer.nbytes, np.uint8)
     for spec in layer.tensors:
         whole[spec.offset : spec.offset + spec.nbytes] = _bytes_of(tensors[spec.name])
@@ -231,29 +252,12 @@ def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _named(folder: Path) -> set[str]:
-    """The files of the folder that make its entry."""
+    """Returns the files of the folder that make its entry."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return {"manifest.json", str(manifest["weights"]), str(manifest["private"])}
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return {MANIFEST, str(manifest["weights"]), str(manifest["private"])}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return set()
-
-
-def open_for_use(weights: Path) -> int:
-    """Keeps a file of weights from being removed until this descriptor is closed: a runtime reads
-    it again whenever they come back, and takes one that was touched for another."""
-    descriptor = os.open(weights, os.O_RDONLY | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    return descriptor
-
-
-def _remove_all_but(folder: Path, kept: set[str]) -> None:
-    for path in folder.iterdir():
-        if path.name in kept or path.name == "lock":
-            continue
-        with open(path, "rb") as file, suppress(BlockingIOError):  # in use
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
 
 
 def _digest_of(value: Any) -> str:

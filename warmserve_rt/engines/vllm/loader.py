@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +27,12 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from warmserve_rt._errors import CorruptCheckpoint
-from warmserve_rt._paths import cache_dir
 from warmserve_rt.engines.gates import guard
 from warmserve_rt.streams import native_stream
 
 from . import WORKER, arenas
 from .cache import Cache, Entry, discard
+from .entries import bytes_of_limit, root_of
 from .key import key_of
 from .options import Options
 from .state import (
@@ -85,7 +84,9 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         eager = vllm_config.model_config.enforce_eager
         if self.options.gated and not eager:
             raise ValueError("load format warmserve: gated=True needs enforce_eager=True")
-        cache = Cache(Path(self.options.cache) if self.options.cache else cache_dir() / "vllm")
+        arenas.obtain(self._device(vllm_config), None)  # refuses before anything is processed
+        root = root_of(self.options.cache)
+        cache = Cache(root, bytes_of_limit(self.options.cache_limit, root))
         key = key_of(vllm_config, model_config)
         leasing = has_leasing_worker(vllm_config)
         rebuilt = False
@@ -163,7 +164,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         state: State,
     ) -> None:
         on_cpu = _device_type(vllm_config) == "cpu"
-        bind_parameters(model, state, weights.model.tensors(), exact=on_cpu)
+        bind_parameters(model, state, weights.model.tensors("torch"), exact=on_cpu)
         if not on_cpu:
             with (
                 set_default_torch_dtype(model_config.dtype),
@@ -235,7 +236,7 @@ def has_leasing_worker(vllm_config: Any) -> bool:
 def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
     """After a gated forward pass vLLM reads the output embedding without calling its module."""
 
-    on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors().values())
+    on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors("torch").values())
 
     def wait(module: nn.Module, arguments: Any, output: Any) -> None:
         everything_there, _ = weights.model.native.leased

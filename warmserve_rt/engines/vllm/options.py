@@ -1,40 +1,79 @@
-"""What `model_loader_extra_config` may say to the loader."""
+"""Reads what `model_loader_extra_config` says to the loader."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
+
+from warmserve_rt._units import parse_bytes
+
+from .entries import DEFAULT_LIMIT, bytes_of_limit
+
+_DEVICE = re.compile(r"host|cuda(:\d{1,4})?", re.ASCII)
+_SHARE = re.compile(r"\s*(100|\d{1,2}(\.\d+)?)\s*%\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Options:
-    """``device``: of the runtime, by default the one on which vLLM computes. ``arena``: bytes, or
-    "4GiB", of the process's arena on it, which the first engine makes; by default as much as that
-    engine's model. ``gated``: the engine starts before its weights are there, and each block of the
-    first step waits for its own; needs ``enforce_eager``. ``cache``: the folder of processed
-    weights, by default in the user's cache."""
+    """Options of the load format, checked.
+
+    ``device``: the runtime's, by default the one on which vLLM computes.
+    ``arena``: bytes, or a size such as "4GiB", of the process's arena on it, which the first engine
+    makes; by default as large as that engine's model.
+    ``gated``: the engine starts before its weights are resident, and each block of the first step
+    waits for its own; needs ``enforce_eager``.
+    ``cache``: the folder of processed weights, by default in the user's cache.
+    ``cache_limit``: bytes of that folder, a size such as "200GiB" or a share of its file system.
+    """
 
     device: str | None = None
     arena: int | str | None = None
     gated: bool = False
-    cache: str | None = None
+    cache: str | os.PathLike[str] | None = None
+    cache_limit: int | str = DEFAULT_LIMIT
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
-        """Raises ValueError, which says what there is, for anything else."""
-        given = dict(given or {})
-        known = {field.name: field.type for field in fields(cls)}
-        if unknown := sorted(given.keys() - known.keys()):
+        """Raises ValueError, which says what is accepted, for anything else."""
+        if given is not None and not isinstance(given, Mapping):
+            raise _refused("the options", "a mapping by name", given)
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in given or {} if name not in known]:
             raise ValueError(
-                f"load format warmserve knows no {', '.join(map(repr, unknown))}: choose from "
-                f"{', '.join(known)}"
+                "model_loader_extra_config of the load format 'warmserve' has no option "
+                f"{', '.join(sorted(map(repr, unknown)))}; accepted: {', '.join(known)}"
             )
-        for name, kind in known.items():
-            allowed = {"bool": (bool,), "int | str | None": (int, str, type(None))}.get(
-                str(kind), (str, type(None))
-            )
-            value = given.get(name, getattr(cls, name))
-            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-                raise ValueError(f"load format warmserve: {name} is {kind}, not {value!r}")
-        return cls(**given)
+        options = cls(**{name: each for name, each in (given or {}).items() if each is not None})
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        if not isinstance(self.device, str | None) or not _DEVICE.fullmatch(self.device or "host"):
+            raise _refused("device", "'host', 'cuda' or 'cuda:N'", self.device)
+        if not isinstance(self.gated, bool):
+            raise _refused("gated", "true or false", self.gated)
+        if not isinstance(self.cache, str | os.PathLike | None) or self.cache in ("", Path()):
+            raise _refused("cache", "the path of a folder", self.cache)
+        if self.arena is not None and not _is_size(self.arena):
+            raise _refused("arena", "a number of bytes or a size such as '4GiB'", self.arena)
+        try:
+            bytes_of_limit(self.cache_limit, Path("/"))
+        except ValueError as error:
+            raise ValueError(f"model_loader_extra_config: {error}") from None
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, str) and _SHARE.fullmatch(value):  # of the device: the runtime knows it
+        return True
+    try:
+        return parse_bytes(value) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _refused(name: str, accepted: str, value: Any) -> ValueError:
+    return ValueError(f"model_loader_extra_config: {name} must be {accepted}, got {value!r}")

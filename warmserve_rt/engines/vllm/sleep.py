@@ -25,18 +25,19 @@ class ArenaBackend(SleepModeBackend):  # type: ignore[misc]
         self._rest = rest or CuMemBackend()
 
     def suspend(self, level: int = 1) -> None:
-        """Raises WarmServeError where there are no weights to leave (an engine whose worker takes
-        no leases), or where they have left already."""
+        """Evicts the weights and lets vLLM's own backend free the rest. Told again, both free what
+        came back meanwhile.
+
+        Raises WarmServeError if there are no weights to evict (an engine whose worker takes no
+        leases), and Busy during a step."""
         if not self.weights:
             raise WarmServeError(
                 "sleep mode 'warmserve' is for engines of the load format 'warmserve' whose worker "
                 "takes leases"
             )
-        if self._state != "RUNNING":
-            raise WarmServeError("sleep mode 'warmserve': the engine sleeps already")
-        self._rest.suspend(level)
         for weights in self.weights:
             weights.sleep()
+        self._rest.suspend(level)
         self._state = "SUSPENDED"
 
     def resume(self, tags: list[str] | None = None) -> None:
