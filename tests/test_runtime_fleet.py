@@ -72,9 +72,9 @@ class World:
             width=width,
         )
 
-    def begin(self, **options: Any) -> Scheduler:
+    def begin(self, *, models: int = len(SIZES), **options: Any) -> Scheduler:
         scheduler = Scheduler(**options)
-        self.fleet.begin(scheduler, Forecaster(len(SIZES)), SERVICE)
+        self.fleet.begin(scheduler, Forecaster(models), SERVICE[:1] * models)
         return scheduler
 
     def ask(self, model: str, times: int = 1) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 
-from ._errors import Busy, Cancelled, DeviceLost, OutOfDeviceMemory
+from ._errors import Busy, Cancelled, DeviceLost, OutOfDeviceMemory, WarmServeError
 from .model import Model
 from .policy.profile import ModelProfile
 from .runtime import BACKGROUND, Runtime, Ticket
-from .snapshot import LayerSnapshot, Snapshot
+from .snapshot import Snapshot
 
 Stamps = list[tuple[float, float]]
 BACKOFF_S = 30.0  # after a load that failed, until the model is loaded again
-# Of a keep value, what each layer has less than the one before it: a model is left from its end.
+# Relative decrement of a keep value per layer, so that the tail of a model is evicted first.
 SLOPE = 2.0**-20
 
 
@@ -28,34 +29,76 @@ class RuntimeShard:
         self.model, self.layers, self.goal, self.pinned = model, layers, goal, pinned
 
 
+class Entry:
+    """One model of a fleet on one device: the registered model that its name stands for now, and
+    what was begun for it. ``rank``: None on devices that hold no shard of it.
+
+    ``tickets``: each with the leading layers it brings. ``keep``: the keep values its layers were
+    stamped with. ``refused``: until when it is not loaded. ``missing``: the last reason told why no
+    model was found.
+    """
+
+    __slots__ = ("ends", "keep", "missing", "model", "profile", "rank", "refused", "tickets")
+
+    def __init__(self, profile: ModelProfile, rank: int | None) -> None:
+        self.profile, self.rank = profile, rank
+        self.ends = list(accumulate(profile.layer_bytes))
+        self.model: Model | None = None
+        self.tickets: list[tuple[Ticket, int]] = []
+        self.keep: list[float] | None = None
+        self.refused, self.missing = -math.inf, ""
+
+
+def find_model(runtime: Runtime, device: int, profile: ModelProfile) -> Model:
+    """The model that the profile's name stands for now on this device. Raises ValueError if none is
+    registered, or one with other layers than the profile."""
+    model = runtime.model(profile.name)
+    if len(model.layers) != len(profile.layer_bytes):
+        raise ValueError(
+            f"{profile.name} has {len(model.layers)} layers on device {device}, and "
+            f"{len(profile.layer_bytes)} in its profile: give the fleet a new one by remove() "
+            "and add()"
+        )
+    return model
+
+
 class RuntimeDevice:
-    """See DeviceView. ``models``: those of the profiles as they are registered, or None.
+    """See DeviceView. Models are numbered as in the last :meth:`arrange`.
 
     ``exclusive``: a leased model has the device for itself. ``failed`` is told what loading met.
-    Its view is as old as the last :meth:`refresh`, and what was done since. Not thread-safe.
+    Its view is as old as the last :meth:`refresh`, and what was done since; a refresh also finds
+    the models that were promoted, registered or unregistered meanwhile. Not thread-safe.
     """
 
     def __init__(
         self,
         index: int,
         runtime: Runtime,
-        profiles: Sequence[ModelProfile],
-        models: Sequence[Model | None],
         *,
         exclusive: bool,
         clock: Callable[[], float],
         failed: Callable[[Exception], None],
     ) -> None:
-        self.index, self.runtime, self.models = index, runtime, models
+        self.index, self.runtime = index, runtime
         self.exclusive, self.lost = exclusive, False
         self._clock, self._failed = clock, failed
-        self._ranks = [index % profile.width for profile in profiles]
-        self._ends = [list(accumulate(profile.layer_bytes)) for profile in profiles]
-        self._tickets: dict[int, list[tuple[Ticket, int]]] = {}  # each of so many leading layers
-        self._keep: dict[int, list[float]] = {}  # what its layers were stamped with
-        self._refused: dict[int, float] = {}  # until when
+        self._entries: list[Entry] = []
         self._shards: dict[tuple[int, int], RuntimeShard] = {}
         self._seen: Snapshot | None = None
+
+    def arrange(
+        self, models: Sequence[tuple[ModelProfile, int | None]], rows: Sequence[int | None]
+    ) -> None:
+        """Holds these models from now on, given as profile and rank (None: no shard of it is here).
+        The i-th is the one that was ``rows[i]``-th, or a new one. Others are let go."""
+        before = self._entries
+        self._entries = [
+            Entry(*model) if row is None else before[row]
+            for model, row in zip(models, rows, strict=True)
+        ]
+        for row in set(range(len(before))).difference(rows):
+            self._let_go(before[row])
+        self.refresh()
 
     def refresh(self) -> None:
         """What is there from now on is looked up again."""
@@ -64,14 +107,16 @@ class RuntimeDevice:
     @property
     def seen(self) -> Snapshot:
         if self._seen is None:
-            for model in list(self._tickets):
-                self._reap(model)
-            self._seen = self.runtime.snapshot()
+            for entry in self._entries:
+                self._follow(entry)
+                self._reap(entry)
+            seen = self.runtime.snapshot()
             self._shards = {}
-            for model in range(len(self.models)):
-                shard = self._shard(model, self._seen)
-                if shard:
-                    self._shards[model, self._ranks[model]] = shard
+            for number, entry in enumerate(self._entries):
+                shard = self._shard(number, entry, seen)
+                if shard and entry.rank is not None:
+                    self._shards[number, entry.rank] = shard
+            self._seen = seen
         return self._seen
 
     @property
@@ -96,7 +141,11 @@ class RuntimeDevice:
         """The arena, but for what leases hold beside the leading layers, which are counted as such:
         so there is none beside models that have no profile."""
         seen = self.seen
-        leading = {self._name(model): shard.goal for (model, _), shard in self.shards.items()}
+        leading = {
+            registered.name: shard.goal
+            for (model, _), shard in self.shards.items()
+            if (registered := self._entries[model].model)
+        }
         if self.active:
             leading.clear()
         held = sum(
@@ -109,87 +158,114 @@ class RuntimeDevice:
 
     def stamp(self, model: int, layers: int, stamps: Stamps) -> None:
         """Gives each leading layer the keep value of its part, and the others none."""
-        registered = self.models[model]
-        if registered is None:
+        entry = self._entries[model]
+        if entry.model is None:
             return
         ends = [end + 0.5 for end, _ in stamps]
-        before, now = self._keep.get(model), []
-        for layer, end in enumerate(self._ends[model]):
+        before, now = entry.keep, []
+        for layer, end in enumerate(entry.ends):
             part = bisect_left(ends, end) if layer < layers else len(stamps)
             value = stamps[part][1] if part < len(stamps) else 0.0
             now.append(value * (1 - layer * SLOPE) if value > 0 else -layer * SLOPE**2)
-        for layer, value in enumerate(now):
-            if before is None or before[layer] != value:
-                self.runtime.native.stamp(registered.native, value, layer)
-        self._keep[model] = now
+        try:
+            for layer, value in enumerate(now):
+                if before is None or before[layer] != value:
+                    self.runtime.native.stamp(entry.model.native, value, layer)
+        except ValueError:  # it was unregistered meanwhile, which the next refresh finds
+            return
+        entry.keep = now
 
     def load(self, model: int, layers: int, stamps: Stamps) -> bool:
-        """See FleetView; False also where the device is lost or the model's last load failed."""
-        registered = self.models[model]
-        if registered is None or self.lost or self._clock() < self._refused.get(model, -math.inf):
-            return False
+        """See FleetView; also returns False if the device is lost, the model's last load failed, or
+        no such model is registered now."""
         seen = self.seen
+        entry = self._entries[model]
+        registered, rank = entry.model, entry.rank
+        if registered is None or rank is None or self.lost or self._clock() < entry.refused:
+            return False
         self.stamp(model, layers, stamps)
-        if not self._has_room(model, layers, seen):
+        if entry.keep is None or not self._has_room(model, layers, entry.keep[layers - 1], seen):
             return False
         try:
             ticket = self.runtime.prewarm(registered, layers=range(layers), priority=BACKGROUND)
         except (Busy, OutOfDeviceMemory):
             return False
         except Exception as error:
-            self._refuse(model, error)
+            if registered in self.runtime.models:  # or it was unregistered meanwhile
+                self._refuse(entry, error)
             return False
-        self._tickets.setdefault(model, []).append((ticket, layers))
-        key = model, self._ranks[model]
-        shard = self._shards.setdefault(key, RuntimeShard(model, 0, 0, pinned=False))
+        entry.tickets.append((ticket, layers))
+        shard = self._shards.setdefault((model, rank), RuntimeShard(model, 0, 0, pinned=False))
         shard.goal = max(shard.goal, layers)
         return True
 
     def call_off(self, shard: RuntimeShard, layers: int) -> None:
         """Cancels what brings more than these leading layers."""
-        kept = []
-        for ticket, brings in self._tickets.pop(shard.model, []):
+        entry, kept = self._entries[shard.model], []
+        for ticket, brings in entry.tickets:
             if brings > layers:
                 ticket.cancel()
             else:
                 kept.append((ticket, brings))
-        if kept:
-            self._tickets[shard.model] = kept
+        entry.tickets = kept
         shard.goal = max([shard.layers, *(brings for _, brings in kept)])
 
     def call_all_off(self) -> None:
-        """Cancels whatever it began."""
-        for tickets in self._tickets.values():
-            for ticket, _ in tickets:
+        """Cancels everything that it began."""
+        for entry in self._entries:
+            for ticket, _ in entry.tickets:
                 ticket.cancel()
-        self._tickets.clear()
+            entry.tickets = []
 
-    def _name(self, model: int) -> str:
-        registered = self.models[model]
-        return registered.name if registered else ""
+    def _follow(self, entry: Entry) -> None:
+        """Finds the model that the entry's name stands for now. A model that is missing is told
+        once, until it is found again."""
+        if entry.rank is None:
+            return
+        try:
+            found = find_model(self.runtime, self.index, entry.profile)
+            entry.missing = ""
+        except ValueError as error:
+            found = None
+            if entry.missing != str(error):
+                entry.missing = str(error)
+                self._failed(error)
+        if found is not entry.model:
+            self._let_go(entry)
+            entry.model = found
 
-    def _shard(self, model: int, seen: Snapshot) -> RuntimeShard | None:
-        state = seen.models.get(self._name(model))
+    def _let_go(self, entry: Entry) -> None:
+        """Cancels its loads and lets its layers be evicted first."""
+        for ticket, _ in entry.tickets:
+            ticket.cancel()
+        if entry.model and entry.keep:
+            with suppress(ValueError, WarmServeError):  # unregistered, or the runtime is closed
+                for layer in range(len(entry.keep)):
+                    self.runtime.native.stamp(entry.model.native, -layer * SLOPE**2, layer)
+        entry.model, entry.tickets, entry.keep, entry.refused = None, [], None, -math.inf
+
+    def _shard(self, number: int, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
+        state = seen.models.get(entry.model.name) if entry.model else None
         if state is None:
             return None
         layers = goal = 0
-        coming = max((brings for _, brings in self._tickets.get(model, ())), default=0)
+        coming = max((brings for _, brings in entry.tickets), default=0)
         for layer in state.layers:
             here = layer.residency == "resident"
             if not (here or layer.residency == "filling" or layer.leases or goal < coming):
                 break
             layers += here and layers == goal
             goal += 1
-        return RuntimeShard(model, layers, goal, pinned=state.leases > 0) if goal else None
+        return RuntimeShard(number, layers, goal, pinned=state.leases > 0) if goal else None
 
-    def _has_room(self, model: int, layers: int, seen: Snapshot) -> bool:
+    def _has_room(self, model: int, layers: int, value: float, seen: Snapshot) -> bool:
         """Whether the layers fit beside all that is worth as much, is leased or on its way."""
-        numbers = {self._name(m): m for m, each in enumerate(self.models) if each}
-        value = self._keep[model][layers - 1]
+        numbers = {e.model.name: number for number, e in enumerate(self._entries) if e.model}
         left = seen.granules_free + seen.granules_trimmed
         for name, state in seen.models.items():
             number = numbers.get(name, -1)
-            shard = self._shards.get((number, self._ranks[number])) if number >= 0 else None
+            entry = self._entries[number] if number >= 0 else None
+            shard = self._shards.get((number, entry.rank or 0)) if entry else None
             coming = layers if number == model else shard.goal if shard else 0
             for index, layer in enumerate(state.layers):
                 if layer.residency == "absent":
@@ -197,19 +273,16 @@ class RuntimeDevice:
                         left -= layer.granules
                 elif layer.residency == "resident" and not layer.leases:
                     ours = number == model and index < layers
-                    if not ours and self._value(number, index, layer) < value:
+                    # Its stamp may be later than the snapshot.
+                    worth = entry.keep[index] if entry and entry.keep else layer.keep_value
+                    if not ours and worth < value:
                         left += layer.granules
         return left >= 0
 
-    def _value(self, model: int, index: int, layer: LayerSnapshot) -> float:
-        """What a layer is stamped with now, which may be later than the snapshot."""
-        kept = self._keep.get(model)
-        return kept[index] if kept else layer.keep_value
-
-    def _reap(self, model: int) -> None:
+    def _reap(self, entry: Entry) -> None:
         """Forgets the tickets that are done, and hears what they met."""
         running = []
-        for ticket, layers in self._tickets.pop(model):
+        for ticket, layers in entry.tickets:
             if not ticket.done:
                 running.append((ticket, layers))
                 continue
@@ -218,11 +291,10 @@ class RuntimeDevice:
             except (Busy, Cancelled, OutOfDeviceMemory):
                 pass  # a lease came first, or somebody evicted it
             except Exception as error:
-                self._refuse(model, error)
-        if running:
-            self._tickets[model] = running
+                self._refuse(entry, error)
+        entry.tickets = running
 
-    def _refuse(self, model: int, error: Exception) -> None:
+    def _refuse(self, entry: Entry, error: Exception) -> None:
         self.lost = self.lost or isinstance(error, DeviceLost)
-        self._refused[model] = self._clock() + BACKOFF_S
+        entry.refused = self._clock() + BACKOFF_S
         self._failed(error)

@@ -113,6 +113,7 @@ class Scheduler:
         self.copies, self.busy_memory, self.moves = copies, busy_memory, moves
         self.dry_run = dry_run
         self.memory, self.recent = memory, recent
+        self.before: list[Copy] = []
         self.held: list[Copy] = []
         self._planned, self._improving, self._rested = True, False, 0
 
@@ -147,6 +148,19 @@ class Scheduler:
             self._planned = False
             self.fleet.after(SETTLE_S, self.plan)
 
+    def arrange(
+        self,
+        profiles: Sequence[ModelProfile],
+        service: Sequence[float],
+        rows: Sequence[int | None],
+    ) -> None:
+        """The fleet has these models from now on: the i-th is the one that was ``rows[i]``-th, or a
+        new one. A new plan follows soon."""
+        self.demand.arrange(profiles, service, rows)
+        self._use_curves()
+        self.before, self.held, self.needed = [], [], np.zeros(len(profiles))
+        self.changed()
+
     def _tick(self) -> None:
         share = 1 - math.exp(-self.interval / self.busy_memory)
         active = np.array([any(d.occupants.values()) for d in self.fleet.devices], np.float64)
@@ -158,13 +172,19 @@ class Scheduler:
 
     def _revalue(self) -> None:
         self.demand.value()
+        self._use_curves()
+        self.fleet.after(REVALUE_S, self._revalue)
+
+    def _use_curves(self) -> None:
         self.curves = Curves(self.demand.curves)
         self.marks = [_marks(curve) for curve in self.demand.curves]
-        self.fleet.after(REVALUE_S, self._revalue)
 
     def plan(self) -> None:
         """Looks at the fleet, improves on what is there, and has it done."""
         self._planned, self._rested = True, 0
+        if not self.fleet.profiles:
+            self._improving = False
+            return
         self.demand.forecast(self.fleet.now, self.horizon)
         need = self.demand.need(self.horizon)
         copies, free = self.snapshot()

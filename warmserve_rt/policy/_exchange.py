@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ._compiled import entry as jit
 from ._greedy import F64, I64
-from ._greedy import _entry as jit
 
 
 class Models(NamedTuple):

@@ -13,36 +13,23 @@ that times the least availability.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from ._compiled import entry as _entry
+from ._compiled import inner as _inner
 
 I64: TypeAlias = npt.NDArray[np.int64]
 F64: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
-_Function = TypeVar("_Function", bound=Callable[..., object])
 
 WIDTH, COUNT, LEAVES, FIRST = 0, 1, 2, 3
 LEFT, RESERVED, AVAILABLE = 0, 1, 2
 FREE, CLEAR, WANTED = 0, 1, 2
 _SAME = 1e-9  # relative: slopes nearer than this are one slope, and what differs is rounding
 _NOTHING = -np.inf
-
-
-def _entry(function: _Function) -> _Function:
-    """Compiled at its first call, and kept beside the file for the next process."""
-    compiled: Any = njit(cache=True, error_model="numpy")
-    return compiled(function)  # type: ignore[no-any-return]
-
-
-def _inner(function: _Function) -> _Function:
-    """Compiled into what calls it."""
-    options: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
-    compiled: Any = njit(**options)
-    return compiled(function)  # type: ignore[no-any-return]
 
 
 @_inner

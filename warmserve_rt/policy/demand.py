@@ -51,12 +51,29 @@ class Demand:
         self.profiles, self.forecaster, self.service = profiles, forecaster, service
         self.bandwidth, self.delay, self.objective = bandwidth, delay, objective
         self.slo = slo or Slo()
-        self.recent = recent
+        self.recent, self.memory = recent, memory
         self.arrivals = [RecentRate(memory) for _ in profiles]
         self.prompts = [deque[int](TYPICAL, PROMPTS) for _ in profiles]
         self.rates = [0.0] * len(profiles)
         self.curves: list[ValueCurve] = []
         self.lost: list[list[float]] = []
+
+    def arrange(
+        self, profiles: Sequence[ModelProfile], service: Sequence[float], rows: Sequence[int | None]
+    ) -> None:
+        """Goes on with these models: the i-th has the past of the one that was ``rows[i]``-th, or
+        none. The forecaster is arranged by name."""
+        self.forecaster.arrange([profile.name for profile in profiles])
+        self.profiles, self.service = profiles, service
+        arrivals, prompts, rates, curves = self.arrivals, self.prompts, self.rates, self.curves
+        self.arrivals = [RecentRate(self.memory) if r is None else arrivals[r] for r in rows]
+        self.prompts = [deque(TYPICAL, PROMPTS) if r is None else prompts[r] for r in rows]
+        self.rates = [0.0 if r is None else rates[r] for r in rows]
+        self.curves = [
+            self._curve(profile, np.quantile(asked, QUANTILES)) if r is None else curves[r]
+            for profile, asked, r in zip(profiles, self.prompts, rows, strict=True)
+        ]
+        self._lose()
 
     def arrived(self, model: int, now: float, concurrent: int, prompt: int) -> None:
         """A request of ``prompt`` tokens has come, and that many are there now."""
@@ -86,6 +103,9 @@ class Demand:
             self._curve(profile, np.quantile(prompts, QUANTILES))
             for profile, prompts in zip(self.profiles, self.prompts, strict=True)
         ]
+        self._lose()
+
+    def _lose(self) -> None:
         self.lost = [(curve.value[-1] - curve.value).tolist() for curve in self.curves]
 
     def _curve(self, profile: ModelProfile, prompts: F64) -> ValueCurve:

@@ -58,6 +58,8 @@ class Experts:
         "pending_upper", "pending_numbers", "known", "number",
     )  # fmt: skip
 
+    SHARED = ("error_numbers", "pending_numbers", "number")  # without an axis of the models
+
     def __init__(
         self,
         models: int,
@@ -110,10 +112,23 @@ class Experts:
                 raise ValueError(
                     f"{name} is {other.dtype}{other.shape}, not {mine.dtype}{mine.shape}"
                 )
-            may_miss = name in ("errors", "anchor")
+            may_miss = name in ("errors", "anchor", "pending_average")
             if np.isinf(other).any() or (not may_miss and np.isnan(other).any()):
                 raise ValueError(f"{name} is not finite")
             setattr(self, name, other.copy())
+        self._weights = self._weigh()
+
+    def take(self, other: Experts, rows: NDArray[np.int64]) -> None:
+        """Goes on from another's state with other models: model i from its model ``rows[i]``, or
+        from nothing where that is -1."""
+        kept = np.flatnonzero(rows >= 0)
+        for name in self.STATE:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name in self.SHARED:
+                setattr(self, name, theirs.copy())
+            else:
+                mine[..., kept] = theirs[..., rows[kept]]
+        self.pending_average[:, rows < 0] = np.nan
         self._weights = self._weigh()
 
     def close(self, number: int, values: Floats) -> None:
@@ -163,7 +178,9 @@ class Experts:
     def _score(self, number: int, values: Floats, known: NDArray[np.bool_]) -> None:
         """What was forecast of this window, against what it was."""
         rows = self._rows + number % self._leads
-        scored = (self.pending_numbers[rows] == number)[:, None] & known
+        # No forecast was made of models that came later.
+        forecast = ~np.isnan(self.pending_average[rows])
+        scored = (self.pending_numbers[rows] == number)[:, None] & known & forecast
         miss = np.abs(self.pending[rows] - values)
         self.loss = np.where(scored[:, None, None], self._fade * self.loss + miss, self.loss)
 
@@ -171,7 +188,7 @@ class Experts:
         taught = scored & ((actual > 0) | (upper > 0))
         self.offset += np.where(taught, STEP * ((actual > upper) - (1 - self._quantile)), 0.0)
         fade = np.where(scored, self._fade, 1.0)
-        error = np.abs(actual - self.pending_average[rows])
+        error = np.where(scored, np.abs(actual - self.pending_average[rows]), 0.0)
         self.spread = fade * self.spread + (1 - fade) * error
         self.spread_weight = fade * self.spread_weight + (1 - fade)
 

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,10 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts the concurrent requests of ``models`` models, numbered from 0.
+    """Forecasts the concurrent requests of ``models``: names, or a number of models without names.
+
+    Methods take a model's row, its place in ``names``. :meth:`arrange` changes the models: those
+    that stay keep everything that was learnt about them.
 
     Load is learnt in windows of ``window`` seconds that begin at whole multiples of it. Times are
     seconds of any clock whose ``period`` is a day of the load's; ``horizons``, in seconds, are
@@ -58,7 +62,7 @@ class Forecaster:
 
     def __init__(
         self,
-        models: int,
+        models: int | Sequence[str],
         *,
         window: float = 300.0,
         horizons: Sequence[float] = (300.0, 3600.0, 10800.0),
@@ -67,7 +71,11 @@ class Forecaster:
         expert: Expert | Literal["hedge"] = "hedge",
         days: int = 28,
     ) -> None:
-        if models < 1 or days < 1:
+        self.names: tuple[str, ...] | None = None
+        if not isinstance(models, int):
+            self.names = _checked(models)
+            models = len(self.names)
+        if models < (self.names is None) or days < 1:
             raise ValueError(f"{models} models, {days} days: at least one of each is needed")
         if not 0 < window < math.inf:
             raise ValueError(f"a window of {window} s: it is finite and positive")
@@ -78,13 +86,13 @@ class Forecaster:
             raise ValueError(f"a quantile of {quantile}: it lies between 0 and 1")
         if expert != "hedge" and expert not in EXPERTS:
             raise ValueError(f"no expert {expert!r}: hedge, {', '.join(EXPERTS)}")
-        self._options = {
+        self._options: dict[str, Any] = {
             "models": models, "window": window, "horizons": list(horizons), "period": period,
             "quantile": quantile, "expert": expert, "days": days,
         }  # fmt: skip
         self._window = float(window)
-        self._experts = Experts(
-            models,
+        self._make_experts = partial(
+            Experts,
             window=window,
             leads=leads,
             slots=_windows(period, window),
@@ -92,6 +100,7 @@ class Forecaster:
             expert=expert,
             days=days,
         )
+        self._experts = self._make_experts(models)
         self._models = models
         # Lists, for an element of an array costs three times as much to read and write.
         self._level = [0.0] * models
@@ -101,6 +110,34 @@ class Forecaster:
         self._number: int | None = None  # of the open window
         self._begin = self._end = math.inf  # of the open window: no time lies in it yet
         self._joined = 0.0  # when it was first seen
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Forecasts these models from now on, row i being the i-th. Models with a name that was
+        known keep what was learnt, others begin without a past, and the rest is forgotten. Models
+        without names get these names, and must be as many.
+
+        Raises ValueError for names that repeat or are too many or too few."""
+        wanted = _checked(names)
+        if self.names is None:
+            if len(wanted) != self._models:
+                raise ValueError(
+                    f"the forecaster was made for {self._models} models without names and cannot "
+                    f"forecast {len(wanted)}: make it of their names"
+                )
+            self.names = wanted
+        if wanted == self.names:
+            return
+        known = {name: row for row, name in enumerate(self.names)}
+        rows = np.array([known.get(name, -1) for name in wanted], dtype=np.int64)
+        experts = self._make_experts(len(wanted))
+        experts.take(self._experts, rows)
+        new = rows < 0
+        for name in _OPEN:
+            values = np.array(getattr(self, f"_{name}"))[rows] if known else np.zeros(len(rows))
+            values[new] = self._joined if name == "since" else 0.0
+            setattr(self, f"_{name}", values.tolist())
+        self._experts, self._models, self.names = experts, len(wanted), wanted
+        self._options["models"] = len(wanted)
 
     def observe(self, model: int, now: float, concurrent: float) -> None:
         """``model`` has ``concurrent`` requests from ``now`` on. Constant time.
@@ -186,6 +223,7 @@ class Forecaster:
         header = {
             "format": _FORMAT,
             "options": self._options,
+            "names": self.names,
             "number": self._number,
             "joined": self._joined,
         }
@@ -218,7 +256,9 @@ class Forecaster:
                 raise ValueError(f"its format is {header['format']!r}")
             if state["last"].shape[-1:] != (header["options"]["models"],):
                 raise ValueError("its options are not of its arrays")
-            loaded = cls(**header["options"])
+            names = header.get("names")
+            models = header["options"]["models"] if names is None else names
+            loaded = cls(**{**header["options"], "models": models})
             loaded._restore(header, state)
         except (*refused, AttributeError, OverflowError, NotImplementedError) as error:
             raise ValueError(f"{path} is not a saved forecaster: {error}") from error
@@ -262,6 +302,16 @@ class Forecaster:
             average = np.maximum(area + level * (end - since), 0.0) / seen
             self._experts.close(self._number, np.stack([average, peak]))
         self._open(self._number + 1, end)
+
+
+def _checked(names: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError unless all are names, and each is there once."""
+    found = set[str]()
+    for name in names:
+        if not isinstance(name, str) or name in found:
+            raise ValueError(f"names of models must be strings, each given once, got {name!r}")
+        found.add(name)
+    return tuple(names)
 
 
 def _windows(seconds: float, window: float) -> int:

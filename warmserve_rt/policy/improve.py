@@ -30,11 +30,13 @@ class Curves:
 
     def __init__(self, curves: Sequence[ValueCurve]) -> None:
         self.begin = np.cumsum([0, *(len(c.value) for c in curves)])
-        self.cum = np.concatenate([c.cumulative for c in curves]).astype(np.float64)
-        self.value = np.concatenate([c.value for c in curves])
+        # Without models there is nothing to concatenate.
+        self.cum = np.concatenate([[], *(c.cumulative for c in curves)]).astype(np.float64)
+        self.value = np.concatenate([[], *(c.value for c in curves)])
         self.stop = np.cumsum([0, *(len(c.stops) for c in curves)])
-        self.stops = np.concatenate([c.stops for c in curves])
-        self.width = np.array([c.width for c in curves])
+        none = np.zeros(0, np.int64)
+        self.stops = np.concatenate([none, *(c.stops for c in curves)])
+        self.width = np.array([c.width for c in curves], np.int64)
         self._sizes = [c.cumulative.tolist() for c in curves]
 
     def nbytes(self, model: int, layers: int) -> float:

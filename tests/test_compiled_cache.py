@@ -1,0 +1,84 @@
+"""Risk: a cache of compiled code that cannot be written or read stops the scheduler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+PACKAGE = Path(__file__).parents[1] / "warmserve_rt"
+PROGRAM = """
+import resource, sys
+if sys.argv[1:] == ["small"]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+import numpy as np
+import warmserve_rt.scheduler
+from warmserve_rt.policy._exchange import chance  # the smallest of the compiled functions
+
+print(chance(np.array([0.5, 0.5, 1.0]), 0, 2))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A copy of the package in a folder of its own, with the files that planning needs."""
+    site = tmp_path / "site"
+    shutil.copytree(
+        PACKAGE, site / "warmserve_rt", ignore=shutil.ignore_patterns("__pycache__", "sim", "demo")
+    )
+    return site
+
+
+def compute(site: Path, *arguments: str, **environment: str) -> str:
+    """The output of a compiled function in a process of its own, which uses no cache but that of `site`."""
+    paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "PYTHON", "XDG"))}
+    done = subprocess.run(
+        [sys.executable, "-s", "-c", PROGRAM, *arguments],
+        env={**clean, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+        | environment,
+        cwd=site,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def caches(site: Path) -> list[Path]:
+    return [path for path in site.rglob("*.nbi") if path.stat().st_size]
+
+
+def test_a_scheduler_plans_where_neither_installation_nor_home_can_be_written(
+    installed: Path,
+) -> None:
+    # A file where the folder would be stops root too.
+    (installed / "warmserve_rt/policy/__pycache__").write_text("")
+    assert compute(installed, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") == "0.25"
+    assert caches(installed) == []
+
+
+def test_a_cache_folder_of_the_user_that_cannot_be_made_is_done_without(installed: Path) -> None:
+    assert compute(installed, NUMBA_CACHE_DIR="/dev/null/cache") == "0.25"
+
+
+def test_a_disk_that_is_full_stops_no_compute(installed: Path) -> None:
+    assert compute(installed, "small") == "0.25"
+    assert caches(installed) == []
+
+
+def test_a_damaged_cache_is_compiled_again(installed: Path) -> None:
+    compute(installed)
+    made = caches(installed)
+    assert made
+    for path in made:
+        path.write_bytes(path.read_bytes()[:-7])
+    for path in installed.rglob("*.nbc"):
+        path.write_bytes(b"")
+    assert compute(installed) == "0.25"
