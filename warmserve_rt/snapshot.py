@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from . import _native
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSnapshot:
+class LayerSnapshot(NamedTuple):
     """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent,
     ``leases`` how many hold it."""
 
@@ -20,6 +20,10 @@ class LayerSnapshot:
     granules: int
     leases: int
     keep_value: float
+
+
+# As LayerSnapshot._make, without a call of a Python function for each layer.
+_layer = partial(tuple.__new__, LayerSnapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,7 @@ class Snapshot:
                 model.name: ModelSnapshot(
                     model.leases,
                     model.backing_epoch,
-                    tuple(
-                        LayerSnapshot(x.residency, x.nbytes, x.granules, x.leases, x.keep_value)
-                        for x in model.layers
-                    ),
+                    tuple(map(_layer, model.layers)),
                 )
                 for model in state.models
             },
