@@ -16,8 +16,8 @@ std::uint32_t checked_capacity(const Device& device, const Arena::Options& optio
                                                  format_bytes(granularity));
   for (const std::uint64_t bytes : {options.bytes, options.granule_bytes, options.headroom_bytes})
     if (bytes > kMostBytes)
-      throw Error(ErrorKind::invalid_argument, "sizes must be below 2^63 bytes, got " +
-                                                   std::to_string(bytes));
+      throw Error(ErrorKind::invalid_argument,
+                  "sizes must be below 2^63 bytes, got " + std::to_string(bytes));
   const std::uint64_t capacity = options.bytes / options.granule_bytes;
   if (capacity == 0 || capacity > UINT32_MAX)
     throw Error(ErrorKind::invalid_argument,

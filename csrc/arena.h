@@ -42,9 +42,7 @@ class Arena {
 
   // Bookkeeping.
   std::uint32_t free_count() const noexcept { return pool_.free_count(); }
-  std::uint32_t uncreated_count() const noexcept {
-    return uncreated_.free_count();
-  }
+  std::uint32_t uncreated_count() const noexcept { return uncreated_.free_count(); }
   bool is_free(GranuleId id) const noexcept { return pool_.is_free(id); }
   std::vector<GranuleId> take(std::uint32_t count) { return pool_.take(count); }
   void give(std::span<const GranuleId> ids) noexcept { pool_.give(ids); }

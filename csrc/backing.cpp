@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <map>
+#include <set>
 
 namespace warmserve {
 namespace {
@@ -90,8 +91,10 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
     for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
     for (const auto& run : neighbours(layers)) unback(books.arena, run);
     lock.lock();
-    for (const Layer* layer : layers)
-      std::erase_if(layer->model->uses, [&](const Use& use) {
+    std::set<Model*> models;
+    for (const Layer* layer : layers) models.insert(layer->model);
+    for (Model* model : models)
+      std::erase_if(model->uses, [&](const Use& use) {
         return std::find(fences.begin(), fences.end(), use.fence) != fences.end();
       });
     lock.unlock();
@@ -101,7 +104,7 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
   fences.clear();  // without the lock: it may be the last of a stream that has work left
   lock.lock();
   for (Layer* layer : layers) {
-    layer->owned = false;
+    books.disown(lock, *layer);
     if (!layer->mapping) {
       freed.insert(freed.end(), layer->granules.begin(), layer->granules.end());
       layer->granules.clear();

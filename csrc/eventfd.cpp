@@ -16,8 +16,7 @@ EventFd::~EventFd() {
 
 int EventFd::descriptor() {
   if (!made()) descriptor_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (!made())
-    throw Error(ErrorKind::general, os_failure("eventfd", errno, OsLimit::descriptors));
+  if (!made()) throw Error(ErrorKind::general, os_failure("eventfd", errno, OsLimit::descriptors));
   return descriptor_;
 }
 

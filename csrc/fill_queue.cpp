@@ -21,7 +21,7 @@ void FillQueue::enlist(const Lock&, const TicketPtr& ticket) {
       if (fill.tickets.empty()) ++fill.generation;
       fill.tickets.push_back(ticket);
       rerank(fill);
-      ticket->fills.push_back(&fill);
+      ticket->fills.insert(&fill);
       ticket->bytes_total += fill.span;
       ticket->bytes_done += fill.done;
     });
@@ -75,7 +75,7 @@ void FillQueue::drop_layers(const Lock& lock, const Selection& selection, std::e
 
 std::vector<TicketPtr> FillQueue::release(const Lock&, Fill& fill) {
   std::vector<TicketPtr> tickets = std::exchange(fill.tickets, {});
-  for (const TicketPtr& ticket : tickets) std::erase(ticket->fills, &fill);
+  for (const TicketPtr& ticket : tickets) ticket->fills.erase(&fill);
   return tickets;
 }
 

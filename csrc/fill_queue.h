@@ -93,6 +93,7 @@ class FillQueue {
 template <typename Visit>
 bool FillQueue::pass(bool foreground_copies, bool background_works, Visit visit) {
   for (const auto& [rank, fill] : order_) {
+    ++books_.counters.layers_examined;
     if (!fill->foreground() && !background_works && !fill->unwanted()) continue;
     if (visit(*fill, foreground_copies || !fill->foreground())) return true;
   }

@@ -33,6 +33,21 @@ class LayerSet {
       if (other.words_[i] & ~(i < words_.size() ? words_[i] : 0)) return false;
     return true;
   }
+  // Whether the first `count` layers are in it.
+  bool covers(std::size_t count) const noexcept {
+    if (count == 0) return true;
+    if (words_.size() < (count + 63) / 64) return false;
+    for (std::size_t i = 0; i < count / 64; ++i)
+      if (words_[i] != ~std::uint64_t{0}) return false;
+    const std::uint64_t rest = (std::uint64_t{1} << (count % 64)) - 1;
+    return (count % 64 == 0) || (words_[count / 64] & rest) == rest;
+  }
+  // One more than the highest index in it; 0 without any.
+  std::size_t end() const noexcept {
+    std::size_t words = words_.size();
+    while (words && !words_[words - 1]) --words;
+    return words ? words * 64 - static_cast<std::size_t>(std::countl_zero(words_[words - 1])) : 0;
+  }
   bool intersects(const LayerSet& other) const noexcept {
     for (std::size_t i = 0; i < words_.size() && i < other.words_.size(); ++i)
       if (words_[i] & other.words_[i]) return true;

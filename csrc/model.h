@@ -2,7 +2,9 @@
 #pragma once
 
 #include <atomic>
+#include <compare>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,6 +25,19 @@ const char* to_string(Residency residency) noexcept;
 
 struct Model;
 struct Fill;
+struct Layer;
+
+// A layer's place among the candidates for eviction of its model; see EvictionOrder.
+struct CandidateKey {
+  bool whole;  // not torn
+  double keep_value;
+  std::uint64_t filled_at;  // 0: the model was used since
+  std::int64_t from_end;
+  auto operator<=>(const CandidateKey&) const = default;
+};
+struct Candidates {
+  std::map<CandidateKey, Layer*> used, fresh;  // by whether the model was used since they came
+};
 
 // Under the runtime's lock, but for what is marked: `granules`, `mapping` and `poison` belong to
 // the one thread that set `owned`, which uses them without the lock.
@@ -39,8 +54,9 @@ struct Layer {
   bool torn = false;   // its bytes are not the model's and unmapping failed: only draining is left
   std::uint32_t holds = 0;  // leases on it that are not on the whole model
   double keep_value = 0;
-  std::uint64_t filled_at = 0;  // the runtime's logical clock
-  Fill* fill = nullptr;         // the pending journey, if any
+  std::uint64_t filled_at = 0;            // the runtime's logical clock
+  Fill* fill = nullptr;                   // the pending journey, if any
+  std::optional<CandidateKey> candidate;  // where it is in the model's candidates, if it is
 
   std::vector<GranuleId> granules;  // owned
   std::optional<Mapping> mapping;   // owned
@@ -71,14 +87,15 @@ struct Model {
 
   // Under the runtime's lock.
   bool registered = true;
-  std::uint32_t leases = 0;       // on any of its layers
-  std::uint64_t lease_epoch = 0;  // changes whenever one of them begins or ends
-  std::uint32_t whole_holds = 0;  // those on all of them, which are not counted in each
-  std::uint32_t layers_held = 0;  // by the others
+  std::uint32_t leases = 0;         // on any of its layers
+  std::uint64_t lease_epoch = 0;    // changes whenever one of them begins or ends
+  std::uint32_t whole_holds = 0;    // those on all of them, which are not counted in each
+  std::uint32_t layers_held = 0;    // by the others
   std::uint64_t granules_held = 0;  // the same layers'
   std::uint32_t missing = 0;        // layers that are not resident
   std::uint64_t last_use = 0;       // the runtime's logical clock
   std::vector<Use> uses;
+  Candidates candidates;  // for eviction
 };
 using ModelPtr = std::shared_ptr<Model>;
 
@@ -89,9 +106,7 @@ struct Selection {
   Selection(ModelPtr of)
       : model(std::move(of)), layers(LayerSet::first(model->layers.size())), whole(true) {}
   Selection(ModelPtr of, LayerSet some)
-      : model(std::move(of)),
-        layers(std::move(some)),
-        whole(layers.contains(LayerSet::first(model->layers.size()))) {}
+      : model(std::move(of)), layers(std::move(some)), whole(layers.covers(model->layers.size())) {}
 
   template <typename Visit>
   void for_each(Visit visit) const {

@@ -1,7 +1,7 @@
 #include "residency.h"
 
 #include <algorithm>
-#include <tuple>
+#include <utility>
 
 namespace warmserve {
 
@@ -46,6 +46,9 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
   }
   if (to == absent) layer.torn = false;
   layer.residency = to;
+  if (from == filling) this->filling.erase(&layer);
+  if (to == filling) this->filling.insert(&layer);
+  EvictionOrder::update(layer);
   wake();
 }
 
@@ -54,6 +57,7 @@ void Books::hold(const Lock&, const Selection& selection) {
   if (!selection.whole)
     selection.for_each([&](Layer& layer) {
       if (layer.holds++) return;
+      EvictionOrder::update(layer);
       ++model.layers_held;
       model.granules_held += layer.granules_needed;
       if (!model.whole_holds) held_granules += layer.granules_needed;
@@ -63,6 +67,7 @@ void Books::hold(const Lock&, const Selection& selection) {
   ++model.leases;
   ++model.lease_epoch;
   model.last_use = ++clock;
+  EvictionOrder::used(model);
 }
 
 void Books::unhold(const Lock&, const Selection& selection) {
@@ -70,6 +75,7 @@ void Books::unhold(const Lock&, const Selection& selection) {
   if (!selection.whole)
     selection.for_each([&](Layer& layer) {
       if (--layer.holds) return;
+      EvictionOrder::update(layer);
       --model.layers_held;
       model.granules_held -= layer.granules_needed;
       if (!model.whole_holds) held_granules -= layer.granules_needed;
@@ -93,39 +99,28 @@ std::uint64_t Books::granules_to_hold(const Lock&, const Selection& selection) c
 }
 
 std::vector<Layer*> Books::choose_victims(const Lock&, std::uint64_t granules,
-                                          const std::function<bool(const Layer&)>& spared,
-                                          const Model* first) const {
-  std::vector<Layer*> heap;
-  for (const auto& [name, model] : models)
-    for (Layer& layer : model->layers)
-      if (layer.granules_needed && !layer.owned && !layer.held() &&
-          (layer.residency == Residency::resident || layer.torn) && !spared(layer))
-        heap.push_back(&layer);
-  const auto rank = [&](const Layer* layer) {
-    const bool torn_or_first = layer->torn || layer->model == first;
-    return std::tuple(!torn_or_first, layer->keep_value,
-                      std::max(layer->filled_at, layer->model->last_use), layer->model->id,
-                      -static_cast<std::int64_t>(layer->index));
-  };
-  const auto later = [&](const Layer* a, const Layer* b) { return rank(a) > rank(b); };
-  std::make_heap(heap.begin(), heap.end(), later);
-  std::vector<Layer*> victims;
-  for (std::uint64_t found = 0; found < granules;) {
-    if (heap.empty()) return {};
-    std::pop_heap(heap.begin(), heap.end(), later);
-    found += heap.back()->granules_needed;
-    victims.push_back(heap.back());
-    heap.pop_back();
-  }
-  return victims;
+                                          const EvictionOrder::Spared& spared, const Model* first) {
+  std::vector<Model*> all;
+  all.reserve(models.size());
+  for (const auto& [name, model] : models) all.push_back(model.get());
+  return EvictionOrder::choose(all, granules, spared, first, &counters.layers_examined);
 }
 
 void Books::claim(const Lock& lock, std::span<Layer* const> layers) {
   for (Layer* layer : layers) {
     if (layer->residency == Residency::resident) transition(lock, *layer, Residency::draining);
-    layer->owned = true;
+    own(lock, *layer);
   }
 }
+
+void Books::stamp(const Lock&, Layer& layer, double keep_value) {
+  layer.keep_value = keep_value;
+  EvictionOrder::update(layer);
+}
+
+void Books::own(const Lock&, Layer& layer) { owned_layers += !std::exchange(layer.owned, true); }
+
+void Books::disown(const Lock&, Layer& layer) { owned_layers -= std::exchange(layer.owned, false); }
 
 void Books::check_invariants(const Lock&) const {
   const auto require = [](bool holds, const std::string& what) {
@@ -133,6 +128,7 @@ void Books::check_invariants(const Lock&) const {
   };
   std::vector<bool> used(arena.capacity(), false);
   std::uint64_t accounted = std::uint64_t{arena.free_count()} + arena.uncreated_count(), held = 0;
+  std::uint64_t owned = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {
     std::uint32_t missing = 0, layers_held = 0;
@@ -142,6 +138,10 @@ void Books::check_invariants(const Lock&) const {
       missing += layer.residency != Residency::resident;
       layers_held += layer.holds > 0;
       if (layer.held()) held += layer.granules_needed;
+      const bool candidate = layer.granules_needed && !layer.holds &&
+                             (layer.residency == Residency::resident || layer.torn);
+      require(candidate == layer.candidate.has_value(), where + "is wrongly among the candidates");
+      owned += layer.owned;
       if (layer.owned) {  // in the hands of a thread right now
         in_motion = true;
         continue;
@@ -165,6 +165,7 @@ void Books::check_invariants(const Lock&) const {
     require(missing == model->missing, "'" + name + "' counts its missing layers wrong");
     require(layers_held == model->layers_held, "'" + name + "' counts its held layers wrong");
   }
+  require(owned == owned_layers, "owned layers are counted wrong");
   require(held == held_granules, "held granules are counted wrong");
   require(held_granules <= arena.capacity(), "more is held than there is");
   require(in_motion ? accounted <= arena.capacity() : accounted == arena.capacity(),

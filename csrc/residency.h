@@ -3,15 +3,16 @@
 #pragma once
 
 #include <condition_variable>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <span>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "arena.h"
 #include "eventfd.h"
+#include "eviction_order.h"
 #include "model.h"
 
 namespace warmserve {
@@ -21,6 +22,9 @@ using Lock = std::unique_lock<std::mutex>;
 
 struct Counters {
   std::uint64_t bytes_loaded = 0, layers_loaded = 0, layers_evicted = 0, chunks = 0;
+  // How often a layer was looked at while room or work was searched: what that costs, without a
+  // clock.
+  std::uint64_t layers_examined = 0;
 };
 
 // A runtime's books. One lock over all of them; it is never held over a call that may block.
@@ -41,6 +45,8 @@ class Books {
 
   std::map<std::string, ModelPtr> models;
   std::uint64_t clock = 0;             // logical; orders uses
+  std::unordered_set<Layer*> filling;  // layers in that state
+  std::uint64_t owned_layers = 0;
   std::uint64_t held_granules = 0;     // of all layers with holds
   std::uint64_t granules_in_hand = 0;  // taken from the pool by a thread that is trimming it
   bool room_wanted = false;            // a fill waits for layers to become evictable
@@ -59,12 +65,13 @@ class Books {
   // Granules of the layers that nobody holds yet.
   std::uint64_t granules_to_hold(const Lock&, const Selection& selection) const;
 
-  // Layers to evict so that `granules` come free: lowest keep value first, then least recently
-  // used, then the tail of a model before its head. `first` goes before all others; what is held,
-  // and what `spared` says, never goes. Empty when there are not enough.
+  // Layers to evict so that `granules` come free; see EvictionOrder.
   std::vector<Layer*> choose_victims(const Lock&, std::uint64_t granules,
-                                     const std::function<bool(const Layer&)>& spared,
-                                     const Model* first) const;
+                                     const EvictionOrder::Spared& spared, const Model* first);
+  void stamp(const Lock&, Layer& layer, double keep_value);
+  // Marks that a thread works on the layer between two holds of the lock, or does no more.
+  void own(const Lock&, Layer& layer);
+  void disown(const Lock&, Layer& layer);
   // From resident (or torn) to draining, owned by the caller.
   void claim(const Lock&, std::span<Layer* const> layers);
 

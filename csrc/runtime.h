@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "layout.h"
 #include "lease.h"
 #include "transfer.h"
 
@@ -32,11 +33,6 @@ struct RuntimeOptions {
 // What an eviction does about leases that are held, and about streams that still use the layers
 // after theirs have ended: says Busy, or waits.
 enum class Patience { none, streams, leases_and_streams };
-
-struct LayerShape {
-  std::uint64_t bytes = 0;
-  std::vector<Segment> segments;
-};
 
 struct LayerState {
   Residency residency = Residency::absent;

@@ -85,10 +85,7 @@ void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t
         ticket->what + " is not for layer " + std::to_string(index) + " of '" + model->name + "'");
   enter();
   Lock lock(books_.mutex);
-  const auto over = [&] {
-    return std::none_of(ticket->fills.begin(), ticket->fills.end(),
-                        [&](const Fill* fill) { return fill->layer == &layer; });
-  };
+  const auto over = [&] { return !layer.fill || !ticket->fills.contains(layer.fill); };
   if (!wait_until(lock, deadline, poll, over))
     throw Error(ErrorKind::timeout, "layer " + std::to_string(index) + " of '" + model->name +
                                         "' did not arrive in time");
@@ -117,7 +114,7 @@ void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
     throw Error(ErrorKind::stale_view, "layer " + std::to_string(index) + " of '" + model->name +
                                            "' is " + to_string(layer.residency));
   if (!layer.bytes) return;
-  layer.owned = true;  // so that it stays
+  books_.own(lock, layer);  // so that it stays
   lock.unlock();
   std::shared_ptr<Made> made;
   std::exception_ptr error;
@@ -129,7 +126,7 @@ void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
     error = std::current_exception();
   }
   lock.lock();
-  layer.owned = false;
+  books_.disown(lock, layer);
   if (error && made) {
     LayerSet used;
     used.insert(index);

@@ -4,6 +4,7 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -28,7 +29,7 @@ class Ticket {
   const Deadline deadline;             // given up then
   const std::vector<Selection> wants;  // their layers
   std::uint64_t bytes_total = 0, bytes_done = 0;
-  std::vector<Fill*> fills;     // still to come
+  std::unordered_set<Fill*> fills;  // still to come
   ModelPtr swapped_out;         // evicted as room is needed, and wholly before the ticket is done
   std::exception_ptr short_of;  // why some of its layers will not come; the others still do
   bool done = false;
@@ -36,6 +37,11 @@ class Ticket {
 
   bool wants_layer(const Layer& layer) const noexcept {
     return warmserve::wants_layer(wants, layer);
+  }
+  bool wants_all_of(const Model& model) const noexcept {
+    for (const Selection& wanted : wants)
+      if (wanted.whole && wanted.model.get() == &model) return true;
+    return false;
   }
   void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
   // A descriptor that becomes readable when the ticket is done; owned by the ticket.

@@ -140,19 +140,19 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
   const Model* first = nullptr;
   for (const TicketPtr& ticket : fill.tickets)
     if (ticket->swapped_out) first = ticket->swapped_out.get();
-  const auto wanted_too = [&ticket = *fill.most_urgent()](const Layer& layer) {
-    return ticket.wants_layer(layer);
-  };
+  const Ticket& ticket = *fill.most_urgent();
+  const EvictionOrder::Spared wanted_too{
+      [&](const Model& model) { return ticket.wants_all_of(model); },
+      [&](const Layer& layer) { return ticket.wants_layer(layer); }};
   victims = books_.choose_victims(lock, need - have, wanted_too, first);
   if (!victims.empty()) return Room::enough;
-  bool coming = books_.granules_in_hand > 0;
-  for (const auto& [name, model] : books_.models)
-    for (const Layer& layer : model->layers) {
-      if (layer.owned) coming = true;
-      if (layer.residency != filling || layer.held() || wanted_too(layer)) continue;
-      coming = true;
-      if (fill.rank.priority > layer.fill->rank.priority) layer.fill->give_way = true;
-    }
+  bool coming = books_.granules_in_hand > 0 || books_.owned_layers > 0;
+  for (Layer* layer : books_.filling) {
+    ++books_.counters.layers_examined;
+    if (layer->held() || ticket.wants_layer(*layer)) continue;
+    coming = true;
+    if (fill.rank.priority > layer->fill->rank.priority) layer->fill->give_way = true;
+  }
   return coming ? Room::later : Room::never;
 }
 
@@ -169,7 +169,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
       arena.claim_uncreated(at_most(need - granules.size(), arena.uncreated_count()));
   books_.claim(lock, victims);
   books_.transition(lock, layer, filling);
-  layer.owned = true;
+  books_.own(lock, layer);
   fill.phase = Phase::starting;
   std::exception_ptr error;
   bool gave_up = false;  // somebody may want it again by the time the lock is back
@@ -193,7 +193,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
     error = std::current_exception();
   }
   if (!lock.owns_lock()) lock.lock();
-  layer.owned = false;
+  books_.disown(lock, layer);
   fill.phase = Phase::copying;
   arena.give(granules);
   arena.return_uncreated(fresh);
@@ -253,7 +253,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
 // By the loader that has sent the last chunk; the others go on to what comes next.
 void Transfer::map(Lock& lock, Fill& fill) {
   const unsigned generation = fill.generation;
-  fill.layer->owned = true;
+  books_.own(lock, *fill.layer);
   lock.unlock();
   std::exception_ptr error;
   try {
@@ -262,7 +262,7 @@ void Transfer::map(Lock& lock, Fill& fill) {
     error = std::current_exception();
   }
   lock.lock();
-  fill.layer->owned = false;
+  books_.disown(lock, *fill.layer);
   fill.mapped = !error;
   if (error) meet(lock, fill, generation, error);
 }
@@ -321,7 +321,8 @@ void Transfer::undo(Lock& lock, Fill& fill) {
   Layer& layer = *fill.layer;
   if (layer.residency == filling) books_.transition(lock, layer, draining);
   layer.torn = true;
-  layer.owned = true;
+  EvictionOrder::update(layer);
+  books_.own(lock, layer);
   fill.phase = Phase::undoing;
   std::vector<GranuleId> freed;
   try {
@@ -340,8 +341,8 @@ void Transfer::undo(Lock& lock, Fill& fill) {
 void Transfer::complete(const Lock& lock, Fill& fill) {
   Layer& layer = *fill.layer;
   if (layer.residency == filling) {
-    books_.transition(lock, layer, resident);
     layer.filled_at = ++books_.clock;
+    books_.transition(lock, layer, resident);
     books_.counters.bytes_loaded += layer.bytes;
     ++books_.counters.layers_loaded;
   }

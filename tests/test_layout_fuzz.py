@@ -1,4 +1,4 @@
-"""Risk: a layout whose sizes overflow somewhere is mapped over another tenant, or kills the process.
+"""Risk: a layout whose sizes overflow is mapped over another tenant, or kills the process.
 
 ``python tests/layout_fuzz.py --layouts 100000 --seed 1`` tries more.
 """

@@ -10,6 +10,8 @@ from .checkpoint import Checkpoint
 from .layers import LayerSpec, Layout
 from .views import Framework, make_tensors
 
+MOST_BYTES = 2**63 - 1  # of a model, as native code counts
+
 
 class Model:
     """A registered model: its layout, and its addresses in the arena. Made by
@@ -89,7 +91,12 @@ def native_files(checkpoint: Checkpoint) -> list[_native.FileTuple]:
 
 
 def native_layers(layout: Layout) -> list[_native.LayerTuple]:
-    """The copies that make each layer, and its bytes."""
+    """Return the bytes of each layer and the copies that make it.
+
+    Raises ValueError for sizes beyond 64 bits, which only sparse files have.
+    """
+    if layout.nbytes > MOST_BYTES:
+        raise ValueError(f"a model has at most 2**63 - 1 bytes, got {layout.nbytes}")
     return [
         (
             layer.nbytes,

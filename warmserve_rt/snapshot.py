@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ._units import format_bytes
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 _SHOWN = 20  # models of a snapshot that its repr shows
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSnapshot:
+class LayerSnapshot(NamedTuple):
     """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent,
     ``leases`` how many hold it."""
 
@@ -25,6 +25,10 @@ class LayerSnapshot:
     granules: int
     leases: int
     keep_value: float
+
+
+# As LayerSnapshot._make, without a call of a Python function for each layer.
+_layer = partial(tuple.__new__, LayerSnapshot)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -135,10 +139,7 @@ class Snapshot:
                 model.name: ModelSnapshot(
                     model.leases,
                     model.backing_epoch,
-                    tuple(
-                        LayerSnapshot(x.residency, x.nbytes, x.granules, x.leases, x.keep_value)
-                        for x in model.layers
-                    ),
+                    tuple(map(_layer, model.layers)),
                 )
                 for model in state.models
             },

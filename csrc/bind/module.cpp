@@ -102,19 +102,39 @@ py::dict driver_calls(Runtime& runtime) {
   return calls;
 }
 
+// Each layer as (residency, bytes, granules, leases, keep value): a snapshot of many layers makes
+// many of them, so that they are made by the interpreter's own calls.
+py::list layer_rows(const ModelState& state) {
+  py::list rows(state.layers.size());
+  const py::str names[] = {"absent", "filling", "resident", "draining"};
+  Py_ssize_t at = 0;
+  for (const LayerState& layer : state.layers) {
+    const PyObject* name = names[static_cast<std::size_t>(layer.residency)].ptr();
+    PyObject* const values[] = {
+        Py_NewRef(const_cast<PyObject*>(name)), PyLong_FromUnsignedLongLong(layer.bytes),
+        PyLong_FromUnsignedLongLong(layer.granules), PyLong_FromUnsignedLong(layer.leases),
+        PyFloat_FromDouble(layer.keep_value)};
+    PyObject* const row = PyTuple_New(std::size(values));
+    bool made = row != nullptr;
+    for (PyObject* value : values) made = made && value;
+    if (!made) {
+      for (PyObject* value : values) Py_XDECREF(value);
+      Py_XDECREF(row);
+      throw py::error_already_set();
+    }
+    for (std::size_t i = 0; i < std::size(values); ++i)
+      PyTuple_SET_ITEM(row, static_cast<Py_ssize_t>(i), values[i]);
+    PyList_SET_ITEM(rows.ptr(), at++, row);
+  }
+  return rows;
+}
+
 void bind_state(py::module_& m) {
-  py::class_<LayerState>(m, "LayerState")
-      .def_property_readonly("residency",
-                             [](const LayerState& s) { return to_string(s.residency); })
-      .def_readonly("nbytes", &LayerState::bytes)
-      .def_readonly("granules", &LayerState::granules)
-      .def_readonly("leases", &LayerState::leases)
-      .def_readonly("keep_value", &LayerState::keep_value);
   py::class_<ModelState>(m, "ModelState")
       .def_readonly("name", &ModelState::name)
       .def_readonly("leases", &ModelState::leases)
       .def_readonly("backing_epoch", &ModelState::backing_epoch)
-      .def_readonly("layers", &ModelState::layers);
+      .def_property_readonly("layers", &layer_rows);
   py::class_<RouteState>(m, "RouteState")
       .def_readonly("name", &RouteState::name)
       .def_readonly("nbytes", &RouteState::bytes)
@@ -135,6 +155,8 @@ void bind_state(py::module_& m) {
                              [](const RuntimeState& s) { return s.counters.layers_loaded; })
       .def_property_readonly("layers_evicted",
                              [](const RuntimeState& s) { return s.counters.layers_evicted; })
+      .def_property_readonly("layers_examined",
+                             [](const RuntimeState& s) { return s.counters.layers_examined; })
       .def_readonly("routes", &RuntimeState::routes)
       .def_readonly("models", &RuntimeState::models);
 }
@@ -148,11 +170,10 @@ void bind_runtime(py::module_& m) {
                        const std::vector<std::shared_ptr<Driver>>& neighbours) {
              const py::gil_scoped_release release;
              const RuntimePtr runtime = Runtime::make(
-                 std::move(driver),
-                 {arena, staging, granule, chunk, headroom, loaders,
-                  std::chrono::milliseconds(
-                      static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
-                  poison, background_share, read_bandwidth});
+                 std::move(driver), {arena, staging, granule, chunk, headroom, loaders,
+                                     std::chrono::milliseconds(static_cast<std::int64_t>(
+                                         std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
+                                     poison, background_share, read_bandwidth});
              for (const auto& neighbour : neighbours)
                runtime->add_route(
                    make_peer_route(std::make_shared<Device>(neighbour), *runtime->device(), chunk));

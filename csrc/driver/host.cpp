@@ -81,7 +81,8 @@ class HostDriver final : public Driver {
   Status granule_release(Handle handle) override {
     const std::lock_guard lock(mutex_);
     const auto granule = find(handle);
-    if (granule == granules_.end()) return refuse(Status::invalid, "the granule is not the device's");
+    if (granule == granules_.end())
+      return refuse(Status::invalid, "the granule is not the device's");
     if (granule->second.mappings)
       granule->second.released = true;
     else if (!recycle(granule))

@@ -14,8 +14,8 @@ namespace warmserve {
 // Not synchronised.
 class HostAddresses {
  public:
-  // A granule at an address. Granules that follow each other in the memfd too are one mapping of the
-  // kernel's, a run.
+  // A granule at an address. Granules that follow each other in the memfd too are one mapping of
+  // the kernel's, a run.
   struct Mapped {
     Handle granule = Handle::none;
     std::uint64_t bytes = 0;

@@ -57,7 +57,8 @@ std::byte* allocate_touched(std::uint64_t bytes, std::string* why) {
   void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) {
-    *why = os_failure("mmap of " + format_bytes(bytes) + " to be pinned", errno, OsLimit::addresses);
+    *why =
+        os_failure("mmap of " + format_bytes(bytes) + " to be pinned", errno, OsLimit::addresses);
     return nullptr;
   }
   auto* memory = static_cast<std::byte*>(mapped);

@@ -134,9 +134,9 @@ Status HostSlots::map_extent(std::uint64_t bytes, std::string* why) {
   for (const std::uint64_t size : {std::max(bytes, ahead), bytes}) {
     std::byte* memory = reserve_aligned(size, kGranularity);
     if (!memory) continue;
-    void* mapped = ::mmap(memory, size, PROT_READ | PROT_WRITE,
-                          MAP_SHARED | MAP_FIXED | MAP_NORESERVE, memfd_,
-                          static_cast<off_t>(mapped_));
+    void* mapped =
+        ::mmap(memory, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, memfd_,
+               static_cast<off_t>(mapped_));
     if (mapped == MAP_FAILED || ::madvise(mapped, size, MADV_DONTFORK) != 0) {
       const int error = errno;
       ::munmap(memory, size);
@@ -166,8 +166,8 @@ bool HostSlots::populate(std::byte* slot, std::uint64_t offset, std::uint64_t by
 }
 
 bool HostSlots::punch(std::uint64_t offset, std::uint64_t bytes) const {
-  return ::fallocate(memfd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                     static_cast<off_t>(offset), static_cast<off_t>(bytes)) == 0;
+  return ::fallocate(memfd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                     static_cast<off_t>(bytes)) == 0;
 }
 
 }  // namespace warmserve
