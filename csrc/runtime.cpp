@@ -33,6 +33,11 @@ void check_shape(const std::string& name, const std::vector<File>& files,
   }
 }
 
+Error busy_with(const Model& model) {
+  return {ErrorKind::busy, model.leases ? "'" + model.name + "' is leased"
+                                        : "a pass still computes with '" + model.name + "'"};
+}
+
 // For the time of its scope somebody waits for leases to end. Under the runtime's lock.
 class Wanted {
  public:
@@ -177,7 +182,7 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   do {
     evict_locked(lock, model, deadline, poll, Patience::streams);
     require_registered(lock, *model);  // another thread may have been faster
-  } while (model->leases);
+  } while (model->leases + model->passes);
   const auto why = cancelled("'" + model->name + "' was unregistered");
   transfer_.drop_layers(lock, model, why);
   for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
@@ -232,7 +237,7 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
   const Lock lock = open();
   require_registered(lock, *load);
   require_registered(lock, *evict);
-  if (evict->leases) throw Error(ErrorKind::busy, "'" + evict->name + "' is leased");
+  if (evict->leases + evict->passes) throw busy_with(*evict);
   require_room(lock, load, ticket->what);
   transfer_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
   ticket->swapped_out = evict;
@@ -256,6 +261,7 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
     return !found;
   };
   const auto free = [&] { return none([](const Layer& l) { return l.held(); }); };
+  const auto leased = [&] { return !none([](const Layer& l) { return l.leased(); }); };
   const auto gone = [&] {
     return none([](const Layer& l) { return l.residency != Residency::absent; });
   };
@@ -267,11 +273,15 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
       throw Error(ErrorKind::timeout, name + " was not evicted in time");
   };
   do {
-    if (!free()) {
-      if (patience != Patience::leases_and_streams)
-        throw Error(ErrorKind::busy, name + " is leased");
+    while (!free()) {
+      if (patience == Patience::none || (patience == Patience::streams && leased()))
+        throw busy_with(*selection.model);
+      if (desk_.holds(lock, selection, this_thread()))
+        throw Error(ErrorKind::busy, name +
+                                         " is used by the thread that would evict it, which "
+                                         "would wait for itself");
       const Wanted release(books_.release_wanted);
-      wait_for(free);
+      wait_for([&] { return free() || (patience == Patience::streams && leased()); });
     }
     const auto in_use = [&](const Use& use) {
       return use.layers.intersects(selection.layers) && !use.fence->complete();

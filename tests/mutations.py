@@ -345,8 +345,8 @@ MUTATIONS = [
     Mutation(
         "gates that went with one lease stay away under another",
         "warmserve_rt/engines/gates.py",
-        "if epoch == self._epoch:",
-        "if self._epoch:",
+        "if epoch != self._epoch:",
+        "if not self._epoch:",
         "test_transformers_engine.py::"
         "test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases",
     ),
