@@ -1,15 +1,24 @@
 #include "lease.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <map>
 
 namespace warmserve {
+
+std::uint64_t this_thread() noexcept { return static_cast<std::uint64_t>(pthread_self()); }
 
 std::string lease_on(const std::vector<Selection>& wants) {
   std::string names;
   for (const Selection& wanted : wants)
     names += (names.empty() ? "'" : ", '") + wanted.model->name + "'";
   return "lease on " + names;
+}
+
+std::string why_busy(const Model& model) {
+  return model.leases ? "'" + model.name + "' is leased"
+                      : "a pass still computes with '" + model.name + "'";
 }
 
 bool LeaseDesk::fits(const Lock& lock, const Hold& hold) const {
@@ -32,7 +41,7 @@ bool LeaseDesk::nested(const Hold& hold) const {
 }
 
 void LeaseDesk::admit(const Lock& lock, const HoldPtr& hold) {
-  for (const Selection& wanted : hold->wants) books_.hold(lock, wanted);
+  for (const Selection& wanted : hold->wants) books_.hold(lock, wanted, hold->pass);
   hold->admitted = true;
   hold->slot = admitted_.size();
   admitted_.push_back(hold.get());
@@ -60,6 +69,50 @@ void LeaseDesk::wait_in_line(const Lock& lock, const HoldPtr& hold) {
     throw Error(ErrorKind::busy,
                 std::string(room.what()) + "; those who hold them would wait for this lease");
   }
+}
+
+HoldPtr LeaseDesk::begin_pass(const Lock& lock, const ModelPtr& model, std::uint64_t owner) {
+  for (const HoldPtr& pass : passes_)
+    if (pass->owner == owner && pass->wants.front().model == model) {
+      ++pass->depth;
+      return pass;
+    }
+  if (!model->leases) return nullptr;
+  auto pass = std::make_shared<Hold>();
+  if (model->whole_holds > model->whole_passes) {
+    pass->wants.emplace_back(model);
+  } else {
+    LayerSet leased;
+    for (const Layer& layer : model->layers)
+      if (layer.leased()) leased.insert(layer.index);
+    pass->wants.emplace_back(model, std::move(leased));
+  }
+  pass->owner = owner;
+  pass->pass = true;
+  pass->depth = 1;
+  passes_.push_back(pass);
+  admit(lock, pass);
+  ++model->passes;
+  return pass;
+}
+
+void LeaseDesk::extend(const Lock& lock, Hold& pass, const Layer& layer) {
+  Selection& wanted = pass.wants.front();
+  LayerSet added;
+  added.insert(layer.index);
+  Selection more(wanted.model, std::move(added));
+  more.whole = false;  // as what it is added to
+  books_.hold(lock, more, true);
+  wanted.layers.insert(layer.index);
+}
+
+bool LeaseDesk::holds(const Lock&, const Selection& selection, std::uint64_t owner) const {
+  return std::any_of(admitted_.begin(), admitted_.end(), [&](const Hold* hold) {
+    if (hold->owner != owner) return false;
+    return std::any_of(hold->wants.begin(), hold->wants.end(), [&](const Selection& held) {
+      return held.model == selection.model && held.layers.intersects(selection.layers);
+    });
+  });
 }
 
 HoldPtr LeaseDesk::admit_next(const Lock& lock) {
@@ -93,7 +146,10 @@ void LeaseDesk::leave(const Lock& lock, const HoldPtr& hold) {
   admitted_[hold->slot] = admitted_.back();
   admitted_[hold->slot]->slot = hold->slot;
   admitted_.pop_back();
-  for (const Selection& wanted : hold->wants) books_.unhold(lock, wanted);
+  for (const Selection& wanted : hold->wants) books_.unhold(lock, wanted, hold->pass);
+  if (!hold->pass) return;
+  --hold->wants.front().model->passes;
+  std::erase(passes_, hold);
 }
 
 const Hold* LeaseDesk::failed(const Lock&, const Layer& layer) const {

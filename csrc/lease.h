@@ -4,6 +4,9 @@
 // then on they stay, and what is missing is loaded; so an admitted lease always gets there unless
 // the device or the file fails. Those that do not fit wait in line. Nobody passes the head of the
 // line but who asks only for what it already holds, or shares what another holds.
+//
+// A pass is one computation on a model, by one thread. It holds what leases hold when it begins,
+// until it ends, whenever those leases end. No other pass can begin on what passes alone hold.
 #pragma once
 
 #include <list>
@@ -15,7 +18,10 @@
 
 namespace warmserve {
 
-// One acquisition. Under the runtime's lock.
+// The owner that a thread is: the number that Python's threading.get_ident() returns.
+std::uint64_t this_thread() noexcept;
+
+// One acquisition, or one pass. Under the runtime's lock.
 struct Hold {
   std::vector<Selection> wants;  // each model once
   std::uint64_t owner = 0;       // a thread or a task: one that waits releases nothing meanwhile
@@ -24,6 +30,9 @@ struct Hold {
   TicketPtr ticket;              // of what was missing then; null: nothing
   std::map<const Model*, LayerSet> ordered;  // layers whose arrival was waited for
   std::size_t slot = 0;                      // in LeaseDesk::admitted_
+  bool pass = false;
+  unsigned depth = 0;                 // of a pass: how often its thread has begun it within itself
+  std::vector<TicketPtr> arriving{};  // of a pass: layers that its streams wait for
 
   bool wants_layer(const Layer& layer) const noexcept {
     return warmserve::wants_layer(wants, layer);
@@ -33,6 +42,8 @@ using HoldPtr = std::shared_ptr<Hold>;
 
 // For messages: "lease on 'a', 'b'".
 std::string lease_on(const std::vector<Selection>& wants);
+// For messages, of a model that is in use: "'a' is leased".
+std::string why_busy(const Model& model);
 
 class LeaseDesk {
  public:
@@ -47,6 +58,13 @@ class LeaseDesk {
   // Puts a hold in line. Throws out_of_device_memory where it could never be admitted, busy where
   // those that wait would wait for each other.
   void wait_in_line(const Lock& lock, const HoldPtr& hold);
+  // Begins a pass of the owner, or begins it again within itself. Null: no lease is on the model.
+  // Wait-free.
+  HoldPtr begin_pass(const Lock& lock, const ModelPtr& model, std::uint64_t owner);
+  // Adds a layer that is leased to those that a pass holds.
+  void extend(const Lock& lock, Hold& pass, const Layer& layer);
+  // Whether the owner itself holds any of these layers.
+  bool holds(const Lock&, const Selection& selection, std::uint64_t owner) const;
   // Admits the head of the line if it fits now; null otherwise.
   HoldPtr admit_next(const Lock& lock);
   // Takes those that wait for the model out of the line.
@@ -56,7 +74,8 @@ class LeaseDesk {
   // Leaves the line, or gives up what is held.
   void leave(const Lock& lock, const HoldPtr& hold);
 
-  std::size_t active() const noexcept { return admitted_.size(); }
+  std::size_t active() const noexcept { return admitted_.size(); }  // leases and passes
+  std::size_t leases() const noexcept { return admitted_.size() - passes_.size(); }
   // An admitted hold on the layer whose load failed; null: there is none.
   const Hold* failed(const Lock&, const Layer& layer) const;
 
@@ -67,6 +86,7 @@ class LeaseDesk {
 
   Books& books_;
   std::vector<Hold*> admitted_;
+  std::vector<HoldPtr> passes_;  // also in admitted_; about one for each thread that computes
   std::list<HoldPtr> line_;
 };
 

@@ -52,7 +52,8 @@ struct Layer {
   Residency residency = Residency::absent;
   bool owned = false;  // some thread works on it between two holds of the lock
   bool torn = false;   // its bytes are not the model's and unmapping failed: only draining is left
-  std::uint32_t holds = 0;  // leases on it that are not on the whole model
+  std::uint32_t holds = 0;   // leases and passes on it that are not on the whole model
+  std::uint32_t passes = 0;  // those of them that are passes
   double keep_value = 0;
   std::uint64_t filled_at = 0;            // the runtime's logical clock
   Fill* fill = nullptr;                   // the pending journey, if any
@@ -62,7 +63,9 @@ struct Layer {
   std::optional<Mapping> mapping;   // owned
   std::optional<Mapping> poison;    // owned
 
-  inline bool held() const noexcept;  // leased, loading or there: it may not go
+  // It may not go. Leased: by a lease; else passes alone hold it, which began under one.
+  inline bool held() const noexcept;
+  inline bool leased() const noexcept;
 };
 
 // A position in a user's stream that ends its use of these layers; waited for before unmapping.
@@ -89,9 +92,12 @@ struct Model {
   bool registered = true;
   std::uint32_t leases = 0;         // on any of its layers
   std::uint64_t lease_epoch = 0;    // changes whenever one of them begins or ends
-  std::uint32_t whole_holds = 0;    // those on all of them, which are not counted in each
+  std::uint32_t passes = 0;         // under way on any of its layers
+  std::uint32_t whole_holds = 0;    // on all layers, which are not counted in each
+  std::uint32_t whole_passes = 0;   // those of them that are passes
   std::uint32_t layers_held = 0;    // by the others
   std::uint64_t granules_held = 0;  // the same layers'
+  std::uint32_t layers_leased = 0;  // by those of the others that are leases
   std::uint32_t missing = 0;        // layers that are not resident
   std::uint64_t last_use = 0;       // the runtime's logical clock
   std::vector<Use> uses;
@@ -100,6 +106,9 @@ struct Model {
 using ModelPtr = std::shared_ptr<Model>;
 
 bool Layer::held() const noexcept { return holds > 0 || model->whole_holds > 0; }
+bool Layer::leased() const noexcept {
+  return holds > passes || model->whole_holds > model->whole_passes;
+}
 
 // Some layers of a model; of a model alone, all of them.
 struct Selection {

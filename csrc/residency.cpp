@@ -18,7 +18,7 @@ const char* to_string(Residency residency) noexcept {
 std::vector<Holder> Books::holders(const Lock&) const {
   std::vector<Holder> holders;
   for (const auto& [name, model] : models) {
-    Holder holder{name, 0, model->leases > 0};
+    Holder holder{name, 0, model->leases + model->passes > 0};
     for (const Layer& layer : model->layers)
       if (layer.residency != Residency::absent || layer.held())
         holder.bytes += layer.granules_needed * arena.granule_bytes();
@@ -52,38 +52,54 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
   wake();
 }
 
-void Books::hold(const Lock&, const Selection& selection) {
+void Books::hold(const Lock&, const Selection& selection, bool pass) {
   Model& model = *selection.model;
-  if (!selection.whole)
+  if (!selection.whole) {
     selection.for_each([&](Layer& layer) {
+      if (pass)
+        ++layer.passes;
+      else if (layer.holds == layer.passes)
+        ++model.layers_leased;
       if (layer.holds++) return;
       EvictionOrder::update(layer);
       ++model.layers_held;
       model.granules_held += layer.granules_needed;
       if (!model.whole_holds) held_granules += layer.granules_needed;
     });
-  else if (model.whole_holds++ == 0)
-    held_granules += model.granules - model.granules_held;
+  } else {
+    model.whole_passes += pass;
+    if (model.whole_holds++ == 0) held_granules += model.granules - model.granules_held;
+  }
+  if (pass) return;
   ++model.leases;
   ++model.lease_epoch;
   model.last_use = ++clock;
   EvictionOrder::used(model);
 }
 
-void Books::unhold(const Lock&, const Selection& selection) {
+void Books::unhold(const Lock&, const Selection& selection, bool pass) {
   Model& model = *selection.model;
-  if (!selection.whole)
+  if (!selection.whole) {
     selection.for_each([&](Layer& layer) {
-      if (--layer.holds) return;
+      --layer.holds;
+      if (pass)
+        --layer.passes;
+      else if (layer.holds == layer.passes)
+        --model.layers_leased;
+      if (layer.holds) return;
       EvictionOrder::update(layer);
       --model.layers_held;
       model.granules_held -= layer.granules_needed;
       if (!model.whole_holds) held_granules -= layer.granules_needed;
     });
-  else if (--model.whole_holds == 0)
-    held_granules -= model.granules - model.granules_held;
-  --model.leases;
-  ++model.lease_epoch;
+  } else {
+    model.whole_passes -= pass;
+    if (--model.whole_holds == 0) held_granules -= model.granules - model.granules_held;
+  }
+  if (!pass) {
+    --model.leases;
+    ++model.lease_epoch;
+  }
   if (room_wanted || release_wanted) wake();
 }
 
@@ -131,12 +147,13 @@ void Books::check_invariants(const Lock&) const {
   std::uint64_t owned = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {
-    std::uint32_t missing = 0, layers_held = 0;
+    std::uint32_t missing = 0, layers_held = 0, layers_leased = 0;
     for (const Layer& layer : model->layers) {
       const std::string where = "layer " + std::to_string(layer.index) + " of '" + name + "' (" +
                                 to_string(layer.residency) + "): ";
       missing += layer.residency != Residency::resident;
       layers_held += layer.holds > 0;
+      layers_leased += layer.holds > layer.passes;
       if (layer.held()) held += layer.granules_needed;
       const bool candidate = layer.granules_needed && !layer.holds &&
                              (layer.residency == Residency::resident || layer.torn);
@@ -164,6 +181,7 @@ void Books::check_invariants(const Lock&) const {
     }
     require(missing == model->missing, "'" + name + "' counts its missing layers wrong");
     require(layers_held == model->layers_held, "'" + name + "' counts its held layers wrong");
+    require(layers_leased == model->layers_leased, "'" + name + "' counts its leased layers wrong");
   }
   require(owned == owned_layers, "owned layers are counted wrong");
   require(held == held_granules, "held granules are counted wrong");

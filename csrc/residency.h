@@ -59,9 +59,9 @@ class Books {
   // The only place where a layer's residency changes. Throws general on a step that is none.
   void transition(const Lock&, Layer& layer, Residency to);
 
-  // What is held is kept from eviction, layers still to come included.
-  void hold(const Lock&, const Selection& selection);
-  void unhold(const Lock&, const Selection& selection);
+  // Keeps layers from eviction, also those still to come, for a lease or a pass.
+  void hold(const Lock&, const Selection& selection, bool pass);
+  void unhold(const Lock&, const Selection& selection, bool pass);
   // Granules of the layers that nobody holds yet.
   std::uint64_t granules_to_hold(const Lock&, const Selection& selection) const;
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 namespace warmserve {
+
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
     : device_(std::move(device)),
       arena_(device_,
@@ -168,7 +169,7 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
   const Lock lock = open();
   require_registered(lock, *load);
   require_registered(lock, *evict);
-  if (evict->leases) throw Error(ErrorKind::busy, "'" + evict->name + "' is leased");
+  if (evict->leases + evict->passes) throw Error(ErrorKind::busy, why_busy(*evict));
   require_room(lock, load, ticket->what);
   transfer_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
   ticket->swapped_out = evict;

@@ -30,8 +30,8 @@ struct RuntimeOptions {
   std::uint64_t read_bandwidth = 0;  // bytes a second that loads read, at most; 0: no limit
 };
 
-// What an eviction does about leases that are held, and about streams that still use the layers
-// after theirs have ended: says Busy, or waits.
+// What an eviction does about leases that are held, and about streams and passes that still use
+// the layers after theirs have ended: says Busy, or waits.
 enum class Patience { none, streams, leases_and_streams };
 
 struct LayerState {
@@ -86,7 +86,8 @@ class Runtime {
   // Throws busy while any layer of `evict` is leased.
   TicketPtr swap(const ModelPtr& evict, const ModelPtr& load, int priority);
   // Per layer. Gives up loading these layers; tickets for others too go on to those. Throws busy
-  // or waits, as `patience` says, and timeout. Blocks.
+  // or waits, as `patience` says, and timeout; busy where the calling thread would wait for a lease
+  // or a pass of its own. Blocks.
   void evict(const Selection& selection, Deadline deadline, const Poll& poll,
              Patience patience = Patience::streams);
   // Gives free granules back to the driver; returns their bytes. Per granule. Blocks.
@@ -117,6 +118,17 @@ class Runtime {
   // timeout, and what loading the layer met.
   bool await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer,
                    const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
+  // Begins a pass of the calling thread on what is leased of the model now: these layers stay until
+  // it has ended, also when the leases end before. A pass may be begun within itself, and ends with
+  // its outermost part. Null: nothing of the model is leased. `complete`: the pass holds every
+  // layer, and all are resident. await_layer() and record() take a pass as they take a lease, but
+  // throw stale_view for a layer whose lease ended before it arrived. Wait-free.
+  struct Pass {
+    HoldPtr hold;
+    bool complete = false;
+    std::uint64_t lease_epoch = 0;  // see leased()
+  };
+  Pass begin_pass(const ModelPtr& model);
   // Whether the lease is held and the layer is there for it: resident, or waited for. Wait-free.
   bool arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer);
   // What the stream was given so far will run before the models are unmapped. Throws stale_view
@@ -124,7 +136,8 @@ class Runtime {
   void record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream);
   // The same of what is leased of the model, for whoever leases it.
   void record(const ModelPtr& model, const std::shared_ptr<Stream>& stream);
-  // Wait-free; at once even where the lease was still waited for. Idempotent.
+  // Ends a lease or a pass. Wait-free; at once even where the lease was still waited for.
+  // Idempotent for a lease.
   void end_lease(const HoldPtr& hold);
 
   bool done(const TicketPtr& ticket);
@@ -193,8 +206,9 @@ class Runtime {
                      const std::function<void(Made&, const Layer&)>& work);
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
-  void await_leases(Lock& lock, const std::string& who, Deadline deadline, const Poll& poll,
-                    Patience patience, const std::function<bool()>& unheld);
+  void await_users(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
+                   Patience patience, const std::function<bool()>& leased,
+                   const std::function<bool()>& in_use);
   bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                     Patience patience);

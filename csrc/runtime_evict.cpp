@@ -20,15 +20,25 @@ class Wanted {
 
 }  // namespace
 
-// Waits until no lease holds what unheld() looks at, or throws busy if `patience` is not for
-// leases.
-void Runtime::await_leases(Lock& lock, const std::string& who, Deadline deadline, const Poll& poll,
-                           Patience patience, const std::function<bool()>& unheld) {
-  if (unheld()) return;
-  if (patience != Patience::leases_and_streams) throw Error(ErrorKind::busy, who + " is leased");
-  const Wanted release(books_.release_wanted);
-  if (!wait_until(lock, deadline, poll, unheld))
-    throw Error(ErrorKind::timeout, who + " was still leased at the end of the timeout");
+// Waits until no lease and no pass uses the layers, or throws busy, as `patience` says. A pass counts
+// like a stream: it goes on after its lease.
+void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadline,
+                          const Poll& poll, Patience patience, const std::function<bool()>& leased,
+                          const std::function<bool()>& in_use) {
+  const Model& model = *selection.model;
+  const auto refused = [&] {
+    return patience == Patience::none || (patience == Patience::streams && leased());
+  };
+  while (in_use()) {
+    if (refused()) throw Error(ErrorKind::busy, why_busy(model));
+    if (desk_.holds(lock, selection, this_thread()))
+      throw Error(ErrorKind::busy, "'" + model.name +
+                                       "' is used by the thread that would evict it, which would "
+                                       "wait for itself");
+    const Wanted release(books_.release_wanted);
+    if (!wait_until(lock, deadline, poll, [&] { return !in_use() || refused(); }))
+      throw Error(ErrorKind::timeout, why_busy(model) + " at the end of the timeout");
+  }
 }
 
 // Takes a model off the books. What it had, which may be the last of a stream that has work left,
@@ -45,11 +55,12 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   Lock lock = open();
   require_registered(lock, *model);
   do {
-    await_leases(lock, "'" + model->name + "'", deadline, poll, patience,
-                 [&] { return !model->leases; });
+    await_users(
+        lock, model, deadline, poll, patience, [&] { return model->leases > 0; },
+        [&] { return model->leases + model->passes > 0; });
     evict_locked(lock, model, deadline, poll, patience);
     require_registered(lock, *model);  // another thread may have been faster
-  } while (model->leases);
+  } while (model->leases + model->passes);
   const auto why = cancelled("'" + model->name + "' was unregistered");
   transfer_.drop_layers(lock, model, why);
   for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
@@ -67,24 +78,25 @@ void Runtime::evict(const Selection& selection, Deadline deadline, const Poll& p
 void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline deadline,
                            const Poll& poll, Patience patience) {
   const std::string name = "'" + selection.model->name + "'";
-  const auto none = [&](auto&& is) {
+  const auto any = [&](auto&& is) {
     bool found = false;
     selection.for_each([&](const Layer& layer) { found = found || is(layer); });
-    return !found;
+    return found;
   };
-  const auto free = [&] { return none([](const Layer& l) { return l.held(); }); };
+  const auto leased = [&] { return any([](const Layer& l) { return l.leased(); }); };
+  const auto held = [&] { return any([](const Layer& l) { return l.held(); }); };
   const auto gone = [&] {
-    return none([](const Layer& l) { return l.residency != Residency::absent; });
+    return !any([](const Layer& l) { return l.residency != Residency::absent; });
   };
   const auto settled = [&] {  // nobody works on any of them
-    return none([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
+    return !any([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
   };
   const auto wait_for = [&](const std::function<bool()>& condition) {
     if (!wait_until(lock, deadline, poll, condition))
       throw Error(ErrorKind::timeout, name + " was not evicted in time");
   };
   do {
-    await_leases(lock, name, deadline, poll, patience, free);
+    await_users(lock, selection, deadline, poll, patience, leased, held);
     const auto in_use = [&](const Use& use) {
       return use.layers.intersects(selection.layers) && !use.fence->complete();
     };
@@ -139,10 +151,18 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
   do {
     if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))
       throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
-    std::string who = "close: a model";
-    for (const auto& [name, model] : books_.models)
-      if (model->leases) who = "close: '" + name + "'";
-    await_leases(lock, who, deadline, poll, patience, idle);
+    for (const auto& [name, model] : books_.models) {
+      if (!model->leases && !model->passes) continue;
+      if (patience != Patience::leases_and_streams)
+        throw Error(ErrorKind::busy, "close: " + why_busy(*model));
+      if (desk_.holds(lock, model, this_thread()))
+        throw Error(ErrorKind::busy, "close: '" + name +
+                                         "' is used by the thread that would close the runtime, "
+                                         "which would wait for itself");
+    }
+    const Wanted release(books_.release_wanted);
+    if (!wait_until(lock, deadline, poll, idle))
+      throw Error(ErrorKind::timeout, "close: models were still in use at the end of the timeout");
     if (streams != kNever && !await_streams(lock, streams, poll))
       throw Error(patience == Patience::none ? ErrorKind::busy : ErrorKind::timeout,
                   "close: a stream still uses a model");

@@ -130,9 +130,16 @@ bool Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
   const auto where = [&] { return "layer " + std::to_string(index) + " of '" + model->name + "'"; };
   std::optional<Uploads::Events> copies;
   Lock lock = open();
-  if (hold && !hold->wants_layer(layer))
-    throw Error(ErrorKind::invalid_argument, where() + " is not in this lease");
-  const auto held = [&] { return hold ? hold->admitted : layer.held(); };
+  const bool pass = hold && hold->pass;
+  if (hold && !hold->wants_layer(layer)) {
+    if (!pass) throw Error(ErrorKind::invalid_argument, where() + " is not in this lease");
+    if (!layer.leased()) throw Error(ErrorKind::stale_view, where() + " is not leased");
+    desk_.extend(lock, *hold, layer);
+  }
+  const auto held = [&] {
+    if (pass) return layer.leased() || layer.residency == Residency::resident;
+    return hold ? hold->admitted : layer.leased();
+  };
   const auto over = [&] {
     if (!held() || !layer.fill || layer.residency == Residency::resident) return true;
     if (stream && transfer_.sent(lock, layer)) copies = transfer_.copies(lock, layer);
@@ -141,8 +148,9 @@ bool Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
   if (!wait_until(lock, deadline, poll, over))
     throw Error(ErrorKind::timeout, where() + " did not arrive in time");
   if (!held())
-    throw Error(ErrorKind::stale_view,
-                where() + (hold ? ": the lease is not held" : " is not leased"));
+    throw Error(ErrorKind::stale_view, where() + (pass   ? ": its lease ended before it arrived"
+                                                  : hold ? ": the lease is not held"
+                                                         : " is not leased"));
   if (!copies && layer.residency != Residency::resident) {
     const Hold* failed =
         hold && hold->ticket && hold->ticket->error ? hold.get() : desk_.failed(lock, layer);
@@ -151,13 +159,28 @@ bool Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
   }
   const bool resident = !copies;
   if (copies) {
+    if (pass) {  // the stream will use the layer, whether or not its lease lasts
+      LayerSet one;
+      one.insert(index);
+      hold->arriving.push_back(std::make_shared<Ticket>(
+          "pass", kForeground, std::vector{Selection(model, std::move(one))}));
+      transfer_.request(lock, hold->arriving.back());
+    }
     lock.unlock();
     for (const auto& event : *copies) stream->wait_for(*event);
     copies.reset();
     lock.lock();
   }
-  if (hold) hold->ordered[model.get()].insert(index);
+  if (hold && !pass) hold->ordered[model.get()].insert(index);
   return resident;
+}
+
+Runtime::Pass Runtime::begin_pass(const ModelPtr& model) {
+  enter();
+  const Lock lock(books_.mutex);
+  const HoldPtr hold = desk_.begin_pass(lock, model, this_thread());
+  if (!hold) return {};
+  return {hold, hold->wants.front().whole && model->missing == 0, model->lease_epoch};
 }
 
 bool Runtime::arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t index) {
@@ -194,8 +217,16 @@ void Runtime::record(const ModelPtr& model, const std::shared_ptr<Stream>& strea
 void Runtime::end_lease(const HoldPtr& hold) {
   if (!device_->usable()) return;
   const Lock lock(books_.mutex);
-  for (const TicketPtr& ticket : {hold->entry, hold->ticket})
+  if (hold->depth > 1) {
+    --hold->depth;
+    return;
+  }
+  const auto drop = [&](const TicketPtr& ticket) {
     if (ticket && !ticket->done) transfer_.drop(lock, ticket, cancelled("the lease was given up"));
+  };
+  drop(hold->entry);
+  drop(hold->ticket);
+  for (const TicketPtr& ticket : hold->arriving) drop(ticket);
   desk_.leave(lock, hold);
   while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
 }
@@ -203,8 +234,8 @@ void Runtime::end_lease(const HoldPtr& hold) {
 std::pair<bool, std::uint64_t> Runtime::leased(const ModelPtr& model) {
   enter();
   const Lock lock(books_.mutex);
-  const bool all =
-      model->whole_holds || (model->leases && model->layers_held == model->layers.size());
+  const bool all = model->whole_holds > model->whole_passes ||
+                   (model->leases && model->layers_leased == model->layers.size());
   return {all && model->missing == 0, model->leases ? model->lease_epoch : 0};
 }
 

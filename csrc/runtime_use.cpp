@@ -178,7 +178,7 @@ RuntimeState Runtime::state() {
   state.granules = arena_.capacity();
   state.granules_free = arena_.free_count();
   state.granules_uncreated = arena_.uncreated_count();
-  state.leases = desk_.active();
+  state.leases = desk_.leases();
   state.counters = books_.counters;
   state.routes = transfer_.routes();
   for (const auto& [name, model] : books_.models) {
@@ -188,7 +188,8 @@ RuntimeState Runtime::state() {
     shown.backing_epoch = model->backing_epoch.load(std::memory_order_acquire);
     for (const Layer& layer : model->layers)
       shown.layers.push_back({layer.residency, layer.bytes, layer.granules_needed,
-                              layer.holds + model->whole_holds, layer.keep_value});
+                              layer.holds - layer.passes + model->whole_holds - model->whole_passes,
+                              layer.keep_value});
   }
   return state;
 }

@@ -81,6 +81,27 @@ MUTATIONS = [
         "test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
+        "a pass goes on without the weights of a lease that ends",
+        "csrc/lease.cpp",
+        "pass->depth = 1;",
+        "pass->depth = 1; return pass;",
+        "test_passes.py::test_evictions_wait_for_a_pass_as_for_streams",
+    ),
+    Mutation(
+        "a pass joins what another pass alone holds",
+        "csrc/lease.cpp",
+        "if (!model->leases) return nullptr;",
+        "if (!model->leases && !model->passes) return nullptr;",
+        "test_passes.py::test_the_next_pass_is_refused",
+    ),
+    Mutation(
+        "an eviction waits for its own thread's pass",
+        "csrc/runtime.cpp",
+        "if (desk_.holds(lock, selection, this_thread()))",
+        "if (false)",
+        "test_passes.py::test_a_thread_cannot_wait_for_its_own_pass_or_lease",
+    ),
+    Mutation(
         "victims go in another order",
         "csrc/residency.cpp",
         "-static_cast<std::int64_t>(layer->index));",
@@ -344,8 +365,8 @@ MUTATIONS = [
     Mutation(
         "gates that went with one lease stay away under another",
         "warmserve_rt/engines/gates.py",
-        "if epoch == self._epoch:",
-        "if self._epoch:",
+        "if epoch != self._epoch:",
+        "if not self._epoch:",
         "test_transformers_engine.py::"
         "test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases",
     ),

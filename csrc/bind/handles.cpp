@@ -105,6 +105,13 @@ void bind_handles(py::module_& m) {
             self.runtime->record(self.model, recorded);
           },
           py::arg("stream"))
+      .def("begin_pass",
+           [](const PyModel& self) -> std::optional<PyPass> {
+             Runtime::Pass pass = self.runtime->begin_pass(self.model);
+             if (!pass.hold) return std::nullopt;
+             return PyPass{PyHold(self.runtime, std::move(pass.hold)), self.model, pass.complete,
+                           pass.lease_epoch};
+           })
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
            py::arg("code"), py::arg("bits"), py::arg("lanes"));
   py::class_<Waker, std::shared_ptr<Waker>>(m, "Waker")
@@ -192,6 +199,30 @@ void bind_handles(py::module_& m) {
           },
           py::arg("stream"))
       .def("release", &PyHold::release);
+  py::class_<PyPass>(m, "Pass")
+      .def_readonly("complete", &PyPass::complete)
+      .def_readonly("lease_epoch", &PyPass::lease_epoch)
+      .def(
+          "wait",
+          [](const PyPass& self, std::uint32_t layer, const PyStream* stream,
+             std::optional<double> timeout) {
+            const HoldPtr hold = self.held.held();
+            const auto behind = stream_of(stream);
+            const py::gil_scoped_release release;
+            return self.held.runtime->await_layer(hold, self.model, layer, behind,
+                                                  deadline(timeout), check_signals);
+          },
+          py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())
+      .def(
+          "record",
+          [](const PyPass& self, const PyStream& stream) {
+            const HoldPtr hold = self.held.held();
+            const auto recorded = stream.stream;
+            const py::gil_scoped_release release;
+            self.held.runtime->record(hold, recorded);
+          },
+          py::arg("stream"))
+      .def("release", [](PyPass& self) { self.held.release(); });
   py::class_<PyStream>(m, "Stream")
       .def_property_readonly(
           "handle",

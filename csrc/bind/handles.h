@@ -37,6 +37,12 @@ struct PyHold {
     return hold;
   }
 };
+struct PyPass {
+  PyHold held;
+  ModelPtr model;
+  bool complete;
+  std::uint64_t lease_epoch;
+};
 struct PyStream {
   std::shared_ptr<Stream> stream;
 };

@@ -1,9 +1,11 @@
-"""Gates: a torch module whose weights are a model's waits for each layer as it comes to it."""
+"""Gates: a torch module whose weights are a model's computes under leases alone, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,39 +26,28 @@ def guard(
 ) -> None:
     """Lets a module that is bound to a model's tensors run under leases alone.
 
-    A forward pass raises StaleView while no lease holds the model. Under one that streams, or is on
-    some layers, each part of the module waits for the layer it computes with: on the host the
-    thread does, on CUDA torch's current stream. There a pass is recorded too: what it has enqueued
-    will run before the weights are unmapped, though the lease end before it. ``entries``: parts of
-    it that may be called by themselves, as a whole may (an encoder); other parts are not to be.
+    A forward pass raises StaleView if no lease holds the model when it begins. The pass then holds
+    what the leases hold until it ends, also if they end before: an eviction waits for it, and only
+    the next pass raises StaleView. Under a lease that streams, or that is on some layers, each part
+    of the module waits for the layer that it computes with: on the host the thread does, on CUDA
+    torch's current stream. It raises StaleView for a layer whose lease ended before it arrived.
+
+    On CUDA a pass is also recorded: the weights are not unmapped before the device has done what
+    the pass enqueued. ``entries``: parts of the module that may be called by themselves, as the
+    whole may (an encoder); others may not.
     """
     gates = Gates(module, runtime, model)
-
-    def must_be_leased(layers: list[int]) -> Any:
-        def check(part: nn.Module, arguments: Any) -> None:
-            all_there, epoch = model.native.leased
-            if all_there:
-                gates.remove()
-            elif epoch:
-                gates.install(epoch)
-                gates.wait(layers)
-            else:
-                raise StaleView(runtime.why_not_leased(model))
-
-        return check
-
     for entry in dict.fromkeys((module, *entries)):
-        # A hook of an entry that is made while one of its hooks runs would come too late.
-        entry.register_forward_pre_hook(must_be_leased(gates.take(entry)))
-        if gates.on_cuda:  # also where a pass fails: what it enqueued runs all the same
-            entry.register_forward_hook(lambda *_: gates.record(), always_call=True)
+        # Not by hooks: torch skips those after a pass that a KeyboardInterrupt has ended.
+        entry.forward = gates.guarded(entry)  # type: ignore[method-assign]
 
 
 class Gates:
     """Hooks before the parts of a module, each waiting for the layers with which its part computes.
 
-    A hook costs more than what it asks. So each is there only until its layers are, and comes back
-    when the leases on the model have changed, for what is there for one may go after another.
+    Calling a hook costs more than what it asks. A hook is therefore removed once its layers have
+    arrived, and is installed again when the leases on the model have changed, because a layer that
+    stays under one lease may be evicted after another.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, model: Model) -> None:
@@ -72,51 +63,102 @@ class Gates:
         }
         self._own = {part: _own_layers(part, layer_at) for part in module.modules()}
         self._layers = gated_parts(module, self._own)
+        self._lock = threading.Lock()  # over all below
         self._hooks: dict[nn.Module, RemovableHandle] = {}
-        self._epoch = 0  # of the leases for which hooks that are not there are not needed
+        self._epoch = 0  # of the leases under which the hooks that are missing are not needed
+        self._gated: dict[int, int] = {}  # passes that need gates, of each thread
 
-    def take(self, part: nn.Module) -> list[int]:
-        """The layers that a part waits for where it is called by itself; from now on that is the
-        caller's business."""
+    def guarded(self, entry: nn.Module) -> Callable[..., Any]:
+        """The entry's forward as a pass."""
+        forward = entry.forward
+        layers = self._take(entry)
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            held = self._begin_pass()
+            try:
+                if held.complete:
+                    if self._hooks:
+                        self._remove_hooks()
+                    return forward(*args, **kwargs)
+                with self._gated_pass(held.lease_epoch):
+                    self._wait(held, layers)
+                    return forward(*args, **kwargs)
+            finally:
+                try:
+                    if self.on_cuda:  # also if the pass fails: what it enqueued runs all the same
+                        self._record(held)
+                finally:
+                    held.release()
+
+        return run
+
+    def _begin_pass(self) -> _native.Pass:
+        held = self._model.native.begin_pass()
+        if held is None:
+            raise StaleView(self._runtime.why_not_leased(self._model))
+        return held
+
+    def _take(self, part: nn.Module) -> list[int]:
+        """The layers that a part waits for when it is called by itself. It has no gate any more."""
         waits_for = self._layers.pop(part, [])
         within = set[int]().union(*(self._own[each] for each in part.modules()))
         return list(within) if len(within) == 1 else waits_for
 
-    def install(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        for part in self._layers.keys() - self._hooks.keys():
-            self._hooks[part] = part.register_forward_pre_hook(self._gate)
-        self._epoch = epoch
+    @contextmanager
+    def _gated_pass(self, epoch: int) -> Iterator[None]:
+        """Installs the hooks that are missing, and keeps them if another thread computes too: what
+        its pass holds may be less, or more."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._gated[thread] = self._gated.get(thread, 0) + 1
+            if epoch != self._epoch:
+                for part in self._layers.keys() - self._hooks.keys():
+                    self._hooks[part] = part.register_forward_pre_hook(self._gate)
+                self._epoch = epoch
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._gated[thread] -= 1
+                if not self._gated[thread]:
+                    del self._gated[thread]
 
-    def remove(self) -> None:
-        while self._hooks:
-            self._hooks.popitem()[1].remove()
-        self._epoch = 0
+    def _remove_hooks(self) -> None:
+        with self._lock:
+            if self._gated:
+                return
+            while self._hooks:
+                self._hooks.popitem()[1].remove()
+            self._epoch = 0
 
-    def wait(self, layers: list[int]) -> bool:
-        """Whether they are resident; else torch's current stream waits for them."""
+    def _gate(self, part: nn.Module, arguments: Any) -> None:
+        held = self._begin_pass()  # the thread's pass again
+        try:
+            there = self._wait(held, self._layers[part])
+        finally:
+            held.release()
+        with self._lock:
+            if there and len(self._gated) <= 1 and (hook := self._hooks.pop(part, None)):
+                hook.remove()
+
+    def _wait(self, held: _native.Pass, layers: list[int]) -> bool:
+        """Whether the layers are resident; else torch's current stream waits for them."""
         stream = self._stream() if self.on_cuda else None
         there = True
         for layer in layers:
-            there &= self._model.native.wait(layer, stream)
+            there &= held.wait(layer, stream)
         return there
 
-    def record(self) -> None:
-        """What torch's current stream was given uses the model, if it runs at all: of a capture
-        the replays do, and whoever launches those records them."""
-        if torch.cuda.is_current_stream_capturing():
-            return
-        with suppress(StaleView):  # the lease has ended: there it was recorded, or nowhere
-            self._model.native.record(self._stream())
+    def _record(self, held: _native.Pass) -> None:
+        """Keeps the weights until torch's current stream has done what it was given. A capture
+        computes nothing: its replays do, and their caller records them."""
+        if not torch.cuda.is_current_stream_capturing():
+            held.record(self._stream())
 
     def _stream(self) -> _native.Stream:
         """Of the arena's device, which need not be the current one."""
         return native_stream(self._runtime.native, torch.cuda.current_stream(self._device))
-
-    def _gate(self, part: nn.Module, arguments: Any) -> None:
-        if self.wait(self._layers[part]) and (hook := self._hooks.pop(part, None)):
-            hook.remove()
 
 
 def gated_parts(module: nn.Module, own: Mapping[nn.Module, set[int]]) -> dict[nn.Module, list[int]]:

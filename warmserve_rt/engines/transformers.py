@@ -21,10 +21,13 @@ from . import experts, names
 from .blueprints import Blueprint, Blueprints
 from .gates import guard
 from .skeletons import skeleton
+from .token_stream import stream_tokens
 
 if TYPE_CHECKING:
     from warmserve_rt.layers import Grouping
     from warmserve_rt.runtime import Model, Runtime
+
+__all__ = ["bind", "load", "stream_tokens"]
 
 _blueprints = Blueprints()
 
