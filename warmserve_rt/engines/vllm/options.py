@@ -52,7 +52,8 @@ class Options:
         return options
 
     def _check(self) -> None:
-        if not isinstance(self.device, str | None) or not _DEVICE.fullmatch(self.device or "host"):
+        device = "host" if self.device is None else self.device
+        if not isinstance(device, str) or not _DEVICE.fullmatch(device):
             raise _refused("device", "'host', 'cuda' or 'cuda:N'", self.device)
         if not isinstance(self.gated, bool):
             raise _refused("gated", "true or false", self.gated)
