@@ -40,6 +40,7 @@ ORDER = [
     "kernels",
     "policy",
     "_terminal",
+    "_text",
     "_paths",
     "_units",
     "_native",

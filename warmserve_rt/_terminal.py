@@ -14,6 +14,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from . import _text
+
 Cell = tuple[str, str]  # a value, and a dim second line ("" for none)
 FOLDED = 12  # columns that are left to a name
 _UNLIMITED = 10_000  # columns of a pipe
@@ -27,9 +29,8 @@ def replace_unencodable() -> None:
 
 
 def plain(text: object) -> str:
-    """The text with control characters, line ends and characters that stdout cannot encode as
-    escapes, so that a name cannot move the cursor, recolour the terminal or add a line."""
-    return "".join(c if c.isprintable() and _encodable(c) else _escaped(c) for c in str(text))
+    """As :func:`_text.plain`, and characters that stdout cannot encode are escapes too."""
+    return "".join(c if _encodable(c) else _text.escaped(c) for c in _text.plain(text))
 
 
 def _encodable(character: str) -> bool:
@@ -38,10 +39,6 @@ def _encodable(character: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -110,7 +107,7 @@ def _table(
     for number, (name, *cells) in enumerate(rows):
         if sum_row and number == len(rows) - 1:
             table.add_section()
-        table.add_row(_text(name), *(_text(cell) for cell in cells[start - 1 : stop - 1]))
+        table.add_row(_cell(name), *(_cell(cell) for cell in cells[start - 1 : stop - 1]))
     return table
 
 
@@ -122,6 +119,6 @@ def _width(
     return Measurement.get(console, options, _table(headings, rows, start, stop)).maximum
 
 
-def _text(cell: Cell) -> Text:
+def _cell(cell: Cell) -> Text:
     value, more = cell
     return Text.assemble(plain(value), ("\n" + plain(more) if more else "", "dim"))

@@ -11,7 +11,11 @@ from itertools import pairwise
 WIDTH = 680
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 COLOURS = 8  # that the report's style sheet has, as --c0 and on
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2", "1 2", "12 4", "6 2 2 2")
+# More than colours: a dash alone tells a line, for readers who see few colours apart.
+DASHES = (
+    "", "9 4", "2 3", "10 3 2 3", "4 4", "16 5", "6 3 2 3 2 3", "1 5", "14 3 5 3", "3 8",
+    "12 3 2 3 2 3 2 3", "5 2", "18 3 2 3", "8 2 1 2", "7 7", "20 8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ def legend(names: Sequence[str]) -> str:
         dash = DASHES[place % len(DASHES)]
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         items.append(
-            '<li><svg class="key" viewBox="0 0 34 10" aria-hidden="true"><line x1="1" y1="5" '
-            f'x2="33" y2="5" class="line" style="stroke:{colour(place)}"{dashes}/></svg>'
+            '<li><svg class="key" viewBox="0 0 58 10" aria-hidden="true"><line x1="1" y1="5" '
+            f'x2="57" y2="5" class="line" style="stroke:{colour(place)}"{dashes}/></svg>'
             f"{escape(name)}</li>"
         )
     return f'<ul class="legend">{"".join(items)}</ul>'
