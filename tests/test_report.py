@@ -197,7 +197,8 @@ def test_every_policy_is_in_every_part_of_the_report(page: str) -> None:
 def strokes(page: str) -> dict[str, tuple[str, str]]:
     """The colour and the dashes of each name in the legend."""
     keys = re.findall(
-        r"style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?/></svg>([^<]*)<", page
+        r"style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?/>(?:<path[^>]*></path>)?</svg>([^<]*)<",
+        page,
     )
     return {name: (colour, dash) for colour, dash, name in keys}
 
@@ -212,6 +213,14 @@ def test_every_policy_has_dashes_of_its_own(page: str) -> None:
         r"<path class=\"line\" style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?", page
     )
     assert set(lines) <= set(found.values())
+
+
+def test_every_policy_has_a_marker_of_its_own(page: str) -> None:
+    drawn = re.findall(
+        r'<path class="dot" style="([^"]*)" transform="[^"]*" d="([^"]*)"></path>', page
+    )
+    forms = {(outline, "stroke" in paint) for paint, outline in drawn}
+    assert len(drawn) == len(forms) == len(POLICIES)
 
 
 def told(numbers: dict[str, Any], tails: dict[str, float], ratio: float = 2.0) -> str:
