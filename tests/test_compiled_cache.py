@@ -36,7 +36,7 @@ def installed(tmp_path: Path) -> Path:
 
 
 def compute(site: Path, *arguments: str, **environment: str) -> str:
-    """The output of a compiled function in a process of its own, which uses no cache but that of `site`."""
+    """The output of a compiled function in a new process that uses no cache but that of `site`."""
     paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "PYTHON", "XDG"))}
     done = subprocess.run(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ def test_a_promoted_revision_is_loaded_and_the_old_one_gives_way(
     world.ask("a", 8)
     world.settle()
     register(world, tmp_path, "a@2")
-    world.runtimes[0].promote("a@2")
+    old = world.runtimes[0].promote("a@2")
+    assert old is not None
     world.ask("a", 8)
     world.settle()
     world.settle()
     assert world.held() == {"a": [0, 1], "a@2": ALL}
     keep = [layer.keep_value for layer in world.runtimes[0].snapshot().models["a"].layers]
     assert max(keep) <= 0
-    world.runtimes[0].unregister("a")
+    world.runtimes[0].unregister(old)
     world.settle()
     assert world.held() == {"a@2": ALL}
     assert not world.fleet.errors
@@ -214,8 +216,6 @@ def test_additions_that_make_no_sense(
     world: World, name: str, options: dict[str, Any], problem: str
 ) -> None:
     world.fleet.remove("b")
-    from dataclasses import replace
-
     profile = replace(world.profile("b"), name=name, width=options.pop("width", 1))
     with pytest.raises(ValueError, match=problem):
         world.fleet.add(profile, **options)

@@ -15,8 +15,9 @@ from xml.etree import ElementTree
 import pytest
 from studies import BASELINE, SMALL, WARM
 
+from warmserve_rt.sim import columns as table
 from warmserve_rt.sim import study as study_module
-from warmserve_rt.sim import words
+from warmserve_rt.sim import terminal, words
 from warmserve_rt.sim.digest import as_interval, digest, to_json
 from warmserve_rt.sim.policies import POLICIES
 from warmserve_rt.sim.report import render
@@ -191,3 +192,123 @@ def test_every_policy_is_in_every_part_of_the_report(page: str) -> None:
         assert page.count(f"</svg>{name}</li>") == 2
         assert policy.title in page
         assert (f"<summary>{name}</summary>" in page) is not policy.unlimited
+
+
+def strokes(page: str) -> dict[str, tuple[str, str]]:
+    """The colour and the dashes of each name in the legend."""
+    keys = re.findall(
+        r"style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?/>(?:<path[^>]*></path>)?</svg>([^<]*)<",
+        page,
+    )
+    return {name: (colour, dash) for colour, dash, name in keys}
+
+
+def test_every_policy_has_dashes_of_its_own(page: str) -> None:
+    """Also for a reader who sees no colours."""
+    found = strokes(page)
+    assert set(found) == set(POLICIES)
+    assert len({dash for _, dash in found.values()}) == len(POLICIES)
+    assert len(set(found.values())) == len(POLICIES)
+    lines = re.findall(
+        r"<path class=\"line\" style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?", page
+    )
+    assert set(lines) <= set(found.values())
+
+
+def test_every_policy_has_a_marker_of_its_own(page: str) -> None:
+    drawn = re.findall(
+        r'<path class="dot" style="([^"]*)" transform="[^"]*" d="([^"]*)"></path>', page
+    )
+    forms = {(outline, "stroke" in paint) for paint, outline in drawn}
+    assert len(drawn) == len(forms) == len(POLICIES)
+
+
+def told(numbers: dict[str, Any], tails: dict[str, float], ratio: float = 2.0) -> str:
+    """The findings of policies with these P99s."""
+    policies = {name: dict(numbers["policies"][name]) for name in tails}
+    for name, seconds in tails.items():
+        tail = {"mean": seconds, "low": None, "high": None}
+        policies[name]["metrics"] = {**policies[name]["metrics"], "ttft_p99": tail}
+    each = {"mean": ratio, "low": None, "high": None}
+    paired = [
+        {"policy": a, "over": b, "ttft_p99_ratio": each} for a in tails for b in tails if a != b
+    ]
+    return " ".join(words.findings({**numbers, "policies": policies, "paired": paired}))
+
+
+def test_a_bound_that_does_no_better_is_not_called_the_most_that_could_be(
+    numbers: dict[str, Any],
+) -> None:
+    better = told(numbers, {"scheduler": 4.0, "lru": 8.0, "h0": 2.0, "h1": 3.0})
+    assert "h0, a bound with memory for everything, has a P99 of 2 s." in better
+    assert "h1, a bound with knowledge of the future, has a P99 of 3 s." in better
+    assert "scheduler has the lowest P99 TTFT" in better
+    worse = told(numbers, {"scheduler": 4.0, "lru": 8.0, "h0": 61.0})
+    assert "h0, which has memory for everything, does no better, 61 s" in worse
+    assert "at most" not in worse
+
+
+def test_findings_of_one_policy_compare_nothing(numbers: dict[str, Any]) -> None:
+    said = told(numbers, {"lru": 8.0})
+    assert said.startswith("lru has a P99 TTFT of 8 s")
+    assert "next" not in said
+    assert "lowest" not in said
+
+
+def test_unbounded_times_are_not_compared(numbers: dict[str, Any]) -> None:
+    said = told(numbers, {"lru": 8.0, "sharing": math.inf}, math.inf)
+    assert "That of the next, sharing, is unbounded." in said
+    said = told(numbers, {"lru": math.inf, "sharing": math.inf}, math.nan)
+    assert said.startswith("No policy served all requests")
+    same = told(numbers, {"lru": 8.0, "sharing": 8.0})
+    assert "That of sharing is the same." in same
+    for text in (said, same):
+        assert not re.search(r"\b(nan|inf|0x)\b", text)
+
+
+def test_an_engine_start_is_compared_where_there_is_a_ratio(numbers: dict[str, Any]) -> None:
+    def over(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "low": None, "high": None}
+
+    def starts(with_start: dict[str, float], without: dict[str, float]) -> str:
+        rows = [
+            {
+                "policy": BASELINE,
+                "engine_start_s": seconds,
+                "ttft_p99_over": {name: over(mean) for name, mean in each.items()},
+            }
+            for seconds, each in ((5.0, with_start), (0.0, without))
+        ]
+        policies = {name: numbers["policies"][name] for name in (BASELINE, *with_start)}
+        data = {**numbers, "policies": policies, "engine_starts": rows}
+        return " ".join(words.engine_start(data))
+
+    said = starts({"lru": 3.0, "sharing": 0.0}, {"lru": 1.5, "sharing": 0.0})
+    assert "has no ratio to that of sharing" in said
+    assert "0x" not in said.replace("50.8x", "")
+    assert "So a factor of 2 is the engine start's." in said
+    said = starts({"sharing": math.nan}, {"sharing": math.inf})
+    assert "So a factor" not in said
+    said = starts({"lru": 3.0}, {"lru": 3.0})
+    assert "So the engine start makes no difference here." in said
+
+
+def test_a_workload_of_any_file_name_can_be_written(small: Result) -> None:
+    named = replace(small, workload=replace(small.workload, name="a\udcff\n<b>[red]"))
+    data = digest(named)
+    written = (to_json(data) + render(named, data)).encode()
+    assert rb"a\udcff\n&lt;b&gt;[red]" in written
+
+
+@pytest.mark.parametrize("columns", ["200", "80", "40"])
+def test_the_terminal_shows_whole_figures_at_any_width(
+    numbers: dict[str, Any], columns: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    terminal.show(numbers)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for row in table.rows(numbers):
+        for value, more in row[1:]:
+            assert value in out
+            assert more in out

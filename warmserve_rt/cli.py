@@ -1,26 +1,32 @@
-"""The command line: ``warmserve-rt demo | live | inspect | simulate | cache``. Needs extras, demo
-or sim, live both."""
+"""The command line: ``warmserve-rt demo | live | inspect | size | simulate | cache``.
+
+All need typer. demo and live need the extra demo, simulate and live the extra sim."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import closing
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
 except ModuleNotFoundError:
-    extra = "sim" if sys.argv[1:2] == ["simulate"] else "demo"
-    sys.exit(f"warmserve-rt needs typer: pip install 'warmserve_rt[{extra}]'")
+    EXTRAS = {"simulate": "sim", "demo": "demo", "live": "demo,sim"}
+    extra = EXTRAS.get("".join(sys.argv[1:2]))
+    sys.exit(
+        "warmserve-rt needs typer: pip install "
+        + (f"'warmserve_rt[{extra}]'" if extra else "typer")
+    )
 
 from ._errors import WarmServeError
-from .checkpoint import open_checkpoint
+from ._units import parse_bytes
 from .engines.vllm import command as cache
-from .layers import build_layout
 from .sim.command import simulate
+
+if TYPE_CHECKING:
+    from .sizes import Sizes
 
 app = typer.Typer(
     help="Keeps layers of many models warm in one device's memory.",
@@ -30,6 +36,10 @@ app = typer.Typer(
 )
 app.command()(simulate)
 app.add_typer(cache.app, name="cache")
+Granule = Annotated[str, typer.Option(help="Bytes of a granule, such as 2MiB.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32, to which weights are cast.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -75,15 +85,15 @@ def demo(
         extras = "demo,vllm" if engine is Engine.vllm else "demo"
         sys.exit(f"warmserve-rt demo needs {error.name}: pip install 'warmserve_rt[{extras}]'")
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"warmserve-rt demo: {error}")
+        sys.exit(f"warmserve-rt demo: {_plain(error)}")
     raise typer.Exit(status)
 
 
 @app.command()
 def live(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
-    requests: Annotated[int, typer.Option(min=2, help="About how many arrive.")] = 40,
-    seconds: Annotated[float, typer.Option(help="In which they arrive.")] = 90.0,
+    requests: Annotated[int, typer.Option(min=2, help="How many arrive.")] = 40,
+    seconds: Annotated[float, typer.Option(min=1, max=540, help="In which they arrive.")] = 90.0,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     mutate: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
@@ -95,31 +105,112 @@ def live(
     except ModuleNotFoundError as error:
         sys.exit(f"warmserve-rt live needs {error.name}: pip install 'warmserve_rt[demo,sim]'")
     except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"warmserve-rt live: {error}")
+        sys.exit(f"warmserve-rt live: {_plain(error)}")
     raise typer.Exit(status)
 
 
 @app.command()
-def inspect(checkpoint: Annotated[Path, typer.Argument(help="File or directory.")]) -> None:
-    """Show the layers of a checkpoint, as a runtime would keep them."""
-    from rich.console import Console
-    from rich.table import Table
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="File or directory.")],
+    granule: Granule = "2MiB",
+    dtype: Dtype = None,
+) -> None:
+    """Show the layers of a checkpoint, as a runtime would keep them, and its files."""
+    from ._terminal import make_console, plain, print_table
+    from .sizes import dtypes_of
+
+    (sizes,), _ = _measure([checkpoint], granule, dtype)
+    layers = [
+        [
+            (layer.name, ""),
+            (str(len(layer.tensors)), ""),
+            (", ".join(dtypes_of(sizes, layer.index)), ""),
+            (_mib(layer.nbytes), ""),
+            (str(count), ""),
+        ]
+        for layer, count in zip(sizes.layout.layers, sizes.granules, strict=True)
+    ]
+    layout = sizes.layout
+    every = sorted({name for each in layout.layers for name in dtypes_of(sizes, each.index)})
+    total = ("all", str(len(layout.tensors)), ", ".join(every), _mib(layout.nbytes))
+    layers.append([(each, "") for each in (*total, str(sizes.total))])
+    console = make_console()
+    headings = ("layer", "tensors", "dtypes", "MiB", "granules")
+    print_table(console, headings, layers, title=plain(checkpoint), sum_row=True)
+    files = [[(Path(name).name, ""), (_mib(nbytes), "")] for name, nbytes in sizes.files]
+    print_table(console, ("file", "MiB"), files)
+
+
+@app.command()
+def size(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Files or directories.")],
+    granule: Granule = "2MiB",
+    dtype: Dtype = None,
+) -> None:
+    """Say how large an arena is that holds all layers of all these checkpoints."""
+    from ._terminal import make_console, print_table
+
+    found, nbytes = _measure(checkpoints, granule, dtype)
+    rows = [(each.path, each.layout.nbytes, each.total) for each in found]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    print_table(
+        make_console(),
+        ("checkpoint", "bytes of layers", "granules", "arena bytes", "arena GiB"),
+        [
+            [
+                (path, ""),
+                (str(layers), ""),
+                (str(count), ""),
+                (str(count * nbytes), ""),
+                (f"{count * nbytes / 2**30:.3f}", ""),
+            ]
+            for path, layers, count in rows
+        ],
+        sum_row=True,
+    )
+
+
+def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[Sizes], int]:
+    """Each checkpoint, and the bytes of a granule."""
+    try:
+        from ._terminal import plain
+    except ModuleNotFoundError as error:
+        sys.exit(f"warmserve-rt needs {error.name}: pip install {error.name}")
+    from .dtypes import target_dtype
+    from .sizes import measure
 
     try:
-        with closing(open_checkpoint(checkpoint, allow_symlinks=True)) as opened:
-            layout = build_layout(opened)
-    except (WarmServeError, OSError) as error:
-        raise SystemExit(f"warmserve-rt: {error}") from None
-    table = Table("layer", "tensors", "MiB", title=str(checkpoint))
-    for layer in layout.layers:
-        table.add_row(layer.name, str(len(layer.tensors)), f"{layer.nbytes / 2**20:.1f}")
-    table.add_section()
-    table.add_row("all", str(len(layout.tensors)), f"{layout.nbytes / 2**20:.1f}")
-    Console().print(table)
+        nbytes = parse_bytes(int(granule) if granule.isdecimal() else granule)
+        if nbytes < 1 or nbytes % (2 << 20):
+            raise ValueError(f"a granule is 2MiB or a multiple of it, not {granule!r}")
+        if dtype is not None:
+            target_dtype(dtype)
+    except ValueError as error:
+        raise typer.BadParameter(plain(error)) from None
+    try:
+        return [measure(path, nbytes, dtype) for path in paths], nbytes
+    except (WarmServeError, OSError, ValueError) as error:
+        raise SystemExit(f"warmserve-rt: {plain(error)}") from None
+
+
+def _plain(error: Exception) -> str:
+    from ._terminal import plain
+
+    return plain(error)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f}"
 
 
 def main() -> None:
     """Entry point of ``warmserve-rt``."""
+    try:
+        from ._terminal import replace_unencodable
+
+        replace_unencodable()
+    except ModuleNotFoundError:  # each command says what it needs
+        pass
     app()
 
 

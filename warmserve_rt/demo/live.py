@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from warmserve_rt import testing
+from warmserve_rt._terminal import print_whole
 from warmserve_rt.demo import report
 from warmserve_rt.demo.content import unique_granules
 from warmserve_rt.demo.measure import Costs, measure
@@ -102,7 +104,7 @@ def run(
     seed: int = 0,
     mutate: bool = False,
 ) -> int:
-    """Serve about `requests` requests within about `seconds`, print what was predicted and what
+    """Serve `requests` requests that arrive within `seconds`, print what was predicted and what
     was measured, and write `json_path`, if given.
 
     Returns the exit status: 0 if every token and every leased byte is right, else 1. `mutate`
@@ -133,8 +135,6 @@ def run(
                 seconds=seconds,
                 seed=seed,
             )
-            if not asked.requests:
-                raise ValueError(f"seed {seed} has no requests")
             return asked, predict(
                 asked.workload,
                 _scheduler(seconds),
@@ -166,10 +166,12 @@ def run(
         "while_serving": served,
         "errors": errors,
     }
+    print_whole(screen.console, _table(predicted, afterwards, measured))
     screen.console.print(
-        _table(predicted, afterwards, measured),
-        f"{len(asked.requests)} requests. Measured before: {json.dumps(costs.numbers())}\n"
-        f"While serving: {json.dumps(served)}",
+        Text(
+            f"{len(asked.requests)} requests. Measured before: {json.dumps(costs.numbers())}\n"
+            f"While serving: {json.dumps(served)}"
+        )
     )
     if json_path is not None:
         Path(json_path).write_text(json.dumps(outcome, indent=2) + "\n")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from warmserve_rt._terminal import make_console, plain
 from warmserve_rt.demo.serve import Answer
 
 INTRODUCTION = {
@@ -138,9 +139,9 @@ def _split(times: Mapping[str, float]) -> str:
 
 def samples(question: str, answers: Mapping[str, str]) -> Table:
     """What each tenant says to one question."""
-    made = Table(title=f"[italic]{question}[/]", title_justify="left", show_header=False)
+    made = Table(title=Text(plain(question)), title_justify="left", show_header=False)
     for tenant, answer in answers.items():
-        made.add_row(tenant, answer)
+        made.add_row(Text(plain(tenant)), Text(plain(answer)))
     return made
 
 
@@ -148,13 +149,17 @@ class Screen:
     """The terminal: a bar for what is going on, and everything else above it."""
 
     def __init__(self) -> None:
-        self.console = Console()
+        self.console = make_console()
 
     @contextmanager
     def bars(self) -> Iterator[Bars]:
         """Bars, live while the context lasts."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        details = (TimeElapsedColumn(), TextColumn("{task.fields[detail]}"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+        )
+        details = (TimeElapsedColumn(), TextColumn("{task.fields[detail]}", markup=False))
         with Progress(*columns, *details, console=self.console) as progress:
             yield Bars(progress)
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from warmserve_rt._terminal import print_whole
 from warmserve_rt.demo import reference, report
 from warmserve_rt.demo.content import Content, unique_granules
 from warmserve_rt.demo.lessons import QUESTIONS
@@ -75,7 +76,8 @@ def run(
         results = [
             _run_row(make, cast, stream, bars) for make in ways(cast, arena, mutation, bars.show)
         ]
-    screen.console.print(report.table(results), report.NOTE[engine])
+    print_whole(screen.console, report.table(results))
+    screen.console.print(report.NOTE[engine])
     facts = {
         "engine": engine,
         "models": len(cast.tenants),

@@ -39,7 +39,7 @@ def traffic(
     seconds: float,
     seed: int,
 ) -> Traffic:
-    """About ``count`` requests of the Azure trace of 2023 (conversations for every second tenant,
+    """Draws ``count`` requests of the Azure trace of 2023 (conversations for every second tenant,
     code for the others) within ``seconds``, into which nine minutes of it and its past days are
     compressed.
 
@@ -47,7 +47,15 @@ def traffic(
     ``wanted``, at least 2.
     """
     faster = TRACE_S / seconds
-    recorded = azure(profiles, count / TRACE_S, TRACE_S, seed, window=WINDOW_S)
+    rate = count / TRACE_S
+    recorded = drawn = azure(profiles, rate, TRACE_S, seed, window=WINDOW_S)
+    while len(drawn.time) < count:
+        rate *= 1.5
+        drawn = azure(profiles, rate, TRACE_S, seed, window=WINDOW_S)
+    # As many as were asked for, wherever in the nine minutes they lie.
+    kept = np.sort(np.random.default_rng(seed).choice(len(drawn.time), count, replace=False))
+    parts = {part: getattr(drawn, part)[kept] for part in ("time", "model", "prompt", "output")}
+    recorded = replace(recorded, **parts)
     total = len(recorded.time)
     rank = np.argsort(np.argsort(recorded.prompt, kind="stable")) * len(PROMPTS) // max(total, 1)
     requests, outputs = [], []

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,13 @@ class Transformers(InArena):
 def generate(module: Any, prompt: list[int], count: int, end: int) -> Iterator[int]:
     """Greedy tokens, each given as soon as it is known."""
     tokens = torch.tensor([prompt])
+    # transformers renamed it in 5.24, and warns of the old name.
+    known = signature(type(module).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
     cache = None
     for _ in range(count):
-        output = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = module(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache = output[name]
         tokens = output.logits[:, -1].argmax(-1, keepdim=True)
         token = int(tokens)
         yield token

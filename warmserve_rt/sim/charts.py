@@ -11,7 +11,11 @@ from itertools import pairwise
 WIDTH = 680
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 COLOURS = 8  # that the report's style sheet has, as --c0 and on
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2", "1 2", "12 4", "6 2 2 2")
+# More than colours: a dash alone tells a line, for readers who see few colours apart.
+DASHES = (
+    "", "9 4", "2 3", "10 3 2 3", "4 4", "16 5", "6 3 2 3 2 3", "1 5", "14 3 5 3", "3 8",
+    "12 3 2 3 2 3 2 3", "5 2", "18 3 2 3", "8 2 1 2", "7 7", "20 8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,20 +109,40 @@ def line(points: Sequence[tuple[float, float]], place: int, name: str) -> str:
     )
 
 
+def marker(x: float, y: float, place: int, title: str = "") -> str:
+    """A point. Its form tells the place without a colour: six outlines, full and then hollow."""
+    outlines = (
+        "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
+        "M-4 -4H4V4H-4Z",
+        "M0 -5.5L5.5 0L0 5.5L-5.5 0Z",
+        "M0 -5L5 4H-5Z",
+        "M0 5L5 -4H-5Z",
+        "M-2 -5H2V-2H5V2H2V5H-2V2H-5V-2H-2Z",
+    )
+    outline = outlines[place % len(outlines)]
+    hollow = place // len(outlines) % 2
+    paint = f"fill:var(--page);stroke:{colour(place)}" if hollow else f"fill:{colour(place)}"
+    inside = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f'<path class="dot" style="{paint}" transform="translate({x:.1f} {y:.1f})" '
+        f'd="{outline}">{inside}</path>'
+    )
+
+
 def colour(place: int) -> str:
     return f"var(--c{place % COLOURS})"
 
 
-def legend(names: Sequence[str]) -> str:
-    """HTML: a sample of each line and its name."""
+def legend(names: Sequence[str], *, markers: bool = False) -> str:
+    """HTML: a sample of each line, with its marker if the plot has them, and its name."""
     items = []
     for place, name in enumerate(names):
         dash = DASHES[place % len(DASHES)]
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         items.append(
-            '<li><svg class="key" viewBox="0 0 34 10" aria-hidden="true"><line x1="1" y1="5" '
-            f'x2="33" y2="5" class="line" style="stroke:{colour(place)}"{dashes}/></svg>'
-            f"{escape(name)}</li>"
+            '<li><svg class="key" viewBox="0 -1 58 12" aria-hidden="true"><line x1="1" y1="5" '
+            f'x2="57" y2="5" class="line" style="stroke:{colour(place)}"{dashes}/>'
+            f"{marker(29, 5, place) if markers else ''}</svg>{escape(name)}</li>"
         )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -157,7 +181,8 @@ def attainment(
     body = axes(x, y, "requests per second", "share of requests within the SLO")
     body += [rule(x.first, y(goal), x.last, y(goal), "goal") for goal in goals]
     for place, (name, points) in enumerate(curves):
-        shift = 2.5 * (place - (len(curves) - 1) / 2)  # so that whiskers do not hide each other
+        # Whiskers beside each other, with room to spare if there is one rate alone.
+        shift = (2.5 if len(rates) > 1 else 24.0) * (place - (len(curves) - 1) / 2)
         ends = [(x(rate) + shift, y(share)) for rate, share, _, _ in points]
         for (at, _), (_, _, low, high) in zip(ends, points, strict=True):
             if low is not None and high is not None:
@@ -167,9 +192,6 @@ def attainment(
                 )
         body.append(line(ends, place, name))
         for (at, height), (rate, share, _, _) in zip(ends, points, strict=True):
-            body.append(
-                f'<circle class="dot" style="fill:{colour(place)}" cx="{at:.1f}" '
-                f'cy="{height:.1f}" r="4"><title>{escape(name)}: {100 * share:.2f} % at '
-                f"{rate:g} requests per second</title></circle>"
-            )
+            title = f"{name}: {100 * share:.2f} % at {rate:g} requests per second"
+            body.append(marker(at, height, place, title))
     return svg(bottom + BOTTOM, "Share of requests within the SLO by rate and policy", body)

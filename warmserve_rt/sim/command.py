@@ -56,6 +56,7 @@ def simulate(
 ) -> None:
     """Compare policies on a simulated fleet: a table here, a report and numbers in a folder."""
     try:
+        from .._terminal import plain
         from . import terminal
         from .devices import Hardware
         from .digest import digest, to_json
@@ -101,15 +102,15 @@ def simulate(
             raise StudyError(str(error)) from None
         result = terminal.run(study, _cpus() if jobs is None else jobs)
     except StudyError as error:
-        print(f"warmserve-rt simulate: {error}", file=sys.stderr)
+        print(f"warmserve-rt simulate: {plain(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
     data = digest(result)
     try:
         put({"summary.json": to_json(data), "report.html": render(result, data)}, out)
     except OSError as error:
-        sys.exit(f"warmserve-rt simulate: {error}")
+        sys.exit(f"warmserve-rt simulate: {plain(error)}")
     terminal.show(data)
-    print(f"report.html and summary.json are in {out}")
+    print(f"report.html and summary.json are in {plain(out)}")
 
 
 def _numbers(option: str, words: str) -> tuple[float, ...]:

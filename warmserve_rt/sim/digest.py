@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .._text import plain
 from .intervals import Interval, difference, highest_rate, interval, ratio
 from .metrics import Floats, RunSummary
 from .policies import POLICIES
@@ -35,7 +36,7 @@ def digest(result: Result) -> dict[str, Any]:
         "format": "warmserve_rt simulation 1",
         "study": _arguments(study),
         "workload": {
-            "name": result.workload.name,
+            "name": plain(result.workload.name),
             "minutes": result.workload.duration / 60,
             "requests_of_first_seed": len(result.workload.time),
             "models": [model.name for model in result.workload.models],
@@ -75,7 +76,9 @@ def _plain(value: Any) -> Any:
 def _arguments(study: Study) -> dict[str, Any]:
     arguments = asdict(study)
     # A path is where somebody keeps a file, not what is in it.
-    arguments["workload"] = study.workload.rsplit("/", 1)[-1] if study.from_file else study.workload
+    arguments["workload"] = plain(
+        study.workload.rsplit("/", 1)[-1] if study.from_file else study.workload
+    )
     return arguments
 
 

@@ -122,7 +122,7 @@ def _attainment(data: dict[str, Any]) -> str:
     drawn = charts.attainment(curves, GOALS)
     return (
         "<section><h2>How much each policy takes</h2>"
-        f"{_figure(drawn, caption, charts.legend(list(data['policies'])))}"
+        f"{_figure(drawn, caption, charts.legend(list(data['policies']), markers=True))}"
         f"{_paragraphs(words.rates(data), 'note')}</section>"
     )
 

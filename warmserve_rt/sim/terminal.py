@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
+from .._terminal import make_console, plain, print_table
 from . import columns, study, words
 from .study import Result, Study
 
@@ -40,28 +39,17 @@ def run(asked: Study, jobs: int) -> Result:
 def show(data: dict[str, Any]) -> None:
     """The summary of a result's digest, in tables and in words."""
     described = data["study"]
-    console = Console()
+    console = make_console()
     title = (
-        f"{data['workload']['name']}: {len(data['workload']['models'])} models on "
+        f"{plain(data['workload']['name'])}: {len(data['workload']['models'])} models on "
         f"{described['hardware']['devices']} GPUs, {described['rate']:.3g} requests/s for "
         f"{described['minutes']:.3g} minutes, seeds: {described['seeds']}"
     )
-    console.print(title, highlight=False)
-    every = columns.rows(data)
-    for shown in (range(columns.WAITS), (0, *range(columns.WAITS, len(columns.HEADINGS)))):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for place in shown:
-            justify: Literal["left", "right"] = "right" if place else "left"
-            table.add_column(columns.HEADINGS[place], justify=justify, no_wrap=not place)
-        for (name, _), *cells in every:
-            row = [(name, ""), *cells]
-            table.add_row(*(_cell(row[place]) for place in shown))
-        console.print(table)
+    console.print(Text(title))
+    every = [[(row[0][0], ""), *row[1:]] for row in columns.rows(data)]
+    waits, costs = columns.HEADINGS[: columns.WAITS], columns.HEADINGS[columns.WAITS :]
+    print_table(console, waits, [row[: columns.WAITS] for row in every])
+    print_table(console, ("policy", *costs), [[row[0], *row[columns.WAITS :]] for row in every])
     for sentences in (words.findings(data), words.rates(data), words.engine_start(data)):
         if sentences:
-            console.print(" ".join(sentences), highlight=False)
-
-
-def _cell(cell: columns.Cell) -> Text:
-    value, more = cell
-    return Text.assemble(value, ("\n" + more if more else "", "dim"))
+            console.print(Text(" ".join(sentences)))

@@ -9,6 +9,7 @@ from typing import Any
 from .charts import seconds
 from .digest import as_interval
 from .intervals import Interval
+from .policies import POLICIES
 
 PAPER_FACTOR = 50.8  # the paper's, of tail TTFT below that of autoscaling
 
@@ -26,12 +27,17 @@ def time(value: float) -> str:
 
 
 def times(each: Interval) -> str:
-    """A ratio, with its interval where it has one."""
-    if math.isnan(each.mean):
+    """A ratio, with its interval if it has one. Unbounded times have no ratio."""
+    if not comparable(each):
         return "not comparable"
     if each.low is None or each.high is None:
         return f"{number(each.mean)}x"
     return f"{number(each.mean)}x ({number(each.low)} to {number(each.high)})"
+
+
+def comparable(each: Interval) -> bool:
+    """Whether both of a ratio are positive and finite."""
+    return math.isfinite(each.mean) and each.mean > 0
 
 
 def listed(items: Sequence[str]) -> str:
@@ -41,32 +47,33 @@ def listed(items: Sequence[str]) -> str:
 
 
 def findings(data: dict[str, Any]) -> list[str]:
-    """Sentences on who waits least, and whether these seeds can tell."""
+    """Sentences on the policy that waits least, and whether these seeds can tell."""
     policies = data["policies"]
-    real = {k: p for k, p in policies.items() if not p["unlimited_memory"]} or policies
+    real = {k: p for k, p in policies.items() if not _is_bound(k, p)} or policies
     order = sorted(real, key=lambda name: _tail(policies[name]).mean)
     best = order[0]
-    tail = _tail(policies[best])
+    tail = _tail(policies[best]).mean
     miss = policies[best]["metrics"]["slo_miss"]["mean"]
-    said = [
-        f"Of the policies that keep to the memory there is, {best} has the lowest P99 "
-        f"TTFT, {time(tail.mean)} on average over {_seeds(data)}, with {100 * miss:.3g} % of "
-        "requests over the SLO."
-    ]
-    if len(order) > 1:
-        apart = _ratio(data, order[1], order[0])
-        sure = apart.low is not None and apart.low > 1
-        doubt = "" if sure else ": these seeds do not tell the two apart"
-        said.append(f"That of the next, {order[1]}, is {times(apart)} as long{doubt}.")
+    late = f"{100 * miss:.3g} % of requests over the SLO"
+    if not math.isfinite(tail):
+        said = [f"No policy served all requests in {_seeds(data)}: no P99 TTFT is bounded."]
+    elif len(order) == 1:
+        said = [f"{best} has a P99 TTFT of {time(tail)} over {_seeds(data)}, with {late}."]
+    else:
+        said = [
+            f"Of the policies that keep to the memory there is, {best} has the lowest P99 "
+            f"TTFT, {time(tail)} on average over {_seeds(data)}, with {late}."
+        ]
+        said.append(_next(data, order[1], best))
     misses = {name: policies[name]["metrics"]["slo_miss"]["mean"] for name in real}
     least = min(misses, key=lambda name: misses[name])
     if misses[least] < misses[best]:
         said.append(f"{least} has the fewest requests over the SLO, {100 * misses[least]:.3g} %.")
-    for bound in (k for k, p in policies.items() if p["unlimited_memory"]):
-        said.append(
-            f"What memory could buy at most is seen in {bound}: a P99 of "
-            f"{time(_tail(policies[bound]).mean)}."
-        )
+    medians = {name: policies[name]["metrics"]["ttft_p50"]["mean"] for name in real}
+    quick = min(medians, key=lambda name: medians[name])
+    if medians[quick] < medians[best]:
+        said.append(f"{quick} has the lowest median TTFT, {time(medians[quick])}.")
+    said += [_bound(data, name, tail) for name in policies if name not in real]
     lost = [k for k, p in policies.items() if p["metrics"]["unserved"]["mean"] > 0]
     if lost:
         said.append(
@@ -74,6 +81,32 @@ def findings(data: dict[str, Any]) -> list[str]:
             "their times count as infinite."
         )
     return said
+
+
+def _is_bound(name: str, policy: dict[str, Any]) -> bool:
+    """Whether it has memory or knowledge that no policy can have."""
+    return policy["unlimited_memory"] or (name in POLICIES and POLICIES[name].bound)
+
+
+def _next(data: dict[str, Any], second: str, best: str) -> str:
+    apart, tail = _ratio(data, second, best), _tail(data["policies"][second]).mean
+    if tail == _tail(data["policies"][best]).mean:
+        return f"That of {second} is the same."
+    if not comparable(apart):
+        return f"That of the next, {second}, is {'unbounded' if math.isinf(tail) else time(tail)}."
+    sure = apart.low is not None and apart.low > 1
+    doubt = "" if sure else ": these seeds do not tell the two apart"
+    return f"That of the next, {second}, is {times(apart)} as long{doubt}."
+
+
+def _bound(data: dict[str, Any], name: str, best: float) -> str:
+    """What a policy shows that has more than any can have, beside the best of the others."""
+    policy = data["policies"][name]
+    tail = _tail(policy).mean
+    has = "memory for everything" if policy["unlimited_memory"] else "knowledge of the future"
+    if tail < best:
+        return f"{name}, a bound with {has}, has a P99 of {time(tail)}."
+    return f"{name}, which has {has}, does no better, {time(tail)}: it shows no bound here."
 
 
 def rates(data: dict[str, Any]) -> list[str]:
@@ -122,20 +155,32 @@ def _over(rows: dict[float, Any], other: str) -> dict[float, Interval]:
 
 def _owed(slow: str, start: float, found: list[tuple[str, dict[float, Interval]]]) -> list[str]:
     """``found``: of each other policy, how many times its tail that of ``slow`` is, by start."""
-    (first, over), *others = found
+    unknown = [other for other, over in found if not all(map(comparable, over.values()))]
+    known = [(other, over) for other, over in found if other not in unknown]
+    said = []
+    if unknown:
+        said.append(
+            f"The P99 TTFT of {slow} has no ratio to that of {listed(unknown)}: some seed has none "
+            "that is bounded and positive."
+        )
+    if not known:
+        return said
+    (first, over), *others = known
     with_start = f"With {start:g} s, the P99 TTFT of {slow} is {times(over[start])} that of {first}"
     if 0.0 not in over or start == 0.0:
-        said = [with_start + ("." if start == 0.0 else "; equal starts were not run.")]
+        said.append(with_start + ("." if start == 0.0 else "; equal starts were not run."))
         return said + [f"Of {other} it is {times(each[start])}." for other, each in others]
-    said = [f"{with_start}; with equal starts, of 0 s, it is {times(over[0.0])}."]
+    said.append(f"{with_start}; with equal starts, of 0 s, it is {times(over[0.0])}.")
     said += [
         f"Of {other} these are {times(each[start])} and {times(each[0.0])}."
         for other, each in others
     ]
     # The other policies do not change with the engine start: this is the same over each of them.
-    factor = over[start].mean / over[0.0].mean if over[0.0].mean > 0 else math.nan
-    if math.isfinite(factor):
+    factor = over[start].mean / over[0.0].mean
+    if factor > 1.01:
         said.append(f"So a factor of {number(factor)} is the engine start's.")
+    else:
+        said.append("So the engine start makes no difference here.")
     return said
 
 
