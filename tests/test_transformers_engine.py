@@ -354,7 +354,7 @@ def test_what_cannot_be_pickled_is_built_each_time(
         assert torch.equal(leased_logits(runtime, module), plain_logits(path))
     assert len(built) == 4
     for number in range(3):
-        settings = {"a_setting": lambda: None} if number else {}
+        settings = {"hidden_act": lambda: None} if number else {}
         load(runtime, path, name=f"odd-{number}", **settings)
     assert len(built) == 7
 

@@ -53,7 +53,7 @@ class Gates:
     def __init__(self, module: nn.Module, runtime: Runtime, model: Model) -> None:
         self._runtime = runtime
         self._model = model
-        tensors = model.tensors()
+        tensors = model.tensors("torch")
         self._device = next((t.device for t in tensors.values()), torch.device("cpu"))
         self.on_cuda = self._device.type == "cuda"
         layer_at = {

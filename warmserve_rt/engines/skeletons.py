@@ -16,7 +16,7 @@ _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.c
 
 
 def skeleton(
-    config: Any, dtype: torch.dtype, *, auto_class: Any = AutoModelForCausalLM
+    config: Any, dtype: torch.dtype, *, auto_class: Any = AutoModelForCausalLM, **options: Any
 ) -> PreTrainedModel:
     """A module in eval mode with its parameters on the meta device and its buffers filled.
 
@@ -24,7 +24,7 @@ def skeleton(
     ValueError, which names it, for a tensor there that is neither parameter nor buffer.
     """
     with torch.device("meta"), _FillsNothing():
-        module: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+        module: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
     # What a buffer holds is the constructor's business, which ran on meta. transformers' own
     # loader refills buffers by initialising the module again with its parameters marked as done.
     # A buffer that keeps what it held before is one that the initialisation forgot.

@@ -1,0 +1,169 @@
+"""The options of `load`: those that it shares with `from_pretrained`, and a model's own."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from warmserve_rt._errors import CorruptCheckpoint
+
+_OWN = ("name", "dtype", "layers", "writable", "allow_symlinks", "auto_class", "revision")
+_MORE = ("variant", "subfolder", "trust_remote_code", "torch_dtype", "attn_implementation")
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+_NOT_HERE = "the weights stay in the runtime's arena"
+_NO_NETWORK = "load() downloads nothing"
+# Options of from_pretrained that only say what load() does anyway, with the values that say so.
+_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "low_cpu_mem_usage": ((None, True, False), ""),
+    "local_files_only": ((None, True, False), ""),
+    "use_safetensors": ((None, True), "load() reads safetensors alone"),
+    "weights_only": ((None, True), "load() reads safetensors alone"),
+    "gguf_file": ((None,), "load() reads safetensors alone"),
+    "from_tf": ((None, False), "load() reads safetensors alone"),
+    "from_flax": ((None, False), "load() reads safetensors alone"),
+    "device_map": ((None, "auto"), _NOT_HERE),
+    "device_mesh": ((None,), _NOT_HERE),
+    "max_memory": ((None,), _NOT_HERE),
+    "offload_folder": ((None,), _NOT_HERE),
+    "offload_buffers": ((None, False), _NOT_HERE),
+    "tp_plan": ((None,), _NOT_HERE),
+    "tp_size": ((None,), _NOT_HERE),
+    "distributed_config": ((None,), _NOT_HERE),
+    "state_dict": ((None,), "the weights are the checkpoint's"),
+    "key_mapping": ((None,), "names are translated as transformers does by itself"),
+    "ignore_mismatched_sizes": ((None, False), "every tensor must fit"),
+    "output_loading_info": ((None, False), "load() returns the module alone"),
+    "quantization_config": ((None,), "load() quantizes nothing"),
+    "token": ((None, False), _NO_NETWORK),
+    "proxies": ((None,), _NO_NETWORK),
+    "force_download": ((None, False), _NO_NETWORK),
+    "resume_download": ((None, False), _NO_NETWORK),
+    "cache_dir": ((None,), f"{_NO_NETWORK}, so give the directory as path"),
+}
+
+
+def dtype_name(dtype: object, old: object = None) -> str | None:
+    """The name of the dtype to cast to, None for the checkpoint's own.
+
+    ``old``: what `torch_dtype` says, which is transformers' former name for it. Raises TypeError or
+    ValueError.
+    """
+    found, other = _dtype_name("dtype", dtype), _dtype_name("torch_dtype", old)
+    if found and other and found != other:
+        raise ValueError(f"dtype is {found} and torch_dtype, its former name, {other}: give one")
+    return found or other
+
+
+def _dtype_name(option: str, dtype: object) -> str | None:
+    if dtype is None or dtype == "auto":
+        return None
+    name = _DTYPES.get(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if isinstance(name, str) and name.removeprefix("torch.") in _DTYPES.values():
+        return name.removeprefix("torch.")
+    if isinstance(name, str) and name in ("F32", "F16", "BF16"):
+        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[name]
+    error = ValueError if isinstance(dtype, str | torch.dtype) else TypeError
+    raise error(
+        f"{option} must be None, 'auto', or float32, float16 or bfloat16 as a name or a "
+        f"torch.dtype, got {dtype!r}"
+    )
+
+
+def configuration(
+    path: str, options: Mapping[str, Any], *, revision: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """The configuration of a model directory, with `options` in it.
+
+    Raises TypeError for an option that neither `load` nor the configuration knows, ValueError for
+    one that `load` cannot follow, FileNotFoundError or CorruptCheckpoint for the directory's file.
+    """
+    left = dict(options)
+    for name, (accepted, reason) in _ANYWAY.items():
+        if name not in left:
+            continue
+        value = left.pop(name)
+        if not any(value is each or (each == value and each is not None) for each in accepted):
+            wanted = " or ".join(repr(each) for each in accepted)
+            raise ValueError(f"{name} must be {wanted}, got {value!r}: {reason}")
+    if os.path.exists(path):
+        _check_file(path, trust_remote_code)
+    where = {} if revision is None else {"revision": revision}
+    found, unknown = AutoConfig.from_pretrained(
+        path,
+        local_files_only=True,
+        return_unused_kwargs=True,
+        trust_remote_code=trust_remote_code,
+        **where,
+        **left,
+    )
+    settings: PreTrainedConfig = found
+    for name in unknown:
+        if name in left:
+            near = difflib.get_close_matches(name, [*_OWN, *_MORE, *settings.to_dict()], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(
+                f"neither load() nor {type(settings).__name__} has an option {name!r}{hint}"
+            )
+    return settings
+
+
+def _check_file(path: str, trust_remote_code: bool) -> None:
+    """Raise in one sentence what transformers says in many."""
+    if not os.path.isdir(path):
+        raise NotADirectoryError(
+            f"{path} is a file: load() takes the directory that has config.json and the weights"
+        )
+    file = os.path.join(path, "config.json")
+    if not os.path.exists(file):
+        raise FileNotFoundError(
+            f"{path} has no config.json: load() takes a Hugging Face model directory, and "
+            "Runtime.register() any safetensors"
+        )
+    try:
+        with open(file, encoding="utf-8") as opened:
+            values = json.load(opened)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CorruptCheckpoint(f"{file} must hold a JSON object, got a {type(values).__name__}")
+    kind = values.get("model_type")
+    if "auto_map" in values:
+        if not trust_remote_code and kind not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{path} brings code of its own, which load() runs only with trust_remote_code=True"
+            )
+    elif kind is None:
+        raise CorruptCheckpoint(f"{file} has no 'model_type', by which transformers finds a class")
+    elif not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"{file}: this version of transformers has no model type {kind!r}")
+
+
+def quantization(path: str, settings: Any) -> str | None:
+    """By what method the weights are quantized, also those of a part of a composite model."""
+    parts = (settings, *(getattr(settings, key, None) for key in settings.sub_configs))
+    for part in parts:
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            values = found if isinstance(found, dict) else vars(found)
+            return str(values.get("quant_method", "by an unknown method"))
+    return _modelopt(os.path.join(path, "hf_quant_config.json"))
+
+
+def _modelopt(file: str) -> str | None:
+    """What NVIDIA's ModelOpt wrote beside the weights, which transformers does not read."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            values = json.load(opened)
+        method = values["quantization"]["quant_algo"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "modelopt"
+    return None if method is None else f"modelopt {method}"
