@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "layout.h"
+#include "layer_shape.h"
 #include "lease.h"
 #include "transfer.h"
 

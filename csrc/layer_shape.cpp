@@ -1,4 +1,4 @@
-#include "layout.h"
+#include "layer_shape.h"
 
 #include <algorithm>
 #include <limits>
