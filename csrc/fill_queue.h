@@ -109,7 +109,8 @@ bool FillQueue::serve(const Lock&, std::uint64_t chunk, Visit visit) {
     return pass(true, true, visit);
   }
   const double then = background_bytes_ + static_cast<double>(chunk);
-  const bool due = then <= share_ * (foreground_bytes_ + then);
+  const bool background = !order_.rbegin()->second->foreground();
+  const bool due = background && then <= share_ * (foreground_bytes_ + then);
   return (due && pass(false, true, visit)) || pass(true, false, visit);
 }
 

@@ -127,7 +127,8 @@ class Reference:
             self.foreground_chunks = self.background_chunks = 0
             return self._pass(True, True)
         then = self.background_chunks + 1
-        due = then <= self.background_share * (self.foreground_chunks + then)
+        background = any(not fill.foreground for fill in self.fills)
+        due = background and then <= self.background_share * (self.foreground_chunks + then)
         return (due and self._pass(False, True)) or self._pass(True, False)
 
     # Parts.

@@ -1,7 +1,7 @@
 # What csrc/bind/module.cpp defines; runtime.py, lease.py and views.py are its users. Bytes and
 # seconds throughout.
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ FileTuple: TypeAlias = tuple[int, str, tuple[int, int, int, int, int]]
 # Bytes, [(file, file offset, layer offset, bytes of the layer, kind of cast)].
 LayerTuple: TypeAlias = tuple[int, Sequence[tuple[int, int, int, int, str | None]]]
 Bytes: TypeAlias = bytearray | memoryview | npt.NDArray[np.uint8]
+
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 class Driver:
     @property
@@ -166,9 +168,8 @@ class ModelState:
     def leases(self) -> int: ...
     @property
     def backing_epoch(self) -> int: ...
-    @property
-    def layers(self) -> list[tuple[str, int, int, int, float]]: ...
-    # Each as (residency, nbytes, granules, leases, keep_value).
+    def layers(self, row: type[_Row]) -> tuple[_Row, ...]: ...
+    # Each as a kind of tuple: (residency, nbytes, granules, leases, keep_value).
 
 class RouteState:
     @property

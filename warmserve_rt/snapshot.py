@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,10 +24,6 @@ class LayerSnapshot(NamedTuple):
     granules: int
     leases: int
     keep_value: float
-
-
-# As LayerSnapshot._make, without a call of a Python function for each layer.
-_layer = partial(tuple.__new__, LayerSnapshot)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -139,7 +134,7 @@ class Snapshot:
                 model.name: ModelSnapshot(
                     model.leases,
                     model.backing_epoch,
-                    tuple(map(_layer, model.layers)),
+                    model.layers(LayerSnapshot),
                 )
                 for model in state.models
             },

@@ -102,29 +102,30 @@ py::dict driver_calls(Runtime& runtime) {
   return calls;
 }
 
-// Each layer as (residency, bytes, granules, leases, keep value): a snapshot of many layers makes
-// many of them, so that they are made by the interpreter's own calls.
-py::list layer_rows(const ModelState& state) {
-  py::list rows(state.layers.size());
+// Each layer as a `row`, a kind of tuple of (residency, bytes, granules, leases, keep value). A
+// snapshot of many layers makes many of them, so they are made as the interpreter makes tuples.
+py::tuple layer_rows(const ModelState& state, const py::type& row) {
+  auto* const type = reinterpret_cast<PyTypeObject*>(row.ptr());
+  if (!PyType_IsSubtype(type, &PyTuple_Type))
+    throw Error(ErrorKind::invalid_argument, "a row must be a kind of tuple");
+  py::tuple rows(state.layers.size());
   const py::str names[] = {"absent", "filling", "resident", "draining"};
   Py_ssize_t at = 0;
   for (const LayerState& layer : state.layers) {
-    const PyObject* name = names[static_cast<std::size_t>(layer.residency)].ptr();
+    PyObject* const name = names[static_cast<std::size_t>(layer.residency)].ptr();
+    Py_INCREF(name);
     PyObject* const values[] = {
-        Py_NewRef(const_cast<PyObject*>(name)), PyLong_FromUnsignedLongLong(layer.bytes),
-        PyLong_FromUnsignedLongLong(layer.granules), PyLong_FromUnsignedLong(layer.leases),
-        PyFloat_FromDouble(layer.keep_value)};
-    PyObject* const row = PyTuple_New(std::size(values));
-    bool made = row != nullptr;
-    for (PyObject* value : values) made = made && value;
-    if (!made) {
-      for (PyObject* value : values) Py_XDECREF(value);
-      Py_XDECREF(row);
+        name, PyLong_FromUnsignedLongLong(layer.bytes), PyLong_FromUnsignedLongLong(layer.granules),
+        PyLong_FromUnsignedLong(layer.leases), PyFloat_FromDouble(layer.keep_value)};
+    PyObject* const made = type->tp_alloc(type, std::size(values));
+    if (!made || std::find(std::begin(values), std::end(values), nullptr) != std::end(values)) {
+      for (PyObject* const value : values) Py_XDECREF(value);
+      Py_XDECREF(made);
       throw py::error_already_set();
     }
     for (std::size_t i = 0; i < std::size(values); ++i)
-      PyTuple_SET_ITEM(row, static_cast<Py_ssize_t>(i), values[i]);
-    PyList_SET_ITEM(rows.ptr(), at++, row);
+      PyTuple_SET_ITEM(made, static_cast<Py_ssize_t>(i), values[i]);
+    PyTuple_SET_ITEM(rows.ptr(), at++, made);
   }
   return rows;
 }
@@ -134,7 +135,7 @@ void bind_state(py::module_& m) {
       .def_readonly("name", &ModelState::name)
       .def_readonly("leases", &ModelState::leases)
       .def_readonly("backing_epoch", &ModelState::backing_epoch)
-      .def_property_readonly("layers", &layer_rows);
+      .def("layers", &layer_rows, py::arg("row"));
   py::class_<RouteState>(m, "RouteState")
       .def_readonly("name", &RouteState::name)
       .def_readonly("nbytes", &RouteState::bytes)
