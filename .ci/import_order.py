@@ -30,6 +30,7 @@ ORDER = [
     "lease",
     "selection",
     "model",
+    "registration",
     "streams",
     "snapshot",
     "views",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,14 +15,14 @@ import numpy.typing as npt
 from . import _native
 from ._errors import WarmServeError
 from ._units import parse_bytes
-from .checkpoint import Source, open_checkpoint
+from .checkpoint import Source
 from .devices import arena_bytes, loader_count
-from .dtypes import planned_casts
-from .layers import Grouping, build_layout
+from .layers import Grouping
 from .lease import Lease
-from .model import Model, native_files, native_layers
+from .model import Model
 from .paths import Path, open_devices
-from .revisions import Revisions, parse_name
+from .registration import Digests, Origin, Verify, anchored
+from .revisions import Revisions, difference, parse_name
 from .selection import Layers, all_but, layer_index, layer_indices
 from .snapshot import Snapshot
 from .views import Framework, checked_framework
@@ -92,6 +93,7 @@ class Runtime:
         spare = None if headroom is None else parse_bytes(headroom)
         granule = parse_bytes(granule)
         asked = None if arena is None else parse_bytes(arena)
+        self._granule_bytes = granule
         self._framework = checked_framework(tensors, cuda=driver.cuda_ordinal >= 0)
         self._models = Revisions()
         self._open: _native.Runtime | None = _native.Runtime(
@@ -147,6 +149,8 @@ class Runtime:
         allow_symlinks: bool = False,
         variant: str | None = None,
         revision: str | None = None,
+        verify: Verify | None = None,
+        digests: Digests | None = None,
     ) -> Model:
         """Makes a model known; loads nothing. Its files stay open until it is unregistered.
 
@@ -164,27 +168,57 @@ class Runtime:
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
         leave it; those of the Hugging Face cache need no leave.
 
-        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken or none, a
-        cast that there is not, a layout that is not that of the name's other revisions). Strong.
+        ``verify``: "full" takes a digest of every granule now, which reads the files, and compares
+        it after each load of a layer; "sampled" does so for some granules of each layer. A mismatch
+        is CorruptCheckpoint, and the layer is not resident. ``digests``: compare these instead of
+        taking them: by a layer's name, what :meth:`digest` gives.
+
+        Raises CorruptCheckpoint, FileNotFoundError, ValueError (an invalid or duplicate name, an
+        unknown cast, a layout that is not that of the name's other revisions). Strong.
         """
         native = self.native
         bare, named_revision = parse_name(name)
         if checkpoint is None:
             checkpoint, revision = bare, revision or named_revision
-        with closing(
-            open_checkpoint(
-                checkpoint, allow_symlinks=allow_symlinks, variant=variant, revision=revision
-            )
-        ) as opened:
-            casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
-            layout = build_layout(opened, layers, casts)
-            files, shapes = native_files(opened), native_layers(layout)
+        origin = Origin(checkpoint, dtype, layers, allow_symlinks, variant, revision, verify)
+        with origin.opened(self._granule_bytes, digests) as opened:
 
             def make() -> Model:
-                made = native.register(name, files, shapes, writable=writable)
-                return Model(made, layout, self._framework)
+                made = native.register(
+                    name, opened.files(), opened.layers(), writable=writable, checks=opened.checks
+                )
+                again = replace(origin, source=anchored(origin.source))
+                return Model(made, opened.layout, self._framework, again)
 
-            return self._models.add(name, layout, make)
+            return self._models.add(name, opened.layout, make)
+
+    def reload(
+        self,
+        model: Model | str,
+        *,
+        digests: Digests | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Takes a model as its files are now: opens again what it was registered from.
+
+        For a checkpoint that was replaced, written, or touched: until then its loads raise
+        CorruptCheckpoint. The layout must be the same. Addresses, views, keep values and the name
+        stay; resident layers are evicted. Digests are taken anew if the model was registered with
+        ``verify``, or are these ``digests``. Raises as :meth:`register`, Busy while the model is
+        leased, and TimeoutError if streams use it for longer than ``timeout``. Strong, except for
+        what was evicted.
+        """
+        found = self.model(model)
+        with found.origin.opened(self._granule_bytes, digests) as opened:
+            if differs := difference(opened.layout, found.layout):
+                raise ValueError(
+                    f"{found.name!r} has another layout now: {differs[0]}, and had {differs[1]}; "
+                    "unregister it and register it again"
+                )
+            self.native.reload(
+                found.native, opened.files(), opened.layers(), opened.checks, timeout
+            )
+            found.layout = opened.layout
 
     def unregister(self, model: Model | str, *, timeout: float | None = None) -> None:
         """Evicts a model and forgets it. Views of it keep their addresses, with nothing behind.
