@@ -38,6 +38,7 @@ ORDER = [
     "lease",
     "selection",
     "model",
+    "registration",
     "streams",
     "snapshot",
     "views",

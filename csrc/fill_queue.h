@@ -44,6 +44,7 @@ struct Fill {
   std::uint64_t done = 0;       // bytes arrived
   std::uint64_t in_flight = 0;  // bytes handed to loaders and not arrived
   unsigned hands = 0;           // loaders that are at a chunk of it
+  std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
 
   // The first of them. Pre-condition: there is one.
   const TicketPtr& most_urgent() const;

@@ -1,6 +1,7 @@
 // The layers of a model as its caller describes them.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -8,9 +9,16 @@
 
 namespace warmserve {
 
+// A granule whose content is checked after each load; without a digest it is what the files have
+// when the model is registered, which reads them.
+struct GranuleCheck {
+  std::uint32_t granule = 0;
+  std::optional<std::uint64_t> digest{};
+};
 struct LayerShape {
   std::uint64_t bytes = 0;
   std::vector<Segment> segments;
+  std::vector<GranuleCheck> checks{};  // ascending
 };
 
 // The rest of the library trusts what was checked here: a wrong offset would be a write out of

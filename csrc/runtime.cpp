@@ -4,7 +4,33 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/digest_parts.h"
+
 namespace warmserve {
+namespace {
+
+// Gives a layer the digests that it must have, read from the files where none is given.
+void take_digests(const Model& model, Layer& layer, const std::vector<GranuleCheck>& checks,
+                  const GranuleCut& cut, const Poll& poll) {
+  std::vector<std::byte> memory;
+  std::vector<ExpectedDigest> taken;
+  for (const auto& [granule, digest] : checks) {
+    if (granule >= layer.granules_needed || (!taken.empty() && granule <= taken.back().granule))
+      throw Error(ErrorKind::invalid_argument,
+                  "a digest of '" + model.name + "' is out of order or outside of its layer");
+    taken.push_back({granule, digest.value_or(0)});
+    if (digest) continue;
+    memory.resize(cut.granule_bytes);
+    const std::uint64_t begin = cut.begin(granule), bytes = cut.end(granule) - begin;
+    read_layer(model.files, layer.source, begin, begin + bytes,
+               {begin, cut.granule_bytes, {memory.data()}});
+    taken.back().digest = digest_of_parts(digest_part(memory.data(), bytes, 0), bytes);
+    if (poll) poll();
+  }
+  layer.source.digests = std::move(taken);
+}
+
+}  // namespace
 
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
     : device_(std::move(device)),
@@ -94,13 +120,13 @@ bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
   return true;
 }
 
-ModelPtr Runtime::register_model(const std::string& name, std::vector<File> files,
-                                 const std::vector<LayerShape>& layers, bool writable) {
+// A model that is not registered yet.
+ModelPtr Runtime::make_model(const std::string& name, std::vector<File> files,
+                             const std::vector<LayerShape>& layers, const Poll& poll) const {
   check_layout(name, files, layers, arena_.granule_bytes());
   auto model = std::make_shared<Model>();
   model->name = name;
   model->runtime = this;
-  model->writable = writable;
   model->files = std::move(files);
   for (const LayerShape& shape : layers) {
     Layer& layer = model->layers.emplace_back();
@@ -110,16 +136,43 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
     layer.offset = model->granules * arena_.granule_bytes();
     layer.granules_needed = arena_.granules_of(shape.bytes);
     layer.source.segments = shape.segments;
+    const GranuleCut cut{arena_.granule_bytes(), layer.bytes};
+    take_digests(*model, layer, shape.checks, cut, poll);
     model->granules += layer.granules_needed;
     model->bytes += shape.bytes;
   }
   model->missing = static_cast<std::uint32_t>(model->layers.size());
+  return model;
+}
+
+ModelPtr Runtime::register_model(const std::string& name, std::vector<File> files,
+                                 const std::vector<LayerShape>& layers, bool writable,
+                                 const Poll& poll) {
+  const ModelPtr model = make_model(name, std::move(files), layers, poll);
+  model->writable = writable;
   const Lock lock = open();
   if (books_.models.contains(name))
     throw Error(ErrorKind::invalid_argument, "a model '" + name + "' is registered already");
   model->id = ++next_id_;
   books_.models.emplace(name, model);
   return model;
+}
+
+void Runtime::reload(const ModelPtr& model, std::vector<File> files,
+                     const std::vector<LayerShape>& layers, Deadline deadline, const Poll& poll) {
+  // Its files are closed without the lock.
+  const ModelPtr made = make_model(model->name, std::move(files), layers, poll);
+  const auto bytes_of = [](const Layer& layer) { return layer.bytes; };
+  if (!std::ranges::equal(made->layers, model->layers, {}, bytes_of, bytes_of))
+    throw Error(ErrorKind::invalid_argument, "'" + model->name + "' has layers of other sizes");
+  Lock lock = open();
+  require_registered(lock, *model);
+  do {
+    evict_locked(lock, model, deadline, poll, Patience::streams);
+    require_registered(lock, *model);  // another thread may have been faster
+  } while (model->leases + model->passes);
+  model->files.swap(made->files);
+  for (Layer& layer : model->layers) std::swap(layer.source, made->layers[layer.index].source);
 }
 
 ReservationPtr Runtime::reservation(const ModelPtr& model) {

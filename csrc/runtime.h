@@ -70,9 +70,14 @@ class Runtime {
 
   const DevicePtr& device() const noexcept { return device_; }
 
-  // Strong. Throws invalid_argument for a name that is taken.
+  // Strong. Throws invalid_argument for a name that is taken. Blocks if digests are taken.
   ModelPtr register_model(const std::string& name, std::vector<File> files,
-                          const std::vector<LayerShape>& layers, bool writable);
+                          const std::vector<LayerShape>& layers, bool writable,
+                          const Poll& poll = nullptr);
+  // Gives a model other files, of layers of the same sizes, at the same addresses. Evicts it; until
+  // that is done nothing has changed. Throws busy while leased, timeout, invalid_argument. Blocks.
+  void reload(const ModelPtr& model, std::vector<File> files, const std::vector<LayerShape>& layers,
+              Deadline deadline, const Poll& poll);
   // Per layer. Evicts; views keep the addresses. Throws busy or waits, as `patience` says, and
   // timeout. Blocks.
   void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll,
@@ -194,6 +199,8 @@ class Runtime {
     std::vector<Use> uses;
   };
   Remains take_off(const Lock&, Model& model);
+  ModelPtr make_model(const std::string& name, std::vector<File> files,
+                      const std::vector<LayerShape>& layers, const Poll& poll) const;
   static Layer& layer_of(Model& model, std::uint32_t index);
   void check(const Lock&, const Selection& selection) const;
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;

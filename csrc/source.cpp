@@ -16,19 +16,6 @@ namespace {
 constexpr std::size_t kMostVectors = 64;
 constexpr std::size_t kSliceBytes = 256 * kKiB;  // stays in a core's own cache
 
-// Calls visit(memory, bytes) for each contiguous piece of layer bytes [begin, end).
-template <typename Visit>
-void for_each_piece(const Destination& destination, std::uint64_t begin, std::uint64_t end,
-                    Visit visit) {
-  while (begin < end) {
-    const std::uint64_t at = begin - destination.layer_offset;
-    const std::uint64_t within = at % destination.block_bytes;
-    const std::uint64_t bytes = std::min(end - begin, destination.block_bytes - within);
-    visit(destination.blocks[at / destination.block_bytes] + within, bytes);
-    begin += bytes;
-  }
-}
-
 void fill_zero(const Destination& destination, std::uint64_t begin, std::uint64_t end) {
   for_each_piece(destination, begin, end,
                  [](std::byte* memory, std::uint64_t bytes) { std::memset(memory, 0, bytes); });
@@ -79,8 +66,21 @@ void cast_range(const File& file, std::uint64_t offset, CastKind kind,
   }
 }
 
-std::int64_t nanoseconds(const timespec& time) {
-  return static_cast<std::int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+std::uint64_t nanoseconds(const timespec& time) {
+  return static_cast<std::uint64_t>(time.tv_sec) * 1'000'000'000 +
+         static_cast<std::uint64_t>(time.tv_nsec);
+}
+
+// What of a file is not as it was; "" if all is.
+std::string difference(const FileIdentity& was, const FileIdentity& now, bool deleted,
+                       bool digests) {
+  if (was.device != now.device || was.inode != now.inode) return "it is another file";
+  if (was.size != now.size)
+    return "its size is " + std::to_string(now.size) + " and was " + std::to_string(was.size);
+  if (was.mtime_ns != now.mtime_ns) return "it was written or touched";
+  if (was.ctime_ns == now.ctime_ns || digests) return "";
+  return deleted ? "its name was given to another file or deleted"
+                 : "it was linked, renamed, or its mode, owner or attributes were changed";
 }
 
 }  // namespace
@@ -94,7 +94,7 @@ File::~File() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
-void File::check_unchanged() const {
+void File::check_unchanged(bool digests) const {
   struct stat status{};
   if (::fstat(descriptor_, &status) != 0)
     throw Error(ErrorKind::general,
@@ -103,9 +103,11 @@ void File::check_unchanged() const {
                          static_cast<std::uint64_t>(status.st_ino),
                          static_cast<std::uint64_t>(status.st_size), nanoseconds(status.st_mtim),
                          nanoseconds(status.st_ctim)};
-  if (now != identity_)
+  const std::string what = difference(identity_, now, status.st_nlink == 0, digests);
+  if (!what.empty())
     throw Error(ErrorKind::corrupt_checkpoint,
-                path_ + " was replaced or changed since it was registered");
+                path_ + " was replaced or changed since it was registered: " + what +
+                    "; Runtime.reload() takes the model as its files are now");
 }
 
 void read_layer(const std::vector<File>& files, const LayerSource& source, std::uint64_t begin,
@@ -130,7 +132,7 @@ void read_layer(const std::vector<File>& files, const LayerSource& source, std::
     } else {
       read_range(file, segment->file_offset + done, destination, at, stop);
     }
-    file.check_unchanged();
+    file.check_unchanged(!source.digests.empty());
     at = stop;
     ++segment;
   }

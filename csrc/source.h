@@ -6,17 +6,18 @@
 #include <string>
 #include <vector>
 
+#include "digests.h"
 #include "error.h"
 #include "kernels/kernels.h"
 #include "types.h"
 
 namespace warmserve {
 
-// What must not change while a model uses a file. Times in nanoseconds since the epoch.
+// What must not change while a model uses a file. Times in nanoseconds since the epoch, modulo
+// 2^64: they are compared alone, and a signed number would overflow in the year 2262.
 struct FileIdentity {
   std::uint64_t device = 0, inode = 0, size = 0;
-  std::int64_t mtime_ns = 0, ctime_ns = 0;
-  bool operator==(const FileIdentity&) const = default;
+  std::uint64_t mtime_ns = 0, ctime_ns = 0;
 };
 
 // An open file; owns the descriptor.
@@ -31,9 +32,11 @@ class File {
   int descriptor() const noexcept { return descriptor_; }
   const std::string& path() const noexcept { return path_; }
   const FileIdentity& identity() const noexcept { return identity_; }
-  // Throws corrupt_checkpoint unless the file is what it was when it was registered. Said after
-  // every read: a read may return its full length although the file was cut meanwhile.
-  void check_unchanged() const;
+  // Throws corrupt_checkpoint, which says what changed, unless the file is what it was when it was
+  // registered. Said after every read: a read may return its full length although the file was cut
+  // meanwhile. With `digests` of what was read a change of ctime alone is let pass: a link, a
+  // rename or a chmod changes it, and so does a writer who sets mtime back, whom the digests find.
+  void check_unchanged(bool digests) const;
 
  private:
   int descriptor_;
@@ -50,16 +53,11 @@ struct Segment {
 };
 
 // What makes one layer. Segments ascend in layer_offset and do not overlap; what lies between them
-// and after them is zero.
+// and after them is zero. `digests` are those that granules of it must have, ascending by granule;
+// none are checked without them.
 struct LayerSource {
   std::vector<Segment> segments;
-};
-
-// Host memory for a range of a layer: blocks of equal size, one per granule, or a single chunk.
-struct Destination {
-  std::uint64_t layer_offset = 0;  // of the first block
-  std::uint64_t block_bytes = 0;
-  std::vector<std::byte*> blocks;
+  std::vector<ExpectedDigest> digests{};
 };
 
 // Fills layer bytes [begin, end) at the destination. Where a segment casts, neither begin, end nor

@@ -218,6 +218,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   const unsigned generation = fill.generation;
   const bool urgent = fill.foreground();
   const Deadline not_before = pace_.take(std::min(end, bytes) - std::min(begin, bytes));
+  std::vector<std::uint64_t> sums(fill.layer->source.digests.size());
   lock.unlock();
   std::exception_ptr error;
   std::uint64_t sent = 0;
@@ -228,26 +229,54 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   };
   try {
     if (by_host)
-      sent = write_through_host_view(fill, begin, end, not_before);
+      sent = write_through_host_view(fill, begin, end, not_before, sums);
     else
       sent = uploads_.send(&fill, *fill.model, *fill.layer, begin, end,
-                           {generation, urgent, not_before, wanted});
+                           {generation, urgent, not_before, wanted, sums});
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
   if (error) meet(lock, fill, generation, error);
   fill.sent += sent;
+  fill.sums.resize(sums.size());
+  for (std::size_t i = 0; i < sums.size(); ++i) fill.sums[i] += sums[i];
   fill.in_flight -= end - begin - sent;
   if (by_host) arrived(lock, fill, sent);
   const bool last = fill.sent == fill.span;
   if (sent < end - begin || (last && fill.unwanted()))
     fill.failed = true;  // called off; it may be wanted again by the time it is undone
+  else if (const auto wrong = last ? wrong_content(fill) : nullptr)
+    meet(lock, fill, generation, wrong);
   else if (last)
     map(lock, fill);
   --fill.hands;
   complete_if_all_is_there(lock, fill);
   books_.wake();
+}
+
+// The error of a layer of which all bytes were read, if they are not those that its digests are of.
+std::exception_ptr Transfer::wrong_content(const Fill& fill) const {
+  const Layer& layer = *fill.layer;
+  const GranuleCut cut{books_.arena.granule_bytes(), layer.bytes};
+  const auto granule = wrong_granule(layer.source.digests, cut, fill.sums);
+  if (!granule) return nullptr;
+  std::string files;
+  const File* last = nullptr;
+  for (const Segment& segment : layer.source.segments) {
+    const File* file = &fill.model->files[segment.file];
+    if (segment.layer_offset >= cut.end(*granule) || file == last ||
+        segment.layer_offset + segment.bytes <= cut.begin(*granule))
+      continue;
+    files += (last ? ", " : "") + file->path();
+    last = file;
+  }
+  return std::make_exception_ptr(
+      Error(ErrorKind::corrupt_checkpoint,
+            files + ": granule " + std::to_string(*granule) + " of layer " +
+                std::to_string(layer.index) + " of '" + fill.model->name +
+                "' does not have its digest: the file was written to, or is damaged; "
+                "Runtime.reload() takes the model as its files are now"));
 }
 
 // By the loader that has sent the last chunk; the others go on to what comes next.
@@ -268,7 +297,8 @@ void Transfer::map(Lock& lock, Fill& fill) {
 }
 
 std::uint64_t Transfer::write_through_host_view(const Fill& fill, std::uint64_t begin,
-                                                std::uint64_t end, Deadline not_before) {
+                                                std::uint64_t end, Deadline not_before,
+                                                std::span<std::uint64_t> sums) {
   const Arena& arena = books_.arena;
   const Layer& layer = *fill.layer;
   const std::uint64_t granule_bytes = arena.granule_bytes();
@@ -277,6 +307,7 @@ std::uint64_t Transfer::write_through_host_view(const Fill& fill, std::uint64_t 
   for (std::size_t i = first; i * granule_bytes < end; ++i)
     destination.blocks.push_back(arena.host_view(layer.granules[i]));
   read_layer(fill.model->files, layer.source, begin, end, destination);
+  add_to_digests(layer.source.digests, {granule_bytes, layer.bytes}, destination, begin, end, sums);
   std::this_thread::sleep_until(not_before);
   for (std::size_t i = first; i * granule_bytes < end; ++i) {
     const std::uint64_t from = std::max(begin, i * granule_bytes);

@@ -83,7 +83,8 @@ class Transfer {
   void copy_chunk(Lock& lock, Fill& fill);
   void map(Lock& lock, Fill& fill);
   std::uint64_t write_through_host_view(const Fill& fill, std::uint64_t begin, std::uint64_t end,
-                                        Deadline not_before);
+                                        Deadline not_before, std::span<std::uint64_t> sums);
+  std::exception_ptr wrong_content(const Fill& fill) const;
   bool collect(Lock& lock, bool wait);
   void arrived(const Lock& lock, Fill& fill, std::uint64_t bytes);
   void complete_if_all_is_there(const Lock& lock, Fill& fill);

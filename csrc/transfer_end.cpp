@@ -40,6 +40,7 @@ void Transfer::undo(Lock& lock, Fill& fill) {
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
   fill.phase = Phase::queued;
   fill.next = fill.sent = fill.done = 0;
+  fill.sums.clear();
   fill.failed = fill.give_way = fill.mapped = false;
 }
 

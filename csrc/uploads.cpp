@@ -35,8 +35,10 @@ StagingPool::Chunk Uploads::chunk() {
 std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
                             std::uint64_t end, const Terms& terms) {
   const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
-  read_layer(model.files, layer.source, begin, end,
-             {begin, staging_.chunk_bytes(), {chunk->data()}});
+  const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
+  read_layer(model.files, layer.source, begin, end, destination);
+  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
+                 end, terms.sums);
   std::this_thread::sleep_until(terms.not_before);
   const Deadline deadline = Clock::now() + staging_timeout_;
   const std::uint64_t piece = terms.urgent ? end - begin : ceil_div(end - begin, kPieces);

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "link_load.h"
@@ -40,6 +41,7 @@ class Uploads {
     bool urgent;
     Deadline not_before;                  // nothing is copied earlier
     const std::function<bool()>& wanted;  // asked before each piece, without a lock
+    std::span<std::uint64_t> sums;        // see add_to_digests
   };
 
   Uploads(const Arena& arena, StagingPool& staging, std::chrono::milliseconds staging_timeout)

@@ -209,9 +209,30 @@ MUTATIONS = [
     Mutation(
         "a changed file is not noticed",
         "csrc/source.cpp",
-        "file.check_unchanged();",
+        "file.check_unchanged(!source.digests.empty());",
         "",
         "test_bad_input.py::test_a_file_that_changes_between_two_loads",
+    ),
+    Mutation(
+        "digests are not compared",
+        "csrc/transfer.cpp",
+        "else if (const auto wrong = last ? wrong_content(fill) : nullptr)",
+        "else if (const std::exception_ptr wrong = nullptr)",
+        "test_checkpoint_changes.py::test_what_no_time_stamp_shows_is_found_by_its_digest[host]",
+    ),
+    Mutation(
+        "the digests of a load that failed are added to the next",
+        "csrc/transfer.cpp",
+        "fill.sums.clear();",
+        "",
+        "test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
+    ),
+    Mutation(
+        "a name that another process exchanges for a link is followed",
+        "warmserve_rt/checkpoint/directory.py",
+        "return open_path(part, folder=folders[-1], follow=False)",
+        "return open_path(part, folder=folders[-1], follow=True)",
+        "test_checkpoint_files.py::test_a_link_exchanged_at_any_moment_does_not_lead_out[a shard]",
     ),
     Mutation(
         "an earlier tenant's bytes stay in the padding",

@@ -1,16 +1,19 @@
 # What csrc/bind/module.cpp defines; runtime.py, lease.py and views.py are its users. Bytes and
 # seconds throughout.
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import CapsuleType
 
-# Descriptor (duplicated), path, (device, inode, size, mtime_ns, ctime_ns).
+# Descriptor (duplicated before the next is asked for), path as it is shown, (device, inode, size,
+# mtime_ns, ctime_ns); times modulo 2**64.
 FileTuple: TypeAlias = tuple[int, str, tuple[int, int, int, int, int]]
 # Bytes, [(file, file offset, layer offset, bytes of the layer, kind of cast)].
 LayerTuple: TypeAlias = tuple[int, Sequence[tuple[int, int, int, int, str | None]]]
+# Of each layer: (granule, its digest, or None to take it from the files).
+Checks: TypeAlias = Sequence[Sequence[tuple[int, int | None]]]
 Bytes: TypeAlias = bytearray | memoryview | npt.NDArray[np.uint8]
 
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
@@ -232,10 +235,19 @@ class Runtime:
     def register(
         self,
         name: str,
-        files: Sequence[FileTuple],
+        files: Iterable[FileTuple],
         layers: Sequence[LayerTuple],
         writable: bool,
+        checks: Checks = ...,  # none
     ) -> Model: ...
+    def reload(
+        self,
+        model: Model,
+        files: Iterable[FileTuple],
+        layers: Sequence[LayerTuple],
+        checks: Checks,
+        timeout: float | None,
+    ) -> None: ...
     def unregister(
         self,
         model: Model,

@@ -24,10 +24,13 @@ StreamPriority = Literal["background", "normal", "urgent"]
 class Inspecting:
     """The part of :class:`Runtime` that changes nothing."""
 
-    def __init__(self, native: _native.Runtime, device: str, framework: Framework) -> None:
+    def __init__(
+        self, native: _native.Runtime, device: str, framework: Framework, granule_bytes: int
+    ) -> None:
         self._open: _native.Runtime | None = native
         self._device = device
         self._framework: Framework = framework
+        self._granule_bytes = granule_bytes
         self._models = Revisions()
         self._failed_paths: set[str] = set()  # that have been logged
 

@@ -6,20 +6,21 @@ from typing import Any
 
 from . import _native
 from ._units import format_bytes
-from .checkpoint import Checkpoint
 from .layers import LayerSpec, Layout
+from .registration import Origin
 from .views import Framework, make_tensors
-
-MOST_BYTES = 2**63 - 1  # of a model, as native code counts
 
 
 class Model:
     """A registered model: its layout, and its addresses in the arena. Made by
     :meth:`Runtime.register`."""
 
-    def __init__(self, native: _native.Model, layout: Layout, framework: Framework) -> None:
+    def __init__(
+        self, native: _native.Model, layout: Layout, framework: Framework, origin: Origin
+    ) -> None:
         self.native = native
         self.layout = layout
+        self.origin = origin
         self._framework = framework
         self._tensors: dict[Framework, dict[str, Any]] = {}
 
@@ -70,37 +71,3 @@ class Model:
         if framework not in self._tensors:
             self._tensors[framework] = make_tensors(self.native, self.layout, framework)
         return self._tensors[framework]
-
-
-def native_files(checkpoint: Checkpoint) -> list[_native.FileTuple]:
-    """What the native runtime duplicates and holds to what it was."""
-    return [
-        (
-            file.fd,
-            file.path,
-            (
-                file.identity.device,
-                file.identity.inode,
-                file.identity.size,
-                file.identity.mtime_ns,
-                file.identity.ctime_ns,
-            ),
-        )
-        for file in checkpoint.files
-    ]
-
-
-def native_layers(layout: Layout) -> list[_native.LayerTuple]:
-    """Return the bytes of each layer and the copies that make it.
-
-    Raises ValueError for sizes beyond 64 bits, which only sparse files have.
-    """
-    if layout.nbytes > MOST_BYTES:
-        raise ValueError(f"a model has at most 2**63 - 1 bytes, got {layout.nbytes}")
-    return [
-        (
-            layer.nbytes,
-            [(s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast) for s in layer.segments],
-        )
-        for layer in layout.layers
-    ]

@@ -32,7 +32,7 @@ def open_runtime(
     tensors: Framework | None,
     driver: _native.Driver | None,
     paths: Sequence[Path],
-) -> tuple[_native.Runtime, str, Framework]:
+) -> tuple[_native.Runtime, str, Framework, int]:
     """Returns the native runtime, its device's name, and what its tensors are made of. Takes the
     arguments of :class:`Runtime` and raises as that."""
     device = checked_device(device)
@@ -79,7 +79,7 @@ def open_runtime(
         neighbours=neighbours,
     )
     log.info("made an arena of %s on %s", format_bytes(total), driver.name)
-    return native, driver.name, framework
+    return native, driver.name, framework, granule_bytes
 
 
 def _machine_bytes() -> int:

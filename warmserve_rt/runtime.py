@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from dataclasses import replace
 
 from . import _arguments as check
 from . import _native
 from ._at_exit import close_at_exit
 from ._log import log
 from ._units import Size, format_bytes
-from .checkpoint import Source, open_checkpoint
-from .dtypes import DTypeLike, planned_casts
+from .checkpoint import Source
+from .dtypes import DTypeLike
 from .evicting import Evicting
-from .layers import Grouping, build_layout
+from .layers import Grouping
 from .lease import Lease
-from .model import Model, native_files, native_layers
+from .model import Model
 from .options import open_runtime
 from .paths import Path
-from .revisions import parse_name
+from .registration import Digests, Origin, Verify, anchored
+from .revisions import difference, parse_name
 from .selection import Layers, layer_index, layer_indices
 from .ticket import Ticket
 from .views import Framework
@@ -124,6 +125,8 @@ class Runtime(Evicting):
         allow_symlinks: bool = False,
         variant: str | None = None,
         revision: str | None = None,
+        verify: Verify | None = None,
+        digests: Digests | None = None,
     ) -> Model:
         """Makes a model known; loads nothing. Its files stay open until it is unregistered.
 
@@ -142,8 +145,13 @@ class Runtime(Evicting):
         eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
         leave it; those of the Hugging Face cache need no leave.
 
-        Raises CorruptCheckpoint, FileNotFoundError, ValueError (a name that is taken or none, a
-        cast that there is not, a layout that is not that of the name's other revisions). Strong.
+        ``verify``: "full" takes a digest of every granule now, which reads the files, and compares
+        it after each load of a layer; "sampled" does so for some granules of each layer. A mismatch
+        is CorruptCheckpoint, and the layer is not resident. ``digests``: compare these instead of
+        taking them: by a layer's name, what :meth:`digest` gives.
+
+        Raises CorruptCheckpoint, FileNotFoundError, ValueError (an invalid or duplicate name, an
+        unknown cast, a layout that is not that of the name's other revisions). Strong.
         """
         native = self.native
         bare, named_revision = parse_name(check.text("name", name))
@@ -151,20 +159,17 @@ class Runtime(Evicting):
         if checkpoint is None:
             checkpoint, revision = bare, revision or named_revision
         checkpoint = check.paths("checkpoint", checkpoint)
-        with closing(
-            open_checkpoint(
-                checkpoint, allow_symlinks=allow_symlinks, variant=variant, revision=revision
-            )
-        ) as opened:
-            casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
-            layout = build_layout(opened, layers, casts)
-            files, shapes = native_files(opened), native_layers(layout)
+        origin = Origin(checkpoint, dtype, layers, allow_symlinks, variant, revision, verify)
+        with origin.opened(self._granule_bytes, digests) as opened:
 
             def make() -> Model:
-                made = native.register(name, files, shapes, writable=writable)
-                return Model(made, layout, self._framework)
+                made = native.register(
+                    name, opened.files(), opened.layers(), writable=writable, checks=opened.checks
+                )
+                again = replace(origin, source=anchored(origin.source))
+                return Model(made, opened.layout, self._framework, again)
 
-            model = self._models.add(str(name), layout, make)
+            model = self._models.add(str(name), opened.layout, make)
         log.info(
             "registered %r: %d layers, %s, from %s",
             model.name,
@@ -173,6 +178,36 @@ class Runtime(Evicting):
             checkpoint,
         )
         return model
+
+    def reload(
+        self,
+        model: Model | str,
+        *,
+        digests: Digests | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Takes a model as its files are now: opens again what it was registered from.
+
+        For a checkpoint that was replaced, written, or touched: until then its loads raise
+        CorruptCheckpoint. The layout must be the same. Addresses, views, keep values and the name
+        stay; resident layers are evicted. Digests are taken anew if the model was registered with
+        ``verify``, or are these ``digests``. Raises as :meth:`register`, Busy while the model is
+        leased, and TimeoutError if streams use it for longer than ``timeout``. Strong, except for
+        what was evicted.
+        """
+        found = self.model(model)
+        timeout = check.timeout(timeout)
+        with found.origin.opened(self._granule_bytes, digests) as opened:
+            if differs := difference(opened.layout, found.layout):
+                raise ValueError(
+                    f"{found.name!r} has another layout now: {differs[0]}, and had {differs[1]}; "
+                    "unregister it and register it again"
+                )
+            self.native.reload(
+                found.native, opened.files(), opened.layers(), opened.checks, timeout
+            )
+            found.layout = opened.layout
+        log.info("reloaded %r", found.name)
 
     def promote(self, model: Model | str) -> Model | None:
         """From now on the bare name stands for this revision, given by its full name or itself;

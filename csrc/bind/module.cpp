@@ -48,12 +48,13 @@ Patience patience(const std::string& name) {
   throw Error(ErrorKind::invalid_argument, "wait for '" + name + "': nothing, streams or leases");
 }
 
-using FileTuple =
-    std::tuple<int, std::string,
-               std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::int64_t, std::int64_t>>;
+using FileTuple = std::tuple<
+    int, std::string,
+    std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>>;
 using SegmentTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t,
                                 std::optional<std::string>>;
 using LayerTuple = std::pair<std::uint64_t, std::vector<SegmentTuple>>;
+using Checks = std::vector<std::vector<std::pair<std::uint32_t, std::optional<std::uint64_t>>>>;
 
 StreamPriority stream_priority(const std::string& name) {
   if (name == "background") return StreamPriority::background;
@@ -63,12 +64,11 @@ StreamPriority stream_priority(const std::string& name) {
               "no stream priority '" + name + "': background, normal or urgent");
 }
 
-PyModel register_model(const RuntimePtr& runtime, const std::string& name,
-                       const std::vector<FileTuple>& files, const std::vector<LayerTuple>& layers,
-                       bool writable) {
+// The iterator may close a file once it is asked for the next: so only one is open twice.
+std::vector<File> take_files(const py::iterable& files) {
   std::vector<File> owned;
-  owned.reserve(files.size());
-  for (const auto& [descriptor, path, identity] : files) {
+  for (const py::handle item : files) {
+    const auto [descriptor, path, identity] = item.cast<FileTuple>();
     const int duplicate = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
     if (duplicate < 0) {
       const int error = errno;
@@ -80,6 +80,12 @@ PyModel register_model(const RuntimePtr& runtime, const std::string& name,
     const auto [device, inode, size, mtime, ctime] = identity;
     owned.emplace_back(duplicate, path, FileIdentity{device, inode, size, mtime, ctime});
   }
+  return owned;
+}
+
+std::vector<LayerShape> take_shapes(const std::vector<LayerTuple>& layers, const Checks& checks) {
+  if (!checks.empty() && checks.size() != layers.size())
+    throw Error(ErrorKind::invalid_argument, "checks are for each layer, or for none");
   std::vector<LayerShape> shapes;
   for (const auto& [bytes, segments] : layers) {
     LayerShape& shape = shapes.emplace_back();
@@ -88,8 +94,30 @@ PyModel register_model(const RuntimePtr& runtime, const std::string& name,
       Segment& segment = shape.segments.emplace_back(file, file_offset, layer_offset, length);
       if (cast) segment.cast = cast_kind(*cast);
     }
+    if (!checks.empty())
+      for (const auto& [granule, digest] : checks[shapes.size() - 1])
+        shape.checks.push_back({granule, digest});
   }
-  return {runtime, runtime->register_model(name, std::move(owned), shapes, writable)};
+  return shapes;
+}
+
+PyModel register_model(const RuntimePtr& runtime, const std::string& name,
+                       const py::iterable& files, const std::vector<LayerTuple>& layers,
+                       bool writable, const Checks& checks) {
+  const std::vector<LayerShape> shapes = take_shapes(layers, checks);
+  std::vector<File> owned = take_files(files);
+  const py::gil_scoped_release release;
+  return {runtime,
+          runtime->register_model(name, std::move(owned), shapes, writable, check_signals)};
+}
+
+void reload(Runtime& runtime, const PyModel& model, const py::iterable& files,
+            const std::vector<LayerTuple>& layers, const Checks& checks,
+            std::optional<double> timeout) {
+  const std::vector<LayerShape> shapes = take_shapes(layers, checks);
+  std::vector<File> owned = take_files(files);
+  const py::gil_scoped_release release;
+  runtime.reload(model.model, std::move(owned), shapes, deadline(timeout), check_signals);
 }
 
 py::dict driver_calls(Runtime& runtime) {
@@ -185,7 +213,9 @@ void bind_runtime(py::module_& m) {
            py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
            py::arg("read_bandwidth"), py::arg("neighbours"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
-           py::arg("writable"))
+           py::arg("writable"), py::arg("checks") = Checks())
+      .def("reload", &reload, py::arg("model"), py::arg("files"), py::arg("layers"),
+           py::arg("checks"), py::arg("timeout"))
       .def(
           "unregister",
           [](Runtime& self, const PyModel& model, std::optional<double> timeout,

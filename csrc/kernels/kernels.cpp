@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "kernels/digest_parts.h"
 #include "kernels/weight_kernels.inl"
 
 #ifdef __SSE2__
@@ -156,28 +157,58 @@ void gather(const GatherCall& call) {
   if (const auto* cast = std::get_if<CastCall>(&call)) bodies::run(thread, *cast);
 }
 
+// A piece of a granule, whose part of the digest's sum goes to `sum`.
+struct DigestPart {
+  const std::byte* from;
+  std::uint64_t bytes, first_word;
+  std::uint64_t* sum;
+};
+
+[[gnu::always_inline]] inline void compute(const DigestPart& part) {
+  const std::uint64_t words = part.bytes / 4;
+  *part.sum = bodies::digest_words<CpuThread>(part.from, part.first_word, words) +
+              bodies::digest_tail(part.from + 4 * words, part.bytes % 4, part.first_word + words);
+}
+
 // The same bodies, compiled once for each kind of processor. Not by target_clones: the function
 // that chooses would run before a sanitizer's own start.
-using Compute = void (*)(const KernelCall&);
+struct Compute {
+  void (*call)(const KernelCall&);
+  void (*digest)(const DigestPart&);
+};
 void compute_anywhere(const KernelCall& call) { compute(call); }
+void digest_anywhere(const DigestPart& part) { compute(part); }
+constexpr Compute kAnywhere{compute_anywhere, digest_anywhere};
 #ifdef __x86_64__
 [[gnu::target("avx2")]] void compute_avx2(const KernelCall& call) { compute(call); }
+[[gnu::target("avx2")]] void digest_avx2(const DigestPart& part) { compute(part); }
+constexpr Compute kAvx2{compute_avx2, digest_avx2};
 [[gnu::target("avx2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")]]
 void compute_avx512(const KernelCall& call) {
   compute(call);
 }
+[[gnu::target("avx2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")]]
+void digest_avx512(const DigestPart& part) {
+  compute(part);
+}
+constexpr Compute kAvx512{compute_avx512, digest_avx512};
 
 Compute choose_compute() {
-  if (!__builtin_cpu_supports("avx2")) return compute_anywhere;
+  if (!__builtin_cpu_supports("avx2")) return kAnywhere;
   for (const bool has :
        {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
         __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0})
-    if (!has) return compute_avx2;
-  return compute_avx512;
+    if (!has) return kAvx2;
+  return kAvx512;
 }
 #else
-Compute choose_compute() { return compute_anywhere; }
+Compute choose_compute() { return kAnywhere; }
 #endif
+
+const Compute& computing() {
+  static const Compute here = choose_compute();
+  return here;
+}
 
 }  // namespace
 
@@ -267,9 +298,19 @@ LaunchShape launch_shape(const KernelCall& call) noexcept {
 }
 
 void run_on_cpu(const KernelCall& call) noexcept {
-  static const Compute compute_here = choose_compute();
   if (const auto* one = std::get_if<GatherCall>(&call)) return gather(*one);
-  compute_here(call);
+  computing().call(call);
+}
+
+std::uint64_t digest_part(const std::byte* from, std::uint64_t bytes,
+                          std::uint64_t first_word) noexcept {
+  std::uint64_t sum = 0;
+  computing().digest({from, bytes, first_word, &sum});
+  return sum;
+}
+
+std::uint64_t digest_of_parts(std::uint64_t sum, std::uint64_t bytes) noexcept {
+  return bodies::digest_finish(sum, bytes);
 }
 
 KernelCall rebased(const KernelCall& call, std::span<const Address> addresses) noexcept {

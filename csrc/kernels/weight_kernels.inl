@@ -130,6 +130,14 @@ WARMSERVE_BODY u64 digest_words(const std::byte* from, u64 first, u64 count) {
   return sum;
 }
 
+// The part of the sum of a last word, number `word`, of fewer than 4 bytes.
+WARMSERVE_BODY u64 digest_tail(const std::byte* from, u64 bytes, u64 word) {
+  if (bytes == 0) return 0;
+  u32 last = 0;
+  for (u64 i = 0; i < bytes; ++i) last |= load<u8>(from + i) << (8 * i);
+  return digest_term(last, static_cast<u32>(word) * kPositionFactor);
+}
+
 // What this thread adds to the sum of one granule.
 template <class Threads>
 WARMSERVE_BODY u64 digest_share(const Threads& threads, const std::byte* from, u64 bytes) {
@@ -140,11 +148,7 @@ WARMSERVE_BODY u64 digest_share(const Threads& threads, const std::byte* from, u
     const u64 first = run * Threads::kRun;
     sum += digest_words<Threads>(from + 4 * first, first, least(Threads::kRun, words - first));
   }
-  if (bytes % 4 != 0 && threads.in_block == 0) {
-    u32 last = 0;
-    for (u64 i = 0; i < bytes % 4; ++i) last |= load<u8>(from + 4 * words + i) << (8 * i);
-    sum += digest_term(last, static_cast<u32>(words) * kPositionFactor);
-  }
+  if (threads.in_block == 0) sum += digest_tail(from + 4 * words, bytes % 4, words);
   return sum;
 }
 

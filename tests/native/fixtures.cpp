@@ -39,7 +39,9 @@ ModelFile::~ModelFile() { ::unlink(path_.c_str()); }
 FileIdentity identity_of(int descriptor) {
   struct stat status{};
   CHECK(::fstat(descriptor, &status) == 0);
-  const auto nanoseconds = [](const timespec& t) { return t.tv_sec * 1'000'000'000 + t.tv_nsec; };
+  const auto nanoseconds = [](const timespec& t) {
+    return static_cast<std::uint64_t>(t.tv_sec * 1'000'000'000 + t.tv_nsec);
+  };
   return {status.st_dev, status.st_ino, static_cast<std::uint64_t>(status.st_size),
           nanoseconds(status.st_mtim), nanoseconds(status.st_ctim)};
 }
