@@ -140,7 +140,7 @@ def load(
         # Each of these has a call of its own: generate() calls the encoder of two stacks by itself.
         whole: Iterable[nn.Module] = module.modules()
         guard(module, runtime, model, (part for part in whole if isinstance(part, PreTrainedModel)))
-        protect(module, home)
+        protect(module, home, blueprint.targets)
         module.warmserve_model = model  # type: ignore[assignment]
     except BaseException:
         runtime.unregister(model)
