@@ -30,15 +30,15 @@ from .skeletons import skeleton
 from .weights import Home, protect
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin
-
     from warmserve_rt.layers import Grouping
     from warmserve_rt.runtime import Model, Runtime
 
-    class BoundModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    class BoundModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """What `load` returns: a module of ``auto_class``, bound to a registered model."""
 
         warmserve_model: Model
+
+        def generate(self, *arguments: Any, **options: Any) -> Any: ...
 
 
 __all__ = ["bind", "load"]
