@@ -353,9 +353,17 @@ def test_what_cannot_be_pickled_is_built_each_time(
         module = load(runtime, path, name=f"model-{number}")
         assert torch.equal(leased_logits(runtime, module), plain_logits(path))
     assert len(built) == 4
+    original_configuration = engine.configuration
+
+    def odd(*arguments: Any, **options: Any) -> Any:
+        settings = original_configuration(*arguments, **options)
+        settings.a_setting = lambda: None
+        return settings
+
     for number in range(3):
-        settings = {"hidden_act": lambda: None} if number else {}
-        load(runtime, path, name=f"odd-{number}", **settings)
+        if number:
+            monkeypatch.setattr(engine, "configuration", odd)
+        load(runtime, path, name=f"odd-{number}")
     assert len(built) == 7
 
 

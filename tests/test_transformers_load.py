@@ -101,6 +101,10 @@ def test_a_directory_without_a_usable_configuration_is_refused_in_a_sentence(
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(NotADirectoryError, match="is a file"):
         load(runtime, path / "model.safetensors")
+    for nowhere in (str(tmp_path / "nowhere"), "nobody/nothing", "nowhere"):
+        with pytest.raises(FileNotFoundError, match="is neither a directory nor the id") as caught:
+            load(runtime, nowhere)
+        assert len(str(caught.value).splitlines()) == 1
     assert runtime.models == ()
 
 

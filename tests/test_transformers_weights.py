@@ -177,6 +177,18 @@ def test_a_module_is_saved_under_a_lease(runtime: Runtime, path: Path, tmp_path:
         torch.save(module.state_dict(), tmp_path / "state.pt")
 
 
+def test_experts_apart_are_saved_under_the_checkpoint_s_names(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "mixture", "mixtral", save_original_format=True)
+    module: Any = load(runtime, path, name="m", layers="experts")
+    with runtime.lease("m"):
+        module.save_pretrained(tmp_path / "saved")
+        with pytest.raises(TypeError, match="save the module"):
+            module.model.save_pretrained(tmp_path / "part")
+    assert torch.equal(plain_logits(tmp_path / "saved"), plain_logits(path))
+
+
 def test_writable_weights_change_in_place_under_a_lease(runtime: Runtime, path: Path) -> None:
     module: Any = load(runtime, path, name="m", writable=True)
     before = addresses(module)

@@ -95,14 +95,21 @@ def configuration(
     if os.path.exists(path):
         _check_file(path, trust_remote_code)
     where = {} if revision is None else {"revision": revision}
-    found, unknown = AutoConfig.from_pretrained(
-        path,
-        local_files_only=True,
-        return_unused_kwargs=True,
-        trust_remote_code=trust_remote_code,
-        **where,
-        **left,
-    )
+    try:
+        found, unknown = AutoConfig.from_pretrained(
+            path,
+            local_files_only=True,
+            return_unused_kwargs=True,
+            trust_remote_code=trust_remote_code,
+            **where,
+            **left,
+        )
+    except OSError:
+        if os.path.exists(path):
+            raise
+        raise FileNotFoundError(
+            f"{path} is neither a directory nor the id of a model in the Hugging Face cache"
+        ) from None
     settings: PreTrainedConfig = found
     for name in unknown:
         if name in left:

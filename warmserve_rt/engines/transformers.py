@@ -31,15 +31,15 @@ from .token_stream import stream_tokens
 from .weights import Home, protect
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin
-
     from warmserve_rt.layers import Grouping
     from warmserve_rt.runtime import Model, Runtime
 
-    class BoundModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    class BoundModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """What `load` returns: a module of ``auto_class``, bound to a registered model."""
 
         warmserve_model: Model
+
+        def generate(self, *arguments: Any, **options: Any) -> Any: ...
 
 
 __all__ = ["bind", "load", "stream_tokens"]
@@ -141,7 +141,7 @@ def load(
         # Each of these has a call of its own: generate() calls the encoder of two stacks by itself.
         whole: Iterable[nn.Module] = module.modules()
         guard(module, runtime, model, (part for part in whole if isinstance(part, PreTrainedModel)))
-        protect(module, home)
+        protect(module, home, blueprint.targets)
         module.warmserve_model = model  # type: ignore[assignment]
     except BaseException:
         runtime.unregister(model)

@@ -9,7 +9,7 @@ bound module has its own of those. No operation of a forward pass is slower.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from warmserve_rt._errors import StaleView
+
+from .experts import Experts
 
 if TYPE_CHECKING:
     from warmserve_rt.runtime import Model, Runtime
@@ -186,8 +188,10 @@ def in_arena(tensor: torch.Tensor, home: Home, *, parameter: bool) -> torch.Tens
     return made  # type: ignore[no-any-return]
 
 
-def protect(module: nn.Module, home: Home) -> None:
+def protect(module: nn.Module, home: Home, names: Mapping[str, str]) -> None:
     """Make each part of a module whose weights are in the arena refuse what would move them.
+
+    ``names``: the checkpoint's name of each parameter or buffer that is in it.
 
     A deep or pickled copy is an ordinary module with memory of its own and without gates. Making
     one reads the weights, and so does `save_pretrained`; both raise StaleView without a lease.
@@ -199,7 +203,9 @@ def protect(module: nn.Module, home: Home) -> None:
         own["__deepcopy__"] = partial(_deepcopy, part, home)
         own["__reduce_ex__"] = partial(_reduce, part)
         if isinstance(part, PreTrainedModel):
-            own["save_pretrained"] = partial(_save_pretrained, part, home)
+            own["save_pretrained"] = partial(
+                _save_pretrained, part, home, names if part is module else None
+            )
             own["resize_token_embeddings"] = partial(_resize_token_embeddings, part, home)
             own["tie_weights"] = _tie_weights
 
@@ -263,7 +269,16 @@ def _reduce(part: Any, protocol: Any) -> Any:
     return copy.deepcopy(part).__reduce_ex__(protocol)
 
 
-def _save_pretrained(part: Any, home: Home, *arguments: Any, **options: Any) -> Any:
+def _save_pretrained(
+    part: Any, home: Home, names: Mapping[str, str] | None, *arguments: Any, **options: Any
+) -> Any:
+    if any(isinstance(each, Experts) for each in part.modules()):
+        # transformers knows no names for experts apart but the checkpoint's own.
+        if names is None:
+            raise TypeError("the experts of this part have no names of their own: save the module")
+        state = part.state_dict().items()
+        found = {names[target]: tensor for target, tensor in state if target in names}
+        options = {"state_dict": found, **options, "save_original_format": False}
     with home.reading("save it"):
         return type(part).save_pretrained(part, *arguments, **options)
 
