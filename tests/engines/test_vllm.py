@@ -360,11 +360,11 @@ def test_what_reads_weights_outside_of_a_step_takes_a_lease(
         assert runtime().snapshot().leases == 0
 
 
-@pytest.mark.parametrize("what", ["reset_weights", "reload_weights", "start_weight_update"])
-def test_writing_to_weights_is_refused(make: Make, models: dict[str, Path], what: str) -> None:
-    llm = make(models["other"])
-    with pytest.raises(NotImplementedError, match=f"{what}: weights in an arena are read-only"):
-        getattr(worker_of(llm), what)()
+def test_writing_to_weights_is_refused(make: Make, models: dict[str, Path]) -> None:
+    worker = worker_of(make(models["other"]))
+    for what in ("reset_weights", "reload_weights", "start_weight_update"):
+        with pytest.raises(NotImplementedError, match=f"{what}: weights in an arena are read-only"):
+            getattr(worker, what)()
 
 
 def test_a_step_that_fails_lets_go_of_its_lease(

@@ -65,7 +65,7 @@ def serve(model: Path, cache: Path, log: Path) -> Iterator[tuple[str, subprocess
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(1500):
             assert server.poll() is None, log.read_text()[-4000:]
             try:
                 ask(f"{url}/health")
