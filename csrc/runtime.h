@@ -196,6 +196,7 @@ class Runtime {
                   const std::function<bool()>& done);
   void await_leases(Lock& lock, const std::string& who, Deadline deadline, const Poll& poll,
                     Patience patience, const std::function<bool()>& unheld);
+  bool streams_in_use(const Lock&) const;
   bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                     Patience patience);
