@@ -132,7 +132,7 @@ def test_the_log_says_what_came_and_went(
     ]
 
 
-def test_the_log_is_silent_by_default(two_files: dict[str, Path]) -> None:
+def test_the_log_is_silent_by_default(device: Device, two_files: dict[str, Path]) -> None:
     script = f"""
 from warmserve_rt import Runtime
 with Runtime(arena="32MiB") as runtime:
