@@ -216,6 +216,7 @@ class Runtime {
   void await_users(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                    Patience patience, const std::function<bool()>& leased,
                    const std::function<bool()>& in_use);
+  bool streams_in_use(const Lock&) const;
   bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                     Patience patience);

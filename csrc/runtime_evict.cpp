@@ -124,6 +124,17 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
   } while (!gone());
 }
 
+bool Runtime::streams_in_use(const Lock&) const {
+  try {
+    for (const auto& [name, model] : books_.models)
+      for (const Use& use : model->uses)
+        if (!use.fence->complete()) return true;
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::device_lost) throw;  // which uses nothing any more
+  }
+  return false;
+}
+
 // Waits for the streams that still use any model; false if they need longer. Gives the lock away.
 bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   std::vector<std::shared_ptr<const Fence>> fences;
@@ -147,7 +158,6 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
   enter();
   Lock lock(books_.mutex);
   const auto idle = [&] { return !closing_ && !desk_.active(); };
-  const Deadline streams = patience == Patience::none ? Clock::now() : deadline;
   do {
     if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))
       throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
@@ -163,9 +173,11 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
     const Wanted release(books_.release_wanted);
     if (!wait_until(lock, deadline, poll, idle))
       throw Error(ErrorKind::timeout, "close: models were still in use at the end of the timeout");
-    if (streams != kNever && !await_streams(lock, streams, poll))
-      throw Error(patience == Patience::none ? ErrorKind::busy : ErrorKind::timeout,
-                  "close: a stream still uses a model");
+    if (patience == Patience::none && streams_in_use(lock))
+      throw Error(ErrorKind::busy, "close: a stream still uses a model");
+    if (deadline != kNever && !await_streams(lock, deadline, poll))
+      throw Error(ErrorKind::timeout,
+                  "close: a stream still used a model at the end of the timeout");
   } while (!idle());
   closed_ = closing_ = true;
   struct Closing {

@@ -185,7 +185,7 @@ def test_an_arena_larger_than_memory() -> None:
         ({"loaders": 0}, "got 0; for none, say pump=True"),
         ({"device": "gpu"}, "no device 'gpu'"),
         ({"tensors": "cupy"}, "cannot see this device's memory"),
-        ({"tensors": "jax"}, "tensors as 'jax'"),
+        ({"tensors": "jax"}, "tensors must be 'torch', 'numpy', 'cupy' or 'dlpack', got 'jax'"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], message: str) -> None:

@@ -63,7 +63,11 @@ class Inspecting:
     def model(self, model: Model | str) -> Model:
         """Returns the registered model of a full name, or the one that a bare name stands for now.
         A registered model stands for itself. Raises ValueError."""
-        return self._models.find(model)
+        try:
+            return self._models.find(model)
+        except ValueError:
+            self.native  # noqa: B018  raises if the runtime is closed, which forgets its models
+            raise
 
     def why_not_leased(self, model: Model) -> str:
         """Says for a StaleView why a module that is bound to ``model`` cannot run now, and what to

@@ -59,6 +59,8 @@ def open_runtime(
             size, name, of=lambda: opened.memory()[1], whole=f"{opened.name}'s memory"
         )
 
+    if tensors is not None:
+        check.choice("tensors", tensors, ("torch", "numpy", "cupy", "dlpack"))
     framework = checked_framework(tensors, cuda=driver.cuda_ordinal >= 0)
     spare = of_device("headroom", headroom)
     total = arena_bytes(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -51,7 +51,7 @@ _NUMPY_NAMES = {  # dtypes that numpy and cupy have
 }
 _NUMPY = frozenset(_NUMPY_NAMES)
 
-Framework = str  # a key of _MAKERS
+Framework: TypeAlias = Literal["torch", "numpy", "cupy", "dlpack"]
 Tensors = Mapping[str, Any]
 
 
@@ -59,7 +59,7 @@ def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
     """The name, if tensors on the device can be made so; for None, torch where it is installed,
     else numpy on the host, and on CUDA cupy, if that is installed, or dlpack."""
     if name is None:
-        fitting = ("torch", "cupy", "dlpack") if cuda else ("torch", "numpy")
+        fitting: tuple[Framework, ...] = ("torch", "cupy", "dlpack") if cuda else ("torch", "numpy")
         return next(
             (found for found in fitting[:-1] if importlib.util.find_spec(found)), fitting[-1]
         )
