@@ -59,14 +59,15 @@ def shown(*arguments: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("folder", ["ok", "[/models]", "[v2]", "[red]"])
-@pytest.mark.parametrize("name", ["enc[/x].0.w", "[red].0.w", "[bold]m[/].0.w", ":smile:.0.w"])
-def test_names_and_paths_are_no_markup(tmp_path: Path, folder: str, name: str) -> None:
-    path = write(tmp_path / folder / "[i]m.safetensors", {name: ("U8", 1)})
-    for arguments in (("inspect", path), ("size", path)):
-        out = shown(*arguments)
-        assert str(path) in out
-    assert name.removesuffix(".w") in shown("inspect", path)
+@pytest.mark.parametrize("folder", ["[/models]", "[v2]", "[red]"])
+def test_names_and_paths_are_no_markup(tmp_path: Path, folder: str) -> None:
+    names = ["enc[/x].0", "[red].1", "[bold]m[/].2", ":smile:.3"]
+    tensors = {f"{name}.w": ("U8", 1) for name in names}
+    path = write(tmp_path / folder / "[i]m.safetensors", tensors)
+    out = shown("inspect", path)
+    for text in (*names, str(path)):
+        assert text in out
+    assert str(path) in shown("size", path)
 
 
 def test_control_characters_in_a_name_are_shown_as_escapes(tmp_path: Path) -> None:
@@ -154,8 +155,8 @@ def test_the_size_of_a_model_is_what_a_runtime_takes(tmp_path: Path) -> None:
         (["inspect", ".", "--granule", "3"], "2MiB or a multiple"),
         (["inspect", ".", "--granule", "big"], "256MiB"),
         (["size", ".", "--dtype", "int3"], "bfloat16"),
-        (["demo", "--requests", "1"], ">=2"),
-        (["live", "--seconds", "0"], "540"),
+        (["demo", "--requests", "1"], "2"),
+        (["live", "--seconds", "1000"], "540"),
         (["live", "--requests", "few"], "integer"),
         (["demo", "--engine", "none"], "'vllm'"),
         (["simulate", "--workload", "azure", "--out", "x", "--policies", "none"], "scheduler"),

@@ -197,7 +197,8 @@ def test_every_policy_is_in_every_part_of_the_report(page: str) -> None:
 def strokes(page: str) -> dict[str, tuple[str, str]]:
     """The colour and the dashes of each name in the legend."""
     keys = re.findall(
-        r"style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?/>(?:<path[^>]*></path>)?</svg>([^<]*)<",
+        r"style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?/>"
+        r"(?:<path[^>]*></path>)?</svg>([^<]*)<",
         page,
     )
     return {name: (colour, dash) for colour, dash, name in keys}
@@ -244,7 +245,7 @@ def test_a_bound_that_does_no_better_is_not_called_the_most_that_could_be(
     assert "h1, a bound with knowledge of the future, has a P99 of 3 s." in better
     assert "scheduler has the lowest P99 TTFT" in better
     worse = told(numbers, {"scheduler": 4.0, "lru": 8.0, "h0": 61.0})
-    assert "h0, which has memory for everything, does no better, 61 s" in worse
+    assert "The P99 of h0, which has memory for everything, is no lower, 61 s" in worse
     assert "at most" not in worse
 
 

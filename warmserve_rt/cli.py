@@ -93,7 +93,7 @@ def demo(
 def live(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
     requests: Annotated[int, typer.Option(min=2, help="How many arrive.")] = 40,
-    seconds: Annotated[float, typer.Option(min=1, max=540, help="In which they arrive.")] = 90.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=540, help="In which they arrive.")] = 90.0,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     mutate: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:

@@ -69,11 +69,11 @@ def findings(data: dict[str, Any]) -> list[str]:
     least = min(misses, key=lambda name: misses[name])
     if misses[least] < misses[best]:
         said.append(f"{least} has the fewest requests over the SLO, {100 * misses[least]:.3g} %.")
+    said += [_bound(data, name, tail) for name in policies if name not in real]
     medians = {name: policies[name]["metrics"]["ttft_p50"]["mean"] for name in real}
     quick = min(medians, key=lambda name: medians[name])
     if medians[quick] < medians[best]:
         said.append(f"{quick} has the lowest median TTFT, {time(medians[quick])}.")
-    said += [_bound(data, name, tail) for name in policies if name not in real]
     lost = [k for k, p in policies.items() if p["metrics"]["unserved"]["mean"] > 0]
     if lost:
         said.append(
@@ -106,7 +106,7 @@ def _bound(data: dict[str, Any], name: str, best: float) -> str:
     has = "memory for everything" if policy["unlimited_memory"] else "knowledge of the future"
     if tail < best:
         return f"{name}, a bound with {has}, has a P99 of {time(tail)}."
-    return f"{name}, which has {has}, does no better, {time(tail)}: it shows no bound here."
+    return f"The P99 of {name}, which has {has}, is no lower, {time(tail)}: it shows no bound here."
 
 
 def rates(data: dict[str, Any]) -> list[str]:
