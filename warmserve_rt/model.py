@@ -21,7 +21,7 @@ class Model:
         self._tensors: dict[Framework, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
-        return f"<Model {self.name!r}: {len(self.layers)} layers, {self.nbytes} bytes>"
+        return f"<Model {self.name!r}: {len(self.layout)} layers, {self.nbytes} bytes>"
 
     @property
     def name(self) -> str:
@@ -87,12 +87,6 @@ def native_files(checkpoint: Checkpoint) -> list[_native.FileTuple]:
     ]
 
 
-def native_layers(layout: Layout) -> list[_native.LayerTuple]:
-    """The copies that make each layer, and its bytes."""
-    return [
-        (
-            layer.nbytes,
-            [(s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast) for s in layer.segments],
-        )
-        for layer in layout.layers
-    ]
+def native_layers(layout: Layout) -> _native.Layout:
+    """The copies that make each layer, and its bytes, as native code keeps them."""
+    return layout.native

@@ -10,7 +10,9 @@
 
 #include "bind/drivers.h"
 #include "bind/handles.h"
+#include "bind/header.h"
 #include "bind/kernels.h"
+#include "layout.h"
 #include "peer_route.h"
 #include "runtime.h"
 
@@ -60,9 +62,7 @@ StreamPriority stream_priority(const std::string& name) {
               "no stream priority '" + name + "': background, normal or urgent");
 }
 
-PyModel register_model(const RuntimePtr& runtime, const std::string& name,
-                       const std::vector<FileTuple>& files, const std::vector<LayerTuple>& layers,
-                       bool writable) {
+std::vector<File> duplicated(const std::vector<FileTuple>& files) {
   std::vector<File> owned;
   owned.reserve(files.size());
   for (const auto& [descriptor, path, identity] : files) {
@@ -74,6 +74,25 @@ PyModel register_model(const RuntimePtr& runtime, const std::string& name,
     const auto [device, inode, size, mtime, ctime] = identity;
     owned.emplace_back(duplicate, path, FileIdentity{device, inode, size, mtime, ctime});
   }
+  return owned;
+}
+
+PyModel register_layout(const RuntimePtr& runtime, const std::string& name,
+                        const std::vector<FileTuple>& files, const Layout& layout, bool writable) {
+  std::vector<File> owned = duplicated(files);
+  const py::gil_scoped_release release;
+  std::vector<LayerShape> shapes(layout.bytes.size());
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const auto segments = layout.segments_of(i);
+    shapes[i] = {layout.bytes[i], {segments.begin(), segments.end()}};
+  }
+  return {runtime, runtime->register_model(name, std::move(owned), shapes, writable)};
+}
+
+PyModel register_model(const RuntimePtr& runtime, const std::string& name,
+                       const std::vector<FileTuple>& files, const std::vector<LayerTuple>& layers,
+                       bool writable) {
+  std::vector<File> owned = duplicated(files);
   std::vector<LayerShape> shapes;
   for (const auto& [bytes, segments] : layers) {
     LayerShape& shape = shapes.emplace_back();
@@ -155,6 +174,8 @@ void bind_runtime(py::module_& m) {
            py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
            py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
            py::arg("read_bandwidth"), py::arg("neighbours"))
+      .def("register", &register_layout, py::arg("name"), py::arg("files"), py::arg("layers"),
+           py::arg("writable"))
       .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
            py::arg("writable"))
       .def(
@@ -260,6 +281,7 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception_translator(translate_errors);
   bind_drivers(m);
   bind_handles(m);
+  bind_headers(m);
   bind_state(m);
   bind_runtime(m);
   bind_kernels(m);

@@ -8,25 +8,35 @@ the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TypeAlias
 
+from warmserve_rt import _native
 from warmserve_rt._errors import CorruptCheckpoint
 
 from .files import CheckpointFile, FileIdentity, blaming, list_directory, open_regular
-from .header import DTYPES, DType, TensorEntry, entry_of, read_header, strings
+from .header import (
+    DTYPES,
+    TYPES,
+    DType,
+    DuplicateTensor,
+    TensorEntry,
+    Tensors,
+    read_header,
+)
 
 __all__ = [
     "DTYPES",
+    "TYPES",
     "Checkpoint",
     "CheckpointFile",
     "DType",
     "FileIdentity",
     "Source",
     "TensorEntry",
+    "Tensors",
     "open_checkpoint",
 ]
 
@@ -38,7 +48,7 @@ class Checkpoint:
     """Open files and the tensors in them, ordered by file and then by offset."""
 
     files: tuple[CheckpointFile, ...]
-    tensors: Mapping[str, TensorEntry]
+    tensors: Tensors
 
     def close(self) -> None:
         """Close every file; more than once is harmless."""
@@ -72,43 +82,33 @@ def open_checkpoint(source: Source, *, allow_symlinks: bool = False) -> Checkpoi
         paths = [os.fspath(source)]
 
     files: list[CheckpointFile] = []
-    tensors: dict[str, TensorEntry] = {}
+    tensors = Tensors(_native.TensorTable())
     with ExitStack() as opened:
         for path in paths:
-            file, entries = _open_file(path, len(files))
-            files.append(opened.enter_context(file))
+            first = len(tensors)
             with blaming(path):
-                for entry in entries:
-                    if index and index.get(entry.name) != path:
-                        raise ValueError(f"the index does not put tensor {entry.name!r} here")
-                    if (other := tensors.setdefault(entry.name, entry)) is not entry:
-                        raise ValueError(f"{entry.name!r} is also in {files[other.file].path}")
-        if absent := sorted(index.keys() - tensors.keys()):
-            name = absent[0]
+                try:
+                    file = _open_file(path, tensors.native)
+                except DuplicateTensor as error:
+                    raise ValueError(f"{error} {files[error.file].path}") from None
+                files.append(opened.enter_context(file))
+                for name in tensors.names(first) if index else ():
+                    if index.get(name) != path:
+                        raise ValueError(f"the index does not put tensor {name!r} here")
+        if index and len(index) != len(tensors):
+            name = min(index.keys() - tensors.keys())
             raise CorruptCheckpoint(f"{index[name]}: no tensor {name!r}, which the index puts here")
         opened.pop_all()
-    return Checkpoint(tuple(files), MappingProxyType(tensors))
+    return Checkpoint(tuple(files), tensors)
 
 
-def _open_file(path: str, number: int) -> tuple[CheckpointFile, list[TensorEntry]]:
-    """Open file `number` of a checkpoint; its tensors come ordered by offset."""
-    with blaming(path), ExitStack() as opened:
+def _open_file(path: str, tensors: _native.TensorTable) -> CheckpointFile:
+    """Open the next file of a checkpoint and add its tensors."""
+    with ExitStack() as opened:
         file = opened.enter_context(open_regular(path))
         identity = FileIdentity.of(file.fileno())
-        header, start = read_header(file, identity.size)
-        metadata = strings("__metadata__", header.pop("__metadata__", {}))
-        entries = [entry_of(name, item, number, start) for name, item in header.items()]
-        entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-        end = start
-        for entry in entries:
-            if entry.offset != end:
-                what = "overlaps the tensor" if entry.offset < end else "leaves a hole"
-                raise ValueError(f"{entry.name!r} at byte {entry.offset} {what} before it")
-            end += entry.nbytes
-        if end != identity.size:
-            what = "truncated" if end > identity.size else "bytes that belong to no tensor"
-            raise ValueError(f"{what}: tensors end at byte {end}, the file at {identity.size}")
+        metadata = read_header(file, identity.size, tensors)
         if FileIdentity.of(file.fileno()) != identity:
             raise ValueError("changed while its header was read")
         opened.pop_all()
-    return CheckpointFile(path, identity, MappingProxyType(metadata), file), entries
+    return CheckpointFile(path, identity, metadata, file)

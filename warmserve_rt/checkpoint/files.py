@@ -82,7 +82,7 @@ def list_directory(directory: str, allow_symlinks: bool) -> tuple[list[str], dic
     if not indexes:
         return paths, {}
     with blaming(paths[0]), open_regular(paths[0]) as file:
-        index = parse_object(file.read(LIMIT))  # a longer one is cut, which is no JSON
+        index = parse_object(file.read(LIMIT + 1))  # one byte more than is accepted
         weight_map = strings("weight_map", index.get("weight_map"))
         if not weight_map:
             raise ValueError("weight_map is empty")
