@@ -178,7 +178,7 @@ void JsonReader::escape(std::string& out) {
       low = hex4();
     }
     if (low < 0xdc00 || low >= 0xe000)
-      throw refused("not UTF-8: half of a surrogate pair (" + std::string(text_.substr(begin, 6)) +
+      throw refused("not UTF-8: half of a pair of surrogates (" + std::string(text_.substr(begin, 6)) +
                     ") at byte " + std::to_string(begin));
     code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
   }
