@@ -49,21 +49,24 @@ KINDS: dict[str, Callable[[int], str]] = {
     "metadata_value": lambda n: '{"__metadata__":{"k":"' + "v" * (n - 30) + '"}}',
     "metadata_not_ascii": lambda n: '{"__metadata__":{"k":"' + E_ACUTE * (n // 2 - 20) + '"}}',
     "nesting": lambda n: "{" + _values(n, "[" * (n - 70)) + "}",
-    "nesting_allowed": lambda n: "{" + _values(n, f"[{('[' * 60 + ']' * 60 + ',') * (n // 121 - 2)}0]"),
+    "nesting_allowed": lambda n: (
+        "{" + _values(n, f"[{('[' * 60 + ']' * 60 + ',') * (n // 121 - 2)}0]")
+    ),
     "many_values": lambda n: "{" + _values(n, "[" + "0," * (n // 2 - 50) + "0]") + "}",
     "many_objects": lambda n: "{" + _values(n, "[" + "{}," * (n // 3 - 50) + "0]") + "}",
     "many_fields": lambda n: "{" + _values(n, _filled(n - 80, lambda i: f'"{i:x}":0')) + "}",
     "digits": lambda n: "{" + _values(n, "9" * (n - 70)) + "}",
     "digits_of_an_offset": lambda n: '{"t":{"dtype":"U8","shape":[' + "9" * (n - 50) + "]}}",
-    "numbers": lambda n: "{" + _values(n, "[" + ("1" * 4000 + ".5,") * (n // 4003 - 1) + "0]") + "}",
+    "numbers": lambda n: (
+        "{" + _values(n, "[" + ("1" * 4000 + ".5,") * (n // 4003 - 1) + "0]") + "}"
+    ),
     "exponents": lambda n: "{" + _values(n, "[" + "1e-999," * (n // 7 - 50) + "0]") + "}",
     "escapes": lambda n: _filled(n, lambda i: ENTRY % f"{i}{ESCAPED_A * 100_000}"),
     "escaped_pairs": lambda n: '{"__metadata__":{"k":"' + "\\ud83d\\ude00" * (n // 12 - 9) + '"}}',
     "duplicates": lambda n: _filled(n, lambda i: ENTRY % "t"),
-    "last_is_a_duplicate": lambda n: _filled(n - 100, lambda i: ENTRY % format(i, "x"))[:-1]
-    + ","
-    + ENTRY % "0"
-    + "}",
+    "last_is_a_duplicate": lambda n: (
+        _filled(n - 100, lambda i: ENTRY % format(i, "x"))[:-1] + "," + ENTRY % "0" + "}"
+    ),
     "last_is_cut": lambda n: _filled(n, lambda i: ENTRY % format(i, "x"))[:-1],
     "spaces": lambda n: "{" + ENTRY % "t" + " " * (n - 60) + "}",
 }
@@ -87,5 +90,3 @@ def write_blocks(path: Path, tensors: int, for_each_block: int) -> None:
     }
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(64 * tensors))
-
-

@@ -250,8 +250,7 @@ Groups group_by_name(const TensorTable& table, bool experts) {
         const std::string_view stack = stacks[place.stack].name;
         if (!stack.empty()) name.append(stack) += '.';
         name += std::to_string(place.block);
-        if (place.expert_plus_one)
-          name += ".experts." + std::to_string(place.expert_plus_one - 1);
+        if (place.expert_plus_one) name += ".experts." + std::to_string(place.expert_plus_one - 1);
       }
       groups.names.add_pending();
     }

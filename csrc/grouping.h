@@ -16,8 +16,8 @@ struct Groups {
 };
 
 // Blocks by the first number in each name; what has none is the embedding, the head, or the end of
-// the stack of blocks with which it shares the longest prefix. With `experts` each expert is a layer
-// of its own, after the rest of its block. Throws invalid_argument if there is none then.
+// the stack of blocks with which it shares the longest prefix. With `experts` each expert is a
+// layer of its own, after the rest of its block. Throws invalid_argument if there is none then.
 Groups group_by_name(const TensorTable& table, bool experts);
 
 // For each name whether it begins with one of the stems and a dot.

@@ -58,7 +58,8 @@ bool is_above_one(std::string_view text) {
   const std::size_t first = text.find_first_of("123456789");
   std::int64_t exponent = 0;
   for (std::size_t i = e + 1; i < text.size(); ++i)
-    if (is_digit(text[i])) exponent = std::min<std::int64_t>(exponent * 10 + text[i] - '0', 1 << 20);
+    if (is_digit(text[i]))
+      exponent = std::min<std::int64_t>(exponent * 10 + text[i] - '0', 1 << 20);
   if (e + 1 < text.size() && text[e + 1] == '-') exponent = -exponent;
   return static_cast<std::int64_t>(point) - static_cast<std::int64_t>(first) + exponent > 0;
 }
@@ -178,8 +179,8 @@ void JsonReader::escape(std::string& out) {
       low = hex4();
     }
     if (low < 0xdc00 || low >= 0xe000)
-      throw refused("not UTF-8: half of a pair of surrogates (" + std::string(text_.substr(begin, 6)) +
-                    ") at byte " + std::to_string(begin));
+      throw refused("not UTF-8: half of a pair of surrogates (" +
+                    std::string(text_.substr(begin, 6)) + ") at byte " + std::to_string(begin));
     code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
   }
   append_utf8(out, code);

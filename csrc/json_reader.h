@@ -14,7 +14,7 @@ namespace warmserve {
 
 class JsonReader {
  public:
-  static constexpr unsigned kMaxDepth = 127;           // containers in each other
+  static constexpr unsigned kMaxDepth = 127;            // containers in each other
   static constexpr std::size_t kMaxNumberBytes = 4300;  // of the text of one number
 
   // Keeps a view of the text. Throws invalid_argument unless all of it is UTF-8.

@@ -63,18 +63,18 @@ class Filler {
     if (from.name != to.name) {
       cast = cast_between(from.name, to.name);
       if (!cast)
-        throw Error(ErrorKind::invalid_argument,
-                    "tensor " + quoted(layout_.table->names[number]) + " is " +
-                        std::string(from.name) + ", of which there is no cast to " +
-                        std::string(to.name));
+        throw Error(ErrorKind::invalid_argument, "tensor " + quoted(layout_.table->names[number]) +
+                                                     " is " + std::string(from.name) +
+                                                     ", of which there is no cast to " +
+                                                     std::string(to.name));
       place.bytes = tensor.bytes / (from.bits / 8) * (to.bits / 8);
     }
     place.offset = (end_ + kTensorAlignment - 1) / kTensorAlignment * kTensorAlignment;
     if (place.offset > kMost - place.bytes)
-      throw Error(ErrorKind::invalid_argument, "the tensors of layer " +
-                                                   quoted(layout_.names[static_cast<std::uint32_t>(
-                                                       layer)]) +
-                                                   " take more than 2**63 - 1 bytes");
+      throw Error(ErrorKind::invalid_argument,
+                  "the tensors of layer " +
+                      quoted(layout_.names[static_cast<std::uint32_t>(layer)]) +
+                      " take more than 2**63 - 1 bytes");
     const bool goes_on = file_ == tensor.file && file_end_ == tensor.offset &&
                          place.offset == end_ && layout_.segments.back().cast == cast;
     if (goes_on)

@@ -23,13 +23,13 @@ struct Layout {
 
   std::shared_ptr<const TensorTable> table;
   StringList names;
-  std::vector<std::uint64_t> bytes;           // of each layer
-  std::vector<std::uint64_t> first_member;    // of each layer, and an end
-  std::vector<std::uint64_t> first_segment;   // of each layer, and an end
-  std::vector<std::uint32_t> members;         // numbers of tensors, in file order in each layer
+  std::vector<std::uint64_t> bytes;          // of each layer
+  std::vector<std::uint64_t> first_member;   // of each layer, and an end
+  std::vector<std::uint64_t> first_segment;  // of each layer, and an end
+  std::vector<std::uint32_t> members;        // numbers of tensors, in file order in each layer
   std::vector<Segment> segments;
-  std::vector<Place> places;                  // by a tensor's number
-  std::vector<std::uint8_t> types;            // by a tensor's number, of element_types()
+  std::vector<Place> places;        // by a tensor's number
+  std::vector<std::uint8_t> types;  // by a tensor's number, of element_types()
   std::uint64_t total = 0;
 
   std::span<const std::uint32_t> members_of(std::size_t layer) const {

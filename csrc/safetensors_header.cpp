@@ -13,11 +13,11 @@ namespace warmserve {
 namespace {
 
 constexpr ElementType kTypes[] = {
-    {"F4", 4},        {"F6_E2M3", 6},     {"F6_E3M2", 6}, {"BOOL", 8}, {"U8", 8},
-    {"I8", 8},        {"F8_E4M3", 8},     {"F8_E5M2", 8}, {"F8_E8M0", 8},
-    {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"U16", 16},    {"I16", 16}, {"F16", 16},
-    {"BF16", 16},     {"U32", 32},        {"I32", 32},    {"F32", 32}, {"U64", 64},
-    {"I64", 64},      {"F64", 64},        {"C64", 64}};
+    {"F4", 4},          {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"BOOL", 8},    {"U8", 8},
+    {"I8", 8},          {"F8_E4M3", 8}, {"F8_E5M2", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
+    {"F8_E5M2FNUZ", 8}, {"U16", 16},    {"I16", 16},    {"F16", 16},    {"BF16", 16},
+    {"U32", 32},        {"I32", 32},    {"F32", 32},    {"U64", 64},    {"I64", 64},
+    {"F64", 64},        {"C64", 64}};
 
 constexpr std::uint64_t kMost = std::numeric_limits<std::int64_t>::max();
 constexpr std::size_t kMaxRank = 64;  // no library takes 65 axes
@@ -120,7 +120,8 @@ class Entry {
   }
 
   // Appends the shape to `dims`.
-  Tensor checked(std::string_view name, std::uint64_t start, std::vector<std::int64_t>& dims) const {
+  Tensor checked(std::string_view name, std::uint64_t start,
+                 std::vector<std::int64_t>& dims) const {
     if (!type_) {
       const bool is_text = type_shown_.starts_with('"');
       throw refused(quoted(name) + " has the unknown dtype " +

@@ -24,7 +24,22 @@ from warmserve_rt.checkpoint import DTYPES, TYPES
 Answer = dict[str, tuple[str, tuple[int, ...], int, int]]  # dtype, shape, begin and end by name
 
 _TOKENS = [
-    *(b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"0", b"-0", b"1.0", b"1e2", b"1e999", b"NaN"),
+    *(
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b'"',
+        b"\\",
+        b"0",
+        b"-0",
+        b"1.0",
+        b"1e2",
+        b"1e999",
+        b"NaN",
+    ),
     *(b"null", b"true", b"\\ud800", b"\\udc00", b"\\u0000", b"\\u0061", b"\xff", b"\xc3\xa9", b" "),
     *(b"\n", b"\0", b"\x0c", b"9223372036854775808", b"18446744073709551616", b"9" * 400, b"-1"),
     *(b'"dtype":"U8",', b'"x":[{}],', b'"shape":[0],', b'"__metadata__":null,', b"[" * 130),
@@ -83,7 +98,10 @@ def _strict(text: str) -> Any:
         return fraction(digits) if len(digits) > 300 else int(digits)
 
     value = json.loads(
-        text, object_pairs_hook=_pairs, parse_constant=refuse, parse_float=fraction,
+        text,
+        object_pairs_hook=_pairs,
+        parse_constant=refuse,
+        parse_float=fraction,
         parse_int=integer,
     )
     levels, deep = [value], 0
@@ -183,7 +201,10 @@ def fuzz(runs: int, seed: int) -> int:
     accepted = 0
     for _ in range(runs):
         header = made(source)
-        size = max((v["data_offsets"][1] for k, v in json.loads(header).items() if k[:2] != "__"), default=0)
+        size = max(
+            (v["data_offsets"][1] for k, v in json.loads(header).items() if k[:2] != "__"),
+            default=0,
+        )
         accepted += check(mutated(header, source), size)
     return accepted
 

@@ -76,4 +76,3 @@ def cast_kind(source: DType, target: DType) -> str:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-

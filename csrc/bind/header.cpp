@@ -100,13 +100,13 @@ py::list groups_by_name(const TensorTable& table) {
   return found;
 }
 
-std::vector<std::uint8_t> checked_types(const TensorTable& table, const Array<std::uint8_t>& types) {
+std::vector<std::uint8_t> checked_types(const TensorTable& table,
+                                        const Array<std::uint8_t>& types) {
   const auto given = span_of(types);
   if (!given.empty() && given.size() != table.tensors.size())
     throw Error(ErrorKind::invalid_argument, "a type is needed for each tensor");
   for (const std::uint8_t type : given)
-    if (type >= element_types().size())
-      throw Error(ErrorKind::invalid_argument, "an unknown type");
+    if (type >= element_types().size()) throw Error(ErrorKind::invalid_argument, "an unknown type");
   return {given.begin(), given.end()};
 }
 
@@ -149,8 +149,7 @@ void check_layer(const Layout& layout, std::size_t index) {
 py::list tensors_of(const Layout& layout, std::size_t index) {
   check_layer(layout, index);
   py::list found;
-  for (const std::uint32_t number : layout.members_of(index))
-    found.append(tensor(layout, number));
+  for (const std::uint32_t number : layout.members_of(index)) found.append(tensor(layout, number));
   return found;
 }
 
@@ -158,7 +157,8 @@ py::list segments_of(const Layout& layout, std::size_t index) {
   check_layer(layout, index);
   py::list found;
   for (const Segment& segment : layout.segments_of(index)) {
-    const py::object cast = segment.cast ? py::object(py::str(cast_name(*segment.cast))) : py::none();
+    const py::object cast =
+        segment.cast ? py::object(py::str(cast_name(*segment.cast))) : py::none();
     found.append(py::make_tuple(segment.file, segment.file_offset, segment.layer_offset,
                                 segment.bytes, cast));
   }
