@@ -106,7 +106,8 @@ def measure_hostile(bench: Bench, directory: Path) -> None:
         write_header(path, kind, bench.args.size)
         found[kind] = run = hostile(path, bench.args.rounds)
         print(
-            f"  {kind:<22} {run['seconds']:6.2f} s, {run['cpu']:.2f} of a CPU {run['bytes'] / GIB:6.2f} GiB "
+            f"  {kind:<22} {run['seconds']:6.2f} s, CPU {run['cpu']:.2f} s, "
+            f"{run['bytes'] / GIB:6.2f} GiB "
             f"{1e3 * run['gap']:6.0f} ms  {run['outcome']}",
             flush=True,
         )
@@ -130,7 +131,7 @@ def measure_good(bench: Bench, directory: Path) -> None:
         times, first, shots = [], [], []
         for _ in range(bench.args.rounds + 3):
             with Runtime(arena="2MiB", device=bench.args.device) as runtime:
-                times.append(seconds(lambda: runtime.register("model", path)))  # noqa: B023
+                times.append(seconds(lambda: runtime.register("model", path)))
                 model = runtime.model("model")
                 if tensors == 20_000:
                     first.append(seconds(model.tensors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -66,7 +67,7 @@ def _indices(model: Model, layers: Layers) -> list[int]:
             raise ValueError(f"the first {first} layers of {model.name!r}, which has {count}")
         return list(range(first))
     indices = sorted(layer_index(model, layer) for layer in layers)
-    for index, following in zip(indices, indices[1:], strict=False):
+    for index, following in pairwise(indices):
         if index == following:
             name, _ = model.layout.native.layer(index)
             raise ValueError(f"layer {name!r} of {model.name!r} is named twice")
