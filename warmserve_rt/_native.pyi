@@ -1,7 +1,7 @@
 # What csrc/bind/module.cpp defines; runtime.py, lease.py and views.py are its users. Bytes and
 # seconds throughout.
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,52 @@ Checks: TypeAlias = Sequence[Sequence[tuple[int, int | None]]]
 Bytes: TypeAlias = bytearray | memoryview | npt.NDArray[np.uint8]
 
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
+
+class StringTable:
+    def __len__(self) -> int: ...
+    def find(self, arg0: str) -> str | None: ...
+    def items(self, arg0: int, arg1: int) -> list[tuple[str, str]]: ...  # of a range of numbers
+
+# Tensors are told by number, in the order of the header; a position is one in file order.
+class TensorTable:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None: ...
+    def __len__(self) -> int: ...
+    # The next file's metadata; or why there is none, and the number of a file that has the tensor.
+    def add(
+        self, header: bytes, start: int, size: int
+    ) -> tuple[StringTable, None] | tuple[None, tuple[str, int]]: ...
+    def names(self, first: int, last: int) -> list[str]: ...  # of a range of positions
+    def find(self, arg0: str) -> int | None: ...
+    # Name, type, shape, file, offset in it, bytes.
+    def entry(self, number: int) -> tuple[str, int, tuple[int, ...], int, int, int]: ...
+    def types(self) -> npt.NDArray[np.uint8]: ...
+    def groups(self) -> list[tuple[str, list[str]]]: ...
+
+class Layout:
+    def __len__(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def layer(self, arg0: int) -> tuple[str, int]: ...  # name, bytes
+    # Name, type, shape, layer, offset in it, bytes.
+    def tensors(self, layer: int) -> list[tuple[str, int, tuple[int, ...], int, int, int]]: ...
+    # File, file offset, layer offset, bytes of the layer, kind of cast.
+    def segments(self, layer: int) -> list[tuple[int, int, int, int, str | None]]: ...
+
+def element_types() -> list[tuple[str, int]]: ...  # names and bits, in the order of their numbers
+def lay_out_by_name(
+    table: TensorTable, experts: bool, types: npt.NDArray[np.uint8]
+) -> Layout: ...
+def lay_out_groups(
+    table: TensorTable,
+    names: Sequence[str],
+    group_of: npt.NDArray[np.uint32],
+    types: npt.NDArray[np.uint8],
+) -> Layout: ...
+def strings_of(text: bytes, key: str, most: int) -> StringTable | None: ...
+def under_stems(names: list[str], stems: list[str]) -> list[bool]: ...
 
 class Driver:
     @property
@@ -236,7 +282,7 @@ class Runtime:
         self,
         name: str,
         files: Iterable[FileTuple],
-        layers: Sequence[LayerTuple],
+        layers: Layout | Sequence[LayerTuple],
         writable: bool,
         checks: Checks = ...,  # none
     ) -> Model: ...
@@ -244,7 +290,7 @@ class Runtime:
         self,
         model: Model,
         files: Iterable[FileTuple],
-        layers: Sequence[LayerTuple],
+        layers: Layout,
         checks: Checks,
         timeout: float | None,
     ) -> None: ...

@@ -6,13 +6,13 @@ floats beside them: scales, zeros and biases rounded again would dequantise to a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import accumulate
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from warmserve_rt import _arguments as check
+from warmserve_rt import _native
 from warmserve_rt.checkpoint import DTYPES, DType, TensorEntry
 
 DTypeLike: TypeAlias = Any
@@ -63,18 +63,23 @@ def planned_casts(
         targets = {name: target_dtype(each) for name, each in dtype.items()}
         if unknown := sorted(targets.keys() - tensors.keys()):
             raise ValueError(f"dtype: no tensor {unknown[0]!r} in the checkpoint")
-    quantised = {name for name, entry in tensors.items() if entry.dtype.name in _QUANTISED}
+    quantised = [name for name, entry in tensors.items() if entry.dtype.name in _QUANTISED]
     modules = {_module(name) for name in quantised}
+    wanted = [
+        name
+        for name, target in targets.items()
+        if tensors[name].dtype.name in ("F64", *_TARGETS.values()) and tensors[name].dtype != target
+    ]
+    belongs = _native.under_stems(wanted, quantised)
     casts = {}
-    for name, target in targets.items():
-        entry = tensors[name]
-        if entry.dtype.name not in ("F64", *_TARGETS.values()) or entry.dtype == target:
+    for name, below in zip(wanted, belongs, strict=True):
+        if below or _module(name) in modules:
             continue
-        if _module(name) in modules or any(prefix in quantised for prefix in _prefixes(name)):
-            continue
-        if entry.dtype.name == "F64":
-            raise ValueError(f"tensor {name!r} is F64, of which there is no cast to {target.name}")
-        casts[name] = target
+        if tensors[name].dtype.name == "F64":
+            raise ValueError(
+                f"tensor {name!r} is F64, of which there is no cast to {targets[name].name}"
+            )
+        casts[name] = targets[name]
     return casts
 
 
@@ -85,8 +90,3 @@ def cast_kind(source: DType, target: DType) -> str:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _prefixes(name: str) -> Iterable[str]:
-    """The name's first part, its first two, ..., the name."""
-    return accumulate(name.split("."), "{}.{}".format)

@@ -6,14 +6,17 @@ order, because a model can start on its first layers while the last are still on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from warmserve_rt.checkpoint import Checkpoint, DType, TensorEntry
-from warmserve_rt.dtypes import cast_kind
+import numpy as np
+import numpy.typing as npt
+
+from warmserve_rt import _native
+from warmserve_rt.checkpoint import TYPES, Checkpoint, DType, Tensors
 
 ALIGNMENT = 256  # bytes; of each tensor in its layer, as device allocators give
 
@@ -22,16 +25,6 @@ Grouping: TypeAlias = (
     | Callable[[str], str | int]
     | Sequence[Sequence[str]]
     | Mapping[str, Sequence[str]]
-)
-
-_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|\Z)")
-
-_EXPERT = re.compile(r"\.experts\.([0-9]{1,9})(?=\.)")
-
-# What runs before the blocks, by the names that the common families give it. Their output
-# embedding is not among it.
-_EMBEDDING = re.compile(
-    r"(?:^|[._])emb(?!ed_out)|(?:^|\.)(?:wte|wpe|shared|project_in|\w*projector)(?=\.|\Z)"
 )
 
 
@@ -75,13 +68,55 @@ class LayerSpec:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """A model's layers in execution order; `nbytes` is the sum of theirs."""
+    """A model's layers in execution order; `nbytes` is the sum of theirs.
 
-    layers: tuple[LayerSpec, ...]
-    tensors: Mapping[str, TensorSpec]
-    nbytes: int
+    Native code keeps them. `layers` and `tensors` are made when they are first asked for, because a
+    runtime registers and loads a model without them.
+    """
+
+    def __init__(self, native: _native.Layout) -> None:
+        self.native = native
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.native)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.layers == other.layers
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<Layout: {len(self)} layers, {self.nbytes} bytes>"
+
+    @property
+    def nbytes(self) -> int:
+        return self.native.nbytes
+
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        return tuple(self._layer(index) for index in range(len(self)))
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        return MappingProxyType({t.name: t for layer in self.layers for t in layer.tensors})
+
+    @cached_property
+    def index_of(self) -> Mapping[str, int]:
+        """The index of each layer by its name; of equal names the first."""
+        count = len(self)
+        names = (self.native.layer(index)[0] for index in reversed(range(count)))
+        return dict(zip(names, reversed(range(count)), strict=True))
+
+    def _layer(self, index: int) -> LayerSpec:
+        name, nbytes = self.native.layer(index)
+        tensors = tuple(
+            TensorSpec(tensor, TYPES[dtype], shape, layer, offset, size)
+            for tensor, dtype, shape, layer, offset, size in self.native.tensors(index)
+        )
+        segments = tuple(Segment(*segment) for segment in self.native.segments(index))
+        return LayerSpec(name, index, nbytes, tensors, segments)
 
 
 def build_layout(
@@ -111,34 +146,29 @@ def build_layout(
     checkpoint; ValueError for "experts" where none has tensors of its own; TypeError if `grouping`
     is none of the above.
     """
+    table = checkpoint.tensors.native
+    types = _types(checkpoint.tensors, casts)
+    if grouping is None or isinstance(grouping, str):
+        if grouping not in (None, "experts"):
+            raise TypeError(_WRONG_GROUPING.format(grouping))
+        return Layout(_native.lay_out_by_name(table, grouping == "experts", types))
     groups = _groups(checkpoint.tensors, grouping)
-    chosen: dict[str, int] = {}
+    group_of = np.full(len(table), len(groups), np.uint32)  # by the tensor's number
     for number, (layer, names) in enumerate(groups):
         if isinstance(names, str):
             raise TypeError(f"layer {layer!r} must be a sequence of names, not a string")
         for name in names:
-            if name not in checkpoint.tensors:
+            tensor = table.find(name) if isinstance(name, str) else None
+            if tensor is None:
                 raise ValueError(f"tensor {name!r} of layer {layer!r} is not in the checkpoint")
-            if name in chosen:
-                first = groups[chosen[name]][0]
+            if (before := int(group_of[tensor])) < len(groups):
+                first = groups[before][0]
                 raise ValueError(f"tensor {name!r} is in layer {first!r} and again in {layer!r}")
-            chosen[name] = number
-
-    members: list[list[TensorEntry]] = [[] for _ in groups]
-    for name, entry in checkpoint.tensors.items():
-        if name not in chosen:
-            raise ValueError(f"tensor {name!r} is in no layer")
-        members[chosen[name]].append(entry)
-
-    layers: list[LayerSpec] = []
-    for (layer, _), entries in zip(groups, members, strict=True):
-        if entries:
-            layers.append(_lay_out(layer, len(layers), entries, casts))
-    return Layout(
-        layers=tuple(layers),
-        tensors=MappingProxyType({t.name: t for layer in layers for t in layer.tensors}),
-        nbytes=sum(layer.nbytes for layer in layers),
-    )
+            group_of[tensor] = number
+    if len(missing := np.flatnonzero(group_of == len(groups))):
+        name = table.entry(int(missing[0]))[0]
+        raise ValueError(f"tensor {name!r} is in no layer")
+    return Layout(_native.lay_out_groups(table, [layer for layer, _ in groups], group_of, types))
 
 
 def group_by_name(sizes: Mapping[str, int]) -> list[tuple[str, list[str]]]:
@@ -150,84 +180,34 @@ def group_by_name(sizes: Mapping[str, int]) -> list[tuple[str, list[str]]]:
     common names. Otherwise it executes after the stack with which it shares the longest prefix,
     in doubt the main one: after that is the layer "head", after another that stack's last block.
     """
-    stacks: dict[str, dict[int, list[str]]] = {}
-    loose: list[str] = []
-    for name in sizes:
-        if number := _NUMBER.search(name):
-            blocks = stacks.setdefault(name[: number.start()], {})
-            blocks.setdefault(int(number[1]), []).append(name)
-        else:
-            loose.append(name)
-
-    def nbytes(stack: str) -> int:
-        return sum(sizes[name] for names in stacks[stack].values() for name in names)
-
-    main = max(stacks, key=nbytes, default="")
-    order = [*(stack for stack in stacks if stack != main), main]
-    owner = {prefix: stack for stack in order for prefix in _prefixes(stack)}
-    embedding: list[str] = []
-    head: list[str] = []
-    for name in loose:
-        stack = next(owner[prefix] for prefix in _prefixes(name) if prefix in owner)
-        if _EMBEDDING.search(name):
-            embedding.append(name)
-        elif stack == main:
-            head.append(name)
-        else:
-            stacks[stack][max(stacks[stack])].append(name)
-
-    blocks_in_order = [
-        (f"{stack}.{number}" if stack else str(number), names)
-        for stack in order
-        for number, names in sorted(stacks.get(stack, {}).items())
-    ]
-    layers = [("embedding", embedding), *blocks_in_order, ("head", head)]
-    return [(layer, names) for layer, names in layers if names]
+    return _native.TensorTable([*sizes], [*sizes.values()]).groups()
 
 
-def experts_apart(layers: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """The same layers, but with each expert in one of its own, after what is left of its block.
-
-    Its name is the block's and its number, as in "model.layers.0.experts.3". Raises ValueError if
-    no tensor is an expert's alone.
-    """
-    apart: list[tuple[str, list[str]]] = []
-    for layer, names in layers:
-        rest: list[str] = []
-        experts: dict[int, list[str]] = {}
-        for name in names:
-            number = _EXPERT.search(name)
-            (experts.setdefault(int(number[1]), []) if number else rest).append(name)
-        apart.append((layer, rest))
-        apart += [(f"{layer}.experts.{number}", experts[number]) for number in sorted(experts)]
-    if len(apart) == len(layers):
-        raise ValueError(
-            "layers='experts': no tensor belongs to one expert alone (a name like "
-            "'experts.0.w1.weight')"
-        )
-    return [(layer, names) for layer, names in apart if names]
+def _types(tensors: Tensors, casts: Mapping[str, DType]) -> npt.NDArray[np.uint8]:
+    """The dtype of each tensor in the arena, by its number; nothing where none is cast."""
+    if not casts:
+        return np.empty(0, np.uint8)
+    types = tensors.native.types()
+    for name, dtype in casts.items():
+        number = tensors.native.find(name)
+        if number is not None:
+            types[number] = TYPES.index(dtype)
+    return types
 
 
-def _prefixes(name: str) -> list[str]:
-    """The name, then what is left as its last parts fall off one by one, at last nothing."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+_WRONG_GROUPING = "layers must be 'experts', a mapping, a sequence or a function, not {!r}"
 
 
 def _groups(
-    tensors: Mapping[str, TensorEntry], grouping: Grouping | None
+    tensors: Tensors,
+    grouping: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | Callable[[str], str | int],
 ) -> Sequence[tuple[str, Sequence[str]]]:
-    if grouping is None or grouping == "experts":
-        layers = group_by_name({name: entry.nbytes for name, entry in tensors.items()})
-        return experts_apart(layers) if grouping else layers
     if isinstance(grouping, Mapping):
         return [*grouping.items()]
-    if isinstance(grouping, Sequence) and not isinstance(grouping, str):
+    if isinstance(grouping, Sequence):
         return [(str(number), names) for number, names in enumerate(grouping)]
     if not callable(grouping):
-        raise TypeError(
-            f"layers must be 'experts', a mapping, a sequence or a function, not {grouping!r}"
-        )
+        raise TypeError(_WRONG_GROUPING.format(grouping))
     found: dict[str | int, list[str]] = {}
     for name in tensors:
         layer = grouping(name)
@@ -236,29 +216,3 @@ def _groups(
         found.setdefault(layer, []).append(name)
     order = sorted(found) if all(isinstance(layer, int) for layer in found) else [*found]
     return [(str(layer), found[layer]) for layer in order]
-
-
-def _lay_out(
-    name: str, index: int, entries: Sequence[TensorEntry], casts: Mapping[str, DType]
-) -> LayerSpec:
-    """One layer of tensors that come in file order."""
-    tensors: list[TensorSpec] = []
-    segments: list[Segment] = []
-    end = 0
-    source = (-1, 0)  # file, and where in it the last segment ends
-    for entry in entries:
-        dtype = casts.get(entry.name, entry.dtype)
-        cast = None if dtype == entry.dtype else cast_kind(entry.dtype, dtype)
-        nbytes = entry.nbytes * dtype.bits // entry.dtype.bits
-        offset = -(-end // ALIGNMENT) * ALIGNMENT if nbytes else 0
-        tensors.append(TensorSpec(entry.name, dtype, entry.shape, index, offset, nbytes))
-        if not nbytes:
-            continue
-        goes_on = (entry.file, entry.offset) == source and offset == end
-        if goes_on and segments[-1].cast == cast:
-            segments[-1] = replace(segments[-1], nbytes=segments[-1].nbytes + nbytes)
-        else:
-            segments.append(Segment(entry.file, entry.offset, offset, nbytes, cast))
-        source = (entry.file, entry.offset + entry.nbytes)
-        end = offset + nbytes
-    return LayerSpec(name, index, end, tuple(tensors), tuple(segments))

@@ -25,7 +25,7 @@ class Model:
         self._tensors: dict[Framework, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
-        return f"<Model {self.name!r}: {len(self.layers)} layers, {format_bytes(self.nbytes)}>"
+        return f"<Model {self.name!r}: {len(self.layout)} layers, {format_bytes(self.nbytes)}>"
 
     @property
     def name(self) -> str:

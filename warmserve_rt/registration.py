@@ -21,7 +21,6 @@ Verify: TypeAlias = Literal["sampled", "full"]
 # By a layer's name, of each of its granules, as Runtime.digest gives them.
 Digests: TypeAlias = Mapping[str, Sequence[int] | npt.NDArray[np.uint64]]
 
-_MOST_BYTES = 2**63 - 1  # of a model, as native code counts
 _ONE_IN = 16  # granules that "sampled" checks, beside the first and the last of a layer
 
 
@@ -48,21 +47,6 @@ class Opened:
             times = (i.mtime_ns % 2**64, i.ctime_ns % 2**64)
             yield file.fd, shown(file.path), (i.device, i.inode, i.size, *times)
             file.close()
-
-    def layers(self) -> list[_native.LayerTuple]:
-        """Return the bytes of each layer and the copies that make it.
-
-        Raises ValueError for sizes beyond 64 bits, which only sparse files have.
-        """
-        if self.layout.nbytes > _MOST_BYTES:
-            raise ValueError(f"a model has at most 2**63 - 1 bytes, got {self.layout.nbytes}")
-        return [
-            (
-                layer.nbytes,
-                [(s.file, s.file_offset, s.layer_offset, s.nbytes, s.cast) for s in layer.segments],
-            )
-            for layer in self.layout.layers
-        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ class Runtime(Evicting):
 
             def make() -> Model:
                 made = native.register(
-                    name, opened.files(), opened.layers(), writable=writable, checks=opened.checks
+                    name, opened.files(), opened.layout.native, writable=writable, checks=opened.checks
                 )
                 again = replace(origin, source=anchored(origin.source))
                 return Model(made, opened.layout, self._framework, again)
@@ -204,7 +204,7 @@ class Runtime(Evicting):
                     "unregister it and register it again"
                 )
             self.native.reload(
-                found.native, opened.files(), opened.layers(), opened.checks, timeout
+                found.native, opened.files(), opened.layout.native, opened.checks, timeout
             )
             found.layout = opened.layout
         log.info("reloaded %r", found.name)

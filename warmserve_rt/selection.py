@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import pairwise
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+
+import numpy as np
 
 if TYPE_CHECKING:
     from .model import Model
@@ -13,20 +17,26 @@ Layers: TypeAlias = int | slice | Iterable[int | str]
 
 
 def layer_index(model: Model, layer: int | str) -> int:
-    """Of a layer by index or name. Raises ValueError where there is none."""
+    """Return the index of a layer that is given by index or name.
+
+    Raises ValueError if there is no such layer, TypeError if ``layer`` is neither an integer (a
+    numpy integer is one) nor a name.
+    """
+    count = len(model.layout)
     if isinstance(layer, str):
-        for spec in model.layers:
-            if spec.name == layer:
-                return spec.index
-    elif 0 <= layer < len(model.layers):
-        return int(layer)
-    raise ValueError(f"{model.name!r} has {len(model.layers)} layers, no layer {layer!r}")
+        index = model.layout.index_of.get(layer, count)
+    else:
+        index = _integer(layer, "a layer is an index or a name")
+    if not 0 <= index < count:
+        raise ValueError(f"{model.name!r} has {count} layers, no layer {layer!r}")
+    return index
 
 
 def layer_indices(model: Model, layers: Layers | None) -> list[int] | None:
-    """Ascending; None for None, which means all of them.
+    """Return ascending indices; None for None, which means all layers.
 
-    Raises ValueError for a layer that is not there or is named twice, and for none at all.
+    Raises ValueError for a layer that is not there or is named twice, and if no layer is named;
+    TypeError for what names no layers.
     """
     if layers is None:
         return None
@@ -37,23 +47,38 @@ def layer_indices(model: Model, layers: Layers | None) -> list[int] | None:
 
 
 def all_but(model: Model, keep: Layers) -> list[int]:
-    """The other layers; ``keep`` may name none. Raises ValueError as :func:`layer_indices`."""
+    """Return the other layers; ``keep`` may name none. Raises as :func:`layer_indices`."""
     kept = set(_indices(model, keep))
-    return [index for index in range(len(model.layers)) if index not in kept]
+    return [index for index in range(len(model.layout)) if index not in kept]
 
 
 def _indices(model: Model, layers: Layers) -> list[int]:
-    count = len(model.layers)
+    count = len(model.layout)
     if isinstance(layers, slice):
         return sorted(range(count)[layers])
-    if isinstance(layers, int):
-        if not 0 <= layers <= count:
-            raise ValueError(f"the first {layers} layers of {model.name!r}, which has {count}")
-        return list(range(layers))
     if isinstance(layers, str):
-        raise TypeError(f"layers must be a number or a set, not the name {layers!r}")
-    indices = [layer_index(model, layer) for layer in layers]
-    for index in indices:
-        if indices.count(index) > 1:
-            raise ValueError(f"layer {model.layers[index].name!r} of {model.name!r} is named twice")
-    return sorted(indices)
+        raise TypeError(
+            f"layers must be a number or a list of indices and names, got the name {layers!r}: "
+            f"write [{layers!r}]"
+        )
+    if not isinstance(layers, Iterable) or (isinstance(layers, np.ndarray) and not layers.ndim):
+        first = _integer(layers, "layers must be a number, a slice or a list of indices and names")
+        if not 0 <= first <= count:
+            raise ValueError(f"the first {first} layers of {model.name!r}, which has {count}")
+        return list(range(first))
+    indices = sorted(layer_index(model, layer) for layer in layers)
+    for index, following in pairwise(indices):
+        if index == following:
+            name, _ = model.layout.native.layer(index)
+            raise ValueError(f"layer {name!r} of {model.name!r} is named twice")
+    return indices
+
+
+def _integer(value: SupportsIndex, rule: str) -> int:
+    """Return an int or a numpy integer as an int; refuse what is neither, and bools."""
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{rule}, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of several numbers has the method too
+        raise TypeError(f"{rule}, got {value!r}") from None

@@ -108,6 +108,12 @@ void gather_rows(const py::object& from, const py::object& to, std::uint64_t row
 
 }  // namespace
 
+const char* cast_name(CastKind kind) {
+  for (const Named& each : kKinds)
+    if (each.kind == kind) return each.name;
+  throw std::logic_error("a cast without a name");
+}
+
 CastKind cast_kind(const std::string& name) {
   for (const Named& one : kKinds)
     if (name == one.name) return one.kind;

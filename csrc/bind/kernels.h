@@ -11,6 +11,7 @@ namespace warmserve {
 
 // By the name that Python has for it. Throws invalid_argument for another.
 CastKind cast_kind(const std::string& name);
+const char* cast_name(CastKind kind);
 
 void bind_kernels(pybind11::module_& m);
 

@@ -12,7 +12,9 @@
 
 #include "bind/drivers.h"
 #include "bind/handles.h"
+#include "bind/header.h"
 #include "bind/kernels.h"
+#include "layout.h"
 #include "os_failure.h"
 #include "peer_route.h"
 #include "runtime.h"
@@ -83,9 +85,24 @@ std::vector<File> take_files(const py::iterable& files) {
   return owned;
 }
 
-std::vector<LayerShape> take_shapes(const std::vector<LayerTuple>& layers, const Checks& checks) {
-  if (!checks.empty() && checks.size() != layers.size())
+void add_checks(std::vector<LayerShape>& shapes, const Checks& checks) {
+  if (checks.empty()) return;
+  if (checks.size() != shapes.size())
     throw Error(ErrorKind::invalid_argument, "checks are for each layer, or for none");
+  for (std::size_t i = 0; i < shapes.size(); ++i)
+    for (const auto& [granule, digest] : checks[i]) shapes[i].checks.push_back({granule, digest});
+}
+
+std::vector<LayerShape> take_shapes(const Layout& layout) {
+  std::vector<LayerShape> shapes(layout.bytes.size());
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const auto segments = layout.segments_of(i);
+    shapes[i] = {layout.bytes[i], {segments.begin(), segments.end()}};
+  }
+  return shapes;
+}
+
+std::vector<LayerShape> take_shapes(const std::vector<LayerTuple>& layers) {
   std::vector<LayerShape> shapes;
   for (const auto& [bytes, segments] : layers) {
     LayerShape& shape = shapes.emplace_back();
@@ -94,27 +111,27 @@ std::vector<LayerShape> take_shapes(const std::vector<LayerTuple>& layers, const
       Segment& segment = shape.segments.emplace_back(file, file_offset, layer_offset, length);
       if (cast) segment.cast = cast_kind(*cast);
     }
-    if (!checks.empty())
-      for (const auto& [granule, digest] : checks[shapes.size() - 1])
-        shape.checks.push_back({granule, digest});
   }
   return shapes;
 }
 
+// `Layers` are a Layout, or the same as tuples.
+template <typename Layers>
 PyModel register_model(const RuntimePtr& runtime, const std::string& name,
-                       const py::iterable& files, const std::vector<LayerTuple>& layers,
-                       bool writable, const Checks& checks) {
-  const std::vector<LayerShape> shapes = take_shapes(layers, checks);
+                       const py::iterable& files, const Layers& layers, bool writable,
+                       const Checks& checks) {
+  std::vector<LayerShape> shapes = take_shapes(layers);
+  add_checks(shapes, checks);
   std::vector<File> owned = take_files(files);
   const py::gil_scoped_release release;
   return {runtime,
           runtime->register_model(name, std::move(owned), shapes, writable, check_signals)};
 }
 
-void reload(Runtime& runtime, const PyModel& model, const py::iterable& files,
-            const std::vector<LayerTuple>& layers, const Checks& checks,
-            std::optional<double> timeout) {
-  const std::vector<LayerShape> shapes = take_shapes(layers, checks);
+void reload(Runtime& runtime, const PyModel& model, const py::iterable& files, const Layout& layout,
+            const Checks& checks, std::optional<double> timeout) {
+  std::vector<LayerShape> shapes = take_shapes(layout);
+  add_checks(shapes, checks);
   std::vector<File> owned = take_files(files);
   const py::gil_scoped_release release;
   runtime.reload(model.model, std::move(owned), shapes, deadline(timeout), check_signals);
@@ -212,8 +229,10 @@ void bind_runtime(py::module_& m) {
            py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
            py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
            py::arg("read_bandwidth"), py::arg("neighbours"))
-      .def("register", &register_model, py::arg("name"), py::arg("files"), py::arg("layers"),
-           py::arg("writable"), py::arg("checks") = Checks())
+      .def("register", &register_model<Layout>, py::arg("name"), py::arg("files"),
+           py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
+      .def("register", &register_model<std::vector<LayerTuple>>, py::arg("name"), py::arg("files"),
+           py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
       .def("reload", &reload, py::arg("model"), py::arg("files"), py::arg("layers"),
            py::arg("checks"), py::arg("timeout"))
       .def(
@@ -329,6 +348,7 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception_translator(translate_errors);
   bind_drivers(m);
   bind_handles(m);
+  bind_headers(m);
   bind_state(m);
   bind_runtime(m);
   bind_kernels(m);

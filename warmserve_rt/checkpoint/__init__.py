@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import TypeAlias
 
+from warmserve_rt import _native
 from warmserve_rt._errors import CorruptCheckpoint
 
 from . import hub, mistaken
@@ -34,9 +34,11 @@ from .files import (
 from .header import (
     DTYPES,
     LIMIT,
+    TYPES,
     DType,
+    DuplicateTensor,
     TensorEntry,
-    entry_of,
+    Tensors,
     parse_object,
     read_header,
     strings,
@@ -44,12 +46,14 @@ from .header import (
 
 __all__ = [
     "DTYPES",
+    "TYPES",
     "Checkpoint",
     "CheckpointFile",
     "DType",
     "FileIdentity",
     "Source",
     "TensorEntry",
+    "Tensors",
     "open_checkpoint",
     "shown",
 ]
@@ -63,7 +67,7 @@ class Checkpoint:
     """Open files and the tensors in them, ordered by file and then by offset."""
 
     files: tuple[CheckpointFile, ...]
-    tensors: Mapping[str, TensorEntry]
+    tensors: Tensors
 
     def close(self) -> None:
         """Close every file; more than once is harmless."""
@@ -180,10 +184,7 @@ def _files_of(directory: Directory, variant: str | None) -> tuple[_Candidates, d
     if index_name is not None:
         path = directory.path_of(index_name)
         with blaming(path), directory.open(index_name) as file:
-            raw = file.read(LIMIT + 1)
-            if len(raw) > LIMIT:
-                raise ValueError(f"an index of more than {LIMIT} bytes is over the limit")
-            parsed = parse_object(raw)
+            parsed = parse_object(file.read(LIMIT + 1))  # one byte more than is accepted
             weight_map = strings("weight_map", parsed.get("weight_map"))
             if not weight_map:
                 raise ValueError("weight_map is empty")
@@ -207,56 +208,44 @@ def _files_of(directory: Directory, variant: str | None) -> tuple[_Candidates, d
 
 def _open_all(candidates: _Candidates, index: Mapping[str, str]) -> Checkpoint:
     files: list[CheckpointFile] = []
-    tensors: dict[str, TensorEntry] = {}
+    tensors = Tensors(_native.TensorTable())
     with ExitStack() as opened:
         for path, opener in candidates:
-            file, entries = _open_file(path, opener, len(files))
-            files.append(opened.enter_context(file))
+            first = len(tensors)
             with blaming(path):
-                for entry in entries:
-                    if index and index.get(entry.name) != path:
-                        raise ValueError(f"the index does not put tensor {entry.name!r} here")
-                    if (other := tensors.setdefault(entry.name, entry)) is not entry:
-                        where = shown(files[other.file].path)
-                        raise ValueError(f"{entry.name!r} is also in {where}")
-        if absent := sorted(index.keys() - tensors.keys()):
-            name = absent[0]
+                try:
+                    file = _open_file(path, opener, tensors.native)
+                except DuplicateTensor as error:
+                    raise ValueError(f"{error} {shown(files[error.file].path)}") from None
+                files.append(opened.enter_context(file))
+                for name in tensors.names(first) if index else ():
+                    if index.get(name) != path:
+                        raise ValueError(f"the index does not put tensor {name!r} here")
+        if index and len(index) != len(tensors):
+            name = min(index.keys() - tensors.keys())
             raise CorruptCheckpoint(
                 f"{shown(index[name])}: no tensor {name!r}, which the index puts here"
             )
         opened.pop_all()
-    return Checkpoint(tuple(files), MappingProxyType(tensors))
+    return Checkpoint(tuple(files), tensors)
 
 
 def _open_file(
-    path: str, opener: Callable[[], io.BufferedReader], number: int
-) -> tuple[CheckpointFile, list[TensorEntry]]:
-    """Open file `number` of a checkpoint; its tensors come ordered by offset."""
-    with blaming(path), ExitStack() as opened:
+    path: str, opener: Callable[[], io.BufferedReader], tensors: _native.TensorTable
+) -> CheckpointFile:
+    """Open the next file of a checkpoint and add its tensors."""
+    with ExitStack() as opened:
         file = opened.enter_context(opener())
         identity = FileIdentity.of(file.fileno())
         try:
-            header, start = read_header(file, identity.size)
+            metadata = read_header(file, identity.size, tensors)
+        except DuplicateTensor:
+            raise
         except ValueError as error:
             if what := mistaken.file_is(file.fileno(), path):
                 raise ValueError(f"{what} (as safetensors: {error})") from error
             raise
-        metadata = strings("__metadata__", header.pop("__metadata__", {}))
-        entries = [entry_of(name, item, number, start) for name, item in header.items()]
-        entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-        end = start
-        for entry in entries:
-            if entry.offset != end:
-                what = "overlaps the tensor" if entry.offset < end else "leaves a hole"
-                raise ValueError(f"{entry.name!r} at byte {entry.offset} {what} before it")
-            end += entry.nbytes
-        if end != identity.size:
-            what = "truncated" if end > identity.size else "bytes that belong to no tensor"
-            unfinished = f" ({mistaken.name_is(path)})" if path.endswith(".incomplete") else ""
-            raise ValueError(
-                f"{what}: tensors end at byte {end}, the file at {identity.size}{unfinished}"
-            )
         if FileIdentity.of(file.fileno()) != identity:
             raise ValueError("changed while its header was read")
         opened.pop_all()
-    return CheckpointFile(path, identity, MappingProxyType(metadata), file), entries
+    return CheckpointFile(path, identity, metadata, file)

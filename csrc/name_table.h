@@ -1,0 +1,72 @@
+// Many different strings, by number and back. Compact: the bytes, an end and a slot for each.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace warmserve {
+
+// A hash that nobody can prepare collisions for: SipHash-1-3 with a key of the process.
+std::uint64_t keyed_hash(std::string_view text) noexcept;
+
+struct KeyedHash {
+  std::size_t operator()(std::string_view text) const noexcept { return keyed_hash(text); }
+};
+
+// Strings one after another in one piece of memory.
+class StringList {
+ public:
+  std::uint32_t size() const noexcept { return static_cast<std::uint32_t>(ends_.size()); }
+  std::string_view operator[](std::uint32_t number) const noexcept {
+    return view(number ? ends_[number - 1] : 0, ends_[number]);
+  }
+
+  // The next string is appended to pending() and then added, or dropped.
+  std::string& pending() noexcept { return bytes_; }
+  std::string_view pending_string() const noexcept { return view(last(), bytes_.size()); }
+  void add_pending() { ends_.push_back(bytes_.size()); }
+  void drop_pending() { bytes_.resize(last()); }
+  void add(std::string_view string) {
+    bytes_ += string;
+    add_pending();
+  }
+
+ private:
+  std::uint64_t last() const noexcept { return ends_.empty() ? 0 : ends_.back(); }
+  std::string_view view(std::uint64_t begin, std::uint64_t end) const noexcept {
+    return std::string_view(bytes_).substr(begin, end - begin);
+  }
+
+  std::string bytes_;
+  std::vector<std::uint64_t> ends_;
+};
+
+class NameTable {
+ public:
+  std::uint32_t size() const noexcept { return names_.size(); }
+  std::string_view operator[](std::uint32_t number) const noexcept { return names_[number]; }
+  std::optional<std::uint32_t> find(std::string_view name) const noexcept;
+
+  // A new name is appended to pending() and then added: its number, or the number of the equal name
+  // that is there already, in which case nothing is added.
+  std::string& pending() noexcept { return names_.pending(); }
+  std::string_view pending_name() const noexcept { return names_.pending_string(); }
+  std::pair<std::uint32_t, bool> add_pending();
+  void drop_pending() { names_.drop_pending(); }
+
+ private:
+  struct Slot {
+    std::uint32_t tag = 0;
+    std::uint32_t number_plus_one = 0;  // 0: empty
+  };
+  std::size_t slot_of(std::string_view name, std::uint64_t hash) const noexcept;
+  void grow();
+
+  StringList names_;
+  std::vector<Slot> slots_;  // a power of two of them, or none
+};
+
+}  // namespace warmserve

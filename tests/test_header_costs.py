@@ -1,0 +1,114 @@
+"""Risk: a small hostile file costs minutes, or a set of layers costs the square of its size."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import header_fuzz
+import numpy as np
+import pytest
+
+from warmserve_rt import Model, Runtime
+from warmserve_rt.checkpoint import DTYPES, TensorEntry, open_checkpoint
+from warmserve_rt.dtypes import planned_casts
+from warmserve_rt.layers import build_layout
+from warmserve_rt.selection import layer_index, layer_indices
+
+ENTRY = '"%s":{"dtype":"%s","shape":[0],"data_offsets":[0,0]}'
+
+
+def write(path: Path, names: list[str]) -> Path:
+    """A file of empty tensors."""
+    raw = ("{" + ",".join(ENTRY % (name, "U8") for name in names) + "}").encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    return path
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Count the calls, of Python and of C, that the work makes."""
+    count = 0
+
+    def see(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(see)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Any:
+    with Runtime(arena="2MiB", tensors="numpy") as runtime:
+        yield [
+            runtime.register(str(n), write(tmp_path / f"{n}", [f"l.{i}.w" for i in range(n)]))
+            for n in (500, 1000)
+        ]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda model: layer_indices(model, range(len(model.layers))),
+        lambda model: layer_indices(model, [layer.name for layer in model.layers]),
+        lambda model: [layer_index(model, layer.name) for layer in model.layers],
+        lambda model: model.tensors(),
+    ],
+    ids=["by index", "by name", "one by one", "tensors"],
+)
+def test_twice_the_layers_cost_twice_the_operations(
+    models: list[Model], work: Callable[[Model], object]
+) -> None:
+    for model in models:
+        work(model)  # what is made once
+    small, large = (operations(lambda m=model: work(m)) for model in models)
+    assert large <= 2.2 * small + 50
+
+
+def test_names_of_a_million_dots_are_laid_out(tmp_path: Path) -> None:
+    dots = "a." * 1_000_000
+    names = [dots, dots + "0.w", "b" + dots + "1.w", "b" + dots]
+    with closing(open_checkpoint(write(tmp_path / "f", names))) as checkpoint:
+        layout = build_layout(checkpoint)
+    assert sorted(layer.name for layer in layout.layers) == sorted(
+        ["head", dots + "0", "b" + dots + "1"]
+    )
+
+
+def test_casts_of_names_of_a_million_dots_are_planned() -> None:
+    dots = ".".join("a" * 1_000_000)
+    found = {"a": "U8", dots: "F32", "x.b": "F32", "ab.c": "F32"}
+    tensors = {name: TensorEntry(name, DTYPES[of], (), 0, 0, 0) for name, of in found.items()}
+    assert set(planned_casts(tensors, "bfloat16")) == {"x.b", "ab.c"}
+
+
+def test_integers_of_numpy_name_layers(models: list[Model]) -> None:
+    model = models[0]
+    assert layer_indices(model, np.int64(2)) == [0, 1]  # type: ignore[arg-type]
+    assert layer_indices(model, np.array([3, 1])) == [1, 3]
+    assert layer_index(model, np.uint8(4)) == 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "layers", [[1.5], 1.5, [True], True, [None], "l.0", np.float32(1), [np.True_]]
+)
+def test_what_is_no_layer_is_refused_by_type(models: list[Model], layers: Any) -> None:
+    with pytest.raises(TypeError, match="got"):
+        layer_indices(models[0], layers)
+
+
+def test_repeated_layer_is_refused_by_name(models: list[Model]) -> None:
+    with pytest.raises(ValueError, match=r"'l.3' .* named twice"):
+        layer_indices(models[0], [3, "l.3"])
+
+
+def test_mutated_headers_are_read_as_the_format_says_or_refused() -> None:
+    assert 200 < header_fuzz.fuzz(3000, seed=2) < 2800
