@@ -75,9 +75,9 @@ MUTATIONS = [
     ),
     Mutation(
         "held models are victims",
-        "csrc/residency.cpp",
-        "!layer.owned && !layer.held() &&\n",
-        "!layer.owned &&\n",
+        "csrc/eviction_order.cpp",
+        "if (model->whole_holds || spared.whole_model(*model)) continue;",
+        "if (spared.whole_model(*model)) continue;",
         "test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
@@ -103,9 +103,9 @@ MUTATIONS = [
     ),
     Mutation(
         "victims go in another order",
-        "csrc/residency.cpp",
-        "-static_cast<std::int64_t>(layer->index));",
-        "static_cast<std::int64_t>(layer->index));",
+        "csrc/eviction_order.cpp",
+        "-static_cast<std::int64_t>(layer.index)};",
+        "static_cast<std::int64_t>(layer.index)};",
         "test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
@@ -285,7 +285,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer that failed is kept as if it were complete",
-        "csrc/transfer.cpp",
+        "csrc/transfer_end.cpp",
         "layer.torn = true;",
         "",
         "test_fault_walk.py::test_a_failing_driver_call_loses_nothing[host-step_by_step-and-in-rollback]",
