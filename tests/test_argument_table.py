@@ -144,7 +144,11 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (lambda r, p: r.register("n", p, writable="no"), TypeError, "writable must be True or"),  # type: ignore[arg-type]
     (lambda r, p: r.model(3), TypeError, "model must be a name or a registered model, got 3"),  # type: ignore[arg-type]
     (lambda r, p: r.model(b"m"), TypeError, "model must be a name or a registered model"),  # type: ignore[arg-type]
-    (lambda r, p: r.model("n"), ValueError, "no model 'n' is registered; did you mean 'm'|no model"),
+    (
+        lambda r, p: r.model("n"),
+        ValueError,
+        "no model 'n' is registered; did you mean 'm'|no model",
+    ),
     (lambda r, p: r.promote(None), TypeError, "model must be a name or a registered model"),  # type: ignore[arg-type]
     (lambda r, p: r.prewarm("m", priority=10**12), ValueError, "from -2147483648 to 2147483647"),
     (lambda r, p: r.prewarm("m", priority=1.5), TypeError, "priority must be an integer"),  # type: ignore[arg-type]

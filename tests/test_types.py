@@ -45,7 +45,7 @@ def problems(tmp_path: Path, source: str) -> list[str]:
     return [line.partition("program.py:")[2] for line in done.stdout.splitlines()]
 
 
-SERVER = '''
+SERVER = """
 from warmserve_rt import (
     Lease, LayerSnapshot, Model, ModelSnapshot, Progress, Runtime, Snapshot, Ticket, __version__,
 )
@@ -72,7 +72,7 @@ async def serve(path: str) -> None:
         await runtime.aevict("chat", wait="leases", timeout=30)
         await runtime.aunregister(model)
         print(done, parts, share, models, snapshot.arena_bytes, __version__)
-'''
+"""
 
 
 def test_a_server_is_strictly_typed(tmp_path: Path) -> None:
@@ -103,6 +103,8 @@ def test_the_lines_of_the_readme_are_strictly_typed(tmp_path: Path, block: str) 
     if "await " in block or "async " in block:
         block = "async def main() -> None:\n" + textwrap.indent(block, "    ")
     own = "\n".join(
-        line for line in GIVEN.splitlines() if not re.search(rf"^{line.split(':')[0]} = ", block, re.M)
+        line
+        for line in GIVEN.splitlines()
+        if not re.search(rf"^{line.split(':')[0]} = ", block, re.M)
     )
     assert problems(tmp_path, f"{own}\n{block}") == []
