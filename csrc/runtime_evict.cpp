@@ -20,8 +20,8 @@ class Wanted {
 
 }  // namespace
 
-// Waits until no lease and no pass uses the layers, or throws busy, as `patience` says. A pass counts
-// like a stream: it goes on after its lease.
+// Waits until no lease and no pass uses the layers, or throws busy, as `patience` says. A pass
+// counts like a stream: it goes on after its lease.
 void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadline,
                           const Poll& poll, Patience patience, const std::function<bool()>& leased,
                           const std::function<bool()>& in_use) {

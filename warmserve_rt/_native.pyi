@@ -52,9 +52,7 @@ class Layout:
     def segments(self, layer: int) -> list[tuple[int, int, int, int, str | None]]: ...
 
 def element_types() -> list[tuple[str, int]]: ...  # names and bits, in the order of their numbers
-def lay_out_by_name(
-    table: TensorTable, experts: bool, types: npt.NDArray[np.uint8]
-) -> Layout: ...
+def lay_out_by_name(table: TensorTable, experts: bool, types: npt.NDArray[np.uint8]) -> Layout: ...
 def lay_out_groups(
     table: TensorTable,
     names: Sequence[str],

@@ -164,7 +164,11 @@ class Runtime(Evicting):
 
             def make() -> Model:
                 made = native.register(
-                    name, opened.files(), opened.layout.native, writable=writable, checks=opened.checks
+                    name,
+                    opened.files(),
+                    opened.layout.native,
+                    writable=writable,
+                    checks=opened.checks,
                 )
                 again = replace(origin, source=anchored(origin.source))
                 return Model(made, opened.layout, self._framework, again)

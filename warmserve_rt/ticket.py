@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _arguments as check
+from ._awaiting import until_over
 from ._errors import Cancelled
 from ._log import log
 from ._units import format_bytes
@@ -62,8 +62,7 @@ class Ticket:
 
     async def _arrive(self) -> None:
         self._told = True
-        while not self._native.done:
-            await _readable(self._native.fileno())
+        await until_over(self._native.notify)
         self._native.wait(0)
 
     def cancel(self) -> None:
@@ -143,23 +142,3 @@ class Ticket:
             pass
         except Exception as error:
             log.warning("%s failed, and nobody waited for it: %s", self._native.what, error)
-
-
-async def _readable(descriptor: int) -> None:
-    """Waits on a descriptor of its own, for a loop has one reader for each."""
-    import asyncio  # for those alone who have imported it
-
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Future[None] = loop.create_future()
-    own = os.dup(descriptor)
-
-    def arrive() -> None:
-        if not arrived.done():
-            arrived.set_result(None)
-
-    loop.add_reader(own, arrive)
-    try:
-        await arrived
-    finally:
-        loop.remove_reader(own)
-        os.close(own)

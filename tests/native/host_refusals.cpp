@@ -122,7 +122,8 @@ TEST(sizes_near_the_end_of_64_bits_are_refused) {
   Handle granule{};
   Address address = 0;
   std::byte* pinned = nullptr;
-  for (const std::uint64_t bytes : {~kGranule + 1, std::uint64_t{1} << 63, std::uint64_t{1} << 62}) {
+  for (const std::uint64_t bytes :
+       {~kGranule + 1, std::uint64_t{1} << 63, std::uint64_t{1} << 62}) {
     CHECK(bench.driver->granule_create(bytes, &granule) != Status::ok);
     CHECK(bench.driver->address_reserve(bytes, &address) == Status::out_of_addresses);
     CHECK(bench.driver->pinned_create(bytes, &pinned) == Status::out_of_memory);

@@ -39,7 +39,7 @@ def guard(
     gates = Gates(module, runtime, model)
     for entry in dict.fromkeys((module, *entries)):
         # Not by hooks: torch skips those after a pass that a KeyboardInterrupt has ended.
-        entry.forward = gates.guarded(entry)  # type: ignore[method-assign]
+        entry.forward = gates.guarded(entry)
 
 
 class Gates:

@@ -82,7 +82,8 @@ def stream_tokens(
             raise ValueError(f"{name} must have one prompt (shape (1, n)), got {shape}")
     if tokenizer is not None and "stop_strings" in generate:
         arguments["tokenizer"] = tokenizer
-    lease = runtime.lease(module.warmserve_model, streaming=streaming, timeout=timeout)
+    model: Any = module.warmserve_model
+    lease = runtime.lease(model, streaming=streaming, timeout=timeout)
     return _stream(lease, module, {**arguments, **generate}, tokenizer, buffer)
 
 
@@ -199,7 +200,7 @@ class _Channel:
             raise cancelled
 
 
-class _Stopped(StoppingCriteria):  # type: ignore[misc]
+class _Stopped(StoppingCriteria):
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
 
@@ -208,7 +209,7 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), stopped, device=input_ids.device, dtype=torch.bool)
 
 
-class _Tokens(BaseStreamer):  # type: ignore[misc]
+class _Tokens(BaseStreamer):
     """Token ids, but for the prompt, which comes first."""
 
     def __init__(self, channel: _Channel) -> None:
@@ -228,7 +229,7 @@ class _Tokens(BaseStreamer):  # type: ignore[misc]
         self._prompt = True
 
 
-class _Text(TextStreamer):  # type: ignore[misc]
+class _Text(TextStreamer):
     """Pieces of text that later tokens do not change."""
 
     def __init__(self, channel: _Channel, tokenizer: Any) -> None:

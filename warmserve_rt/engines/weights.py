@@ -211,6 +211,7 @@ def protect(module: nn.Module, home: Home, names: Mapping[str, str]) -> None:
 
 
 _OVERRIDDEN = {
+    "forward",
     "_apply",
     "_load_from_state_dict",
     "__deepcopy__",
@@ -256,7 +257,7 @@ def _deepcopy(part: Any, home: Home, memo: dict[int, Any]) -> Any:
         state = {key: value for key, value in vars(part).items() if key not in _OVERRIDDEN}
         for kind in _HOOKS:
             hooks = state[kind].items()
-            kept = {key: hook for key, hook in hooks if hook.__module__ != _GATES}
+            kept = {key: hook for key, hook in hooks if getattr(hook, "__module__", None) != _GATES}
             state[kind] = type(state[kind])(kept)
         for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
             known = state["_forward_hooks"].keys()
