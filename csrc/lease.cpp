@@ -106,12 +106,11 @@ void LeaseDesk::extend(const Lock& lock, Hold& pass, const Layer& layer) {
   wanted.layers.insert(layer.index);
 }
 
-bool LeaseDesk::holds(const Lock&, const Selection& selection, std::uint64_t owner) const {
-  return std::any_of(admitted_.begin(), admitted_.end(), [&](const Hold* hold) {
-    if (hold->owner != owner) return false;
-    return std::any_of(hold->wants.begin(), hold->wants.end(), [&](const Selection& held) {
-      return held.model == selection.model && held.layers.intersects(selection.layers);
-    });
+bool LeaseDesk::in_pass(const Lock&, const Selection& selection, std::uint64_t owner) const {
+  return std::any_of(passes_.begin(), passes_.end(), [&](const HoldPtr& pass) {
+    const Selection& held = pass->wants.front();
+    return pass->owner == owner && held.model == selection.model &&
+           held.layers.intersects(selection.layers);
   });
 }
 

@@ -63,8 +63,8 @@ class LeaseDesk {
   HoldPtr begin_pass(const Lock& lock, const ModelPtr& model, std::uint64_t owner);
   // Adds a layer that is leased to those that a pass holds.
   void extend(const Lock& lock, Hold& pass, const Layer& layer);
-  // Whether the owner itself holds any of these layers.
-  bool holds(const Lock&, const Selection& selection, std::uint64_t owner) const;
+  // Whether the owner is inside a pass that holds any of these layers.
+  bool in_pass(const Lock&, const Selection& selection, std::uint64_t owner) const;
   // Admits the head of the line if it fits now; null otherwise.
   HoldPtr admit_next(const Lock& lock);
   // Takes those that wait for the model out of the line.

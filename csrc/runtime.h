@@ -91,8 +91,8 @@ class Runtime {
   // Throws busy while any layer of `evict` is leased.
   TicketPtr swap(const ModelPtr& evict, const ModelPtr& load, int priority);
   // Per layer. Gives up loading these layers; tickets for others too go on to those. Throws busy
-  // or waits, as `patience` says, and timeout; busy where the calling thread would wait for a lease
-  // or a pass of its own. Blocks.
+  // or waits, as `patience` says, and timeout; busy where the calling thread would wait for a pass
+  // of its own. Blocks.
   void evict(const Selection& selection, Deadline deadline, const Poll& poll,
              Patience patience = Patience::streams);
   // Gives free granules back to the driver; returns their bytes. Per granule. Blocks.

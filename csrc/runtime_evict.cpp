@@ -18,6 +18,13 @@ class Wanted {
   unsigned& count_;
 };
 
+// For messages, of a model that was in use for too long.
+std::string why_late(const Model& model) {
+  return (model.leases ? "'" + model.name + "' was still leased"
+                       : "a pass still computed with '" + model.name + "'") +
+         std::string(" at the end of the timeout");
+}
+
 }  // namespace
 
 // Waits until no lease and no pass uses the layers, or throws busy, as `patience` says. A pass
@@ -31,13 +38,12 @@ void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadl
   };
   while (in_use()) {
     if (refused()) throw Error(ErrorKind::busy, why_busy(model));
-    if (desk_.holds(lock, selection, this_thread()))
-      throw Error(ErrorKind::busy, "'" + model.name +
-                                       "' is used by the thread that would evict it, which would "
-                                       "wait for itself");
+    if (desk_.in_pass(lock, selection, this_thread()))
+      throw Error(ErrorKind::busy, "the thread that would evict '" + model.name +
+                                       "' computes with it, and would wait for itself");
     const Wanted release(books_.release_wanted);
     if (!wait_until(lock, deadline, poll, [&] { return !in_use() || refused(); }))
-      throw Error(ErrorKind::timeout, why_busy(model) + " at the end of the timeout");
+      throw Error(ErrorKind::timeout, why_late(model));
   }
 }
 
@@ -162,17 +168,19 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
     if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))
       throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
     for (const auto& [name, model] : books_.models) {
-      if (!model->leases && !model->passes) continue;
-      if (patience != Patience::leases_and_streams)
+      if (model->leases + model->passes && patience != Patience::leases_and_streams)
         throw Error(ErrorKind::busy, "close: " + why_busy(*model));
-      if (desk_.holds(lock, model, this_thread()))
-        throw Error(ErrorKind::busy, "close: '" + name +
-                                         "' is used by the thread that would close the runtime, "
-                                         "which would wait for itself");
+      if (desk_.in_pass(lock, model, this_thread()))
+        throw Error(ErrorKind::busy, "close: this thread computes with '" + name +
+                                         "', and would wait for itself");
     }
     const Wanted release(books_.release_wanted);
-    if (!wait_until(lock, deadline, poll, idle))
-      throw Error(ErrorKind::timeout, "close: models were still in use at the end of the timeout");
+    if (!wait_until(lock, deadline, poll, idle)) {
+      for (const auto& [name, model] : books_.models)
+        if (model->leases + model->passes)
+          throw Error(ErrorKind::timeout, "close: " + why_late(*model));
+      throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
+    }
     if (patience == Patience::none && streams_in_use(lock))
       throw Error(ErrorKind::busy, "close: a stream still uses a model");
     if (deadline != kNever && !await_streams(lock, deadline, poll))

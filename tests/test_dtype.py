@@ -231,7 +231,7 @@ def test_a_file_cut_under_a_cast_is_refused(device: Device, tmp_path: Path) -> N
 def test_targets_that_are_refused(device: Device, tmp_path: Path, dtype: str) -> None:
     path = write_safetensors(tmp_path / "m", tensors_of({"w": ("F32", [4])}))
     runtime = device.runtime()
-    with pytest.raises(ValueError, match=f"dtype='{dtype}': weights are cast to float32, float16"):
+    with pytest.raises(ValueError, match=f"dtype must be .*, got {dtype!r}"):
         runtime.register("m", path, dtype=dtype)
     runtime.register("m", path, dtype="BF16")
 

@@ -102,7 +102,7 @@ def test_layers_that_make_no_sense(runtime: Runtime, layers: Any, problem: str) 
 
 
 def test_more_that_makes_no_sense(runtime: Runtime) -> None:
-    with pytest.raises(TypeError, match="not the name 'head'"):
+    with pytest.raises(TypeError, match=r"got the name 'head': write \['head'\]"):
         runtime.prewarm("a", layers="head")
     with pytest.raises(ValueError, match="either the layers to evict, or those to keep"):
         runtime.evict("a", layers=[1], keep=2)
@@ -110,7 +110,9 @@ def test_more_that_makes_no_sense(runtime: Runtime) -> None:
         runtime.evict("a", keep=[1, 1])
     with pytest.raises(ValueError, match="layers of several models"):
         runtime.lease(["a", "b"], layers=1)
-    with pytest.raises(ValueError, match="wait for 'ever'"):
+    with pytest.raises(
+        ValueError, match="wait must be 'nothing', 'streams' or 'leases', got 'ever'"
+    ):
         runtime.evict("a", wait="ever")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no layer 9"):
         runtime.stamp("a", 1.0, layer=9)
@@ -224,7 +226,7 @@ def test_a_failed_load_leaves_what_arrived(runtime: Runtime, files: dict[str, Pa
 
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
 def test_a_deadline_in_the_past(runtime: Runtime, deadline: float) -> None:
-    with pytest.raises(ValueError, match="has passed"):
+    with pytest.raises(ValueError, match="deadline must be"):
         runtime.prewarm("a", deadline=deadline)
 
 
@@ -297,7 +299,7 @@ def test_the_background_keeps_its_share_and_no_more(
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_is_none(share: float) -> None:
-    with pytest.raises(ValueError, match="a background share of"):
+    with pytest.raises(ValueError, match=r"background_share must be in \[0, 1\], got"):
         Runtime(arena="2MiB", background_share=share)
 
 

@@ -139,7 +139,8 @@ class Gates:
         finally:
             held.release()
         with self._lock:
-            if there and len(self._gated) <= 1 and (hook := self._hooks.pop(part, None)):
+            alone = self._gated.keys() <= {threading.get_ident()}
+            if there and alone and (hook := self._hooks.pop(part, None)):
                 hook.remove()
 
     def _wait(self, held: _native.Pass, layers: list[int]) -> bool:
