@@ -195,7 +195,7 @@ class Fuzzer:
         try:
             self.use(random, model, layers)
         finally:
-            self.runtime.unregister(model, None)
+            self.runtime.unregister(model, None, "streams")
 
     def use(self, random: random.Random, model: _native.Model, layers: list[Layer]) -> None:
         granules = [-(-nbytes // GRANULE) for nbytes, _ in layers]

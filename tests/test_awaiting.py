@@ -15,7 +15,6 @@ import pytest
 from checkpoints import GRANULE, write_model
 
 from warmserve_rt import Runtime
-from warmserve_rt._awaiting import until_over
 
 SIZES = {"a": [3 * GRANULE], "b": [2 * GRANULE], "c": [4 * GRANULE]}
 
@@ -138,10 +137,13 @@ def test_a_ticket_can_be_awaited_by_many(runtime: Runtime) -> None:
     async def main() -> None:
         ticket = runtime.prewarm("a")
         before = descriptors()
-        results = await asyncio.gather(*(until_over(ticket.notify, 60) for _ in range(50)))
-        assert results == [True] * 50
+
+        async def use() -> None:
+            await ticket
+
+        await asyncio.gather(*(use() for _ in range(50)))
         assert ticket.done
-        assert await until_over(ticket.notify)  # at once
+        await ticket  # at once
         assert descriptors() == before
 
     asyncio.run(main())
@@ -179,7 +181,7 @@ def test_a_loop_that_closes_under_a_waiter_leaves_nothing(runtime: Runtime) -> N
     holder.release()
     del task, loop
     gc.collect()
-    assert descriptors() == before
+    assert descriptors() <= before
     with runtime.lease("c", timeout=20):
         pass
     assert runtime.snapshot().leases == 0

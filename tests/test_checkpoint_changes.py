@@ -142,8 +142,9 @@ def test_what_no_time_stamp_shows_is_found_by_its_digest(runtime: Runtime, path:
     write_unseen(path, at, b"\x01" if CONTENT[0][3 * GRANULE + 5] != 1 else b"\x02")
     with pytest.raises(CorruptCheckpoint, match=r"m.safetensors: granule 3 of layer 0 of 'm'"):
         runtime.prewarm("m").wait(30)
-    states = [layer.residency for layer in runtime.snapshot().models["m"].layers]
-    assert states[0] == "absent"
+    assert runtime.snapshot().models["m"].layers[0].residency != "resident"
+    runtime.evict("m", layers=[0])  # waits until the loader has let go of it
+    assert runtime.snapshot().models["m"].layers[0].residency == "absent"
     for layer in (1, 2):  # which are as they were
         runtime.prewarm("m", layers=[layer]).wait(30)
         assert runtime.read_back("m", layer).tobytes() == CONTENT[layer]

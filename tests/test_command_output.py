@@ -188,4 +188,4 @@ def test_inspect_needs_typer_alone_and_a_missing_extra_is_told_by_its_command(
 def test_the_version_is_told() -> None:
     from importlib.metadata import version
 
-    assert shown("--version") == f"warmserve_rt {version('warmserve_rt')}\n"
+    assert shown("--version") == f"warmserve-rt {version('warmserve_rt')}\n"

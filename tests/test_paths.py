@@ -206,8 +206,8 @@ def test_one_path_twice_is_refused() -> None:
     ("device", "paths", "why"),
     [
         ("host", ["cuda:1"], "no path 'cuda:1' to 'host'"),
-        ("cuda:0", ["host"], "no path 'host' to 'cuda:0'"),
-        ("cuda:0", ["cuda"], "no path 'cuda' to 'cuda:0'"),
+        ("cuda:0", ["host"], "path 'host' must be 'cuda:N'"),
+        ("cuda:0", ["cuda"], "path 'cuda' must be 'cuda:N'"),
         ("cuda:0", ["cuda:1", "cuda:1"], "named twice"),
     ],
 )

@@ -283,7 +283,7 @@ def test_there_is_one_a_process() -> None:
         ({"granularity": 3000}, "not an option: granularity=3000"),
         ({"h2d": -1}, "not an option: h2d=-1"),
         ({"costs": {"cuMemPonder": (1, 1)}}, r"not an option: cost\.cuMemPonder=1\+1"),
-        ({"memory": "lots"}, "'lots' is no size"),
+        ({"memory": "lots"}, "memory must be a whole number of bytes or a string .*, got 'lots'"),
         ({"library": "/nowhere.so"}, "no simulated driver at /nowhere.so"),
     ],
 )

@@ -152,7 +152,8 @@ def refused(result: Any, said: str) -> None:
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delitem(sys.modules, "warmserve_rt.sim.terminal", raising=False)
+    for name in ("warmserve_rt.sim.terminal", "warmserve_rt._terminal"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(warmserve_rt.sim, "terminal", raising=False)
     result = command(*SMALL_ARGUMENTS, "--out", str(tmp_path / "out"))
     assert "needs rich: pip install 'warmserve_rt[sim]'" in str(result.exception or result.output)

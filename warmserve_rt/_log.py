@@ -10,3 +10,10 @@ import logging
 
 log = logging.getLogger("warmserve_rt")
 log.addHandler(logging.NullHandler())
+
+
+def debug(text: str, thing: object) -> None:
+    """Logs a text with the repr of something, and not the thing: a handler may keep what it is
+    given, and with it memory."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug(text, repr(thing))

@@ -180,7 +180,7 @@ def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[S
     from .sizes import measure
 
     try:
-        nbytes = parse_bytes(int(granule) if granule.isdecimal() else granule)
+        nbytes = parse_bytes(granule, "granule")
         if nbytes < 1 or nbytes % (2 << 20):
             raise ValueError(f"a granule is 2MiB or a multiple of it, not {granule!r}")
         if dtype is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from . import _arguments as check
 from ._awaiting import until_over
 from ._errors import StaleView
-from ._log import log
+from ._log import debug
 from ._units import format_bytes
 from .selection import layer_index
 from .streams import StreamLike, native_stream
@@ -106,7 +106,7 @@ class Lease:
         owner = threading.get_ident()
         hold = self._begin(owner)
         if hold.wait(self._timeout, not self._streaming):
-            log.debug("waited for %r", self)
+            debug("waited for %s", self)
         self._acquired.append((owner, hold, ours))
         return self
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from . import _arguments as check
 from . import _native
 from ._at_exit import close_at_exit
-from ._log import log
+from ._log import debug, log
 from ._units import Size, format_bytes
 from .checkpoint import Source
 from .dtypes import DTypeLike
@@ -177,7 +177,7 @@ class Runtime(Evicting):
         log.info(
             "registered %r: %d layers, %s, from %s",
             model.name,
-            len(model.layers),
+            len(model.layout),
             format_bytes(model.nbytes),
             checkpoint,
         )
@@ -244,7 +244,7 @@ class Runtime(Evicting):
         found = self.model(model)
         chosen, level = layer_indices(found, layers), _priority(priority)
         ticket = Ticket(self.native.prewarm(found.native, chosen, level, deadline), found)
-        log.debug("%r", ticket)
+        debug("%s", ticket)
         return ticket
 
     def swap(self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND) -> Ticket:
@@ -252,7 +252,7 @@ class Runtime(Evicting):
         Creates no granules. Raises as :meth:`prewarm`, and Busy while ``evict`` is leased."""
         out, found = self.model(evict), self.model(load)
         ticket = Ticket(self.native.swap(out.native, found.native, _priority(priority)), found)
-        log.debug("%r", ticket)
+        debug("%s", ticket)
         return ticket
 
     def lease(

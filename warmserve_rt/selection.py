@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
+    from .layers import Layout
     from .model import Model
 
 Layers: TypeAlias = int | slice | Iterable[int | str]
@@ -22,13 +23,18 @@ def layer_index(model: Model, layer: int | str) -> int:
     Raises ValueError if there is no such layer, TypeError if ``layer`` is neither an integer (a
     numpy integer is one) nor a name.
     """
-    count = len(model.layout)
+    return index_in(model.layout, model.name, layer)
+
+
+def index_in(layout: Layout, name: str, layer: int | str) -> int:
+    """Return the index of a layer in the layout of a model of that name, as `layer_index` does."""
+    count = len(layout)
     if isinstance(layer, str):
-        index = model.layout.index_of.get(layer, count)
+        index = layout.index_of.get(layer, count)
     else:
         index = _integer(layer, "a layer is an index or a name")
     if not 0 <= index < count:
-        raise ValueError(f"{model.name!r} has {count} layers, no layer {layer!r}")
+        raise ValueError(f"{name!r} has {count} layers, no layer {layer!r}")
     return index
 
 

@@ -191,7 +191,7 @@ class SimulatedCuda:
 
     def others_hold(self, nbytes: int | str) -> None:
         """So many bytes of device 0 are other processes', from now on."""
-        self._control.others_hold(parse_bytes(nbytes))
+        self._control.others_hold(parse_bytes(nbytes, "nbytes"))
 
     def break_context(self, error: int) -> None:
         """The context of device 0 has died of this CUresult: work returns it from now on."""
@@ -272,8 +272,8 @@ def simulated_cuda(
             "name": name,
             "driver_version": driver_version,
             "capability": capability,
-            "memory": parse_bytes(memory),
-            "granularity": parse_bytes(granularity),
+            "memory": parse_bytes(memory, "memory"),
+            "granularity": parse_bytes(granularity, "granularity"),
             "integrated": int(integrated),
             "host_numa": int(host_numa),
             "clock": clock,

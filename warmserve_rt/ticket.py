@@ -12,7 +12,7 @@ from ._awaiting import until_over
 from ._errors import Cancelled
 from ._log import log
 from ._units import format_bytes
-from .selection import layer_index
+from .selection import index_in
 
 if TYPE_CHECKING:
     from . import _native
@@ -42,7 +42,8 @@ class Ticket:
 
     def __init__(self, native: _native.Ticket, model: Model) -> None:
         self._native = native
-        self._model = model
+        # Not the model, whose addresses would stay reserved as long as the ticket.
+        self._layout, self._name = model.layout, model.name
         self._told = False  # somebody has waited, or looked
 
     def wait(self, timeout: float | None = None, *, layer: int | str | None = None) -> None:
@@ -52,7 +53,7 @@ class Ticket:
         Busy, CorruptCheckpoint, StagingTimeout, Cancelled, TimeoutError for a deadline that has
         passed. Raises ValueError for a layer that the ticket does not load.
         """
-        index = None if layer is None else layer_index(self._model, layer)
+        index = None if layer is None else index_in(self._layout, self._name, layer)
         self._told = True
         self._native.wait(check.timeout(timeout), layer=index)
 
@@ -141,4 +142,5 @@ class Ticket:
         except Cancelled:
             pass
         except Exception as error:
-            log.warning("%s failed, and nobody waited for it: %s", self._native.what, error)
+            # Not the error: a handler may keep it, and with it the frames that it was raised in.
+            log.warning("%s failed, and nobody waited for it: %s", self._native.what, str(error))

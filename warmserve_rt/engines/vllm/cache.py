@@ -105,7 +105,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError, CorruptCheckpoint) as error:
-            log.warning("%s: the cached weights are not used: %s", folder, error)
+            log.warning("%s: the cached weights are not used: %s", folder, str(error))
             return None
 
     def write(self, key: Key, state: State) -> Entry:
