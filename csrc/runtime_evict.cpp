@@ -171,8 +171,8 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
       if (model->leases + model->passes && patience != Patience::leases_and_streams)
         throw Error(ErrorKind::busy, "close: " + why_busy(*model));
       if (desk_.in_pass(lock, model, this_thread()))
-        throw Error(ErrorKind::busy, "close: this thread computes with '" + name +
-                                         "', and would wait for itself");
+        throw Error(ErrorKind::busy,
+                    "close: this thread computes with '" + name + "', and would wait for itself");
     }
     const Wanted release(books_.release_wanted);
     if (!wait_until(lock, deadline, poll, idle)) {

@@ -2,6 +2,7 @@
 // nothing, also without the strict driver above it.
 #include <array>
 #include <cstring>
+#include <vector>
 
 #include "driver/host_addresses.h"
 #include "fixtures.h"
@@ -35,8 +36,8 @@ TEST(a_map_outside_of_a_reservation_is_refused) {
   CHECK(bench.map(0) == Status::invalid);
   CHECK(bench.map(~kGranule + 1) == Status::invalid);
   CHECK(bench.map(bench.first, 0) == Status::invalid);
-  const auto own = reinterpret_cast<Address>(new std::byte[4]);
-  CHECK(bench.map(own / kGranule * kGranule) == Status::invalid);
+  const std::vector<std::byte> own(4);
+  CHECK(bench.map(reinterpret_cast<Address>(own.data()) / kGranule * kGranule) == Status::invalid);
   CHECK(bench.map(bench.first, 2) == Status::ok);
 }
 
