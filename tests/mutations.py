@@ -96,10 +96,10 @@ MUTATIONS = [
     ),
     Mutation(
         "an eviction waits for its own thread's pass",
-        "csrc/runtime.cpp",
-        "if (desk_.holds(lock, selection, this_thread()))",
+        "csrc/runtime_evict.cpp",
+        "if (desk_.in_pass(lock, selection, this_thread()))",
         "if (false)",
-        "test_passes.py::test_a_thread_cannot_wait_for_its_own_pass_or_lease",
+        "test_passes.py::test_a_thread_cannot_wait_for_its_own_pass",
     ),
     Mutation(
         "victims go in another order",
@@ -222,7 +222,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the digests of a load that failed are added to the next",
-        "csrc/transfer.cpp",
+        "csrc/transfer_end.cpp",
         "fill.sums.clear();",
         "",
         "test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
@@ -251,8 +251,8 @@ MUTATIONS = [
     Mutation(
         "floats beside a packed tensor are cast",
         "warmserve_rt/dtypes.py",
-        "if _module(name) in modules or",
-        "if",
+        "if below or _module(name) in modules:",
+        "if below:",
         "test_dtype.py::test_quantised_layers_stay_exact",
     ),
     Mutation(

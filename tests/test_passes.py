@@ -177,10 +177,10 @@ def test_a_thread_cannot_wait_for_its_own_pass(runtime: Runtime, files: dict[str
         if lease.held:
             lease.release()
         for wait in (
-            lambda: runtime.evict("a"),
-            lambda: runtime.evict("a", wait="leases"),
-            lambda: runtime.unregister("a"),
-            lambda: runtime.lease("b").acquire(),
+            lambda: runtime.evict("a", wait="streams", timeout=2),
+            lambda: runtime.evict("a", wait="leases", timeout=2),
+            lambda: runtime.unregister("a", wait="streams", timeout=2),
+            lambda: runtime.lease("b", timeout=2).acquire(),
             runtime.close,
         ):
             with pytest.raises(Busy) as error:
