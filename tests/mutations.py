@@ -402,7 +402,7 @@ def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=300,
     )
 
 
