@@ -15,8 +15,9 @@ struct Groups {
   std::vector<std::uint32_t> members;  // numbers of tensors, layer by layer
 };
 
-// Blocks by the first number in each name; what has none is the embedding, the head, or the end of
-// the stack of blocks with which it shares the longest prefix. With `experts` each expert is a
+// Groups tensors into blocks by the first number in each name. A tensor without a number belongs to
+// the embedding, to the head, or to the last block of the stack with which its name shares the
+// longest prefix. With `experts` each expert is a
 // layer of its own, after the rest of its block. Throws invalid_argument if there is none then.
 Groups group_by_name(const TensorTable& table, bool experts);
 

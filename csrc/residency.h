@@ -59,7 +59,7 @@ class Books {
   // The only place where a layer's residency changes. Throws general on a step that is none.
   void transition(const Lock&, Layer& layer, Residency to);
 
-  // Keeps layers from eviction, also those still to come, for a lease or a pass.
+  // Keeps layers from eviction for a lease or a pass, whether or not they have arrived.
   void hold(const Lock&, const Selection& selection, bool pass);
   void unhold(const Lock&, const Selection& selection, bool pass);
   // Granules of the layers that nobody holds yet.

@@ -12,8 +12,8 @@ namespace warmserve {
 std::uint64_t available_memory(const std::string& root = "");
 std::uint64_t total_memory();
 
-// Of what is available, what granules and pinned memory leave to the process itself: page tables,
-// and what it allocates while it loads.
+// Bytes of the available memory that granules and pinned memory leave to the process itself, for
+// page tables and for what it allocates while it loads.
 constexpr std::uint64_t kKeptForProcess = 16 * kMiB;
 
 // The kernel's limit of mappings per process (vm.max_map_count), and how many there are.

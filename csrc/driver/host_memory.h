@@ -11,9 +11,9 @@ namespace warmserve {
 // with errno set, where there is none.
 std::byte* reserve_aligned(std::uint64_t bytes, std::uint64_t alignment) noexcept;
 
-// Zeroed memory, touched by several threads where it is large, in huge pages where the system has
-// them, and not inherited by a forked child. Null when there is none,
-// and `why` then says so. What is available is looked at first. Blocks.
+// Allocates zeroed memory that a forked child does not inherit. Several threads touch large ranges;
+// pages are huge if the system has them. Looks at the available memory first. On failure returns
+// null and says why. Blocks.
 std::byte* allocate_touched(std::uint64_t bytes, std::string* why);
 bool free_touched(std::byte* memory, std::uint64_t bytes) noexcept;
 

@@ -31,8 +31,8 @@ class HostSlots {
   // what the process itself needs to go on.
   std::uint64_t available() const;
 
-  // Memory that is really there. Looks first at what is available, because the kernel answers a
-  // touch of memory that there is not by killing the process. On failure says why. Blocks.
+  // Allocates memory and touches it. Looks at the available memory first, because the kernel kills
+  // a process that touches more. On failure says why. Blocks.
   Status create(std::uint64_t bytes, std::uint64_t* offset, std::string* why);
   // Gives the memory back; the offset may be used again. False where the kernel refuses.
   bool recycle(std::uint64_t offset, std::uint64_t bytes);
