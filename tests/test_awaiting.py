@@ -78,7 +78,7 @@ def test_200_leases_wait_where_64_files_may_be_open(tmp_path: Path) -> None:
     for name in "ac":
         write_model(tmp_path / name, name, SIZES[name])
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 

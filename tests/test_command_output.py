@@ -46,6 +46,7 @@ def command(
             *arguments,
         ],
         env=clean | environment,
+        cwd="/",  # not the source tree, which shadows what is installed
         capture_output=True,
         text=True,
         errors="surrogateescape",

@@ -36,7 +36,7 @@ def error_of(call):
         print("no error")
 """
     command = [sys.executable, "-c", begin + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert done.returncode == 0, (done.returncode, done.stderr)
     return done.stdout
 

@@ -397,5 +397,5 @@ print(len(ended), runtime.snapshot().leases)
 
 def test_a_client_that_hangs_up_kills_nobody(files: dict[str, Path]) -> None:
     command = [sys.executable, "-c", HANG_UP, *map(str, files.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert (done.returncode, done.stdout) == (0, "10 0\n"), done.stderr

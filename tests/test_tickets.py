@@ -143,7 +143,7 @@ with Runtime(arena="32MiB") as runtime:
     runtime.register("a", {str(two_files["a"])!r})
     runtime.prewarm("a").wait()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -228,6 +228,9 @@ def test_the_version_is_that_of_the_package(device: Device) -> None:
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = warmserve_rt.other  # type: ignore[attr-defined]
     done = subprocess.run(
-        [sys.executable, "-m", "warmserve_rt", "--version"], capture_output=True, text=True
+        [sys.executable, "-m", "warmserve_rt", "--version"],
+        capture_output=True,
+        text=True,
+        cwd="/",  # not the source tree, which shadows what is installed
     )
     assert done.stdout == f"warmserve-rt {warmserve_rt.__version__}\n"

@@ -119,8 +119,10 @@ async def _stream(
         while await channel.arrival():
             yield channel.take()
     finally:
-        await channel.close()
-        thread.join()  # its last act was to say that it is over
+        try:
+            await channel.close()
+        finally:  # also if the task was cancelled meanwhile
+            thread.join()  # its last act was to say that it is over
 
 
 class _Channel:
