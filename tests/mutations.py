@@ -88,11 +88,11 @@ MUTATIONS = [
         "test_passes.py::test_evictions_wait_for_a_pass_as_for_streams",
     ),
     Mutation(
-        "a pass joins what another pass alone holds",
-        "csrc/lease.cpp",
-        "if (!model->leases) return nullptr;",
-        "if (!model->leases && !model->passes) return nullptr;",
-        "test_passes.py::test_the_next_pass_is_refused",
+        "an eviction does not wait for passes",
+        "csrc/runtime_evict.cpp",
+        "const auto held = [&] { return any([](const Layer& l) { return l.held(); }); };",
+        "const auto held = leased;",
+        "test_passes.py::test_evictions_wait_for_a_pass_as_for_streams",
     ),
     Mutation(
         "an eviction waits for its own thread's pass",
@@ -228,11 +228,11 @@ MUTATIONS = [
         "test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
     ),
     Mutation(
-        "a name that another process exchanges for a link is followed",
+        "a link out of the directory is followed",
         "warmserve_rt/checkpoint/directory.py",
         "return open_path(part, folder=folders[-1], follow=False)",
         "return open_path(part, folder=folders[-1], follow=True)",
-        "test_checkpoint_files.py::test_a_link_exchanged_at_any_moment_does_not_lead_out[a shard]",
+        "test_checkpoint_files.py::test_links_out_of_a_directory_are_refused",
     ),
     Mutation(
         "an earlier tenant's bytes stay in the padding",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from checkpoints import GRANULE, content, write_model, write_safetensors
 
-from warmserve_rt import Busy, CorruptCheckpoint, Runtime, testing
+from warmserve_rt import FOREGROUND, Busy, CorruptCheckpoint, Runtime, testing
 from warmserve_rt.kernels import granule_digest
 
 SIZES = [5 * GRANULE + 3, 7, GRANULE]
@@ -165,18 +165,19 @@ def test_a_writer_through_a_mapping_is_found(runtime: Runtime, path: Path) -> No
 
 
 def test_a_load_that_starts_again_has_new_digests(path: Path) -> None:
-    """A load that is called off half done, and wanted again at once, begins again."""
-    with Runtime(arena="20MiB", tensors="numpy", chunk="1MiB", pump=True) as runtime:
+    """A load that gives way to a more urgent one when it is half done begins again."""
+    granules = sum(-(-nbytes // GRANULE) for nbytes in SIZES)
+    with Runtime(arena=granules * GRANULE, tensors="numpy", chunk="1MiB", pump=True) as runtime:
         runtime.register("m", path, verify="full")
         runtime.register("urgent", path)
-        first = runtime.prewarm("m")
+        first = runtime.prewarm("m", layers=[0])
         for _ in range(4):
             assert runtime.step()
-        first.cancel()
-        second = runtime.prewarm("m")
+        urgent = runtime.prewarm("urgent", priority=FOREGROUND)
         while runtime.step():
             pass
-        second.wait(0)
+        urgent.wait(0)
+        first.wait(0)
         assert load(runtime) == CONTENT
 
 
