@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import warmserve_rt
+
 pytest.importorskip("numba")
 
-PACKAGE = Path(__file__).parents[1] / "warmserve_rt"
+PACKAGE = Path(warmserve_rt.__file__).parent  # as it is installed
 PROGRAM = """
 import resource, sys
 if sys.argv[1:] == ["small"]:
