@@ -20,7 +20,7 @@ from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 WAVE_S = 12 * 3600  # commits closer together than this are one change
-PARTS = 3  # of what did not change, one part in three is checked
+PARTS = 3  # a run checks one item in three of those that did not change
 
 Item = TypeVar("Item")
 

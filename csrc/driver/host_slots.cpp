@@ -124,7 +124,7 @@ Status HostSlots::take_offset(std::uint64_t bytes, std::uint64_t* offset, std::s
   return Status::ok;
 }
 
-// Maps a view of what follows in the memfd; more than is asked for if there are addresses for it.
+// Maps a view of the next bytes of the memfd, and of more than was asked for if addresses suffice.
 Status HostSlots::map_extent(std::uint64_t bytes, std::string* why) {
   if (bytes > kMostBytes - mapped_) {
     *why = "the memfd would be longer than 2^63 - 1 bytes";

@@ -25,10 +25,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     *((magic, f"a GGML file (llama.cpp): {_CONVERT}") for magic in (b"lmgg", b"fmgg", b"tjgg")),
     (b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras): {_CONVERT}"),
     (b"\x93NUMPY", "a numpy array: save it with safetensors.numpy.save_file"),
-    *(
-        (magic, _ARCHIVE)
-        for magic in (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"\xfd7zXZ")
-    ),
+    *((magic, _ARCHIVE) for magic in _ARCHIVES),
 )
 _NAMES = {
     (".bin", ".pt", ".pth", ".ckpt", ".pkl"): _PICKLE,
