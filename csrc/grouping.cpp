@@ -5,7 +5,6 @@
 #include <limits>
 #include <numeric>
 #include <tuple>
-#include <unordered_map>
 
 #include "error.h"
 
@@ -177,7 +176,7 @@ struct Place {
 
 Groups group_by_name(const TensorTable& table, bool experts) {
   std::vector<Stack> stacks;
-  std::unordered_map<std::string_view, std::uint32_t, KeyedHash> by_name;
+  NameTable by_name;  // numbers as in `stacks`
   std::vector<Place> places(table.order.size());
   bool any_expert = false, any_loose = false;
   std::uint32_t latest = 0;  // neighbours are often of one stack
@@ -186,14 +185,15 @@ Groups group_by_name(const TensorTable& table, bool experts) {
     place.position = position;
     const std::string_view name = table.names[table.order[position]];
     const bool numbered = any_part(name, [&](std::size_t begin, std::string_view part) {
-      const std::size_t number = number_of(part);
-      if (number == kNone) return false;
-      place.block = static_cast<std::uint32_t>(number);
+      const std::size_t block = number_of(part);
+      if (block == kNone) return false;
+      place.block = static_cast<std::uint32_t>(block);
       const std::string_view stack = name.substr(0, begin ? begin - 1 : 0);
       if (stacks.empty() || stacks[latest].name != stack) {
-        const auto [at, is_new] = by_name.emplace(stack, stacks.size());
+        by_name.pending() += stack;
+        const auto [number, is_new] = by_name.add_pending();
         if (is_new) stacks.push_back({.name = stack});
-        latest = at->second;
+        latest = number;
       }
       return true;
     });

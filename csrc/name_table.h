@@ -9,13 +9,6 @@
 
 namespace warmserve {
 
-// A hash that nobody can prepare collisions for: SipHash-1-3 with a key of the process.
-std::uint64_t keyed_hash(std::string_view text) noexcept;
-
-struct KeyedHash {
-  std::size_t operator()(std::string_view text) const noexcept { return keyed_hash(text); }
-};
-
 // Strings one after another in one piece of memory.
 class StringList {
  public:
@@ -57,16 +50,28 @@ class NameTable {
   std::pair<std::uint32_t, bool> add_pending();
   void drop_pending() { names_.drop_pending(); }
 
+  // Takes all names at once, which is several times as fast for millions of them. Returns the
+  // number of one that equals an earlier one, if there is any: the table is of no use then.
+  std::optional<std::uint32_t> assign(StringList names);
+
  private:
   struct Slot {
-    std::uint32_t tag = 0;
+    std::uint32_t tag = 0;              // 32 bits of the name's hash
     std::uint32_t number_plus_one = 0;  // 0: empty
   };
-  std::size_t slot_of(std::string_view name, std::uint64_t hash) const noexcept;
+  static constexpr std::size_t kFirstSlots = 16;
+
+  static std::uint32_t tag_of(std::string_view name) noexcept;
+  // The slot where the search for a tag begins: the tag's leading bits. A table that doubles
+  // therefore keeps its order, and is filled again from front to back without a look at the names.
+  std::size_t home(std::uint32_t tag) const noexcept { return tag >> shift_; }
+  std::size_t slot_of(std::string_view name, std::uint32_t tag) const noexcept;
+  void resize(std::size_t slots);
   void grow();
 
   StringList names_;
   std::vector<Slot> slots_;  // a power of two of them, or none
+  unsigned shift_ = 32;      // 32 less the logarithm of the number of slots
 };
 
 }  // namespace warmserve

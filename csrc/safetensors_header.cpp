@@ -190,19 +190,21 @@ class Entry {
 bool read_strings(JsonReader& reader, StringTable& table, std::uint32_t most) {
   reader.expect('{', "'{'");
   if (reader.take('}')) return true;
+  StringList names;
   do {
-    reader.string(table.names.pending());
-    const std::string_view name = table.names.pending_name();
+    reader.string(names.pending());
+    const std::string_view name = names.pending_string();
     if (name.size() > kMaxNameBytes) refuse_long(name);
-    const auto [number, is_new] = table.names.add_pending();
-    if (!is_new) throw refused("duplicate name " + quoted(table.names[number]));
-    if (number >= most) throw refused("more than " + std::to_string(most) + " names");
+    if (names.size() >= most) throw refused("more than " + std::to_string(most) + " names");
+    names.add_pending();
     reader.expect(':', "':'");
     if (reader.peek() != '"') return false;
     reader.string(table.values.pending());
     table.values.add_pending();
   } while (reader.take(','));
   reader.expect('}', "'}'");
+  if (const auto twice = table.names.assign(std::move(names)))
+    throw refused("duplicate name " + quoted(table.names[*twice]));
   return true;
 }
 

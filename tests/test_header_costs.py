@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from warmserve_rt import Model, Runtime
-from warmserve_rt.checkpoint import DTYPES, TensorEntry, open_checkpoint
+from warmserve_rt._errors import CorruptCheckpoint
+from warmserve_rt.checkpoint import CHUNK, DTYPES, TensorEntry, open_checkpoint
 from warmserve_rt.dtypes import planned_casts
 from warmserve_rt.layers import build_layout
 from warmserve_rt.selection import layer_index, layer_indices
@@ -71,6 +72,50 @@ def test_twice_the_layers_cost_twice_the_operations(
         work(model)  # what is made once
     small, large = (operations(lambda m=model: work(m)) for model in models)
     assert large <= 2.2 * small + 50
+
+
+def write_metadata(path: Path, members: list[str]) -> Path:
+    raw = ('{"__metadata__":{' + ",".join(members) + "}}").encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    return path
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 12_287, 12_288, 50_000])
+def test_each_of_many_metadata_is_found(tmp_path: Path, count: int) -> None:
+    members = [f'"k{i}":"{i}"' for i in range(count)]
+    with closing(open_checkpoint(write_metadata(tmp_path / "f", members))) as checkpoint:
+        found = checkpoint.files[0].metadata
+        assert [found[f"k{i}"] for i in range(count)] == [str(i) for i in range(count)]
+        assert len(found) == count
+        assert f"k{count}" not in found
+
+
+@pytest.mark.parametrize("first", [0, 1, 25_000, 49_983, 49_999])
+def test_a_name_twice_in_many_metadata_is_refused(tmp_path: Path, first: int) -> None:
+    members = [f'"k{i}":""' for i in [*range(50_000), first]]
+    with pytest.raises(CorruptCheckpoint, match=f"duplicate name 'k{first}'"):
+        open_checkpoint(write_metadata(tmp_path / "f", members))
+
+
+def test_a_layer_of_many_tensors_is_a_sequence_of_them(tmp_path: Path) -> None:
+    names = [f"h.0.{i:05}" for i in range(2 * CHUNK + 1)]
+    with Runtime(arena="2MiB", tensors="numpy") as runtime:
+        model = runtime.register("m", write(tmp_path / "f", names))
+        (layer,) = model.layers
+        tensors = layer.tensors
+        assert [tensor.name for tensor in tensors] == names
+        assert len(tensors) == len(names)
+        assert [tensors[i].name for i in (0, -1, CHUNK)] == [names[i] for i in (0, -1, CHUNK)]
+        assert [tensor.name for tensor in tensors[CHUNK - 1 : CHUNK + 1]] == names[
+            CHUNK - 1 : CHUNK + 1
+        ]
+        assert tensors == tuple(tensors)
+        assert hash(tensors) == hash(tuple(tensors))
+        assert tensors != tuple(tensors)[1:]
+        assert list(model.tensors("torch")) == names
+        for wrong in (len(names), -len(names) - 1):
+            with pytest.raises(IndexError):
+                tensors[wrong]
 
 
 def test_names_of_a_million_dots_are_laid_out(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def assembled(checkpoint: Checkpoint, layout: Layout) -> dict[str, Tensor]:
             assert t.nbytes == 0 or t.offset >= end
             end = max(end, t.offset + t.nbytes)
             assert t.name not in found
-            assert layout.tensors[t.name] is t
+            assert layout.tensors[t.name] == t
             assert t.layer == index
             found[t.name] = (t.dtype.name, t.shape, bytes(memory[t.offset : t.offset + t.nbytes]))
     assert found.keys() == layout.tensors.keys() == checkpoint.tensors.keys()

@@ -45,13 +45,18 @@ class Layout:
     def __len__(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
-    def layer(self, arg0: int) -> tuple[str, int]: ...  # name, bytes
+    def layer(self, arg0: int) -> tuple[str, int, int, int]: ...  # name, bytes, tensors, segments
     # Name, type, shape, layer, offset in it, bytes.
-    def tensors(self, layer: int) -> list[tuple[str, int, tuple[int, ...], int, int, int]]: ...
+    def tensors(
+        self, layer: int, first: int, last: int
+    ) -> list[tuple[str, int, tuple[int, ...], int, int, int]]: ...
     # File, file offset, layer offset, bytes of the layer, kind of cast.
-    def segments(self, layer: int) -> list[tuple[int, int, int, int, str | None]]: ...
+    def segments(
+        self, layer: int, first: int, last: int
+    ) -> list[tuple[int, int, int, int, str | None]]: ...
 
 def element_types() -> list[tuple[str, int]]: ...  # names and bits, in the order of their numbers
+def dlpack_types() -> list[tuple[int, int, int] | None]: ...  # code, bits, lanes, in that order
 def lay_out_by_name(table: TensorTable, experts: bool, types: npt.NDArray[np.uint8]) -> Layout: ...
 def lay_out_groups(
     table: TensorTable,
@@ -152,6 +157,19 @@ class Model:
         bits: int,
         lanes: int,
     ) -> View: ...
+    def tensor(
+        self,
+        layer: int,
+        offset: int,
+        shape: Sequence[int],
+        nbytes: int,
+        type: int,  # of element_types()
+        as_bytes: bool,
+    ) -> View: ...
+    # Of the layer's tensors from number first to last: name, versioned DLPack capsule.
+    def capsules(
+        self, layout: Layout, layer: int, first: int, last: int
+    ) -> list[tuple[str, CapsuleType]]: ...
 
 class Waker:
     def fileno(self) -> int: ...  # readable while there are tokens to take; the waker's

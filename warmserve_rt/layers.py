@@ -6,17 +6,21 @@ order, because a model can start on its first layers while the last are still on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import starmap
+from operator import eq
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from warmserve_rt import _native
-from warmserve_rt.checkpoint import TYPES, Checkpoint, DType, Tensors
+from warmserve_rt.checkpoint import CHUNK, TYPES, Checkpoint, DType, Tensors
+
+_Row = TypeVar("_Row")
 
 ALIGNMENT = 256  # bytes; of each tensor in its layer, as device allocators give
 
@@ -64,15 +68,15 @@ class LayerSpec:
     name: str
     index: int
     nbytes: int
-    tensors: tuple[TensorSpec, ...]
-    segments: tuple[Segment, ...]
+    tensors: Sequence[TensorSpec]
+    segments: Sequence[Segment]
 
 
 class Layout:
     """A model's layers in execution order; `nbytes` is the sum of theirs.
 
     Native code keeps them. `layers` and `tensors` are made when they are first asked for, because a
-    runtime registers and loads a model without them.
+    runtime registers and loads a model without them. A layer's own tensors are made at each look.
     """
 
     def __init__(self, native: _native.Layout) -> None:
@@ -110,13 +114,62 @@ class Layout:
         return dict(zip(names, reversed(range(count)), strict=True))
 
     def _layer(self, index: int) -> LayerSpec:
-        name, nbytes = self.native.layer(index)
-        tensors = tuple(
-            TensorSpec(tensor, TYPES[dtype], shape, layer, offset, size)
-            for tensor, dtype, shape, layer, offset, size in self.native.tensors(index)
+        name, nbytes, tensors, segments = self.native.layer(index)
+        return LayerSpec(
+            name,
+            index,
+            nbytes,
+            _Rows(tensors, partial(self.native.tensors, index), _tensor),
+            _Rows(segments, partial(self.native.segments, index), Segment),
         )
-        segments = tuple(Segment(*segment) for segment in self.native.segments(index))
-        return LayerSpec(name, index, nbytes, tensors, segments)
+
+
+def _tensor(
+    name: str, dtype: int, shape: tuple[int, ...], layer: int, offset: int, nbytes: int
+) -> TensorSpec:
+    return TensorSpec(name, TYPES[dtype], shape, layer, offset, nbytes)
+
+
+class _Rows(Sequence[_Row]):
+    """The rows of a native table, each made when it is asked for: a layer may have a million."""
+
+    __slots__ = ("_count", "_make", "_rows")
+
+    def __init__(
+        self,
+        count: int,
+        rows: Callable[[int, int], Sequence[tuple[Any, ...]]],
+        make: Callable[..., _Row],
+    ) -> None:
+        self._count, self._rows, self._make = count, rows, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> _Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[_Row]: ...
+    def __getitem__(self, index: int | slice) -> _Row | Sequence[_Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        at = range(self._count)[index]
+        return self._make(*self._rows(at, at + 1)[0])
+
+    def __iter__(self) -> Iterator[_Row]:
+        for first in range(0, self._count, CHUNK):
+            yield from starmap(self._make, self._rows(first, first + CHUNK))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Rows | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(map(eq, self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 def build_layout(

@@ -85,9 +85,8 @@ def _checks(
     """For each layer, the granules to check and their digests, None for those to take."""
     if verify is None and digests is None:
         return []
-    names = [layer.name for layer in layout.layers]
     for name in digests or ():
-        if name not in names:
+        if name not in layout.index_of:
             raise ValueError(f"digests of {name!r}, which is no layer")
     chosen: list[list[tuple[int, int | None]]] = []
     for layer in layout.layers:

@@ -53,9 +53,9 @@ def find_model(runtime: Runtime, device: int, profile: ModelProfile) -> Model:
     """The model that the profile's name stands for now on this device. Raises ValueError if none is
     registered, or one with other layers than the profile."""
     model = runtime.model(profile.name)
-    if len(model.layers) != len(profile.layer_bytes):
+    if len(model.layout) != len(profile.layer_bytes):
         raise ValueError(
-            f"{profile.name} has {len(model.layers)} layers on device {device}, and "
+            f"{profile.name} has {len(model.layout)} layers on device {device}, and "
             f"{len(profile.layer_bytes)} in its profile: give the fleet a new one by remove() "
             "and add()"
         )

@@ -75,7 +75,7 @@ def _indices(model: Model, layers: Layers) -> list[int]:
     indices = sorted(layer_index(model, layer) for layer in layers)
     for index, following in pairwise(indices):
         if index == following:
-            name, _ = model.layout.native.layer(index)
+            name = model.layout.native.layer(index)[0]
             raise ValueError(f"layer {name!r} of {model.name!r} is named twice")
     return indices
 

@@ -11,45 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from . import _native
 from ._errors import StaleView, WarmServeError
+from .checkpoint import CHUNK, TYPES
 
 if TYPE_CHECKING:
-    from . import _native
     from .layers import Layout, TensorSpec
 
-# DLPack type codes, by the names of the safetensors format.
-_INT, _UINT, _FLOAT, _BFLOAT, _COMPLEX, _BOOL = 0, 1, 2, 4, 5, 6
-_DLPACK: dict[str, tuple[int, int, int]] = {  # code, bits, lanes
-    "BOOL": (_BOOL, 8, 1),
-    "U8": (_UINT, 8, 1),
-    "I8": (_INT, 8, 1),
-    "U16": (_UINT, 16, 1),
-    "I16": (_INT, 16, 1),
-    "U32": (_UINT, 32, 1),
-    "I32": (_INT, 32, 1),
-    "U64": (_UINT, 64, 1),
-    "I64": (_INT, 64, 1),
-    "F16": (_FLOAT, 16, 1),
-    "BF16": (_BFLOAT, 16, 1),
-    "F32": (_FLOAT, 32, 1),
-    "F64": (_FLOAT, 64, 1),
-    "C64": (_COMPLEX, 64, 1),
-    "F8_E4M3": (10, 8, 1),
-    "F8_E4M3FNUZ": (11, 8, 1),
-    "F8_E5M2": (12, 8, 1),
-    "F8_E5M2FNUZ": (13, 8, 1),
-    "F8_E8M0": (14, 8, 1),
-    "F4": (17, 4, 2),  # two to a byte, so the last dimension counts pairs
-}
-_BYTES = (_UINT, 8, 1)
 _CUDA = 2  # of DLPack's device types
-_KINDS = {_BOOL: "?", _INT: "i", _UINT: "u", _FLOAT: "f", _COMPLEX: "c"}
+_NUMPY_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "?"}  # by DLPack's type codes
 _NUMPY_NAMES = {  # dtypes that numpy and cupy have
-    name: "?" if code == _BOOL else f"{_KINDS[code]}{bits // 8}"
-    for name, (code, bits, _) in _DLPACK.items()
-    if code in _KINDS
+    dtype.name: kind if kind == "?" else f"{kind}{known[1] // 8}"
+    for dtype, known in zip(TYPES, _native.dlpack_types(), strict=True)
+    if known and (kind := _NUMPY_KINDS.get(known[0]))
 }
-_NUMPY = frozenset(_NUMPY_NAMES)
+_NUMBERS = {dtype.name: number for number, dtype in enumerate(TYPES)}
 
 Framework: TypeAlias = Literal["torch", "numpy", "cupy", "dlpack"]
 Tensors = Mapping[str, Any]
@@ -71,39 +47,41 @@ def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
 
 def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = False) -> _native.View:
     """A DLPack producer for one tensor. ``as_bytes``: shape ``(nbytes,)`` of uint8."""
-    shape = list(spec.shape)
-    kind = _DLPACK.get(spec.dtype.name, _BYTES)
-    if spec.dtype.name == "F4":
-        whole_pairs = bool(shape) and shape[-1] % 2 == 0
-        as_bytes = as_bytes or not whole_pairs
-        if whole_pairs:
-            shape[-1] //= 2
-    if as_bytes or spec.dtype.name not in _DLPACK:
-        kind, shape = _BYTES, [spec.nbytes]
-    return model.view(spec.layer, spec.offset, shape, spec.nbytes, *kind)
+    return model.tensor(
+        spec.layer, spec.offset, spec.shape, spec.nbytes, _NUMBERS[spec.dtype.name], as_bytes
+    )
 
 
-def _torch_tensor(model: _native.Model, spec: TensorSpec) -> Any:
+def _device_type(model: _native.Model) -> int:
+    return model.view(0, 0, [0], 0, 1, 8, 1).__dlpack_device__()[0]
+
+
+def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:
     import torch
     from torch.utils.dlpack import from_dlpack
 
-    view = native_view(model, spec)
-    if view.__dlpack_device__()[0] == _CUDA and torch.version.cuda is None:
+    tensors: dict[str, Any] = {}
+    if torch.version.cuda is None and len(layout) and _device_type(model) == _CUDA:
         raise WarmServeError(
             f"torch {torch.__version__} is a build without CUDA and cannot see the device: install "
             "one with it, or say tensors='cupy' or 'dlpack'"
         )
-    return from_dlpack(view)
+    for layer in range(len(layout)):
+        count = layout.native.layer(layer)[2]
+        for first in range(0, count, CHUNK):
+            capsules = model.capsules(layout.native, layer, first, first + CHUNK)
+            tensors.update((name, from_dlpack(capsule)) for name, capsule in capsules)
+    return tensors
 
 
 def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
-    return np.from_dlpack(native_view(model, spec, as_bytes=spec.dtype.name not in _NUMPY))
+    return np.from_dlpack(native_view(model, spec, as_bytes=spec.dtype.name not in _NUMPY_NAMES))
 
 
 def _cupy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
     """Over the address itself: what CuPy makes of a DLPack capsule needs a CUDA runtime of its
     own, and this is the same without."""
-    known = spec.dtype.name in _NUMPY
+    known = spec.dtype.name in _NUMPY_NAMES
     view = native_view(model, spec, as_bytes=not known)
     kind, ordinal = view.__dlpack_device__()
     if kind != _CUDA:
@@ -115,15 +93,23 @@ def _cupy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
-_MAKERS: dict[Framework, Callable[[_native.Model, TensorSpec], Any]] = {
-    "torch": _torch_tensor,
-    "numpy": _numpy_tensor,
-    "cupy": _cupy_tensor,
-    "dlpack": native_view,
+def _one_by_one(
+    make: Callable[[_native.Model, TensorSpec], Any],
+) -> Callable[[_native.Model, Layout], dict[str, Any]]:
+    return lambda model, layout: {
+        spec.name: make(model, spec) for layer in layout.layers for spec in layer.tensors
+    }
+
+
+_MAKERS: dict[Framework, Callable[[_native.Model, Layout], dict[str, Any]]] = {
+    "torch": _torch_tensors,
+    "numpy": _one_by_one(_numpy_tensor),
+    "cupy": _one_by_one(_cupy_tensor),
+    "dlpack": _one_by_one(native_view),
 }
 
 
-def _maker(name: Framework) -> Callable[[_native.Model, TensorSpec], Any]:
+def _maker(name: Framework) -> Callable[[_native.Model, Layout], dict[str, Any]]:
     if name not in _MAKERS:
         raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
     return _MAKERS[name]
@@ -136,8 +122,7 @@ def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> 
     fp6 in numpy and cupy; fp6 in torch) is uint8 of shape ``(nbytes,)``. "dlpack": the producers
     themselves.
     """
-    make = _maker(framework)
-    return {name: make(model, spec) for name, spec in layout.tensors.items()}
+    return _maker(framework)(model, layout)
 
 
 class LeasedTensors(Mapping[str, Any]):

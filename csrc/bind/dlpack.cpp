@@ -1,9 +1,12 @@
 #include "bind/dlpack.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <string_view>
+
+#include "safetensors_header.h"
 
 namespace py = pybind11;
 
@@ -11,7 +14,35 @@ namespace warmserve::dlpack {
 namespace {
 
 constexpr const char* kName = "dltensor_versioned";
-constexpr std::uint8_t kBool = 6;  // a type code of DLPack
+constexpr std::uint8_t kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6;
+constexpr DataType kByte{kUint, 8, 1};
+
+struct NamedType {
+  std::string_view name;
+  DataType type;
+};
+constexpr NamedType kTypes[] = {
+    {"BOOL", {kBool, 8, 1}},
+    {"U8", kByte},
+    {"I8", {kInt, 8, 1}},
+    {"U16", {kUint, 16, 1}},
+    {"I16", {kInt, 16, 1}},
+    {"U32", {kUint, 32, 1}},
+    {"I32", {kInt, 32, 1}},
+    {"U64", {kUint, 64, 1}},
+    {"I64", {kInt, 64, 1}},
+    {"F16", {kFloat, 16, 1}},
+    {"BF16", {kBfloat, 16, 1}},
+    {"F32", {kFloat, 32, 1}},
+    {"F64", {kFloat, 64, 1}},
+    {"C64", {kComplex, 64, 1}},
+    {"F8_E4M3", {10, 8, 1}},
+    {"F8_E4M3FNUZ", {11, 8, 1}},
+    {"F8_E5M2", {12, 8, 1}},
+    {"F8_E5M2FNUZ", {13, 8, 1}},
+    {"F8_E8M0", {14, 8, 1}},
+    {"F4", {17, 4, 2}},  // two elements to a byte: the last dimension counts pairs
+};
 
 // What a capsule owns. Its deleter may run on any thread, with or without the GIL, and after the
 // interpreter is gone: there is nothing of Python in it.
@@ -43,6 +74,30 @@ std::string type_string(const DataType& dtype) {
 }
 
 }  // namespace
+
+std::span<const std::optional<DataType>> data_types() {
+  static const std::vector<std::optional<DataType>> types = [] {
+    std::vector<std::optional<DataType>> found;
+    for (const ElementType& element : element_types()) {
+      const auto named = std::find_if(std::begin(kTypes), std::end(kTypes),
+                                      [&](const auto& type) { return type.name == element.name; });
+      found.push_back(named == std::end(kTypes) ? std::nullopt : std::optional(named->type));
+    }
+    return found;
+  }();
+  return types;
+}
+
+void View::set_elements(std::uint8_t type, std::vector<std::int64_t> elements, bool as_bytes) {
+  const std::optional<DataType> known = data_types()[type];
+  as_bytes |= !known;
+  if (known && known->lanes > 1) {
+    as_bytes |= elements.empty() || elements.back() % known->lanes != 0;
+    if (!as_bytes) elements.back() /= known->lanes;
+  }
+  dtype = as_bytes ? kByte : *known;
+  shape = as_bytes ? std::vector{static_cast<std::int64_t>(bytes)} : std::move(elements);
+}
 
 Device View::device() const noexcept {
   const int ordinal = reservation->device()->facts().cuda_ordinal;

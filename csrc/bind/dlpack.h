@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "vmm.h"
@@ -40,6 +42,9 @@ struct ManagedTensorVersioned {
 };
 constexpr std::uint64_t kReadOnly = 1, kIsCopied = 2;
 
+// How DLPack names each of element_types(); none for a type that it cannot name.
+std::span<const std::optional<DataType>> data_types();
+
 // A tensor at an address of a model. Keeps the address from becoming anything else, not what is
 // behind it: that is a lease's business.
 struct View {
@@ -49,6 +54,11 @@ struct View {
   std::vector<std::int64_t> shape;
   std::uint64_t bytes = 0;
   bool read_only = true;
+
+  // Makes it one of elements of `type`, a number of element_types(). Bytes in one dimension stand
+  // for a type that DLPack cannot name and for pairs of elements that the last dimension cuts; with
+  // `as_bytes` for every type.
+  void set_elements(std::uint8_t type, std::vector<std::int64_t> elements, bool as_bytes);
 
   Device device() const noexcept;
   // The DLPack protocol. Throws BufferError for what cannot be had, and never TypeError, which

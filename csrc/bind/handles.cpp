@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bind/dlpack.h"
+#include "layout.h"
 
 namespace py = pybind11;
 
@@ -15,19 +16,57 @@ std::shared_ptr<Stream> stream_of(const PyStream* stream) {
   return stream ? stream->stream : nullptr;
 }
 
-dlpack::View view(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
-                  std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t code,
-                  std::uint8_t bits, std::uint16_t lanes) {
+dlpack::View bytes_at(const PyModel& self, const ReservationPtr& reservation, std::uint32_t layer,
+                      std::uint64_t offset, std::uint64_t bytes) {
   const Layer& at = self.model->layers.at(layer);
   if (offset > at.bytes || bytes > at.bytes - offset)
     throw Error(ErrorKind::invalid_argument, "a view outside of its layer");
+  dlpack::View view;
+  view.reservation = reservation;
+  view.address = reservation->address() + at.offset + offset;
+  view.bytes = bytes;
+  view.read_only = !self.model->writable;
+  return view;
+}
+
+dlpack::View view(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
+                  std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t code,
+                  std::uint8_t bits, std::uint16_t lanes) {
+  dlpack::View made = bytes_at(self, self.runtime->reservation(self.model), layer, offset, bytes);
+  made.dtype = {code, bits, lanes};
+  made.shape = std::move(shape);
+  return made;
+}
+
+dlpack::View tensor(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
+                    std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t type,
+                    bool as_bytes) {
+  if (type >= element_types().size()) throw Error(ErrorKind::invalid_argument, "an unknown type");
+  dlpack::View made = bytes_at(self, self.runtime->reservation(self.model), layer, offset, bytes);
+  made.set_elements(type, std::move(shape), as_bytes);
+  return made;
+}
+
+// The tensors of a layer from number `first` to `last` as (name, capsule): thousands of views, each
+// made by a call from Python, would take as long as a load.
+py::list capsules(const PyModel& self, const Layout& layout, std::uint32_t layer, std::size_t first,
+                  std::size_t last) {
+  if (layer >= layout.bytes.size()) throw py::index_error("no such layer");
   const ReservationPtr reservation = self.runtime->reservation(self.model);
-  return {reservation,
-          reservation->address() + at.offset + offset,
-          {code, bits, lanes},
-          std::move(shape),
-          bytes,
-          !self.model->writable};
+  const auto members = layout.members_of(layer);
+  const py::none none;
+  py::list found;
+  for (std::size_t i = first; i < std::min(last, members.size()); ++i) {
+    const std::uint32_t number = members[i];
+    const Layout::Place& place = layout.places[number];
+    const auto shape = layout.table->shape(layout.table->tensors[number]);
+    const std::string_view name = layout.table->names[number];
+    dlpack::View made = bytes_at(self, reservation, layer, place.offset, place.bytes);
+    made.set_elements(layout.types[number], {shape.begin(), shape.end()}, false);
+    found.append(py::make_tuple(py::str(name.data(), name.size()),
+                                made.export_capsule(none, none, none, none)));
+  }
+  return found;
 }
 
 }  // namespace
@@ -113,7 +152,11 @@ void bind_handles(py::module_& m) {
                            pass.lease_epoch};
            })
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
-           py::arg("code"), py::arg("bits"), py::arg("lanes"));
+           py::arg("code"), py::arg("bits"), py::arg("lanes"))
+      .def("tensor", &tensor, py::arg("layer"), py::arg("offset"), py::arg("shape"),
+           py::arg("nbytes"), py::arg("type"), py::arg("as_bytes"))
+      .def("capsules", &capsules, py::arg("layout"), py::arg("layer"), py::arg("first"),
+           py::arg("last"));
   py::class_<Waker, std::shared_ptr<Waker>>(m, "Waker")
       .def(py::init<>())
       .def("fileno", &Waker::fileno)

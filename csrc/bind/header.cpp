@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include "bind/dlpack.h"
 #include "bind/kernels.h"
 #include "grouping.h"
 #include "layout.h"
@@ -13,8 +14,19 @@ namespace warmserve {
 namespace {
 
 using TablePtr = std::shared_ptr<TensorTable>;
+using StringsPtr = std::shared_ptr<StringTable>;
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+// Shares what may be large: it is destroyed without the GIL, whichever thread lets go of it last.
+template <typename T>
+std::shared_ptr<T> share(T&& value) {
+  return {new T(std::move(value)), [](T* pointer) {
+            std::optional<py::gil_scoped_release> release;
+            if (PyGILState_Check()) release.emplace();
+            delete pointer;
+          }};
+}
 
 py::str text(std::string_view string) { return {string.data(), string.size()}; }
 
@@ -38,17 +50,17 @@ std::span<const T> span_of(const Array<T>& array) {
 
 // Reads the next file's header. If another file has one of its tensors, says that file's number
 // instead of the metadata.
-std::pair<std::optional<StringTable>, py::object> add(TensorTable& table, const py::bytes& raw,
-                                                      std::uint64_t start, std::uint64_t size) {
+std::pair<StringsPtr, py::object> add(TensorTable& table, const py::bytes& raw, std::uint64_t start,
+                                      std::uint64_t size) {
   const std::string_view header = bytes_of(raw);
   std::uint32_t other = table.files;
   const std::uint32_t own = table.files;
   try {
     const py::gil_scoped_release release;
-    return {read_header(table, header, start, size, other), py::none()};
+    return {share(read_header(table, header, start, size, other)), py::none()};
   } catch (const Error& error) {
     if (other == own) throw;
-    return {std::nullopt, py::make_tuple(error.what(), other)};
+    return {nullptr, py::make_tuple(error.what(), other)};
   }
 }
 
@@ -74,7 +86,7 @@ py::tuple entry(const TensorTable& table, std::uint32_t number) {
 
 // A table of tensors that have names and sizes alone.
 TablePtr named(const std::vector<std::string>& names, const std::vector<std::uint64_t>& sizes) {
-  auto table = std::make_shared<TensorTable>();
+  TablePtr table = share(TensorTable());
   for (std::size_t i = 0; i < names.size(); ++i) {
     table->names.pending() += names[i];
     if (!table->names.add_pending().second)
@@ -115,7 +127,7 @@ std::shared_ptr<Layout> lay_out_by_name(const TablePtr& table, bool experts,
   std::vector<std::uint8_t> casts = checked_types(*table, types);
   const py::gil_scoped_release release;
   const Groups groups = group_by_name(*table, experts);
-  return std::make_shared<Layout>(lay_out(table, groups.names, groups.of, std::move(casts)));
+  return share(lay_out(table, groups.names, groups.of, std::move(casts)));
 }
 
 std::shared_ptr<Layout> lay_out_groups(const TablePtr& table, const std::vector<std::string>& names,
@@ -131,7 +143,7 @@ std::shared_ptr<Layout> lay_out_groups(const TablePtr& table, const std::vector<
   for (const std::string& name : names) list.add(name);
   for (const std::uint32_t group : groups)
     if (group >= list.size()) throw Error(ErrorKind::invalid_argument, "an unknown layer");
-  return std::make_shared<Layout>(lay_out(table, list, groups, std::move(casts)));
+  return share(lay_out(table, list, groups, std::move(casts)));
 }
 
 py::tuple tensor(const Layout& layout, std::uint32_t number) {
@@ -146,17 +158,22 @@ void check_layer(const Layout& layout, std::size_t index) {
   if (index >= layout.bytes.size()) throw py::index_error("no such layer");
 }
 
-py::list tensors_of(const Layout& layout, std::size_t index) {
+// The layer's tensors from number `first` to `last`: of a million, Python asks for some at a time.
+py::list tensors_of(const Layout& layout, std::size_t index, std::size_t first, std::size_t last) {
   check_layer(layout, index);
+  const auto members = layout.members_of(index);
   py::list found;
-  for (const std::uint32_t number : layout.members_of(index)) found.append(tensor(layout, number));
+  for (std::size_t i = first; i < std::min(last, members.size()); ++i)
+    found.append(tensor(layout, members[i]));
   return found;
 }
 
-py::list segments_of(const Layout& layout, std::size_t index) {
+py::list segments_of(const Layout& layout, std::size_t index, std::size_t first, std::size_t last) {
   check_layer(layout, index);
+  const auto segments = layout.segments_of(index);
   py::list found;
-  for (const Segment& segment : layout.segments_of(index)) {
+  for (std::size_t i = first; i < std::min(last, segments.size()); ++i) {
+    const Segment& segment = segments[i];
     const py::object cast =
         segment.cast ? py::object(py::str(cast_name(*segment.cast))) : py::none();
     found.append(py::make_tuple(segment.file, segment.file_offset, segment.layer_offset,
@@ -182,7 +199,7 @@ std::vector<bool> under_stems(const py::list& names, const py::list& stems) {
 }  // namespace
 
 void bind_headers(py::module_& m) {
-  py::class_<StringTable>(m, "StringTable")
+  py::class_<StringTable, StringsPtr>(m, "StringTable")
       .def("__len__", [](const StringTable& self) { return self.names.size(); })
       .def("find",
            [](const StringTable& self, const py::str& name) -> py::object {
@@ -198,7 +215,7 @@ void bind_headers(py::module_& m) {
         return found;
       });
   py::class_<TensorTable, TablePtr>(m, "TensorTable")
-      .def(py::init<>())
+      .def(py::init([] { return share(TensorTable()); }))
       .def(py::init(&named), py::arg("names"), py::arg("sizes"))
       .def("__len__", [](const TensorTable& self) { return self.order.size(); })
       .def("add", &add, py::arg("header"), py::arg("start"), py::arg("size"))
@@ -224,10 +241,11 @@ void bind_headers(py::module_& m) {
            [](const Layout& self, std::size_t index) {
              check_layer(self, index);
              return py::make_tuple(text(self.names[static_cast<std::uint32_t>(index)]),
-                                   self.bytes[index]);
+                                   self.bytes[index], self.members_of(index).size(),
+                                   self.segments_of(index).size());
            })
-      .def("tensors", &tensors_of, py::arg("layer"))
-      .def("segments", &segments_of, py::arg("layer"));
+      .def("tensors", &tensors_of, py::arg("layer"), py::arg("first"), py::arg("last"))
+      .def("segments", &segments_of, py::arg("layer"), py::arg("first"), py::arg("last"));
   m.def("lay_out_by_name", &lay_out_by_name, py::arg("table"), py::arg("experts"),
         py::arg("types"));
   m.def("lay_out_groups", &lay_out_groups, py::arg("table"), py::arg("names"), py::arg("group_of"),
@@ -237,13 +255,21 @@ void bind_headers(py::module_& m) {
       [](const py::bytes& raw, const std::string& key, std::uint32_t most) {
         const std::string_view text = bytes_of(raw);
         const py::gil_scoped_release release;
-        return read_strings_of(text, key, most);
+        std::optional<StringTable> found = read_strings_of(text, key, most);
+        return found ? share(*std::move(found)) : nullptr;
       },
       py::arg("text"), py::arg("key"), py::arg("most"));
   m.def("under_stems", &under_stems, py::arg("names"), py::arg("stems"));
   m.def("element_types", [] {
     std::vector<std::pair<std::string, std::uint32_t>> found;
     for (const ElementType& type : element_types()) found.emplace_back(type.name, type.bits);
+    return found;
+  });
+  m.def("dlpack_types", [] {
+    py::list found;
+    for (const auto& type : dlpack::data_types())
+      found.append(type ? py::object(py::make_tuple(type->code, type->bits, type->lanes))
+                        : py::none());
     return found;
   });
 }

@@ -94,6 +94,7 @@ void add_checks(std::vector<LayerShape>& shapes, const Checks& checks) {
 }
 
 std::vector<LayerShape> take_shapes(const Layout& layout) {
+  const py::gil_scoped_release release;
   std::vector<LayerShape> shapes(layout.bytes.size());
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     const auto segments = layout.segments_of(i);
@@ -124,8 +125,9 @@ PyModel register_model(const RuntimePtr& runtime, const std::string& name,
   add_checks(shapes, checks);
   std::vector<File> owned = take_files(files);
   const py::gil_scoped_release release;
-  return {runtime,
-          runtime->register_model(name, std::move(owned), shapes, writable, check_signals)};
+  const std::vector<LayerShape> freed_without_gil = std::move(shapes);
+  return {runtime, runtime->register_model(name, std::move(owned), freed_without_gil, writable,
+                                           check_signals)};
 }
 
 void reload(Runtime& runtime, const PyModel& model, const py::iterable& files, const Layout& layout,
@@ -134,7 +136,9 @@ void reload(Runtime& runtime, const PyModel& model, const py::iterable& files, c
   add_checks(shapes, checks);
   std::vector<File> owned = take_files(files);
   const py::gil_scoped_release release;
-  runtime.reload(model.model, std::move(owned), shapes, deadline(timeout), check_signals);
+  const std::vector<LayerShape> freed_without_gil = std::move(shapes);
+  runtime.reload(model.model, std::move(owned), freed_without_gil, deadline(timeout),
+                 check_signals);
 }
 
 py::dict driver_calls(Runtime& runtime) {

@@ -32,6 +32,7 @@ from .files import (
     shown,
 )
 from .header import (
+    CHUNK,
     DTYPES,
     LIMIT,
     TYPES,
@@ -45,6 +46,7 @@ from .header import (
 )
 
 __all__ = [
+    "CHUNK",
     "DTYPES",
     "TYPES",
     "Checkpoint",

@@ -15,7 +15,7 @@ from warmserve_rt import _native
 
 LIMIT = 100_000_000  # bytes of a header or an index; the format's reference has the same
 MOST_NAMES = 1 << 21  # of an index: more than headers of LIMIT bytes have tensors
-_CHUNK = 4096  # names made at a time
+CHUNK = 4096  # rows of a native table that are made at a time, with the interpreter's lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class Tensors(Mapping[str, TensorEntry]):
 
     def names(self, first: int) -> Iterator[str]:
         """The names from position `first` on."""
-        for start in range(first, len(self), _CHUNK):
-            yield from self.native.names(start, start + _CHUNK)
+        for start in range(first, len(self), CHUNK):
+            yield from self.native.names(start, start + CHUNK)
 
 
 class Metadata(Mapping[str, str]):
@@ -95,8 +95,8 @@ class Metadata(Mapping[str, str]):
         return f"Metadata({dict(self)!r})"
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        for start in range(0, len(self), _CHUNK):
-            yield from self._native.items(start, start + _CHUNK)
+        for start in range(0, len(self), CHUNK):
+            yield from self._native.items(start, start + CHUNK)
 
 
 class DuplicateTensor(ValueError):
