@@ -50,18 +50,19 @@ std::span<const T> span_of(const Array<T>& array) {
 
 // Reads the next file's header. If another file has one of its tensors, says that file's number
 // instead of the metadata.
-std::pair<StringsPtr, py::object> add(TensorTable& table, const py::bytes& raw, std::uint64_t start,
-                                      std::uint64_t size) {
+py::tuple add(TensorTable& table, const py::bytes& raw, std::uint64_t start, std::uint64_t size) {
   const std::string_view header = bytes_of(raw);
   std::uint32_t other = table.files;
   const std::uint32_t own = table.files;
+  StringsPtr metadata;
   try {
     const py::gil_scoped_release release;
-    return {share(read_header(table, header, start, size, other)), py::none()};
+    metadata = share(read_header(table, header, start, size, other));
   } catch (const Error& error) {
     if (other == own) throw;
-    return {nullptr, py::make_tuple(error.what(), other)};
+    return py::make_tuple(py::none(), py::make_tuple(error.what(), other));
   }
+  return py::make_tuple(metadata, py::none());
 }
 
 py::list names(const TensorTable& table, std::size_t first, std::size_t last) {
