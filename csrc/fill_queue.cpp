@@ -5,7 +5,7 @@
 
 namespace warmserve {
 
-void FillQueue::enlist(const Lock&, const TicketPtr& ticket) {
+void FillQueue::enlist(const Lock& lock, const TicketPtr& ticket) {
   if (ticket->deadline != kNever) deadlines_.emplace(ticket->deadline, ticket);
   for (const Selection& wanted : ticket->wants)
     wanted.for_each([&](Layer& layer) {
@@ -21,6 +21,7 @@ void FillQueue::enlist(const Lock&, const TicketPtr& ticket) {
       if (fill.tickets.empty()) ++fill.generation;
       fill.tickets.push_back(ticket);
       rerank(fill);
+      relist(lock, fill);
       ticket->fills.insert(&fill);
       ticket->bytes_total += fill.span;
       ticket->bytes_done += fill.done;
@@ -43,6 +44,7 @@ void FillQueue::rerank(Fill& fill) {
   Rank rank{ticket->priority, ticket->deadline, fill.rank.sequence};
   if (!(rank < fill.rank) && !(fill.rank < rank)) return;
   if (rank < fill.rank) rank.sequence = sequence_++;
+  unlist(fill);
   auto node = order_.extract(fill.rank);
   node.key() = fill.rank = rank;
   order_.insert(std::move(node));
@@ -51,10 +53,12 @@ void FillQueue::rerank(Fill& fill) {
 void FillQueue::drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
   for (Fill* fill : std::exchange(ticket->fills, {})) {
     std::erase(fill->tickets, ticket);
-    if (fill->tickets.empty() && fill->phase == Fill::Phase::queued)
+    if (fill->tickets.empty() && fill->phase == Fill::Phase::queued) {
       forget(lock, *fill);
-    else
-      rerank(*fill);
+      continue;
+    }
+    rerank(*fill);
+    relist(lock, *fill);
   }
   ticket->finish(books_, lock, why);
 }
@@ -73,14 +77,16 @@ void FillQueue::drop_layers(const Lock& lock, const Selection& selection, std::e
   books_.wake();
 }
 
-std::vector<TicketPtr> FillQueue::release(const Lock&, Fill& fill) {
+std::vector<TicketPtr> FillQueue::release(const Lock& lock, Fill& fill) {
   std::vector<TicketPtr> tickets = std::exchange(fill.tickets, {});
   for (const TicketPtr& ticket : tickets) ticket->fills.erase(&fill);
+  relist(lock, fill);
   return tickets;
 }
 
 void FillQueue::forget(const Lock&, Fill& fill) {
   fill.layer->fill = nullptr;
+  unlist(fill);
   order_.erase(fill.rank);
 }
 
@@ -95,6 +101,47 @@ void FillQueue::expire(const Lock& lock) {
            std::make_exception_ptr(
                Error(ErrorKind::timeout, ticket->what + " was not done by its deadline")));
   }
+}
+
+void FillQueue::unlist(Fill& fill) {
+  if (fill.listed != Fill::Next::none) list(fill.listed).erase(fill.rank);
+  fill.listed = Fill::Next::none;
+}
+
+void FillQueue::relist(const Lock&, Fill& fill) {
+  if (fill.listed == fill.next()) return;
+  unlist(fill);
+  fill.listed = fill.next();
+  if (fill.listed != Fill::Next::none) list(fill.listed).emplace(fill.rank, &fill);
+}
+
+Fill* FillQueue::first_behind(const std::optional<Rank>& before, const Turn& turn,
+                              bool may_start) const {
+  Fill* first = nullptr;
+  const auto consider = [&](const List& list, bool only_background, bool only_foreground) {
+    auto at = before ? list.upper_bound(*before) : list.begin();
+    if (only_background && (!before || *before < kFirstOfBackground))
+      at = list.lower_bound(kFirstOfBackground);
+    if (at == list.end() || (only_foreground && !at->second->foreground())) return;
+    if (!first || at->first < first->rank) first = at->second;
+  };
+  if (may_start) consider(list(Fill::Next::start), false, !turn.background_works);
+  consider(list(Fill::Next::copy), !turn.foreground_copies, !turn.background_works);
+  consider(list(Fill::Next::undo), false, false);
+  return first;
+}
+
+void FillQueue::check_invariants(const Lock&) const {
+  std::size_t listed = 0;
+  for (const auto& [rank, fill] : order_) {
+    listed += fill->listed != Fill::Next::none;
+    const bool found = fill->listed == Fill::Next::none || list(fill->listed).contains(rank);
+    if (fill->listed != fill->next() || !found)
+      throw Error(ErrorKind::general, "invariant: a fill of '" + fill->model->name +
+                                          "' is not listed by what can be done for it");
+  }
+  for (const List& list : lists_) listed -= list.size();
+  if (listed) throw Error(ErrorKind::general, "invariant: a list has fills that have ended");
 }
 
 void FillQueue::handed_out(const Lock&, const Fill& fill, std::uint64_t bytes) {

@@ -5,8 +5,10 @@
 // urgent of its tickets. Foreground work leaves the background a share of the bytes, and no more.
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "ticket.h"
@@ -28,6 +30,7 @@ struct Rank {
 
 struct Fill {
   enum class Phase { queued, starting, copying, undoing };
+  enum class Next { start, copy, undo, none };  // what a loader can do for it
 
   Layer* layer;
   ModelPtr model;      // keeps the layer
@@ -39,18 +42,25 @@ struct Fill {
   bool give_way = false;        // its granules are wanted by a fill before it: start again later
   bool failed = false;          // what was copied is not to be used
   bool mapped = false;          // behind the layer's addresses; copies go another way
-  std::uint64_t next = 0;       // first byte not handed to a loader
+  std::uint64_t begin = 0;      // first byte not handed to a loader
   std::uint64_t sent = 0;       // bytes whose copies are under way or over
   std::uint64_t done = 0;       // bytes arrived
   std::uint64_t in_flight = 0;  // bytes handed to loaders and not arrived
   unsigned hands = 0;           // loaders that are at a chunk of it
   std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
+  Next listed = Next::none;           // FillQueue's: the list that it is in
 
   // The first of them. Pre-condition: there is one.
   const TicketPtr& most_urgent() const;
   bool foreground() const noexcept { return rank.priority > kBackground; }
   bool unwanted() const noexcept { return failed || give_way || tickets.empty(); }
   bool idle() const noexcept { return in_flight == 0 && hands == 0; }
+  Next next() const noexcept {
+    if (phase == Phase::queued) return Next::start;
+    if (phase != Phase::copying) return Next::none;
+    if (unwanted()) return Next::undo;
+    return begin < span ? Next::copy : Next::none;
+  }
 };
 
 // Everything under the runtime's lock.
@@ -73,30 +83,57 @@ class FillQueue {
   void expire(const Lock& lock);
   Deadline next_deadline() const { return deadlines_.empty() ? kNever : deadlines_.begin()->first; }
 
+  // Enters the fill where it belongs now. Whoever changes what next() depends on calls this before
+  // the lock is dropped.
+  void relist(const Lock&, Fill& fill);
+
   void handed_out(const Lock&, const Fill& fill, std::uint64_t bytes);
-  // Calls visit(fill, may_copy) for each fill, in order, until one says that it did something.
+  enum class Visited { worked, cannot, no_room };
+  // Calls visit(fill) for those fills that a loader can do something for, in order, until one
+  // worked. After no_room no other fill is started. Fills that only wait are not looked at.
   template <typename Visit>
   bool serve(const Lock& lock, std::uint64_t chunk, Visit visit);
 
+  // Throws general if a fill is not in the list where it belongs.
+  void check_invariants(const Lock&) const;
+
  private:
+  using List = std::map<Rank, Fill*>;
+  struct Turn {
+    bool foreground_copies, background_works;
+  };
+  static constexpr Rank kFirstOfBackground{kBackground, Deadline::min(), 0};
+
+  List& list(Fill::Next next) { return lists_[static_cast<std::size_t>(next)]; }
+  const List& list(Fill::Next next) const { return lists_[static_cast<std::size_t>(next)]; }
+  void unlist(Fill& fill);
   void rerank(Fill& fill);
+  // The first fill behind `before` that has a turn; null: none.
+  Fill* first_behind(const std::optional<Rank>& before, const Turn& turn, bool may_start) const;
   template <typename Visit>
-  bool pass(bool foreground_copies, bool background_works, Visit visit);
+  bool pass(const Turn& turn, Visit visit);
 
   Books& books_;
   const double share_;
   std::map<Rank, std::unique_ptr<Fill>> order_;
+  std::array<List, 3> lists_;  // of `order_`, by what can be done next
   std::multimap<Deadline, std::weak_ptr<Ticket>> deadlines_;
   std::uint64_t sequence_ = 0;
   double foreground_bytes_ = 0, background_bytes_ = 0;  // since foreground work came
 };
 
 template <typename Visit>
-bool FillQueue::pass(bool foreground_copies, bool background_works, Visit visit) {
-  for (const auto& [rank, fill] : order_) {
+bool FillQueue::pass(const Turn& turn, Visit visit) {
+  bool may_start = true;
+  std::optional<Rank> before;
+  while (Fill* fill = first_behind(before, turn, may_start)) {
     ++books_.counters.layers_examined;
-    if (!fill->foreground() && !background_works && !fill->unwanted()) continue;
-    if (visit(*fill, foreground_copies || !fill->foreground())) return true;
+    before = fill->rank;
+    switch (visit(*fill)) {
+      case Visited::worked: return true;
+      case Visited::no_room: may_start = false; break;
+      case Visited::cannot: break;
+    }
   }
   return false;
 }
@@ -107,12 +144,12 @@ template <typename Visit>
 bool FillQueue::serve(const Lock&, std::uint64_t chunk, Visit visit) {
   if (order_.empty() || !order_.begin()->second->foreground()) {
     foreground_bytes_ = background_bytes_ = 0;
-    return pass(true, true, visit);
+    return pass({true, true}, visit);
   }
   const double then = background_bytes_ + static_cast<double>(chunk);
   const bool background = !order_.rbegin()->second->foreground();
   const bool due = background && then <= share_ * (foreground_bytes_ + then);
-  return (due && pass(false, true, visit)) || pass(true, false, visit);
+  return (due && pass({false, true}, visit)) || pass({true, false}, visit);
 }
 
 }  // namespace warmserve

@@ -296,6 +296,7 @@ bool Runtime::step() {
 void Runtime::check_invariants() {
   const Lock lock = look();
   books_.check_invariants(lock);
+  transfer_.check_invariants(lock);
 }
 
 }  // namespace warmserve

@@ -81,53 +81,52 @@ bool Transfer::advance(Lock& lock) {
   queue_.expire(lock);
   if (!books_.arena.filled_by_host() && collect(lock, false)) return true;
   if (finish_swap(lock)) return true;
-  bool room_blocked = false;
-  const auto visit = [&](Fill& fill, bool may_copy) {
-    return advance(lock, fill, may_copy, room_blocked);
+  bool no_room = false;
+  const auto visit = [&](Fill& fill) {
+    const FillQueue::Visited visited = advance(lock, fill);
+    no_room |= visited == FillQueue::Visited::no_room;
+    return visited;
   };
   if (queue_.serve(lock, chunk_bytes_, visit)) return true;
-  books_.room_wanted = room_blocked;
+  books_.room_wanted = no_room;
   return !books_.arena.filled_by_host() && collect(lock, true);
 }
 
-// Whether it did anything: then the order may have changed. `room_blocked`: a fill before this one
-// waits for room.
-bool Transfer::advance(Lock& lock, Fill& fill, bool may_copy, bool& room_blocked) {
-  Layer& layer = *fill.layer;
-  if (fill.phase == Phase::copying) {
-    if (fill.unwanted()) {
-      if (!fill.idle()) return false;
+// Does what comes next for the fill: if it worked, the order may have changed.
+FillQueue::Visited Transfer::advance(Lock& lock, Fill& fill) {
+  using enum FillQueue::Visited;
+  switch (fill.next()) {
+    case Fill::Next::none: return cannot;
+    case Fill::Next::copy: copy_chunk(lock, fill); return worked;
+    case Fill::Next::undo:
+      if (!fill.idle()) return cannot;
       undo(lock, fill);
-    } else if (fill.next < fill.span && may_copy) {
-      copy_chunk(lock, fill);
-    } else {
-      return false;  // its last chunks are under way, or it is not its turn
-    }
-    return true;
+      return worked;
+    case Fill::Next::start: break;
   }
-  if (fill.phase != Phase::queued || layer.owned) return false;
+  Layer& layer = *fill.layer;
+  if (layer.owned) return cannot;
   if (layer.residency == resident) {  // was draining, and came back
     complete(lock, fill);
-    return true;
+    return worked;
   }
   if (layer.torn) {
     undo(lock, fill);
-    return true;
+    return worked;
   }
-  if (room_blocked) return false;
   std::vector<Layer*> victims;
   switch (find_room(lock, fill, victims)) {
-    case Room::enough: start(lock, fill, victims); return true;
-    case Room::later: room_blocked = true; return false;
+    case Room::enough: start(lock, fill, victims); return worked;
+    case Room::later: return FillQueue::Visited::no_room;
     case Room::never: {
       const TicketPtr ticket = fill.most_urgent();
-      const auto error = std::make_exception_ptr(no_room(
+      const auto error = std::make_exception_ptr(warmserve::no_room(
           ErrorKind::busy, ticket->what, fill.span, books_.arena.budget(), books_.holders(lock)));
       drop(lock, ticket, error);  // for the others there may be room
-      return true;
+      return worked;
     }
   }
-  return false;
+  return cannot;
 }
 
 // Whether there are granules for the fill, or will be: then those that fill for less urgent
@@ -151,7 +150,9 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
     ++books_.counters.layers_examined;
     if (layer->held() || ticket.wants_layer(*layer)) continue;
     coming = true;
-    if (fill.rank.priority > layer->fill->rank.priority) layer->fill->give_way = true;
+    if (fill.rank.priority <= layer->fill->rank.priority) continue;
+    layer->fill->give_way = true;
+    queue_.relist(lock, *layer->fill);
   }
   return coming ? Room::later : Room::never;
 }
@@ -171,6 +172,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   books_.transition(lock, layer, filling);
   books_.own(lock, layer);
   fill.phase = Phase::starting;
+  queue_.relist(lock, fill);
   std::exception_ptr error;
   bool gave_up = false;  // somebody may want it again by the time the lock is back
   try {
@@ -195,6 +197,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   if (!lock.owns_lock()) lock.lock();
   books_.disown(lock, layer);
   fill.phase = Phase::copying;
+  queue_.relist(lock, fill);
   arena.give(granules);
   arena.return_uncreated(fresh);
   if (error) {
@@ -207,9 +210,10 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
 }
 
 void Transfer::copy_chunk(Lock& lock, Fill& fill) {
-  const std::uint64_t begin = fill.next;
+  const std::uint64_t begin = fill.begin;
   const std::uint64_t end = begin + std::min(chunk_bytes_, fill.span - begin);
-  fill.next = end;
+  fill.begin = end;
+  queue_.relist(lock, fill);
   fill.in_flight += end - begin;
   ++fill.hands;
   ++books_.counters.chunks;
@@ -245,7 +249,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   if (by_host) arrived(lock, fill, sent);
   const bool last = fill.sent == fill.span;
   if (sent < end - begin || (last && fill.unwanted()))
-    fill.failed = true;  // called off; it may be wanted again by the time it is undone
+    give_up(lock, fill);  // called off; it may be wanted again by the time it is undone
   else if (const auto wrong = last ? wrong_content(fill) : nullptr)
     meet(lock, fill, generation, wrong);
   else if (last)

@@ -66,6 +66,7 @@ class Transfer {
   // One chunk of one transfer, or one step of making room for it. False: nothing can be done now.
   // Blocks as long as that takes.
   bool step();
+  void check_invariants(const Lock& lock) const { queue_.check_invariants(lock); }
   // Ends the loaders, each after the chunk it is at. Idempotent.
   void stop();
   // After stop() and the end of all fills: gives back what copies needed.
@@ -77,7 +78,7 @@ class Transfer {
 
   void run();
   bool advance(Lock& lock);
-  bool advance(Lock& lock, Fill& fill, bool may_copy, bool& room_blocked);
+  FillQueue::Visited advance(Lock& lock, Fill& fill);
   Room find_room(const Lock&, Fill& fill, std::vector<Layer*>& victims);
   void start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims);
   void copy_chunk(Lock& lock, Fill& fill);
@@ -90,6 +91,7 @@ class Transfer {
   void complete_if_all_is_there(const Lock& lock, Fill& fill);
   void undo(Lock& lock, Fill& fill);
   void complete(const Lock& lock, Fill& fill);
+  void give_up(const Lock& lock, Fill& fill);
   void fail(const Lock& lock, Fill& fill, std::exception_ptr error);
   void meet(const Lock& lock, Fill& fill, unsigned generation, std::exception_ptr error);
   void settle(const Lock& lock, const TicketPtr& ticket);

@@ -29,6 +29,7 @@ void Transfer::undo(Lock& lock, Fill& fill) {
   EvictionOrder::update(layer);
   books_.own(lock, layer);
   fill.phase = Phase::undoing;
+  queue_.relist(lock, fill);
   std::vector<GranuleId> freed;
   try {
     drain(books_, lock, {&layer}, kNever, nullptr, freed);
@@ -39,9 +40,10 @@ void Transfer::undo(Lock& lock, Fill& fill) {
   if (fill.tickets.empty()) return queue_.forget(lock, fill);
   for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
   fill.phase = Phase::queued;
-  fill.next = fill.sent = fill.done = 0;
+  fill.begin = fill.sent = fill.done = 0;
   fill.sums.clear();
   fill.failed = fill.give_way = fill.mapped = false;
+  queue_.relist(lock, fill);
 }
 
 void Transfer::complete(const Lock& lock, Fill& fill) {
@@ -61,9 +63,15 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
   }
 }
 
+// What was copied is not used. The fill is undone once nobody is at it.
+void Transfer::give_up(const Lock& lock, Fill& fill) {
+  fill.failed = true;
+  queue_.relist(lock, fill);
+}
+
 // Ends the tickets that wait for the fill. Those that join it from now on see it start again.
 void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
-  fill.failed = true;
+  give_up(lock, fill);
   for (const TicketPtr& ticket : queue_.release(lock, fill)) drop(lock, ticket, error);
 }
 
@@ -73,7 +81,7 @@ void Transfer::meet(const Lock& lock, Fill& fill, unsigned generation, std::exce
   if (generation == fill.generation)
     fail(lock, fill, error);
   else
-    fill.failed = true;
+    give_up(lock, fill);
 }
 
 }  // namespace warmserve

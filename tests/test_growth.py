@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write_model, write_safetensors
 
-from warmserve_rt import LayerSnapshot, Runtime, testing
+from warmserve_rt import FOREGROUND, LayerSnapshot, Runtime, testing
 
 GRANULE = 64 << 10
 
@@ -52,6 +52,25 @@ def _lease_in_parts(runtime: Runtime) -> None:
             pass
 
 
+def _load_beside_background(runtime: Runtime) -> None:
+    half = range(len(runtime.model("a").layers) // 2)
+    tickets = [
+        runtime.prewarm("b", layers=half),
+        runtime.prewarm("a", layers=half, priority=FOREGROUND),
+    ]
+    for ticket in tickets:
+        ticket.wait()
+
+
+def _load_instead_of_background(runtime: Runtime) -> None:
+    """The background has all the room when the foreground comes."""
+    background = runtime.prewarm("b")
+    while runtime.snapshot().bytes_loaded < 256 * 10:
+        runtime.step()
+    runtime.prewarm("a", priority=FOREGROUND).wait()
+    background.cancel()
+
+
 def _trim(runtime: Runtime) -> None:
     runtime.prewarm("a").wait()
     runtime.evict("a")
@@ -60,7 +79,17 @@ def _trim(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize(
-    "work", [_prewarm, _swap, _replace, _replace_what_is_kept, _lease_in_parts, _trim]
+    "work",
+    [
+        _prewarm,
+        _swap,
+        _replace,
+        _replace_what_is_kept,
+        _lease_in_parts,
+        _load_beside_background,
+        _load_instead_of_background,
+        _trim,
+    ],
 )
 def test_twice_the_layers_take_twice_the_operations(
     tmp_path: Path, work: Callable[[Runtime], None]
@@ -77,6 +106,7 @@ def test_twice_the_layers_take_twice_the_operations(
                 chunk=GRANULE,
                 staging=4 * GRANULE,
                 pump=True,
+                background_share=0.5,
                 tensors="dlpack",
                 driver=testing.cuda_driver(cuda),
             ) as runtime,
