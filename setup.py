@@ -32,6 +32,8 @@ OBJECTS = os.environ.get("WARMSERVE_OBJECTS")
 LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
 
+# The folders of csrc/ that make the core, below bind/; csrc/README.md has their order.
+LAYERS = ("runtime", "load", "checkpoint", "model", "memory", "driver", "kernels", "base")
 KERNELS = "csrc/kernels/weight_kernels.cu"
 FATBIN = "warmserve_rt/weight_kernels.fatbin"
 ARCHITECTURES = (80, 90, 100)  # those of them that nvcc knows, and PTX of the first
@@ -42,7 +44,7 @@ TOOLKIT = [  # later ones write PTX that fewer drivers understand
 
 
 def sources(*folders: str) -> list[str]:
-    return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.cpp"))
+    return sorted(str(path) for folder in folders for path in Path("csrc", folder).rglob("*.cpp"))
 
 
 def parts(*folders: str, beside: tuple[str, ...] = ()) -> dict[str, list[str]]:
@@ -143,7 +145,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "warmserve_rt._native",
-            **parts(".", "driver", "kernels", beside=("bind",)),
+            **parts(*LAYERS, beside=("bind",)),
             depends=HEADERS,
             include_dirs=["csrc"],
             cxx_std=20,

@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "safetensors_header.h"
+#include "checkpoint/safetensors_header.h"
 
 namespace py = pybind11;
 

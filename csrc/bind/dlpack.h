@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "vmm.h"
+#include "memory/vmm.h"
 
 namespace warmserve::dlpack {
 

@@ -4,9 +4,9 @@
 
 #include <optional>
 
-#include "driver/faulty.h"
-#include "driver/strict.h"
-#include "vmm.h"
+#include "driver/checked/faulty.h"
+#include "driver/checked/strict.h"
+#include "memory/vmm.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "bind/dlpack.h"
-#include "layout.h"
+#include "checkpoint/layout.h"
 
 namespace py = pybind11;
 

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "runtime.h"
+#include "runtime/runtime.h"
 
 namespace warmserve {
 

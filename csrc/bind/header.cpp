@@ -5,8 +5,8 @@
 
 #include "bind/dlpack.h"
 #include "bind/kernels.h"
-#include "grouping.h"
-#include "layout.h"
+#include "checkpoint/grouping.h"
+#include "checkpoint/layout.h"
 
 namespace py = pybind11;
 

@@ -10,14 +10,14 @@
 #include <cerrno>
 #include <cmath>
 
+#include "base/os_failure.h"
 #include "bind/drivers.h"
 #include "bind/handles.h"
 #include "bind/header.h"
 #include "bind/kernels.h"
-#include "layout.h"
-#include "os_failure.h"
-#include "peer_route.h"
-#include "runtime.h"
+#include "checkpoint/layout.h"
+#include "load/peer_route.h"
+#include "runtime/runtime.h"
 
 namespace py = pybind11;
 

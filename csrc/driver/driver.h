@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "base/types.h"
 #include "kernels/kernels.h"
-#include "types.h"
 
 namespace warmserve {
 

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace warmserve {
 

@@ -9,10 +9,10 @@
 #include <thread>
 #include <vector>
 
+#include "base/error.h"
+#include "base/os_failure.h"
+#include "base/types.h"
 #include "driver/host_limits.h"
-#include "error.h"
-#include "os_failure.h"
-#include "types.h"
 
 namespace warmserve {
 namespace {

@@ -1,7 +1,7 @@
 // The digest of a granule (kernels.h), made on the CPU from pieces of it.
 #pragma once
 
-#include "types.h"
+#include "base/types.h"
 
 namespace warmserve {
 

@@ -9,7 +9,7 @@
 #include <variant>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace warmserve {
 

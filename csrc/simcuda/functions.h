@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "driver/cuda_abi.h"
+#include "driver/cuda/abi.h"
 
 #define WARMSERVE_SIMCUDA_EXPORT __attribute__((visibility("default")))
 

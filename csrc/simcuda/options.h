@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "base/types.h"
 #include "simcuda/functions.h"
-#include "types.h"
 
 namespace warmserve::simcuda {
 

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "check.h"
-#include "driver/faulty.h"
-#include "driver/strict.h"
-#include "runtime.h"
+#include "driver/checked/faulty.h"
+#include "driver/checked/strict.h"
+#include "runtime/runtime.h"
 
 namespace warmserve {
 

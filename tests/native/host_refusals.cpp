@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "driver/host_addresses.h"
+#include "driver/host/addresses.h"
 #include "fixtures.h"
 
 namespace warmserve {

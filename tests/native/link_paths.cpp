@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "fixtures.h"
-#include "peer_route.h"
+#include "load/peer_route.h"
 
 namespace warmserve {
 namespace {

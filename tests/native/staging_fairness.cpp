@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "fixtures.h"
-#include "staging.h"
+#include "memory/staging.h"
 
 namespace warmserve {
 namespace {

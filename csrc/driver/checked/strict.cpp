@@ -1,0 +1,430 @@
+#include "driver/checked/strict.h"
+
+#include <algorithm>
+
+namespace warmserve {
+
+using Guard = std::lock_guard<std::mutex>;
+
+std::vector<std::string> StrictDriver::violations() const {
+  const Guard guard(mutex_);
+  return violations_;
+}
+
+std::map<std::string, std::size_t> StrictDriver::live() const {
+  const Guard guard(mutex_);
+  return {{"granules", granules_.size()},
+          {"reservations", reservations_.size()},
+          {"mappings", mappings_.size()},
+          {"pinned", pinned_.size()},
+          {"streams", streams_.size() - adopted_.size()},
+          {"events", events_.size()}};
+}
+
+Status StrictDriver::violation(const std::string& what) {
+  violations_.push_back(what);
+  return Status::invalid;
+}
+
+// The mappings that make up exactly this range; none where one is cut or a hole is between them.
+std::optional<std::pair<StrictDriver::Mappings::iterator, StrictDriver::Mappings::iterator>>
+StrictDriver::whole(Address address, std::uint64_t bytes) {
+  const auto first = mappings_.find(address);
+  auto last = first;
+  Address end = address;
+  while (last != mappings_.end() && last->first == end && end < address + bytes) {
+    end += last->second.bytes;
+    ++last;
+  }
+  if (bytes == 0 || first == mappings_.end() || end != address + bytes) return std::nullopt;
+  return std::pair(first, last);
+}
+
+void StrictDriver::join(VectorClock& into, const VectorClock& from) {
+  for (const auto& [agent, time] : from) into[agent] = std::max(into[agent], time);
+}
+
+// Whether all uses, but those by the agent itself, are known in `before`.
+bool StrictDriver::ordered(const VectorClock& uses, const VectorClock& before, Agent by) {
+  return std::all_of(uses.begin(), uses.end(), [&](const auto& use) {
+    const auto known = before.find(use.first);
+    return use.first == by || (known != before.end() && known->second >= use.second);
+  });
+}
+
+bool StrictDriver::quiet(const GranuleState& granule) const {
+  return ordered(granule.reads, host_, 0) && ordered(granule.writes, host_, 0);
+}
+
+void StrictDriver::forget_if_dead(Handle handle) {
+  const auto granule = granules_.find(handle);
+  if (granule->second.released && granule->second.mappings == 0) granules_.erase(granule);
+}
+
+Status StrictDriver::granule_create(std::uint64_t bytes, Handle* out) {
+  const Guard guard(mutex_);
+  if (bytes == 0 || bytes % facts().granularity)
+    return violation("granule_create of " + std::to_string(bytes) + " bytes");
+  const Status status = Interposer::granule_create(bytes, out);
+  if (status == Status::ok) granules_[*out] = {bytes, false, 0, {}, {}, {}};
+  return status;
+}
+
+Status StrictDriver::granule_release(Handle handle) {
+  const Guard guard(mutex_);
+  const auto granule = granules_.find(handle);
+  if (granule == granules_.end() || granule->second.released)
+    return violation("granule_release of no granule");
+  if (!quiet(granule->second)) return violation("granule_release before its uses were waited for");
+  const Status status = Interposer::granule_release(handle);
+  if (status == Status::ok) {
+    granule->second.released = true;
+    forget_if_dead(handle);
+  }
+  return status;
+}
+
+void StrictDriver::host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept {
+  const Guard guard(mutex_);
+  const auto found = granules_.find(handle);
+  if (found == granules_.end() || found->second.released || offset > found->second.bytes ||
+      bytes > found->second.bytes - offset) {
+    violation("host_wrote outside of a granule");
+    return;
+  }
+  GranuleState& granule = found->second;
+  if (!quiet(granule)) violation("the host writes a granule that a stream still uses");
+  granule.writes[0] = ++host_[0];
+  granule.written.add(offset, offset + bytes);
+  Interposer::host_wrote(handle, offset, bytes);
+}
+
+Status StrictDriver::address_reserve(std::uint64_t bytes, Address* out) {
+  const Guard guard(mutex_);
+  if (bytes == 0 || bytes % facts().granularity)
+    return violation("address_reserve of " + std::to_string(bytes) + " bytes");
+  const Status status = Interposer::address_reserve(bytes, out);
+  if (status == Status::ok) reservations_[*out] = bytes;
+  return status;
+}
+
+Status StrictDriver::address_free(Address address, std::uint64_t bytes) {
+  const Guard guard(mutex_);
+  const auto found = reservations_.find(address);
+  if (found == reservations_.end() || found->second != bytes)
+    return violation("address_free of no reservation");
+  const auto inside = mappings_.lower_bound(address);
+  if (inside != mappings_.end() && inside->first < address + bytes)
+    return violation("address_free with something mapped");
+  const Status status = Interposer::address_free(address, bytes);
+  if (status == Status::ok) reservations_.erase(found);
+  return status;
+}
+
+Status StrictDriver::map(Address address, const Handle* handles, std::size_t count) {
+  const Guard guard(mutex_);
+  Address end = address;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto granule = granules_.find(handles[i]);
+    if (granule == granules_.end() || granule->second.released)
+      return violation("map of no granule");
+    end += granule->second.bytes;
+  }
+  auto reservation = reservations_.upper_bound(address);
+  if (address % facts().granularity) return violation("map at an address that is not aligned");
+  if (count == 0 || reservation == reservations_.begin() ||
+      end > std::prev(reservation)->first + std::prev(reservation)->second)
+    return violation("map outside of a reservation");
+  const auto next = mappings_.lower_bound(address);
+  if (next != mappings_.end() && next->first < end) return violation("map over a live mapping");
+  if (next != mappings_.begin() && std::prev(next)->first + std::prev(next)->second.bytes > address)
+    return violation("map over a live mapping");
+  const Status status = Interposer::map(address, handles, count);
+  if (status != Status::ok) return status;
+  for (std::size_t i = 0; i < count; ++i) {
+    GranuleState& granule = granules_[handles[i]];
+    ++granule.mappings;
+    mappings_[address] = {granule.bytes, handles[i], Access::none};
+    address += granule.bytes;
+  }
+  return status;
+}
+
+Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
+  const Guard guard(mutex_);
+  const auto range = whole(address, bytes);
+  if (!range) return violation("unmap of something that is not whole mappings");
+  for (auto mapping = range->first; mapping != range->second; ++mapping)
+    if (!quiet(granules_[mapping->second.granule]))
+      return violation("unmap before a stream's use was waited for");
+  const Status status = Interposer::unmap(address, bytes);
+  if (status != Status::ok) return status;
+  for (auto mapping = range->first; mapping != range->second; ++mapping) {
+    GranuleState& granule = granules_[mapping->second.granule];
+    // Mapped nowhere, or only where it is filled through: what is there is nobody's any more.
+    if (--granule.mappings <= 1) granule.written.clear();
+    forget_if_dead(mapping->second.granule);
+  }
+  mappings_.erase(range->first, range->second);
+  return status;
+}
+
+Status StrictDriver::set_access(Address address, std::uint64_t bytes, Access access) {
+  const Guard guard(mutex_);
+  const auto range = whole(address, bytes);
+  if (!range) return violation("set_access on something that is not whole mappings");
+  for (auto mapping = range->first; mapping != range->second; ++mapping)
+    if (mapping->second.access != Access::none) return violation("set_access a second time");
+  const Status status = Interposer::set_access(address, bytes, access);
+  if (status != Status::ok) return status;
+  for (auto mapping = range->first; mapping != range->second; ++mapping)
+    mapping->second.access = access;
+  return status;
+}
+
+Status StrictDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
+  if (bytes == 0 || bytes % (4 * kKiB)) {
+    const Guard guard(mutex_);
+    return violation("pinned_create of " + std::to_string(bytes) + " bytes");
+  }
+  const Status status = Interposer::pinned_create(bytes, out);
+  const Guard guard(mutex_);
+  if (status == Status::ok) pinned_[*out] = {bytes, {}};
+  return status;
+}
+
+Status StrictDriver::pinned_release(std::byte* address, std::uint64_t bytes) {
+  const Guard guard(mutex_);
+  const auto found = pinned_.find(address);
+  if (found == pinned_.end() || found->second.bytes != bytes)
+    return violation("pinned_release of no pinned region");
+  if (!ordered(found->second.uses, host_, 0))
+    return violation("pinned_release before a copy was waited for");
+  const Status status = Interposer::pinned_release(address, bytes);
+  if (status == Status::ok) pinned_.erase(found);
+  return status;
+}
+
+Status StrictDriver::stream_create(StreamPriority priority, StreamId* out) {
+  const Status status = Interposer::stream_create(priority, out);
+  const Guard guard(mutex_);
+  if (status == Status::ok) streams_[*out] = host_;
+  return status;
+}
+
+// What others gave it before is not known: the stream is taken to begin here.
+Status StrictDriver::stream_adopt(std::uint64_t handle, StreamId* out) {
+  const Status status = Interposer::stream_adopt(handle, out);
+  const Guard guard(mutex_);
+  if (status == Status::ok && streams_.emplace(*out, host_).second) adopted_.insert(*out);
+  return status;
+}
+
+Status StrictDriver::stream_step(StreamId stream) {
+  if (facts().threads) {
+    const Guard guard(mutex_);
+    return violation("stream_step of a stream that moves by itself");
+  }
+  return Interposer::stream_step(stream);
+}
+
+Status StrictDriver::stream_destroy(StreamId stream) {
+  {
+    const Guard guard(mutex_);
+    const auto found = streams_.find(stream);
+    if (found == streams_.end()) return violation("stream_destroy of no stream");
+    if (!ordered(found->second, host_, 0))
+      return violation("stream_destroy before its work was waited for");
+  }
+  const Status status = Interposer::stream_destroy(stream);
+  const Guard guard(mutex_);
+  if (status == Status::ok) streams_.erase(stream);
+  return status;
+}
+
+Status StrictDriver::stream_synchronize(StreamId stream) {
+  VectorClock clock;
+  {
+    const Guard guard(mutex_);
+    const auto found = streams_.find(stream);
+    if (found == streams_.end()) return violation("stream_synchronize of no stream");
+    clock = found->second;  // what is enqueued meanwhile is not waited for
+  }
+  const Status status = Interposer::stream_synchronize(stream);
+  const Guard guard(mutex_);
+  if (status == Status::ok) join(host_, clock);
+  return status;
+}
+
+Status StrictDriver::stream_wait_event(StreamId stream, EventId event) {
+  const Guard guard(mutex_);
+  if (!streams_.contains(stream) || !events_.contains(event))
+    return violation("stream_wait_event on no stream or event");
+  const Status status = Interposer::stream_wait_event(stream, event);
+  if (status == Status::ok && events_[event]) join(streams_[stream], *events_[event]);
+  return status;
+}
+
+Status StrictDriver::event_create(EventId* out) {
+  const Guard guard(mutex_);
+  const Status status = Interposer::event_create(out);
+  if (status == Status::ok) events_[*out] = std::nullopt;
+  return status;
+}
+
+Status StrictDriver::event_destroy(EventId event) {
+  const Guard guard(mutex_);
+  if (!events_.contains(event)) return violation("event_destroy of no event");
+  const Status status = Interposer::event_destroy(event);
+  if (status == Status::ok) events_.erase(event);
+  return status;
+}
+
+Status StrictDriver::event_record(EventId event, StreamId stream) {
+  const Guard guard(mutex_);
+  if (!streams_.contains(stream) || !events_.contains(event))
+    return violation("event_record of no event, or on no stream");
+  const Status status = Interposer::event_record(event, stream);
+  if (status == Status::ok) events_[event] = streams_[stream];
+  return status;
+}
+
+Status StrictDriver::event_query(EventId event) {
+  const Guard guard(mutex_);
+  if (!events_.contains(event)) return violation("event_query of no event");
+  const Status status = Interposer::event_query(event);
+  if (status == Status::ok && events_[event]) join(host_, *events_[event]);
+  return status;
+}
+
+Status StrictDriver::event_wait(EventId event, std::chrono::microseconds timeout) {
+  std::optional<VectorClock> clock;
+  {
+    const Guard guard(mutex_);
+    if (!events_.contains(event)) return violation("event_wait for no event");
+    clock = events_[event];  // a recording made while it waits is another one
+  }
+  const Status status = Interposer::event_wait(event, timeout);
+  const Guard guard(mutex_);
+  if (status == Status::ok && clock) join(host_, *clock);
+  return status;
+}
+
+// Walks the page table for all that an operation touches, then has the driver do it. Lock held.
+Status StrictDriver::use(const std::string& name, std::span<const Touched> ranges, StreamId stream,
+                         const std::function<Status()>& enqueue) {
+  const auto clock = streams_.find(stream);
+  if (clock == streams_.end()) return violation(name + " on no stream");
+  const auto agent = static_cast<Agent>(stream);
+  VectorClock now = clock->second;
+  join(now, host_);
+  now[agent] += 1;
+  struct Piece {
+    GranuleState* granule;
+    std::uint64_t begin, end;
+    bool write;
+  };
+  std::vector<Piece> pieces;
+  std::vector<PinnedState*> regions;
+  for (const Touched& range : ranges) {
+    if (PinnedState* region = pinned_at(range.address)) {
+      regions.push_back(region);
+      continue;
+    }
+    for (Address at = range.address; at < range.address + range.bytes;) {
+      auto mapping = mappings_.upper_bound(at);
+      if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at)
+        return violation(name + " where nothing is mapped");
+      const Access access = mapping->second.access;
+      if (access == Access::none || (range.write && access == Access::read))
+        return violation(name + " without access");
+      GranuleState& granule = granules_[mapping->second.granule];
+      const std::uint64_t begin = at - mapping->first;
+      const std::uint64_t end =
+          std::min(mapping->second.bytes, range.address + range.bytes - mapping->first);
+      if (!range.write && !granule.written.covers(begin, end))
+        return violation(name + " before fill");
+      if (!ordered(granule.writes, now, agent) ||
+          (range.write && !ordered(granule.reads, now, agent)))
+        return violation(name + " races with another use");
+      pieces.push_back({&granule, begin, end, range.write});
+      at = mapping->first + end;
+    }
+  }
+  if (const Status status = enqueue(); status != Status::ok) return status;
+  for (const Piece& piece : pieces) {
+    if (piece.write) piece.granule->written.add(piece.begin, piece.end);
+    (piece.write ? piece.granule->writes : piece.granule->reads)[agent] = now[agent];
+  }
+  for (PinnedState* region : regions) region->uses[agent] = now[agent];
+  clock->second = std::move(now);
+  return Status::ok;
+}
+
+StrictDriver::PinnedState* StrictDriver::pinned_at(Address address) {
+  auto region = pinned_.upper_bound(reinterpret_cast<const std::byte*>(address));
+  if (region == pinned_.begin()) return nullptr;
+  --region;
+  const auto begin = reinterpret_cast<Address>(region->first);
+  return address < begin + region->second.bytes ? &region->second : nullptr;
+}
+
+std::vector<Touched> StrictDriver::touched_by_copy(Address address, const std::byte* host,
+                                                   std::uint64_t bytes, bool write) {
+  std::vector<Touched> ranges{{address, bytes, write}};
+  const auto memory = reinterpret_cast<Address>(host);
+  if (pinned_at(memory)) ranges.push_back({memory, bytes, !write});
+  return ranges;
+}
+
+Status StrictDriver::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
+                                    StreamId stream) {
+  const Guard guard(mutex_);
+  return use("copy_to_device", touched_by_copy(to, from, bytes, true), stream,
+             [&] { return Interposer::copy_to_device(to, from, bytes, stream); });
+}
+
+Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
+                                      StreamId stream) {
+  const Guard guard(mutex_);
+  return use("copy_from_device", touched_by_copy(from, to, bytes, false), stream,
+             [&] { return Interposer::copy_from_device(to, from, bytes, stream); });
+}
+
+// What it writes is the other device's, whose own checks learn of it by peer_wrote.
+Status StrictDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
+  const Guard guard(mutex_);
+  return use("copy_to_peer", std::vector<Touched>{{from, bytes, false}}, stream,
+             [&] { return Interposer::copy_to_peer(to, from, bytes, stream); });
+}
+
+// The whole granule need not be quiet: streams of this device may be at other bytes of it.
+void StrictDriver::peer_wrote(Address address, std::uint64_t bytes) noexcept {
+  const Guard guard(mutex_);
+  const std::uint64_t now = ++host_[0];
+  for (Address at = address; at < address + bytes;) {
+    auto mapping = mappings_.upper_bound(at);
+    if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at ||
+        mapping->second.access != Access::read_write) {
+      violation("peer_wrote where a peer cannot write");
+      return;
+    }
+    GranuleState& granule = granules_[mapping->second.granule];
+    const std::uint64_t begin = at - mapping->first;
+    const std::uint64_t end = std::min(mapping->second.bytes, address + bytes - mapping->first);
+    granule.writes[0] = now;
+    granule.written.add(begin, end);
+    at = mapping->first + end;
+  }
+  Interposer::peer_wrote(address, bytes);
+}
+
+Status StrictDriver::launch(const KernelCall& call, StreamId stream) {
+  const Guard guard(mutex_);
+  if (const Misuse wrong = misuse(call); wrong != Misuse::none)
+    return violation(std::string("launch: ") + text_of(wrong));
+  return use(std::string("launch of ") + kernel_symbol(call), touched(call), stream,
+             [&] { return Interposer::launch(call, stream); });
+}
+
+}  // namespace warmserve

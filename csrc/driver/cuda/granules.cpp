@@ -1,0 +1,145 @@
+#include "driver/cuda/granules.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/error.h"
+
+namespace warmserve::cuda {
+
+#define CALL(function, ...) WARMSERVE_CUDA_CALL(context_, function, __VA_ARGS__)
+
+Granules::Granules(Context& context) : context_(context) {
+  kind_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  kind_.location = {CU_MEM_LOCATION_TYPE_DEVICE, context_.device()};
+  if (context_.attribute(CU_DEVICE_ATTRIBUTE_INTEGRATED) &&
+      context_.attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED))
+    kind_.location = {CU_MEM_LOCATION_TYPE_HOST_NUMA,
+                      std::max(0, context_.attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID))};
+  // Neither can be added later: a granule that may be shared with other processes, or read by a
+  // network card, is created so.
+  if (context_.attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
+    kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  if (!integrated() &&
+      context_.attribute(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED))
+    kind_.allocFlags.gpuDirectRDMACapable = 1;
+  std::size_t granularity = 0;
+  const CUmemAllocationProp* kind = &kind_;
+  if (CALL(cuMemGetAllocationGranularity, &granularity, kind, CU_MEM_ALLOC_GRANULARITY_MINIMUM) !=
+      Status::ok)
+    throw Error(ErrorKind::general, context_.name() + ": " + context_.detail());
+  granularity_ = granularity;
+  choose_kind();
+}
+
+Granules::~Granules() { settle(); }
+
+// The attributes promise more than every system keeps (a container may forbid it): what is refused
+// is done without, the network card's first.
+void Granules::choose_kind() {
+  const auto possible = [this] {
+    CUmemGenericAllocationHandle handle = 0;
+    const CUmemAllocationProp* kind = &kind_;
+    const Status status = CALL(cuMemCreate, &handle, std::size_t{granularity_}, kind, 0ull);
+    if (status == Status::ok) drop(handle);
+    return status == Status::ok || status == Status::out_of_memory;
+  };
+  if (possible()) return;
+  kind_.allocFlags.gpuDirectRDMACapable = 0;
+  if (possible()) return;
+  kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_NONE;
+}
+
+Status Granules::create(std::uint64_t bytes, Handle* out) {
+  settle();
+  CUmemGenericAllocationHandle handle = 0;
+  const CUmemAllocationProp* kind = &kind_;
+  Status status = CALL(cuMemCreate, &handle, bytes, kind, 0ull);
+  if (status != Status::ok) return status;
+  CUdeviceptr view = 0;
+  if (integrated()) status = show(handle, bytes, &view);
+  if (status != Status::ok) {
+    drop(handle);
+    return status;
+  }
+  const std::lock_guard lock(mutex_);
+  granules_[handle] = {bytes, view};
+  *out = Handle{handle};
+  return Status::ok;
+}
+
+// The view goes after the granule: memory lives as long as it is mapped, so a granule whose release
+// is refused is still whole.
+Status Granules::release(Handle handle) {
+  settle();
+  const auto key = static_cast<std::uint64_t>(handle);
+  const Status status = CALL(cuMemRelease, CUmemGenericAllocationHandle{key});
+  if (status != Status::ok) return status;
+  Granule granule{};
+  {
+    const std::lock_guard lock(mutex_);
+    granule = granules_[key];
+    granules_.erase(key);
+  }
+  if (granule.view) hide(granule.view, granule.bytes, true);
+  return Status::ok;
+}
+
+std::byte* Granules::host_view(Handle handle) noexcept {
+  if (!integrated()) return nullptr;
+  const std::lock_guard lock(mutex_);
+  const auto found = granules_.find(static_cast<std::uint64_t>(handle));
+  return found == granules_.end() ? nullptr : reinterpret_cast<std::byte*>(found->second.view);
+}
+
+std::optional<std::uint64_t> Granules::bytes(Handle handle) {
+  const std::lock_guard lock(mutex_);
+  const auto found = granules_.find(static_cast<std::uint64_t>(handle));
+  if (found == granules_.end()) return std::nullopt;
+  return found->second.bytes;
+}
+
+// Maps a granule at an address of its own, for the CPU and the device.
+Status Granules::show(CUmemGenericAllocationHandle handle, std::uint64_t bytes, CUdeviceptr* view) {
+  Status status =
+      CALL(cuMemAddressReserve, view, bytes, std::size_t{granularity_}, CUdeviceptr{0}, 0ull);
+  if (status != Status::ok) return status;
+  status = CALL(cuMemMap, *view, bytes, std::size_t{0}, handle, 0ull);
+  const bool mapped = status == Status::ok;
+  if (mapped) {
+    const CUmemAccessDesc both[] = {
+        {{CU_MEM_LOCATION_TYPE_DEVICE, context_.device()}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE},
+        {kind_.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE}};
+    status = CALL(cuMemSetAccess, *view, bytes, &both[0], std::size_t{2});
+  }
+  if (status != Status::ok) hide(*view, bytes, mapped);
+  return status;
+}
+
+void Granules::hide(CUdeviceptr view, std::uint64_t bytes, bool mapped) {
+  if (mapped && CALL(cuMemUnmap, view, bytes) == Status::ok) mapped = false;
+  if (!mapped && CALL(cuMemAddressFree, view, bytes) == Status::ok) return;
+  const std::lock_guard lock(mutex_);
+  kept_views_.push_back({view, bytes, mapped});
+}
+
+void Granules::drop(CUmemGenericAllocationHandle handle) {
+  if (CALL(cuMemRelease, handle) == Status::ok) return;
+  const std::lock_guard lock(mutex_);
+  kept_handles_.push_back(handle);
+}
+
+// Tries again what was refused before.
+void Granules::settle() {
+  std::vector<Hidden> views;
+  std::vector<CUmemGenericAllocationHandle> handles;
+  {
+    const std::lock_guard lock(mutex_);
+    views.swap(kept_views_);
+    handles.swap(kept_handles_);
+  }
+  for (const Hidden& hidden : views) hide(hidden.view, hidden.bytes, hidden.mapped);
+  for (const CUmemGenericAllocationHandle handle : handles) drop(handle);
+}
+
+}  // namespace warmserve::cuda

@@ -1,0 +1,313 @@
+// The host device: granules are slots of one sparse memfd, mappings are MAP_FIXED mappings of it.
+//
+// No mapping survives fork (MADV_DONTFORK): a child cannot write its parent's weights, nor read
+// them while the parent exchanges what is behind an address. A call that breaks its contract is
+// refused, because mmap would carry it out, over whatever is there.
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "base/os_failure.h"
+#include "driver/driver.h"
+#include "driver/host/addresses.h"
+#include "driver/host/slots.h"
+#include "driver/host/streams.h"
+#include "driver/host_limits.h"
+#include "driver/host_memory.h"
+
+namespace warmserve {
+namespace {
+
+// Newer than the C library's headers may be.
+constexpr int kPopulateRead = 22, kPopulateWrite = 23;
+constexpr std::uint64_t kGranularity = HostSlots::kGranularity;
+
+std::byte* pointer(Address address) { return reinterpret_cast<std::byte*>(address); }
+Address address_of(const void* memory) { return reinterpret_cast<Address>(memory); }
+int no_fork(void* memory, std::uint64_t bytes) { return ::madvise(memory, bytes, MADV_DONTFORK); }
+
+// Why a primitive failed last on this thread.
+thread_local std::string last_detail;
+
+Status refuse(Status status, std::string detail) {
+  last_detail = std::move(detail);
+  return status;
+}
+
+class HostDriver final : public Driver {
+ public:
+  explicit HostDriver(const HostOptions& options)
+      : options_(options),
+        slots_(options.huge_pages, options.root),
+        addresses_(kGranularity),
+        streams_(options.threads) {
+    facts_.name = "host";
+    facts_.granularity = kGranularity;
+    facts_.threads = options.threads;
+    facts_.host_view = options.host_view;
+    mapping_limit_ = mapping_limit();
+    mapping_baseline_ = mapping_count() + 1024;  // and room for what the process still maps
+  }
+
+  const DeviceFacts& facts() const noexcept override { return facts_; }
+  std::string detail() const override { return std::exchange(last_detail, {}); }
+
+  Status memory(std::uint64_t* available, std::uint64_t* total) override {
+    *available = slots_.available();
+    *total = total_memory();
+    return Status::ok;
+  }
+
+  Status granule_create(std::uint64_t bytes, Handle* out) override {
+    if (bytes == 0 || bytes % kGranularity || bytes > kMostBytes)
+      return refuse(Status::invalid, format_bytes(bytes) + " are not whole granules");
+    std::uint64_t offset = 0;
+    std::string why;
+    if (const Status status = slots_.create(bytes, &offset, &why); status != Status::ok)
+      return refuse(status, why);
+    const std::lock_guard lock(mutex_);
+    granules_[offset + 1] = {bytes, slots_.view(offset)};  // the offset names it; 0 is no handle
+    *out = Handle{offset + 1};
+    return Status::ok;
+  }
+
+  Status granule_release(Handle handle) override {
+    const std::lock_guard lock(mutex_);
+    const auto granule = find(handle);
+    if (granule == granules_.end())
+      return refuse(Status::invalid, "the granule is not the device's");
+    if (granule->second.mappings)
+      granule->second.released = true;
+    else if (!recycle(granule))
+      return refuse(Status::failed, os_failure("fallocate of a hole in the arena's memfd", errno));
+    return Status::ok;
+  }
+
+  std::byte* host_view(Handle handle) noexcept override {
+    if (!options_.host_view) return nullptr;
+    const std::lock_guard lock(mutex_);
+    const auto granule = find(handle);
+    return granule == granules_.end() ? nullptr : granule->second.view;
+  }
+  void host_wrote(Handle, std::uint64_t, std::uint64_t) noexcept override {}
+
+  Status address_reserve(std::uint64_t bytes, Address* out) override {
+    if (bytes == 0 || bytes % kGranularity)
+      return refuse(Status::invalid, format_bytes(bytes) + " are not whole granules");
+    std::byte* memory = reserve_aligned(bytes, kGranularity);
+    if (!memory)
+      return refuse(Status::out_of_addresses,
+                    os_failure("mmap of " + format_bytes(bytes) + " of addresses", errno,
+                               OsLimit::addresses));
+    *out = address_of(memory);
+    const std::lock_guard lock(mutex_);
+    addresses_.reserve(*out, bytes);
+    return Status::ok;
+  }
+
+  Status address_free(Address address, std::uint64_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    if (!addresses_.can_free(address, bytes))
+      return refuse(Status::invalid, "the range is not a reservation without mappings");
+    if (::munmap(pointer(address), bytes) != 0)
+      return refuse(Status::failed, os_failure("munmap of a reservation", errno));
+    addresses_.free(address);
+    return Status::ok;
+  }
+
+  // Neighbours in the memfd become one kernel mapping: a layer of 200 granules is a call or two,
+  // and the process stays far from the kernel's limit of mappings.
+  Status map(Address address, const Handle* handles, std::size_t count) override {
+    const std::lock_guard lock(mutex_);
+    std::vector<HostAddresses::Mapped> mapped;
+    std::vector<Run> runs;
+    std::uint64_t total = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto granule = find(handles[i]);
+      if (granule == granules_.end() || granule->second.bytes > kMostBytes - total)
+        return refuse(Status::invalid, "a granule to map is not the device's");
+      const std::uint64_t offset = granule->first - 1, bytes = granule->second.bytes;
+      const bool begins = runs.empty() || runs.back().offset + runs.back().bytes != offset;
+      if (begins) runs.push_back({offset, 0});
+      runs.back().bytes += bytes;
+      mapped.push_back({handles[i], bytes, begins});
+      total += bytes;
+    }
+    if (!addresses_.can_map(address, total))
+      return refuse(Status::invalid,
+                    "the range is not aligned, not in one reservation, or mapped already");
+    // At the limit even replacing a mapping fails, so unmap could: each run is counted with the
+    // hole beside it, and the last tenth is never used.
+    if (mapping_baseline_ + slots_.mappings() + 2 * (addresses_.runs() + runs.size()) >
+        mapping_limit_ / 10 * 9)
+      return refuse(Status::out_of_mappings,
+                    os_failure("mmap of granules", ENOMEM, OsLimit::addresses));
+    Address end = address;
+    for (const Run& run : runs) {
+      void* at = ::mmap(pointer(end), run.bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
+                        slots_.descriptor(), static_cast<off_t>(run.offset));
+      if (at == MAP_FAILED || no_fork(at, run.bytes) != 0) {
+        const int error = errno;
+        hide(address, end + run.bytes - address);
+        return refuse(error == ENOMEM ? Status::out_of_mappings : Status::failed,
+                      os_failure("mmap of granules", error, OsLimit::addresses));
+      }
+      end += run.bytes;
+    }
+    addresses_.map(address, mapped);
+    for (std::size_t i = 0; i < count; ++i) ++find(handles[i])->second.mappings;
+    return Status::ok;
+  }
+
+  Status unmap(Address address, std::uint64_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    const auto range = addresses_.whole(address, bytes);
+    if (!range) return refuse(Status::invalid, "the range is not made of whole mappings");
+    if (!hide(address, bytes))
+      return refuse(Status::failed,
+                    os_failure("mmap over granules to unmap", errno, OsLimit::addresses));
+    for (auto mapping = range->first; mapping != range->second; ++mapping) {
+      const auto granule = granules_.find(static_cast<std::uint64_t>(mapping->second.granule));
+      if (--granule->second.mappings == 0 && granule->second.released) recycle(granule);
+    }
+    addresses_.unmap(*range);
+    return Status::ok;
+  }
+
+  Status set_access(Address address, std::uint64_t bytes, Access access) override {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!addresses_.whole(address, bytes))
+        return refuse(Status::invalid, "the range is not made of whole mappings");
+    }
+    const bool write = access == Access::read_write;
+    const int protection = access == Access::none ? PROT_NONE
+                           : write                ? PROT_READ | PROT_WRITE
+                                                  : PROT_READ;
+    if (::mprotect(pointer(address), bytes, protection) != 0) {
+      const int error = errno;
+      return refuse(error == ENOMEM ? Status::out_of_mappings : Status::failed,
+                    os_failure("mprotect of granules", error, OsLimit::addresses));
+    }
+    // The first touch should cost no fault. An old kernel that cannot is no error: the pages exist.
+    if (access != Access::none)
+      ::madvise(pointer(address), bytes, write ? kPopulateWrite : kPopulateRead);
+    return Status::ok;
+  }
+
+  // Not locked in memory: ordinary users may lock 8 MiB, and no device reads this by itself.
+  Status pinned_create(std::uint64_t bytes, std::byte** out) override {
+    if (bytes == 0) return refuse(Status::invalid, "0 bytes cannot be pinned");
+    std::string why;
+    std::byte* memory = allocate_touched(bytes, &why);
+    if (!memory) return refuse(Status::out_of_memory, why);
+    const std::lock_guard lock(mutex_);
+    pinned_[memory] = bytes;
+    *out = memory;
+    return Status::ok;
+  }
+  Status pinned_release(std::byte* address, std::uint64_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    const auto found = pinned_.find(address);
+    if (found == pinned_.end() || found->second != bytes)
+      return refuse(Status::invalid, "the range is not a pinned region");
+    if (!free_touched(address, bytes))
+      return refuse(Status::failed, os_failure("munmap of a pinned region", errno));
+    pinned_.erase(found);
+    return Status::ok;
+  }
+
+  Status stream_create(StreamPriority, StreamId* out) override {
+    std::string why;
+    const Status status = streams_.stream_create(out, &why);
+    return status == Status::ok ? status : refuse(status, why);
+  }
+  Status stream_destroy(StreamId s) override { return streams_.stream_destroy(s); }
+  Status stream_synchronize(StreamId s) override { return streams_.stream_synchronize(s); }
+  Status stream_step(StreamId s) override { return streams_.stream_step(s); }
+  Status stream_wait_event(StreamId s, EventId e) override {
+    return streams_.stream_wait_event(s, e);
+  }
+  Status event_create(EventId* out) override { return streams_.event_create(out); }
+  Status event_destroy(EventId e) override { return streams_.event_destroy(e); }
+  Status event_record(EventId e, StreamId s) override { return streams_.event_record(e, s); }
+  Status event_query(EventId e) override { return streams_.event_query(e); }
+  Status event_wait(EventId e, std::chrono::microseconds timeout) override {
+    return streams_.event_wait(e, timeout);
+  }
+  Status copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
+                        StreamId stream) override {
+    return streams_.enqueue(stream, [=] { std::memcpy(pointer(to), from, bytes); });
+  }
+  Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
+                          StreamId stream) override {
+    return streams_.enqueue(stream, [=] { std::memcpy(to, pointer(from), bytes); });
+  }
+  Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override {
+    return streams_.enqueue(stream, [=] { std::memcpy(pointer(to), pointer(from), bytes); });
+  }
+  Status launch(const KernelCall& call, StreamId stream) override {
+    if (misuse(call) != Misuse::none) return Status::invalid;
+    return streams_.enqueue(stream, [call] { run_on_cpu(call); });
+  }
+
+ private:
+  struct Run {
+    std::uint64_t offset, bytes;
+  };
+  struct Granule {
+    std::uint64_t bytes = 0;
+    std::byte* view = nullptr;
+    std::uint64_t mappings = 0;
+    bool released = false;  // its memory goes with the last mapping
+  };
+  using Granules = std::unordered_map<std::uint64_t, Granule>;
+
+  // One that may be used; none if it was released, although its memory may still be mapped.
+  Granules::iterator find(Handle handle) {
+    const auto found = granules_.find(static_cast<std::uint64_t>(handle));
+    return found != granules_.end() && found->second.released ? granules_.end() : found;
+  }
+
+  // Nothing behind the range, in one step: a reader faults, it never meets another mapping.
+  static bool hide(Address address, std::uint64_t bytes) {
+    void* hidden = ::mmap(pointer(address), bytes, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (hidden == MAP_FAILED) return false;
+    no_fork(hidden, bytes);
+    return true;
+  }
+
+  bool recycle(Granules::iterator granule) {
+    if (!slots_.recycle(granule->first - 1, granule->second.bytes)) return false;
+    granules_.erase(granule);
+    return true;
+  }
+
+  const HostOptions options_;
+  DeviceFacts facts_;
+  std::uint64_t mapping_limit_ = 0, mapping_baseline_ = 0;
+  HostSlots slots_;  // with a lock of its own, a leaf
+
+  std::mutex mutex_;  // guards all below. Held over mapping calls, which share a kernel lock anyway
+  Granules granules_;  // by handle
+  HostAddresses addresses_;
+  std::map<const std::byte*, std::uint64_t> pinned_;  // bytes by address
+
+  HostStreams streams_;  // empty when this goes: every Stream keeps its driver
+};
+
+}  // namespace
+
+std::shared_ptr<Driver> make_host_driver(const HostOptions& options) {
+  return std::make_shared<HostDriver>(options);
+}
+
+}  // namespace warmserve

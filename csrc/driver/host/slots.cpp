@@ -1,0 +1,173 @@
+#include "driver/host/slots.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "base/error.h"
+#include "base/os_failure.h"
+#include "driver/host_limits.h"
+#include "driver/host_memory.h"
+
+namespace warmserve {
+namespace {
+
+// Newer than the C library's headers may be.
+constexpr int kPopulateWrite = 23, kCollapse = 25;
+
+// A look reads several files, so it holds for a little memory and a short time.
+constexpr std::uint64_t kBytesPerLook = 32 * kMiB;
+constexpr auto kLookLasts = std::chrono::milliseconds(50);
+
+// An extent is at most this much larger than what is needed: a sixteenth of what there is.
+constexpr std::uint64_t kLargestStep = kGiB;
+
+}  // namespace
+
+HostSlots::HostSlots(bool huge_pages, std::string root)
+    : huge_pages_(huge_pages),
+      root_(std::move(root)),
+      memfd_(::memfd_create("warmserve-arena", MFD_CLOEXEC)) {
+  if (memfd_ < 0)
+    throw Error(ErrorKind::general,
+                os_failure("memfd_create for the arena", errno, OsLimit::descriptors));
+}
+
+HostSlots::~HostSlots() {
+  for (const auto& [offset, extent] : extents_) ::munmap(extent.memory, extent.bytes);
+  ::close(memfd_);
+}
+
+std::uint64_t HostSlots::mappings() const {
+  const std::lock_guard lock(mutex_);
+  return extents_.size();
+}
+
+std::uint64_t HostSlots::available() const {
+  const std::uint64_t available = available_memory(root_);
+  return available - std::min(available, kKeptForProcess);
+}
+
+std::byte* HostSlots::view(std::uint64_t offset) const {
+  const std::lock_guard lock(mutex_);
+  const auto& [begin, extent] = *std::prev(extents_.upper_bound(offset));
+  return extent.memory + (offset - begin);
+}
+
+Status HostSlots::create(std::uint64_t bytes, std::uint64_t* offset, std::string* why) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (const Status status = find_room(bytes, why); status != Status::ok) return status;
+    if (const Status status = take_offset(bytes, offset, why); status != Status::ok) return status;
+    populating_ += bytes;
+  }
+  const bool populated = populate(view(*offset), *offset, bytes);
+  const int error = errno;
+  const std::lock_guard lock(mutex_);
+  populating_ -= bytes;
+  if (populated) return Status::ok;
+  punch(*offset, bytes);
+  free_.emplace(bytes, *offset);
+  *why = os_failure("madvise(MADV_POPULATE_WRITE) of " + format_bytes(bytes), error);
+  return Status::out_of_memory;
+}
+
+bool HostSlots::recycle(std::uint64_t offset, std::uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  if (!punch(offset, bytes)) return false;
+  free_.emplace(bytes, offset);
+  return true;
+}
+
+// Whether the memory is there. Lock held.
+Status HostSlots::find_room(std::uint64_t bytes, std::string* why) {
+  if (allowed_ < bytes || Clock::now() >= look_again_) {
+    const std::uint64_t all = available();
+    const std::uint64_t left = all - std::min(all, populating_);
+    if (left < bytes) {
+      *why = format_bytes(bytes) + " are needed and " + format_bytes(left) +
+             " are available in the machine and its control groups, beside " +
+             format_bytes(kKeptForProcess) + " that are kept free";
+      return Status::out_of_memory;
+    }
+    allowed_ = std::min(left, std::max(bytes, kBytesPerLook));
+    look_again_ = Clock::now() + kLookLasts;
+  }
+  allowed_ -= bytes;
+  return Status::ok;
+}
+
+// A part of the memfd that a view reaches: one that is free again, or a new one. Lock held.
+Status HostSlots::take_offset(std::uint64_t bytes, std::uint64_t* offset, std::string* why) {
+  if (const auto reusable = free_.lower_bound({bytes, 0});
+      reusable != free_.end() && reusable->first == bytes) {
+    *offset = reusable->second;
+    free_.erase(reusable);
+    return Status::ok;
+  }
+  if (mapped_ - end_ < bytes) {  // a slot lies in one extent
+    end_ = mapped_;
+    if (const Status status = map_extent(bytes, why); status != Status::ok) return status;
+  }
+  // Compared here: beyond the limit the call would raise SIGXFSZ.
+  const bool fits = end_ + bytes <= file_size_limit();
+  if (!fits || ::ftruncate(memfd_, static_cast<off_t>(end_ + bytes)) != 0) {
+    *why = os_failure("ftruncate of the arena's memfd to " + format_bytes(end_ + bytes),
+                      fits ? errno : EFBIG, OsLimit::file_size);
+    return Status::out_of_memory;
+  }
+  *offset = end_;
+  end_ += bytes;
+  return Status::ok;
+}
+
+// Maps a view of the next bytes of the memfd, and of more than was asked for if addresses suffice.
+Status HostSlots::map_extent(std::uint64_t bytes, std::string* why) {
+  if (bytes > kMostBytes - mapped_) {
+    *why = "the memfd would be longer than 2^63 - 1 bytes";
+    return Status::out_of_addresses;
+  }
+  const std::uint64_t ahead = std::min(mapped_ / 16, kLargestStep) / kGranularity * kGranularity;
+  for (const std::uint64_t size : {std::max(bytes, ahead), bytes}) {
+    std::byte* memory = reserve_aligned(size, kGranularity);
+    if (!memory) continue;
+    void* mapped =
+        ::mmap(memory, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, memfd_,
+               static_cast<off_t>(mapped_));
+    if (mapped == MAP_FAILED || ::madvise(mapped, size, MADV_DONTFORK) != 0) {
+      const int error = errno;
+      ::munmap(memory, size);
+      errno = error;
+      continue;
+    }
+    extents_[mapped_] = {memory, size};
+    mapped_ += size;
+    return Status::ok;
+  }
+  *why = os_failure("mmap of " + format_bytes(bytes) + " of the arena", errno, OsLimit::addresses);
+  return Status::out_of_addresses;
+}
+
+// Without a SIGBUS where there is no memory: as huge pages if the kernel collapses (it wants a page
+// to start from), else as small ones.
+bool HostSlots::populate(std::byte* slot, std::uint64_t offset, std::uint64_t bytes) {
+  if (huge_pages_) {
+    bool started = true;
+    for (std::uint64_t at = 0; started && at < bytes; at += kGranularity)
+      started = ::madvise(slot + at, 4096, kPopulateWrite) == 0;
+    if (started && ::madvise(slot, bytes, kCollapse) == 0) return true;
+  }
+  if (::madvise(slot, bytes, kPopulateWrite) == 0) return true;
+  return errno == EINVAL && ::fallocate(memfd_, FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                                        static_cast<off_t>(bytes)) == 0;
+}
+
+bool HostSlots::punch(std::uint64_t offset, std::uint64_t bytes) const {
+  return ::fallocate(memfd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                     static_cast<off_t>(bytes)) == 0;
+}
+
+}  // namespace warmserve

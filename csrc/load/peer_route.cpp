@@ -1,0 +1,155 @@
+#include "load/peer_route.h"
+
+#include <algorithm>
+#include <mutex>
+
+namespace warmserve {
+namespace {
+
+// Memory of the neighbour's, and a stream that fills and empties it.
+struct Slot {
+  Slot(const DevicePtr& device, std::uint64_t bytes)
+      : reservation(std::make_shared<Reservation>(device, bytes)),
+        granule(device, bytes),
+        mapping(reservation, 0, std::array{granule.handle()}, bytes),
+        stream(device, StreamPriority::background),
+        event(device) {
+    mapping.set_access(Access::read_write);
+  }
+  Address address() const noexcept { return reservation->address(); }
+
+  const ReservationPtr reservation;
+  const Granule granule;
+  Mapping mapping;
+  Stream stream;
+  Event event;
+};
+
+// Slots that are free; outlives the route while a crossing has one.
+class Slots {
+ public:
+  Slots(const DevicePtr& device, std::uint64_t slot_bytes, unsigned count) {
+    const std::uint64_t granularity = device->facts().granularity;
+    const std::uint64_t bytes = ceil_div(slot_bytes, granularity) * granularity;
+    for (unsigned i = 0; i < count; ++i) free_.push_back(std::make_unique<Slot>(device, bytes));
+  }
+  std::unique_ptr<Slot> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return nullptr;
+    std::unique_ptr<Slot> slot = std::move(free_.back());
+    free_.pop_back();
+    return slot;
+  }
+  void give(std::unique_ptr<Slot> slot) noexcept {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(slot));  // never more than there were
+  }
+
+ private:
+  std::mutex mutex_;  // a leaf
+  std::vector<std::unique_ptr<Slot>> free_;
+};
+
+class PeerCrossing final : public Crossing {
+ public:
+  PeerCrossing(std::shared_ptr<Slots> slots, std::unique_ptr<Slot> slot)
+      : slots_(std::move(slots)), slot_(std::move(slot)) {}
+  ~PeerCrossing() override { slots_->give(std::move(slot_)); }
+
+  // Throws when nothing was begun; what fails later is told by look().
+  void begin(std::span<const Copy> copies) {
+    bool under_way = false;
+    try {
+      Address bounce = slot_->address();
+      for (const Copy& copy : copies) {
+        slot_->stream.copy_to_device(bounce, copy.from, copy.bytes);
+        under_way = true;
+        slot_->stream.copy_to_peer(copy.to, bounce, copy.bytes);
+        bounce += copy.bytes;
+      }
+      slot_->event.record(slot_->stream.id());
+    } catch (const Error& error) {
+      if (!under_way) throw;
+      cut_short_ = error.what();
+    }
+  }
+
+  State look(Deadline until, std::string* why) noexcept override {
+    try {
+      *why = cut_short_;
+      if (cut_short_.empty()) {
+        if (slot_->event.complete()) return State::arrived;
+        if (until <= Clock::now()) return State::moving;
+        slot_->event.wait(until, nullptr);
+        return State::arrived;
+      }
+    } catch (const Error& error) {
+      if (error.kind() == ErrorKind::timeout) return State::moving;
+      *why = error.what();
+      if (error.kind() == ErrorKind::device_lost) return State::failed;
+    }
+    return settle(until, why);
+  }
+
+ private:
+  // Where the event cannot tell, only the stream can. A device that is lost reads and writes no
+  // more.
+  State settle(Deadline until, std::string* why) noexcept {
+    if (until <= Clock::now()) return State::moving;
+    try {
+      slot_->stream.synchronize();
+      return State::failed;
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::device_lost) return State::moving;
+      *why = error.what();
+      return State::failed;
+    }
+  }
+
+  const std::shared_ptr<Slots> slots_;
+  std::unique_ptr<Slot> slot_;
+  std::string cut_short_;  // why not all was enqueued; set before anybody looks
+};
+
+class PeerRoute final : public Route {
+ public:
+  PeerRoute(const DevicePtr& neighbour, std::uint64_t slot_bytes, unsigned slots)
+      : name_(neighbour->facts().name),
+        slots_(std::make_shared<Slots>(neighbour, slot_bytes, slots)) {}
+
+  const std::string& name() const noexcept override { return name_; }
+
+  std::shared_ptr<Crossing> begin(std::span<const Copy> copies) override {
+    std::unique_ptr<Slot> slot = slots_->take();
+    if (!slot) return nullptr;
+    const auto crossing = std::make_shared<PeerCrossing>(slots_, std::move(slot));
+    crossing->begin(copies);
+    return crossing;
+  }
+
+ private:
+  const std::string name_;
+  const std::shared_ptr<Slots> slots_;
+};
+
+void require_reach(const Device& neighbour, const Device& device) {
+  const DeviceFacts& to = device.facts();
+  const int from = neighbour.facts().cuda_ordinal;
+  const bool reaches = to.cuda_ordinal < 0
+                           ? from < 0
+                           : std::find(to.peers.begin(), to.peers.end(), from) != to.peers.end();
+  if (!reaches)
+    throw Error(ErrorKind::invalid_argument,
+                neighbour.facts().name + " was not let in at " + to.name +
+                    ": name it among the peers of the driver that opens it");
+}
+
+}  // namespace
+
+RoutePtr make_peer_route(const DevicePtr& neighbour, const Device& device, std::uint64_t slot_bytes,
+                         unsigned slots) {
+  require_reach(*neighbour, device);
+  return std::make_shared<PeerRoute>(neighbour, slot_bytes, slots);
+}
+
+}  // namespace warmserve

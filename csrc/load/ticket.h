@@ -1,0 +1,58 @@
+// What a caller holds of work in progress.
+#pragma once
+
+#include <exception>
+#include <memory>
+#include <string>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "load/waker.h"
+#include "model/residency.h"
+
+namespace warmserve {
+
+constexpr int kBackground = 0, kForeground = 100;
+
+bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexcept;
+
+// Everything under the runtime's lock.
+class Ticket {
+ public:
+  Ticket(std::string what, int priority, std::vector<Selection> wants, Deadline deadline = kNever)
+      : what(std::move(what)), priority(priority), deadline(deadline), wants(std::move(wants)) {}
+  Ticket(const Ticket&) = delete;
+
+  const std::string what;  // for messages: "prewarm of 'chat'"
+  const int priority;
+  const Deadline deadline;             // given up then
+  const std::vector<Selection> wants;  // their layers
+  std::uint64_t bytes_total = 0, bytes_done = 0;
+  std::unordered_set<Fill*> fills;  // still to come
+  ModelPtr swapped_out;         // evicted as room is needed, and wholly before the ticket is done
+  std::exception_ptr short_of;  // why some of its layers will not come; the others still do
+  bool done = false;
+  std::exception_ptr error;  // of a done ticket
+
+  bool wants_layer(const Layer& layer) const noexcept {
+    return warmserve::wants_layer(wants, layer);
+  }
+  bool wants_all_of(const Model& model) const noexcept {
+    for (const Selection& wanted : wants)
+      if (wanted.whole && wanted.model.get() == &model) return true;
+    return false;
+  }
+  void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
+  // A descriptor that becomes readable when the ticket is done; owned by the ticket.
+  int fileno(const Lock&);
+  // Wakes the token when the ticket is done, if its waker still lives then. False: it is done.
+  bool notify(const Lock&, const std::shared_ptr<Waker>& waker, std::uint64_t token);
+
+ private:
+  EventFd eventfd_;
+  std::vector<std::pair<std::weak_ptr<Waker>, std::uint64_t>> listeners_;
+};
+using TicketPtr = std::shared_ptr<Ticket>;
+
+}  // namespace warmserve

@@ -1,0 +1,167 @@
+#include "memory/arena.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <string>
+
+namespace warmserve {
+namespace {
+
+std::uint32_t checked_capacity(const Device& device, const Arena::Options& options) {
+  const std::uint64_t granularity = device.facts().granularity;
+  if (options.granule_bytes == 0 || options.granule_bytes % granularity)
+    throw Error(ErrorKind::invalid_argument, "a granule of " + format_bytes(options.granule_bytes) +
+                                                 " is not a multiple of the device's " +
+                                                 format_bytes(granularity));
+  for (const std::uint64_t bytes : {options.bytes, options.granule_bytes, options.headroom_bytes})
+    if (bytes > kMostBytes)
+      throw Error(ErrorKind::invalid_argument,
+                  "sizes must be below 2^63 bytes, got " + std::to_string(bytes));
+  const std::uint64_t capacity = options.bytes / options.granule_bytes;
+  if (capacity == 0 || capacity > UINT32_MAX)
+    throw Error(ErrorKind::invalid_argument,
+                "an arena of " + format_bytes(options.bytes) + " holds no whole granule of " +
+                    format_bytes(options.granule_bytes) + ", or too many");
+  return static_cast<std::uint32_t>(capacity);
+}
+
+}  // namespace
+
+Arena::Arena(DevicePtr device, const Options& options)
+    : device_(std::move(device)),
+      granule_bytes_(options.granule_bytes),
+      headroom_bytes_(options.headroom_bytes),
+      capacity_(checked_capacity(*device_, options)) {
+  // Asked before anything is made in proportion: populating more memory than there is would call
+  // the OOM killer, not fail.
+  require_memory(budget(), "an arena of " + format_bytes(budget()));
+  pool_ = uncreated_ = GranulePool(capacity_);
+  slots_.resize(capacity_);
+  if (!device_->facts().host_view) window_ = reserve(budget());
+  make_all();
+  if (options.poison) make_poison();
+}
+
+// Nothing where the device does not say what it has.
+void Arena::require_memory(std::uint64_t bytes, const std::string& what) const {
+  std::uint64_t available = 0, total = 0;
+  device_->memory(&available, &total);
+  if (!total || (bytes <= available && headroom_bytes_ <= available - bytes)) return;
+  std::string message = what;
+  if (headroom_bytes_) message += " beside a headroom of " + format_bytes(headroom_bytes_);
+  throw Error(
+      ErrorKind::out_of_device_memory,
+      message + " on a device with " + format_bytes(available) + " free of " + format_bytes(total));
+}
+
+// Somebody else may take memory meanwhile: the error says what was asked for and what is free.
+void Arena::make_all() {
+  std::vector<GranuleId> all(capacity_);
+  std::iota(all.begin(), all.end(), 0);
+  for (const GranuleId id : all) try {
+      make(id);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::out_of_device_memory) throw;
+      slots_.clear();
+      std::uint64_t available = 0, total = 0;
+      device_->memory(&available, &total);
+      throw Error(ErrorKind::out_of_device_memory,
+                  "an arena of " + format_bytes(budget()) + ": " + error.what() + " after " +
+                      format_bytes(id * granule_bytes_) + "; the device has " +
+                      format_bytes(available) + " free of " + format_bytes(total) +
+                      " now that they are given back");
+    }
+  pool_.give(all);
+}
+
+void Arena::create(GranuleId id) {
+  if (headroom_bytes_) require_memory(granule_bytes_, "a granule");
+  make(id);
+}
+
+void Arena::make(GranuleId id) {
+  Slot& slot = slots_[id];
+  if (slot.window) {  // that could not be dropped before
+    slot.window->unmap();
+    slot.window.reset();
+  }
+  Granule granule(device_, granule_bytes_);
+  if (window_) {
+    const Handle handle = granule.handle();
+    Mapping window(window_, id * granule_bytes_, std::span(&handle, 1), granule_bytes_);
+    slot.window.emplace(std::move(window));
+    try {
+      slot.window->set_access(Access::read_write);
+    } catch (...) {
+      drop_window(slot);
+      throw;
+    }
+  }
+  slot.granule.emplace(std::move(granule));
+}
+
+// Where the driver refuses, create() tries again.
+void Arena::drop_window(Slot& slot) noexcept {
+  try {
+    if (slot.window) slot.window->unmap();
+    slot.window.reset();
+  } catch (const Error&) {
+  }
+}
+
+std::size_t Arena::destroy(std::span<const GranuleId> ids) noexcept {
+  for (std::size_t done = 0; done < ids.size(); ++done) {
+    Slot& slot = slots_[ids[done]];
+    // Released first: its memory lives on while the window maps it, so a granule whose release is
+    // refused is still whole.
+    try {
+      slot.granule->release();
+    } catch (const Error&) {
+      return done;
+    }
+    slot.granule.reset();
+    drop_window(slot);
+  }
+  return ids.size();
+}
+
+void Arena::release() noexcept {
+  slots_.clear();  // and with it windows that would not be unmapped before
+  slots_.resize(capacity_);
+  window_.reset();
+  poison_.reset();
+}
+
+void Arena::make_poison() {
+  poison_.emplace(device_, granule_bytes_);
+  if (std::byte* view = poison_->host_view()) {
+    std::memset(view, 0xFF, granule_bytes_);
+    device_->driver().host_wrote(poison_->handle(), 0, granule_bytes_);
+    return;
+  }
+  const Handle handle = poison_->handle();
+  Mapping mapping(reserve(granule_bytes_), 0, std::span(&handle, 1), granule_bytes_);
+  mapping.set_access(Access::read_write);
+  const std::vector<std::byte> ones(granule_bytes_, std::byte{0xFF});
+  Stream stream(device_);
+  stream.copy_to_device(mapping.address(), ones.data(), granule_bytes_);
+  stream.synchronize();
+}
+
+void Arena::check_invariants() const {
+  std::uint32_t free = 0;
+  for (GranuleId id = 0; id < capacity_; ++id) {
+    if (!pool_.is_free(id)) continue;
+    ++free;
+    if (!slots_[id].granule || (window_ && !slots_[id].window))
+      throw Error(ErrorKind::general, "free granule " + std::to_string(id) + " has no memory");
+  }
+  if (free != pool_.free_count())
+    throw Error(ErrorKind::general, "the count of free granules is wrong");
+  for (GranuleId id = 0; id < capacity_; ++id)
+    if (uncreated_.is_free(id) && (slots_[id].granule || pool_.is_free(id)))
+      throw Error(ErrorKind::general, "granule " + std::to_string(id) + " is and is not created");
+}
+
+}  // namespace warmserve

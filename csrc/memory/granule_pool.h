@@ -1,0 +1,41 @@
+// Which granules of an arena are free. Bookkeeping only; not synchronised.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "base/types.h"
+
+namespace warmserve {
+
+class GranulePool {
+ public:
+  GranulePool() = default;
+  // Nothing is free at first. All memory it will need is allocated here.
+  explicit GranulePool(std::uint32_t capacity);
+
+  std::uint32_t free_count() const noexcept { return count_; }
+  bool is_free(GranuleId id) const noexcept { return nodes_[leaves_ + id].longest == 1; }
+
+  // Takes `count` free granules: the first run of neighbours that is long enough, else the longest
+  // runs, because neighbours become one mapping. Ascending. O((count + runs) log capacity).
+  // Pre-condition: count <= free_count().
+  std::vector<GranuleId> take(std::uint32_t count);
+  // Pre-condition: none of them is free.
+  void give(std::span<const GranuleId> ids) noexcept;
+
+ private:
+  // A node of a binary tree over the granules: the free ones that its range begins and ends with,
+  // and the longest run in it. The children of node i are 2 i and 2 i + 1.
+  struct Node {
+    std::uint32_t prefix = 0, suffix = 0, longest = 0;
+  };
+  void set(GranuleId id, bool free) noexcept;
+  GranuleId find_run(std::uint32_t length) const noexcept;
+
+  std::uint64_t leaves_ = 0;
+  std::vector<Node> nodes_;
+  std::uint32_t count_ = 0;
+};
+
+}  // namespace warmserve

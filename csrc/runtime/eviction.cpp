@@ -1,0 +1,223 @@
+// The runtime's leave-taking: what evicts layers, forgets a model or closes, and waits for leases.
+#include <algorithm>
+#include <utility>
+
+#include "runtime/runtime.h"
+
+namespace warmserve {
+namespace {
+
+// Counts one that waits for leases to end, for the time of its scope. Under the runtime's lock.
+class Wanted {
+ public:
+  explicit Wanted(unsigned& count) : count_(count) { ++count_; }
+  ~Wanted() { --count_; }
+  Wanted(const Wanted&) = delete;
+
+ private:
+  unsigned& count_;
+};
+
+// For messages, of a model that was in use for too long.
+std::string why_late(const Model& model) {
+  return (model.leases ? "'" + model.name + "' was still leased"
+                       : "a pass still computed with '" + model.name + "'") +
+         std::string(" at the end of the timeout");
+}
+
+}  // namespace
+
+// Waits until no lease and no pass uses the layers, or throws busy, as `patience` says. A pass
+// counts like a stream: it goes on after its lease.
+void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadline,
+                          const Poll& poll, Patience patience, const std::function<bool()>& leased,
+                          const std::function<bool()>& in_use) {
+  const Model& model = *selection.model;
+  const auto refused = [&] {
+    return patience == Patience::none || (patience == Patience::streams && leased());
+  };
+  while (in_use()) {
+    if (refused()) throw Error(ErrorKind::busy, why_busy(model));
+    if (desk_.in_pass(lock, selection, this_thread()))
+      throw Error(ErrorKind::busy, "the thread that would evict '" + model.name +
+                                       "' computes with it, and would wait for itself");
+    const Wanted release(books_.release_wanted);
+    if (!wait_until(lock, deadline, poll, [&] { return !in_use() || refused(); }))
+      throw Error(ErrorKind::timeout, why_late(model));
+  }
+}
+
+// Takes a model off the books. What it had, which may be the last of a stream that has work left,
+// is the caller's to free without the lock.
+Runtime::Remains Runtime::take_off(const Lock&, Model& model) {
+  model.registered = false;
+  books_.models.erase(model.name);
+  return {std::move(model.reservation), std::exchange(model.uses, {})};
+}
+
+void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& poll,
+                         Patience patience) {
+  Remains remains;
+  Lock lock = open();
+  require_registered(lock, *model);
+  do {
+    await_users(
+        lock, model, deadline, poll, patience, [&] { return model->leases > 0; },
+        [&] { return model->leases + model->passes > 0; });
+    evict_locked(lock, model, deadline, poll, patience);
+    require_registered(lock, *model);  // another thread may have been faster
+  } while (model->leases + model->passes);
+  const auto why = cancelled("'" + model->name + "' was unregistered");
+  transfer_.drop_layers(lock, model, why);
+  for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
+  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
+  remains = take_off(lock, *model);
+}
+
+void Runtime::evict(const Selection& selection, Deadline deadline, const Poll& poll,
+                    Patience patience) {
+  Lock lock = open();
+  check(lock, selection);
+  evict_locked(lock, selection, deadline, poll, patience);
+}
+
+void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline deadline,
+                           const Poll& poll, Patience patience) {
+  const std::string name = "'" + selection.model->name + "'";
+  const auto any = [&](auto&& is) {
+    bool found = false;
+    selection.for_each([&](const Layer& layer) { found = found || is(layer); });
+    return found;
+  };
+  const auto leased = [&] { return any([](const Layer& l) { return l.leased(); }); };
+  const auto held = [&] { return any([](const Layer& l) { return l.held(); }); };
+  const auto gone = [&] {
+    return !any([](const Layer& l) { return l.residency != Residency::absent; });
+  };
+  const auto settled = [&] {  // nobody works on any of them
+    return !any([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
+  };
+  const auto wait_for = [&](const std::function<bool()>& condition) {
+    if (!wait_until(lock, deadline, poll, condition))
+      throw Error(ErrorKind::timeout, name + " was not evicted in time");
+  };
+  do {
+    await_users(lock, selection, deadline, poll, patience, leased, held);
+    const auto in_use = [&](const Use& use) {
+      return use.layers.intersects(selection.layers) && !use.fence->complete();
+    };
+    if (const auto& uses = selection.model->uses;
+        patience == Patience::none && std::any_of(uses.begin(), uses.end(), in_use))
+      throw Error(ErrorKind::busy, "a stream still uses " + name);
+    transfer_.drop_layers(lock, selection, cancelled(name + " was evicted"));
+    std::vector<Layer*> layers;
+    selection.for_each([&](Layer& layer) {
+      if (!layer.owned && (layer.residency == Residency::resident || layer.torn))
+        layers.push_back(&layer);
+    });
+    if (!layers.empty()) {
+      std::vector<GranuleId> freed;
+      books_.claim(lock, layers);
+      try {
+        drain(books_, lock, layers, deadline, poll, freed);
+      } catch (...) {
+        arena_.give(freed);
+        throw;
+      }
+      arena_.give(freed);
+    }
+    wait_for(settled);
+  } while (!gone());
+}
+
+bool Runtime::streams_in_use(const Lock&) const {
+  try {
+    for (const auto& [name, model] : books_.models)
+      for (const Use& use : model->uses)
+        if (!use.fence->complete()) return true;
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::device_lost) throw;  // which uses nothing any more
+  }
+  return false;
+}
+
+// Waits for the streams that still use any model; false if they need longer. Gives the lock away.
+bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
+  std::vector<std::shared_ptr<const Fence>> fences;
+  for (const auto& [name, model] : books_.models)
+    for (const Use& use : model->uses) fences.push_back(use.fence);
+  lock.unlock();
+  bool ended = true;
+  try {
+    for (const auto& fence : fences) fence->wait(deadline, poll);
+  } catch (const Error& error) {
+    ended = error.kind() == ErrorKind::device_lost;  // which uses nothing any more
+    if (!ended && error.kind() != ErrorKind::timeout) throw;
+  }
+  fences.clear();  // without the lock: one may be the last of a stream that has work left
+  lock.lock();
+  return ended;
+}
+
+void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
+  std::vector<Remains> remains;
+  enter();
+  Lock lock(books_.mutex);
+  const auto idle = [&] { return !closing_ && !desk_.active(); };
+  do {
+    if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))
+      throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
+    for (const auto& [name, model] : books_.models) {
+      if (model->leases + model->passes && patience != Patience::leases_and_streams)
+        throw Error(ErrorKind::busy, "close: " + why_busy(*model));
+      if (desk_.in_pass(lock, model, this_thread()))
+        throw Error(ErrorKind::busy,
+                    "close: this thread computes with '" + name + "', and would wait for itself");
+    }
+    const Wanted release(books_.release_wanted);
+    if (!wait_until(lock, deadline, poll, idle)) {
+      for (const auto& [name, model] : books_.models)
+        if (model->leases + model->passes)
+          throw Error(ErrorKind::timeout, "close: " + why_late(*model));
+      throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
+    }
+    if (patience == Patience::none && streams_in_use(lock))
+      throw Error(ErrorKind::busy, "close: a stream still uses a model");
+    if (deadline != kNever && !await_streams(lock, deadline, poll))
+      throw Error(ErrorKind::timeout,
+                  "close: a stream still used a model at the end of the timeout");
+  } while (!idle());
+  closed_ = closing_ = true;
+  struct Closing {
+    ~Closing() {
+      if (!lock.owns_lock()) lock.lock();
+      closing = false;
+      books.wake();
+    }
+    Lock& lock;
+    bool& closing;
+    Books& books;
+  } end{lock, closing_, books_};
+  const auto why = cancelled("the runtime was closed");
+  for (const auto& [name, model] : books_.models) transfer_.drop_layers(lock, model, why);
+  transfer_.drop_swaps(lock, why);
+  lock.unlock();
+  transfer_.stop();
+  lock.lock();
+  while (!books_.models.empty()) {
+    const ModelPtr model = books_.models.begin()->second;
+    evict_locked(lock, model, kNever, poll, Patience::streams);
+    if (model->registered) remains.push_back(take_off(lock, *model));  // else: by another thread
+  }
+  wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
+  if (arena_.free_count()) trim_locked(lock);
+  lock.unlock();
+  remains.clear();
+  transfer_.release();
+  staging_.release();
+  arena_.release();
+  if (!device_->retry_releases())
+    throw Error(ErrorKind::general, "close: the driver does not take everything back");
+}
+
+}  // namespace warmserve

@@ -1,0 +1,197 @@
+// The runtime in use: waits for tickets, and what can be read of it.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "runtime/runtime.h"
+
+namespace warmserve {
+namespace {
+
+// Work under way on a stream of its own, and the memory that it writes.
+struct ReadBack {
+  ReadBack(const DevicePtr& device, std::uint64_t size)
+      : bytes(new std::byte[size]), stream(device) {}
+  std::unique_ptr<std::byte[]> bytes;
+  Stream stream;
+};
+struct Digest {
+  Digest(const DevicePtr& device, std::uint64_t size)
+      : region(device, ceil_div(size, 4 * kKiB) * 4 * kKiB), stream(device) {}
+  PinnedRegion region;
+  Stream stream;
+};
+
+}  // namespace
+
+bool Runtime::done(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->done;
+}
+
+std::pair<std::uint64_t, std::uint64_t> Runtime::progress(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return {ticket->bytes_done, ticket->bytes_total};
+}
+
+std::pair<std::size_t, std::size_t> Runtime::layers_left(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  std::size_t all = 0;
+  for (const Selection& wanted : ticket->wants) wanted.for_each([&](const Layer&) { ++all; });
+  return {ticket->fills.size(), all};
+}
+
+int Runtime::fileno(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->fileno(lock);
+}
+
+bool Runtime::notify(const TicketPtr& ticket, const std::shared_ptr<Waker>& waker,
+                     std::uint64_t token) {
+  enter();
+  const Lock lock(books_.mutex);
+  return ticket->notify(lock, waker, token);
+}
+
+int Runtime::fileno() {
+  const Lock lock = look();
+  return books_.epochs.descriptor();
+}
+
+void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll) {
+  enter();
+  Lock lock(books_.mutex);
+  if (!wait_until(lock, deadline, poll, [&] { return ticket->done; })) {
+    std::string who;
+    for (const Holder& holder : books_.holders(lock))
+      if (holder.leased) who += (who.empty() ? "; leased: '" : ", '") + holder.name + "'";
+    throw Error(ErrorKind::timeout,
+                ticket->what + " did not finish in time: " + format_bytes(ticket->bytes_done) +
+                    " of " + format_bytes(ticket->bytes_total) + " arrived" + who);
+  }
+  if (ticket->error) std::rethrow_exception(ticket->error);
+}
+
+void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t index,
+                   Deadline deadline, const Poll& poll) {
+  const Layer& layer = layer_of(*model, index);
+  if (!ticket->wants_layer(layer))
+    throw Error(
+        ErrorKind::invalid_argument,
+        ticket->what + " is not for layer " + std::to_string(index) + " of '" + model->name + "'");
+  enter();
+  Lock lock(books_.mutex);
+  const auto over = [&] { return !layer.fill || !ticket->fills.contains(layer.fill); };
+  if (!wait_until(lock, deadline, poll, over))
+    throw Error(ErrorKind::timeout, "layer " + std::to_string(index) + " of '" + model->name +
+                                        "' did not arrive in time");
+  if (layer.residency == Residency::resident) return;
+  if (ticket->error) std::rethrow_exception(ticket->error);
+  if (ticket->short_of) std::rethrow_exception(ticket->short_of);
+}
+
+void Runtime::cancel(const TicketPtr& ticket) {
+  enter();
+  const Lock lock(books_.mutex);
+  if (!ticket->done) transfer_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
+}
+
+// Runs work(*made) while the resident layer stays; the work has ended when it returns. `made` may
+// outlive a throw: neither what the work reads nor what it writes may go before it ends.
+template <typename Made>
+void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
+                            const std::function<std::shared_ptr<Made>()>& make,
+                            const std::function<void(Made&, const Layer&)>& work) {
+  Lock lock = open();
+  require_registered(lock, *model);
+  Layer& layer = layer_of(*model, index);
+  wait_until(lock, kNever, nullptr, [&] { return !layer.owned; });
+  if (layer.residency != Residency::resident)
+    throw Error(ErrorKind::stale_view, "layer " + std::to_string(index) + " of '" + model->name +
+                                           "' is " + to_string(layer.residency));
+  if (!layer.bytes) return;
+  books_.own(lock, layer);  // so that it stays
+  lock.unlock();
+  std::shared_ptr<Made> made;
+  std::exception_ptr error;
+  try {
+    made = make();
+    work(*made, layer);
+    made.reset();  // without the lock
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  books_.disown(lock, layer);
+  if (error && made) {
+    LayerSet used;
+    used.insert(index);
+    model->uses.push_back(
+        {std::make_shared<const Fence>(std::shared_ptr<Stream>(made, &made->stream)), used});
+  }
+  books_.wake();
+  if (error) std::rethrow_exception(error);
+}
+
+void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* out) {
+  with_resident<ReadBack>(
+      model, index,
+      [&] { return std::make_shared<ReadBack>(device_, layer_of(*model, index).bytes); },
+      [&](ReadBack& read, const Layer& layer) {
+        read.stream.copy_from_device(read.bytes.get(), model->reservation->address() + layer.offset,
+                                     layer.bytes);
+        read.stream.synchronize();
+        std::memcpy(out, read.bytes.get(), layer.bytes);
+      });
+}
+
+std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t index) {
+  const std::string& none = device_->facts().no_kernels;
+  if (!none.empty())
+    throw Error(ErrorKind::general, device_->facts().name + " has no kernels: " + none);
+  std::vector<std::uint64_t> digests(layer_of(*model, index).granules_needed);
+  const std::uint64_t size = digests.size() * sizeof digests[0];
+  with_resident<Digest>(
+      model, index, [&] { return std::make_shared<Digest>(device_, size); },
+      [&](Digest& digest, const Layer& layer) {
+        digest.stream.launch(DigestCall{model->reservation->address() + layer.offset, layer.bytes,
+                                        arena_.granule_bytes(),
+                                        reinterpret_cast<Address>(digest.region.data())});
+        digest.stream.synchronize();
+        std::memcpy(digests.data(), digest.region.data(), size);
+      });
+  return digests;
+}
+
+RuntimeState Runtime::state() {
+  enter();  // before any lock
+  RuntimeState state;
+  state.headroom_bytes = arena_.headroom();
+  state.pinned_bytes = staging_.pinned_bytes();
+  state.staging_chunks_free = staging_.available();
+  const Lock lock = look();
+  state.granule_bytes = arena_.granule_bytes();
+  state.granules = arena_.capacity();
+  state.granules_free = arena_.free_count();
+  state.granules_uncreated = arena_.uncreated_count();
+  state.leases = desk_.leases();
+  state.counters = books_.counters;
+  state.routes = transfer_.routes();
+  for (const auto& [name, model] : books_.models) {
+    ModelState& shown = state.models.emplace_back();
+    shown.name = name;
+    shown.leases = model->leases;
+    shown.backing_epoch = model->backing_epoch.load(std::memory_order_acquire);
+    for (const Layer& layer : model->layers)
+      shown.layers.push_back({layer.residency, layer.bytes, layer.granules_needed,
+                              layer.holds - layer.passes + model->whole_holds - model->whole_passes,
+                              layer.keep_value});
+  }
+  return state;
+}
+
+}  // namespace warmserve

@@ -1,0 +1,302 @@
+// The runtime: its life, its models, and what moves them in and out.
+#include "runtime/runtime.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/digest_parts.h"
+
+namespace warmserve {
+namespace {
+
+// Gives a layer the digests that it must have, read from the files where none is given.
+void take_digests(const Model& model, Layer& layer, const std::vector<GranuleCheck>& checks,
+                  const GranuleCut& cut, const Poll& poll) {
+  std::vector<std::byte> memory;
+  std::vector<ExpectedDigest> taken;
+  for (const auto& [granule, digest] : checks) {
+    if (granule >= layer.granules_needed || (!taken.empty() && granule <= taken.back().granule))
+      throw Error(ErrorKind::invalid_argument,
+                  "a digest of '" + model.name + "' is out of order or outside of its layer");
+    taken.push_back({granule, digest.value_or(0)});
+    if (digest) continue;
+    memory.resize(cut.granule_bytes);
+    const std::uint64_t begin = cut.begin(granule), bytes = cut.end(granule) - begin;
+    read_layer(model.files, layer.source, begin, begin + bytes,
+               {begin, cut.granule_bytes, {memory.data()}});
+    taken.back().digest = digest_of_parts(digest_part(memory.data(), bytes, 0), bytes);
+    if (poll) poll();
+  }
+  layer.source.digests = std::move(taken);
+}
+
+}  // namespace
+
+Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
+    : device_(std::move(device)),
+      arena_(device_,
+             {options.arena_bytes, options.granule_bytes, options.headroom_bytes, options.poison}),
+      staging_(device_, options.staging_bytes, options.chunk_bytes),
+      books_(arena_),
+      desk_(books_),
+      transfer_(books_, staging_,
+                {options.loaders, options.staging_timeout, options.background_share,
+                 options.read_bandwidth}) {}
+
+std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
+                                       const RuntimeOptions& options) {
+  const auto device = std::make_shared<Device>(std::move(driver));
+  try {
+    return {new Runtime(device, options), [](Runtime* runtime) {
+              if (runtime->device_->usable()) delete runtime;
+            }};
+  } catch (...) {
+    device->retry_releases();
+    throw;
+  }
+}
+
+Runtime::~Runtime() {
+  try {
+    close(nullptr);
+  } catch (...) {  // the members free what the device lets them
+  }
+}
+
+void Runtime::enter() const {
+  if (!device_->usable())
+    throw Error(ErrorKind::general, "this runtime belongs to the process that forked this one");
+}
+
+Lock Runtime::look() {
+  enter();
+  Lock lock(books_.mutex);
+  if (closed_) throw Error(ErrorKind::general, "the runtime is closed");
+  return lock;
+}
+
+Lock Runtime::open() {
+  Lock lock = look();
+  device_->require_alive();
+  return lock;
+}
+
+void Runtime::check(const Lock& lock, const Selection& selection) const {
+  const Model& model = *selection.model;
+  require_registered(lock, model);
+  if (selection.layers.end() > model.layers.size())
+    throw Error(ErrorKind::invalid_argument,
+                "'" + model.name + "' has " + std::to_string(model.layers.size()) + " layers only");
+  if (selection.layers.empty() && !model.layers.empty())
+    throw Error(ErrorKind::invalid_argument, "no layers of '" + model.name + "' are named");
+}
+
+void Runtime::require_registered(const Lock&, const Model& model) const {
+  if (model.runtime != this || !model.registered)
+    throw Error(ErrorKind::invalid_argument, "'" + model.name + "' is not registered here");
+}
+
+// Waits until done(), giving the lock away meanwhile. False at the deadline.
+bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
+                         const std::function<bool()>& done) {
+  while (!done()) {
+    if (Clock::now() >= deadline) return false;
+    if (transfer_.pump(lock)) {
+      lock.unlock();
+      const bool moved = transfer_.step();
+      lock.lock();
+      if (!moved && !closed_ && !done())
+        throw Error(ErrorKind::busy, "nothing that can be stepped would end this wait");
+      if (!moved && !done()) books_.changed.wait_until(lock, Clock::now() + kPollInterval);
+    } else {
+      books_.changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
+    }
+    if (poll && !done()) {
+      lock.unlock();
+      poll();
+      lock.lock();
+    }
+  }
+  return true;
+}
+
+// A model that is not registered yet.
+ModelPtr Runtime::make_model(const std::string& name, std::vector<File> files,
+                             const std::vector<LayerShape>& layers, const Poll& poll) const {
+  check_layout(name, files, layers, arena_.granule_bytes());
+  auto model = std::make_shared<Model>();
+  model->name = name;
+  model->runtime = this;
+  model->files = std::move(files);
+  for (const LayerShape& shape : layers) {
+    Layer& layer = model->layers.emplace_back();
+    layer.model = model.get();
+    layer.index = static_cast<std::uint32_t>(model->layers.size() - 1);
+    layer.bytes = shape.bytes;
+    layer.offset = model->granules * arena_.granule_bytes();
+    layer.granules_needed = arena_.granules_of(shape.bytes);
+    layer.source.segments = shape.segments;
+    const GranuleCut cut{arena_.granule_bytes(), layer.bytes};
+    take_digests(*model, layer, shape.checks, cut, poll);
+    model->granules += layer.granules_needed;
+    model->bytes += shape.bytes;
+  }
+  model->missing = static_cast<std::uint32_t>(model->layers.size());
+  return model;
+}
+
+ModelPtr Runtime::register_model(const std::string& name, std::vector<File> files,
+                                 const std::vector<LayerShape>& layers, bool writable,
+                                 const Poll& poll) {
+  const ModelPtr model = make_model(name, std::move(files), layers, poll);
+  model->writable = writable;
+  const Lock lock = open();
+  if (books_.models.contains(name))
+    throw Error(ErrorKind::invalid_argument, "a model '" + name + "' is registered already");
+  model->id = ++next_id_;
+  books_.models.emplace(name, model);
+  return model;
+}
+
+void Runtime::reload(const ModelPtr& model, std::vector<File> files,
+                     const std::vector<LayerShape>& layers, Deadline deadline, const Poll& poll) {
+  // Its files are closed without the lock.
+  const ModelPtr made = make_model(model->name, std::move(files), layers, poll);
+  const auto bytes_of = [](const Layer& layer) { return layer.bytes; };
+  if (!std::ranges::equal(made->layers, model->layers, {}, bytes_of, bytes_of))
+    throw Error(ErrorKind::invalid_argument, "'" + model->name + "' has layers of other sizes");
+  Lock lock = open();
+  require_registered(lock, *model);
+  do {
+    evict_locked(lock, model, deadline, poll, Patience::streams);
+    require_registered(lock, *model);  // another thread may have been faster
+  } while (model->leases + model->passes);
+  model->files.swap(made->files);
+  for (Layer& layer : model->layers) std::swap(layer.source, made->layers[layer.index].source);
+}
+
+ReservationPtr Runtime::reservation(const ModelPtr& model) {
+  {
+    const Lock lock = open();
+    require_registered(lock, *model);
+    if (model->reservation) return model->reservation;
+  }
+  ReservationPtr made =
+      arena_.reserve(std::max<std::uint64_t>(model->granules, 1) * arena_.granule_bytes());
+  const Lock lock = open();
+  require_registered(lock, *model);
+  if (!model->reservation) model->reservation = std::move(made);
+  return model->reservation;
+}
+
+// Throws unless the layers would fit beside what is leased.
+void Runtime::require_room(const Lock& lock, const Selection& selection,
+                           const std::string& what) const {
+  if (books_.held_granules + books_.granules_to_hold(lock, selection) <= arena_.capacity()) return;
+  std::uint64_t granules = 0;  // of one model, so that neither they nor their bytes overflow
+  selection.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
+  throw no_room(granules <= arena_.capacity() ? ErrorKind::busy : ErrorKind::out_of_device_memory,
+                what, granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
+}
+
+TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline deadline) {
+  if (deadline <= Clock::now())
+    throw Error(ErrorKind::invalid_argument, "a deadline that has passed");
+  const ModelPtr& model = selection.model;
+  auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority,
+                                         std::vector{selection}, deadline);
+  reservation(model);
+  const Lock lock = open();
+  check(lock, selection);
+  require_room(lock, selection, ticket->what);
+  transfer_.request(lock, ticket);
+  return ticket;
+}
+
+TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priority) {
+  if (evict == load)
+    throw Error(ErrorKind::invalid_argument, "a model cannot be swapped for itself");
+  auto ticket = std::make_shared<Ticket>("swap of '" + evict->name + "' for '" + load->name + "'",
+                                         priority, std::vector{Selection(load)});
+  reservation(load);
+  const Lock lock = open();
+  require_registered(lock, *load);
+  require_registered(lock, *evict);
+  if (evict->leases + evict->passes) throw Error(ErrorKind::busy, why_busy(*evict));
+  require_room(lock, load, ticket->what);
+  transfer_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
+  ticket->swapped_out = evict;
+  transfer_.request(lock, ticket);
+  return ticket;
+}
+
+std::uint64_t Runtime::trim() {
+  Lock lock = open();
+  return trim_locked(lock);
+}
+
+std::uint64_t Runtime::trim_locked(Lock& lock) {
+  const std::vector<GranuleId> ids = arena_.take(arena_.free_count());
+  books_.granules_in_hand += ids.size();
+  lock.unlock();
+  const std::size_t destroyed = arena_.destroy(ids);
+  lock.lock();
+  books_.granules_in_hand -= ids.size();
+  arena_.return_uncreated(std::span(ids).first(destroyed));
+  arena_.give(std::span(ids).subspan(destroyed));
+  books_.wake();
+  if (destroyed < ids.size())
+    throw Error(ErrorKind::general, "the driver released " + std::to_string(destroyed) + " of " +
+                                        std::to_string(ids.size()) + " granules");
+  return destroyed * arena_.granule_bytes();
+}
+
+void Runtime::stamp(const ModelPtr& model, double value) {
+  const Lock lock = open();
+  require_registered(lock, *model);
+  for (Layer& layer : model->layers) books_.stamp(lock, layer, value);
+}
+
+void Runtime::stamp(const ModelPtr& model, std::uint32_t layer, double value) {
+  const Lock lock = open();
+  require_registered(lock, *model);
+  books_.stamp(lock, layer_of(*model, layer), value);
+}
+
+Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
+  if (index >= model.layers.size())
+    throw Error(ErrorKind::invalid_argument, "'" + model.name + "' has " +
+                                                 std::to_string(model.layers.size()) +
+                                                 " layers and no layer " + std::to_string(index));
+  return model.layers[index];
+}
+
+void Runtime::add_route(RoutePtr route) {
+  const Lock lock = open();
+  if (arena_.filled_by_host())
+    throw Error(ErrorKind::invalid_argument,
+                "a path to " + device_->facts().name + ": the CPU writes its memory, over no link");
+  transfer_.add(std::move(route));
+}
+
+void Runtime::drop_route(const std::string& name) {
+  enter();
+  transfer_.drop_route(name);
+}
+
+bool Runtime::step() {
+  {
+    const Lock lock = open();
+    if (!transfer_.pump(lock))
+      throw Error(ErrorKind::invalid_argument, "step() is for Runtime(pump=True)");
+  }
+  return transfer_.step();
+}
+
+void Runtime::check_invariants() {
+  const Lock lock = look();
+  books_.check_invariants(lock);
+  transfer_.check_invariants(lock);
+}
+
+}  // namespace warmserve
