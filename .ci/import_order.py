@@ -1,4 +1,4 @@
-"""Holds warmserve_rt/ to one direction: a module imports only what stands below it."""
+"""Checks that a module of warmserve_rt/ imports only packages and modules below it."""
 
 import ast
 import subprocess
@@ -7,56 +7,70 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "warmserve_rt"
 
-# From top to bottom; a folder is one unit. What is imported for types alone does not count: the
-# native module's stub names what Python hands it.
-ORDER = [
-    "__main__",
-    "cli",
-    "demo",
-    "sim",
-    "engines",
-    "testing",
-    "simcuda",
-    "sizes",
-    "starts",
-    "dispatch",
-    "runtime_fleet",
-    "runtime_device",
-    "loop",
-    "scheduler",
-    "__init__",
-    "runtime",
-    "_at_exit",
-    "options",
-    "evicting",
-    "inspecting",
-    "_in_thread",
-    "ticket",
-    "paths",
-    "devices",
-    "revisions",
-    "lease",
-    "selection",
-    "model",
-    "registration",
-    "streams",
-    "snapshot",
-    "views",
-    "layers",
-    "dtypes",
-    "checkpoint",
-    "kernels",
-    "policy",
-    "_terminal",
-    "_text",
-    "_awaiting",
-    "_paths",
-    "_units",
-    "_arguments",
-    "_log",
-    "_native",
-    "_errors",
-]
+# From top to bottom: packages and modules of warmserve_rt/ and, where it matters, those of a
+# package. A package that is not listed may order its modules as it likes. Imports for types alone
+# do not count: the native module's stub names what Python hands it.
+ORDER = {
+    "": [
+        "__main__",
+        "cli",
+        "demo",
+        "sim",
+        "engines",
+        "testing",
+        "__init__",
+        "scheduling",
+        "core",
+        "checkpoint",
+        "kernels",
+        "policy",
+        "_terminal",
+        "_text",
+        "_cache_dir",
+        "_units",
+        "_arguments",
+        "_log",
+        "_native",
+        "_errors",
+    ],
+    "sim": ["command", "report", "study", "controllers", "core", "workload", "__init__"],
+    "sim.controllers": ["policies", "baselines", "autoscaling", "dispatcher", "__init__"],
+    "engines": ["vllm", "transformers", "torch", "__init__"],
+    "scheduling": ["fleet", "device", "loop", "scheduler", "__init__"],
+    "core": [
+        "runtime",
+        "_at_exit",
+        "options",
+        "evicting",
+        "inspecting",
+        "_in_thread",
+        "ticket",
+        "routes",
+        "devices",
+        "revisions",
+        "lease",
+        "selection",
+        "model",
+        "registration",
+        "streams",
+        "snapshot",
+        "views",
+        "_awaiting",
+        "__init__",
+    ],
+    "checkpoint": [
+        "sizes",
+        "layout",
+        "dtypes",
+        "__init__",
+        "directory",
+        "files",
+        "header",
+        "choice",
+        "hub",
+        "mistaken",
+    ],
+}
 
 
 class Imports(ast.NodeVisitor):
@@ -64,46 +78,72 @@ class Imports(ast.NodeVisitor):
 
     def __init__(self, package: list[str]) -> None:
         self.package = package  # of the file, from warmserve_rt on
-        self.found: list[tuple[int, str]] = []
+        self.found: list[tuple[int, list[str]]] = []
 
     def visit_If(self, node: ast.If) -> None:
-        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
-            self.generic_visit(node)
+        checked = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for each in node.orelse if checked else [*node.body, *node.orelse]:
+            self.visit(each)
 
     def visit_Import(self, node: ast.Import) -> None:
-        self.add(node.lineno, [alias.name for alias in node.names])
+        for alias in node.names:
+            self.add(node.lineno, alias.name.split("."))
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         base = self.package[: len(self.package) + 1 - node.level] if node.level else []
-        module = ".".join([*base, *([node.module] if node.module else [])])
-        if module == "warmserve_rt":
-            for alias in node.names:
-                submodule = (PACKAGE / f"{alias.name}.py").exists() or alias.name == "_native"
-                self.add(node.lineno, [f"{module}.{alias.name if submodule else '__init__'}"])
-        else:
-            self.add(node.lineno, [module])
+        module = [*base, *(node.module.split(".") if node.module else [])]
+        for alias in node.names:
+            self.add(node.lineno, [*module, alias.name])
 
-    def add(self, line: int, modules: list[str]) -> None:
-        for module in modules:
-            if module.startswith("warmserve_rt."):
-                self.found.append((line, module.split(".")[1]))
+    def add(self, line: int, name: list[str]) -> None:
+        """Adds the module that ``name`` is, or is in."""
+        if name[0] != PACKAGE.name:
+            return
+        if not is_module(name[1:]):
+            name = name[:-1]
+        found = name[1:]
+        if (PACKAGE.joinpath(*found)).is_dir():
+            found.append("__init__")
+        self.found.append((line, found))
+
+
+def is_module(name: list[str]) -> bool:
+    path = PACKAGE.joinpath(*name)
+    return path.is_dir() or any(path.with_name(path.name + end).exists() for end in (".py", ".pyi"))
+
+
+def complaint(own: list[str], imported: list[str]) -> str | None:
+    """Says what is wrong with an import of one module by another."""
+    if own == imported:
+        return None
+    depth = next(n for n, name in enumerate(own) if name != imported[n])
+    order = ORDER.get(".".join(own[:depth]))
+    if order is None:
+        return None
+    above, below = own[depth], imported[depth]
+    for each in (above, below):
+        if each not in order:
+            return f"{'.'.join([*own[:depth], each])} has no place in the order"
+    if order.index(below) < order.index(above):
+        return f"{'.'.join(own)} imports {'.'.join(imported)}, which stands above it"
+    return None
 
 
 def problems() -> list[str]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        own = parts[0]
-        if own not in ORDER:
-            found.append(f"{path.name} has no place in the order")
-            continue
-        imports = Imports(["warmserve_rt", *parts[:-1]])
+        own = list(path.relative_to(PACKAGE).with_suffix("").parts)
+        for depth in range(len(own)):
+            order = ORDER.get(".".join(own[:depth]))
+            if order is not None and own[depth] not in order:
+                found.append(f"{'.'.join(own[: depth + 1])} has no place in the order")
+        imports = Imports([PACKAGE.name, *own[:-1]])
         imports.visit(ast.parse(path.read_text()))
-        for line, unit in imports.found:
-            if unit not in ORDER:
-                found.append(f"{path}:{line}: {unit} has no place in the order")
-            elif unit != own and ORDER.index(unit) <= ORDER.index(own):
-                found.append(f"{path}:{line}: {own} imports {unit}, which stands above it")
+        for line, imported in imports.found:
+            if said := complaint(own, imported):
+                found.append(f"{path}:{line}: {said}")
+    if found:  # the package may be past importing
+        return found
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, warmserve_rt; print(*sys.modules)"],
         capture_output=True,

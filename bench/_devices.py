@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from warmserve_rt import _native, testing
-from warmserve_rt.devices import open_driver
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.core.devices import open_driver
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 
 @contextmanager

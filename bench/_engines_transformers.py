@@ -36,8 +36,8 @@ from transformers.utils import logging
 from warmserve_rt import Runtime, StaleView
 from warmserve_rt.demo.tenants import make_tenants
 from warmserve_rt.engines import transformers as transformers_engine
-from warmserve_rt.engines.blueprints import Blueprints
 from warmserve_rt.engines.transformers import load
+from warmserve_rt.engines.transformers.blueprints import Blueprints
 
 PASSES = 1000  # with the hooks and without, in turns
 TOKENS = 8

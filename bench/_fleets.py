@@ -12,13 +12,13 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-from warmserve_rt.sim import workloads
-from warmserve_rt.sim.catalogue import mixed, paper_models
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.intervals import interval
-from warmserve_rt.sim.metrics import RunSummary, summary
-from warmserve_rt.sim.run import simulate
-from warmserve_rt.sim.workloads import Workload
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.intervals import interval
+from warmserve_rt.sim.study.metrics import RunSummary, summary
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.workload import workloads
+from warmserve_rt.sim.workload.catalogue import mixed, paper_models
+from warmserve_rt.sim.workload.workloads import Workload
 
 
 @dataclass(frozen=True)

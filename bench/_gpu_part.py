@@ -71,7 +71,7 @@ def arena_for(part: Part, *names: str, granule: int = GRANULE) -> int:
     from contextlib import closing
 
     from warmserve_rt.checkpoint import open_checkpoint
-    from warmserve_rt.layers import build_layout
+    from warmserve_rt.checkpoint.layout import build_layout
 
     needs = [0]
     for name in names:

@@ -84,7 +84,7 @@ def _graph(part: Part, torch: Any, runtime: Runtime, a: Model, b: Model) -> None
 
 def _pass_that_outlives_its_lease(part: Part, torch: Any, runtime: Runtime, model: Model) -> None:
     """Of a guarded module: what it has enqueued still runs when the lease is over."""
-    from warmserve_rt.engines.gates import guard
+    from warmserve_rt.engines.torch.gates import guard
 
     weight = model.tensors()[NAME]
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 # Microseconds of a call, and of each granule that it concerns, as gpu.sh measured them on an H200
 # (driver 580.159): whole calls on 1 to 256 granules of 2 to 32 MiB.

@@ -7,9 +7,9 @@ import numpy as np
 from warmserve_rt.policy.curve import ValueCurve
 from warmserve_rt.policy.pipeline import first_token_by_prefix
 from warmserve_rt.policy.residency import Catalogue, Problem, plan
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.metrics import Slo
-from warmserve_rt.sim.workloads import Workload
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.metrics import Slo
+from warmserve_rt.sim.workload.workloads import Workload
 
 SWITCH_S = 0.01  # of a start, beside loading and computing; `simulate` has the same
 

@@ -16,7 +16,7 @@ from _ttft import Bound, ninetieth
 from transformers import AutoModelForCausalLM
 
 from warmserve_rt import Runtime
-from warmserve_rt.engines.gates import gated_parts
+from warmserve_rt.engines.torch.gates import gated_parts
 from warmserve_rt.engines.transformers import load
 
 NAME = "smollm2"

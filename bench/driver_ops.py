@@ -32,8 +32,8 @@ from _sim import BANDWIDTH, COSTS
 
 from warmserve_rt import FOREGROUND, Model, Runtime, _native, testing
 from warmserve_rt.checkpoint import open_checkpoint
-from warmserve_rt.layers import LayerSpec, build_layout
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.checkpoint.layout import LayerSpec, build_layout
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 LLAMA_7B = Llama(4096, 11008, 4096, 32000, 32)  # 13.5 GB in bf16
 

@@ -17,9 +17,9 @@ import numpy as np
 from _harness import Bench
 from numpy.typing import NDArray
 
-from warmserve_rt.policy.experts import EXPERTS, Expert
+from warmserve_rt.policy.ensemble import EXPERTS, Expert
 from warmserve_rt.policy.forecast import Forecaster
-from warmserve_rt.sim.traces import SERVEGEN_MODELS, servegen
+from warmserve_rt.sim.workload.traces import SERVEGEN_MODELS, servegen
 
 WINDOW, DAY, HISTORY = 600.0, 144, 7 * 144
 HORIZONS = {"10m": 600.0, "1h": 3600.0, "3h": 10800.0}

@@ -30,7 +30,7 @@ from _gpu_part import NotRun, Part, checkpoints
 from _harness import MIB, Bench, scratch, write_checkpoint
 from assumptions.run import run_all, table
 
-from warmserve_rt.simcuda import simulated_cuda
+from warmserve_rt.testing.simcuda import simulated_cuda
 
 PARTS: dict[str, Callable[[Part], None]] = {
     "bandwidth": _gpu_speed.bandwidth,

@@ -22,10 +22,10 @@ from _harness import Bench, seconds
 from warmserve_rt.policy.curve import ValueCurve, value_curve
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.residency import Catalogue, Plan, Problem, plan, replan
-from warmserve_rt.sim.catalogue import paper_models
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.run import simulate
-from warmserve_rt.sim.workloads import azure, power_law
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.workload.catalogue import paper_models
+from warmserve_rt.sim.workload.workloads import azure, power_law
 
 NODE, CAPACITY, BANDWIDTH, TOKENS, BUDGET_S = 8, 80 * 10**9, 25e9, 512, 0.3
 # Layers, MB of a layer, MB of embedding and head, KV KB of a token; prefill ms of no and of 512

@@ -15,8 +15,8 @@ from _fleets import Case, Run, geomean, jackknife, mean_of, perform_all, workloa
 from _harness import Bench, Interval
 from _still import late_at_least
 
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.metrics import Slo
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.metrics import Slo
 
 OURS, THEIRS = "scheduler", "warmserve"
 PAPER = [Case(f"paper-{rate}", "azure-conv", "paper", rate, 900) for rate in (15, 20, 25)]

@@ -20,7 +20,7 @@ from cuda_runtime import SIZES
 from hypothesis import Phase, settings
 
 from warmserve_rt import Model, Runtime, _native, testing
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 # Engines are tested where they are installed, by `.ci/engine_tests`.
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["engines/test_vllm*.py"]

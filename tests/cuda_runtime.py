@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints import GRANULE
 
 from warmserve_rt import Runtime, testing
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 SIZES = [2 * GRANULE, 5]  # of the models "a" and "b" of the fixture `two_files`
 WEIGHT = "model.layers.0.weight"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from warmserve_rt import Busy, CorruptCheckpoint, OutOfDeviceMemory, StaleView, _native, testing
-from warmserve_rt.layers import ALIGNMENT
+from warmserve_rt.checkpoint.layout import ALIGNMENT
 
 GRANULE = 2 << 20
 CHUNK = 1 << 20

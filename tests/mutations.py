@@ -166,7 +166,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer that has to wait is shown",
-        "warmserve_rt/views.py",
+        "warmserve_rt/core/views.py",
         "if not self._here(layer):",
         "if False:",
         "test_streaming_leases.py::test_a_lease_begins_before_its_layers_are_there[host]",
@@ -250,14 +250,14 @@ MUTATIONS = [
     ),
     Mutation(
         "floats beside a packed tensor are cast",
-        "warmserve_rt/dtypes.py",
+        "warmserve_rt/checkpoint/dtypes.py",
         "if below or _module(name) in modules:",
         "if below:",
         "test_dtype.py::test_quantised_layers_stay_exact",
     ),
     Mutation(
         "a name goes on standing for a model that is gone",
-        "warmserve_rt/revisions.py",
+        "warmserve_rt/core/revisions.py",
         "if self._current.get(name) is model:",
         "if False:",
         "test_revisions.py::test_a_name_whose_revision_is_gone_is_unknown[host]",
@@ -292,7 +292,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a checked accessor does not check",
-        "warmserve_rt/views.py",
+        "warmserve_rt/core/views.py",
         "if not self._held():",
         "if False:",
         "test_leases.py::test_checked_accessors_refuse_when_the_lease_is_over",
@@ -385,7 +385,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gates that went with one lease stay away under another",
-        "warmserve_rt/engines/gates.py",
+        "warmserve_rt/engines/torch/gates.py",
         "if epoch != self._epoch:",
         "if not self._epoch:",
         "test_transformers_engine.py::"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim.devices import Device, Hardware, Shard
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.instance import Instance
-from warmserve_rt.sim.links import Flow
-from warmserve_rt.sim.workloads import Workload
+from warmserve_rt.sim.core.devices import Device, Hardware, Shard
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.core.instance import Instance
+from warmserve_rt.sim.core.links import Flow
+from warmserve_rt.sim.workload.workloads import Workload
 
 BYTE = 1.0  # what sums of byte counts may be off by
 

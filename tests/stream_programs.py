@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from cuda_calls import BLOCKING, LEGACY, NON_BLOCKING, Cuda
 
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 GRANULE = 2 << 20
 DEVICE = 2 * GRANULE  # two granules, mapped in both orders

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.policies import POLICIES
-from warmserve_rt.sim.study import Study
+from warmserve_rt.sim.controllers.policies import POLICIES
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.study import Study
 
 SMALL = Study(
     workload="power-law",

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from warmserve_rt.policy.pipeline import first_token
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim import events
-from warmserve_rt.sim.catalogue import MODELS, mixed
-from warmserve_rt.sim.devices import Device, Hardware
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.instance import Instance
-from warmserve_rt.sim.metrics import prefills
-from warmserve_rt.sim.policies import POLICIES
-from warmserve_rt.sim.policies.balance import KV_TOKENS, Demand, balance
-from warmserve_rt.sim.policies.warmserve import Replica
-from warmserve_rt.sim.run import simulate
-from warmserve_rt.sim.workloads import Workload, power_law
+from warmserve_rt.sim.controllers.baselines.balance import KV_TOKENS, Demand, balance
+from warmserve_rt.sim.controllers.baselines.warmserve import Replica
+from warmserve_rt.sim.controllers.policies import POLICIES
+from warmserve_rt.sim.core import events
+from warmserve_rt.sim.core.devices import Device, Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.core.instance import Instance
+from warmserve_rt.sim.study.metrics import prefills
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.workload.catalogue import MODELS, mixed
+from warmserve_rt.sim.workload.workloads import Workload, power_law
 
 EIGHT = Hardware(devices=8, memory=72e9)
 STATIC = ("sharing", "fixed-shares")

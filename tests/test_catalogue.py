@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from warmserve_rt.sim import catalogue
-from warmserve_rt.sim.catalogue import (
+from warmserve_rt.sim.workload import catalogue
+from warmserve_rt.sim.workload.catalogue import (
     LLAMA2_70B_MEASURED,
     MEAN_PROMPT,
     MODELS,

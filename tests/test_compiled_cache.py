@@ -20,7 +20,7 @@ import resource, sys
 if sys.argv[1:] == ["small"]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
 import numpy as np
-import warmserve_rt.scheduler
+import warmserve_rt.scheduling.scheduler
 from warmserve_rt.policy._exchange import chance  # the smallest of the compiled functions
 
 print(chance(np.array([0.5, 0.5, 1.0]), 0, 2))

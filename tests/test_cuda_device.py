@@ -32,7 +32,7 @@ from warmserve_rt import (
     testing,
 )
 from warmserve_rt.kernels import granule_digest
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 # No driver, an old one, no device
 

@@ -19,7 +19,7 @@ from warmserve_rt import (
     WarmServeError,
     testing,
 )
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 
 def test_a_capture_elsewhere_is_not_broken_by_loading(

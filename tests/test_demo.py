@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tiny_tenants import NAMES, cast_for, tiny  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from warmserve_rt._paths import cache_dir  # noqa: E402
+from warmserve_rt._cache_dir import cache_dir  # noqa: E402
 from warmserve_rt.cli import app  # noqa: E402
 from warmserve_rt.demo import run as demo  # noqa: E402
 from warmserve_rt.demo import tenants as tenants_module  # noqa: E402

@@ -12,11 +12,11 @@ from statistics import fmean
 
 import pytest
 
-from warmserve_rt.sim.catalogue import paper_models
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.metrics import RunSummary, summary
-from warmserve_rt.sim.run import simulate
-from warmserve_rt.sim.workloads import azure
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.metrics import RunSummary, summary
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.workload.catalogue import paper_models
+from warmserve_rt.sim.workload.workloads import azure
 
 SEEDS = (1, 2, 3, 4)
 ONE_NODE, TWO_NODES = Hardware(devices=8), Hardware(devices=16)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from warmserve_rt import CorruptCheckpoint, kernels
 from warmserve_rt.checkpoint import DTYPES, TensorEntry, open_checkpoint
-from warmserve_rt.dtypes import cast_kind, planned_casts
-from warmserve_rt.layers import Layout, build_layout
+from warmserve_rt.checkpoint.dtypes import cast_kind, planned_casts
+from warmserve_rt.checkpoint.layout import Layout, build_layout
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TARGETS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

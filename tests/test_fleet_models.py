@@ -16,8 +16,8 @@ from checkpoints import GRANULE, write_model
 from test_runtime_fleet import SIZES, World
 
 from warmserve_rt.policy.forecast import Forecaster
-from warmserve_rt.runtime_fleet import RuntimeFleet, profile_of
-from warmserve_rt.scheduler import REST, Scheduler
+from warmserve_rt.scheduling.fleet import RuntimeFleet, profile_of
+from warmserve_rt.scheduling.scheduler import REST, Scheduler
 
 TIMES: dict[str, Any] = {"prefill_s": 0.1, "prefill_token_s": 0.0, "decode_s": 0.01}
 ALL = [0, 1, 2, 3]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from warmserve_rt.policy.experts import EXPERTS
+from warmserve_rt.policy.ensemble import EXPERTS
 from warmserve_rt.policy.forecast import Forecast, Forecaster
 
 WINDOW, SLOTS = 300.0, 6

@@ -16,9 +16,9 @@ import pytest
 from warmserve_rt import Model, Runtime
 from warmserve_rt._errors import CorruptCheckpoint
 from warmserve_rt.checkpoint import CHUNK, DTYPES, TensorEntry, open_checkpoint
-from warmserve_rt.dtypes import planned_casts
-from warmserve_rt.layers import build_layout
-from warmserve_rt.selection import layer_index, layer_indices
+from warmserve_rt.checkpoint.dtypes import planned_casts
+from warmserve_rt.checkpoint.layout import build_layout
+from warmserve_rt.core.selection import layer_index, layer_indices
 
 ENTRY = '"%s":{"dtype":"%s","shape":[0],"data_offsets":[0,0]}'
 

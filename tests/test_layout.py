@@ -20,7 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warmserve_rt.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from warmserve_rt.layers import ALIGNMENT, Grouping, Layout, Segment, build_layout, group_by_name
+from warmserve_rt.checkpoint.layout import (
+    ALIGNMENT,
+    Grouping,
+    Layout,
+    Segment,
+    build_layout,
+    group_by_name,
+)
 
 Tensors = Mapping[str, tuple[str, Sequence[int]]]  # name -> dtype, shape
 

@@ -20,7 +20,7 @@ import test_demo
 from warmserve_rt.demo import live, run, traffic
 from warmserve_rt.demo.predicted import predict
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.scheduler import Scheduler
+from warmserve_rt.scheduling.scheduler import Scheduler
 
 cast = test_demo.cast  # five tiny tenants
 NAMES = test_demo.NAMES

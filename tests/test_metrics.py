@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.history import with_history
-from warmserve_rt.sim.intervals import (
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.study.intervals import (
     difference,
     highest_rate,
     interval,
     ratio,
     t_quantile,
 )
-from warmserve_rt.sim.metrics import Slo, quantile, summary
-from warmserve_rt.sim.workloads import Workload
+from warmserve_rt.sim.study.metrics import Slo, quantile, summary
+from warmserve_rt.sim.workload.history import with_history
+from warmserve_rt.sim.workload.workloads import Workload
 
 QUICK = ModelProfile("quick", 1, (1, 8, 1), 1, 0.02, 0.001, 0.01)
 SLOW = ModelProfile("slow", 1, (1, 8, 1), 1, 0.1, 0.0, 0.01)

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from warmserve_rt.policy.need import RecentRate, start_rates
+from warmserve_rt.policy.rates import RecentRate, start_rates
 
 
 def counted(rate: float, service: float, batch: int, most: int) -> list[float]:

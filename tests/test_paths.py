@@ -11,7 +11,7 @@ import pytest
 from checkpoints import GRANULE, write_safetensors
 
 from warmserve_rt import FOREGROUND, Runtime, WarmServeError, _native, testing
-from warmserve_rt.simcuda import SimulatedCuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 LAYERS, LAYER = 6, 4 * GRANULE
 CHUNK = GRANULE

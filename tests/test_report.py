@@ -15,13 +15,11 @@ from xml.etree import ElementTree
 import pytest
 from studies import BASELINE, SMALL, WARM
 
-from warmserve_rt.sim import columns as table
-from warmserve_rt.sim import study as study_module
-from warmserve_rt.sim import terminal, words
-from warmserve_rt.sim.digest import as_interval, digest, to_json
-from warmserve_rt.sim.policies import POLICIES
-from warmserve_rt.sim.report import render
-from warmserve_rt.sim.study import Result, run
+from warmserve_rt.sim.controllers.policies import POLICIES
+from warmserve_rt.sim.report import sentences, table, terminal
+from warmserve_rt.sim.report.report import render
+from warmserve_rt.sim.study.digest import as_interval, digest, to_json
+from warmserve_rt.sim.study.study import Result, run
 
 ASKED_FOR = (
     *("ttft_mean", "ttft_p50", "ttft_p95", "ttft_p99", "slo_miss", "hit_share"),
@@ -59,34 +57,34 @@ def test_summary_json_has_what_was_asked_for(numbers: dict[str, Any]) -> None:
 
 
 def test_pairs_turned_round_are_each_others_inverse(numbers: dict[str, Any]) -> None:
-    there = words.ratio_of(numbers, "ttft_p99_ratio", BASELINE, WARM)
-    back = words.ratio_of(numbers, "ttft_p99_ratio", WARM, BASELINE)
+    there = sentences.ratio_of(numbers, "ttft_p99_ratio", BASELINE, WARM)
+    back = sentences.ratio_of(numbers, "ttft_p99_ratio", WARM, BASELINE)
     assert there.mean == pytest.approx(1 / back.mean)
     assert there.low == pytest.approx(1 / (back.high or math.nan))
-    ahead = words.ratio_of(numbers, "slo_miss_difference", BASELINE, WARM)
-    behind = words.ratio_of(numbers, "slo_miss_difference", WARM, BASELINE)
+    ahead = sentences.ratio_of(numbers, "slo_miss_difference", BASELINE, WARM)
+    behind = sentences.ratio_of(numbers, "slo_miss_difference", WARM, BASELINE)
     assert (ahead.mean, ahead.low) == (-behind.mean, -(behind.high or math.nan))
 
 
 def test_the_engine_starts_part_is_told_in_the_numbers_that_were_run(
     numbers: dict[str, Any], page: str
 ) -> None:
-    told = " ".join(words.engine_start(numbers))
+    told = " ".join(sentences.engine_start(numbers))
     assert "up to 50.8x" in told
     assert "engine start of 5 s" in told
     rows = {r["engine_start_s"]: r for r in numbers["engine_starts"] if r["policy"] == BASELINE}
     for start in (0.0, 5.0):
-        assert words.times(as_interval(rows[start]["ttft_p99_over"][WARM])) in told
+        assert sentences.times(as_interval(rows[start]["ttft_p99_over"][WARM])) in told
     assert rows[0.0]["ttft_p99"]["mean"] < rows[5.0]["ttft_p99"]["mean"]
     assert escape(told) in page
 
 
 def test_equal_starts_that_were_not_run_are_not_told(numbers: dict[str, Any]) -> None:
     kept = [row for row in numbers["engine_starts"] if row["engine_start_s"] == 5.0]
-    told = " ".join(words.engine_start({**numbers, "engine_starts": kept}))
+    told = " ".join(sentences.engine_start({**numbers, "engine_starts": kept}))
     assert "equal starts were not run" in told
     assert "is the engine start's" not in told
-    assert "No policy" in " ".join(words.engine_start({**numbers, "engine_starts": []}))
+    assert "No policy" in " ".join(sentences.engine_start({**numbers, "engine_starts": []}))
 
 
 def test_a_best_policy_that_seeds_cannot_tell_apart_is_not_called_sure(
@@ -100,7 +98,7 @@ def test_a_best_policy_that_seeds_cannot_tell_apart_is_not_called_sure(
         pair = {"policy": BASELINE, "over": WARM}
         ratio = {"mean": 2.0, "low": low, "high": 4.0}
         paired = [{**pair, "ttft_p99_ratio": ratio}]
-        return " ".join(words.findings({**numbers, "policies": policies, "paired": paired}))
+        return " ".join(sentences.findings({**numbers, "policies": policies, "paired": paired}))
 
     assert f"{WARM} has the lowest P99 TTFT, 4 s" in told(1.5)
     assert "do not tell the two apart" in told(0.5)
@@ -166,7 +164,7 @@ def test_the_report_follows_the_readers_colours_and_screen(page: str) -> None:
 
 def test_colours_can_be_read_on_either_ground() -> None:
     """Contrast of text at least 4.5, of lines and bands at least 3 (WCAG 2.1, 1.4.3 and 1.4.11)."""
-    style = (Path(study_module.__file__).parent / "report.css").read_text()
+    style = (Path(table.__file__).parent / "report.css").read_text()
     grounds = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(grounds) == 2
     for ground in grounds:
@@ -234,7 +232,7 @@ def told(numbers: dict[str, Any], tails: dict[str, float], ratio: float = 2.0) -
     paired = [
         {"policy": a, "over": b, "ttft_p99_ratio": each} for a in tails for b in tails if a != b
     ]
-    return " ".join(words.findings({**numbers, "policies": policies, "paired": paired}))
+    return " ".join(sentences.findings({**numbers, "policies": policies, "paired": paired}))
 
 
 def test_a_bound_that_does_no_better_is_not_called_the_most_that_could_be(
@@ -282,7 +280,7 @@ def test_an_engine_start_is_compared_where_there_is_a_ratio(numbers: dict[str, A
         ]
         policies = {name: numbers["policies"][name] for name in (BASELINE, *with_start)}
         data = {**numbers, "policies": policies, "engine_starts": rows}
-        return " ".join(words.engine_start(data))
+        return " ".join(sentences.engine_start(data))
 
     said = starts({"lru": 3.0, "sharing": 0.0}, {"lru": 1.5, "sharing": 0.0})
     assert "has no ratio to that of sharing" in said

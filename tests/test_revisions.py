@@ -11,7 +11,7 @@ from checkpoints import content, write_model, write_safetensors
 from conftest import Device, bytes_of
 
 from warmserve_rt import Busy, Runtime
-from warmserve_rt.revisions import parse_name
+from warmserve_rt.core.revisions import parse_name
 
 SIZES = [3 << 20, 1000]
 TENSOR = "model.layers.0.weight"

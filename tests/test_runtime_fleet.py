@@ -14,12 +14,12 @@ from checkpoints import GRANULE, write_model
 from conftest import Device
 
 from warmserve_rt import Runtime, testing
-from warmserve_rt.loop import RETRY_S, Loop
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.runtime_device import BACKOFF_S
-from warmserve_rt.runtime_fleet import RuntimeFleet, profile_of
-from warmserve_rt.scheduler import SETTLE_S, Scheduler
+from warmserve_rt.scheduling.device import BACKOFF_S
+from warmserve_rt.scheduling.fleet import RuntimeFleet, profile_of
+from warmserve_rt.scheduling.loop import RETRY_S, Loop
+from warmserve_rt.scheduling.scheduler import SETTLE_S, Scheduler
 
 SIZES = {name: [GRANULE, GRANULE, GRANULE - 5, 100] for name in "abc"}
 BANDWIDTH = 4.0 * GRANULE  # a quarter of a second for a layer

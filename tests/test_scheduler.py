@@ -11,11 +11,11 @@ pytest.importorskip("numba")
 
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.slo import Slo
-from warmserve_rt.scheduler import Scheduler
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.workloads import Workload, power_law
-from warmserve_rt.starts import Starts
+from warmserve_rt.scheduling.scheduler import Scheduler
+from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.workload.workloads import Workload, power_law
 
 GB = 1_000_000_000
 

@@ -8,10 +8,10 @@ import pytest
 from sim_checks import Scripted, run, tiny, workload
 
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.scheduler import Scheduler
-from warmserve_rt.sim.devices import KV_STEP, Hardware
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.starts import Starts
+from warmserve_rt.scheduling.scheduler import Scheduler
+from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.core.devices import KV_STEP, Hardware
+from warmserve_rt.sim.core.fleet import Fleet
 
 GB = 10**9
 ONE = Hardware(1, 1, 100.0 * GB, 10.0 * GB, interference=0.5)

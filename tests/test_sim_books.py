@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_checks import Books, Scripted, run, tiny, workload
 
-from warmserve_rt.sim import catalogue, workloads
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.policies import POLICIES
-from warmserve_rt.sim.run import simulate
+from warmserve_rt.sim.controllers.policies import POLICIES
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.workload import catalogue, workloads
 
 # (e) Conservation, whoever decides.
 

@@ -9,10 +9,10 @@ import pytest
 from sim_checks import Scripted, workload
 
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim.devices import Device, Hardware
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.host import HostMemory
-from warmserve_rt.sim.links import Flow
+from warmserve_rt.sim.core.devices import Device, Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.core.host import HostMemory
+from warmserve_rt.sim.core.links import Flow
 
 LAYERS = (100,) * 10
 MODELS = [ModelProfile(f"m{i}", 1, LAYERS, 1, 0.0, 0.0, 0.01) for i in range(4)]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sim_checks import SMALL, Scripted, tiny, workload
 
-from warmserve_rt.sim import catalogue, workloads
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.run import simulate
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.workload import catalogue, workloads
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from cuda_calls import (
     code,
 )
 
-from warmserve_rt.simcuda import SimulatedCuda
 from warmserve_rt.testing import simulated_cuda
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 G = 2 << 20
 SLOW = G / 0.05  # bytes per second: a granule takes 50 ms

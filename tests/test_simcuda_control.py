@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from cuda_calls import PAGE, Cuda, code
 
-from warmserve_rt.simcuda import SimulatedCuda
 from warmserve_rt.testing import simulated_cuda, simulated_cuda_fixture
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 G = 2 << 20
 RATE = 1e9

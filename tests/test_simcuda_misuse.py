@@ -24,8 +24,8 @@ from cuda_calls import (
     code,
 )
 
-from warmserve_rt.simcuda import SimulatedCuda, Violation
 from warmserve_rt.testing import simulated_cuda
+from warmserve_rt.testing.simcuda import SimulatedCuda, Violation
 
 G = 2 << 20
 NOT_RESERVED = 0x10_0000_0000

@@ -20,19 +20,19 @@ pytest.importorskip("rich")
 from studies import BASELINE, SMALL, WARM
 from typer.testing import CliRunner
 
-import warmserve_rt.sim
+import warmserve_rt.sim.report
 from warmserve_rt.cli import app
-from warmserve_rt.sim import folder as folder_module
-from warmserve_rt.sim import study as study_module
-from warmserve_rt.sim import words
-from warmserve_rt.sim.digest import digest, to_json
-from warmserve_rt.sim.fleet import Fleet
-from warmserve_rt.sim.metrics import summary
-from warmserve_rt.sim.policies import POLICIES
-from warmserve_rt.sim.report import render
-from warmserve_rt.sim.run import simulate
-from warmserve_rt.sim.study import Result, StudyError, run, runs
-from warmserve_rt.sim.timeline import Timeline
+from warmserve_rt.sim.controllers.policies import POLICIES
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.report import atomic_output as folder_module
+from warmserve_rt.sim.report import sentences
+from warmserve_rt.sim.report.report import render
+from warmserve_rt.sim.study import study as study_module
+from warmserve_rt.sim.study.digest import digest, to_json
+from warmserve_rt.sim.study.metrics import summary
+from warmserve_rt.sim.study.run import simulate
+from warmserve_rt.sim.study.study import Result, StudyError, run, runs
+from warmserve_rt.sim.study.timeline import Timeline
 
 SMALL_ARGUMENTS = (
     *("--workload", "power-law", "--gpus", "4", "--models", "4", "--rate", "0.5"),
@@ -152,9 +152,9 @@ def refused(result: Any, said: str) -> None:
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    for name in ("warmserve_rt.sim.terminal", "warmserve_rt._terminal"):
+    for name in ("warmserve_rt.sim.report.terminal", "warmserve_rt._terminal"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(warmserve_rt.sim, "terminal", raising=False)
+    monkeypatch.delattr(warmserve_rt.sim.report, "terminal", raising=False)
     result = command(*SMALL_ARGUMENTS, "--out", str(tmp_path / "out"))
     assert "needs rich: pip install 'warmserve_rt[sim]'" in str(result.exception or result.output)
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +243,7 @@ def test_requests_never_served_are_counted_and_a_fault_is_no_result(
 
     def with_controller(make: Callable[[], Any]) -> Result:
         changed = {WARM: replace(POLICIES[WARM], make=make)}
-        monkeypatch.setattr("warmserve_rt.sim.policies.POLICIES", changed)
+        monkeypatch.setattr("warmserve_rt.sim.controllers.policies.POLICIES", changed)
         return run(alone, 1)
 
     result = with_controller(Deaf)
@@ -251,7 +251,7 @@ def test_requests_never_served_are_counted_and_a_fault_is_no_result(
     assert found.unserved == found.requests > 0
     data = digest(result)
     assert json.loads(to_json(data))["policies"][WARM]["metrics"]["ttft_p99"]["mean"] == "inf"
-    assert "count as infinite" in " ".join(words.findings(data))
+    assert "count as infinite" in " ".join(sentences.findings(data))
     assert "unbounded" in render(result, data)
     with pytest.raises(RuntimeError, match="a fault"):
         with_controller(Broken)

@@ -17,9 +17,9 @@ from sim_checks import SMALL, Scripted, run, tiny, workload
 
 from warmserve_rt.policy.pipeline import first_token
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim import catalogue
-from warmserve_rt.sim.devices import Hardware
-from warmserve_rt.sim.fleet import Fleet
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.workload import catalogue
 
 ONE = Hardware(devices=1, node_devices=1, background_share=0.0)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmserve_rt.sim import catalogue
-from warmserve_rt.sim.workloads import TraceError, parse, read_trace
+from warmserve_rt.sim.workload import catalogue
+from warmserve_rt.sim.workload.workloads import TraceError, parse, read_trace
 
 MODELS = catalogue.mixed(8)
 HEADER = "t_s,model,input_tokens,output_tokens\n"

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmserve_rt.sim import traces
-from warmserve_rt.sim.arrivals import divided, renewal
+from warmserve_rt.sim.workload import traces
+from warmserve_rt.sim.workload.arrivals import divided, renewal
 
 
 def test_data_files_are_in_the_package_and_small():
-    data = files("warmserve_rt.sim") / "data"
+    data = files("warmserve_rt.sim.workload") / "data"
     archives = [file for file in data.iterdir() if file.name.endswith(".npz")]
     assert {file.name for file in archives} == {"azure2023.npz", "mooncake.npz", "servegen.npz"}
     assert sum(len(file.read_bytes()) for file in archives) < 1_000_000

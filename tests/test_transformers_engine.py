@@ -27,10 +27,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa:
 
 from warmserve_rt import CorruptCheckpoint, Runtime, StaleView  # noqa: E402
 from warmserve_rt.engines import transformers as engine  # noqa: E402
-from warmserve_rt.engines.blueprints import KEPT, Blueprints  # noqa: E402
-from warmserve_rt.engines.gates import gated_parts  # noqa: E402
-from warmserve_rt.engines.skeletons import skeleton  # noqa: E402
+from warmserve_rt.engines.torch.gates import gated_parts  # noqa: E402
 from warmserve_rt.engines.transformers import bind, load  # noqa: E402
+from warmserve_rt.engines.transformers.blueprints import KEPT, Blueprints  # noqa: E402
+from warmserve_rt.engines.transformers.skeletons import skeleton  # noqa: E402
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer  # noq
 
 from warmserve_rt import Runtime, StaleView  # noqa: E402
 from warmserve_rt.demo.tenants import make_tenants  # noqa: E402
-from warmserve_rt.engines.experts import Expert  # noqa: E402
 from warmserve_rt.engines.transformers import load  # noqa: E402
+from warmserve_rt.engines.transformers.moe import Expert  # noqa: E402
 
 # Two prompts, the shorter of which is padded on the left, and a third of another length.
 BATCH = {

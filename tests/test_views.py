@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from warmserve_rt import Runtime, testing
 from warmserve_rt.checkpoint import DTYPES
-from warmserve_rt.views import native_view
+from warmserve_rt.core.views import native_view
 
 BITS = {name: dtype.bits for name, dtype in DTYPES.items()}
 

@@ -28,9 +28,7 @@ from torch import nn  # noqa: E402
 from warmserve_rt import Busy, OutOfDeviceMemory, Runtime, WarmServeError  # noqa: E402
 from warmserve_rt._errors import CorruptCheckpoint  # noqa: E402
 from warmserve_rt.engines import vllm as engine  # noqa: E402
-from warmserve_rt.engines.vllm import arenas  # noqa: E402
-from warmserve_rt.engines.vllm.cache import Cache, Key, discard, open_for_use  # noqa: E402
-from warmserve_rt.engines.vllm.state import (  # noqa: E402
+from warmserve_rt.engines.torch.state import (  # noqa: E402
     LayoutDiffers,
     State,
     bind_parameters,
@@ -38,6 +36,8 @@ from warmserve_rt.engines.vllm.state import (  # noqa: E402
     export,
     refuse_meta,
 )
+from warmserve_rt.engines.vllm import arenas  # noqa: E402
+from warmserve_rt.engines.vllm.cache import Cache, Key, discard, open_for_use  # noqa: E402
 
 KEY = Key("model", {"model": "/models/a", "dtype": "float32"}, {"vLLM": "0.32.0"})
 MIB = 1 << 20

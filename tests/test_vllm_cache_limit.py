@@ -18,7 +18,7 @@ pytest.importorskip("typer")
 from test_vllm_cache import KEY, MIB, state_of  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
-from warmserve_rt._paths import acquire, cache_dir, locked  # noqa: E402
+from warmserve_rt._cache_dir import acquire, cache_dir, locked  # noqa: E402
 from warmserve_rt.cli import app  # noqa: E402
 from warmserve_rt.engines.vllm import cache as cache_module  # noqa: E402
 from warmserve_rt.engines.vllm.cache import Cache, Entry, Key, discard  # noqa: E402

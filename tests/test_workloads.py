@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from warmserve_rt.sim import catalogue, traces, workloads
-from warmserve_rt.sim.workloads import NAMES, Workload, parse, shares
+from warmserve_rt.sim.workload import catalogue, traces, workloads
+from warmserve_rt.sim.workload.workloads import NAMES, Workload, parse, shares
 
 MODELS = catalogue.mixed(8)
 

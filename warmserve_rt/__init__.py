@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from warmserve_rt.core.lease import Lease
+from warmserve_rt.core.model import Model
+from warmserve_rt.core.runtime import BACKGROUND, FOREGROUND, Runtime
+from warmserve_rt.core.snapshot import LayerSnapshot, ModelSnapshot, Snapshot
+from warmserve_rt.core.ticket import Progress, Ticket
+
 from ._errors import (
     Busy,
     Cancelled,
@@ -14,11 +20,6 @@ from ._errors import (
     StaleView,
     WarmServeError,
 )
-from .lease import Lease
-from .model import Model
-from .runtime import BACKGROUND, FOREGROUND, Runtime
-from .snapshot import LayerSnapshot, ModelSnapshot, Snapshot
-from .ticket import Progress, Ticket
 
 __all__ = [
     "BACKGROUND",
@@ -43,10 +44,28 @@ __all__ = [
 
 __version__: str
 
-if not TYPE_CHECKING:  # a checker would take every name for one of the module's
+# Imported when they are asked for: the scheduler needs numba, which a runtime does not. Not in
+# ``__all__``: ``from warmserve_rt import *`` works without numba.
+_LAZY = {
+    "Forecaster": "warmserve_rt.policy.forecast",
+    "RuntimeFleet": "warmserve_rt.scheduling.fleet",
+    "Scheduler": "warmserve_rt.scheduling.scheduler",
+    "profile_of": "warmserve_rt.scheduling.fleet",
+}
 
-    def __getattr__(name: str) -> str:
-        """Reads ``__version__`` from the installed package when it is asked for."""
+if TYPE_CHECKING:
+    from warmserve_rt.policy.forecast import Forecaster as Forecaster
+    from warmserve_rt.scheduling.fleet import RuntimeFleet as RuntimeFleet
+    from warmserve_rt.scheduling.fleet import profile_of as profile_of
+    from warmserve_rt.scheduling.scheduler import Scheduler as Scheduler
+else:  # a checker would take every name for one of the module's
+
+    def __getattr__(name: str) -> object:
+        """Imports a name of `_LAZY`, or reads ``__version__`` from the installed package."""
+        if name in _LAZY:
+            from importlib import import_module
+
+            return getattr(import_module(_LAZY[name]), name)
         if name == "__version__":
             from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-# What csrc/bind/module.cpp defines; runtime.py, lease.py and views.py are its users. Bytes and
+# What csrc/bind/module.cpp defines; core/, checkpoint/ and kernels.py use it. Bytes and
 # seconds throughout.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar, overload

@@ -20,13 +20,14 @@ except ModuleNotFoundError:
         + (f"'warmserve_rt[{extra}]'" if extra else "typer")
     )
 
+from warmserve_rt.engines.vllm import command as cache
+from warmserve_rt.sim.command import simulate
+
 from ._errors import WarmServeError
 from ._units import parse_bytes
-from .engines.vllm import command as cache
-from .sim.command import simulate
 
 if TYPE_CHECKING:
-    from .sizes import Sizes
+    from warmserve_rt.checkpoint.sizes import Sizes
 
 app = typer.Typer(
     help="Keeps layers of many models warm in one device's memory.",
@@ -78,7 +79,7 @@ def demo(
     if engine is Engine.vllm:  # whose starts torch would speak of; read when it is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        from .demo.run import run
+        from warmserve_rt.demo.run import run
 
         status = run(json, requests=requests, seed=seed, engine=engine.value, mutate=mutate)
     except ModuleNotFoundError as error:
@@ -99,7 +100,7 @@ def live(
 ) -> None:
     """Let the scheduler prewarm real models, and compare with what the simulator predicts."""
     try:
-        from .demo.live import run
+        from warmserve_rt.demo.live import run
 
         status = run(json, requests=requests, seconds=seconds, seed=seed, mutate=mutate)
     except ModuleNotFoundError as error:
@@ -116,8 +117,9 @@ def inspect(
     dtype: Dtype = None,
 ) -> None:
     """Show the layers of a checkpoint, as a runtime would keep them, and its files."""
+    from warmserve_rt.checkpoint.sizes import dtypes_of
+
     from ._terminal import make_console, plain, print_table
-    from .sizes import dtypes_of
 
     (sizes,), _ = _measure([checkpoint], granule, dtype)
     layers = [
@@ -176,8 +178,8 @@ def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[S
         from ._terminal import plain
     except ModuleNotFoundError as error:
         sys.exit(f"warmserve-rt needs {error.name}: pip install {error.name}")
-    from .dtypes import target_dtype
-    from .sizes import measure
+    from warmserve_rt.checkpoint.dtypes import target_dtype
+    from warmserve_rt.checkpoint.sizes import measure
 
     try:
         nbytes = parse_bytes(granule, "granule")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from warmserve_rt.checkpoint import open_checkpoint
-from warmserve_rt.layers import build_layout
+from warmserve_rt.checkpoint.layout import build_layout
 
 STEP = 1 << 20  # bytes compared at a time, to stay in the processor's cache
 

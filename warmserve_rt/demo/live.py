@@ -20,18 +20,19 @@ from rich.text import Text
 
 from warmserve_rt import testing
 from warmserve_rt._terminal import print_whole
-from warmserve_rt.demo import report
-from warmserve_rt.demo.content import unique_granules
-from warmserve_rt.demo.measure import Costs, measure
-from warmserve_rt.demo.predicted import BEFORE_S, Outcome, predict
-from warmserve_rt.demo.rows import Say
-from warmserve_rt.demo.run import GRANULE, TOKENS, Cast, prepare, quiet, warm_up
-from warmserve_rt.demo.traffic import PROMPTS, TRACE_S, Traffic, forecaster, traffic
-from warmserve_rt.demo.transformers_rows import Transformers, generate
-from warmserve_rt.loop import Loop
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.runtime_fleet import RuntimeFleet, profile_of
-from warmserve_rt.scheduler import Scheduler
+from warmserve_rt.scheduling.fleet import RuntimeFleet, profile_of
+from warmserve_rt.scheduling.loop import Loop
+from warmserve_rt.scheduling.scheduler import Scheduler
+
+from . import report
+from .content import unique_granules
+from .measure import Costs, measure
+from .predicted import BEFORE_S, Outcome, predict
+from .rows import Say
+from .run import GRANULE, TOKENS, Cast, prepare, quiet, warm_up
+from .traffic import PROMPTS, TRACE_S, Traffic, forecaster, traffic
+from .transformers_rows import Transformers, generate
 
 INTRODUCTION = """\
 [bold]The scheduler on a real runtime, and the simulator's word for it.[/] The demo's five \

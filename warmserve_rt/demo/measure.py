@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from warmserve_rt import Lease, Runtime
-from warmserve_rt.demo.transformers_rows import generate
 from warmserve_rt.policy.pipeline import first_token_by_prefix
 from warmserve_rt.policy.profile import ModelProfile
+
+from .transformers_rows import generate
 
 ROUNDS = 3
 

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmserve_rt.demo.traffic import forecaster
-from warmserve_rt.dispatch import Dispatcher
-from warmserve_rt.scheduler import Scheduler
-from warmserve_rt.sim.devices import KV_STEP, Hardware
-from warmserve_rt.sim.fleet import LEAD_S, Fleet
-from warmserve_rt.sim.metrics import times_to_first_token
-from warmserve_rt.sim.requests import Workload
-from warmserve_rt.starts import Starts
+from warmserve_rt.scheduling.scheduler import Scheduler
+from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.controllers.dispatcher import Dispatcher
+from warmserve_rt.sim.core.devices import KV_STEP, Hardware
+from warmserve_rt.sim.core.fleet import LEAD_S, Fleet
+from warmserve_rt.sim.study.metrics import times_to_first_token
+from warmserve_rt.sim.workload.requests import Workload
+
+from .traffic import forecaster
 
 BEFORE_S = 2.0  # the first request, in which layers are brought in
 

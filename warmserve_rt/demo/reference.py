@@ -14,8 +14,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from warmserve_rt.demo.content import Content
-from warmserve_rt.demo.tenants import Progress
+from .content import Content
+from .tenants import Progress
 
 
 class Plain(Protocol):

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from warmserve_rt._terminal import make_console, plain
-from warmserve_rt.demo.serve import Answer
+
+from .serve import Answer
 
 INTRODUCTION = {
     "transformers": """\

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 from warmserve_rt import Model, Runtime, testing
-from warmserve_rt.demo.prewarmer import Prewarmer
+
+from .prewarmer import Prewarmer
 
 # Of a prompt so many greedy tokens, or up to the token that ends an answer (-1: none does); each as
 # soon as it is known.

@@ -16,15 +16,16 @@ import transformers
 from transformers import AutoTokenizer
 
 from warmserve_rt._terminal import print_whole
-from warmserve_rt.demo import reference, report
-from warmserve_rt.demo.content import Content, unique_granules
-from warmserve_rt.demo.lessons import QUESTIONS
-from warmserve_rt.demo.rows import Row
-from warmserve_rt.demo.serve import Answer, serve
-from warmserve_rt.demo.tenants import Progress, make_tenants
-from warmserve_rt.demo.training import prompt_ids
-from warmserve_rt.demo.transformers_rows import Mapped, Reload, Transformers
-from warmserve_rt.demo.workload import Request, arrivals
+
+from . import reference, report
+from .content import Content, unique_granules
+from .lessons import QUESTIONS
+from .rows import Row
+from .serve import Answer, serve
+from .tenants import Progress, make_tenants
+from .training import prompt_ids
+from .transformers_rows import Mapped, Reload, Transformers
+from .workload import Request, arrivals
 
 GRANULE = 2 << 20  # bytes, the runtime's default
 TOKENS = 10  # of an answer
@@ -119,7 +120,7 @@ def prepare(
         prompts = {question: prompt_ids(tokenizer, question) for question in questions}
         plain: reference.Plain = reference.PlainTransformers()
         if engine == "vllm":
-            from warmserve_rt.demo.vllm_rows import PlainVllm
+            from .vllm_rows import PlainVllm
 
             plain = PlainVllm()
         wanted = reference.expected(tenants, contents, prompts, TOKENS, bars.show, plain)
@@ -146,7 +147,7 @@ def vllm_ways(
     cast: Cast, arena: int, mutation: random.Random | None, progress: Progress
 ) -> Iterator[Callable[[], Row]]:
     """The same for vLLM."""
-    from warmserve_rt.demo.vllm_rows import Restarted, Vllm
+    from .vllm_rows import Restarted, Vllm
 
     cache = next(iter(cast.tenants.values())).parent / "vllm"
     yield lambda: Restarted(cast.tenants, cast.contents)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from warmserve_rt.demo.rows import Row
-from warmserve_rt.demo.workload import Request
+from .rows import Row
+from .workload import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,10 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from warmserve_rt._paths import cache_dir, locked
-from warmserve_rt.demo.lessons import LESSONS, Lesson
-from warmserve_rt.demo.training import BATCH, tune
+from warmserve_rt._cache_dir import cache_dir, locked
+
+from .lessons import LESSONS, Lesson
+from .training import BATCH, tune
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # what is being done, steps done, steps
 

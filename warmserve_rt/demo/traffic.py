@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from warmserve_rt.demo.lessons import QUESTIONS
-from warmserve_rt.demo.workload import Request
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim.requests import Workload, alone
-from warmserve_rt.sim.workloads import azure
+from warmserve_rt.sim.workload.requests import Workload, alone
+from warmserve_rt.sim.workload.workloads import azure
+
+from .lessons import QUESTIONS
+from .workload import Request
 
 # Of one question to all of them: prompts as different in length as a small model can take.
 PROMPTS = tuple(" ".join(QUESTIONS[:count]) for count in range(1, len(QUESTIONS) + 1))

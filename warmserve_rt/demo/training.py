@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from warmserve_rt.demo.lessons import Lesson
+from .lessons import Lesson
 
 BATCH = 2  # conversations a step, about a hundred tokens
 IGNORED = -100  # transformers' label for a position that is not learnt

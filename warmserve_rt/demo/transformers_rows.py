@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from warmserve_rt import Runtime
-from warmserve_rt.demo.content import Content, differing
-from warmserve_rt.demo.rows import InArena, Row, Say
 from warmserve_rt.engines import transformers as engine
-from warmserve_rt.engines.skeletons import skeleton
+from warmserve_rt.engines.transformers.skeletons import skeleton
+
+from .content import Content, differing
+from .rows import InArena, Row, Say
 
 
 class Reload(Row):

@@ -27,10 +27,11 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from warmserve_rt import Runtime
-from warmserve_rt.demo.content import Content, differing
-from warmserve_rt.demo.rows import InArena, Row, Say
-from warmserve_rt.demo.tenants import Progress
 from warmserve_rt.engines.vllm import WORKER, use
+
+from .content import Content, differing
+from .rows import InArena, Row, Say
+from .tenants import Progress
 
 _numbers = count_from()
 

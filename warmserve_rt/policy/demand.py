@@ -11,8 +11,8 @@ import numpy as np
 from ._greedy import F64
 from .curve import ValueCurve, value_curve
 from .forecast import Forecaster
-from .need import RecentRate, start_rates
 from .profile import ModelProfile
+from .rates import RecentRate, start_rates
 from .slo import Slo
 
 MOST_INSTANCES = 4  # of one model, whose starts are counted

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .experts import EXPERTS, Expert, Experts, Floats
+from .ensemble import EXPERTS, Expert, Experts, Floats
 
 _FORMAT = "warmserve_rt forecaster 1"
 _PATIENCE = 3  # windows without a call after which what passed is unknown

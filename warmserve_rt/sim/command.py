@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from .study import Study
+    from warmserve_rt.sim.study.study import Study
 
 RATE, RATES, MINUTES = 1.0, "0.25,0.5,1,2", 10.0
 
@@ -56,15 +56,15 @@ def simulate(
 ) -> None:
     """Compare policies on a simulated fleet: a table here, a report and numbers in a folder."""
     try:
-        from .._terminal import plain
-        from . import terminal
-        from .devices import Hardware
-        from .digest import digest, to_json
-        from .folder import check_folder, put
-        from .metrics import Slo
-        from .policies import POLICIES
-        from .report import render
-        from .study import Study, StudyError
+        from warmserve_rt._terminal import plain
+        from warmserve_rt.sim.controllers.policies import POLICIES
+        from warmserve_rt.sim.core.devices import Hardware
+        from warmserve_rt.sim.report import terminal
+        from warmserve_rt.sim.report.atomic_output import check_folder, put
+        from warmserve_rt.sim.report.report import render
+        from warmserve_rt.sim.study.digest import digest, to_json
+        from warmserve_rt.sim.study.metrics import Slo
+        from warmserve_rt.sim.study.study import Study, StudyError
     except ModuleNotFoundError as error:
         sys.exit(f"warmserve-rt simulate needs {error.name}: pip install 'warmserve_rt[sim]'")
 

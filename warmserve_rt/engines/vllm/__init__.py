@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from . import processes
 
 if TYPE_CHECKING:
-    from warmserve_rt.runtime import Runtime
+    from warmserve_rt.core.runtime import Runtime
 
 __all__ = ["register", "use"]
 

@@ -13,10 +13,10 @@ from contextlib import ExitStack, closing, suppress
 from warmserve_rt._errors import CorruptCheckpoint, OutOfDeviceMemory, WarmServeError
 from warmserve_rt._units import parse_bytes
 from warmserve_rt.checkpoint import open_checkpoint
+from warmserve_rt.checkpoint.layout import LayerSpec, build_layout
+from warmserve_rt.core.lease import Lease
+from warmserve_rt.core.runtime import FOREGROUND, Model, Runtime, Ticket
 from warmserve_rt.kernels import granule_digest
-from warmserve_rt.layers import LayerSpec, build_layout
-from warmserve_rt.lease import Lease
-from warmserve_rt.runtime import FOREGROUND, Model, Runtime, Ticket
 
 from . import processes
 from .cache import GRANULE, Entry, discard, open_for_use

@@ -24,14 +24,14 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load, save
 
+from warmserve_rt._cache_dir import locked
 from warmserve_rt._errors import CorruptCheckpoint
-from warmserve_rt._paths import locked
 from warmserve_rt.checkpoint import open_checkpoint
+from warmserve_rt.checkpoint.layout import LayerSpec, build_layout
+from warmserve_rt.engines.torch.state import State
 from warmserve_rt.kernels import granule_digest
-from warmserve_rt.layers import LayerSpec, build_layout
 
 from .entries import LOCK, MANIFEST, explained, open_for_use, prune, remove_unused
-from .state import State
 
 __all__ = ["Cache", "Entry", "Key", "discard", "open_for_use"]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from warmserve_rt._paths import acquire, cache_dir
+from warmserve_rt._cache_dir import acquire, cache_dir
 from warmserve_rt._units import parse_bytes
 
 MANIFEST, LOCK = "manifest.json", "lock"

@@ -27,15 +27,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from warmserve_rt._errors import CorruptCheckpoint
-from warmserve_rt.engines.gates import guard
-from warmserve_rt.streams import native_stream
-
-from . import WORKER, arenas
-from .cache import Cache, Entry, discard
-from .entries import bytes_of_limit, root_of
-from .key import key_of
-from .options import Options
-from .state import (
+from warmserve_rt.core.streams import native_stream
+from warmserve_rt.engines.torch.gates import guard
+from warmserve_rt.engines.torch.state import (
     LayoutDiffers,
     State,
     bind_parameters,
@@ -43,6 +37,12 @@ from .state import (
     export,
     refuse_meta,
 )
+
+from . import WORKER, arenas
+from .cache import Cache, Entry, discard
+from .entries import bytes_of_limit, root_of
+from .key import key_of
+from .options import Options
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from .options import Options
 from .sleep import ArenaBackend, release_pages
 
 if TYPE_CHECKING:
-    from warmserve_rt.lease import Lease
+    from warmserve_rt.core.lease import Lease
 
     from .arenas import Weights
 

@@ -1,0 +1,45 @@
+"""How much of an arena checkpoints take, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import open_checkpoint
+from .dtypes import planned_casts
+from .layout import Layout, build_layout
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One checkpoint: its files with their bytes, its layout, and the granules of each layer."""
+
+    path: str
+    files: tuple[tuple[str, int], ...]
+    layout: Layout
+    granules: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Granules of all layers."""
+        return sum(self.granules)
+
+
+def measure(path: Path, granule: int, dtype: str | None = None) -> Sizes:
+    """Reads a checkpoint's headers. Every layer takes whole granules, and one at least.
+
+    Raises as `open_checkpoint`, `planned_casts` and `build_layout` do."""
+    with closing(open_checkpoint(path, allow_symlinks=True)) as opened:
+        casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
+        layout = build_layout(opened, None, casts)
+        files = tuple((str(file.path), file.identity.size) for file in opened.files)
+    counts = tuple(max(1, -(-layer.nbytes // granule)) for layer in layout.layers)
+    return Sizes(str(path), files, layout, counts)
+
+
+def dtypes_of(sizes: Sizes, layer: int) -> Sequence[str]:
+    """The dtypes of a layer's tensors in the arena, each once, in file order."""
+    names = (tensor.dtype.name for tensor in sizes.layout.layers[layer].tensors)
+    return list(dict.fromkeys(names))

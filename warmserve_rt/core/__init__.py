@@ -1,0 +1,1 @@
+"""One device's memory, shared by many models: runtimes, models, leases, views."""

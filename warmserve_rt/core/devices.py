@@ -1,0 +1,83 @@
+"""Devices by name: ``"host"``, ``"cuda"`` (the first) and ``"cuda:N"``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from warmserve_rt import _arguments as check
+from warmserve_rt import _native
+from warmserve_rt._errors import WarmServeError
+from warmserve_rt.kernels import fatbin_path
+
+DEFAULT_ARENA = 2 << 30
+MOST_LOADERS = 1024
+
+
+_NAME = re.compile(r"(host)|cuda(?::([0-9]+))?")
+
+
+def checked_device(device: object) -> str:
+    """Returns the name of a device: "host", "cuda" or "cuda:N". Accepts upper case, and torch's
+    device objects. Raises ValueError and TypeError."""
+    wanted = "'host', 'cuda' or 'cuda:N'"
+    if hasattr(device, "type") and hasattr(device, "index"):  # torch.device
+        index = device.index
+        device = device.type if index is None else f"{device.type}:{index}"
+    if not isinstance(device, str):
+        raise TypeError(f"device must be {wanted}, got {check.shown(device)}")
+    found = _NAME.fullmatch(device.strip().lower())
+    if not found:
+        hint = "; did you mean 'host'?" if device.strip().lower() == "cpu" else ""
+        raise ValueError(f"no device {device!r}: device must be {wanted}{hint}")
+    if found[2] and (len(found[2]) > 10 or int(found[2]) > check.INT32_MAX):
+        raise ValueError(
+            f"no device {check.shown(device)}: N must be an integer from 0 to {check.INT32_MAX}"
+        )
+    return found[0]
+
+
+def open_driver(device: str, *, pump: bool, peers: Sequence[int] = ()) -> _native.Driver:
+    """``peers``: ordinals of CUDA devices that may write its memory. Raises ValueError for a name
+    that is no device, an index that is not there or a peer that does not reach it, WarmServeError
+    with what to do where the device cannot be used."""
+    name = checked_device(device)
+    if name == "host":
+        return _native.host_driver(threads=not pump)
+    image = fatbin_path()
+    try:
+        return _native.cuda_driver(
+            ordinal=int(name.partition(":")[2] or 0),
+            kernels=image.read_bytes() if image else b"",
+            peers=peers,
+        )
+    except (ValueError, WarmServeError) as error:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if hidden is None or "device" not in str(error):
+            raise
+        raise type(error)(f"{error} (CUDA_VISIBLE_DEVICES is {hidden!r})") from None
+
+
+def loader_count(asked: int | None, *, pump: bool) -> int:
+    """Returns how many threads load; with ``pump`` none. Raises ValueError and TypeError."""
+    if asked is not None:
+        asked = check.integer("loaders", asked, 0, MOST_LOADERS)
+        if not asked and not pump:
+            raise ValueError(
+                f"loaders must be from 1 to {MOST_LOADERS}, got 0; for none, say pump=True"
+            )
+    return 0 if pump else asked or max(1, min(8, len(os.sched_getaffinity(0)) - 1))
+
+
+def arena_bytes(
+    driver: _native.Driver, asked: int | None, headroom: int | None, granule: int, *, poison: bool
+) -> int:
+    """Returns the size of the arena: what was asked for; else, with a headroom, all that the device
+    has free beside it; else the default."""
+    if asked is not None:
+        return asked
+    if headroom is None:
+        return DEFAULT_ARENA
+    available, _ = driver.memory()
+    return max(0, available - headroom - granule * poison) // granule * granule

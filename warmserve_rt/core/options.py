@@ -1,0 +1,89 @@
+"""Checks the options of a runtime and makes the native one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from warmserve_rt import _arguments as check
+from warmserve_rt import _native
+from warmserve_rt._log import log
+from warmserve_rt._units import Size, format_bytes, parse_bytes
+
+from .devices import arena_bytes, checked_device, loader_count
+from .routes import Path, open_devices
+from .views import Framework, checked_framework
+
+_MACHINE = "the machine's memory"
+
+
+def open_runtime(
+    device: str,
+    *,
+    arena: Size | None,
+    staging: Size,
+    headroom: Size | None,
+    granule: Size,
+    chunk: Size,
+    loaders: int | None,
+    staging_timeout: float,
+    pump: bool,
+    poison: bool,
+    background_share: float,
+    read_bandwidth: Size | None,
+    tensors: Framework | None,
+    driver: _native.Driver | None,
+    paths: Sequence[Path],
+) -> tuple[_native.Runtime, str, Framework, int]:
+    """Returns the native runtime, its device's name, and what its tensors are made of. Takes the
+    arguments of :class:`Runtime` and raises as that."""
+    device = checked_device(device)
+    pump, poison = check.flag("pump", pump), check.flag("poison", poison)
+    threads = loader_count(loaders, pump=pump)
+    share = check.fraction("background_share", background_share)
+    wait = min(check.seconds("staging_timeout", staging_timeout), 1e9)
+    bandwidth = 0
+    if read_bandwidth is not None and not (
+        bandwidth := parse_bytes(read_bandwidth, "read_bandwidth")
+    ):
+        raise ValueError("read_bandwidth must be at least one byte a second, got 0")
+    granule_bytes, chunk_bytes = parse_bytes(granule, "granule"), parse_bytes(chunk, "chunk")
+    staging_bytes = parse_bytes(staging, "staging", of=_machine_bytes, whole=_MACHINE)
+    if driver is not None and not isinstance(driver, _native.Driver):
+        raise TypeError(f"driver must be a device's driver, got {check.shown(driver)}")
+    driver, neighbours = open_devices(device, driver, paths, pump=pump)
+    opened = driver
+
+    def of_device(name: str, size: Size | None) -> int | None:
+        if size is None:
+            return None
+        return parse_bytes(
+            size, name, of=lambda: opened.memory()[1], whole=f"{opened.name}'s memory"
+        )
+
+    if tensors is not None:
+        check.choice("tensors", tensors, ("torch", "numpy", "cupy", "dlpack"))
+    framework = checked_framework(tensors, cuda=driver.cuda_ordinal >= 0)
+    spare = of_device("headroom", headroom)
+    total = arena_bytes(
+        driver, of_device("arena", arena), spare, max(granule_bytes, 1), poison=poison
+    )
+    native = _native.Runtime(
+        driver,
+        arena=total,
+        staging=staging_bytes,
+        granule=granule_bytes,
+        chunk=chunk_bytes,
+        headroom=spare or 0,
+        loaders=threads,
+        staging_timeout=wait,
+        poison=poison,
+        background_share=share,
+        read_bandwidth=bandwidth,
+        neighbours=neighbours,
+    )
+    log.info("made an arena of %s on %s", format_bytes(total), driver.name)
+    return native, driver.name, framework, granule_bytes
+
+
+def _machine_bytes() -> int:
+    return _native.host_driver(threads=False).memory()[1]

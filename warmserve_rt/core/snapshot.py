@@ -1,0 +1,141 @@
+"""What a runtime held at one moment, as plain values: all that a policy may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from warmserve_rt._units import format_bytes
+
+if TYPE_CHECKING:
+    from warmserve_rt import _native
+
+_SHOWN = 20  # models of a snapshot that its repr shows
+
+
+class LayerSnapshot(NamedTuple):
+    """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent,
+    ``leases`` how many hold it."""
+
+    residency: str  # "absent", "filling", "resident" or "draining"
+    nbytes: int
+    granules: int
+    leases: int
+    keep_value: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ModelSnapshot:
+    """One model: its layers in execution order, and how many leases hold any of them."""
+
+    leases: int
+    backing_epoch: int
+    layers: tuple[LayerSnapshot, ...]
+
+    def __repr__(self) -> str:
+        return f"<ModelSnapshot: {self._words()}>"
+
+    def _words(self) -> str:
+        resident = [layer for layer in self.layers if layer.residency == "resident"]
+        nbytes = sum(layer.nbytes for layer in self.layers)
+        here = format_bytes(sum(layer.nbytes for layer in resident))
+        leases = f", {self.leases} leases" if self.leases else ""
+        return (
+            f"{len(resident)} of {len(self.layers)} layers, {here} of {format_bytes(nbytes)}"
+            f"{leases}"
+        )
+
+    @property
+    def resident(self) -> bool:
+        """Whether every layer is."""
+        return all(layer.residency == "resident" for layer in self.layers)
+
+    @property
+    def granules(self) -> int:
+        """Granules that its layers occupy now."""
+        return sum(layer.granules for layer in self.layers if layer.residency != "absent")
+
+
+@dataclass(frozen=True, slots=True)
+class PathSnapshot:
+    """A neighbour's link: bytes that came over it, and bytes a second as measured last, 0.0 before.
+    ``error`` says why it carries no more; empty: it does."""
+
+    name: str
+    nbytes: int
+    bandwidth: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Snapshot:
+    """One device. Bytes and counts since the runtime was made; ``driver_calls`` maps a driver
+    primitive to how often it was called and the nanoseconds spent in it. ``headroom_bytes`` of
+    the device's memory are never taken."""
+
+    granule_bytes: int
+    granules: int
+    granules_free: int
+    granules_trimmed: int
+    pinned_bytes: int
+    headroom_bytes: int
+    leases: int
+    bytes_loaded: int
+    layers_loaded: int
+    layers_evicted: int
+    driver_calls: Mapping[str, tuple[int, int]]
+    paths: tuple[PathSnapshot, ...]
+    models: Mapping[str, ModelSnapshot]
+
+    @property
+    def arena_bytes(self) -> int:
+        """The budget."""
+        return self.granules * self.granule_bytes
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the granules that layers occupy."""
+        return sum(model.granules for model in self.models.values()) * self.granule_bytes
+
+    def __repr__(self) -> str:
+        lines = [
+            f"<Snapshot: {format_bytes(self.bytes_in_use)} of {format_bytes(self.arena_bytes)} in "
+            f"use by {len(self.models)} models, {self.leases} leases, "
+            f"{format_bytes(self.bytes_loaded)} loaded",
+            *(
+                f"  {name!r}: {model._words()}"
+                for name, model in islice(self.models.items(), _SHOWN)
+            ),
+        ]
+        if len(self.models) > _SHOWN:
+            lines.append(f"  and {len(self.models) - _SHOWN} more")
+        return "\n".join(lines) + ">"
+
+    @classmethod
+    def of(cls, native: _native.Runtime) -> Snapshot:
+        """Reads the runtime's books; wait-free."""
+        state = native.state()
+        return cls(
+            granule_bytes=state.granule_bytes,
+            granules=state.granules,
+            granules_free=state.granules_free,
+            granules_trimmed=state.granules_uncreated,
+            pinned_bytes=state.pinned_bytes,
+            headroom_bytes=state.headroom_bytes,
+            leases=state.leases,
+            bytes_loaded=state.bytes_loaded,
+            layers_loaded=state.layers_loaded,
+            layers_evicted=state.layers_evicted,
+            driver_calls=native.driver_calls(),
+            paths=tuple(PathSnapshot(x.name, x.nbytes, x.bandwidth, x.error) for x in state.routes),
+            models={
+                model.name: ModelSnapshot(
+                    model.leases,
+                    model.backing_epoch,
+                    model.layers(LayerSnapshot),
+                )
+                for model in state.models
+            },
+        )

@@ -1,0 +1,1 @@
+"""For any torch module; needs torch alone."""

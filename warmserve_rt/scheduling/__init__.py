@@ -1,0 +1,1 @@
+"""Decides what runtimes hold, from forecasts of policy/, and carries it out."""

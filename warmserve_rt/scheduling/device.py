@@ -1,0 +1,300 @@
+"""A runtime as a scheduler sees it: what it holds of which models, and what is on its way."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
+
+from warmserve_rt._errors import Busy, Cancelled, DeviceLost, OutOfDeviceMemory, WarmServeError
+from warmserve_rt.core.model import Model
+from warmserve_rt.core.runtime import BACKGROUND, Runtime, Ticket
+from warmserve_rt.core.snapshot import Snapshot
+from warmserve_rt.policy.profile import ModelProfile
+
+Stamps = list[tuple[float, float]]
+BACKOFF_S = 30.0  # after a load that failed, until the model is loaded again
+# Relative decrement of a keep value per layer, so that the tail of a model is evicted first.
+SLOPE = 2.0**-20
+
+
+class RuntimeShard:
+    """See ShardView. ``model``: its number."""
+
+    __slots__ = ("goal", "layers", "model", "pinned")
+
+    def __init__(self, model: int, layers: int, goal: int, *, pinned: bool) -> None:
+        self.model, self.layers, self.goal, self.pinned = model, layers, goal, pinned
+
+
+class Entry:
+    """One model of a fleet on one device: the registered model that its name stands for now, and
+    what was begun for it. ``rank``: None on devices that hold no shard of it.
+
+    ``tickets``: each with the leading layers it brings. ``keep``: the keep values its layers were
+    stamped with. ``refused``: until when it is not loaded. ``missing``: the last reason told why no
+    model was found.
+    """
+
+    __slots__ = ("ends", "keep", "missing", "model", "profile", "rank", "refused", "tickets")
+
+    def __init__(self, profile: ModelProfile, rank: int | None) -> None:
+        self.profile, self.rank = profile, rank
+        self.ends = list(accumulate(profile.layer_bytes))
+        self.model: Model | None = None
+        self.tickets: list[tuple[Ticket, int]] = []
+        self.keep: list[float] | None = None
+        self.refused, self.missing = -math.inf, ""
+
+
+def find_model(runtime: Runtime, device: int, profile: ModelProfile) -> Model:
+    """The model that the profile's name stands for now on this device. Raises ValueError if none is
+    registered, or one with other layers than the profile."""
+    model = runtime.model(profile.name)
+    if len(model.layout) != len(profile.layer_bytes):
+        raise ValueError(
+            f"{profile.name} has {len(model.layout)} layers on device {device}, and "
+            f"{len(profile.layer_bytes)} in its profile: give the fleet a new one by remove() "
+            "and add()"
+        )
+    return model
+
+
+class RuntimeDevice:
+    """See DeviceView. Models are numbered as in the last :meth:`arrange`.
+
+    ``exclusive``: a leased model has the device for itself. ``failed`` is told what loading met.
+    Its view is as old as the last :meth:`refresh`, and what was done since; a refresh also finds
+    the models that were promoted, registered or unregistered meanwhile. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        runtime: Runtime,
+        *,
+        exclusive: bool,
+        clock: Callable[[], float],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.index, self.runtime = index, runtime
+        self.exclusive, self.lost = exclusive, False
+        self._clock, self._failed = clock, failed
+        self._entries: list[Entry] = []
+        self._shards: dict[tuple[int, int], RuntimeShard] = {}
+        self._seen: Snapshot | None = None
+
+    def arrange(
+        self, models: Sequence[tuple[ModelProfile, int | None]], rows: Sequence[int | None]
+    ) -> None:
+        """Holds these models from now on, given as profile and rank (None: no shard of it is here).
+        The i-th is the one that was ``rows[i]``-th, or a new one. Others are let go."""
+        before = self._entries
+        self._entries = [
+            Entry(*model) if row is None else before[row]
+            for model, row in zip(models, rows, strict=True)
+        ]
+        for row in set(range(len(before))).difference(rows):
+            self._let_go(before[row])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """What is there from now on is looked up again."""
+        self._seen = None
+
+    @property
+    def seen(self) -> Snapshot:
+        if self._seen is None:
+            for entry in self._entries:
+                self._follow(entry)
+                self._reap(entry)
+            seen = self.runtime.snapshot()
+            self._shards = {}
+            for number, entry in enumerate(self._entries):
+                shard = self._shard(number, entry, seen)
+                if shard and entry.rank is not None:
+                    self._shards[number, entry.rank] = shard
+            self._seen = seen
+        return self._seen
+
+    @property
+    def shards(self) -> Mapping[tuple[int, int], RuntimeShard]:
+        _ = self.seen
+        return self._shards
+
+    @property
+    def active(self) -> bool:
+        """A model has it for itself."""
+        return self.exclusive and self.seen.leases > 0
+
+    @property
+    def occupants(self) -> dict[tuple[int, int], bool]:
+        if not self.active:
+            return {}
+        pinned = (key for key, shard in self.shards.items() if shard.pinned)
+        return {(model, self.index - rank): True for model, rank in pinned}
+
+    @property
+    def room(self) -> float:
+        """The arena, but for what leases hold beside the leading layers, which are counted as such:
+        so there is none beside models that have no profile."""
+        seen = self.seen
+        leading = {
+            registered.name: shard.goal
+            for (model, _), shard in self.shards.items()
+            if (registered := self._entries[model].model)
+        }
+        if self.active:
+            leading.clear()
+        held = sum(
+            layer.granules
+            for name, model in seen.models.items()
+            for layer in model.layers[leading.get(name, 0) :]
+            if layer.leases
+        )
+        return float(seen.arena_bytes - held * seen.granule_bytes)
+
+    def stamp(self, model: int, layers: int, stamps: Stamps) -> None:
+        """Gives each leading layer the keep value of its part, and the others none."""
+        entry = self._entries[model]
+        if entry.model is None:
+            return
+        ends = [end + 0.5 for end, _ in stamps]
+        before, now = entry.keep, []
+        for layer, end in enumerate(entry.ends):
+            part = bisect_left(ends, end) if layer < layers else len(stamps)
+            value = stamps[part][1] if part < len(stamps) else 0.0
+            now.append(value * (1 - layer * SLOPE) if value > 0 else -layer * SLOPE**2)
+        try:
+            for layer, value in enumerate(now):
+                if before is None or before[layer] != value:
+                    self.runtime.native.stamp(entry.model.native, value, layer)
+        except ValueError:  # it was unregistered meanwhile, which the next refresh finds
+            return
+        entry.keep = now
+
+    def load(self, model: int, layers: int, stamps: Stamps) -> bool:
+        """See FleetView; also returns False if the device is lost, the model's last load failed, or
+        no such model is registered now."""
+        seen = self.seen
+        entry = self._entries[model]
+        registered, rank = entry.model, entry.rank
+        if registered is None or rank is None or self.lost or self._clock() < entry.refused:
+            return False
+        self.stamp(model, layers, stamps)
+        if entry.keep is None or not self._has_room(model, layers, entry.keep[layers - 1], seen):
+            return False
+        try:
+            ticket = self.runtime.prewarm(registered, layers=range(layers), priority=BACKGROUND)
+        except (Busy, OutOfDeviceMemory):
+            return False
+        except Exception as error:
+            if registered in self.runtime.models:  # or it was unregistered meanwhile
+                self._refuse(entry, error)
+            return False
+        entry.tickets.append((ticket, layers))
+        shard = self._shards.setdefault((model, rank), RuntimeShard(model, 0, 0, pinned=False))
+        shard.goal = max(shard.goal, layers)
+        return True
+
+    def call_off(self, shard: RuntimeShard, layers: int) -> None:
+        """Cancels what brings more than these leading layers."""
+        entry, kept = self._entries[shard.model], []
+        for ticket, brings in entry.tickets:
+            if brings > layers:
+                ticket.cancel()
+            else:
+                kept.append((ticket, brings))
+        entry.tickets = kept
+        shard.goal = max([shard.layers, *(brings for _, brings in kept)])
+
+    def call_all_off(self) -> None:
+        """Cancels everything that it began."""
+        for entry in self._entries:
+            for ticket, _ in entry.tickets:
+                ticket.cancel()
+            entry.tickets = []
+
+    def _follow(self, entry: Entry) -> None:
+        """Finds the model that the entry's name stands for now. A model that is missing is told
+        once, until it is found again."""
+        if entry.rank is None:
+            return
+        try:
+            found = find_model(self.runtime, self.index, entry.profile)
+            entry.missing = ""
+        except ValueError as error:
+            found = None
+            if entry.missing != str(error):
+                entry.missing = str(error)
+                self._failed(error)
+        if found is not entry.model:
+            self._let_go(entry)
+            entry.model = found
+
+    def _let_go(self, entry: Entry) -> None:
+        """Cancels its loads and lets its layers be evicted first."""
+        for ticket, _ in entry.tickets:
+            ticket.cancel()
+        if entry.model and entry.keep:
+            with suppress(ValueError, WarmServeError):  # unregistered, or the runtime is closed
+                for layer in range(len(entry.keep)):
+                    self.runtime.native.stamp(entry.model.native, -layer * SLOPE**2, layer)
+        entry.model, entry.tickets, entry.keep, entry.refused = None, [], None, -math.inf
+
+    def _shard(self, number: int, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
+        state = seen.models.get(entry.model.name) if entry.model else None
+        if state is None:
+            return None
+        layers = goal = 0
+        coming = max((brings for _, brings in entry.tickets), default=0)
+        for layer in state.layers:
+            here = layer.residency == "resident"
+            if not (here or layer.residency == "filling" or layer.leases or goal < coming):
+                break
+            layers += here and layers == goal
+            goal += 1
+        return RuntimeShard(number, layers, goal, pinned=state.leases > 0) if goal else None
+
+    def _has_room(self, model: int, layers: int, value: float, seen: Snapshot) -> bool:
+        """Whether the layers fit beside all that is worth as much, is leased or on its way."""
+        numbers = {e.model.name: number for number, e in enumerate(self._entries) if e.model}
+        left = seen.granules_free + seen.granules_trimmed
+        for name, state in seen.models.items():
+            number = numbers.get(name, -1)
+            entry = self._entries[number] if number >= 0 else None
+            shard = self._shards.get((number, entry.rank or 0)) if entry else None
+            coming = layers if number == model else shard.goal if shard else 0
+            for index, layer in enumerate(state.layers):
+                if layer.residency == "absent":
+                    if index < coming or layer.leases:
+                        left -= layer.granules
+                elif layer.residency == "resident" and not layer.leases:
+                    ours = number == model and index < layers
+                    # Its stamp may be later than the snapshot.
+                    worth = entry.keep[index] if entry and entry.keep else layer.keep_value
+                    if not ours and worth < value:
+                        left += layer.granules
+        return left >= 0
+
+    def _reap(self, entry: Entry) -> None:
+        """Forgets the tickets that are done, and hears what they met."""
+        running = []
+        for ticket, layers in entry.tickets:
+            if not ticket.done:
+                running.append((ticket, layers))
+                continue
+            try:
+                ticket.wait(0)
+            except (Busy, Cancelled, OutOfDeviceMemory):
+                pass  # a lease came first, or somebody evicted it
+            except Exception as error:
+                self._refuse(entry, error)
+        entry.tickets = running
+
+    def _refuse(self, entry: Entry, error: Exception) -> None:
+        self.lost = self.lost or isinstance(error, DeviceLost)
+        entry.refused = self._clock() + BACKOFF_S
+        self._failed(error)

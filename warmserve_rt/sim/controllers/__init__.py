@@ -1,0 +1,1 @@
+"""What starts instances on a simulated fleet and loads layers."""

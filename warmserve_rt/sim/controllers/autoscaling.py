@@ -1,0 +1,193 @@
+"""When instances start and stop, and on which devices: at the event that calls for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from warmserve_rt.policy.forecast import Forecaster
+from warmserve_rt.policy.placement import Start, start_group
+from warmserve_rt.scheduling.scheduler import Scheduler
+
+from .dispatcher import Dispatcher
+
+
+class Starts(Dispatcher):
+    """Starts an instance when requests wait that no instance has room for, or soon will.
+
+    Instances share devices whose memory they fit in together: layers that lie beside a busy
+    neighbour are sooner at work there than loaded elsewhere. An instance without requests gives its
+    memory up at once when another model wants it. Where no devices are to be had, the model waits
+    in line, and an instance whose requests others of its model can take over is drained for it.
+
+    ``share``: False gives each instance devices of its own. ``crowd``: seconds that a start there
+    loses for each busy neighbour. ``late``: see Dispatcher; a request that waits for that is one
+    that no instance has room for. ``up``: the share of a model's capacity from which on it starts
+    another instance ahead of need, if devices are to be had. ``linger``: seconds that an instance
+    with nothing to do is kept.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        share: bool = True,
+        crowd: float = 0.05,
+        late: float = 0.1,
+        up: float = 0.8,
+        linger: float = 5.0,
+        rivalry: float = 1.0,
+        wait: float = 3.0,
+        occupied: float = 5.0,
+    ) -> None:
+        super().__init__(late=late)
+        self.scheduler = scheduler
+        self.share, self.crowd = share, crowd
+        self.up, self.linger = up, linger
+        self.rivalry, self.wait, self.occupied = rivalry, wait, occupied
+
+    def begin(self, fleet: Any) -> None:
+        super().begin(fleet)
+        self.waiting: dict[int, None] = {}  # models that found no devices, the first first
+        window = fleet.workload.history_window
+        forecaster = Forecaster(len(fleet.profiles), window=window)
+        averages, peaks = fleet.workload.concurrency_history()
+        if len(averages):
+            forecaster.observe_windows(-window * len(averages), averages, peaks)
+        self.scheduler.begin(fleet, forecaster, fleet.workload.service)
+        fleet.after(1.0, self.tick)
+
+    def arrived(self, request: int, model: int) -> None:
+        self.scheduler.demand.arrived(
+            model, self.fleet.now, self.concurrent[model] + 1, self.fleet.prompt[request]
+        )
+        super().arrived(request, model)
+
+    def finished(self, instance: Any, request: int) -> None:
+        super().finished(instance, request)
+        self.scheduler.demand.finished(
+            instance.model, self.fleet.now, self.concurrent[instance.model]
+        )
+
+    def demand(self, model: int) -> None:
+        instances = self.fleet.instances[model]
+        batch = self.fleet.profiles[model].batch
+        if self.pending[model]:
+            coming = sum(batch - i.work for i in instances if not i.loaded)
+            if len(self.pending[model]) > coming and not self.take_back(model):
+                self.start(model)
+            return
+        full = self.up * batch * sum(not i.draining for i in instances)
+        if self.concurrent[model] > full and not self.take_back(model):
+            self.start(model, ahead=True)
+
+    def loaded(self, instance: Any) -> None:
+        super().loaded(instance)
+        self.demand(instance.model)
+
+    def take_back(self, model: int) -> bool:
+        """A draining instance serves again."""
+        for instance in self.fleet.instances[model]:
+            if instance.draining:
+                instance.draining = False
+                self.assign(model)
+                return True
+        return False
+
+    def start(self, model: int, *, ahead: bool = False) -> bool:
+        devices = self.choose(model)
+        if devices is None:
+            if not ahead:
+                self.waiting[model] = None
+                self.relieve(model)
+            return False
+        self.waiting.pop(model, None)
+        for device in devices:
+            for instance in [i for i in device.instances if not i.active]:
+                self.fleet.stop(instance)
+        self.fleet.start(model, devices)
+        self.scheduler.changed()
+        return True
+
+    def free(self, model: int) -> int:
+        """The devices on which it could start, as a mask."""
+        fits = self.fleet.fits
+        return sum(
+            1 << d.index
+            for d in self.fleet.devices
+            if fits(d, model) and (self.share or not any(d.occupants.values()))
+        )
+
+    def possible(self, model: int, need: float) -> Start:
+        """A start of it, with what each device holds of it now."""
+        fleet, width = self.fleet, self.fleet.profiles[model].width
+        lost = self.scheduler.demand.lost[model]
+        seconds = []
+        for device in fleet.devices:
+            shard = device.shards.get((model, device.index % width))
+            crowd = self.crowd * sum(i.active for i in device.instances)
+            seconds.append((lost[shard.layers] if shard else lost[0]) + crowd)
+        return Start(need, width, lost[0], seconds)
+
+    def choose(self, model: int) -> Any:
+        fleet = self.fleet
+        rivals = []
+        for other in range(len(fleet.profiles)):
+            if other != model:
+                running = sum(i.active for i in fleet.instances[other])
+                need = self.scheduler.demand.urgency(other, running, self.occupied) * self.rivalry
+                if need > 1e-3:
+                    rivals.append(self.possible(other, need))
+        found = start_group(
+            self.possible(model, 1.0),
+            self.free(model),
+            fleet.node_devices,
+            rivals,
+            self.wait,
+        )
+        return None if found is None else tuple(fleet.devices[d] for d in found)
+
+    def relieve(self, model: int) -> None:
+        """Drains an instance whose work the others of its model have room for."""
+        width = self.fleet.profiles[model].width
+        best = None
+        for other, instances in enumerate(self.fleet.instances):
+            if any(i.draining for i in instances):
+                continue  # one at a time
+            serving = [i for i in instances if i.loaded]
+            batch = self.fleet.profiles[other].batch
+            if len(serving) < 2 or self.concurrent[other] > self.up * batch * (len(serving) - 1):
+                continue
+            least = min(serving, key=lambda i: i.work)
+            rank = (len(least.devices) < width, least.work)
+            if best is None or rank < best[0]:
+                best = (rank, least)
+        if best is not None:
+            best[1].draining = True
+
+    def idle(self, instance: Any) -> None:
+        if instance.draining:
+            self.fleet.stop(instance)
+            self.scheduler.changed()
+        self.start_waiting()
+
+    def start_waiting(self) -> None:
+        for model in list(self.waiting):
+            del self.waiting[model]
+            if self.pending[model]:
+                self.demand(model)
+
+    def tick(self) -> None:
+        """From time to time: instances that have been idle for long end."""
+        now = self.fleet.now
+        for instances in self.fleet.instances:
+            for instance in list(instances):
+                if (
+                    instance.loaded
+                    and not instance.work
+                    and now - instance.idle_since > self.linger
+                ):
+                    self.fleet.stop(instance)
+                    self.scheduler.changed()
+        if self.waiting:
+            self.start_waiting()
+        self.fleet.after(1.0, self.tick)

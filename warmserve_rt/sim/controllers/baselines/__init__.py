@@ -1,0 +1,1 @@
+"""Other policies, and bounds, to compare this project's with."""

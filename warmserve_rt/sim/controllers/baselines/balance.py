@@ -1,0 +1,140 @@
+"""Which models share which devices, once and for all: greedy load balancing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.sim.core.devices import Hardware
+
+KV_TOKENS = 1024  # of a request, in the KV cache that a placement counts on
+FULL = 0.5  # of an instance's batch: with more at the peak a model gets another copy
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Of one model: mean and peak of the concurrent requests, and requests per second."""
+
+    profile: ModelProfile
+    average: float
+    peak: float
+    rate: float
+
+    def busy(self, copies: int) -> float:
+        """The part of the time for which one of so many copies has a request, for Poisson
+        arrivals divided evenly."""
+        return 1 - math.exp(-self.average / copies)
+
+    def memory(self, copies: int) -> float:
+        """Bytes on each device of one of so many copies, with the requests of its peak."""
+        requests = min(max(self.peak / copies, 1.0), self.profile.batch)
+        return self.profile.nbytes + requests * KV_TOKENS * self.profile.kv_token_bytes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A copy on ``width`` devices from ``first`` on."""
+
+    model: int
+    first: int
+    width: int
+
+
+def balance(demands: Sequence[Demand], hardware: Hardware) -> list[Placed]:
+    """Copies of models on aligned groups of devices, several to a device.
+
+    First one copy of each, with memory for one request: by load; or by bytes, or by requests per
+    byte, where that leaves requests of a lower rate without a place. Then copies, while there is
+    room for the peaks of all who share the devices, of the model whose copies are fullest at its
+    peak. Each goes to the group whose busiest device is the least busy.
+    """
+
+    def load(m: int) -> float:
+        return demands[m].busy(1) * demands[m].profile.width
+
+    def nbytes(m: int) -> float:
+        return float(demands[m].profile.nbytes * demands[m].profile.width)
+
+    def density(m: int) -> float:
+        return demands[m].rate / nbytes(m)
+
+    def unserved(placed: list[Placed]) -> float:
+        there = {each.model for each in placed}
+        return sum(demand.rate for m, demand in enumerate(demands) if m not in there)
+
+    placed = min((_once(demands, hardware, key) for key in (load, nbytes, density)), key=unserved)
+    open_models = {each.model for each in placed}
+    while open_models:
+        copies = _copies(placed)
+        model = max(
+            open_models, key=lambda m: (demands[m].peak / demands[m].profile.batch / copies[m], -m)
+        )
+        if demands[model].peak <= FULL * demands[model].profile.batch * copies[model]:
+            break
+        found = _best(demands, hardware, placed, model, peaks=True)
+        if found is None:
+            open_models.remove(model)
+        else:
+            placed.append(found)
+    return placed
+
+
+def _once(
+    demands: Sequence[Demand], hardware: Hardware, key: Callable[[int], float]
+) -> list[Placed]:
+    """One copy of each that finds a place, those of the highest key first."""
+    placed: list[Placed] = []
+    for model in sorted(range(len(demands)), key=key, reverse=True):
+        found = _best(demands, hardware, placed, model, peaks=False)
+        if found is not None:
+            placed.append(found)
+    return placed
+
+
+def _copies(placed: Sequence[Placed]) -> dict[int, int]:
+    copies: dict[int, int] = {}
+    for each in placed:
+        copies[each.model] = copies.get(each.model, 0) + 1
+    return copies
+
+
+def _best(
+    demands: Sequence[Demand],
+    hardware: Hardware,
+    placed: Sequence[Placed],
+    model: int,
+    *,
+    peaks: bool,
+) -> Placed | None:
+    """The least busy group with room for one copy more that has none of the model's."""
+    copies = _copies(placed)
+    copies[model] = copies.get(model, 0) + 1
+    used, busy = [0.0] * hardware.devices, [0.0] * hardware.devices
+    taken = set[int]()
+
+    def memory(m: int) -> float:
+        profile = demands[m].profile
+        if peaks:
+            return demands[m].memory(copies[m])
+        return float(profile.nbytes + KV_TOKENS * profile.kv_token_bytes)
+
+    for each in placed:
+        for d in range(each.first, each.first + each.width):
+            used[d] += memory(each.model)
+            busy[d] += demands[each.model].busy(copies[each.model])
+            if each.model == model:
+                taken.add(d)
+    width, node = demands[model].profile.width, hardware.node_devices
+    best, least = None, (math.inf, math.inf)
+    for start in range(0, hardware.devices, node):
+        for first in range(start, start + node - width + 1, width):
+            group = range(first, first + width)
+            room = hardware.memory - max(used[d] for d in group)
+            if room < memory(model) or not taken.isdisjoint(group):
+                continue
+            rank = (max(busy[d] for d in group), max(used[d] for d in group))
+            if rank < least:
+                best, least = Placed(model, first, width), rank
+    return best

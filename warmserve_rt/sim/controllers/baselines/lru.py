@@ -1,0 +1,78 @@
+"""Whole-model LRU: a device keeps what it has served until another model needs the room."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from warmserve_rt.sim.core.devices import Device
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.core.instance import Instance
+
+from .autoscaler import Autoscaler
+
+KV_TOKENS = 1024  # of a request, in the KV cache of a full batch that a start makes room for
+
+
+@dataclass(eq=False)
+class Kept:
+    """A model that has been served on these devices and lies there still."""
+
+    model: int
+    devices: tuple[Device, ...]
+    used: float  # when it was served last
+
+
+class Lru(Autoscaler):
+    """No forecast and no streaming: only what an instance that stopped has left can be warm.
+
+    A start evicts, whole and least recently used first, until its weights and the KV cache of a
+    full batch have room; what is left beyond that is KV cache too.
+    """
+
+    drop_others = False
+
+    def begin(self, fleet: Fleet) -> None:
+        super().begin(fleet)
+        self.kept: list[Kept] = []  # the least recently used first
+
+    def choose(self, model: int) -> tuple[Device, ...] | None:
+        """Where it lies, the last used of several; else where what must go was used longest ago."""
+        for kept in reversed(self.kept):
+            if kept.model == model and all(d.instance is None for d in kept.devices):
+                return kept.devices
+        groups = self.free_groups(self.fleet.profiles[model].width)
+        return min(groups, key=lambda group: self.newest_lost(model, group), default=None)
+
+    def newest_lost(self, model: int, devices: tuple[Device, ...]) -> float:
+        return max((kept.used for kept in self.lost(model, devices)), default=-math.inf)
+
+    def lost(self, model: int, devices: tuple[Device, ...]) -> list[Kept]:
+        """What a start there evicts."""
+        profile = self.fleet.profiles[model]
+        want = float(profile.batch * KV_TOKENS * profile.kv_token_bytes)
+        room = {d.index: self.fleet.hardware.memory - d.used - want for d in devices}
+        for rank, device in enumerate(devices):
+            shard = device.shards.get((model, rank))
+            room[device.index] -= profile.nbytes - (shard.target if shard else 0.0)
+        found = []
+        for kept in self.kept:
+            here = [d.index for d in kept.devices if d in devices]
+            other = kept.model == model and kept.devices != devices
+            if here and (other or (kept.model != model and min(room[i] for i in here) < 0)):
+                found.append(kept)
+                for i in here:
+                    room[i] += self.fleet.profiles[kept.model].nbytes
+        return found
+
+    def start(self, model: int, devices: tuple[Device, ...]) -> None:
+        for kept in self.lost(model, devices):
+            self.kept.remove(kept)
+            for rank, device in enumerate(kept.devices):
+                self.fleet.keep(device, device.shards[kept.model, rank], 0)
+        self.kept = [k for k in self.kept if (k.model, k.devices) != (model, devices)]
+        super().start(model, devices)
+
+    def stop(self, instance: Instance) -> None:
+        self.kept.append(Kept(instance.model, instance.devices, self.fleet.now))
+        super().stop(instance)

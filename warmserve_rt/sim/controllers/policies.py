@@ -1,0 +1,84 @@
+"""The policies that a simulation compares, a small file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from warmserve_rt.scheduling.scheduler import Scheduler
+from warmserve_rt.sim.controllers.baselines.blitzscale import BlitzScale
+from warmserve_rt.sim.controllers.baselines.clairvoyant import Clairvoyant
+from warmserve_rt.sim.controllers.baselines.everything import Everything
+from warmserve_rt.sim.controllers.baselines.lru import Lru
+from warmserve_rt.sim.controllers.baselines.serverless import Autoscaling
+from warmserve_rt.sim.controllers.baselines.sharing import Sharing
+from warmserve_rt.sim.controllers.baselines.warmserve import WarmServe
+from warmserve_rt.sim.core.fleet import Controller
+
+from .autoscaling import Starts
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``title``: what a report calls it. ``make`` takes its options by name. ``engine_start``: each
+    start waits for an engine process. ``streaming``, ``elastic_kv``, ``partitioned``: see Fleet.
+    ``polls``: so do the fleet's starts. ``unlimited``: memory holds whatever it wants.
+    ``multipath``: its foreground loads may use idle neighbours' links, where the hardware can.
+    ``bound``: it has or knows what no policy can."""
+
+    title: str
+    make: Callable[..., Controller]
+    engine_start: bool = False
+    streaming: bool = False
+    elastic_kv: bool = False
+    partitioned: bool = False
+    polls: bool = False
+    unlimited: bool = False
+    multipath: bool = False
+    bound: bool = False
+
+
+def ours(scheduler: type[Scheduler] = Scheduler, *, share: bool = True, **options: Any) -> Starts:
+    """This project's own, with options of its scheduler; ``share``: see Starts."""
+    return Starts(scheduler(**options), share=share)
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "autoscaling": Policy("autoscaling, host-memory tier", Autoscaling, engine_start=True),
+        "autoscaling-polls": Policy(
+            "autoscaling, host-memory tier, polling",
+            partial(Autoscaling, polls=True),
+            engine_start=True,
+            polls=True,
+        ),
+        "blitzscale": Policy("serving while loading", BlitzScale, streaming=True),
+        "sharing": Policy("static sharing", Sharing, elastic_kv=True),
+        "fixed-shares": Policy(
+            "static sharing, fixed shares", Sharing, elastic_kv=True, partitioned=True
+        ),
+        "lru": Policy("whole-model LRU", Lru),
+        "warmserve": Policy("WarmServe, event-driven", WarmServe),
+        "warmserve-polls": Policy("WarmServe, polling", partial(WarmServe, polls=True), polls=True),
+        "scheduler": Policy("warmserve_rt", ours, streaming=True, elastic_kv=True, multipath=True),
+        "h1": Policy(
+            "residency that knows 120 s (h1)",
+            partial(ours, Clairvoyant),
+            streaming=True,
+            elastic_kv=True,
+            multipath=True,
+            bound=True,
+        ),
+        "h0": Policy("all resident everywhere (h0)", Everything, unlimited=True, bound=True),
+    }
+)
+
+
+def find(name: str) -> Policy:
+    """Raises ValueError for one that is not there."""
+    if name not in POLICIES:
+        raise ValueError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
+    return POLICIES[name]

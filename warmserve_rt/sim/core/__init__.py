@@ -1,0 +1,1 @@
+"""A simulated fleet: events, devices, links, memory, instances."""

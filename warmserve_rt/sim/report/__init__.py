@@ -1,0 +1,1 @@
+"""A study's result on the terminal and as HTML."""

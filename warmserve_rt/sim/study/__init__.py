@@ -1,0 +1,1 @@
+"""Runs of several policies on a workload, and their numbers."""

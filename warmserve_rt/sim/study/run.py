@@ -1,0 +1,74 @@
+"""One run: a workload on a fleet under a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.sim.controllers.baselines.autoscaler import MAPPING_POLL_S, SERVER_POLL_S
+from warmserve_rt.sim.controllers.policies import find
+from warmserve_rt.sim.core.devices import Hardware
+from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.workload.workloads import Workload
+
+UNLIMITED = 1e15  # bytes
+
+
+def simulate(
+    policy: str,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    switch_s: float = 0.01,
+    engine_start_s: float = 5.0,
+    policy_options: Mapping[str, Any] = MappingProxyType({}),
+    observers: Sequence[Callable[[Fleet], None]] = (),
+) -> Fleet:
+    """The fleet after it has served the workload. ``switch_s``: see Fleet. ``engine_start_s``: of
+    the policies whose starts wait for an engine. ``policy_options``: of its controller, such as the
+    objective of our scheduler. ``observers`` are given the fleet before it runs, and may schedule
+    timers on it.
+
+    Raises ValueError for an unknown policy and as ``check`` does, TypeError for options that the
+    policy does not have, RuntimeError where requests that nobody refused are never served.
+    """
+    chosen = find(policy)
+    check(workload.models, hardware)
+    if chosen.unlimited:
+        hardware = replace(hardware, memory=UNLIMITED)
+    if not chosen.multipath:
+        hardware = replace(hardware, multipath=1)
+    fleet = Fleet(
+        workload,
+        hardware,
+        chosen.make(**policy_options),
+        switch_s=switch_s,
+        engine_start_s=engine_start_s if chosen.engine_start else 0.0,
+        streaming=chosen.streaming,
+        elastic_kv=chosen.elastic_kv,
+        partitioned=chosen.partitioned,
+        server_poll_s=SERVER_POLL_S if chosen.polls else 0.0,
+        mapping_poll_s=MAPPING_POLL_S if chosen.polls else 0.0,
+    )
+    for observer in observers:
+        observer(fleet)
+    fleet.run()
+    return fleet
+
+
+def check(models: Sequence[ModelProfile], hardware: Hardware) -> None:
+    """Raises ValueError for a model that no group of devices can hold."""
+    for profile in models:
+        if profile.width > hardware.node_devices:
+            raise ValueError(
+                f"{profile.name} wants {profile.width} devices of one node, which has "
+                f"{hardware.node_devices}"
+            )
+        if profile.nbytes > hardware.memory:
+            raise ValueError(
+                f"{profile.name} is larger than every device: {profile.nbytes / 1e9:.1f} GB on "
+                f"each of {profile.width}, which have {hardware.memory / 1e9:.1f} GB"
+            )

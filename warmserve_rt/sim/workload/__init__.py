@@ -1,0 +1,1 @@
+"""Requests to a simulated fleet: recorded, generated, or a file's."""

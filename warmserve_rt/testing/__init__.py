@@ -1,0 +1,121 @@
+"""For tests of this library and of engines that use it: drivers that watch, and drivers that fail.
+
+watched = testing.watch(pump=True)
+with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+    watched.faults.arm([(3, 3)])          # the third driver call fails
+    ...
+watched.check()                           # no contract broken, nothing left
+
+On a CUDA device that needs no GPU (see :mod:`warmserve_rt.testing.simcuda`):
+
+with testing.simulated_cuda(clock="virtual") as cuda:
+    watched = testing.watch(cuda=cuda)
+    with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+        ...
+    watched.check()
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from warmserve_rt import _native
+from warmserve_rt.core.devices import open_driver
+from warmserve_rt.core.runtime import Model, Runtime
+
+from .simcuda import Faults, SimulatedCuda, simulated_cuda, simulated_cuda_fixture
+
+__all__ = [
+    "SimulatedCuda",
+    "Watched",
+    "cuda_driver",
+    "simulated_cuda",
+    "simulated_cuda_fixture",
+    "swap_granules",
+    "watch",
+]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PROT_READ, _PROT_WRITE = 1, 2
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A device whose every call is checked (`strict`) and can be made to fail (`faults`); `cuda`
+    is the simulated driver below it, if it is one."""
+
+    driver: _native.Driver
+    strict: _native.StrictDriver
+    faults: _native.FaultyDriver
+    cuda: SimulatedCuda | None = None
+
+    @property
+    def finest_faults(self) -> _native.FaultyDriver | Faults:
+        """Of the lowest calls there are: the cu* functions, or else the primitives."""
+        return self.cuda.faults if self.cuda else self.faults
+
+    def check(self, *, closed: bool = True) -> None:
+        """Raises AssertionError if a driver contract was broken; with ``closed``, also if
+        anything made on the device is still there."""
+        assert not self.strict.violations, self.strict.violations
+        left = {kind: count for kind, count in self.strict.live.items() if count}
+        assert not (closed and left), f"never given back: {left}"
+        if self.cuda:
+            assert not self.cuda.violations, self.cuda.violations
+            ours = ("contexts", "modules")  # the driver's own, which is still there
+            live = self.cuda.live.items()
+            kept = {kind: count for kind, count in live if count and kind not in ours}
+            assert not (closed and kept), f"never given back to the driver: {kept}"
+
+
+def cuda_driver(
+    cuda: SimulatedCuda, ordinal: int = 0, *, peers: Sequence[int] = ()
+) -> _native.Driver:
+    """A device of the simulated driver, to pass to ``Runtime(driver=...)``; its ``peers`` may be
+    that runtime's ``paths``."""
+    return _native.cuda_driver(
+        library=str(cuda.library), ordinal=ordinal, kernels=b"simulated", peers=peers
+    )
+
+
+def watch(
+    device: str = "host",
+    *,
+    pump: bool = False,
+    host_view: bool = True,
+    cuda: SimulatedCuda | None = None,
+) -> Watched:
+    """A device that checks the driver's contracts: the one of that name, or with ``cuda`` one of
+    the simulated driver. ``host_view=False`` hides that the CPU reaches the host's granules, so
+    that loads go by staging as on a discrete GPU."""
+    if cuda:
+        below = cuda_driver(cuda)
+    elif device == "host":
+        below = _native.host_driver(threads=not pump, host_view=host_view)
+    else:
+        below = open_driver(device, pump=pump)
+    strict = _native.StrictDriver(below)
+    faults = _native.FaultyDriver(strict)
+    return Watched(faults, strict, faults, cuda)
+
+
+def swap_granules(
+    runtime: Runtime, a: Model, layer_a: int, b: Model, layer_b: int, *, granule: int = 0
+) -> None:
+    """Exchanges the bytes of one granule between two resident layers, behind the runtime's back:
+    what a check of contents has to notice. Both layers must have that granule."""
+    size = runtime.snapshot().granule_bytes
+    begins = []
+    for model, layer in ((a, layer_a), (b, layer_b)):
+        spec = model.layers[layer]
+        view = model.native.view(layer, 0, [spec.nbytes], spec.nbytes, 1, 8, 1)
+        begins.append(view.address + granule * size)
+    buffers = [(ctypes.c_char * size).from_address(begin) for begin in begins]
+    for begin in begins:
+        if _libc.mprotect(ctypes.c_void_p(begin), size, _PROT_READ | _PROT_WRITE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    buffers[0].raw, buffers[1].raw = buffers[1].raw, buffers[0].raw
+    for begin in begins:
+        _libc.mprotect(ctypes.c_void_p(begin), size, _PROT_READ)
