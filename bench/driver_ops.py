@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from _devices import device
-from _harness import (
+from lib.devices import device
+from lib.harness import (
     LLAMA_2GIB,
     MIB,
     Bench,
@@ -28,8 +27,7 @@ from _harness import (
     write_checkpoint,
     write_hollow_checkpoint,
 )
-from _sim import BANDWIDTH, COSTS
-
+from lib.simulated import BANDWIDTH, COSTS
 from warmserve_rt import FOREGROUND, Model, Runtime, _native, testing
 from warmserve_rt.checkpoint import open_checkpoint
 from warmserve_rt.checkpoint.layout import LayerSpec, build_layout
@@ -222,7 +220,6 @@ def simulator(bench: Bench) -> None:
             taken = _native.time_driver(driver, granule=2 * MIB, batch=1, rounds=rounds)
             best = max(best, rounds / taken["cycles"])
     bench.target("sim_cycles_per_s", best, "1/s", ">=", 500_000)
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import stream_programs
 
     expected = found = false = 0

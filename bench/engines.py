@@ -1,7 +1,7 @@
 """What do serving engines gain and lose when their weights are in an arena?
 
 vLLM as it is installed, on the CPU with one thread, with a real language model in float32, beside
-the same vLLM with its own loader; and transformers (_engines_transformers.py, which runs by itself
+the same vLLM with its own loader; and transformers (engines_transformers.py, which runs by itself
 too). Wants the environment that `.ci/engine_tests` makes.
 """
 
@@ -17,10 +17,13 @@ from time import perf_counter
 from types import SimpleNamespace
 
 import psutil
-from _engines_transformers import measure as measure_transformers
-from _harness import Bench, interleaved, ratio, scratch, seconds
-from _vllm import Engine, close_arena, engine, write_other
+
+from engines_transformers import measure as measure_transformers
+from lib.harness import Bench, interleaved, ratio, scratch, seconds
 from load import huge_pages, read, reclaim
+from parts.engines.vllm import Engine, close_arena, engine, write_other  # before vLLM
+
+# isort: split
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.worker.cpu_worker import CPUWorker
 

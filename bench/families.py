@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import transformers
-from _harness import MIB, Bench, scratch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lib.harness import MIB, Bench, scratch
 from warmserve_rt import Runtime
 from warmserve_rt.engines.transformers import load
 

@@ -14,9 +14,9 @@ from time import perf_counter
 from typing import Literal
 
 import numpy as np
-from _harness import Bench
 from numpy.typing import NDArray
 
+from lib.harness import Bench
 from warmserve_rt.policy.ensemble import EXPERTS, Expert
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.sim.workload.traces import SERVEGEN_MODELS, servegen

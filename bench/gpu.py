@@ -23,25 +23,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 
-import _gpu_content
-import _gpu_speed
-import _gpu_torch
-from _gpu_part import NotRun, Part, checkpoints
-from _harness import MIB, Bench, scratch, write_checkpoint
-from assumptions.run import run_all, table
-
+from lib.harness import MIB, Bench, scratch, write_checkpoint
+from parts.gpu import content, speed, with_torch
+from parts.gpu.assumptions.run import run_all, table
+from parts.gpu.part import NotRun, Part, checkpoints
 from warmserve_rt.testing.simcuda import simulated_cuda
 
 PARTS: dict[str, Callable[[Part], None]] = {
-    "bandwidth": _gpu_speed.bandwidth,
-    "content": _gpu_content.content,
-    "digest": _gpu_content.digest,
-    "graph": _gpu_content.graph,
-    "capture": _gpu_content.capture,
-    "torch": _gpu_torch.torch,
-    "load": _gpu_speed.load,
-    "swap": _gpu_speed.swap,
-    "lease": _gpu_speed.lease,
+    "bandwidth": speed.bandwidth,
+    "content": content.content,
+    "digest": content.digest,
+    "graph": content.graph,
+    "capture": content.capture,
+    "torch": with_torch.torch,
+    "load": speed.load,
+    "swap": speed.swap,
+    "lease": speed.lease,
 }
 PART_LIMIT = 60.0  # seconds
 
@@ -145,7 +142,7 @@ def start_part(
 
 def device_facts(report: Report, env: Mapping[str, str]) -> None:
     """In another process: a context here would be one more on the device."""
-    script = "from _cuda import Gpu; gpu = Gpu(); print(gpu.version, gpu.name)"
+    script = "from lib.cuda import Gpu; gpu = Gpu(); print(gpu.version, gpu.name)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60,

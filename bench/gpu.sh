@@ -42,7 +42,7 @@ run_tests() {
   local file status worst=0 pattern='device: Device'
   [ "$1" != simcuda ] || pattern+='|simulated_cuda'
   cd "$work"  # not the tree, whose package has nothing built in it
-  for file in "$root"/tests/test_*.py; do
+  for file in "$root"/tests/*/test_*.py; do
     grep -qE "$pattern" "$file" || continue
     status=0
     timeout --foreground -k 5 -s INT 120 \
@@ -113,7 +113,7 @@ step() {
     status=124
   fi
   printf '%s\t%d\t%d\n' "$name" "$status" $((SECONDS - begin)) >>"$work/steps.tsv"
-  "$python" "$root/bench/_gpu_merge.py" "$work" "$device" "$out"
+  "$python" "$root/bench/parts/gpu/merge.py" "$work" "$device" "$out"
   return "$status"
 }
 

@@ -22,9 +22,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _harness import Bench
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lib.harness import Bench
 from warmserve_rt import Runtime, StaleView
 from warmserve_rt.engines.transformers import load, stream_tokens
 

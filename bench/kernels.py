@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable
 
 import numpy as np
-from _harness import MIB, Bench, interleaved, ratio, seconds
 
+from lib.harness import MIB, Bench, interleaved, ratio, seconds
 from warmserve_rt import kernels
 
 BUFFER = 192 * MIB

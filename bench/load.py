@@ -19,7 +19,9 @@ from pathlib import Path
 from threading import Thread
 
 import torch
-from _harness import (
+from safetensors.torch import load_file
+
+from lib.harness import (
     GIB,
     LLAMA_1GIB_OF_F32,
     LLAMA_2GIB,
@@ -32,8 +34,6 @@ from _harness import (
     seconds,
     write_checkpoint,
 )
-from safetensors.torch import load_file
-
 from warmserve_rt import Runtime
 
 ARENA, CHUNK, GRANULE = int(2.25 * GIB), 8 * MIB, 2 * MIB

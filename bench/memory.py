@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from _harness import MIB, Bench, Llama, scratch, write_checkpoint
+from lib.harness import MIB, Bench, Llama, scratch, write_checkpoint
 
 CHECKPOINTS = {  # GiB
     "0.2": Llama(1024, 2816, 256, 32000, 4),

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
-from _harness import Bench, seconds
 
+from lib.harness import Bench, seconds
 from warmserve_rt.policy.curve import ValueCurve, value_curve
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.residency import Catalogue, Plan, Problem, plan, replan

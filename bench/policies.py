@@ -11,10 +11,9 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from _fleets import Case, Run, geomean, jackknife, mean_of, perform_all, workload_of
-from _harness import Bench, Interval
-from _still import late_at_least
-
+from bounds.static import late_at_least
+from lib.fleets import Case, Run, geomean, jackknife, mean_of, perform_all, workload_of
+from lib.harness import Bench, Interval
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.study.metrics import Slo
 

@@ -1,9 +1,9 @@
 """What does it cost to register a model, when it has many tensors and when its file is hostile?
 
 Files of ordinary names, with 20,000 and 200,000 tensors, are registered in turns. Then headers of
-90 MB, of every kind in _headers.py, are registered or refused, each in a process of its own, while
-another Python thread of that process ticks: the longest time between two ticks is how long the
-interpreter's lock was held.
+90 MB, of every kind in lib/headers.py, are registered or refused, each in a process of its own,
+while another Python thread of that process ticks: the longest time between two ticks is how long
+the interpreter's lock was held.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-from _harness import GIB, Bench, scratch, seconds
-from _headers import KINDS, write_blocks, write_header
-
+from lib.harness import GIB, Bench, scratch, seconds
+from lib.headers import KINDS, write_blocks, write_header
 from warmserve_rt import Runtime
 from warmserve_rt._errors import CorruptCheckpoint
 

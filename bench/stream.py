@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from time import perf_counter
 
-from _harness import MIB, Bench, Llama, scratch, write_checkpoint
-from _interleavings import interleavings
-from _ttft_sim import ttft_on_the_simulator
-
+from lib.harness import MIB, Bench, Llama, scratch, write_checkpoint
+from parts.stream.interleavings import interleavings
+from parts.stream.simulated import ttft_on_the_simulator
 from warmserve_rt import Runtime
 
 RATIOS = [0.5, 1.0, 4.0]
@@ -76,8 +75,7 @@ def main() -> None:
             print("loads that are called off", flush=True)
             cancel(bench, folder, 300)
     if only in (None, "host", "foreground"):
-        from _ttft_host import foreground_slowdown, ttft_on_the_host
-
+        from parts.stream.host import foreground_slowdown, ttft_on_the_host
         from warmserve_rt.demo.tenants import make_tenants
 
         (path,) = make_tenants(lambda what, done, of: None, count=1).values()

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
 
-from _harness import MIB, Bench, Llama, huge_share, scratch, write_checkpoint
-
+from lib.harness import MIB, Bench, Llama, huge_share, scratch, write_checkpoint
 from warmserve_rt import Model, Runtime
 
 GRANULE = 2 * MIB

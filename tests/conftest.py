@@ -23,7 +23,7 @@ from warmserve_rt import Model, Runtime, _native, testing
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 # Engines are tested where they are installed, by `.ci/engine_tests`.
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["engines/test_vllm*.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["engines/with_vllm/*"]
 
 # Where these are set pytest writes out differences whole: hours, for a layer's bytes.
 for name in ("CI", "BUILD_NUMBER"):

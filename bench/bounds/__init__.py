@@ -1,0 +1,1 @@
+"""Bounds that results of the benches are compared with."""

@@ -1,0 +1,1 @@
+"""Parts of benches that are more than one file."""

@@ -1,0 +1,60 @@
+"""The simulator's own table of misuses and the codes they get, row for row, from its tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lib import TESTS
+from lib.cuda import CudaError, Gpu, NotRun
+
+from . import GUESS, Assumption, Refuted, add
+
+# What would change what other rows see: addresses at a place that they want free, for one.
+_ALONE = {"init with flags", "reserve with a hint"}
+_ELSEWHERE = {"create too much": "exhaustion is a row of its own"}
+
+
+def _check(row: Any) -> Callable[[Gpu], str | None]:
+    def check(cuda: Gpu) -> str | None:
+        if why := _ELSEWHERE.get(row.name):
+            raise NotRun(why)
+        failed = ("", 0)
+        try:
+            row.calls(cuda)
+        except CudaError as error:
+            if error.function == "cuDevicePrimaryCtxRetain" and error.code == 101:
+                raise NotRun("there is one device") from None
+            failed = (error.function, error.code)
+        if row.lenient and failed == ("", 0):
+            return "the device lets it pass, the simulator does not"
+        if failed != (row.function, row.error):
+            raise Refuted("no error" if failed == ("", 0) else f"{failed[1]} from {failed[0]}")
+        return None
+
+    return check
+
+
+def _add_all() -> None:
+    sys.path.append(str(TESTS / "simcuda"))
+    try:
+        from test_simcuda_misuse import HOST, MEMORY, WORK
+    except ImportError as error:
+        why = f"the tests' table cannot be imported: {error}"
+
+        def not_run(_: Gpu) -> None:
+            raise NotRun(why)
+
+        add(
+            Assumption(
+                "codes of misuses", "see tests/simcuda/test_simcuda_misuse.py", GUESS, not_run
+            )
+        )
+        return
+    for row in [*MEMORY, *HOST, *WORK]:
+        assumes = f"{row.function} returns {row.error}" if row.function else "no error"
+        add(Assumption(row.name, assumes, row.source, _check(row), row.name in _ALONE))
+
+
+_add_all()

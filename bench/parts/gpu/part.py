@@ -1,0 +1,98 @@
+"""A part of bench/gpu.py: what it has to work with, and what it found."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.cuda import LIBRARY, NotRun
+from lib.harness import MIB, Llama
+from warmserve_rt import Model, Runtime, _native
+
+__all__ = ["NotRun", "Part", "arena_for", "layer_address", "layer_bytes"]
+
+GRANULE = 2 * MIB
+# Their layers differ in size, so that granules do not simply change hands.
+SMALL = {"small_a": Llama(512, 1408, 128, 8000, 6), "small_b": Llama(384, 1024, 96, 12000, 10)}
+MEDIUM = {"a": Llama(2048, 5632, 256, 32000, 9), "b": Llama(1536, 4096, 256, 49152, 15)}  # 1 GiB
+LARGE = {"large": Llama(2048, 5632, 256, 32000, 22)}  # 2 GiB
+
+
+def checkpoints(simulated: bool) -> Mapping[str, Llama]:
+    """By the names of their files. The simulated device copies with the CPU: all are small."""
+    if not simulated:
+        return {**SMALL, **MEDIUM, **LARGE}
+    small_a, small_b = SMALL.values()
+    return {**SMALL, "a": small_a, "b": small_b, "large": Llama(1024, 2816, 256, 32000, 3)}
+
+
+@dataclass
+class Part:
+    """Passes for a Bench where one is wanted."""
+
+    args: argparse.Namespace  # device, leases
+    folder: Path  # of the checkpoints
+    simulated: bool
+    rows: list[tuple[str, float, str]] = field(default_factory=list)
+    targets: list[tuple[str, float, str, str, float]] = field(default_factory=list)
+
+    def row(self, name: str, value: float, unit: str) -> None:
+        self.rows.append((name, value, unit))
+
+    def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None:
+        self.targets.append((name, value, unit, op, bound))
+
+    def yes(self, name: str, value: bool) -> None:
+        """Something that has to be so."""
+        self.target(name, int(value), "", "=", 1)
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def runtime(self, **options: Any) -> Runtime:
+        options.setdefault("tensors", "dlpack")
+        if self.simulated:  # which has kernels, but no file of them
+            driver = _native.cuda_driver(library=LIBRARY, kernels=b"simulated")
+            return Runtime(driver=driver, **options)
+        return Runtime(self.args.device, **options)
+
+    def register(self, runtime: Runtime, *names: str) -> list[Model]:
+        return [runtime.register(name, self.path(name)) for name in names]
+
+
+def arena_for(part: Part, *names: str, granule: int = GRANULE) -> int:
+    """Bytes of an arena that holds the largest of these models, and half a layer more."""
+    from contextlib import closing
+
+    from warmserve_rt.checkpoint import open_checkpoint
+    from warmserve_rt.checkpoint.layout import build_layout
+
+    needs = [0]
+    for name in names:
+        with closing(open_checkpoint(part.path(name))) as opened:
+            layers = build_layout(opened).layers
+        granules = [-(-layer.nbytes // granule) for layer in layers]
+        needs.append(sum(granules) + max(granules) // 2)
+    return max(needs) * granule
+
+
+def layer_bytes(model: Model, path: Path, layer: int) -> npt.NDArray[np.uint8]:
+    """What the file has of a layer."""
+    spec = model.layers[layer]
+    wanted = np.zeros(spec.nbytes, np.uint8)
+    with path.open("rb") as file:
+        for segment in spec.segments:
+            file.seek(segment.file_offset)
+            piece = wanted[segment.layer_offset : segment.layer_offset + segment.nbytes]
+            file.readinto(memoryview(piece))
+    return wanted
+
+
+def layer_address(model: Model, layer: int) -> int:
+    return model.native.view(layer, 0, [1], 1, 1, 8, 1).address

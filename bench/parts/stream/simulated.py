@@ -1,0 +1,58 @@
+"""The same question where time is counted and not waited for: a CUDA device of known speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lib.harness import Bench, Llama, write_hollow_checkpoint
+from lib.simulated import BANDWIDTH, COSTS, pinned
+from parts.stream.bound import Bound
+from warmserve_rt import Runtime, testing
+
+MODEL = Llama(4096, 11008, 4096, 32000, 8)  # a 7B with a quarter of its blocks
+READ = 1 << 16  # bytes of each layer that its computation reads
+
+
+def ttft_on_the_simulator(bench: Bench, folder: Path, ratios: list[float]) -> None:
+    """For every number of layers kept. A layer computes as long as its stream copies its last bytes
+    to the host: the same time for each, and in its order behind what it waits for."""
+    path = folder / "hollow.safetensors"
+    write_hollow_checkpoint(path, MODEL.shapes())
+    worst = 0.0
+    for ratio in ratios:
+        worst = max(worst, max(_over_bound(path, ratio)))
+    bench.target("ttft_vs_bound_sim", worst, "", "<=", 1.03)
+
+
+def _over_bound(path: Path, ratio: float) -> list[float]:
+    found = []
+    layers = MODEL.blocks + 2
+    nbytes = path.stat().st_size
+    each = nbytes / BANDWIDTH / ratio / layers  # seconds of a layer
+    with testing.simulated_cuda(
+        clock="virtual", memory="16GiB", h2d=BANDWIDTH, d2h=READ / each, content=4096, costs=COSTS
+    ) as cuda:
+        runtime = Runtime(
+            driver=testing.cuda_driver(cuda), arena="6GiB", tensors="dlpack", pump=True
+        )
+        model = runtime.register("m", path)
+        assert len(model.layers) == layers
+        bound = Bound([each] * layers, [x.nbytes for x in model.layers], BANDWIDTH)
+        views = [
+            model.native.view(x.index, x.nbytes - READ, [READ], READ, 1, 8, 1) for x in model.layers
+        ]
+        stream = runtime.stream()
+        runtime.prewarm(model).wait()
+        with pinned(cuda, READ) as out:
+            for kept in range(layers, -1, -1):
+                runtime.evict(model, keep=kept)
+                begin = cuda.now
+                with runtime.lease(model, streaming=True) as lease:
+                    for layer, view in enumerate(views):
+                        lease.wait(layer, stream)
+                        stream.copy_from(out, view)
+                    stream.synchronize()
+                found.append((cuda.now - begin) / bound.seconds(kept))
+        del stream
+        runtime.close()
+    return found

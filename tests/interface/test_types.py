@@ -1,0 +1,126 @@
+"""Risk: a type checker refuses what the documentation says, or accepts what fails at run time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import warmserve_rt
+
+# Where a checker finds this package if it was not installed but is used as it lies.
+ROOT = Path(warmserve_rt.__file__).resolve().parents[1]
+SEARCH = {} if ROOT.name == "site-packages" else {"MYPYPATH": str(ROOT)}
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+# What the README's lines take as given.
+GIVEN = """
+from typing import Any
+from warmserve_rt import Lease, Runtime
+runtime: Runtime
+path: str
+inputs: Any
+torch: Any
+model: Any
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With one cache for all: most of the time goes into reading torch once."""
+    return tmp_path_factory.mktemp("typed")
+
+
+def problems(folder: Path, *sources: str) -> list[str]:
+    """Returns the errors of mypy --strict in these programs, without this package's own."""
+    programs = [folder / f"program{number}.py" for number in range(len(sources))]
+    for program, source in zip(programs, sources, strict=True):
+        program.write_text(source)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"),
+            *("--ignore-missing-imports", "--config-file=", "--no-error-summary"),
+            "--untyped-calls-exclude=numba",
+            *(f"--cache-dir={folder / 'cache'}", *map(str, programs)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=folder,
+        env={**os.environ, **SEARCH},
+    )
+    assert not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+SERVER = """
+from warmserve_rt import (
+    Lease, LayerSnapshot, Model, ModelSnapshot, Progress, Runtime, Snapshot, Ticket, __version__,
+)
+
+
+async def serve(path: str) -> None:
+    async with Runtime("host", arena="2GiB", staging=256 << 20, headroom="10%") as runtime:
+        model: Model = runtime.register("chat", path)
+        ticket: Ticket = runtime.prewarm("chat")
+        await ticket
+        ticket.wait(3.0, layer="head")
+        done: bool = ticket.done
+        parts: tuple[int, int] = ticket.progress
+        share: float = ticket.progress.fraction
+        lease: Lease
+        async with runtime.lease("chat", streaming=True, timeout=3) as lease:
+            for name, tensor in lease.tensors.items():
+                print(name.upper(), tensor.shape)
+        snapshot: Snapshot = runtime.snapshot()
+        for name, held in snapshot.models.items():
+            layers: tuple[LayerSnapshot, ...] = held.layers
+            print(name, layers[0].nbytes)
+        models: tuple[Model, ...] = runtime.models
+        await runtime.aevict("chat", wait="leases", timeout=30)
+        await runtime.aunregister(model)
+        print(done, parts, share, models, snapshot.arena_bytes, __version__)
+"""
+
+
+def test_a_server_is_strictly_typed(folder: Path) -> None:
+    assert problems(folder, SERVER) == []
+
+
+def test_wrong_words_are_errors_for_a_checker(folder: Path) -> None:
+    source = """
+import warmserve_rt
+from warmserve_rt import Runtime
+runtime = Runtime("host", tensors="numpy")
+Runtime("host", tensors="jax")
+runtime.evict("chat", wait="lease")
+runtime.unregister("chat", wait="lease")
+runtime.close(wait="lease")
+runtime.stream("high")
+runtime.prewarm("chat", priority="high")
+warmserve_rt.nothing_of_that_name
+"""
+    found = problems(folder, textwrap.dedent(source))
+    lines = sorted({int(each.split(":")[1]) for each in found if ": error:" in each})
+    assert lines == [5, 6, 7, 8, 9, 10, 11], found
+
+
+def test_the_lines_of_the_readme_are_strictly_typed(folder: Path) -> None:
+    """Inside of an async function if they await."""
+    programs = []
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        if "await " in block or "async " in block:
+            block = "async def main() -> None:\n" + textwrap.indent(block, "    ")
+        given = "\n".join(
+            line
+            for line in GIVEN.splitlines()
+            if not re.search(rf"^{line.split(':')[0]} = ", block, re.M)
+        )
+        programs.append(f"{given}\n{block}")
+    assert problems(folder, *programs) == []

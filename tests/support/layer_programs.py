@@ -1,0 +1,182 @@
+"""Random programs over all that can be done to layers, whose every leased byte is compared.
+
+    python tests/support/layer_programs.py --programs 1000 --threaded 100 --device simcuda
+
+A program is named by its seed: with one thread, and the runtime pumped, it runs the same way each
+time, and what fails is shrunk to the fewest operations that do. With several threads the seed says
+what each does, and the machine when.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from layer_operations import Operations, operations
+from layer_world import GRANULES, Contents, Failed, World, WrongBytes, world
+
+REACHED = (
+    "leases, complete",
+    "leases, streaming, a layer not there",
+    "copies behind a layer that still fills",
+    "leases released in mid-fill",
+    "tickets cancelled in mid-fill",
+    "evictions that hit fills",
+    "refused: Busy",
+)
+
+
+class Hung(Failed):
+    """Threads that are still there: no other program can run beside them."""
+
+
+def run(seed: int, contents: Contents, only: Collection[int] | None = None) -> Counter[str]:
+    """One thread, which steps the runtime; of its operations ``only`` those. How often each of
+    the places that matter was reached. Raises Failed."""
+    rng = random.Random(f"program {seed}")
+    trace: list[str] = []
+    try:
+        with world(seed, contents, pump=True, tapes=2) as made:
+            actor = Operations(made, made.tapes, trace=trace)
+            try:
+                for i, kind in enumerate(operations(rng, threaded=False)):
+                    if only is None or i in only:
+                        actor.perform(kind, random.Random(f"{seed} {i}"))
+            finally:
+                actor.release_all()
+            if rng.random() < 0.7:  # else it is closed with work under way
+                _run_until_idle(made, actor)
+            actor.tickets.clear()
+    except Exception as error:
+        raise _named(error, f"seed {seed} on {contents.device}", trace) from error
+    return made.counts
+
+
+def _run_until_idle(made: World, actor: Operations) -> None:
+    for _ in range(3000):
+        if not made.runtime.step():
+            break
+    else:
+        raise Failed("the work does not end")
+    if not all(ticket.done for ticket, _ in actor.tickets):
+        raise Failed("the work has ended, and a ticket has not")
+    made.check()
+
+
+def run_threads(seed: int, contents: Contents, timeout: float = 60) -> Counter[str]:
+    """Three or four threads, each with a program of its own, on one runtime with loaders. Raises
+    Failed; Hung, after the stacks of all threads, when they do not end in time."""
+    count = random.Random(f"threads {seed}").randint(3, 4)
+    where = f"threaded seed {seed} on {contents.device}"
+    failures: list[Failed] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with world(seed, contents, pump=False, tapes=2 * count) as made:
+            actors = [Operations(made, made.tapes[2 * i : 2 * i + 2]) for i in range(count)]
+
+            def act(number: int, actor: Operations) -> None:
+                rng = random.Random(f"thread {number} of {seed}")
+                try:
+                    for kind in operations(rng, threaded=True):
+                        if made.failed.is_set():
+                            break
+                        actor.perform(kind, rng)
+                except Exception as error:
+                    made.failed.set()
+                    failures.append(_named(error, f"{where}, thread {number}", actor.trace))
+                finally:
+                    actor.release_all()
+                    actor.tickets.clear()
+
+            threads = [
+                threading.Thread(target=act, args=each, daemon=True) for each in enumerate(actors)
+            ]
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + timeout
+            for thread in threads:
+                thread.join(max(0, end - time.monotonic()))
+            if any(thread.is_alive() for thread in threads):
+                faulthandler.dump_traceback(all_threads=True)
+                raise Hung(f"{where} hangs: {[actor.trace[-1] for actor in actors]}")
+            if failures:
+                raise failures[0]
+            known = {model.name for model in made.runtime.models}
+            if known != set(made.runtime.snapshot().models):
+                raise Failed(f"the runtime knows {sorted(known)}, the device has others")
+            made.check()
+    except Failed:
+        raise
+    except Exception as error:
+        raise _named(error, where, []) from error
+    finally:
+        sys.setswitchinterval(interval)
+    return made.counts
+
+
+def _named(error: Exception, where: str, trace: list[str]) -> Failed:
+    told = "\n".join([f"{where}: {type(error).__name__}: {error}", *trace])
+    if isinstance(error, WrongBytes):
+        return WrongBytes(told, error.count, error.first)
+    return Failed(told)
+
+
+def shrink(seed: int, contents: Contents) -> Failed | None:
+    """What the shortest failing part of a program fails with; None where it does not fail."""
+    kept = list(range(60))
+    found: Failed | None = None
+    size = 32
+    while size:
+        at = 0
+        while at < len(kept):
+            fewer = kept[:at] + kept[at + size :]
+            try:
+                run(seed, contents, fewer)
+                at += size
+            except Failed as error:
+                kept, found = fewer, error
+        size //= 2
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=int, default=1000)
+    parser.add_argument("--threaded", type=int, default=100)
+    parser.add_argument("--device", choices=GRANULES, default="host")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    args = parser.parse_args()
+    faulthandler.enable()
+    counts: Counter[str] = Counter()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        contents = Contents(Path(folder), args.device)
+        for how, number in ((run, args.programs), (run_threads, args.threaded)):
+            begin = time.perf_counter()
+            for seed in range(args.seed, args.seed + number):
+                try:
+                    counts += how(seed, contents)
+                except Failed as error:
+                    failed += 1
+                    shorter = shrink(seed, contents) if how is run else None
+                    print(shorter or error, flush=True)
+                    if isinstance(error, Hung):
+                        raise
+            print(f"{number} in {time.perf_counter() - begin:.1f} s", flush=True)
+    for what, times in sorted(counts.items()):
+        print(f"{times:8} {what}")
+    print(f"{failed:8} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
