@@ -1,8 +1,8 @@
-"""Chooses what a run of CI checks in full: everything a change may have broken, and a part of the
-rest that rotates by commit.
+"""Chooses the checks of a CI run: everything that a change may have broken, and a part of the rest
+that rotates by commit.
 
-The change is all that differs from the newest commit that is 12 hours older than HEAD, or from
-`CI_BASE`. With `CI_ALL` set (`.ci/deep` does so) everything counts as changed.
+The change is the difference to the newest commit that is at least 12 hours older than HEAD, or to
+`CI_BASE`. With `CI_ALL` set (`.ci/deep` sets it) everything counts as changed.
 
     python .ci/changed.py PATH [PATH ...]    exits with 0 if something below these paths changed
     python .ci/changed.py --turn COUNT       prints a number below COUNT that rotates by commit
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 WAVE_S = 12 * 3600  # commits closer together than this are one change
-PARTS = 3  # a run checks one item in three of those that did not change
+PARTS = 3  # a run checks one in three of the unchanged items
 
 Item = TypeVar("Item")
 
@@ -32,7 +32,7 @@ def git(*arguments: str) -> str:
 
 @cache
 def changed_files() -> frozenset[str] | None:
-    """Returns the files that the change touches, or None if everything counts as changed."""
+    """Return the files that the change touches, or None if everything counts as changed."""
     if os.environ.get("CI_ALL"):
         return None
     base = os.environ.get("CI_BASE")
@@ -45,7 +45,7 @@ def changed_files() -> frozenset[str] | None:
 
 
 def any_changed(*paths: str) -> bool:
-    """Returns whether a file changed that is one of these paths or lies below one."""
+    """Return whether a file at or below one of these paths changed."""
     files = changed_files()
     return files is None or any(
         file == path or file.startswith(f"{path.rstrip('/')}/") for file in files for path in paths
@@ -53,12 +53,12 @@ def any_changed(*paths: str) -> bool:
 
 
 def turn(count: int) -> int:
-    """Returns a number below `count` that rotates by commit."""
+    """Return a number below `count` that rotates by commit."""
     return int(git("rev-parse", "HEAD")[:8], 16) % count
 
 
 def chosen(items: Sequence[Item], touched: Callable[[Item], bool]) -> list[Item]:
-    """Returns the items that the change touches and one part of the others, in their order."""
+    """Return the items that the change touches and one part of the others, in their order."""
     ours = turn(PARTS)
     return [item for number, item in enumerate(items) if touched(item) or number % PARTS == ours]
 

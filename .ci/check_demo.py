@@ -1,4 +1,4 @@
-"""Checks what the demo wrote: python check_demo.py [--mutated] FILE."""
+"""Checks the demo's JSON file: python check_demo.py [--mutated] FILE."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Checks that a module of warmserve_rt/ imports only packages and modules below it."""
+"""Checks that each module of warmserve_rt/ imports only packages and modules below it."""
 
 import ast
 import subprocess
@@ -7,9 +7,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "warmserve_rt"
 
-# From top to bottom: packages and modules of warmserve_rt/ and, where it matters, those of a
-# package. A package that is not listed may order its modules as it likes. Imports for types alone
-# do not count: the native module's stub names what Python hands it.
+# From top to bottom: packages and modules of warmserve_rt/ and, if their order matters, the modules
+# of a package. The modules of a package that is not listed may import each other in any order.
+# Imports for type checking do not count, because the native module's stub names Python classes.
 ORDER = {
     "": [
         "__main__",
@@ -74,10 +74,10 @@ ORDER = {
 
 
 class Imports(ast.NodeVisitor):
-    """The modules of this package that a file imports when it runs, with their lines."""
+    """The modules of this package that a file imports at run time, with their lines."""
 
     def __init__(self, package: list[str]) -> None:
-        self.package = package  # of the file, from warmserve_rt on
+        self.package = package  # the file's package, beginning with warmserve_rt
         self.found: list[tuple[int, list[str]]] = []
 
     def visit_If(self, node: ast.If) -> None:
@@ -96,7 +96,7 @@ class Imports(ast.NodeVisitor):
             self.add(node.lineno, [*module, alias.name])
 
     def add(self, line: int, name: list[str]) -> None:
-        """Adds the module that ``name`` is, or is in."""
+        """Add the module that ``name`` is or belongs to."""
         if name[0] != PACKAGE.name:
             return
         if not is_module(name[1:]):
@@ -113,7 +113,7 @@ def is_module(name: list[str]) -> bool:
 
 
 def complaint(own: list[str], imported: list[str]) -> str | None:
-    """Says what is wrong with an import of one module by another."""
+    """Return the problem with an import of one module by another, or None."""
     if own == imported:
         return None
     depth = next(n for n, name in enumerate(own) if name != imported[n])
@@ -123,9 +123,9 @@ def complaint(own: list[str], imported: list[str]) -> str | None:
     above, below = own[depth], imported[depth]
     for each in (above, below):
         if each not in order:
-            return f"{'.'.join([*own[:depth], each])} has no place in the order"
+            return f"{'.'.join([*own[:depth], each])} is missing from ORDER"
     if order.index(below) < order.index(above):
-        return f"{'.'.join(own)} imports {'.'.join(imported)}, which stands above it"
+        return f"{'.'.join(own)} imports {'.'.join(imported)}, which is above it in ORDER"
     return None
 
 
@@ -136,13 +136,13 @@ def problems() -> list[str]:
         for depth in range(len(own)):
             order = ORDER.get(".".join(own[:depth]))
             if order is not None and own[depth] not in order:
-                found.append(f"{'.'.join(own[: depth + 1])} has no place in the order")
+                found.append(f"{'.'.join(own[: depth + 1])} is missing from ORDER")
         imports = Imports([PACKAGE.name, *own[:-1]])
         imports.visit(ast.parse(path.read_text()))
         for line, imported in imports.found:
             if said := complaint(own, imported):
                 found.append(f"{path}:{line}: {said}")
-    if found:  # the package may be past importing
+    if found:  # the package may be impossible to import
         return found
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, warmserve_rt; print(*sys.modules)"],

@@ -1,7 +1,7 @@
-"""Checks that csrc/ has the order of csrc/README.md: a file includes only what stands below it.
+"""Checks the include order of csrc/README.md: a file of csrc/ includes only files below it.
 
-The list there has the folders, from top to bottom, and below some of them their files. simcuda/
-stands beside them.
+The README lists the folders from top to bottom and, for some folders, their files. simcuda/ is
+beside this order.
 """
 
 import re
@@ -19,9 +19,9 @@ CUDA_ABI, KNOW_CUDA = "driver/cuda/abi.h", ("driver/cuda/", "simcuda/")
 
 
 def order() -> list[str]:
-    """Returns the units of the README's list, from top to bottom.
+    """Return the units of the README's list, from top to bottom.
 
-    A unit is a folder or, in a folder whose files are listed, a header with its source.
+    A unit is a folder or, if the files of the folder are listed, a header with its source.
     """
     section = (CSRC / "README.md").read_text().split("## Include order")[1].split("\n## ")[0]
     units: list[str] = []
@@ -42,24 +42,24 @@ def unit(path: str, units: list[str]) -> str | None:
 
 
 def misplaced(path: str, included: str, units: list[str]) -> str | None:
-    """Returns what is wrong with an include of another file of csrc/, or None."""
+    """Return the problem with an include of another file of csrc/, or None."""
     if included == CUDA_ABI and not path.startswith(KNOW_CUDA):
-        return "only driver/cuda/ and simcuda/ know CUDA"
+        return "only driver/cuda/ and simcuda/ may use CUDA"
     if path.startswith(f"{BESIDE}/"):
         allowed = included.startswith(BESIDE_INCLUDES)
-        return None if allowed else f"{BESIDE}/ includes only {', '.join(BESIDE_INCLUDES[1:])}"
+        return None if allowed else f"{BESIDE}/ may include only {', '.join(BESIDE_INCLUDES[1:])}"
     if included.startswith(f"{BESIDE}/"):
-        return f"no layer includes {BESIDE}/"
+        return f"no layer may include {BESIDE}/"
     ours, theirs = unit(path, units), unit(included, units)
     if theirs is None:
-        return "which is in no unit"
+        return "which is missing from the list in csrc/README.md"
     if ours == theirs:
         return None
     folders = [tuple(file.split("/")[:-1]) for file in (path, included)]
     if folders[0][0] == folders[1][0] and all(len(folder) > 1 for folder in folders):
-        return "folders of one layer do not include each other"
+        return "folders of one layer may not include each other"
     if ours is not None and units.index(theirs) < units.index(ours):
-        return "which stands above it"
+        return "which is above it"
     return None
 
 
@@ -78,19 +78,17 @@ def problems() -> list[str]:
     graph: dict[str, set[str]] = {}
     for name, includes in files.items():
         if unit(name, units) is None and not name.startswith(f"{BESIDE}/"):
-            found.append(f"{name} is in no unit of csrc/README.md")
+            found.append(f"{name} is missing from the list in csrc/README.md")
         for bracket, included in includes:
             if included.startswith("pybind11/") and not name.startswith("bind/"):
-                found.append(f"{name} includes {included}: only bind/ knows Python")
+                found.append(f"{name} includes {included}: only bind/ may use Python")
             elif re.match(r"cuda|nv", included) and not name.endswith(".cu"):
-                found.append(
-                    f"{name} includes {included}: {CUDA_ABI} declares what is used of CUDA"
-                )
+                found.append(f"{name} includes {included}: include {CUDA_ABI}, which declares CUDA")
             elif bracket == '"' and included not in files:
                 found.append(f"{name} includes {included}, which does not exist")
             elif bracket == '"' and (why := misplaced(name, included, units)):
                 found.append(f"{name} includes {included}: {why}")
-            # What is included in the middle of a source (.inl) is a part of that source.
+            # A .inl file is a part of the source that includes it.
             if bracket == '"' and name.endswith((".h", ".cpp")):
                 stem, other = (re.sub(r"\.(h|cpp)$", "", file) for file in (name, included))
                 if stem != other:

@@ -1,4 +1,4 @@
-"""Runs the mutants that a change may concern, and a part of the others that rotates by commit."""
+"""Runs the mutants that a change may affect, and a part of the others that rotates by commit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mutations
 
 
 def support_changed() -> bool:
-    """Returns whether something changed that many tests share: a helper or a fixture."""
+    """Return whether a helper or a fixture that many tests share has changed."""
     files = changed_files() or ()
     return any(f.startswith("tests/") and f.endswith(".py") and "/test_" not in f for f in files)
 

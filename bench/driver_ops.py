@@ -1,11 +1,12 @@
-"""What do a device's memory operations cost, and what is left of them when a model is loaded?
+"""What do a device's memory operations cost, and how much do they slow down a load?
 
     python bench/driver_ops.py --device simcuda
     python bench/driver_ops.py --device cuda:0
 
-On every device: create, map, set access, unmap and release for each granule, by the granule's size
-and by how many go in one call. On the simulated one also what needs a device whose costs are known:
-loading at the bandwidth, the calls before a first layer, and the simulator's own speed and sight.
+On every device the bench times create, map, set access, unmap and release per granule, by the size
+of the granule and the number of granules in a call. On the simulated device, whose costs are known,
+it also measures loads relative to the bandwidth, the calls before a first layer, and the
+simulator's own speed and race detection.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SAMPLE = 4096  # bytes of each granule that the simulator keeps
 
 
 def driver_ops(bench: Bench) -> None:
-    """Microseconds per granule; "ro": mapped for reading alone."""
+    """Time the operations in microseconds per granule; "ro": mapped read-only."""
     with device(bench.args.device, memory="8GiB") as (driver, _):
         for mib, batch in ((2, 1), (2, 8), (2, 64), (2, 256), (8, 64), (32, 16)):
             rounds = max(3, 256 // batch)
@@ -69,8 +70,10 @@ def driver_ops(bench: Bench) -> None:
 
 
 def samples(layer: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-    """For each granule of a layer its offset there, and where its first bytes come from: file
-    offset, offset in the sample, bytes."""
+    """Yield, for each granule of a layer, its offset in the layer and the pieces of its sample.
+
+    The sample is the start of the granule. A piece is (file offset, offset in the sample, bytes).
+    """
     for granule in range(0, layer.nbytes, 2 * MIB):
         end = min(granule + SAMPLE, layer.nbytes)
         pieces = []
@@ -84,7 +87,7 @@ def samples(layer: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int, int]]]
 
 
 def write_marked_checkpoint(path: Path) -> int:
-    """A file of 13.5 GB with random bytes where granules begin, and holes elsewhere."""
+    """Write a file of 13.5 GB with random bytes at the start of each granule, holes elsewhere."""
     nbytes = write_hollow_checkpoint(path, LLAMA_7B.shapes())
     with closing(open_checkpoint(path)) as opened:
         layout = build_layout(opened)
@@ -98,7 +101,7 @@ def write_marked_checkpoint(path: Path) -> int:
 
 
 def sample_matches(cuda: SimulatedCuda, model: Model, path: Path) -> bool:
-    """Whether the start of every granule on the device is what the file has there."""
+    """Return whether the start of every granule on the device equals the file's bytes."""
     with path.open("rb") as file:
         for layer in model.layers:
             address = model.native.view(layer.index, 0, [1], 1, 1, 8, 1).address
@@ -113,9 +116,12 @@ def sample_matches(cuda: SimulatedCuda, model: Model, path: Path) -> bool:
 
 
 def load_at_bandwidth(bench: Bench, folder: Path) -> None:
-    """On the virtual clock: calls cost what COSTS says, copies go at BANDWIDTH, and reading the
-    file costs nothing. What remains is what the runtime makes of them: in the foreground, and in
-    the background, where no more than a chunk is under way at a time."""
+    """Measure foreground and background loads relative to the bandwidth, on the virtual clock.
+
+    Calls cost COSTS, copies run at BANDWIDTH and reading the file is free. The remaining time is
+    due to the runtime's order of calls and copies. In the background at most one chunk is in
+    flight.
+    """
     path = folder / "llama-7b"
     nbytes = write_marked_checkpoint(path)
     with device(
@@ -151,8 +157,10 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
 
 
 def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
-    """The same with threads and time that passes, at a bandwidth that this machine can feed: reads
-    of the file, copies and calls overlap or they do not. For comparison, without a bound."""
+    """Measure a load in real time, with threads, at a bandwidth that this machine can sustain.
+
+    This shows whether file reads, copies and calls overlap. It is a comparison without a target.
+    """
     bandwidth = 2e9
     path = folder / "llama-1b"
     write_checkpoint(path, LLAMA_2GIB.shapes())
@@ -171,8 +179,11 @@ def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
 
 
 def activation(bench: Bench, folder: Path) -> None:
-    """The arena is full: of one model, and of another without its first layers. The second is asked
-    for: the memory calls until its first layer is mapped and on its way."""
+    """Count the memory calls until the first layer of a partly resident model is mapped.
+
+    The arena is full: it holds one model and the tail layers of another. The bench then leases the
+    second model and counts calls until its first layer is mapped and its copies are in flight.
+    """
     small = Llama(2048, 5632, 256, 32000, 8)
     for name in "ab":
         write_hollow_checkpoint(folder / name, small.shapes())
@@ -202,7 +213,7 @@ def activation(bench: Bench, folder: Path) -> None:
                 used = cuda.now - now
                 calls = sum(cuda.calls.get(n, 0) - before.get(n, 0) for n in MEMORY_CALLS)
                 whole = layers[0].granules * 2 * MIB
-                assert cuda.copied["h2d"] - copied < whole  # the copies are still under way
+                assert cuda.copied["h2d"] - copied < whole  # the copies are still in flight
             bench.row("layer0_granules", layers[0].granules, "")
             bench.row("layers_missing", sum(x.residency == "absent" for x in layers), "")
             bench.row("activation_until_mapped", used * 1e6, "us")
@@ -225,7 +236,7 @@ def simulator(bench: Bench) -> None:
     expected = found = false = 0
     for seed in range(bench.args.programs):
         program = stream_programs.generate(seed)
-        if seed % 2:  # an order taken out of a program that has no race
+        if seed % 2:  # a race-free program from which one ordering was removed
             free = stream_programs.generate(seed, race_free=True)
             program = stream_programs.plant(free, seed) or free
         with testing.simulated_cuda(clock="virtual", check=False) as cuda:
@@ -242,7 +253,7 @@ def simulator(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--programs", type=int, default=2000, help="random ones, for the detector")
+    parser.add_argument("--programs", type=int, default=2000, help="random programs with races")
     bench = Bench.start("driver_ops", parser)
     print(f"driver operations on {bench.args.device}", flush=True)
     driver_ops(bench)

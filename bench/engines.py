@@ -1,8 +1,9 @@
 """What do serving engines gain and lose when their weights are in an arena?
 
-vLLM as it is installed, on the CPU with one thread, with a real language model in float32, beside
-the same vLLM with its own loader; and transformers (engines_transformers.py, which runs by itself
-too). Wants the environment that `.ci/engine_tests` makes.
+The bench compares the installed vLLM, with weights in an arena, with the same vLLM and its own
+loader, on the CPU with one thread and a real language model in float32. It then measures
+transformers (engines_transformers.py, which can also run alone). It needs the environment that
+`.ci/engine_tests` makes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ GRANULE = 2 << 20
 
 
 class Loads:
-    """Starts, each timed inside load_model. What the page cache holds stays there."""
+    """Engine starts, timed inside load_model, with the files in the page cache."""
 
     def __init__(self, model: Path, cache: Path) -> None:
         self.model, self.cache = model, cache
@@ -44,19 +45,19 @@ class Loads:
             return made.load_s
 
     def cached(self) -> float:
-        """Arena and all made anew."""
+        """Time a start with a new arena and the weights in the disk cache."""
         close_arena()
         with engine(self.model, self.cache) as made:
             return made.load_s
 
     def resident(self) -> float:
-        """Beside an engine that has the same weights there."""
+        """Time a start beside an engine that has the same weights in the arena."""
         with engine(self.model, self.cache) as first, engine(self.model, self.cache) as second:
             assert first.worker._weights[0].model is second.worker._weights[0].model
             return second.load_s
 
     def first_token(self, *, gated: bool) -> float:
-        """From the beginning of load_model to the first token, without the engine's other setup."""
+        """Time load_model plus the first token, without the engine's other setup."""
         close_arena()
         with engine(self.model, self.cache, gated=gated) as made:
             return made.load_s + seconds(lambda: made.tokens(1, 1))
@@ -98,7 +99,7 @@ def bench_decode(bench: Bench, plain: Engine, ours: Engine) -> None:
                 "plain": lambda n=streams: seconds(lambda: plain.tokens(n, 32)),
                 "ours": lambda n=streams: seconds(lambda: ours.tokens(n, 32)),
             },
-            2 * bench.args.rounds,  # seconds each, in which another machine's work may fall
+            2 * bench.args.rounds,  # each takes seconds, so other load may disturb it
         )
         speed = 32 * streams / statistics.median(taken["ours"])
         bench.row(f"decode_tokens_per_s_{streams}", speed, "1/s")
@@ -112,7 +113,7 @@ def bench_decode(bench: Bench, plain: Engine, ours: Engine) -> None:
 def bench_wake(bench: Bench, ours: Engine, plain_load_s: float) -> None:
     (weights,) = ours.worker._weights
     path = weights._entry.weights
-    loaders = max(1, min(8, len(os.sched_getaffinity(0)) - 1))  # as the runtime has by default
+    loaders = max(1, min(8, len(os.sched_getaffinity(0)) - 1))  # the runtime's default
 
     def wake() -> float:
         ours.llm.sleep(1)
@@ -130,7 +131,7 @@ def bench_wake(bench: Bench, ours: Engine, plain_load_s: float) -> None:
 
 
 def bench_step(bench: Bench, ours: Engine) -> None:
-    """What our worker adds to a step, with a model runner that does nothing."""
+    """Measure what our worker adds to a step, with a model runner that does nothing."""
     worker, steps = ours.worker, 5000
     runner, scheduled = worker.model_runner, SimpleNamespace(total_num_scheduled_tokens=1)
     real = runner.execute_model, runner.sample_tokens
@@ -156,7 +157,7 @@ def bench_step(bench: Bench, ours: Engine) -> None:
 
 
 class Answers:
-    """Tokens of ours beside those of plain vLLM: 4 prompts, 48 tokens each."""
+    """Compares our tokens with those of plain vLLM: 4 prompts, 48 tokens each."""
 
     def __init__(self, wanted: dict[Path, list[list[int]]]) -> None:
         self.wanted = wanted
@@ -177,7 +178,7 @@ def plain_answers(models: list[Path]) -> dict[Path, list[list[int]]]:
 
 
 def check_alternation(answers: Answers, models: list[Path], cache: Path) -> float:
-    """Two engines in an arena of 1.2 times one; returns the arena over the larger model."""
+    """Alternate two engines in an arena of 1.2 models; return arena size over model size."""
     close_arena()
     with engine(models[0], cache) as alone:
         (weights,) = alone.worker._weights
@@ -204,7 +205,7 @@ def check_gated(answers: Answers, model: Path, cache: Path) -> None:
 
 
 def check_killed(answers: Answers, model: Path, cache: Path) -> None:
-    """An engine whose worker is a process of its own, killed, and one that takes its place."""
+    """Kill an engine's worker process, then check an engine that replaces it."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     try:
         with engine(model, cache) as made:
@@ -230,7 +231,7 @@ def check_killed(answers: Answers, model: Path, cache: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: SmolLM2)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed, of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each kind")
     bench = Bench.start("engines", parser)
     model: Path = bench.args.model or next(iter(make_tenants(lambda *_: None, count=1).values()))
     with scratch() as directory:

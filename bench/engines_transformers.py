@@ -1,12 +1,16 @@
-"""What does a transformers model in the arena cost, beside transformers by itself?
+"""What does a transformers model in the arena cost, compared with plain transformers?
 
-Binding: `load()`, which reads no weight, in turns with `from_pretrained` of the same directory,
-which lies in the page cache, and which on the host is mapped and not read either, but on CUDA is
-copied to the device; of the first model of a configuration, and of a later one, whose module is not
-built anew. Gates: what the hooks add to a forward pass, measured on their parts alone with the
-computation taken out, for beside milliseconds of it they are not to be seen: once the leased layers
-are there, when only the checks at the entries are left, and in the first pass under a lease, when
-every part waits for its own. Switches: see parts/engines/switch.py. All on one thread of torch's.
+Binding: `load()`, which reads no weights, takes turns with `from_pretrained` of the same directory,
+which is in the page cache. On the host `from_pretrained` maps the file and does not read it either;
+on CUDA it copies the weights to the device. The bench times the first model of a configuration and
+later ones, whose module is not built again.
+
+Gates: the bench measures what the hooks add to a forward pass. It removes the computation from the
+hooked parts, because the hooks' cost is invisible beside milliseconds of computing. It measures
+passes after the leased layers have arrived, when only the checks at the entries remain, and the
+first pass under a lease, when every part waits for its own layers.
+
+Switches: see parts/engines/switch.py. torch uses one thread throughout.
 
     python bench/engines_transformers.py [--device cuda:0] [--made 1b] [--json FILE]
 """
@@ -39,7 +43,7 @@ from warmserve_rt.engines import transformers as transformers_engine
 from warmserve_rt.engines.transformers import load
 from warmserve_rt.engines.transformers.blueprints import Blueprints
 
-PASSES = 1000  # with the hooks and without, in turns
+PASSES = 1000  # passes with and without the hooks, in turns
 TOKENS = 8
 Part = Callable[[], None]
 
@@ -51,9 +55,20 @@ def measure(
     other: Path | None = None,
     run: Callable[[Part], None] = lambda part: part(),
 ) -> None:
-    """Binding, gates, tokens and switches of the causal model in a directory, each by ``run``.
+    """Measure binding, gates, tokens and switches of a causal model.
 
-    ``other``: one of the same configuration to switch to; by default one is made.
+    Parameters
+    ----------
+    bench : Bench
+        Takes the results.
+    model : Path
+        The model's directory.
+    rounds : int
+        Rounds of each measurement.
+    other : Path, optional
+        A model of the same configuration to switch to. Default: a made one.
+    run : callable
+        Runs each part; it may catch exceptions.
     """
     torch.set_num_threads(1)
     progress: Any = logging
@@ -95,21 +110,21 @@ def measure_binding(bench: Bench, place: Place, runtime: Runtime, model: Path, r
             return module
 
         taken = place.seconds(work)
-        gc.collect()  # a module and its gates are a cycle, which holds the model's addresses
+        gc.collect()  # module and gates form a cycle that keeps the model's addresses
         runtime.unregister("bound")
         return taken
 
     def pretrained(read: bool) -> float:
         def work() -> Any:
             module: Any = place.plain(model)
-            if read:  # a number of every page
+            if read:  # one element of every page
                 for parameter in module.parameters():
                     parameter.data.view(-1)[:: 4096 // parameter.element_size()].sum()
             return module
 
         return place.seconds(work)
 
-    bound(), bound()  # it is known as one of several
+    bound(), bound()  # from the third on, the configuration's module is cached
     taken = interleaved(
         {
             "bind": bound,
@@ -153,7 +168,7 @@ def measure_gates(bench: Bench, place: Place, runtime: Runtime, module: Any) -> 
             stack.enter_context(computing_nothing(part))
         with runtime.lease("chat"):
             bench.target("gate_us_per_token", hooks_us(waiting), "us", "<=", 5)
-        # Under a lease that lacks a layer; what computes with that is left out.
+        # Under a lease without the last layer. Parts that compute with that layer are left out.
         with runtime.lease("chat", layers=range(len(module.warmserve_model.layers) - 1)):
             parts = [part for part in waiting if passes(part)]
             bench.row("gate_us_per_token_of_a_part", hooks_us(parts), "us")
@@ -169,8 +184,10 @@ def passes(part: nn.Module) -> bool:
 
 
 def hooks_us(parts: list[nn.Module], prepare: Callable[[], None] = lambda: None) -> float:
-    """What hooks add to the calls of these parts, which compute nothing, in microseconds: the
-    median of so many passes, each after ``prepare``."""
+    """Return the microseconds that hooks add to the calls of these parts, which compute nothing.
+
+    The result is the median over PASSES passes; ``prepare`` runs before each.
+    """
     hooks = [part._forward_pre_hooks for part in parts]
     none: list[Any] = [OrderedDict() for _ in parts]
 
@@ -198,7 +215,7 @@ def computing_nothing(part: Any) -> Iterator[None]:
 
 
 def measure_tokens(bench: Bench, place: Place, runtime: Runtime, model: Path, rounds: int) -> None:
-    """Ours against transformers' own, whose weights are read beforehand; and the same tokens."""
+    """Time tokens against plain transformers with weights already read, and compare the tokens."""
     module = load(runtime, model, name="chat")
     plain = place.plain(model)
     said: dict[str, Any] = {}
@@ -222,9 +239,9 @@ def measure_tokens(bench: Bench, place: Place, runtime: Runtime, model: Path, ro
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", type=Path, help="a directory (default: SmolLM2, as the demo's)")
-    which.add_argument("--made", choices=SIZES, help="two random Llamas instead, of this size")
-    parser.add_argument("--rounds", type=int, default=7, help="of each kind")
+    which.add_argument("--model", type=Path, help="a directory (default: the demo's SmolLM2)")
+    which.add_argument("--made", choices=SIZES, help="two random Llamas of this size instead")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each kind")
     bench = Bench.start("engines-transformers", parser)
     failed = 0
 

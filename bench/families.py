@@ -1,8 +1,9 @@
-"""Which causal families of transformers compute in the arena just as they do by themselves?
+"""Which causal model families of transformers compute the same in the arena as alone?
 
-Each that can be built small is built at random, saved, bound three times, the third as one of many,
-and asked once while its layers stream in. What transformers would fuse or split is refused, by a
-tensor's name. A family that wants more than smaller sizes to be built is not tried.
+The bench builds a small random model of each family, saves it and binds it three times, so that the
+third is built from the cache. It then runs the model once while its layers stream in. A model that
+transformers would fuse or split is refused with the name of a tensor. A family that needs more than
+smaller sizes to be built is not tried.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from warmserve_rt.engines.transformers import load
 PROMPT = torch.tensor([[7, 3, 55, 20, 9, 41, 6, 30, 12]])
 LARGEST = 30_000_000  # parameters
 SETTINGS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rescale_every": 0}
-# What families call their sizes; of these a configuration gets those that it has.
+# The families' names of their sizes. A configuration gets those that it has.
 SIZES = {
     96: "vocab_size intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff ffn_hidden_size",
     64: "hidden_size n_embd d_model embedding_size attention_hidden_size word_embed_proj_dim "
@@ -41,12 +42,12 @@ SIZES = {
 }
 SMALL = SETTINGS | {name: size for size, names in SIZES.items() for name in names.split()}
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers")
-# Some have blocks of several kinds, which two are too few for, or heads that follow from the rest.
+# Some families have several kinds of blocks and need more than two, or derive the head's size.
 ATTEMPTS = ({"head_dim": 16, **dict.fromkeys(DEPTH, 2)}, dict.fromkeys(DEPTH, 8))
 
 
 def small_models(kind: str) -> Iterator[Any]:
-    """Random ones of a family that transformers itself can run."""
+    """Yield random models of a family that transformers itself can run."""
     for attempt in ATTEMPTS:
         try:
             large = AutoConfig.for_model(kind)
@@ -59,11 +60,11 @@ def small_models(kind: str) -> Iterator[Any]:
             model: Any = AutoModelForCausalLM.from_config(config).eval()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
-            for part in model.modules():  # as training leaves them; some are zeroed again on load
+            for part in model.modules():  # as after training; some are zeroed again on load
                 if isinstance(part, torch.nn.Embedding) and part.padding_idx is not None:
                     part.weight[part.padding_idx].zero_()
             model(PROMPT)
-        except Exception:  # whatever a family makes of sizes that do not fit together
+        except Exception:  # families fail in many ways if sizes do not fit together
             continue
         yield model
 
@@ -78,7 +79,7 @@ def shrunk(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared(kind: str, directory: Path) -> str:
-    """ "equal", "close", "different", what refused it, or "not tried"."""
+    """Return "equal", "close", "different", the refusal, or "not tried"."""
     path = directory / kind
     for model in small_models(kind):
         try:
@@ -86,7 +87,7 @@ def compared(kind: str, directory: Path) -> str:
             plain: Any = AutoModelForCausalLM.from_pretrained(path).eval()
         except Exception:
             continue
-        for parameter in plain.parameters():  # as aligned as ours
+        for parameter in plain.parameters():  # gives the same alignment as ours
             parameter.data = parameter.data.clone()
         wanted = plain(PROMPT).logits
         with Runtime("host", 256 * MIB) as runtime:
@@ -106,7 +107,7 @@ def compared(kind: str, directory: Path) -> str:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="as transformers calls them (default: all)")
+    parser.add_argument("families", nargs="*", help="transformers' names (default: all)")
     bench = Bench.start("families", parser)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

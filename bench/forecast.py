@@ -1,9 +1,10 @@
-"""How far is the load forecast from what came, and does its hedge find the best expert?
+"""How far is the load forecast from the actual load, and does its hedge find the best expert?
 
-ServeGen's clients are the tenants: 313, in windows of ten minutes over 14 days. Days 1 to 7 are
-history; on days 8 to 14 every window is forecast from those before it, 10 minutes, 1 hour and 3
-hours ahead, by each expert alone and by the hedge over them. A tenant's rate stands for its
-concurrent requests: they differ by the time a request takes, and no formula here has a scale.
+The tenants are ServeGen's 313 clients, in windows of ten minutes over 14 days. Days 1 to 7 are
+history. On days 8 to 14 every window is forecast from earlier ones, 10 minutes, 1 hour and 3 hours
+ahead, by each expert alone and by the hedge over them. A tenant's rate stands for its concurrent
+requests: the two differ by the factor of a request's duration, and all formulas here are
+independent of scale.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ Array = NDArray[np.float64]
 
 
 def tenants() -> tuple[list[str], Array, Array]:
-    """Of each tenant the model it is a client of, its autocorrelation at a day, and its requests
-    per second [tenants, windows]; NaN where the recording of the model has a gap."""
+    """Return each tenant's model, its autocorrelation at one day, and its requests per second.
+
+    The rates are an array [tenants, windows], with NaN in gaps of the model's recording.
+    """
     traffic = servegen()
     models = [SERVEGEN_MODELS[model] for model in traffic.model]
     return models, traffic.acf_day.astype(np.float64), traffic.rates.astype(np.float64)
@@ -39,8 +42,10 @@ def tenants() -> tuple[list[str], Array, Array]:
 def forecasts(
     rates: Array, expert: Expert | Literal["hedge"]
 ) -> tuple[dict[str, Array], dict[str, Array], float]:
-    """Average and upper by horizon, each [series, windows], placed at the window that they are for;
-    and the seconds that a window took, on average."""
+    """Return average and upper forecasts by horizon, and the mean seconds of a window.
+
+    Each forecast is an array [series, windows], indexed by the window that it is for.
+    """
     series, windows = rates.shape
     forecaster = Forecaster(
         series,
@@ -53,7 +58,7 @@ def forecasts(
     uppers = {name: np.full(rates.shape, np.nan) for name in HORIZONS}
     begin = perf_counter()
     for window in range(windows):
-        # Of the history only what is forecast for the days after it is asked for.
+        # Only forecasts for windows after the history are made.
         for name, horizon in HORIZONS.items():
             target = window - 1 + round(horizon / WINDOW)
             if window and HISTORY <= target < windows:
@@ -65,12 +70,12 @@ def forecasts(
 
 
 def wape(actual: Array, forecast: Array, of: NDArray[np.bool_]) -> float:
-    """The sum of the absolute errors over the sum of what came."""
+    """Return the sum of the absolute errors over the sum of the actual values."""
     return float(np.abs(forecast - actual)[of].sum() / actual[of].sum())
 
 
 def pinball(actual: Array, upper: Array, of: NDArray[np.bool_]) -> float:
-    """The quantile's loss, over the sum of what came."""
+    """Return the quantile loss over the sum of the actual values."""
     over = (actual - upper)[of]
     return float(np.maximum(QUANTILE * over, (QUANTILE - 1) * over).sum() / actual[of].sum())
 
@@ -113,7 +118,7 @@ def report_hedge(
     made: Mapping[str, Mapping[str, Array]],
     of_class: Mapping[str, NDArray[np.bool_]],
 ) -> None:
-    """The hedge beside the best expert in hindsight of each class and horizon."""
+    """Compare the hedge with the best expert in hindsight, for each class and horizon."""
     ratios = []
     for name, of in of_class.items():
         for horizon in HORIZONS:
@@ -135,11 +140,12 @@ def report_upper(
     uppers: Mapping[str, Array],
     of_class: Mapping[str, NDArray[np.bool_]],
 ) -> None:
-    """How often the upper forecast was enough.
+    """Report how often the upper forecast covered the actual load.
 
-    An idle window that was forecast as idle is covered for sure, and a tenant that mostly sleeps
-    has little else: they are left out of the targets, and rows of their own count them in. The
-    third count leaves the forecast out of the choice: of tenants with load in the day before.
+    An idle window that was forecast as idle is always covered, and mostly idle tenants have few
+    other windows. The targets therefore leave these windows out; the rows "_with_idle" include
+    them. The rows "_awake" choose windows without the forecast: those of tenants that had load
+    within the last day.
     """
     awake = _awake(rates)
     kinds: dict[str, list[float]] = {"": [], "_with_idle": [], "_awake": []}
@@ -164,7 +170,7 @@ def report_upper(
 
 
 def _awake(rates: Array) -> NDArray[np.bool_]:
-    """Whether there was any load in the day up to each window, this one too."""
+    """Return whether there was load in the day up to and including each window."""
     sums = np.cumsum(np.nan_to_num(rates), axis=1)
     before = np.zeros_like(sums)
     before[:, DAY:] = sums[:, :-DAY]

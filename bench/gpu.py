@@ -1,12 +1,12 @@
-"""What does a CUDA device do, and is that what the simulated one does?
+"""How does a CUDA device behave, and does the simulated device behave the same?
 
     python bench/gpu.py --device cuda:0
     python bench/gpu.py --device simcuda
 
-Copies at the device's limit and loads beside it, swaps, leases; the bytes on the device, by four
-ways to see them; and a table of what the simulated driver assumes of CUDA, each row confirmed or
-refuted here. Each part is a process of its own: what fails, hangs or breaks the device's context
-takes nothing else with it.
+The bench measures copies at the device's limit, loads relative to it, swaps and leases. It compares
+the bytes on the device in four ways. It also prints a table of the simulated driver's assumptions
+about CUDA, each confirmed or refuted on the device. Each part runs in a process of its own, so that
+a part that fails, hangs or breaks the device's context does not affect the others.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ PARTS: dict[str, Callable[[Part], None]] = {
 }
 PART_LIMIT = 60.0  # seconds
 
-# The simulated device copies at this rate, so that copies are under way when the next call is made,
-# and calls take time, so that there is something to fit: microseconds a call, and a granule. They
-# are so short that the simulator spins, for a sleep takes longer than asked.
+# The simulated device copies at this rate, so that copies are still in flight at the next call.
+# Calls take time, so that a cost model can be fitted: microseconds per call and per granule. They
+# are so short that the simulator spins, because a sleep takes longer than requested.
 SIMULATED = {
     "memory": "8GiB",
     "h2d": 2e9,
@@ -59,7 +59,7 @@ SIMULATED = {
 
 @dataclass
 class Report:
-    """What the JSON has beyond a bench's own."""
+    """The fields that the JSON has in addition to a bench's."""
 
     simulated: bool
     device: str = "unknown"
@@ -69,7 +69,7 @@ class Report:
     failed: list[str] = field(default_factory=list)
 
     def write(self, bench: Bench) -> None:
-        """After each part, so that what was measured is kept whatever comes."""
+        """Write the JSON file. Called after each part, so that a later failure loses no results."""
         bench.finish()
         if path := bench.args.json:
             path.write_text(
@@ -79,7 +79,7 @@ class Report:
 
 @contextmanager
 def environment(device: str) -> Iterator[Mapping[str, str]]:
-    """Of processes for which ``libcuda.so.1`` is the device's driver."""
+    """Yield an environment in which ``libcuda.so.1`` is the device's driver."""
     if device == "simcuda":
         with simulated_cuda(**SIMULATED, check=False) as cuda:  # type: ignore[arg-type]
             yield cuda.environment
@@ -88,7 +88,7 @@ def environment(device: str) -> Iterator[Mapping[str, str]]:
 
 
 def run_part(args: argparse.Namespace) -> None:
-    """In its own process: writes what it found."""
+    """Run a part in this process, write its results and exit."""
     part = Part(args, args.folder, args.simulated)
     outcome = "ran"
     try:
@@ -98,13 +98,13 @@ def run_part(args: argparse.Namespace) -> None:
     found = {"outcome": outcome, "rows": part.rows, "targets": part.targets}
     args.json.write_text(json.dumps(found))
     sys.stdout.flush()
-    os._exit(0)  # whatever is left on the device goes with the process
+    os._exit(0)  # the driver frees what is left on the device when the process ends
 
 
 def start_part(
     name: str, bench: Bench, folder: Path, env: Mapping[str, str], simulated: bool
 ) -> dict[str, object]:
-    """Runs a part and takes over its rows; what there is to say of it."""
+    """Run a part in a process, record its rows and return its outcome and duration."""
     out = folder / f"{name}.json"
     device = "cuda:0" if simulated else bench.args.device
     command = [sys.executable, __file__, "--part", name, "--device", device]
@@ -123,7 +123,7 @@ def start_part(
         said, _ = process.communicate()
         if isinstance(error, KeyboardInterrupt):
             raise
-        outcome = f"failed: not done after {PART_LIMIT:g} s"
+        outcome = f"failed: not finished after {PART_LIMIT:g} s"
     if said.strip():
         print(said.rstrip(), flush=True)
     found = json.loads(out.read_text()) if out.exists() else {"rows": [], "targets": []}
@@ -131,7 +131,7 @@ def start_part(
         bench.row(*row)
     for target in found["targets"]:
         bench.target(*target)
-    outcome = outcome or found.get("outcome", "failed: it said nothing")
+    outcome = outcome or found.get("outcome", "failed: no results")
     lines = said.strip().splitlines()
     if outcome.startswith("failed") and lines:
         outcome += f" ({lines[-1][:200]})"
@@ -141,31 +141,32 @@ def start_part(
 
 
 def device_facts(report: Report, env: Mapping[str, str]) -> None:
-    """In another process: a context here would be one more on the device."""
+    """Read the device's name and driver version in another process, so that this one has no
+    context on the device."""
     script = "from lib.cuda import Gpu; gpu = Gpu(); print(gpu.version, gpu.name)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     if done.returncode:
-        sys.exit(f"{report.device}: the device cannot be used:\n{done.stderr}")
+        sys.exit(f"{report.device}: cannot use the device:\n{done.stderr}")
     version, _, report.device = done.stdout.strip().partition(" ")
     report.driver_version = int(version)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--leases", type=int, default=20_000, help="timed, of each kind")
+    parser.add_argument("--leases", type=int, default=20_000, help="timed leases of each kind")
     parser.add_argument(
-        "--rows", default="", metavar="TEXT", help="assumptions with it in the name"
+        "--rows", default="", metavar="TEXT", help="only assumptions with this text in the name"
     )
-    parser.add_argument("--part", choices=PARTS, help="this one alone")
+    parser.add_argument("--part", choices=PARTS, help="run only this part")
     parser.add_argument("--limit", type=float, default=180, help="seconds for the assumptions")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--simulated", action="store_true", help=argparse.SUPPRESS)
     bench = Bench.start("gpu", parser)
     if bench.args.device not in ("cuda:0", "simcuda"):
-        parser.error("--device is cuda:0, or simcuda, which needs no GPU")
+        parser.error("--device must be cuda:0, or simcuda, which needs no GPU")
     if bench.args.folder:
         run_part(bench.args)
     simulated = bench.args.device == "simcuda"
@@ -174,7 +175,7 @@ def main() -> None:
         device_facts(report, env)
         print(f"{report.device}, driver {report.driver_version}", flush=True)
         if simulated:
-            print("THIS IS THE SIMULATED DEVICE: no number below is a GPU's", flush=True)
+            print("THIS IS THE SIMULATED DEVICE: the numbers below are not a GPU's", flush=True)
         if not bench.args.part:
             outcomes = run_all(env, only=bench.args.rows, limit=bench.args.limit)
             print(table(outcomes), flush=True)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# All there is to see on a machine with a GPU, in one JSON file, in less than ten minutes:
+# Runs everything that needs a GPU, in less than ten minutes, and writes one JSON file:
 #
 #     bench/gpu.sh [--device cuda:0|simcuda] [--out FILE.json] [--venv DIR] [--limit SECONDS]
 #
 # Builds and installs the package into an environment of its own (temporary, or --venv, which is
-# used again if it is there), runs the GPU's benches, then the tests on the device in the time that
-# is left. Needs no network where the interpreter has what a build needs (pybind11, setuptools) and
-# what the tests need (pytest, hypothesis, numpy). Ends with 0 if everything ran to its end; what
-# failed is in the file, which is written anew after each step.
+# reused if it exists), runs the GPU's benches, then the tests on the device in the remaining time.
+# Needs no network if the interpreter has the packages for the build (pybind11, setuptools) and for
+# the tests (pytest, hypothesis, numpy). The exit status is 0 if every step ran to its end. The file
+# lists all failures; it is rewritten after each step.
 set -euo pipefail
 
-# An environment in which the interpreter's own packages are seen, also where that is itself one of
-# a virtual environment.
+# Makes an environment that also sees the packages of the interpreter, even if the interpreter
+# itself belongs to a virtual environment.
 environment() {
   local packages
   [ -x "$venv/bin/python" ] || "$python" -m venv --without-pip "$venv"
@@ -21,7 +21,7 @@ environment() {
   "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m ensurepip
 }
 
-# From a copy, so that nothing is written into the tree and nothing built before is taken.
+# Builds from a copy, so that the tree stays clean and no earlier build output is used.
 build() {
   local pip=("$venv/bin/python" -m pip --retries 1 --timeout 10 install -q)
   mkdir "$work/tree"
@@ -35,13 +35,13 @@ build() {
     || "${pip[@]}" "$work/tree[test,bench]"
 }
 
-# The tests of the device, a process for each file, for two minutes at most: a test that breaks the
-# device's context or hangs takes no other file with it. What pytest says of failures is a result;
-# ending otherwise is not.
+# Runs the tests of the device, each file in a process of its own for at most two minutes, so that a
+# test that breaks the device's context or hangs does not affect other files. Test failures are
+# results; any other exit status of pytest is an error.
 run_tests() {
   local file status worst=0 pattern='device: Device'
   [ "$1" != simcuda ] || pattern+='|simulated_cuda'
-  cd "$work"  # not the tree, whose package has nothing built in it
+  cd "$work"  # not the tree, because the package there is not built
   for file in "$root"/tests/*/test_*.py; do
     grep -qE "$pattern" "$file" || continue
     status=0
@@ -50,16 +50,16 @@ run_tests() {
       --rootdir "$root" -k "$1" --junitxml "$work/tests-$(basename "$file" .py).xml" "$file" \
       || status=$?
     case $status in
-      0 | 1 | 5) ;;  # passed; some failed; none is for this device
-      2) return 2 ;;  # interrupted: no time is left
+      0 | 1 | 5) ;;  # all passed; some failed; the file has no test for this device
+      2) return 2 ;;  # interrupted: the time is over
       *) worst=$status ;;
     esac
   done
   return "$worst"
 }
 
-# The script calls itself for a step, so that a time limit can end it; what the step needs to know
-# is in its environment.
+# The script calls itself for some steps, so that a time limit can end them. They read their
+# settings from environment variables.
 case ${1:-} in
   --environment) environment; exit ;;
   --build) build; exit ;;
@@ -96,18 +96,18 @@ except OSError:
 PY
 fi
 if [ "$device" = simcuda ]; then
-  printf '%s\n' '****' '**** NO GPU: this is the simulated device, and no number is a GPU'"'"'s' '****'
+  printf '%s\n' '****' '**** NO GPU: this is the simulated device; no number is from a GPU' '****'
 fi
 
-# Runs a step, with a limit of seconds and not beyond the whole script's, and notes how it ended.
+# Runs a step with a limit in seconds, at most the script's remaining time, and records its status.
 ok=0
 step() {
   local name=$1 most=$2 begin=$SECONDS status=0
   shift 2
   [ "$most" -le $((limit - SECONDS)) ] || most=$((limit - SECONDS))
-  printf '\n=== %s (after %d s, for %d s at most)\n' "$name" "$SECONDS" "$most"
+  printf '\n=== %s (after %d s, for at most %d s)\n' "$name" "$SECONDS" "$most"
   if [ "$most" -gt 0 ]; then
-    # An interrupt may be ignored by whoever started this; pytest and the benches are to see it.
+    # The parent process may ignore interrupts; pytest and the benches must receive them.
     timeout -k 15 -s INT "$most" env --default-signal=INT "$@" 2>&1 | tee "$work/$name.log" || status=${PIPESTATUS[0]}
   else
     status=124
@@ -128,7 +128,7 @@ run=("$venv/bin/python" -u)
 for bench in gpu driver_ops kernels; do
   [ -e "$root/bench/$bench.py" ] || continue
   case $device-$bench in
-    simcuda-*) most=$limit ;;  # it may be a slow machine
+    simcuda-*) most=$limit ;;  # the machine may be slow
     *-gpu) most=330 ;;
     *) most=90 ;;
   esac

@@ -1,10 +1,10 @@
-"""What do clients that hang up at random moments do to a server of several models?
+"""How does a server of several models handle clients that hang up at random moments?
 
-Five small random models share an arena for two. Each client asks one of them for tokens, by
-`stream_tokens` or by a lease around a `generate` in a thread, and goes away at a random moment:
-while it waits, between two tokens, in a pass, or after the last. Every token that arrives is
-compared with what transformers alone generates. The server is a process of its own, so that a crash
-is counted and no failure of the bench.
+Five small random models share an arena for two. Each client requests tokens of one model, by
+`stream_tokens` or by a lease around a `generate` in a thread, and hangs up at a random moment:
+while it waits, between two tokens, in a pass, or after the last. The bench compares every token
+with plain transformers. The server is a separate process, so that a crash is counted and does not
+end the bench.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LAYERS = 5  # of each model: embeddings, three blocks, the rest; each takes one 
 
 
 def make_models(folder: Path) -> dict[str, list[int]]:
-    """Random models, and the tokens that transformers alone generates with each."""
+    """Save random models and return the tokens that plain transformers generates with each."""
     wanted = {}
     for seed in range(MODELS):
         torch.manual_seed(seed)
@@ -83,11 +83,12 @@ class Server:
     def _generate(self, module: Any, options: dict[str, Any]) -> list[int]:
         try:
             made = module.generate(PROMPT, **options)
-        except StaleView:  # the client is gone, and its lease with it
+        except StaleView:  # the client hung up, and its lease ended
             self.counts["stale"] += 1
             return []
         tokens: list[int] = made[0, PROMPT.shape[1] :].tolist()
-        self._compare(tokens, self.wanted[module.warmserve_model.name])  # also of those unseen
+        # Compared even if the client has hung up.
+        self._compare(tokens, self.wanted[module.warmserve_model.name])
         return tokens
 
     def _compare(self, made: list[int], wanted: list[int]) -> None:
@@ -106,7 +107,7 @@ class Server:
     async def serve(self, hang_ups: int, at_once: int, seed: int) -> None:
         choice = random.Random(seed)
         begin = perf_counter()
-        for _ in range(8):  # in turn, each waits for a model's load
+        for _ in range(8):  # one after the other, so that each waits for a load
             await self.request(str(choice.randrange(MODELS)), True)
         longest_s = at_once * (perf_counter() - begin) / 8
 
@@ -126,14 +127,14 @@ def serve(folder: Path, hang_ups: int, at_once: int, seed: int) -> dict[str, int
         left = runtime.snapshot().leases
         runtime.check_invariants()
         for name in wanted:
-            runtime.evict(name, wait="nothing")  # Busy if a pass were left
+            runtime.evict(name, wait="nothing")  # raises Busy if a pass is left
     return {**server.counts, "leases_left": left}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hang-ups", type=int, default=1000, help="clients that go away")
-    parser.add_argument("--at-once", type=int, default=6, help="clients at the same time")
+    parser.add_argument("--hang-ups", type=int, default=1000, help="clients that hang up")
+    parser.add_argument("--at-once", type=int, default=6, help="concurrent clients")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # the server's own process
     bench = Bench.start("hangup", parser)

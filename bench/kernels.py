@@ -1,7 +1,7 @@
-"""How fast are the weight kernels' CPU bodies, beside reading and copying the same bytes?
+"""How fast are the weight kernels on a CPU, compared with reading and copying the same bytes?
 
-One thread, buffers that no cache holds. Kernel and copy take turns; what counts is the ratio within
-a round.
+The bench uses one thread and buffers larger than any cache. Kernel and copy take turns; the result
+is the ratio within a round.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHARDS = {
 
 
 class Memory:
-    """Two buffers with something in them, and what it costs to read and to copy them."""
+    """Two filled buffers, and the plain read and copy that kernels are compared with."""
 
     def __init__(self) -> None:
         words = np.random.default_rng(0).integers(0, 1 << 63, BUFFER // 8, dtype=np.int64)
@@ -50,18 +50,18 @@ class Memory:
         self.target = np.ones(BUFFER, np.uint8)
 
     def read(self, nbytes: int) -> None:
-        """A sum of 64-bit words: numpy's loop does little else than load them."""
+        """Sum 64-bit words; numpy's loop does little more than load them."""
         self.source[:nbytes].view(np.uint64).sum()
 
     def copy(self, nbytes: int) -> None:
-        """memcpy of so many bytes, which moves twice as many: in and out."""
+        """Copy `nbytes` with memcpy, which moves twice as many bytes: in and out."""
         self.target[:nbytes].data[:] = self.source[:nbytes].data
 
 
 def compare(
     bench: Bench, name: str, nbytes: int, kernel: Callable[[], object], plain: Callable[[], object]
 ) -> float:
-    """Records GB/s of both, each of which moves `nbytes`; returns how many times as fast."""
+    """Record GB/s of both, each of which moves `nbytes`; return the kernel's relative speed."""
     runs = {"kernel": lambda: seconds(kernel), "plain": lambda: seconds(plain)}
     samples = interleaved(runs, ROUNDS)
     for key, label in (("kernel", name), ("plain", f"{name}_beside")):
@@ -72,7 +72,7 @@ def compare(
 
 
 def casts(bench: Bench, memory: Memory) -> dict[str, float]:
-    """The share of a copy's speed, for each kind; those with scales, for each shape of them."""
+    """Return the speed relative to a copy, for each kind and, with scales, each shape of blocks."""
     shares = {}
     for kind, (wide, narrow) in WIDTHS.items():
         count = BUFFER // max(wide, narrow) // COLUMNS * COLUMNS

@@ -1,8 +1,8 @@
-"""How fast does a checkpoint that the page cache holds become a resident model?
+"""How fast does a checkpoint in the page cache become a resident model?
 
-A Llama-shaped bf16 checkpoint of 2 GiB, from its path to all of its layers resident; beside the
-other ways to get at its bytes, and beside what the machine can do at all. Then one of f32 and
-1 GiB, cast to bf16 as it is loaded.
+The bench times a Llama-shaped bf16 checkpoint of 2 GiB, from its path to all layers resident. It
+compares this with other ways to read the bytes and with the machine's limit. It then times an f32
+checkpoint of 1 GiB that is cast to bf16 while it is loaded.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from lib.harness import (
 from warmserve_rt import Runtime
 
 ARENA, CHUNK, GRANULE = int(2.25 * GIB), 8 * MIB, 2 * MIB
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which the mmap module does not name
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which is missing from the mmap module
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @contextmanager
 def huge_pages(nbytes: int) -> Iterator[memoryview]:
-    """Private memory that is there already, in huge pages."""
+    """Yield private memory that is already populated with huge pages."""
     with mmap.mmap(-1, -(-nbytes // GRANULE) * GRANULE, mmap.MAP_PRIVATE) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         memory.madvise(_POPULATE_WRITE)
@@ -52,17 +52,17 @@ def huge_pages(nbytes: int) -> Iterator[memoryview]:
 
 
 def reclaim() -> None:
-    """Makes sure that the machine really has the memory that it calls free.
+    """Make sure that the machine really has the memory that it reports as free.
 
-    A virtual machine may have lent it to its host, and then waits milliseconds for each 2 MiB of
-    it. That is the fault of none of those compared here, so it happens before the clock starts.
+    A virtual machine may have lent free memory to its host, and then waits milliseconds for each
+    2 MiB. This affects all candidates equally, so we do it before timing starts.
     """
     with huge_pages(ARENA):
         pass
 
 
 def read(path: Path, into: memoryview, threads: int) -> None:
-    """Reads the whole file, with nothing else to do: the machine's limit."""
+    """Read the whole file and do nothing else: the machine's limit."""
     offsets = itertools.count(0, CHUNK)
 
     def work() -> None:
@@ -80,12 +80,12 @@ def read(path: Path, into: memoryview, threads: int) -> None:
 
 
 def clone(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in memory of its own: what a device has to do that maps no files."""
+    """Copy every tensor into memory of its own, as a device that cannot map files must do."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def copy(path: Path, into: memoryview) -> None:
-    """Every tensor into memory that is there already, one after the other."""
+    """Copy every tensor into existing memory, one after the other."""
     memory, end = torch.frombuffer(into, dtype=torch.uint8), 0
     for tensor in load_file(path).values():
         begin, end = end, end + tensor.nbytes
@@ -93,12 +93,12 @@ def copy(path: Path, into: memoryview) -> None:
 
 
 def convert(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor as bf16, in memory of its own."""
+    """Convert every tensor to bf16, in memory of its own."""
     return {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
 
 
 def convert_into(path: Path, into: memoryview) -> None:
-    """Every tensor as bf16 in memory that is there already, one after the other."""
+    """Convert every tensor to bf16 in existing memory, one after the other."""
     memory, end = torch.frombuffer(into, dtype=torch.bfloat16), 0
     for tensor in load_file(path).values():
         begin, end = end, end + tensor.numel()
@@ -106,8 +106,11 @@ def convert_into(path: Path, into: memoryview) -> None:
 
 
 class Ways:
-    """The ways to load `path`. Each takes its memory anew at each call, which is not timed but
-    where it says so: one piece of memory may be slower than another for as long as it is held."""
+    """The ways to load `path`.
+
+    Each call allocates new memory, because one piece of memory may be slower than another as long
+    as it is held. The allocation is timed only if the method says so.
+    """
 
     def __init__(self, path: Path, device: str, chunk: str) -> None:
         self.path, self.device, self.chunk = path, device, chunk
@@ -139,7 +142,7 @@ class Ways:
             return seconds(lambda: read(self.path, memory, threads))
 
     def safetensors_clone(self) -> float:
-        """The time to take the memory is in it."""
+        """Time cloning; includes the allocation."""
         reclaim()
         return seconds(lambda: clone(self.path))
 
@@ -149,7 +152,7 @@ class Ways:
             return seconds(lambda: copy(self.path, memory))
 
     def torch_to(self) -> float:
-        """The time to take the memory is in it."""
+        """Time the conversion; includes the allocation."""
         reclaim()
         return seconds(lambda: convert(self.path))
 
@@ -164,11 +167,11 @@ class Ways:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="timed, after one that is not")
-    parser.add_argument("--chunk", default="8MiB", help="of the runtime (default: 8MiB)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one warm-up")
+    parser.add_argument("--chunk", default="8MiB", help="runtime's chunk (default: 8MiB)")
     bench = Bench.start("load", parser)
     torch.set_num_threads(1)
-    # Otherwise the C library keeps some of the freed clones' memory, which is not fresh then.
+    # Otherwise the C library would keep some memory of freed clones and reuse it.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)
 
     with scratch() as directory:
@@ -198,7 +201,7 @@ def main() -> None:
     bench.row("checkpoint_mib", nbytes / MIB, "MiB")
     for name, taken in samples.items():
         bench.row(f"{name}_ms", 1e3 * statistics.median(taken), "ms")
-        if name != "safetensors_mmap":  # which moves no bytes
+        if name != "safetensors_mmap":  # mmap moves no bytes
             bench.row(f"{name}_gb_per_s", nbytes / statistics.median(taken) / 1e9, "GB/s")
     bench.row("arena_us_per_granule", statistics.median(ways.arena_us), "us")
     bench.row("arena_huge_share", min(ways.huge_shares), "of the arena")

@@ -1,8 +1,8 @@
 """How much memory does a process need to serve a model, besides the arena and staging?
 
-A process of its own loads a checkpoint, leases it, reads all of it through its tensors, evicts it
-and loads it again, while this one watches its proportional set size. What is over the arena and
-the pinned memory it took is all counted: interpreter, numpy, libraries, books.
+A child process loads a checkpoint, leases it, reads all of it through its tensors, evicts it and
+loads it again, while this process watches its proportional set size. Everything beyond the arena
+and the pinned memory counts: interpreter, numpy, libraries, books.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CHECKPOINTS = {  # GiB
     "0.2": Llama(1024, 2816, 256, 32000, 4),
     "4": Llama(2048, 5632, 256, 32000, 46),
 }
-PERIOD = 0.002  # seconds between two looks
+PERIOD = 0.002  # seconds between two samples
 
 
 def serve(path: Path, arena: int, staged: bool) -> None:
-    """The process that is watched; prints what it took."""
+    """Run the watched process and print its report."""
     began = pss(Path("/proc/self"))
     from warmserve_rt import Runtime, _native
 
@@ -52,17 +52,17 @@ def serve(path: Path, arena: int, staged: bool) -> None:
 
 
 def pss(process: Path) -> int:
-    """Bytes."""
+    """Return the proportional set size in bytes."""
     lines = (process / "smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def watch(path: Path, arena: int, staged: bool) -> dict[str, int]:
-    """What the process reported, the most bytes that it ever had, and how often it was looked at.
+    """Run the process; return its report, its peak in bytes and the number of samples.
 
-    It is stopped for each look: an arena is mapped at two addresses, half of it counted at each, so
-    what is unmapped from one of them in the middle of the kernel's count is counted one and a half
-    times.
+    The process is stopped for each sample. An arena is mapped at two addresses, and half of it is
+    counted at each. A page that is unmapped from one of them during the kernel's count would be
+    counted one and a half times.
     """
     command = [sys.executable, __file__, "--serve", str(path), "--arena", str(arena)]
     child = subprocess.Popen(command + ["--staged"] * staged, stdout=subprocess.PIPE)

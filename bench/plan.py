@@ -1,11 +1,11 @@
-"""How long does a plan of what to hold take, and how far from the best may it be?
+"""How long does it take to compute a residency plan, and how far from the best can it be?
 
     python bench/plan.py
 
-Models of the sizes that people serve, on nodes of eight devices of 80 GB, with needs that differ by
-orders of magnitude. The loops are compiled before anything is timed. The gap is to the value that
-no plan can reach, so the best plan is nearer than it says. At last a million requests are
-simulated, plans and all.
+The bench plans models of common sizes on nodes of eight devices of 80 GB, with needs that differ by
+orders of magnitude. The loops are compiled before timing starts. The gap is measured to an upper
+bound that no plan can exceed, so the gap to the best plan is smaller. At the end the bench
+simulates a million requests, including their plans.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from warmserve_rt.sim.workload.catalogue import paper_models
 from warmserve_rt.sim.workload.workloads import azure, power_law
 
 NODE, CAPACITY, BANDWIDTH, TOKENS, BUDGET_S = 8, 80 * 10**9, 25e9, 512, 0.3
-# Layers, MB of a layer, MB of embedding and head, KV KB of a token; prefill ms of no and of 512
-# tokens on one device; the widths on which it is served.
+# Layers, MB of a layer, MB of embedding and head, KV KB per token, prefill ms of 0 and of 512
+# tokens on one device, and the numbers of devices on which the model is served.
 SHAPES = {
     "Llama-2-7B": (32, 404.8, 524, 512, 8, 41, (1, 2)),
     "Llama-2-13B": (40, 634.4, 655, 800, 17, 80, (1, 2)),
@@ -44,7 +44,7 @@ SHAPES = {
 
 
 def curves(objective: float | str) -> list[ValueCurve]:
-    """Of every shape and width."""
+    """Return the value curves of every shape and width."""
     made = []
     for name, (layers, each, ends, kv, none, some, widths) in SHAPES.items():
         for w in widths:
@@ -65,7 +65,7 @@ def curves(objective: float | str) -> list[ValueCurve]:
 
 
 def fleet(known: list[ValueCurve], devices: int, models: int, seed: int) -> Problem:
-    """That many models, one replica each."""
+    """Return a problem with random models, one replica each."""
     random = np.random.default_rng(seed)
     picked = random.integers(len(known), size=models)
     catalogue = Catalogue.of(known[p] for p in picked)
@@ -74,7 +74,7 @@ def fleet(known: list[ValueCurve], devices: int, models: int, seed: int) -> Prob
 
 
 def of_tightness(known: list[ValueCurve], devices: int, tightness: float, seed: int) -> Problem:
-    """As many models as want 1/tightness times the bytes there are, to the nearest."""
+    """Return a problem whose models together need about 1/tightness times the available bytes."""
     each = [c.width * c.cumulative[c.knots[-1]] for c in known]
     picked = np.random.default_rng(seed).integers(len(known), size=100 * devices)
     shares = np.cumsum(np.array(each)[picked]) * tightness / (devices * CAPACITY)
@@ -82,7 +82,7 @@ def of_tightness(known: list[ValueCurve], devices: int, tightness: float, seed: 
 
 
 def timed(work: Callable[[], object], rounds: int) -> float:
-    """The median in ms."""
+    """Return the median time in ms."""
     return statistics.median(seconds(work) for _ in range(rounds)) * 1e3
 
 
@@ -114,7 +114,7 @@ def speed(bench: Bench, rounds: int) -> None:
 
 
 def changed(bench: Bench, before: Plan, rounds: int) -> None:
-    """One model in a hundred is needed three times as much, or a third."""
+    """Replan after the need of 1 % of the models has tripled or fallen to a third."""
     random = np.random.default_rng(2)
     need = before.problem.need.copy()
     picked = random.choice(len(need), len(need) // 100, replace=False)
@@ -132,8 +132,10 @@ def changed(bench: Bench, before: Plan, rounds: int) -> None:
 
 
 def drift(bench: Bench, plans: int) -> None:
-    """Sixteen devices, half of what 40 models or so want: needs wander, and each plan starts from
-    what the last one left."""
+    """Replan repeatedly while needs drift; each plan starts from the previous one.
+
+    The sixteen devices hold half of the bytes that about 40 models need.
+    """
     random = np.random.default_rng(3)
     found = plan(of_tightness(curves("mean"), 16, 0.5, 3))
     width, models = found.problem.catalogue.width, found.problem.catalogue
@@ -175,7 +177,7 @@ def gaps(bench: Bench, seeds: int) -> None:
 
 
 def million(bench: Bench) -> None:
-    """A million requests on 16 GPUs under this project's own policy, in one process."""
+    """Simulate a million requests on 16 GPUs under this project's own policy, in one process."""
     workload = azure(paper_models(), 20.0, 50_000.0, seed=1, service="conv")
     simulate("scheduler", power_law(paper_models(), 1.0, 60.0, seed=1), Hardware())
     taken = seconds(lambda: simulate("scheduler", workload, Hardware()))
@@ -185,12 +187,12 @@ def million(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of everything that is timed")
-    parser.add_argument("--seeds", type=int, default=10, help="of every tightness")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each timed operation")
+    parser.add_argument("--seeds", type=int, default=10, help="seeds of each tightness")
     bench = Bench.start("plan", parser)
     print("time", flush=True)
     speed(bench, bench.args.rounds)
-    print("needs that wander", flush=True)
+    print("drifting needs", flush=True)
     drift(bench, 200)
     print("gap to the linear bound", flush=True)
     gaps(bench, bench.args.seeds)

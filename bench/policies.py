@@ -1,4 +1,4 @@
-"""What does a policy make of the same GPUs? Times to first token, SLO misses, rates that are held.
+"""Compares policies on the same GPUs: times to first token, SLO misses, sustained rates.
 
 python bench/policies.py [--full] [--only claim,cases,rates,ablations,scaling] [--json FILE]
 """
@@ -34,20 +34,20 @@ GRIDS = [
     (Case("servegen-middle", "servegen-middle", "24", 0, 900), (0.4, 0.8, 1.6, 2.4, 3.2)),
     (Case("servegen-aperiodic", "servegen-aperiodic", "24", 0, 900), (0.4, 0.8, 1.6, 2.4, 3.2)),
 ]
-SHARED = (GRIDS[1], GRIDS[3])  # beside static sharing
+SHARED = (GRIDS[1], GRIDS[3])  # also compared with static sharing
 STARTS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 INTERFERENCE = (0.0, 0.35, 1.0)
-STILL_GB = (1152, 1000, 900, 800)  # all, and what instances at work leave
-LEAST_SEEDS = 3  # for an interval: of two it is 12.7 standard errors wide to each side
+STILL_GB = (1152, 1000, 900, 800)  # all memory, and what working instances leave of it
+LEAST_SEEDS = 3  # for an interval: with two seeds it has 12.7 standard errors on each side
 
 
 def over(seeds: range, of: Callable[[Sequence[int]], float]) -> tuple[float, Interval]:
-    """A ratio of all seeds with its interval, where there are enough seeds for one."""
+    """Return a ratio over all seeds, and its interval if there are enough seeds."""
     return of(seeds), jackknife(of, seeds) if len(seeds) >= LEAST_SEEDS else None
 
 
 def claim(bench: Bench, seeds: range) -> None:
-    """The paper's: the tail of autoscaling over that of WarmServe, on its four models."""
+    """The paper's claim: P99 of autoscaling relative to WarmServe, on the paper's four models."""
     cases = PAPER[1:]
     runs = [Run(case, THEIRS, seed) for case in cases for seed in seeds]
     runs += [
@@ -60,7 +60,7 @@ def claim(bench: Bench, seeds: range) -> None:
     found = perform_all(runs)
 
     def gain(policy: str, **more: float) -> tuple[float, Interval]:
-        """The geometric mean over cases of this policy's P99 over WarmServe's."""
+        """Return the geometric mean over cases of this policy's P99 relative to WarmServe's."""
 
         def of(some: Sequence[int]) -> float:
             return geomean(
@@ -71,7 +71,7 @@ def claim(bench: Bench, seeds: range) -> None:
 
         return over(seeds, of)
 
-    print("P99 of autoscaling over WarmServe, by the engine start that autoscaling alone pays:")
+    print("P99 of autoscaling over WarmServe, by engine start time (only autoscaling pays it):")
     for start in STARTS_S:
         if start != 5.0:
             value, within = gain("autoscaling", engine_start_s=start)
@@ -83,7 +83,7 @@ def claim(bench: Bench, seeds: range) -> None:
 
 
 def cases(bench: Bench, seeds: range) -> None:
-    """Ours over WarmServe, where memory leaves head-room, and beside the bounds h0 and h1."""
+    """Ours compared with WarmServe, if memory leaves head-room, and with the bounds h0 and h1."""
     fast = [replace(case, bandwidth=52.0) for case in (*PAPER, *SCARCE)]
     every = [*PAPER, *SCARCE, *fast]
     runs = [
@@ -96,7 +96,7 @@ def cases(bench: Bench, seeds: range) -> None:
     found = perform_all(runs)
     requests = min(summary.requests for summary in found.values())
     bench.row("requests_per_run_min", requests, "")
-    # Half a request in a run is the least share of misses that a run could show.
+    # A share of misses of 0 counts as half a request of a run, so that ratios are finite.
     least = 0.5 / requests
 
     def mean(case: Case, policy: str, what: str, some: Sequence[int] = seeds, **more: int) -> float:
@@ -140,7 +140,7 @@ def cases(bench: Bench, seeds: range) -> None:
         below: str = OURS,
         **more: int,
     ) -> None:
-        """``reduce`` of the ratios of ``above`` to ``below`` (which runs with ``more``)."""
+        """Record ``reduce`` over the ratios of ``above`` to ``below`` (run with ``more``)."""
 
         def of(some: Sequence[int]) -> float:
             return reduce(
@@ -163,7 +163,7 @@ def cases(bench: Bench, seeds: range) -> None:
 
 
 def rates(bench: Bench, seeds: range) -> None:
-    """The highest rate of a grid at which 99 % of requests are in time."""
+    """The highest rate of a grid at which 99 % of requests meet their SLO."""
     policies = (OURS, THEIRS, "h0")
     runs = [Run(case, policy, 0) for case, _ in GRIDS for policy in policies]
     for case, _ in SHARED:
@@ -179,7 +179,7 @@ def rates(bench: Bench, seeds: range) -> None:
     )
 
     def highest(run: Run, goal: float = 0.99) -> float:
-        """0 where none is held."""
+        """Return the highest sustained rate of the grid, or 0."""
         held = [
             rate
             for rate in grids[run.case]
@@ -188,7 +188,7 @@ def rates(bench: Bench, seeds: range) -> None:
         return max(held, default=0.0)
 
     def ratio(ours: Run, theirs: Run) -> float:
-        """Who does not even hold the lowest rate of the grid counts with half of it."""
+        """Return the ratio; a run that does not sustain the lowest rate counts with half of it."""
         floor = min(grids[ours.case]) / 2
         return max(highest(ours), floor) / max(highest(theirs), floor)
 
@@ -221,9 +221,10 @@ def rates(bench: Bench, seeds: range) -> None:
 
 
 def ablations(bench: Bench, seeds: range) -> None:
-    """What ours owes to what: misses on devices of its own, without limits of memory or of links,
-    and with neighbours that slow each other not at all or twice; and how many starts of the 40
-    models are late at the least where what is held, of so many GB, stands still."""
+    """Ablations of our policy: misses with exclusive devices, with unlimited memory, with four
+    links, and with neighbours that slow each other not at all or by a factor of two; and a lower
+    bound on late starts of the 40 models for any static choice of resident layers in a given
+    number of GB."""
     ways: dict[str, dict[str, Any]] = {
         "": {},
         "_exclusive": {"options": (("share", False),)},
@@ -250,9 +251,9 @@ def ablations(bench: Bench, seeds: range) -> None:
 
 
 def scaling(bench: Bench, seeds: range) -> None:
-    """What the paper's claim owes to the room there is and to when instances start: autoscaling
-    with an engine start of 5 s beside WarmServe and h0, on 16 GPUs and on 32, scaled up as the
-    prototype does and at half of capacity averaged over one second."""
+    """How the paper's claim depends on the number of GPUs and on when instances start: autoscaling
+    with an engine start of 5 s, WarmServe and h0, on 16 and on 32 GPUs, scaled up as in the
+    prototype or at half of capacity averaged over one second."""
     sooner = (("up", 0.5), ("down", 0.3), ("averaged_s", 1.0))
     ways: dict[str, dict[str, Any]] = {
         "": {},
@@ -290,16 +291,16 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="five seeds, not two")
+    parser.add_argument("--full", action="store_true", help="five seeds instead of two")
     parser.add_argument(
-        "--only", default="claim,cases,rates", help=f"of {', '.join(PARTS)}, with commas"
+        "--only", default="claim,cases,rates", help=f"comma-separated parts: {', '.join(PARTS)}"
     )
     bench = Bench.start("policies", parser)
     seeds = range(1, 6) if bench.args.full else range(1, 3)
     if len(seeds) < LEAST_SEEDS:
-        print(f"{len(seeds)} seeds: ratios have no intervals; --full has them")
+        print(f"{len(seeds)} seeds: ratios have no intervals; use --full for intervals")
     else:
-        print("of ratios in claim and cases: [95 % interval over the paired seeds]")
+        print("ratios in claim and cases: [95 % interval over the paired seeds]")
     for part in bench.args.only.split(","):
         print(f"{part}: {PARTS[part].__doc__}", flush=True)
         PARTS[part](bench, seeds)

@@ -1,9 +1,9 @@
-"""What does it cost to register a model, when it has many tensors and when its file is hostile?
+"""What does it cost to register a model with many tensors, or with a hostile file?
 
-Files of ordinary names, with 20,000 and 200,000 tensors, are registered in turns. Then headers of
-90 MB, of every kind in lib/headers.py, are registered or refused, each in a process of its own,
-while another Python thread of that process ticks: the longest time between two ticks is how long
-the interpreter's lock was held.
+The bench registers files with ordinary names and with 20,000 and 200,000 tensors. It then registers
+headers of 90 MB, of every kind in lib/headers.py, each in a process of its own; some are refused.
+Another Python thread of that process ticks meanwhile: the longest time between two ticks is the
+longest time for which the interpreter's lock was held.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HOSTILE = 90_000_000  # bytes of a header
 
 
 class Ticker:
-    """A thread that wants the interpreter's lock every half millisecond."""
+    """A thread that takes the interpreter's lock every half millisecond."""
 
     def __init__(self) -> None:
         self.longest = 0.0
@@ -51,13 +51,13 @@ class Ticker:
 
 
 def peak() -> int:
-    """The most bytes that this process ever had in memory."""
+    """Return the peak resident size of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def register_once(path: Path) -> None:
-    """The process that is measured; prints what it took."""
+    """Run the measured process and print its report."""
     with Runtime(arena="2MiB", tensors="numpy") as runtime:
         before = peak()
         began, cpu = time.perf_counter(), time.process_time()
@@ -79,8 +79,10 @@ def register_once(path: Path) -> None:
 
 
 def hostile(path: Path, rounds: int) -> dict[str, float | str]:
-    """The fastest and steadiest of some rounds, for other work of the machine only adds to both;
-    the most memory of any."""
+    """Return the minimum of times and gaps over several rounds, and the maximum of memory.
+
+    Other load on the machine can only increase times and gaps.
+    """
     runs = []
     for _ in range(rounds):
         done = subprocess.run(
@@ -148,7 +150,7 @@ def measure_good(bench: Bench, directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=2, help="of each kind (default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of each kind (default: 2)")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, help="only these kinds of headers")
     parser.add_argument("--size", type=int, default=HOSTILE, help="bytes of a hostile header")
     bench = Bench.start("register", parser)

@@ -1,12 +1,12 @@
-"""When does a model that is only partly there say its first token, and what does it cost others?
+"""When does a partly resident model produce its first token, and how does that slow down others?
 
     python bench/stream.py
 
-The bound is what no loader can beat: all layers take their time, and none begins before its bytes
-have come. A real language model on the host device, read at a bandwidth that makes loading take
-half, once and four times as long as computing; a simulated CUDA device where time is exact; a start
-beside prewarming without end; how soon a load that is called off lets go; and random programs whose
-every leased byte is compared.
+The bench compares times with a lower bound for any loader: each layer takes its compute time, and
+none begins before its bytes have arrived. Its parts are: a real language model on the host device,
+with loading 0.5, 1 and 4 times as long as computing; a simulated CUDA device with exact time; a
+start beside continuous prewarming; the time until a cancelled load releases its layer; and random
+programs that compare every leased byte.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ CANCELLED = Llama(1024, 2816, 256, 8000, 12)
 
 
 def cancel(bench: Bench, folder: Path, rounds: int) -> None:
-    """From cancel() to the moment at which the granules of the layer under way are free again. A
-    chunk's time is that of its bytes at the source's bandwidth."""
+    """Measure the time from cancel() until the layer that was loading has released its granules.
+
+    The bound is the time of one chunk at the source's bandwidth, plus 1 ms.
+    """
     path = folder / "cancelled.safetensors"
     nbytes = write_checkpoint(path, CANCELLED.shapes())
     chunk, bandwidth = 8 * MIB, 2e9
@@ -56,14 +58,14 @@ def cancel(bench: Bench, folder: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of every start that is timed")
-    parser.add_argument("--every", type=int, default=1, help="number of layers kept to try")
-    parser.add_argument("--programs", type=int, default=10_000, help="random ones, stepped")
-    parser.add_argument("--threaded", type=int, default=1_000, help="random ones with threads")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each timed start")
+    parser.add_argument("--every", type=int, default=1, help="step of the number of layers kept")
+    parser.add_argument("--programs", type=int, default=10_000, help="random stepped programs")
+    parser.add_argument("--threaded", type=int, default=1_000, help="random programs with threads")
     parser.add_argument(
         "--only",
         choices=["host", "simulator", "foreground", "cancel", "interleavings"],
-        help="one part",
+        help="run only this part",
     )
     bench = Bench.start("stream", parser)
     only = bench.args.only
@@ -72,7 +74,7 @@ def main() -> None:
             print("first tokens on a simulated CUDA device", flush=True)
             ttft_on_the_simulator(bench, folder, RATIOS)
         if only in (None, "cancel"):
-            print("loads that are called off", flush=True)
+            print("cancelled loads", flush=True)
             cancel(bench, folder, 300)
     if only in (None, "host", "foreground"):
         from parts.stream.host import foreground_slowdown, ttft_on_the_host

@@ -1,8 +1,8 @@
-"""What does it cost to use a model that is there, and to exchange one for another?
+"""What does it cost to use a resident model, and to swap one model for another?
 
-Leases: on resident models of 2 and of 128 layers, while the runtime's loaders are never idle.
-Swaps: two Llama-shaped models of 1 GiB take turns, in granules that are neighbours where they can
-be, and in granules of which no two are.
+Leases: on resident models of 2 and of 128 layers, while the runtime's loaders are always busy.
+Swaps: two Llama-shaped models of 1 GiB take turns, once in contiguous granules where possible and
+once in granules of which no two are adjacent.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from warmserve_rt import Model, Runtime
 
 GRANULE = 2 * MIB
 MAPPING = ("unmap", "map", "set_access")
-# Their layers differ in size, so that granules do not simply change hands.
+# The models' layers differ in size, so that a swap cannot reuse granules one to one.
 LLAMAS = {"a": Llama(2048, 5632, 256, 32000, 9), "b": Llama(1536, 4096, 256, 49152, 15)}
-ARENA = 544 * GRANULE  # the larger of the two, and half a layer
+ARENA = 544 * GRANULE  # the larger of the two models plus half a layer
 
 
 @dataclass(frozen=True)
 class Swap:
-    """What one swap took; `mapping_us` is the time in the driver's mapping calls."""
+    """The costs of one swap; `mapping_us` is the time in the driver's mapping calls."""
 
     granules: int
     seconds: float
     mapping_us: float
     creates: int
-    faults: int  # of reading all of the model afterwards
+    faults: int  # page faults when all of the model is read afterwards
 
 
 def register(runtime: Runtime, path: Path, shapes: dict[str, tuple[int, ...]]) -> Model:
@@ -42,15 +42,15 @@ def register(runtime: Runtime, path: Path, shapes: dict[str, tuple[int, ...]]) -
 
 
 def layers(count: int, granules: int) -> dict[str, tuple[int, ...]]:
-    """Tensors that make `count` layers of so many granules each."""
+    """Return tensors that make `count` layers of `granules` granules each."""
     return {f"layers.{i}.weight": (granules * GRANULE // 2,) for i in range(count)}
 
 
 def saturate(runtime: Runtime, models: tuple[Model, ...]) -> Iterator[None]:
-    """Prewarms models that do not fit beside each other, for ever.
+    """Prewarm models that do not fit into the arena together, forever.
 
-    Each step looks at the tickets. So it needs no thread of Python's own, which would take the
-    interpreter away from what is measured.
+    Each step checks the tickets. This needs no Python thread, which would compete with the
+    measurement for the interpreter's lock.
     """
     tickets = [runtime.prewarm(model) for model in models]
     while True:
@@ -64,7 +64,7 @@ def measure_leases(bench: Bench, directory: Path) -> None:
     with Runtime(bench.args.device, (2 + 128 + 192) * GRANULE) as runtime:
         few = register(runtime, directory / "few.safetensors", layers(2, 1))
         many = register(runtime, directory / "many.safetensors", layers(128, 1))
-        # One is mostly mapping, the other mostly copying.
+        # Loading one is mostly mapping, loading the other mostly copying.
         small = register(runtime, directory / "small.safetensors", layers(128, 1))
         large = register(runtime, directory / "large.safetensors", layers(8, 16))
         for model in (few, many):
@@ -110,7 +110,7 @@ def measure_leases(bench: Bench, directory: Path) -> None:
 
 
 def scatter(runtime: Runtime, path: Path) -> None:
-    """Takes every other granule of the arena for good: no two of the others are neighbours."""
+    """Occupy every other granule of the arena for good, so that no two others are adjacent."""
     granules = runtime.snapshot().granules
     filler = register(runtime, path, {f"layers.{i}.weight": (1,) for i in range(granules)})
     runtime.prewarm(filler).wait()
@@ -156,7 +156,7 @@ def measure_swaps(bench: Bench, directory: Path, scattered: bool) -> list[Swap]:
         bench.row(f"{prefix}granules_per_mapping", used / mappings, "granules")
         share = huge_share(arena + used * GRANULE)
         bench.row(f"{prefix}arena_huge_share", share, "of the arena")
-    return swaps[2:]  # the first each way warm up
+    return swaps[2:]  # the first swap in each direction is a warm-up
 
 
 def report_swaps(bench: Bench, swaps: list[Swap], scattered: bool) -> None:
@@ -182,8 +182,8 @@ def quantile(samples: list[float], q: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--leases", type=int, default=100_000, help="timed, of each kind")
-    parser.add_argument("--swaps", type=int, default=20, help="timed, of each kind")
+    parser.add_argument("--leases", type=int, default=100_000, help="timed leases of each kind")
+    parser.add_argument("--swaps", type=int, default=20, help="timed swaps of each kind")
     bench = Bench.start("swap", parser)
     with scratch() as directory:
         measure_leases(bench, directory)

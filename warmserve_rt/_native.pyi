@@ -1,5 +1,5 @@
-# What csrc/bind/module.cpp defines; core/, checkpoint/ and kernels.py use it. Bytes and
-# seconds throughout.
+# Types of the extension module that csrc/bind/module.cpp defines. Used by core/, checkpoint/ and
+# kernels.py. All sizes are in bytes, all times in seconds.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import CapsuleType
 
-# Descriptor (duplicated before the next is asked for), path as it is shown, (device, inode, size,
-# mtime_ns, ctime_ns); times modulo 2**64.
+# (descriptor, path for messages, (device, inode, size, mtime_ns, ctime_ns)). The descriptor is
+# duplicated before the next item is requested. Times are modulo 2**64.
 FileTuple: TypeAlias = tuple[int, str, tuple[int, int, int, int, int]]
-# Bytes, [(file, file offset, layer offset, bytes of the layer, kind of cast)].
+# (bytes, [(file, file offset, layer offset, bytes in the layer, kind of cast)]).
 LayerTuple: TypeAlias = tuple[int, Sequence[tuple[int, int, int, int, str | None]]]
-# Of each layer: (granule, its digest, or None to take it from the files).
+# For each layer: [(granule, its digest, or None to compute it from the files)].
 Checks: TypeAlias = Sequence[Sequence[tuple[int, int | None]]]
 Bytes: TypeAlias = bytearray | memoryview | npt.NDArray[np.uint8]
 
@@ -21,22 +21,24 @@ _Row = TypeVar("_Row", bound=tuple[Any, ...])
 class StringTable:
     def __len__(self) -> int: ...
     def find(self, arg0: str) -> str | None: ...
-    def items(self, arg0: int, arg1: int) -> list[tuple[str, str]]: ...  # of a range of numbers
+    # Items [arg0, arg1).
+    def items(self, arg0: int, arg1: int) -> list[tuple[str, str]]: ...
 
-# Tensors are told by number, in the order of the header; a position is one in file order.
+# Tensors have numbers, in the order of the headers, and positions, in the order of the file.
 class TensorTable:
     @overload
     def __init__(self) -> None: ...
     @overload
     def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None: ...
     def __len__(self) -> int: ...
-    # The next file's metadata; or why there is none, and the number of a file that has the tensor.
+    # (metadata of the next file, None); if another file has a tensor of the same name,
+    # (None, (message, number of that file)).
     def add(
         self, header: bytes, start: int, size: int
     ) -> tuple[StringTable, None] | tuple[None, tuple[str, int]]: ...
-    def names(self, first: int, last: int) -> list[str]: ...  # of a range of positions
+    def names(self, first: int, last: int) -> list[str]: ...  # at positions [first, last)
     def find(self, arg0: str) -> int | None: ...
-    # Name, type, shape, file, offset in it, bytes.
+    # Name, type, shape, file, offset in the file, bytes.
     def entry(self, number: int) -> tuple[str, int, tuple[int, ...], int, int, int]: ...
     def types(self) -> npt.NDArray[np.uint8]: ...
     def groups(self) -> list[tuple[str, list[str]]]: ...
@@ -46,17 +48,17 @@ class Layout:
     @property
     def nbytes(self) -> int: ...
     def layer(self, arg0: int) -> tuple[str, int, int, int]: ...  # name, bytes, tensors, segments
-    # Name, type, shape, layer, offset in it, bytes.
+    # Name, type, shape, layer, offset in the layer, bytes.
     def tensors(
         self, layer: int, first: int, last: int
     ) -> list[tuple[str, int, tuple[int, ...], int, int, int]]: ...
-    # File, file offset, layer offset, bytes of the layer, kind of cast.
+    # File, file offset, layer offset, bytes in the layer, kind of cast.
     def segments(
         self, layer: int, first: int, last: int
     ) -> list[tuple[int, int, int, int, str | None]]: ...
 
-def element_types() -> list[tuple[str, int]]: ...  # names and bits, in the order of their numbers
-def dlpack_types() -> list[tuple[int, int, int] | None]: ...  # code, bits, lanes, in that order
+def element_types() -> list[tuple[str, int]]: ...  # (name, bits) by number of the type
+def dlpack_types() -> list[tuple[int, int, int] | None]: ...  # (code, bits, lanes) by number
 def lay_out_by_name(table: TensorTable, experts: bool, types: npt.NDArray[np.uint8]) -> Layout: ...
 def lay_out_groups(
     table: TensorTable,
@@ -75,7 +77,7 @@ class Driver:
     @property
     def cuda_ordinal(self) -> int: ...  # -1: not a CUDA device
     @property
-    def no_kernels(self) -> str: ...  # why; "": there are
+    def no_kernels(self) -> str: ...  # why kernels cannot run; "": they can
     def memory(self) -> tuple[int, int]: ...  # available, total
 
 class FaultyDriver(Driver):
@@ -112,7 +114,7 @@ def cuda_driver(
     library: str = "libcuda.so.1",
     ordinal: int = 0,
     kernels: bytes = b"",
-    peers: Sequence[int] = (),  # ordinals of devices that may write its memory
+    peers: Sequence[int] = (),  # ordinals of devices that may write this device's memory
 ) -> Driver: ...
 def time_driver(
     driver: Driver, *, granule: int, batch: int, rounds: int, writable: bool = True
@@ -140,13 +142,15 @@ class Model:
     def name(self) -> str: ...
     @property
     def backing_epoch(self) -> int: ...
+    # (whether every layer is leased and resident, lease epoch; 0: no lease on the model)
     @property
-    def leased(self) -> tuple[bool, int]: ...  # every layer, resident; any: the leases' epoch
+    def leased(self) -> tuple[bool, int]: ...
+    # True: the layer is resident, and stays so while it is held.
     def wait(
         self, layer: int, stream: Stream | None = None, timeout: float | None = None
-    ) -> bool: ...  # resident, while it is held
+    ) -> bool: ...
     def record(self, stream: Stream) -> None: ...
-    def begin_pass(self) -> Pass | None: ...  # of this thread; None: nothing is leased
+    def begin_pass(self) -> Pass | None: ...  # a pass of this thread; None: no layer is leased
     def view(
         self,
         layer: int,
@@ -163,31 +167,31 @@ class Model:
         offset: int,
         shape: Sequence[int],
         nbytes: int,
-        type: int,  # of element_types()
+        type: int,  # index of element_types()
         as_bytes: bool,
     ) -> View: ...
-    # Of the layer's tensors from number first to last: names, and a versioned DLPack capsule each.
+    # (names, versioned DLPack capsules) of the layer's tensors [first, last).
     def capsules(
         self, layout: Layout, layer: int, first: int, last: int
     ) -> tuple[list[str], list[CapsuleType]]: ...
 
 class Waker:
-    def fileno(self) -> int: ...  # readable while there are tokens to take; the waker's
+    def fileno(self) -> int: ...  # owned by the waker; readable while take() would return tokens
     def take(self) -> list[int]: ...  # tokens woken since the last call
 
 class Ticket:
     def wait(self, timeout: float | None = None, *, layer: int | None = None) -> None: ...
     def cancel(self) -> None: ...
     def fileno(self) -> int: ...
-    def notify(self, waker: Waker, token: int) -> bool: ...  # False: it is done
+    def notify(self, waker: Waker, token: int) -> bool: ...  # False: the ticket is done already
     @property
     def done(self) -> bool: ...
     @property
-    def progress(self) -> tuple[int, int]: ...
+    def progress(self) -> tuple[int, int]: ...  # bytes arrived, bytes in all
     @property
     def what(self) -> str: ...  # "prewarm of 'chat'"
     @property
-    def layers_left(self) -> tuple[int, int]: ...  # of how many
+    def layers_left(self) -> tuple[int, int]: ...  # layers still to arrive, layers in all
 
 class Stream:
     @property
@@ -199,7 +203,7 @@ class Stream:
 class Hold:
     def wait(
         self, timeout: float | None = None, all: bool = True
-    ) -> bool: ...  # whether anything had to be waited for
+    ) -> bool: ...  # False: the lease was admitted at once, with all layers resident
     def ready(self, all: bool = True) -> bool: ...
     def notify(self, waker: Waker, token: int, all: bool = True) -> bool: ...  # False: ready
     def wait_layer(
@@ -214,15 +218,15 @@ class Hold:
     def record(self, stream: Stream) -> None: ...
     def release(self) -> None: ...
 
-# A computation of one thread, which holds what was leased when it began until it is released.
+# A computation of one thread. It holds the layers that were leased when it began until release().
 class Pass:
     @property
-    def complete(self) -> bool: ...  # it holds every layer, and all are resident
+    def complete(self) -> bool: ...  # the pass holds every layer, and all are resident
     @property
     def lease_epoch(self) -> int: ...
     def wait(
         self, layer: int, stream: Stream | None = None, timeout: float | None = None
-    ) -> bool: ...  # resident
+    ) -> bool: ...  # True: the layer is resident
     def record(self, stream: Stream) -> None: ...
     def release(self) -> None: ...
 
@@ -233,18 +237,18 @@ class ModelState:
     def leases(self) -> int: ...
     @property
     def backing_epoch(self) -> int: ...
+    # Each layer as a `row`, a subclass of tuple: (residency, nbytes, granules, leases, keep_value).
     def layers(self, row: type[_Row]) -> tuple[_Row, ...]: ...
-    # Each as a kind of tuple: (residency, nbytes, granules, leases, keep_value).
 
 class RouteState:
     @property
     def name(self) -> str: ...
     @property
-    def nbytes(self) -> int: ...  # that it has carried
+    def nbytes(self) -> int: ...  # carried so far
     @property
-    def bandwidth(self) -> float: ...  # as measured last; 0: not yet
+    def bandwidth(self) -> float: ...  # bytes per second, as measured last; 0: not measured yet
     @property
-    def error(self) -> str: ...  # why it carries no more; "": it does
+    def error(self) -> str: ...  # why the route accepts no more copies; "": it does
 
 class RuntimeState:
     @property
@@ -300,7 +304,7 @@ class Runtime:
         files: Iterable[FileTuple],
         layers: Layout | Sequence[LayerTuple],
         writable: bool,
-        checks: Checks = ...,  # none
+        checks: Checks = ...,  # default: no checks
     ) -> Model: ...
     def reload(
         self,
@@ -315,12 +319,12 @@ class Runtime:
         model: Model,
         timeout: float | None,
         wait: str,
-        poll: Callable[[], None] | None = None,  # called while it waits; may raise
+        poll: Callable[[], None] | None = None,  # called while waiting; an exception ends the wait
     ) -> None: ...
     def prewarm(
         self,
         model: Model,
-        layers: Sequence[int] | None,  # all
+        layers: Sequence[int] | None,  # None: all
         priority: int,
         deadline: float | None,
     ) -> Ticket: ...
@@ -357,7 +361,7 @@ class Runtime:
 
 def process_exits() -> None: ...
 
-# Any contiguous buffers; ValueError where the sizes do not fit.
+# The kernels accept any contiguous buffers. They raise ValueError if the sizes do not match.
 def digest(buffer: bytes | Bytes, granule_bytes: int) -> npt.NDArray[np.uint64]: ...
 def cast(
     kind: str,

@@ -1,1 +1,1 @@
-"""Bounds that results of the benches are compared with."""
+"""Bounds with which results of the benches are compared."""

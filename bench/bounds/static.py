@@ -1,4 +1,4 @@
-"""How late starts must be where what is held stands still."""
+"""A lower bound on late starts for any static choice of resident layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.study.metrics import Slo
 from warmserve_rt.sim.workload.workloads import Workload
 
-SWITCH_S = 0.01  # of a start, beside loading and computing; `simulate` has the same
+SWITCH_S = 0.01  # seconds of a start besides loading and computing; the same as in `simulate`
 
 
 def late_at_least(workload: Workload, hardware: Hardware, slo: Slo) -> float:
-    """The share of starts that are late, were each request one, alone on its devices, and the same
-    layers held at every time: by the linear bound no choice of them has fewer, though it knows how
-    often each model will be asked for and with which prompts."""
+    """Return a lower bound on the share of late starts for any static choice of resident layers.
+
+    The bound treats each request as an isolated start, alone on its devices. The linear bound of
+    the plan holds for every choice, even one that knows in advance how often each model will be
+    requested and with which prompts.
+
+    Parameters
+    ----------
+    workload : Workload
+        The requests.
+    hardware : Hardware
+        The devices and the bandwidth of their links.
+    slo : Slo
+        The time budget of a first token.
+    """
     curves, need, anyway = [], np.zeros(len(workload.models)), 0.0
     for model, profile in enumerate(workload.models):
         prompts = workload.prompt[workload.model == model]

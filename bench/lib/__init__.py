@@ -1,6 +1,6 @@
-"""What several benches share.
+"""Code shared by several benches.
 
-Some of it uses helpers of the tests: after importing this package they can be imported.
+Importing this package makes the test helpers in tests/support importable.
 """
 
 import sys

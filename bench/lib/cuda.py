@@ -1,5 +1,5 @@
-"""The CUDA driver API as benches call it: the tests' wrapper of the cu* functions, and what they
-need beyond: kernels, graphs, and streams that are held up."""
+"""The CUDA driver API for benches: the tests' wrapper of the cu* functions, extended by kernels,
+graphs and streams that can be blocked."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from cuda_calls import (
 )
 
 LIBRARY = "libcuda.so.1"
-SIMULATED = "Simulated CUDA"  # the name of such a device
+SIMULATED = "Simulated CUDA"  # the name of a simulated device
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, pointer)
 
-SIGNATURES |= {  # those that the tests have too may go from there
+SIGNATURES |= {
     "cuDriverGetVersion": (pointer,),
     "cuMemAlloc_v2": (pointer, size_t),
     "cuMemGetAddressRange_v2": (pointer, pointer, u64),
@@ -44,13 +44,13 @@ SIGNATURES |= {  # those that the tests have too may go from there
 
 
 class DigestCall(ctypes.Structure):
-    """Of csrc/kernels/kernels.h."""
+    """The structure of the same name in csrc/kernels/kernels.h."""
 
     _fields_ = [("source", u64), ("nbytes", u64), ("granule", u64), ("out", u64)]
 
 
 class CastCall(ctypes.Structure):
-    """Of csrc/kernels/kernels.h; kind 0 is f32 to bf16."""
+    """The structure of the same name in csrc/kernels/kernels.h; kind 0 is f32 to bf16."""
 
     _fields_ = [
         ("kind", u32),
@@ -65,7 +65,7 @@ class CastCall(ctypes.Structure):
 
 
 class NotRun(Exception):
-    """What cannot be seen here, with the reason."""
+    """A check cannot run here; the message gives the reason."""
 
 
 class Gpu(Cuda):
@@ -74,7 +74,7 @@ class Gpu(Cuda):
     def __init__(self) -> None:
         super().__init__(LIBRARY)
         self.start()
-        self._kept: list[object] = []  # what the driver may still use
+        self._kept: list[object] = []  # objects that the driver may still use
 
     @property
     def name(self) -> str:
@@ -91,27 +91,30 @@ class Gpu(Cuda):
         return self.name == SIMULATED
 
     def pinned(self, nbytes: int, content: bytes = b"") -> Pinned:
-        """Kept as long as the device, for it is registered as long: memory that goes before leaves
-        the driver with pages that nobody has."""
+        """Return pinned memory that lives as long as the device.
+
+        It stays registered that long. Memory that is freed earlier would leave the driver with
+        freed pages.
+        """
         made = super().pinned(nbytes, content)
         self._kept.append(made)
         return made
 
     def stream_query(self, stream: int) -> bool:
-        """Whether all that it was given is done."""
+        """Return whether the stream has finished all its work."""
         result = code(self.call, "cuStreamQuery", stream)
         if result not in (0, 600):
             raise CudaError("cuStreamQuery", result)
         return result == 0
 
     def host_function(self, stream: int, function: Callable[[], object]) -> None:
-        """What it raises is lost."""
+        """Enqueue a host function. Its exceptions are lost."""
         made = _HOST_FUNCTION(lambda _: function() and None)
         self._kept.append(made)
         self.call("cuLaunchHostFunc", stream, ctypes.cast(made, pointer), None)
 
     def kernel_image(self) -> bytes:
-        """This project's kernels as compiled. Raises NotRun where there are none."""
+        """Return this project's compiled kernels. Raises NotRun if the build has none."""
         if self.simulated:
             return b"simulated"
         from warmserve_rt.kernels import fatbin_path
@@ -123,7 +126,7 @@ class Gpu(Cuda):
     def launch(
         self, function: int, call: ctypes.Structure, stream: int, blocks: int = 1, threads: int = 32
     ) -> None:
-        """A kernel whose one parameter is `call`."""
+        """Launch a kernel with the single parameter `call`."""
         parameters = (pointer * 1)(ctypes.addressof(call))
         self.call(
             "cuLaunchKernel", function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, None
@@ -136,22 +139,22 @@ class Gpu(Cuda):
         self.call("cuGraphLaunch", executable, stream)
 
     def export(self, handle: int, kind: int = 1) -> int:
-        """A file descriptor of a handle."""
+        """Return a file descriptor of a handle."""
         return self.out("cuMemExportToShareableHandle", handle, kind, 0, type=i32)
 
 
 class Gate:
-    """Holds a stream up: what is enqueued behind it waits until it is opened.
+    """Blocks a stream: work enqueued behind the gate waits until the gate is opened.
 
-    It opens by itself after a while, so that a call which waits for the stream comes back; and
-    says so, for that is how such a call is found out.
+    The gate opens by itself after `seconds`, so that a call that waits for the stream returns.
+    `expired` then tells that such a call has waited.
     """
 
     def __init__(self, cuda: Gpu, stream: int, seconds: float = 0.5) -> None:
         self._opened = threading.Event()
         self._entered = threading.Event()
         self._seconds = seconds
-        self.expired = False  # nobody opened it in time
+        self.expired = False  # it opened by itself
         cuda.host_function(stream, self._hold)
         if not self._entered.wait(10):
             raise NotRun("a host function did not begin within 10 s")

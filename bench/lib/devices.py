@@ -1,4 +1,4 @@
-"""Devices of the benches by name: ``host``, ``simcuda`` (no GPU needed) and ``cuda:N``."""
+"""The benches' devices by name: ``host``, ``simcuda`` (needs no GPU) and ``cuda:N``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from warmserve_rt.testing.simcuda import SimulatedCuda
 
 @contextmanager
 def device(name: str, **simulated: Any) -> Iterator[tuple[_native.Driver, SimulatedCuda | None]]:
-    """A driver of the device; `simulated` are the options of the simulator, if it is one."""
+    """Yield a driver of the device and the simulator, if it is simulated.
+
+    `simulated` are options of the simulator; other devices ignore them.
+    """
     if name != "simcuda":
         yield open_driver(name, pump=False), None
         return

@@ -1,4 +1,4 @@
-"""Many simulated runs at once: which, and what came of them."""
+"""Runs many simulations in parallel and computes means and intervals of their results."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from warmserve_rt.sim.workload.workloads import Workload
 
 @dataclass(frozen=True)
 class Case:
-    """A workload on GPUs. ``models``: "paper" or a number of the mix; ``rate``: requests per
-    second; ``seconds``: of arrivals; ``bandwidth``: GB/s of each host link."""
+    """A workload on GPUs.
+
+    ``models`` is "paper" or the size of the mix, ``rate`` requests per second, ``seconds`` the time
+    of arrivals, ``bandwidth`` GB/s of each host link.
+    """
 
     name: str
     workload: str
@@ -57,7 +60,7 @@ def _workload(case: Case, seed: int) -> Workload:
 
 
 def workload_of(case: Case, seed: int) -> Workload:
-    """The same for every bandwidth."""
+    """Return the case's workload, which does not depend on the bandwidth."""
     return _workload(replace(case, bandwidth=0.0), seed)
 
 
@@ -80,7 +83,7 @@ def perform(run: Run) -> RunSummary:
 
 
 def perform_all(runs: Iterable[Run]) -> dict[Run, RunSummary]:
-    """Each once, in as many processes as there are CPUs."""
+    """Perform each run once, in one process per CPU."""
     wanted = list(dict.fromkeys(runs))
     context = multiprocessing.get_context("spawn")
     processes = len(os.sched_getaffinity(0))
@@ -89,7 +92,7 @@ def perform_all(runs: Iterable[Run]) -> dict[Run, RunSummary]:
 
 
 def mean_of(found: Mapping[Run, RunSummary], run: Run, seeds: Iterable[int], what: str) -> float:
-    """The mean over seeds of a field of the summaries."""
+    """Return the mean over seeds of a field of the summaries."""
     return fmean(getattr(found[replace(run, seed=seed)], what) for seed in seeds)
 
 
@@ -98,13 +101,13 @@ def geomean(values: Iterable[float]) -> float:
 
 
 def jackknife(of: Callable[[Sequence[int]], float], seeds: Sequence[int]) -> tuple[float, float]:
-    """The 95 % interval of a positive number that is computed ``of`` paired seeds: Tukey's
-    jackknife of its logarithm, Student's t of the pseudo-values about the number itself.
+    """Return the 95 % interval of a positive number that ``of`` computes from paired seeds.
 
-    Raises ValueError for fewer than two seeds.
+    This is Tukey's jackknife of the logarithm: Student's t of the pseudo-values, centred on the
+    number itself. Raises ValueError for fewer than two seeds.
     """
     if len(seeds) < 2:
-        raise ValueError(f"an interval over {len(seeds)} seeds")
+        raise ValueError(f"an interval needs at least 2 seeds, got {len(seeds)}")
     n, whole = len(seeds), math.log(of(seeds))
     without = [math.log(of([seed for seed in seeds if seed != left])) for left in seeds]
     found = interval([n * whole - (n - 1) * part for part in without])

@@ -1,4 +1,4 @@
-"""What every bench shares: its arguments, its report, medians of interleaved runs, checkpoints."""
+"""The harness of every bench: arguments, report, interleaved runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMPARE = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
 
 @dataclass
 class Bench:
-    """One bench: its arguments, then what it measured. A missed target is a result, no failure."""
+    """One bench: its arguments and results. A missed target is a result, not a failure."""
 
     name: str
     args: argparse.Namespace
@@ -37,13 +37,13 @@ class Bench:
 
     @classmethod
     def start(cls, name: str, parser: argparse.ArgumentParser) -> Bench:
-        """Reads the command line; `parser` brings the arguments of the bench's own."""
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-        parser.add_argument("--device", default="host", help="of the runtime (default: host)")
+        """Parse the command line; `parser` has the bench's own arguments."""
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write results to this file")
+        parser.add_argument("--device", default="host", help="runtime's device (default: host)")
         return cls(name, parser.parse_args())
 
     def row(self, name: str, value: float, unit: str, interval: Interval = None) -> None:
-        """Records a result, with its 95 % interval if it has one."""
+        """Record and print a result, with its 95 % interval if it has one."""
         self.results[name] = _round(value)
         within = self._within(name, interval)
         print(f"  {name:<32} {self.results[name]:>10} {unit}{within}", flush=True)
@@ -51,7 +51,7 @@ class Bench:
     def target(
         self, name: str, value: float, unit: str, op: str, bound: float, interval: Interval = None
     ) -> None:
-        """Records a result that has a bound, which it meets or misses whatever its interval."""
+        """Record and print a result and whether the value, not its interval, meets its bound."""
         met = _COMPARE[op](value, bound)
         self.results[name] = value = _round(value)
         self.targets.append({"name": name, "value": value, "op": op, "bound": bound, "met": met})
@@ -67,7 +67,7 @@ class Bench:
         return f"  [{low:g}, {high:g}]"
 
     def finish(self) -> None:
-        """Writes the JSON file that was asked for."""
+        """Write the JSON file, if ``--json`` was given."""
         report = {
             "bench": self.name,
             "commit": _commit(),
@@ -82,9 +82,9 @@ class Bench:
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each run returned in each round, after one round that warms up.
+    """Return the results of each run in each round, after one round of warm-up.
 
-    Every round runs all of them, so that a slow minute of the machine is slow for all.
+    Every round performs all runs, so that a slow phase of the machine affects all of them.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -96,12 +96,12 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """The median of the ratios within each round: steadier than the ratio of two medians."""
+    """Return the median of the ratios of each round; it varies less than a ratio of medians."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes, until its result is there; freeing the result is not timed."""
+    """Return the seconds until `work` returns; freeing its result is not timed."""
     begin = perf_counter()
     result = work()
     taken = perf_counter() - begin
@@ -111,7 +111,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Llama:
-    """The shapes of a Llama, in elements of bf16."""
+    """The shapes of a Llama model, in elements."""
 
     hidden: int
     intermediate: int
@@ -120,7 +120,7 @@ class Llama:
     blocks: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors as Hugging Face names them, in the order of execution."""
+        """Return the tensors' shapes under Hugging Face's names, in the order of execution."""
         hidden, wide, kv = self.hidden, self.intermediate, self.kv
         block = {
             "input_layernorm": (hidden,),
@@ -150,10 +150,10 @@ LLAMA_1GIB_OF_F32 = Llama(2048, 5632, 256, 32000, 3)  # 0.98 GiB
 
 
 def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> int:
-    """Writes a safetensors file of random bytes to the disk; returns its size in bytes.
+    """Write a safetensors file of random bytes to the disk; return its size in bytes.
 
-    One block of random bytes is written over and over, from a different byte each time: no page is
-    like another, and 4 GiB take seconds.
+    The content repeats one random block from a different offset each time: no two pages are equal,
+    and writing 4 GiB takes seconds.
     """
     text, end = _header(shapes, dtype)
     block = memoryview(os.urandom(16 * MIB))
@@ -163,13 +163,15 @@ def write_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: s
             start = number * 4099 % (8 * MIB)
             file.write(block[start : start + min(left, 8 * MIB)])
         file.flush()
-        os.fsync(file.fileno())  # or writing it back would go on while something is timed
+        os.fsync(file.fileno())  # otherwise write-back would continue during measurements
     return path.stat().st_size
 
 
 def write_hollow_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Writes a bf16 safetensors file whose tensors are a hole: of any size, all zeros, and nothing
-    on the disk. Returns its size in bytes."""
+    """Write a bf16 safetensors file whose tensors are a hole; return its size in bytes.
+
+    The tensors may have any size, read as zeros and take no disk space.
+    """
     text, end = _header(shapes, "BF16")
     with open(path, "wb") as file:
         file.write(text)
@@ -178,7 +180,7 @@ def write_hollow_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, int]:
-    """What a file of tensors of this dtype begins with, and the bytes that follow."""
+    """Return the start of a file with tensors of this dtype, and the number of bytes after it."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + _WIDTHS[dtype] * math.prod(shape)
@@ -190,13 +192,13 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, i
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary directory for checkpoints, gone afterwards."""
+    """Yield a temporary directory for checkpoints; remove it afterwards."""
     with tempfile.TemporaryDirectory(prefix="warmserve-bench-") as directory:
         yield Path(directory)
 
 
 def huge_share(nbytes: int) -> float:
-    """How much this process maps of shared memory in huge pages, as a share of `nbytes`."""
+    """Return the shared memory that this process maps in huge pages, as a share of `nbytes`."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("ShmemPmdMapped:"):
             return int(line.split()[1]) * 1024 / nbytes
@@ -204,12 +206,12 @@ def huge_share(nbytes: int) -> float:
 
 
 def _round(value: float) -> float:
-    """To four digits: no more are reproducible."""
+    """Round to four digits; more are not reproducible."""
     return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 def _commit() -> str:
-    """The checkout's, with a mark when its files differ from it."""
+    """Return the checkout's commit, with a mark if files were changed."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:

@@ -1,4 +1,4 @@
-"""Headers of many kinds, each as long as a file may have it, that make reading them expensive."""
+"""Headers of many kinds, of the maximum length, that are expensive to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENTRY = '"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 
 
 def _filled(size: int, member: Callable[[int], str], before: str = "{", after: str = "}") -> str:
-    """As many members as there is room for."""
+    """Return a JSON object with as many members as fit into `size` characters."""
     parts, length, number = [before], len(before) + len(after), 0
     while True:
         part = member(number)
@@ -24,7 +24,7 @@ def _filled(size: int, member: Callable[[int], str], before: str = "{", after: s
 
 
 def _values(size: int, value: str) -> str:
-    """One tensor with a field that nobody knows."""
+    """Return one tensor with an unknown field."""
     return ENTRY[:-1].replace("%s", "t") + ',"x":' + value.ljust(size - 70) + "}"
 
 
@@ -79,7 +79,7 @@ def write_header(path: Path, kind: str, size: int) -> None:
 
 
 def write_blocks(path: Path, tensors: int, for_each_block: int) -> None:
-    """Write a file of small tensors, so many in each block of one stack."""
+    """Write a file of small tensors in the blocks of one stack, `for_each_block` per block."""
     header = {
         f"model.layers.{i // for_each_block}.part{i % for_each_block}.weight": {
             "dtype": "F32",

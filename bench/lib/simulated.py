@@ -1,4 +1,4 @@
-"""What the simulated device of the benches takes for its work, and memory for its copies."""
+"""Costs and bandwidth of the benches' simulated device, and pinned memory for its copies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
-# Microseconds of a call, and of each granule that it concerns, as gpu.sh measured them on an H200
-# (driver 580.159): whole calls on 1 to 256 granules of 2 to 32 MiB.
+# Microseconds per call and per granule that it concerns. gpu.sh measured them on an H200 (driver
+# 580.159) from whole calls on 1 to 256 granules of 2 to 32 MiB.
 COSTS = {
     "cuMemCreate": (13.0, 0.05),
     "cuMemMap": (7.7, 0.0),
@@ -20,7 +20,7 @@ BANDWIDTH = 25e9  # bytes per second, host to device
 
 @contextmanager
 def pinned(cuda: SimulatedCuda, nbytes: int) -> Iterator[memoryview]:
-    """Host memory that copies of the device write while the caller goes on."""
+    """Yield pinned host memory, the target of asynchronous copies from the device."""
     from cuda_calls import Cuda
 
     raw = Cuda(cuda.library).start()

@@ -1,4 +1,4 @@
-// One exception type for the whole library and the one place that words its messages.
+// The one exception type of the library, and text that several messages share.
 #pragma once
 
 #include <exception>
@@ -13,10 +13,10 @@ namespace warmserve {
 enum class ErrorKind {
   general,               // WarmServeError
   invalid_argument,      // ValueError
-  timeout,               // TimeoutError: a wait whose time ran out
-  out_of_device_memory,  // OutOfDeviceMemory: would not fit even with nothing leased
+  timeout,               // TimeoutError: a wait reached its deadline
+  out_of_device_memory,  // OutOfDeviceMemory: would not fit even if no layer were leased
   staging_timeout,       // StagingTimeout
-  busy,                  // Busy: refused because of what is leased now
+  busy,                  // Busy: refused because of the current leases
   cancelled,             // Cancelled
   corrupt_checkpoint,    // CorruptCheckpoint
   stale_view,            // StaleView
@@ -32,19 +32,20 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
-// Who holds how much of the arena.
+// A model and the bytes of the arena that it holds.
 struct Holder {
   std::string name;
   std::uint64_t bytes = 0;
   bool leased = false;
 };
 
-// A reason for a ticket that was called off.
+// Makes the error of a cancelled ticket.
 std::exception_ptr cancelled(const std::string& why);
 
 std::string format_bytes(std::uint64_t bytes);
 
-// "OPERATION needs N of a budget of M; held: 'a' 3 MiB (leased), ...": the three largest holders.
+// Words the message "OPERATION needs N of a budget of M; largest holders: 'a' 3 MiB (leased), ...",
+// which names the three largest holders.
 Error no_room(ErrorKind kind, const std::string& operation, std::uint64_t bytes,
               std::uint64_t budget, std::vector<Holder> holders);
 

@@ -22,7 +22,7 @@ int EventFd::descriptor() {
 
 void EventFd::signal() noexcept {
   if (!made()) return;
-  // A counter at its limit stays readable, which is all that is said.
+  // The write fails only if the counter is at its limit, and then the descriptor is readable.
   [[maybe_unused]] const int ignored = ::eventfd_write(descriptor_, 1);
 }
 

@@ -1,9 +1,9 @@
-// A descriptor that becomes readable when something has happened; made when first asked for.
+// A descriptor that becomes readable when something has happened. It is created on first use.
 #pragma once
 
 namespace warmserve {
 
-// Under the owner's lock.
+// The owner's lock guards all calls.
 class EventFd {
  public:
   EventFd() = default;
@@ -11,10 +11,10 @@ class EventFd {
   ~EventFd();
 
   bool made() const noexcept { return descriptor_ >= 0; }
-  // Non-blocking; owned by this. Throws general.
+  // Returns the descriptor, which is non-blocking and owned by this object. Throws general.
   int descriptor();
   void signal() noexcept;  // wait-free
-  void clear() noexcept;   // makes it unreadable until the next signal
+  void clear() noexcept;   // makes the descriptor unreadable until the next signal
 
  private:
   int descriptor_ = -1;

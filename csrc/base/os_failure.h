@@ -1,4 +1,4 @@
-// Words for a system call that failed.
+// Error texts for system calls that failed.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,15 @@
 
 namespace warmserve {
 
-// The limit of the process that a call may have met.
+// The limit of the process that a failed call may have reached.
 enum class OsLimit { none, descriptors, addresses, file_size, threads };
 
-// "mmap of 2 MiB: Cannot allocate memory (errno 12); RLIMIT_AS (ulimit -v) is 1 GiB, ...". `call`
-// names the call and what it was for; what is used of the limit is told where the system says it.
+// Returns a text such as "mmap of 2 MiB: Cannot allocate memory (errno 12); RLIMIT_AS (ulimit -v)
+// is 1 GiB, ...". `call` names the call and its purpose. The text includes the current use of the
+// limit if the system reports it.
 std::string os_failure(const std::string& call, int error, OsLimit limit = OsLimit::none);
 
-// Bytes that the process may write to a file, and so make a memfd long.
+// Returns the largest size in bytes that the process may give a file, a memfd included.
 std::uint64_t file_size_limit() noexcept;
 
 }  // namespace warmserve

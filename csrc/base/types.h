@@ -1,5 +1,5 @@
-// The words of this code base, as types. Bytes are std::uint64_t everywhere; durations are
-// std::chrono. "Granule", "reservation", "layer", "fence", ... mean what csrc/README.md says.
+// The basic types of this code base. Bytes are std::uint64_t everywhere; durations are std::chrono.
+// csrc/README.md defines the words "granule", "reservation", "layer", "fence" and others.
 #pragma once
 
 #include <chrono>
@@ -22,15 +22,15 @@ using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
 constexpr Deadline kNever = Deadline::max();
 
-// Called about every 20 ms by a thread that waits, with no lock held. It may throw (Ctrl-C does):
-// the waiting operation then undoes itself and lets the exception pass.
+// A waiting thread calls it about every 20 ms, with no lock held. It may throw (Ctrl-C does): the
+// waiting operation then undoes itself and passes the exception on.
 using Poll = std::function<void()>;
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 constexpr std::uint64_t kKiB = 1024, kMiB = 1024 * kKiB, kGiB = 1024 * kMiB;
 
-// The largest size, count or offset that is accepted from a file or a caller. The sum of two of
-// them fits 64 bits, and each fits an off_t and the signed sizes of numpy and DLPack.
+// The largest size, count or offset that we accept from a file or a caller. The sum of two such
+// values fits in 64 bits, and each fits in an off_t and in the signed sizes of numpy and DLPack.
 constexpr std::uint64_t kMostBytes = std::numeric_limits<std::int64_t>::max();
 
 constexpr std::uint64_t ceil_div(std::uint64_t value, std::uint64_t by) {

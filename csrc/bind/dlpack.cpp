@@ -41,11 +41,11 @@ constexpr NamedType kTypes[] = {
     {"F8_E5M2", {12, 8, 1}},
     {"F8_E5M2FNUZ", {13, 8, 1}},
     {"F8_E8M0", {14, 8, 1}},
-    {"F4", {17, 4, 2}},  // two elements to a byte: the last dimension counts pairs
+    {"F4", {17, 4, 2}},  // two elements per byte: the last dimension counts pairs
 };
 
-// What a capsule owns. Its deleter may run on any thread, with or without the GIL, and after the
-// interpreter is gone: there is nothing of Python in it.
+// The contents of a capsule. Contains no Python objects, because its deleter may run on any thread,
+// with or without the GIL, and after the interpreter has been finalized.
 struct Owned {
   ManagedTensorVersioned managed{};
   std::vector<std::int64_t> shape, strides;
@@ -57,14 +57,14 @@ void delete_owned(ManagedTensorVersioned* managed) {
   delete static_cast<Owned*>(managed->manager_context);
 }
 
-// An unconsumed capsule still has its first name.
+// Deletes the contents of a capsule that was not consumed. A consumer renames the capsule.
 void delete_capsule(PyObject* capsule) {
   if (!PyCapsule_IsValid(capsule, kName)) return;
   auto* managed = static_cast<ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, kName));
   managed->deleter(managed);
 }
 
-// As numpy writes it; empty where numpy has none.
+// Returns numpy's type string; empty if numpy does not have the type.
 std::string type_string(const DataType& dtype) {
   constexpr std::string_view kinds = "iuf??c";  // by DLPack's codes, from 0
   if (dtype.code == kBool) return "|b1";
@@ -113,13 +113,14 @@ py::capsule View::export_capsule(const py::object& stream, const py::object& max
     if (!dl_device.is_none()) {
       const auto [type, id] = dl_device.cast<std::pair<int, int>>();
       if (type != static_cast<int>(device().type) || id != device().id)
-        throw py::buffer_error("the tensor is not moved to another device");
+        throw py::buffer_error("the tensor cannot be exported to another device");
     }
-    // 0 would be ambiguous, says the protocol: the legacy default stream is 1.
+    // The protocol disallows 0 as ambiguous; the legacy default stream is 1.
     if (device().type == DeviceType::cuda && !stream.is_none() && stream.cast<std::int64_t>() == 0)
       throw py::buffer_error("stream 0 is ambiguous: 1 is the legacy default stream");
   } catch (const py::cast_error&) {
-    throw py::buffer_error("max_version and dl_device are pairs of integers, stream is one");
+    throw py::buffer_error(
+        "max_version and dl_device must be pairs of integers, stream must be an integer");
   }
   auto owned = std::make_unique<Owned>();
   owned->reservation = reservation;
@@ -132,7 +133,8 @@ py::capsule View::export_capsule(const py::object& stream, const py::object& max
   std::uint64_t flags = read_only ? kReadOnly : 0;
   if (!copy.is_none() && copy.cast<bool>()) {
     if (device().type != DeviceType::cpu)
-      throw py::buffer_error("no copy on the device is made: Runtime.read_back copies to the host");
+      throw py::buffer_error(
+          "copies on the device are not supported: Runtime.read_back copies to the host");
     owned->copy = std::make_unique<std::byte[]>(std::max<std::uint64_t>(bytes, 1));
     std::memcpy(owned->copy.get(), data, bytes);
     data = owned->copy.get();

@@ -1,5 +1,5 @@
-// The DLPack ABI (version 1), as its specification lays it out, and views of leased memory as
-// capsules of it.
+// The DLPack ABI, version 1, as its specification defines it, and views of leased memory that are
+// exported as DLPack capsules.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -42,11 +42,11 @@ struct ManagedTensorVersioned {
 };
 constexpr std::uint64_t kReadOnly = 1, kIsCopied = 2;
 
-// How DLPack names each of element_types(); none for a type that it cannot name.
+// Returns the DLPack type of each of element_types(); nullopt for a type that DLPack does not have.
 std::span<const std::optional<DataType>> data_types();
 
-// A tensor at an address of a model. Keeps the address from becoming anything else, not what is
-// behind it: that is a lease's business.
+// A tensor at an address of a model. It keeps the address reserved, but not the granules that are
+// mapped there; a lease keeps those.
 struct View {
   ReservationPtr reservation;
   Address address = 0;
@@ -55,21 +55,22 @@ struct View {
   std::uint64_t bytes = 0;
   bool read_only = true;
 
-  // Makes it one of elements of `type`, a number of element_types(). Bytes in one dimension stand
-  // for a type that DLPack cannot name and for pairs of elements that the last dimension cuts; with
-  // `as_bytes` for every type.
+  // Sets the dtype and shape for elements of `type`, an index of element_types(). The view becomes
+  // one-dimensional bytes if DLPack does not have the type, if the last dimension splits a byte
+  // that holds a pair of elements, or with `as_bytes`.
   void set_elements(std::uint8_t type, std::vector<std::int64_t> elements, bool as_bytes);
 
   Device device() const noexcept;
-  // The DLPack protocol. Throws BufferError for what cannot be had, and never TypeError, which
-  // consumers take for an old producer and retry. `stream` is not waited for: under a lease every
-  // byte has arrived before the host was told.
+  // Implements __dlpack__. Throws BufferError for requests that it cannot fulfil. It never throws
+  // TypeError, which consumers take as the sign of an old producer, and retry. The view does not
+  // synchronize with `stream`, because under a lease all bytes arrived before the host was
+  // notified.
   pybind11::capsule export_capsule(const pybind11::object& stream,
                                    const pybind11::object& max_version,
                                    const pybind11::object& dl_device,
                                    const pybind11::object& copy) const;
-  // Version 3 of the CUDA array interface, for who speaks no DLPack (numba). Throws AttributeError,
-  // as hasattr() wants it, on the host and for a dtype that numpy has no name for.
+  // Returns version 3 of the CUDA array interface, for consumers without DLPack (numba). Throws
+  // AttributeError, as hasattr() expects, on the host and for a dtype that numpy does not have.
   pybind11::dict cuda_array_interface() const;
 };
 

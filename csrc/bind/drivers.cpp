@@ -16,19 +16,20 @@ namespace {
 Primitive primitive(const std::string& name) {
   for (int i = 0; i < static_cast<int>(Primitive::count); ++i)
     if (name == to_string(static_cast<Primitive>(i))) return static_cast<Primitive>(i);
-  throw Error(ErrorKind::invalid_argument, "no driver primitive '" + name + "'");
+  throw Error(ErrorKind::invalid_argument, "unknown driver primitive '" + name + "'");
 }
 
 Status status(const std::string& name) {
   if (name == "failed") return Status::failed;
   if (name == "out_of_memory") return Status::out_of_memory;
   if (name == "device_lost") return Status::device_lost;
-  throw Error(ErrorKind::invalid_argument, "no injectable status '" + name + "'");
+  throw Error(ErrorKind::invalid_argument,
+              "status must be failed, out_of_memory or device_lost, got '" + name + "'");
 }
 
-// Seconds in all that each primitive takes on `batch` granules at a time: created once, then
-// `rounds` times mapped, made accessible and unmapped, then released. "cycles": the rounds as a
-// whole. What fails throws, with everything given back.
+// Returns the total seconds per primitive for `batch` granules at a time. The granules are created
+// once, then mapped, made accessible and unmapped `rounds` times, then released. "cycles" is the
+// time of all rounds. Throws if a primitive fails, after releasing everything.
 std::map<std::string, double> time_driver(const std::shared_ptr<Driver>& driver,
                                           std::uint64_t granule, std::size_t batch,
                                           std::size_t rounds, bool writable) {
@@ -82,7 +83,8 @@ void bind_drivers(py::module_& m) {
       .def("memory", [](Driver& d) {
         std::uint64_t available = 0, total = 0;
         if (d.memory(&available, &total) != Status::ok)
-          throw Error(ErrorKind::general, d.facts().name + " does not say: " + d.detail());
+          throw Error(ErrorKind::general,
+                      d.facts().name + " does not report its memory: " + d.detail());
         return std::pair(available, total);
       });
   m.def(

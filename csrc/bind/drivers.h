@@ -1,4 +1,5 @@
-// Devices as Python sees them: made, watched, made to fail, timed.
+// Python bindings of drivers, of the wrappers that check them or make them fail, and of a
+// benchmark.
 #pragma once
 
 #include <pybind11/pybind11.h>

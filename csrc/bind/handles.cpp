@@ -20,7 +20,7 @@ dlpack::View bytes_at(const PyModel& self, const ReservationPtr& reservation, st
                       std::uint64_t offset, std::uint64_t bytes) {
   const Layer& at = self.model->layers.at(layer);
   if (offset > at.bytes || bytes > at.bytes - offset)
-    throw Error(ErrorKind::invalid_argument, "a view outside of its layer");
+    throw Error(ErrorKind::invalid_argument, "a view must lie inside its layer");
   dlpack::View view;
   view.reservation = reservation;
   view.address = reservation->address() + at.offset + offset;
@@ -41,18 +41,19 @@ dlpack::View view(const PyModel& self, std::uint32_t layer, std::uint64_t offset
 dlpack::View tensor(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
                     std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t type,
                     bool as_bytes) {
-  if (type >= element_types().size()) throw Error(ErrorKind::invalid_argument, "an unknown type");
+  if (type >= element_types().size())
+    throw Error(ErrorKind::invalid_argument, "unknown element type");
   dlpack::View made = bytes_at(self, self.runtime->reservation(self.model), layer, offset, bytes);
   made.set_elements(type, std::move(shape), as_bytes);
   return made;
 }
 
-// The tensors of a layer from number `first` to `last`, as their names and a capsule for each.
-// Thousands of views, each made by a call from Python, would take as long as a load; and tuples of
-// both would be as many objects for Python's collector to look at.
+// Returns the names and the capsules of the layer's tensors [first, last). One call makes them all,
+// because thousands of views, each made by its own call from Python, would take as long as a load.
+// Two lists are returned, because Python's garbage collector would have to scan a tuple per tensor.
 std::pair<py::list, py::list> capsules(const PyModel& self, const Layout& layout,
                                        std::uint32_t layer, std::size_t first, std::size_t last) {
-  if (layer >= layout.bytes.size()) throw py::index_error("no such layer");
+  if (layer >= layout.bytes.size()) throw py::index_error("layer index out of range");
   const ReservationPtr reservation = self.runtime->reservation(self.model);
   const auto members = layout.members_of(layer);
   const py::none none;
@@ -88,7 +89,7 @@ Poll polling(const py::object& call) {
 
 Deadline deadline(std::optional<double> seconds) {
   if (!seconds) return kNever;
-  if (std::isnan(*seconds)) throw Error(ErrorKind::invalid_argument, "a timeout of nan");
+  if (std::isnan(*seconds)) throw Error(ErrorKind::invalid_argument, "timeout must not be nan");
   if (*seconds > 1e9) return kNever;
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(
                             std::chrono::duration<double>(std::max(*seconds, 0.0)));

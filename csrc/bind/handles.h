@@ -1,4 +1,5 @@
-// What Python holds of a runtime: models, tickets, leases, streams. Each keeps the runtime alive.
+// Python's handles of a runtime's models, tickets, leases, passes and streams. Handles of models,
+// tickets, leases and passes keep the runtime alive; a stream keeps its device alive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +22,7 @@ struct PyModel {
 struct PyTicket {
   RuntimePtr runtime;
   TicketPtr ticket;
-  ModelPtr model;  // that it loads
+  ModelPtr model;  // the model that the ticket loads
 };
 struct PyHold {
   RuntimePtr runtime;
@@ -46,15 +47,15 @@ struct PyPass {
 struct PyStream {
   std::shared_ptr<Stream> stream;
 };
-using Layers = std::optional<std::vector<std::uint32_t>>;  // none: all
+using Layers = std::optional<std::vector<std::uint32_t>>;  // nullopt: all layers
 
 Selection select(const PyModel& model, const Layers& layers);
-// Of a timeout in seconds; none: never.
+// Converts a timeout in seconds to a deadline; nullopt: never.
 Deadline deadline(std::optional<double> seconds);
-// Ctrl-C in a wait. Called without the GIL.
+// Throws if a signal such as Ctrl-C has arrived. Precondition: the caller does not hold the GIL.
 void check_signals();
-// The same, and a Python call; what it raises ends the wait. None: signals alone. `call` outlives
-// it.
+// Returns a poll that checks signals and then calls `call`, unless it is None. An exception of
+// `call` ends the wait. `call` must outlive the poll.
 Poll polling(const pybind11::object& call);
 
 void bind_handles(pybind11::module_& m);

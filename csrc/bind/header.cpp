@@ -18,7 +18,8 @@ using StringsPtr = std::shared_ptr<StringTable>;
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-// Shares what may be large: it is destroyed without the GIL, whichever thread lets go of it last.
+// Returns a shared pointer whose object is destroyed without the GIL on any thread, because the
+// object may be large.
 template <typename T>
 std::shared_ptr<T> share(T&& value) {
   return {new T(std::move(value)), [](T* pointer) {
@@ -30,7 +31,7 @@ std::shared_ptr<T> share(T&& value) {
 
 py::str text(std::string_view string) { return {string.data(), string.size()}; }
 
-// The bytes of a str as UTF-8; nothing if it has half of a surrogate pair, which no table holds.
+// Returns the UTF-8 bytes of a str; nullopt if it has a lone surrogate, which no table contains.
 std::optional<std::string_view> bytes_of(const py::str& string) {
   Py_ssize_t size = 0;
   const char* data = PyUnicode_AsUTF8AndSize(string.ptr(), &size);
@@ -48,8 +49,8 @@ std::span<const T> span_of(const Array<T>& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
-// Reads the next file's header. If another file has one of its tensors, says that file's number
-// instead of the metadata.
+// Reads the next file's header. Returns (metadata, None); or, if another file has a tensor of the
+// same name, (None, (message, number of that file)).
 py::tuple add(TensorTable& table, const py::bytes& raw, std::uint64_t start, std::uint64_t size) {
   const std::string_view header = bytes_of(raw);
   std::uint32_t other = table.files;
@@ -85,13 +86,13 @@ py::tuple entry(const TensorTable& table, std::uint32_t number) {
                         tensor.file, tensor.offset, tensor.bytes);
 }
 
-// A table of tensors that have names and sizes alone.
+// Returns a table of tensors that have only names and sizes.
 TablePtr named(const std::vector<std::string>& names, const std::vector<std::uint64_t>& sizes) {
   TablePtr table = share(TensorTable());
   for (std::size_t i = 0; i < names.size(); ++i) {
     table->names.pending() += names[i];
     if (!table->names.add_pending().second)
-      throw Error(ErrorKind::invalid_argument, "two tensors have one name");
+      throw Error(ErrorKind::invalid_argument, "tensor names must be unique");
     Tensor tensor;
     tensor.bytes = sizes.at(i);
     table->tensors.push_back(tensor);
@@ -117,9 +118,10 @@ std::vector<std::uint8_t> checked_types(const TensorTable& table,
                                         const Array<std::uint8_t>& types) {
   const auto given = span_of(types);
   if (!given.empty() && given.size() != table.tensors.size())
-    throw Error(ErrorKind::invalid_argument, "a type is needed for each tensor");
+    throw Error(ErrorKind::invalid_argument, "types must be empty or have an entry per tensor");
   for (const std::uint8_t type : given)
-    if (type >= element_types().size()) throw Error(ErrorKind::invalid_argument, "an unknown type");
+    if (type >= element_types().size())
+      throw Error(ErrorKind::invalid_argument, "unknown element type");
   return {given.begin(), given.end()};
 }
 
@@ -136,14 +138,15 @@ std::shared_ptr<Layout> lay_out_groups(const TablePtr& table, const std::vector<
                                        const Array<std::uint8_t>& types) {
   const auto given = span_of(group_of);
   if (given.size() != table->tensors.size())
-    throw Error(ErrorKind::invalid_argument, "a layer is needed for each tensor");
+    throw Error(ErrorKind::invalid_argument, "group_of must have an entry per tensor");
   std::vector<std::uint8_t> casts = checked_types(*table, types);
   const std::vector<std::uint32_t> groups(given.begin(), given.end());
   const py::gil_scoped_release release;
   StringList list;
   for (const std::string& name : names) list.add(name);
   for (const std::uint32_t group : groups)
-    if (group >= list.size()) throw Error(ErrorKind::invalid_argument, "an unknown layer");
+    if (group >= list.size())
+      throw Error(ErrorKind::invalid_argument, "group_of must contain indices of names only");
   return share(lay_out(table, list, groups, std::move(casts)));
 }
 
@@ -156,10 +159,11 @@ py::tuple tensor(const Layout& layout, std::uint32_t number) {
 }
 
 void check_layer(const Layout& layout, std::size_t index) {
-  if (index >= layout.bytes.size()) throw py::index_error("no such layer");
+  if (index >= layout.bytes.size()) throw py::index_error("layer index out of range");
 }
 
-// The layer's tensors from number `first` to `last`: of a million, Python asks for some at a time.
+// Returns the layer's tensors [first, last). A layer may have a million tensors, so Python reads
+// some at a time.
 py::list tensors_of(const Layout& layout, std::size_t index, std::size_t first, std::size_t last) {
   check_layer(layout, index);
   const auto members = layout.members_of(index);
@@ -183,7 +187,7 @@ py::list segments_of(const Layout& layout, std::size_t index, std::size_t first,
   return found;
 }
 
-// Which names begin with one of the stems and a dot.
+// Returns for each name whether it begins with one of the stems and a dot.
 std::vector<bool> under_stems(const py::list& names, const py::list& stems) {
   const auto views = [](const py::list& list) {
     std::vector<std::string_view> found;

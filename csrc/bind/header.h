@@ -1,4 +1,4 @@
-// Headers of checkpoints and layouts of models: tables that Python asks row by row.
+// Python bindings of checkpoint headers and model layouts, as tables that Python reads row by row.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -12,8 +12,8 @@ namespace py = pybind11;
 namespace warmserve {
 namespace {
 
-// Contiguous bytes, which stay where they are as long as this does. An exporter that has no such
-// bytes says so itself.
+// A contiguous buffer, which keeps its address while this object lives. If the exporter has no
+// contiguous buffer, its own exception is thrown.
 class Bytes {
  public:
   Bytes(const py::object& object, bool writable) {
@@ -44,7 +44,7 @@ constexpr Named kKinds[] = {
 
 void expect(const char* what, std::uint64_t bytes, std::uint64_t expected) {
   if (bytes != expected)
-    refuse(std::string(what) + ": " + std::to_string(bytes) + " bytes instead of " +
+    refuse(std::string(what) + " has " + std::to_string(bytes) + " bytes, expected " +
            std::to_string(expected));
 }
 
@@ -60,7 +60,7 @@ void run(const KernelCall& call) {
 
 py::array_t<std::uint64_t> digest(const py::object& buffer, std::uint64_t granule_bytes) {
   const Bytes from(buffer, false);
-  if (granule_bytes == 0) refuse("granules of no bytes");
+  if (granule_bytes == 0) refuse("granule_bytes must be positive");
   const std::uint64_t granules = ceil_div(from.size(), granule_bytes);
   py::array_t<std::uint64_t> out(static_cast<py::ssize_t>(granules));
   run(DigestCall{from.address(), from.size(), granule_bytes,
@@ -80,7 +80,7 @@ void cast(const std::string& kind, const py::object& from, const py::object& to,
   call.from = source.address();
   call.to = target.address();
   const std::uint64_t width = widths(call.kind).from;
-  if (source.size() % width != 0) refuse("from: no whole number of elements");
+  if (source.size() % width != 0) refuse("from must have a whole number of elements");
   call.count = source.size() / width;
   if (!scales.is_none()) {
     factors.emplace(scales, false);
@@ -100,7 +100,7 @@ void gather_rows(const py::object& from, const py::object& to, std::uint64_t row
   check(call);
   const std::vector<Touched> all = touched(call);
   if (source.size() < all[0].bytes)
-    refuse("from: " + std::to_string(source.size()) + " bytes, of which the rows end at " +
+    refuse("from has " + std::to_string(source.size()) + " bytes, but the rows end at byte " +
            std::to_string(all[0].bytes));
   expect("to", target.size(), all[1].bytes);
   run(call);
@@ -117,7 +117,7 @@ const char* cast_name(CastKind kind) {
 CastKind cast_kind(const std::string& name) {
   for (const Named& one : kKinds)
     if (name == one.name) return one.kind;
-  refuse("no cast '" + name + "'");
+  refuse("unknown cast '" + name + "'");
 }
 
 void bind_kernels(py::module_& m) {

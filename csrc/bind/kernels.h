@@ -1,4 +1,4 @@
-// The weight kernels on buffers of the host.
+// Python bindings of the weight kernels on host buffers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 
 namespace warmserve {
 
-// By the name that Python has for it. Throws invalid_argument for another.
+// Returns the cast with this Python name. Throws invalid_argument for an unknown name.
 CastKind cast_kind(const std::string& name);
 const char* cast_name(CastKind kind);
 

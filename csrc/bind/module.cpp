@@ -1,7 +1,7 @@
-// warmserve_rt._native: the only files that know Python are those in bind/.
+// The extension module warmserve_rt._native. Only the files in bind/ use Python.
 //
-// What may wait runs without the GIL and checks for signals while it does. No thread of ours ever
-// runs Python: what Python must learn is posted to an eventfd.
+// Calls that may block release the GIL and check for signals while they wait. The library's own
+// threads never run Python; they notify Python through eventfds.
 #include <fcntl.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -47,7 +47,8 @@ Patience patience(const std::string& name) {
   if (name == "nothing") return Patience::none;
   if (name == "streams") return Patience::streams;
   if (name == "leases") return Patience::leases_and_streams;
-  throw Error(ErrorKind::invalid_argument, "wait for '" + name + "': nothing, streams or leases");
+  throw Error(ErrorKind::invalid_argument,
+              "cannot wait for '" + name + "': wait must be nothing, streams or leases");
 }
 
 using FileTuple = std::tuple<
@@ -63,10 +64,11 @@ StreamPriority stream_priority(const std::string& name) {
   if (name == "normal") return StreamPriority::normal;
   if (name == "urgent") return StreamPriority::urgent;
   throw Error(ErrorKind::invalid_argument,
-              "no stream priority '" + name + "': background, normal or urgent");
+              "unknown stream priority '" + name + "': it must be background, normal or urgent");
 }
 
-// The iterator may close a file once it is asked for the next: so only one is open twice.
+// Duplicates the descriptors of files. The iterator may close a file when the next one is
+// requested, so at most one file is open twice.
 std::vector<File> take_files(const py::iterable& files) {
   std::vector<File> owned;
   for (const py::handle item : files) {
@@ -88,7 +90,8 @@ std::vector<File> take_files(const py::iterable& files) {
 void add_checks(std::vector<LayerShape>& shapes, const Checks& checks) {
   if (checks.empty()) return;
   if (checks.size() != shapes.size())
-    throw Error(ErrorKind::invalid_argument, "checks are for each layer, or for none");
+    throw Error(ErrorKind::invalid_argument,
+                "checks must have an entry for each layer, or be empty");
   for (std::size_t i = 0; i < shapes.size(); ++i)
     for (const auto& [granule, digest] : checks[i]) shapes[i].checks.push_back({granule, digest});
 }
@@ -116,7 +119,7 @@ std::vector<LayerShape> take_shapes(const std::vector<LayerTuple>& layers) {
   return shapes;
 }
 
-// `Layers` are a Layout, or the same as tuples.
+// `Layers` is a Layout or a vector of LayerTuple.
 template <typename Layers>
 PyModel register_model(const RuntimePtr& runtime, const std::string& name,
                        const py::iterable& files, const Layers& layers, bool writable,
@@ -151,12 +154,13 @@ py::dict driver_calls(Runtime& runtime) {
   return calls;
 }
 
-// Each layer as a `row`, a kind of tuple of (residency, bytes, granules, leases, keep value). A
-// snapshot of many layers makes many of them, so they are made as the interpreter makes tuples.
+// Returns each layer as a `row`, a subclass of tuple with the fields (residency, bytes, granules,
+// leases, keep value). Rows are allocated like the interpreter's own tuples, because a snapshot of
+// many layers makes many of them.
 py::tuple layer_rows(const ModelState& state, const py::type& row) {
   auto* const type = reinterpret_cast<PyTypeObject*>(row.ptr());
   if (!PyType_IsSubtype(type, &PyTuple_Type))
-    throw Error(ErrorKind::invalid_argument, "a row must be a kind of tuple");
+    throw Error(ErrorKind::invalid_argument, "row must be a subclass of tuple");
   py::tuple rows(state.layers.size());
   const py::str names[] = {"absent", "filling", "resident", "draining"};
   Py_ssize_t at = 0;
@@ -276,7 +280,8 @@ void bind_runtime(py::module_& m) {
           "stamp",
           [](Runtime& self, const PyModel& model, double value,
              std::optional<std::uint32_t> layer) {
-            if (std::isnan(value)) throw Error(ErrorKind::invalid_argument, "a keep value of nan");
+            if (std::isnan(value))
+              throw Error(ErrorKind::invalid_argument, "the keep value must not be nan");
             layer ? self.stamp(model.model, *layer, value) : self.stamp(model.model, value);
           },
           py::arg("model"), py::arg("value"), py::arg("layer") = py::none())
@@ -357,5 +362,5 @@ PYBIND11_MODULE(_native, m) {
   bind_runtime(m);
   bind_kernels(m);
   m.def("process_exits", &Device::process_exits,
-        "From here on nothing touches a device: what is left goes with the process.");
+        "Stop all use of devices. The exit of the process frees all remaining device memory.");
 }

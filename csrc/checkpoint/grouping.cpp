@@ -15,7 +15,7 @@ constexpr std::size_t kNone = std::string_view::npos;
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-// One to nine digits, or kNone.
+// Returns the value of a part of one to nine digits, else kNone.
 std::size_t number_of(std::string_view part) {
   if (part.empty() || part.size() > 9 || !std::all_of(part.begin(), part.end(), is_digit))
     return kNone;
@@ -24,7 +24,8 @@ std::size_t number_of(std::string_view part) {
   return value;
 }
 
-// Calls visit(begin, part) for each part between dots until it returns true.
+// Calls visit(begin, part) for each part between dots until a call returns true; returns whether
+// one did.
 template <typename Visit>
 bool any_part(std::string_view name, Visit visit) {
   std::size_t begin = 0;
@@ -36,7 +37,7 @@ bool any_part(std::string_view name, Visit visit) {
   }
 }
 
-// The number of an expert whose tensor this is alone, or kNone.
+// Returns the number of the one expert that the tensor belongs to, or kNone.
 std::size_t expert_of(std::string_view name) {
   static constexpr std::string_view kExperts = ".experts.";
   for (std::size_t at = 0; (at = name.find(kExperts, at)) != kNone; ++at) {
@@ -48,14 +49,14 @@ std::size_t expert_of(std::string_view name) {
   return kNone;
 }
 
-// Whether the name is one of those that the common families give to what runs before the blocks.
+// Returns whether the common families give this name to tensors that are used before the blocks.
 bool is_embedding(std::string_view name) {
   for (std::size_t at = 0; (at = name.find("emb", at)) != kNone; ++at)
     if ((at == 0 || name[at - 1] == '.' || name[at - 1] == '_') &&
         !name.substr(at + 3).starts_with("ed_out"))
       return true;
   static constexpr std::string_view kProjector = "projector";
-  const auto is_word = [](char c) {  // all of another script count as letters
+  const auto is_word = [](char c) {  // all non-ASCII characters count as letters
     return c == '_' || is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c < 0;
   };
   return any_part(name, [&](std::size_t, std::string_view part) {
@@ -73,7 +74,7 @@ std::size_t first_difference(std::string_view a, std::string_view b) {
   return at;
 }
 
-// Orders names as the lists of their parts: a dot comes before every other character.
+// Orders names as lists of parts: a dot sorts before every other character.
 bool parts_before(std::string_view a, std::string_view b) {
   const std::size_t at = first_difference(a, b);
   const auto rank = [at](std::string_view name) {
@@ -87,7 +88,7 @@ bool begins_with_parts(std::string_view name, std::string_view parts) {
   return name.starts_with(parts) && (name.size() == parts.size() || name[parts.size()] == '.');
 }
 
-// The longest list of parts with which both begin.
+// Returns the longest common prefix that consists of whole parts.
 std::string_view common_parts(std::string_view a, std::string_view b) {
   const std::size_t at = first_difference(a, b);
   const auto ends = [at](std::string_view name) { return at == name.size() || name[at] == '.'; };
@@ -103,7 +104,7 @@ struct Stack {
   std::uint32_t rank = 0;  // in execution order
 };
 
-// Finds, for names without a number, the stack with which they share the longest prefix.
+// Finds the stack that shares the longest prefix with a name without a number.
 class Owners {
  public:
   explicit Owners(const std::vector<Stack>& stacks) : stacks_(stacks), sorted_(stacks.size()) {
@@ -111,13 +112,14 @@ class Owners {
     std::sort(sorted_.begin(), sorted_.end(), [&](std::uint32_t a, std::uint32_t b) {
       return parts_before(stacks_[a].name, stacks_[b].name);
     });
-    // A tree of maxima: the node i has the children 2 i and 2 i + 1, the leaves come last.
+    // A tree of maxima: node i has the children 2 i and 2 i + 1, and the leaves are last.
     last_.resize(2 * sorted_.size());
     for (std::size_t i = sorted_.size(); i-- > 0;) last_[sorted_.size() + i] = sorted_[i];
     for (std::size_t i = sorted_.size(); i-- > 1;) last_[i] = later(last_[2 * i], last_[2 * i + 1]);
   }
 
-  // The stack's number; of several the one that executes last. `main` if nothing is shared.
+  // Returns the stack's number; if several share that prefix, the one that executes last; `main` if
+  // no stack shares a prefix.
   std::uint32_t of(std::string_view name, std::uint32_t main) const {
     const auto next = std::partition_point(
         sorted_.begin(), sorted_.end(),
@@ -156,12 +158,13 @@ class Owners {
   std::vector<std::uint32_t> sorted_, last_;
 };
 
-// Where a tensor goes; sorted, these are the layers. Field by field in the order of importance.
+// A tensor's place in the order of execution. Sorted places form the layers. Fields are in the
+// order of their significance.
 struct Place {
-  std::uint32_t rank = 0;  // of the stack; 0 the embedding, the largest the head
+  std::uint32_t rank = 0;  // of the stack; 0 for the embedding, the largest for the head
   std::uint32_t block = 0;
   std::uint32_t expert_plus_one = 0;
-  bool loose = false;  // without a number of its own
+  bool loose = false;  // the name has no number
   std::uint32_t position = 0;
   std::uint32_t stack = 0;
 
@@ -179,7 +182,7 @@ Groups group_by_name(const TensorTable& table, bool experts) {
   NameTable by_name;  // numbers as in `stacks`
   std::vector<Place> places(table.order.size());
   bool any_expert = false, any_loose = false;
-  std::uint32_t latest = 0;  // neighbours are often of one stack
+  std::uint32_t latest = 0;  // neighbouring tensors often belong to one stack
   for (std::uint32_t position = 0; position < places.size(); ++position) {
     Place& place = places[position];
     place.position = position;
@@ -212,7 +215,7 @@ Groups group_by_name(const TensorTable& table, bool experts) {
                 "layers='experts': no tensor belongs to one expert alone (a name like "
                 "'experts.0.w1.weight')");
 
-  std::uint32_t main = 0;  // the first of those with the most bytes
+  std::uint32_t main = 0;  // the stack with the most bytes; the first of several
   for (std::uint32_t i = 0; i < stacks.size(); ++i)
     if (stacks[i].bytes > stacks[main].bytes) main = i;
   const auto count = static_cast<std::uint32_t>(stacks.size());
@@ -270,7 +273,7 @@ std::vector<bool> begin_with_stems(const std::vector<std::string_view>& names,
   };
   std::sort(sorted.begin(), sorted.end(),
             [&](std::uint32_t a, std::uint32_t b) { return parts_before(text(a), text(b)); });
-  // What begins with a stem follows it at once, so only the stems around the last one matter.
+  // Names that begin with a stem directly follow it in this order, so one current stem suffices.
   std::vector<bool> found(names.size());
   std::optional<std::string_view> stem;
   for (const std::uint32_t i : sorted) {

@@ -11,7 +11,7 @@ Error refused(const std::string& why) { return Error(ErrorKind::invalid_argument
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-// The length of the UTF-8 sequence that starts here; 0 if it is none.
+// Returns the length of the UTF-8 sequence at `at`; 0 if the bytes are invalid.
 std::size_t sequence(const unsigned char* at, std::size_t left) {
   const auto follows = [&](std::size_t i) { return (at[i] & 0xc0) == 0x80; };
   const unsigned char lead = at[0];
@@ -32,7 +32,7 @@ std::size_t sequence(const unsigned char* at, std::size_t left) {
   return 0;
 }
 
-// The first byte that is not UTF-8, or the text's size.
+// Returns the position of the first byte that is not UTF-8, or the text's size.
 std::size_t valid_utf8(std::string_view text) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(text.data());
   std::size_t at = 0;
@@ -51,7 +51,7 @@ std::size_t valid_utf8(std::string_view text) {
   return at;
 }
 
-// Whether a number that no double holds is too large, and not too small.
+// Returns whether a number outside the range of a double is too large rather than too small.
 bool is_above_one(std::string_view text) {
   const std::size_t e = std::min(text.find_first_of("eE"), text.size());
   const std::size_t point = std::min(text.find('.'), e);
@@ -106,7 +106,7 @@ std::string quoted(std::string_view text) {
 
 JsonReader::JsonReader(std::string_view text) : text_(text) {
   if (const std::size_t valid = valid_utf8(text); valid != text.size())
-    throw refused("not UTF-8: a wrong byte at byte " + std::to_string(valid));
+    throw refused("not UTF-8: an invalid byte at byte " + std::to_string(valid));
 }
 
 void JsonReader::fail(const std::string& why) const {
@@ -156,7 +156,7 @@ std::uint32_t JsonReader::hex4() {
   return value;
 }
 
-// Reads what follows a backslash.
+// Reads the part of an escape that follows the backslash.
 void JsonReader::escape(std::string& out) {
   static constexpr std::string_view kFrom = "\"\\/bfnrt", kTo = "\"\\/\b\f\n\r\t";
   const char kind = at_ < text_.size() ? text_[at_] : 0;
@@ -194,7 +194,7 @@ void JsonReader::string(std::string& out) {
            static_cast<unsigned char>(text_[at_]) >= 0x20)
       ++at_;
     out.append(text_, begin, at_ - begin);
-    if (at_ == text_.size()) fail("a string without end");
+    if (at_ == text_.size()) fail("an unterminated string");
     const char c = text_[at_];
     if (c != '"' && c != '\\') fail("a control character in a string");
     ++at_;
@@ -274,7 +274,8 @@ void JsonReader::skip(unsigned depth) {
     } else {
       word(c == 't' ? "true" : c == 'f' ? "false" : "null");
     }
-    while (depth > outside) {  // what may follow a value, or the start of a container
+    // Consumes closing brackets, then a comma, and in an object the next key.
+    while (depth > outside) {
       const bool is_object = closes[depth];
       if (take(is_object ? '}' : ']')) {
         --depth;

@@ -1,7 +1,8 @@
-// A strict reader of JSON text (RFC 8259), one value at a time and without recursion.
+// A strict reader of JSON text (RFC 8259). It reads one value at a time, without recursion.
 //
-// It refuses what the strictest readers refuse: text that is not UTF-8, half of a surrogate pair,
-// control characters in strings, numbers outside of a double, values nested deeper than kMaxDepth.
+// It is as strict as the strictest readers: it refuses text that is not UTF-8, half a surrogate
+// pair, control characters in strings, numbers beyond the range of a double, and values nested
+// deeper than kMaxDepth.
 #pragma once
 
 #include <cstdint>
@@ -14,26 +15,26 @@ namespace warmserve {
 
 class JsonReader {
  public:
-  static constexpr unsigned kMaxDepth = 127;            // containers in each other
-  static constexpr std::size_t kMaxNumberBytes = 4300;  // of the text of one number
+  static constexpr unsigned kMaxDepth = 127;            // nested containers
+  static constexpr std::size_t kMaxNumberBytes = 4300;  // length of a number's text
 
-  // Keeps a view of the text. Throws invalid_argument unless all of it is UTF-8.
+  // Keeps a view of the text. Throws invalid_argument unless the whole text is UTF-8.
   explicit JsonReader(std::string_view text);
 
-  // The next byte that is not white space; 0 at the end of the text.
+  // Returns the next byte that is not white space; 0 at the end of the text.
   char peek() noexcept;
-  // Takes that byte if it is `wanted`.
+  // Consumes that byte if it is `wanted`, and returns whether it did.
   bool take(char wanted) noexcept;
-  // Throws unless that byte is `wanted`; `what` names it in the message.
+  // Consumes that byte. Throws unless it is `wanted`; `what` names the wanted byte in the message.
   void expect(char wanted, const char* what);
-  // Throws unless nothing but white space is left.
+  // Throws unless only white space is left.
   void expect_end();
 
   // Reads a string and appends it, decoded, to `out`.
   void string(std::string& out);
   // Reads a number and returns its text.
   std::string_view number();
-  // Reads any value and forgets it; it stands in `depth` containers.
+  // Reads and discards a value that is nested in `depth` containers.
   void skip(unsigned depth);
 
   std::size_t position() const noexcept { return at_; }
@@ -53,7 +54,7 @@ class JsonReader {
   std::string scratch_;
 };
 
-// The text between quotation marks as a message shows it: at most 100 bytes of it, printable.
+// Returns the text in quotation marks for a message: at most its first 100 bytes, made printable.
 std::string quoted(std::string_view text);
 
 }  // namespace warmserve

@@ -23,7 +23,7 @@ std::optional<CastKind> cast_between(std::string_view from, std::string_view to)
   return std::nullopt;
 }
 
-// The layers' members by counting, so that they stay in file order.
+// Sorts the tensors into layers by counting, which keeps the file order within each layer.
 void distribute(Layout& layout, std::size_t groups, std::span<const std::uint32_t> group_of) {
   const TensorTable& table = *layout.table;
   std::vector<std::uint64_t> counts(groups);
@@ -65,7 +65,7 @@ class Filler {
       if (!cast)
         throw Error(ErrorKind::invalid_argument, "tensor " + quoted(layout_.table->names[number]) +
                                                      " is " + std::string(from.name) +
-                                                     ", of which there is no cast to " +
+                                                     ", for which there is no cast to " +
                                                      std::string(to.name));
       place.bytes = tensor.bytes / (from.bits / 8) * (to.bits / 8);
     }

@@ -42,7 +42,7 @@ struct Sip {
   }
 };
 
-// A hash that nobody can prepare collisions for: SipHash-1-3 with a key of the process.
+// SipHash-1-3 with a random key per process, so that a file cannot be crafted to cause collisions.
 std::uint64_t keyed_hash(std::string_view text) noexcept {
   static const Key key = process_key();
   Sip state{key.low ^ 0x736f6d6570736575, key.high ^ 0x646f72616e646f6d,
@@ -100,8 +100,8 @@ std::pair<std::uint32_t, bool> NameTable::add_pending() {
 std::optional<std::uint32_t> NameTable::assign(StringList names) {
   names_ = std::move(names);
   resize(std::max(std::bit_ceil(size() + size() / 3 + std::size_t{1}), kFirstSlots));
-  // Each name's slot is fetched while the names before it are added: a table of millions lies in
-  // memory that is far from the processor.
+  // Prefetches each name's slot while the names before it are added, because a table of millions of
+  // slots does not fit in the CPU's cache.
   constexpr std::uint32_t kAhead = 16;
   std::array<std::uint32_t, kAhead> tags{};
   for (std::uint64_t next = 0; next < std::uint64_t{size()} + kAhead; ++next) {

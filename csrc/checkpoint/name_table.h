@@ -1,4 +1,5 @@
-// Many different strings, by number and back. Compact: the bytes, an end and a slot for each.
+// A compact set of many strings, numbered in the order of addition: number to string and back. Each
+// string takes its bytes, an end and a slot.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace warmserve {
 
-// Strings one after another in one piece of memory.
+// Strings stored one after another in one allocation.
 class StringList {
  public:
   std::uint32_t size() const noexcept { return static_cast<std::uint32_t>(ends_.size()); }
@@ -17,7 +18,7 @@ class StringList {
     return view(number ? ends_[number - 1] : 0, ends_[number]);
   }
 
-  // The next string is appended to pending() and then added, or dropped.
+  // Append the next string to pending(), then add or drop it.
   std::string& pending() noexcept { return bytes_; }
   std::string_view pending_string() const noexcept { return view(last(), bytes_.size()); }
   void add_pending() { ends_.push_back(bytes_.size()); }
@@ -43,15 +44,15 @@ class NameTable {
   std::string_view operator[](std::uint32_t number) const noexcept { return names_[number]; }
   std::optional<std::uint32_t> find(std::string_view name) const noexcept;
 
-  // A new name is appended to pending() and then added: its number, or the number of the equal name
-  // that is there already, in which case nothing is added.
+  // Append a new name to pending(), then call add_pending(). It returns the name's number and true;
+  // or, if the table has an equal name, that name's number and false, and adds nothing.
   std::string& pending() noexcept { return names_.pending(); }
   std::string_view pending_name() const noexcept { return names_.pending_string(); }
   std::pair<std::uint32_t, bool> add_pending();
   void drop_pending() { names_.drop_pending(); }
 
-  // Takes all names at once, which is several times as fast for millions of them. Returns the
-  // number of one that equals an earlier one, if there is any: the table is of no use then.
+  // Takes all names at once, which is several times faster for millions of names. If a name equals
+  // an earlier one, returns its number; the table is then unusable.
   std::optional<std::uint32_t> assign(StringList names);
 
  private:
@@ -62,16 +63,16 @@ class NameTable {
   static constexpr std::size_t kFirstSlots = 16;
 
   static std::uint32_t tag_of(std::string_view name) noexcept;
-  // The slot where the search for a tag begins: the tag's leading bits. A table that doubles
-  // therefore keeps its order, and is filled again from front to back without a look at the names.
+  // Returns the slot where the search for a tag begins: the tag's leading bits. The order of the
+  // slots therefore survives doubling, and grow() refills them in order without reading the names.
   std::size_t home(std::uint32_t tag) const noexcept { return tag >> shift_; }
   std::size_t slot_of(std::string_view name, std::uint32_t tag) const noexcept;
   void resize(std::size_t slots);
   void grow();
 
   StringList names_;
-  std::vector<Slot> slots_;  // a power of two of them, or none
-  unsigned shift_ = 32;      // 32 less the logarithm of the number of slots
+  std::vector<Slot> slots_;  // a power of two slots, or none
+  unsigned shift_ = 32;      // 32 minus log2 of the number of slots
 };
 
 }  // namespace warmserve

@@ -24,7 +24,7 @@ constexpr std::size_t kMaxRank = 64;  // no library takes 65 axes
 
 Error refused(const std::string& why) { return Error(ErrorKind::invalid_argument, why); }
 
-// The text of a value as a message shows it.
+// Returns a value's text for a message, cut after 100 bytes.
 std::string shown(std::string_view text) {
   if (text.size() <= 100) return std::string(text);
   std::size_t end = 100;
@@ -32,11 +32,11 @@ std::string shown(std::string_view text) {
   return std::string(text.substr(0, end)) + "...";
 }
 
-// The whole numbers of a list, at most kMaxRank + 1 of them.
+// The integers of a list; keeps the first kMaxRank + 1.
 struct Numbers {
-  std::size_t count = 0;  // as many as the list has
+  std::size_t count = 0;  // the list's length
   std::array<std::int64_t, kMaxRank + 1> values;
-  bool valid = false;  // it is a list of integers from 0 to 2**63 - 1
+  bool valid = false;  // whether it is a list of integers from 0 to 2**63 - 1
   std::string_view text;
 
   void read(JsonReader& reader) {
@@ -63,7 +63,7 @@ struct Numbers {
         std::int64_t value = 0;
         const char* end = digits.data() + digits.size();
         const auto parsed = std::from_chars(digits.data(), end, value);
-        // A minus refuses -0 too, which other readers take for a fraction.
+        // Refusing any minus refuses -0 too, which other readers take for a fraction.
         good = good && parsed.ec == std::errc() && parsed.ptr == end && c != '-';
         if (count < values.size()) values[count] = value;
       } else {
@@ -77,7 +77,7 @@ struct Numbers {
   }
 };
 
-// One tensor's entry, field by field as they come.
+// One tensor's entry, whose fields may be in any order.
 class Entry {
  public:
   void read(JsonReader& reader, std::string_view name) {
@@ -129,7 +129,7 @@ class Entry {
     }
     require_valid("shape", shape_, name);
     require_valid("data_offsets", offsets_, name);
-    // Checked for empty tensors too, whose strides must be numbers.
+    // Dims of 0 count as 1, so that the strides of empty tensors do not overflow either.
     std::uint64_t extent = kTypes[*type_].bits, bits = extent;
     bool fits = shape_.count <= kMaxRank;
     for (std::size_t i = 0; fits && i < shape_.count; ++i) {
@@ -170,7 +170,7 @@ class Entry {
   static void require_valid(const char* what, const Numbers& numbers, std::string_view name) {
     if (!numbers.valid)
       throw refused(std::string(what) + " of " + quoted(name) +
-                    ": not integers from 0 to 2**63 - 1: " + shown(numbers.text));
+                    " must be integers from 0 to 2**63 - 1, got " + shown(numbers.text));
   }
 
   bool has_type_ = false, has_shape_ = false, has_offsets_ = false;
@@ -185,8 +185,8 @@ class Entry {
                 ": at most " + std::to_string(kMaxNameBytes) + " are accepted");
 }
 
-// Reads an object's members into the table; false at the first value that is no string, which is
-// not yet read.
+// Reads an object's members into the table. Returns false at the first value that is not a string,
+// before reading it.
 bool read_strings(JsonReader& reader, StringTable& table, std::uint32_t most) {
   reader.expect('{', "'{'");
   if (reader.take('}')) return true;
@@ -224,7 +224,7 @@ void check_offsets(TensorTable& table, std::uint32_t first, std::uint64_t start,
       throw refused(quoted(table.names[*at]) + " at byte " + std::to_string(tensor.offset) +
                     (tensor.offset < end ? " overlaps the tensor" : " leaves a hole") +
                     " before it");
-    end += tensor.bytes;  // below 2**64: an offset that is equal to it is
+    end += tensor.bytes;  // below 2**64: it is start + data_offsets[1], both below 2**63
   }
   if (end != size)
     throw refused(std::string(end > size ? "truncated" : "bytes that belong to no tensor") +

@@ -1,4 +1,4 @@
-// The headers of safetensors files, read and checked, as compact tables; nothing here knows Python.
+// Reads and checks the headers of safetensors files into compact tables, independent of Python.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 
 namespace warmserve {
 
-// One of the format's element types; `bits` is the size of one element.
+// An element type of the format; `bits` is the size of one element.
 struct ElementType {
   std::string_view name;
   std::uint32_t bits;
 };
 std::span<const ElementType> element_types() noexcept;
 
-// Strings by name, each name once.
+// String values by unique name.
 struct StringTable {
   NameTable names;
   StringList values;
@@ -27,13 +27,13 @@ struct StringTable {
 
 struct Tensor {
   std::uint64_t offset = 0, bytes = 0;  // in its file
-  std::uint64_t first_dim = 0;          // of TensorTable::dims
+  std::uint64_t first_dim = 0;          // index into TensorTable::dims
   std::uint32_t file = 0;
-  std::uint8_t type = 0;  // of element_types()
+  std::uint8_t type = 0;  // index into element_types()
   std::uint8_t rank = 0;
 };
 
-// The tensors of one file after another. A tensor's number is its name's.
+// The tensors of the files, in the order of reading. A tensor has the number of its name.
 struct TensorTable {
   NameTable names;
   std::vector<Tensor> tensors;
@@ -46,17 +46,18 @@ struct TensorTable {
   }
 };
 
-// Names longer than this are refused: Python holds its lock while it makes a string of one.
+// Longer names are refused, because Python holds the GIL while it makes a string of a name.
 inline constexpr std::size_t kMaxNameBytes = 4 << 20;
 
-// Reads the header of the next file, whose tensors' bytes are [start, size) of it, and returns its
-// __metadata__. Throws invalid_argument, which says what is wrong, unless all of it is consistent:
-// the table is of no use then. If a name is in an earlier file, `other` is that file's number.
+// Reads the header of the next file and returns its __metadata__. The file's tensors occupy its
+// bytes [start, size). Throws invalid_argument, which says what is wrong, if the header is
+// inconsistent; the table is then unusable. If an earlier file has the same name, sets `other` to
+// that file's number.
 StringTable read_header(TensorTable& table, std::string_view text, std::uint64_t start,
                         std::uint64_t size, std::uint32_t& other);
 
-// A JSON object's member `key`, if that is an object of strings. Throws invalid_argument unless all
-// of the text is JSON, or if the member has more than `most` members.
+// Returns the member `key` of a JSON object if it is an object of strings, else nullopt. Throws
+// invalid_argument if the text is not a JSON object, or if the member has more than `most` members.
 std::optional<StringTable> read_strings_of(std::string_view text, std::string_view key,
                                            std::uint32_t most);
 

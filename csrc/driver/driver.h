@@ -1,11 +1,15 @@
 // Everything this library asks of a device, as one table of primitives.
 //
-// A driver obeys, and its caller may rely on nothing but, the contracts below; they are CUDA's,
-// the strictest of all devices. Primitives return a Status and never throw; 0 is success, and a
-// primitive that fails has changed nothing. "Blocks" is said where a primitive may wait for work
-// on the device or take longer than a few microseconds per granule; all others return at once.
-// Any thread may call any primitive; what one thread does to an object while another destroys it
-// is the caller's to prevent.
+// These contracts bind the driver and are all that its callers may assume. They are CUDA's, the
+// strictest of our devices.
+//
+// - A primitive returns a Status and never throws. Status::ok is 0. A primitive that fails has
+//   changed nothing, unless its contract says otherwise.
+// - "Blocks" marks a primitive that may wait for work on the device or take longer than a few
+//   microseconds per granule. All other primitives return at once.
+// - "Precondition" marks a duty of the caller. StrictDriver checks these duties.
+// - Any thread may call any primitive. The caller must keep one thread from using an object while
+//   another thread destroys it.
 #pragma once
 
 #include <memory>
@@ -20,18 +24,18 @@ namespace warmserve {
 enum class Status : int {
   ok = 0,
   out_of_memory,    // no physical memory for a granule or a pinned region
-  out_of_mappings,  // the operating system's limit of mappings is near
+  out_of_mappings,  // the process is near the operating system's limit of mappings
   out_of_addresses,
   invalid,      // the call breaks its contract
-  not_ready,    // a query or a timed wait: not yet
-  device_lost,  // sticky: every later call says so too, and what was on the device is gone
-  failed,       // the operating system or the device refused, for a reason of its own
+  not_ready,    // a query, a timed wait or a step: the work cannot complete yet
+  device_lost,  // sticky: every later call returns it too, and the device's contents are lost
+  failed,       // the operating system or the device refused for another reason
 };
 const char* to_string(Status status) noexcept;
 
 enum class Access { none, read, read_write };
 
-// The primitives by name, for counters and for faults.
+// The names of the primitives, for counters and fault injection.
 // clang-format off
 #define WARMSERVE_PRIMITIVES(X) \
   X(granule_create) X(granule_release) X(address_reserve) X(address_free) \
@@ -50,15 +54,16 @@ const char* to_string(Primitive primitive) noexcept;
 
 struct DeviceFacts {
   std::string name;
-  std::uint64_t granularity = 0;  // bytes; every granule is a multiple, every reservation aligned
-  bool threads = true;     // false: streams move only inside step, event_wait and synchronize
-  bool host_view = true;   // the CPU reaches every granule; else it reaches none
-  int cuda_ordinal = -1;   // of a CUDA device; -1: addresses are the CPU's
-  std::vector<int> peers;  // CUDA devices that reach what is mapped here with read_write access
-  std::string no_kernels;  // why launch() does not work; empty: it does
+  std::uint64_t granularity = 0;  // bytes; granule sizes and reservation addresses are multiples
+  bool threads = true;     // false: streams run only in stream_step, event_wait, stream_synchronize
+  bool host_view = true;   // true: the CPU can access every granule; false: none
+  int cuda_ordinal = -1;   // of a CUDA device; -1: device addresses are CPU addresses
+  std::vector<int> peers;  // CUDA devices that can access memory mapped here as read_write
+  std::string no_kernels;  // why launch() does not work; empty if it works
 };
 
-// A hint: work of a higher one is begun first where both wait. Copies may not heed it.
+// A hint: of two waiting operations, the one on the stream of higher priority starts first. Copies
+// may ignore it.
 enum class StreamPriority { background, normal, urgent };
 
 class Driver {
@@ -66,98 +71,136 @@ class Driver {
   virtual ~Driver() = default;
 
   virtual const DeviceFacts& facts() const noexcept = 0;
-  // What the device said when a primitive failed last on this thread; empty where it says nothing.
+  // Returns the device's own words about the primitive that failed last on this thread; empty if
+  // it gave none.
   virtual std::string detail() const { return {}; }
-  // Bytes that granules could still be made of, and bytes in all. An estimate: others take too.
+  // Reports how many bytes are left for granules, and the device's total. An estimate: other users
+  // allocate too.
   virtual Status memory(std::uint64_t* available, std::uint64_t* total) = 0;
 
-  // A granule: physical memory without an address. `bytes` is a multiple of the granularity.
-  // Its memory is really there on return, so touching it later cannot fail; what it holds is
-  // undefined. Blocks.
+  // Granules: physical memory without an address.
+
+  // Creates a granule. Its memory is committed on return, so a later access cannot fail. Its
+  // contents are undefined. Blocks.
+  // Precondition: `bytes` is a positive multiple of the granularity.
   virtual Status granule_create(std::uint64_t bytes, Handle* out) = 0;
-  // The memory goes when it is released and mapped nowhere.
+  // Releases a granule. Its memory is freed once no mapping of it is left.
+  // Precondition: the granule is not released yet, and the caller has waited for every use of it.
   virtual Status granule_release(Handle handle) = 0;
-  // Where the CPU can write the granule while it lives; null unless facts().host_view.
+  // Returns the address at which the CPU can write the granule during its lifetime; null unless
+  // facts().host_view.
   virtual std::byte* host_view(Handle handle) noexcept = 0;
-  // The CPU has written [offset, offset + bytes) of the granule through host_view; reads of the
-  // device that are ordered after this call see it.
+  // Announces that the CPU has written [offset, offset + bytes) of the granule through host_view.
+  // Device reads ordered after this call see those bytes. No device acts on it today; StrictDriver
+  // records it.
+  // Precondition: the range lies in the granule, and no stream still uses the granule.
   virtual void host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept = 0;
 
-  // A range of addresses, aligned to the granularity, with nothing behind it.
+  // Addresses and mappings.
+
+  // Reserves a range of addresses, aligned to the granularity, with nothing mapped in it.
+  // Precondition: `bytes` is a positive multiple of the granularity.
   virtual Status address_reserve(std::uint64_t bytes, Address* out) = 0;
-  // Exactly a range that address_reserve returned, with nothing mapped in it.
+  // Frees a reservation.
+  // Precondition: address_reserve returned exactly this range, and nothing is mapped in it.
   virtual Status address_free(Address address, std::uint64_t bytes) = 0;
-  // Whole granules, one after the other from `address`, inside one reservation, over nothing
-  // mapped. A granule may be mapped at several addresses. Grants no access.
+  // Maps whole granules, one after the other from `address`. A granule may be mapped at several
+  // addresses. Grants no access.
+  // Precondition: `address` is aligned to the granularity; the range lies inside one reservation
+  // and nothing is mapped in it.
   virtual Status map(Address address, const Handle* handles, std::size_t count) = 0;
-  // Whole mappings only; may span several. The caller has waited for every use: unmap does not.
+  // Removes mappings. Does not wait for work that uses them.
+  // Precondition: the range consists of one or more whole mappings, and the caller has waited for
+  // every use of them.
   virtual Status unmap(Address address, std::uint64_t bytes) = 0;
-  // A range that is mapped throughout, in whole mappings, whose access was none.
+  // Sets the access to mappings.
+  // Precondition: the range consists of one or more whole mappings, and their access is none.
   virtual Status set_access(Address address, std::uint64_t bytes, Access access) = 0;
 
-  // Host memory that copies may read and write while the caller goes on. Exactly `bytes`
-  // (a multiple of 4 KiB), really there on return. Blocks.
-  // Kernels reach it at the same address.
+  // Pinned host memory.
+
+  // Allocates exactly `bytes` of host memory that copies may read and write asynchronously and
+  // kernels can access at the same address. The memory is committed on return. Blocks.
+  // Precondition: `bytes` is a positive multiple of 4 KiB.
   virtual Status pinned_create(std::uint64_t bytes, std::byte** out) = 0;
-  // Also where it says device_lost.
+  // Frees pinned memory, even if it returns device_lost.
+  // Precondition: pinned_create returned exactly this region, and the caller has waited for every
+  // use of it.
   virtual Status pinned_release(std::byte* address, std::uint64_t bytes) = 0;
 
+  // Streams.
+
   virtual Status stream_create(StreamPriority priority, StreamId* out) = 0;
-  // A stream that somebody else made on the device and keeps until all that is done with it here is
-  // over; it is not destroyed here. invalid where the device knows no streams but its own.
+  // Wraps a stream created elsewhere on this device. Its owner must keep it alive while we use it;
+  // we never destroy it. Returns invalid if the device accepts only its own streams.
   virtual Status stream_adopt(std::uint64_t, StreamId*) { return Status::invalid; }
-  // Everything enqueued has completed. Blocks.
+  // Destroys a stream. Blocks.
+  // Precondition: the caller has waited for everything enqueued.
   virtual Status stream_destroy(StreamId stream) = 0;
-  virtual Status stream_synchronize(StreamId stream) = 0;  // Blocks.
-  // What is enqueued after this waits for the event's position as it is now.
+  // Waits until everything enqueued so far has completed. Blocks.
+  virtual Status stream_synchronize(StreamId stream) = 0;
+  // Makes work that is enqueued later wait for the event as it is recorded now.
   virtual Status stream_wait_event(StreamId stream, EventId event) = 0;
-  // Runs one enqueued operation, where facts().threads is false; not_ready: none could run.
+  // Runs the next enqueued operation. Returns not_ready if none can run.
+  // Precondition: facts().threads is false.
   virtual Status stream_step(StreamId stream) = 0;
 
+  // Events.
+
   virtual Status event_create(EventId* out) = 0;
-  virtual Status event_destroy(EventId event) = 0;                  // also while it is pending
-  virtual Status event_record(EventId event, StreamId stream) = 0;  // overwrites
-  // ok: complete, or never recorded. not_ready otherwise.
+  // Destroys an event, even while it is pending.
+  virtual Status event_destroy(EventId event) = 0;
+  // Records the stream's current position, in place of an earlier recording.
+  virtual Status event_record(EventId event, StreamId stream) = 0;
+  // Returns ok if the event is complete or was never recorded, else not_ready.
   virtual Status event_query(EventId event) = 0;
-  // Blocks until complete (ok) or the timeout has passed (not_ready).
+  // Waits until the event is complete (ok) or the timeout has passed (not_ready). Blocks.
   virtual Status event_wait(EventId event, std::chrono::microseconds timeout) = 0;
 
-  // Enqueued on the stream; host memory is read or written when the copy runs, and belongs to it
-  // until then. The destination is writable, the source readable, at that time.
+  // Copies and kernels.
+
+  // Enqueues a copy. The copy owns the host memory until it has completed.
+  // Precondition: when the copy runs, the source is readable and filled, the destination is
+  // writable, and no other use of either range races with the copy.
   virtual Status copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
                                 StreamId stream) = 0;
   virtual Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                                   StreamId stream) = 0;
-  // From this device's memory to memory of another that lets this one in (facts().peers there; of
-  // the host device, any). As copy_to_device otherwise. The other device knows nothing of it:
-  // whoever has waited for the copy tells it by peer_wrote, and unmaps nothing before.
+  // Enqueues a copy, as above, from this device's memory to the memory of another device that
+  // grants this one access (facts().peers of the other device; a host device grants it to any). The
+  // other device does not notice the copy: after waiting for it, the caller calls peer_wrote there,
+  // and unmaps nothing before that.
   virtual Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) = 0;
-  // Another device has written [address, address + bytes); reads of this one that are enqueued
-  // after this call see it.
+  // Announces that another device has written [address, address + bytes). Reads that are enqueued
+  // on this device after this call see those bytes. No device acts on it today; StrictDriver
+  // records it.
+  // Precondition: the range is mapped with read_write access.
   virtual void peer_wrote(Address, std::uint64_t) noexcept {}
-  // Enqueued on the stream. What the call touches (kernels.h) is mapped with access for it, or
-  // pinned, when it runs. invalid: the call is a misuse; failed: there are no kernels.
+  // Enqueues a kernel. Returns invalid if the call is a misuse (kernels.h), and failed if the
+  // device has no kernels. Precondition: when the kernel runs, every range that it touches
+  // (kernels.h) is pinned, or mapped with the access it needs, and the ranges that it reads are
+  // filled.
   virtual Status launch(const KernelCall& call, StreamId stream) = 0;
 };
 
 struct HostOptions {
-  bool threads = true;     // streams are threads; else they move when stepped or waited for
-  bool host_view = true;   // false: hide it, so that filling goes by staging as on a discrete GPU
-  bool huge_pages = true;  // collapse granules to huge pages where the kernel does it
-  std::string root{};      // where /proc and /sys are, for tests
+  bool threads = true;  // true: a thread per stream; false: streams run when stepped or waited for
+  bool host_view = true;   // false: hide it, so that loads use staging as on a discrete GPU
+  bool huge_pages = true;  // collapse granules to huge pages if the kernel supports it
+  std::string root{};      // prefix of /proc and /sys, for tests
 };
-// Throws general, naming the system call that failed.
+// Throws general, which names the system call that failed.
 std::shared_ptr<Driver> make_host_driver(const HostOptions& options);
 
 struct CudaOptions {
-  std::string library = "libcuda.so.1";  // or a path
+  std::string library = "libcuda.so.1";  // a name or a path
   int ordinal = 0;
   std::string kernels;       // an image of weight_kernels.cu; empty: no kernels
-  std::vector<int> peers{};  // ordinals of devices that may write its memory
+  std::vector<int> peers{};  // ordinals of devices that may write this device's memory
 };
-// Throws general with a sentence that says what to do where there is no driver, one before 12.0, or
-// no device that can do this; invalid_argument for an ordinal that is not there, and for a peer
-// that does not reach the device's memory.
+// Throws general, with a sentence that says what to do, if the driver is missing or older
+// than 12.0, or if the device lacks virtual memory management or refuses a context;
+// invalid_argument for an unknown ordinal and for a peer that cannot access the device's memory.
 std::shared_ptr<Driver> make_cuda_driver(const CudaOptions& options);
 
 }  // namespace warmserve

@@ -21,8 +21,9 @@ std::optional<std::uint64_t> read_number(const std::string& path) {
   return std::nullopt;  // absent, or the word "max"
 }
 
-// Room left in one control group and all above it. `usage` counts page cache too, which the
-// kernel gives back when asked: it is added to what is left, as MemAvailable has it.
+// Returns the bytes left in a control group and all groups above it. The usage includes page cache,
+// which the kernel reclaims on demand, so page cache counts as available, as it does in
+// MemAvailable.
 std::uint64_t room_in_groups(const std::string& root, std::string group, const char* limit_file,
                              const char* usage_file) {
   std::uint64_t room = kUnlimited;
@@ -31,7 +32,8 @@ std::uint64_t room_in_groups(const std::string& root, std::string group, const c
     const auto limit = read_number(directory + "/" + limit_file);
     const auto usage = read_number(directory + "/" + usage_file);
     if (limit && usage) {
-      std::uint64_t own = 0, total = 0, value = 0;  // version 1 tells of the groups below apart
+      std::uint64_t own = 0, total = 0,
+                    value = 0;  // version 1 counts the groups below in `total` only
       std::ifstream stat(directory + "/memory.stat");
       for (std::string key; stat >> key >> value;) {
         if (key == "inactive_file" || key == "active_file") own += value;

@@ -17,11 +17,11 @@
 namespace warmserve {
 namespace {
 
-constexpr int kPopulateWrite = 23;  // newer than the C library's headers may be
+constexpr int kPopulateWrite = 23;  // the C library's headers may be too old for it
 constexpr std::uint64_t kPerThread = 64 * kMiB;
 constexpr std::uint64_t kMostThreads = 8;
 
-// An old kernel does not know the request (EINVAL): then the first use touches the memory.
+// Commits the memory. Old kernels lack the request (EINVAL); there the first use commits it.
 bool touch(std::byte* memory, std::uint64_t bytes) noexcept {
   return ::madvise(memory, bytes, kPopulateWrite) == 0 || errno == EINVAL;
 }
@@ -49,9 +49,9 @@ std::byte* reserve_aligned(std::uint64_t bytes, std::uint64_t alignment) noexcep
 std::byte* allocate_touched(std::uint64_t bytes, std::string* why) {
   const std::uint64_t available = available_memory();
   if (bytes > kMostBytes || available < kKeptForProcess || bytes > available - kKeptForProcess) {
-    *why = format_bytes(bytes) + " are needed and " + format_bytes(available) +
+    *why = format_bytes(bytes) + " are needed, but " + format_bytes(available) +
            " are available in the machine and its control groups, of which " +
-           format_bytes(kKeptForProcess) + " are kept free";
+           format_bytes(kKeptForProcess) + " must stay free";
     return nullptr;
   }
   void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,

@@ -17,7 +17,7 @@ namespace {
 constexpr const char* kSymbols[] = {"ws_granule_digest", "ws_cast", "ws_gather_rows"};
 static_assert(std::size(kSymbols) == std::variant_size_v<KernelCall>);
 
-// Positions in a granule are counted in 32 bits.
+// The kernels count positions in a granule in 32 bits.
 constexpr std::uint64_t kMaxDigestBytes = 16 * kGiB;
 
 std::uint64_t scale_bytes(const CastCall& call) {
@@ -31,7 +31,7 @@ std::uint64_t gathered_from(const GatherCall& call) {
   return (call.rows - 1) * call.pitch + call.row_bytes;
 }
 
-// Whether a * b + c is a number of bytes that an address space can have.
+// Returns whether a * b + c bytes fit in an address space.
 bool fits(std::uint64_t a, std::uint64_t b, std::uint64_t c = 0) {
   std::uint64_t product, sum;
   return !__builtin_mul_overflow(a, b, &product) && !__builtin_add_overflow(product, c, &sum) &&
@@ -83,7 +83,7 @@ void add_touched(const GatherCall& call, std::vector<Touched>* all) {
   all->push_back({call.to, call.rows * call.row_bytes, true});
 }
 
-// Threads that write overlap with others that read: what comes out depends on their order.
+// Returns whether the ranges overlap and one is written: the result would depend on thread order.
 bool overlaps(const Touched& a, const Touched& b) {
   return (a.write || b.write) && a.address < b.address + b.bytes && b.address < a.address + a.bytes;
 }
@@ -102,7 +102,7 @@ void rebase(GatherCall* call, std::span<const Address> to) {
   call->to = to[1];
 }
 
-// The CPU's one thread.
+// The policy for the CPU, which has one thread.
 struct CpuThread {
   static constexpr std::uint64_t kRun = bodies::kAll;
   static constexpr std::uint64_t thread = 0, threads = 1, block = 0, blocks = 1, in_block = 0,
@@ -115,7 +115,8 @@ struct CpuThread {
 };
 
 #ifdef __SSE2__
-// For many short rows, which memcpy writes by way of the cache and no prefetcher foresees.
+// The policy for many short rows: memcpy would write them through the cache, and hardware
+// prefetchers do not predict them.
 struct StreamingThread : CpuThread {
   static constexpr std::uint64_t kLine = 64, kShort = 4 * kKiB, kAhead = 16 * kKiB;
   const std::uintptr_t end;
@@ -125,7 +126,7 @@ struct StreamingThread : CpuThread {
            call.pitch != call.row_bytes && call.rows * call.row_bytes >= 4 * kMiB;
   }
   explicit StreamingThread(const GatherCall& call) : end(call.from + gathered_from(call)) {}
-  ~StreamingThread() { _mm_sfence(); }  // other threads may now be told
+  ~StreamingThread() { _mm_sfence(); }  // makes the writes visible to other threads
 
   void copy(std::byte* to, const std::byte* from, std::uint64_t piece, std::uint64_t pitch) const {
     const std::uintptr_t next =
@@ -157,7 +158,7 @@ void gather(const GatherCall& call) {
   if (const auto* cast = std::get_if<CastCall>(&call)) bodies::run(thread, *cast);
 }
 
-// A piece of a granule, whose part of the digest's sum goes to `sum`.
+// A piece of a granule. Its share of the digest goes to `sum`.
 struct DigestPart {
   const std::byte* from;
   std::uint64_t bytes, first_word;
@@ -170,8 +171,8 @@ struct DigestPart {
               bodies::digest_tail(part.from + 4 * words, part.bytes % 4, part.first_word + words);
 }
 
-// The same bodies, compiled once for each kind of processor. Not by target_clones: the function
-// that chooses would run before a sanitizer's own start.
+// The same bodies, compiled once for each kind of processor. target_clones would not do: its
+// resolver would run before a sanitizer is initialised.
 struct Compute {
   void (*call)(const KernelCall&);
   void (*digest)(const DigestPart&);
@@ -282,7 +283,7 @@ const char* text_of(Misuse misuse) noexcept {
 }
 
 LaunchShape launch_shape(const KernelCall& call) noexcept {
-  // Blocks of a grid that are never all at work at once: then each takes more than one share.
+  // More blocks than ever run at once; for larger calls, each block takes several shares.
   constexpr std::uint64_t kMaxBlocks = 1 << 16;
   std::uint64_t blocks = 0;
   unsigned threads = 256;

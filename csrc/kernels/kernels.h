@@ -1,8 +1,8 @@
-// The weight kernels as values: what to call, what it touches, and its body on the CPU.
+// The weight kernels as values: the call, the memory it touches, and its execution on the CPU.
 //
-// One source, weight_kernels.inl, holds the bodies; nvcc compiles it for the GPU and the C++
-// compiler for the host. Addresses are the device's; run_on_cpu() wants addresses that the CPU can
-// read and write.
+// One source, weight_kernels.inl, holds the bodies. nvcc compiles it for the GPU and the C++
+// compiler for the host. Addresses are device addresses; run_on_cpu() needs addresses that the CPU
+// can read and write.
 #pragma once
 
 #include <span>
@@ -13,12 +13,13 @@
 
 namespace warmserve {
 
-// A digest of each granule's worth of bytes, so that content on the device is checked without
-// copying it back. out[i] is of bytes [i * granule_bytes, ...) of the range; the last may be short.
+// Computes a digest of each granule_bytes bytes of a range, so that content on the device can be
+// checked without copying it back. out[i] covers the bytes from i * granule_bytes on; the last
+// piece may be short.
 struct DigestCall {
   Address from = 0;
   std::uint64_t bytes = 0, granule_bytes = 0;
-  Address out = 0;  // ceil(bytes / granule_bytes) uint64, 8-aligned; may be pinned host memory
+  Address out = 0;  // ceil(bytes / granule_bytes) uint64, 8-byte aligned; may be pinned memory
 };
 
 enum class CastKind : std::uint32_t {
@@ -31,23 +32,25 @@ enum class CastKind : std::uint32_t {
   f8_e4m3_to_bf16,
   f8_e5m2_to_bf16,
 };
-// Bytes of an element before and after; {0, 0} for a kind that is none.
+// Bytes of an element before and after a cast; {0, 0} for an invalid kind.
 struct Widths {
   std::uint64_t from, to;
 };
 Widths widths(CastKind kind) noexcept;
-// to[i] = from[i] converted, rounded to nearest even; fp8 is multiplied by its scale first, in f32.
-// The matrix has rows of `columns`; scales[r / block_rows][c / block_columns], rows of
-// ceil(columns / block_columns), is the scale of element (r, c).
+// Converts elements: to[i] = from[i], rounded to nearest even. fp8 elements are first multiplied by
+// their scale, in f32. With scales, the elements form a matrix with `columns` columns.
+// scales[r / block_rows][c / block_columns] is the scale of the element in row r and column c; a
+// row of scales has ceil(columns / block_columns) values.
 struct CastCall {
   CastKind kind{};
   Address from = 0, to = 0;
   std::uint64_t count = 0;
-  Address scales = 0;                                            // f32; 0: all 1
-  std::uint64_t columns = 0, block_rows = 0, block_columns = 0;  // with scales alone
+  Address scales = 0;                                            // f32; 0: all scales are 1
+  std::uint64_t columns = 0, block_rows = 0, block_columns = 0;  // only with scales
 };
 
-// to[r] = the row_bytes at from + r * pitch: a column-parallel shard out of a row-major matrix.
+// Copies `rows` rows of row_bytes bytes: row r begins at from + r * pitch and is written to
+// to + r * row_bytes. It extracts a column-parallel shard from a row-major matrix.
 struct GatherCall {
   Address from = 0, to = 0;
   std::uint64_t rows = 0, row_bytes = 0, pitch = 0;  // pitch >= row_bytes
@@ -55,10 +58,10 @@ struct GatherCall {
 
 using KernelCall = std::variant<DigestCall, CastCall, GatherCall>;
 
-// The name of the GPU function, in the order of the variant: "ws_granule_digest", ...; each takes
-// its struct above by value as its one parameter.
+// Returns the name of the GPU function, such as "ws_granule_digest". Its one parameter is the
+// call's struct, by value.
 const char* kernel_symbol(const KernelCall& call) noexcept;
-// What kernel_symbol says, from that parameter; false for a name that is none.
+// Restores a call from its function name and that parameter. Returns false for an unknown name.
 bool parse_kernel(const char* symbol, const void* parameter, KernelCall* out) noexcept;
 
 struct Touched {
@@ -66,10 +69,10 @@ struct Touched {
   std::uint64_t bytes;
   bool write;
 };
-// All that the call reads and writes; for a gather the rows alone are read, given as one range from
-// the first byte to the last.
+// Returns the ranges that the call reads and writes. A gather reads only its rows, but they count
+// as one range from the first byte to the last.
 std::vector<Touched> touched(const KernelCall& call);
-// What is wrong with it.
+// The reason why a call is invalid.
 enum class Misuse {
   none,
   empty_granules,
@@ -96,7 +99,7 @@ struct LaunchShape {
 LaunchShape launch_shape(const KernelCall& call) noexcept;
 
 void run_on_cpu(const KernelCall& call) noexcept;
-// As touched() orders them, the call with other addresses in their place.
+// Returns the call with other addresses, in the order of touched().
 KernelCall rebased(const KernelCall& call, std::span<const Address> addresses) noexcept;
 
 }  // namespace warmserve

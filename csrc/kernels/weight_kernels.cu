@@ -1,10 +1,10 @@
-// The weight kernels' entry points on a GPU; all that they compute is in weight_kernels.inl.
+// The entry points of the weight kernels on a GPU. weight_kernels.inl has their bodies.
 #include "kernels/weight_kernels.inl"
 
 namespace warmserve {
 namespace {
 
-// One thread of a grid. Blocks are whole warps.
+// One thread of a grid, whose blocks consist of whole warps.
 struct GpuThread {
   static constexpr std::uint64_t kRun = 8;
   std::uint64_t thread = std::uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;

@@ -1,18 +1,19 @@
 // The bodies of the weight kernels, for every thread on every device.
 //
-// nvcc compiles them into weight_kernels.cu and the C++ compiler into kernels.cpp, where there is
-// one thread and its loops become vector code. A "threads" policy says what share is the caller's:
+// nvcc compiles them in weight_kernels.cu, and the C++ compiler in kernels.cpp, where one thread
+// runs them and their loops become vector code. A "threads" policy defines the caller's share of
+// the work:
 //
-//   kRun                    how many neighbouring elements a thread takes at once; kAll on the CPU
-//   thread, threads         which thread of how many
-//   block, blocks           which block of how many
-//   in_block, block_size    which thread of its block, of how many
-//   sum(&value)             adds over the block; true in the one thread that then has the sum
-//   piece(row, alignment)   how many bytes of a row to copy at once: a divisor of row
-//   copy(to, from, piece, pitch)  the bytes at from + pitch are likely to be next
+//   kRun                    number of neighbouring elements a thread takes at once; kAll on the CPU
+//   thread, threads         index of the thread, number of threads
+//   block, blocks           index of the block, number of blocks
+//   in_block, block_size    index of the thread in its block, threads per block
+//   sum(&value)             adds over the block; true in the one thread that receives the sum
+//   piece(row, alignment)   number of bytes of a row to copy at once: a divisor of row
+//   copy(to, from, piece, pitch)  copies piece bytes; the next copy probably reads from + pitch
 //
-// What is computed does not depend on the policy, to the bit: floating point is used only where it
-// is exact or rounds once, and sums are of integers.
+// Results are bit-identical under every policy: floating point is used only if it is exact or
+// rounds once, and sums are integer sums.
 #pragma once
 
 #include <cstring>
@@ -22,10 +23,10 @@
 #ifdef __CUDACC__
 #define WARMSERVE_BODY __device__ __forceinline__
 #define WARMSERVE_RARE_LOOP \
-  _Pragma("unroll 1")  // what is not aligned should not be most of the code
+  _Pragma("unroll 1")  // the rare unaligned case should not dominate the code size
 #else
 #define WARMSERVE_BODY \
-  __attribute__((always_inline)) inline  // into code for each kind of processor
+  __attribute__((always_inline)) inline  // inlined into the code for each kind of processor
 #define WARMSERVE_RARE_LOOP
 #endif
 
@@ -49,7 +50,7 @@ WARMSERVE_BODY void store(std::byte* at, T value) {
   std::memcpy(at, &value, sizeof(T));
 }
 
-// What a GPU reads or writes by one instruction for each 16 bytes, where the address allows it.
+// Values that a GPU reads or writes by one instruction per 16 bytes if the address is aligned.
 template <class T, u64 N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T values[N];
@@ -71,28 +72,28 @@ WARMSERVE_BODY void store_aligned(std::byte* at, const P& pack) {
 
 WARMSERVE_BODY std::byte* memory(Address address) { return reinterpret_cast<std::byte*>(address); }
 WARMSERVE_BODY u64 least(u64 a, u64 b) { return a < b ? a : b; }
-WARMSERVE_BODY u64 divide(u64 a, u64 b) {  // a GPU divides 32 bits several times as fast
+WARMSERVE_BODY u64 divide(u64 a, u64 b) {  // a GPU divides 32-bit numbers several times faster
   return (a | b) >> 32 ? a / b : static_cast<u32>(a) / static_cast<u32>(b);
 }
 WARMSERVE_BODY u64 divide_up(u64 a, u64 b) { return a / b + (a % b != 0); }
 
 // Digest ------------------------------------------------------------------------------------------
 //
-// A granule of n bytes is taken as little-endian 32-bit words w[0], w[1], ..., the last filled up
-// with zeros. With x[i] = i * 0x9E3779B1 modulo 2^32, and all else modulo 2^64:
+// A granule of n bytes is read as little-endian 32-bit words w[0], w[1], ..., the last one padded
+// with zeros. With x[i] = i * 0x9E3779B1 modulo 2^32, and all other arithmetic modulo 2^64:
 //
 //   sum    = n * 0x9E3779B97F4A7C15 + the sum over i of (w[i] ^ x[i] ^ (x[i] >> 16))^2
-//   digest = finish(sum), which maps no two sums to one value
+//   digest = finish(sum), which is injective
 //
-// Numbers below 2^32 have different squares, so a change within one word always changes the digest.
-// So does a change of the length alone. Other changes go unnoticed by chance: about once in 2^60
-// times for chunks exchanged or stale, once in 2^31 for two words that differ in the sign bit alone
-// and change places. It is no defence against those who choose the bytes. A granule's digest
-// depends on its content, not on where it lies.
+// Different numbers below 2^32 have different squares, so a change within one word always changes
+// the digest. So does a change of the length alone. Other changes may go unnoticed by chance: with
+// a probability of about 2^-60 for swapped or stale chunks, and 2^-31 for two words that swap
+// places and differ only in the sign bit. The digest is no defence against an adversary who chooses
+// the bytes. It depends on a granule's content, not on its address.
 
 constexpr u32 kPositionFactor = 0x9E3779B1;
 
-// The part of the sum of one word, whose position times kPositionFactor is x.
+// Returns a word's term of the sum; x is the word's position times kPositionFactor.
 WARMSERVE_BODY u64 digest_term(u32 word, u32 x) {
   const u32 mixed = word ^ x ^ (x >> 16);
   return u64{mixed} * mixed;
@@ -130,7 +131,7 @@ WARMSERVE_BODY u64 digest_words(const std::byte* from, u64 first, u64 count) {
   return sum;
 }
 
-// The part of the sum of a last word, number `word`, of fewer than 4 bytes.
+// Returns the term of a last word of fewer than 4 bytes, at position `word`.
 WARMSERVE_BODY u64 digest_tail(const std::byte* from, u64 bytes, u64 word) {
   if (bytes == 0) return 0;
   u32 last = 0;
@@ -138,7 +139,7 @@ WARMSERVE_BODY u64 digest_tail(const std::byte* from, u64 bytes, u64 word) {
   return digest_term(last, static_cast<u32>(word) * kPositionFactor);
 }
 
-// What this thread adds to the sum of one granule.
+// Returns this thread's share of the sum of one granule.
 template <class Threads>
 WARMSERVE_BODY u64 digest_share(const Threads& threads, const std::byte* from, u64 bytes) {
   const u64 words = bytes / 4;
@@ -165,8 +166,8 @@ WARMSERVE_BODY void run(Threads& threads, const DigestCall& call) {
 
 // Casts -------------------------------------------------------------------------------------------
 //
-// Values are passed as their bits. A NaN becomes the positive quiet one without a payload, which is
-// the same on every device; widening to f32 keeps its payload.
+// Values are passed as their bits. A NaN becomes the positive quiet NaN without payload, which is
+// the same on every device; widening to f32 keeps the payload.
 
 WARMSERVE_BODY float as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 WARMSERVE_BODY u32 as_bits(float value) { return __builtin_bit_cast(u32, value); }
@@ -176,9 +177,9 @@ WARMSERVE_BODY u16 bf16_from_f32(u32 bits) {
   return static_cast<u16>(as_float(bits) != as_float(bits) ? 0x7FC0 : rounded);
 }
 
-// The floating-point addition rounds: first the value is made 2^2 times as large, by way of 2^112,
-// at which what f16 cannot hold is infinite; then a power of two is added that puts the last bit of
-// the f16 at the last bit of the sum.
+// The floating-point addition rounds. First the value is scaled by 2^2, by way of 2^112, at which
+// values beyond the range of f16 become infinite. Then a power of two is added that aligns the last
+// bit of the f16 with the last bit of the sum.
 WARMSERVE_BODY u16 f16_from_f32(u32 bits) {
   const u32 twice = bits << 1;
   const float scaled = as_float(bits & 0x7FFFFFFF) * 0x1p112f * 0x1p-110f;
@@ -189,10 +190,11 @@ WARMSERVE_BODY u16 f16_from_f32(u32 bits) {
   return static_cast<u16>(twice > 0xFF000000 ? 0x7E00 : ((bits >> 16) & 0x8000) | value);
 }
 
-// `magnitude`: a float's bits without the sign, shifted so that the mantissa is in its place in an
-// f32, but the exponent still counts from another bias; `rebias` is the difference. Numbers whose
-// exponent is 0 are subnormal: given the exponent of the smallest normal number, they are too large
-// by just that number. No operand is an f32 subnormal, which some processors are told to flush.
+// Changes the exponent's bias to that of f32. `magnitude` is a float's bits without the sign,
+// shifted so that the mantissa is in its place in an f32; its exponent still has another bias, and
+// `rebias` is the difference. Numbers with exponent 0 are subnormal: with the exponent of the
+// smallest normal number, they are too large by exactly that number. No operand is an f32
+// subnormal, because some processors are set to flush those.
 WARMSERVE_BODY u32 with_f32_bias(u32 magnitude, u32 rebias) {
   const u32 smallest = (rebias + 1) << 23;
   const float subnormal = as_float(magnitude + smallest) - as_float(smallest);
@@ -205,17 +207,17 @@ WARMSERVE_BODY u32 f32_from_f16(u32 bits) {
   return ((bits & 0x8000) << 16) | (magnitude >= 0x1Fu << 23 ? magnitude | 0x7F800000 : finite);
 }
 
-// fp8 to bf16, which has all its values, without floating point: 16 bits for each element are half
-// the work of 32. Where the mantissa moves up by one bit for each that its leading zeros are more,
-// bits as a function of bits are a concave line of several pieces, so the least of the pieces' own
-// lines. That of normal numbers is the last; each of the others has twice the slope of the one
-// after it, by doubling. Zero is on none of them. What is chosen is chosen by masks: a
-// conditional would be moved by compilers to where elements are wider.
+// fp8 to bf16 without floating point, because 16 bits per element are half the work of 32. bf16 can
+// represent every fp8 value. For subnormals the mantissa moves up by one bit per leading zero, so
+// the bf16 bits as a function of the fp8 bits are a concave piecewise linear function: the minimum
+// of the lines of its pieces. The line of normal numbers is the last piece. Each other line has
+// twice the slope of the next one, so the code doubles. Zero lies on no line. Masks make the
+// selections, because compilers would move a conditional to a place where the elements are wider.
 WARMSERVE_BODY u16 all_ones_if(bool condition) {
   return static_cast<u16>(0 - static_cast<u16>(condition));
 }
 WARMSERVE_BODY u16 lesser(u16 a, u16 b) { return a < b ? a : b; }
-WARMSERVE_BODY u16 bf16_from_e4m3(u8 bits) {  // without infinities; all ones is NaN
+WARMSERVE_BODY u16 bf16_from_e4m3(u8 bits) {  // e4m3 has no infinities; all ones is NaN
   const u16 m = bits & 0x7F;
   const u16 line = static_cast<u16>(m << 4);
   u16 number = lesser(line + 118 * 32, line + line + 117 * 32);
@@ -231,7 +233,7 @@ WARMSERVE_BODY u16 bf16_from_e5m2(u8 bits) {
   u16 number = lesser(line + 111 * 64, line + line + 110 * 64);
   number = lesser(line + 112 * 128, number + number);
   number &= all_ones_if(m != 0);
-  number |= all_ones_if(m >= 0x7C) & 0x7F80;  // infinity; with more mantissa, NaN
+  number |= all_ones_if(m >= 0x7C) & 0x7F80;  // infinity, or NaN if the mantissa is not 0
   return number | static_cast<u16>((bits & 0x80) << 8);
 }
 WARMSERVE_BODY u16 with_one_nan(u16 bits) {
@@ -272,7 +274,7 @@ struct E5m2ToBf16 : Types<u8, u16> {
   static WARMSERVE_BODY u16 unscaled(u16 bits) { return with_one_nan(bits); }
 };
 
-// What is done then to element i of a run. What is scaled is bf16 by now, exactly.
+// The step after the conversion, for element i of a run. Elements to scale are exact bf16 values.
 WARMSERVE_BODY u16 scaled(u16 bits, float scale) {
   return bf16_from_f32(as_bits(as_float(u32{bits} << 16) * scale));
 }
@@ -316,7 +318,7 @@ WARMSERVE_BODY void cast_run(const std::byte* __restrict from, std::byte* __rest
                   scale(Kind::of(load<Source>(from + sizeof(Source) * i)), i));
 }
 
-// Elements [begin, end), as runs within each of which the scale is one, or one for each column.
+// Casts elements [begin, end) in runs. A run has one scale, or one scale for each column.
 template <class Threads, class Kind>
 WARMSERVE_BODY void cast_scaled(const CastCall& call, u64 begin, u64 end) {
   const std::byte* from = memory(call.from);
@@ -333,7 +335,7 @@ WARMSERVE_BODY void cast_scaled(const CastCall& call, u64 begin, u64 end) {
     if (blocks > 1 && call.block_columns == 1) {
       cast_run<Threads, Kind>(source, target, count, ScaledEach{scales + 4 * column});
     } else {
-      if (blocks == 1) {  // so the rows of a block lie one after the other
+      if (blocks == 1) {  // then the rows of a block are contiguous
         const u64 rows = (block_row + 1) * call.block_rows - row;
         count = rows > divide(end - i, columns) ? end - i : rows * columns - column;
       } else {
@@ -381,7 +383,7 @@ WARMSERVE_BODY void run(Threads& threads, const CastCall& call) {
 
 // Gather ------------------------------------------------------------------------------------------
 
-// The widest access, of up to 16 bytes, to which all of what was or-ed together is a multiple.
+// Returns the widest access, up to 16 bytes, that divides every number or-ed into `alignment`.
 WARMSERVE_BODY u64 widest_piece(u64 alignment) {
   alignment |= 16;
   return alignment & -alignment;

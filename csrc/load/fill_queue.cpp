@@ -36,8 +36,8 @@ const TicketPtr& Fill::most_urgent() const {
                            [&](const auto& a, const auto& b) { return rank_of(a) < rank_of(b); });
 }
 
-// A fill that has become more urgent goes behind those that are so already: the layers of one
-// ticket keep their order.
+// A fill that has become more urgent is placed behind the fills that already have that urgency, so
+// that the layers of one ticket keep their order.
 void FillQueue::rerank(Fill& fill) {
   if (fill.tickets.empty()) return;
   const TicketPtr& ticket = fill.most_urgent();
@@ -138,10 +138,10 @@ void FillQueue::check_invariants(const Lock&) const {
     const bool found = fill->listed == Fill::Next::none || list(fill->listed).contains(rank);
     if (fill->listed != fill->next() || !found)
       throw Error(ErrorKind::general, "invariant: a fill of '" + fill->model->name +
-                                          "' is not listed by what can be done for it");
+                                          "' is not in the list of its next step");
   }
   for (const List& list : lists_) listed -= list.size();
-  if (listed) throw Error(ErrorKind::general, "invariant: a list has fills that have ended");
+  if (listed) throw Error(ErrorKind::general, "invariant: a list contains fills that have ended");
 }
 
 void FillQueue::handed_out(const Lock&, const Fill& fill, std::uint64_t bytes) {

@@ -1,8 +1,9 @@
-// Which layers are wanted, by whom, and whose turn it is.
+// The queue of layers to load, and its order.
 //
-// A Fill is one layer's journey to resident, shared by every ticket that wants it. Higher priority
-// goes first, then the earlier deadline, then who asked first; a fill takes the place of the most
-// urgent of its tickets. Foreground work leaves the background a share of the bytes, and no more.
+// A Fill is the load of one layer, from absent to resident. All tickets that want the layer share
+// it. Fills are ordered by higher priority, then earlier deadline, then earlier request; a fill has
+// the rank of its most urgent ticket. While foreground fills wait, background fills get a limited
+// share of the bytes.
 #pragma once
 
 #include <array>
@@ -30,27 +31,27 @@ struct Rank {
 
 struct Fill {
   enum class Phase { queued, starting, copying, undoing };
-  enum class Next { start, copy, undo, none };  // what a loader can do for it
+  enum class Next { start, copy, undo, none };  // the next step that a loader can do
 
   Layer* layer;
-  ModelPtr model;      // keeps the layer
-  std::uint64_t span;  // bytes to write: whole granules, so that nothing of an earlier tenant stays
+  ModelPtr model;      // keeps the layer alive
+  std::uint64_t span;  // bytes to write: whole granules, to overwrite all bytes of earlier tenants
   Rank rank;
-  std::vector<TicketPtr> tickets{};  // none: nobody wants it any more
-  unsigned generation = 0;           // counts how often somebody wanted it whom nobody had before
+  std::vector<TicketPtr> tickets{};  // empty: the fill is unwanted
+  unsigned generation = 0;           // incremented when the first ticket joins an unwanted fill
   Phase phase = Phase::queued;
-  bool give_way = false;        // its granules are wanted by a fill before it: start again later
-  bool failed = false;          // what was copied is not to be used
-  bool mapped = false;          // behind the layer's addresses; copies go another way
-  std::uint64_t begin = 0;      // first byte not handed to a loader
-  std::uint64_t sent = 0;       // bytes whose copies are under way or over
-  std::uint64_t done = 0;       // bytes arrived
-  std::uint64_t in_flight = 0;  // bytes handed to loaders and not arrived
-  unsigned hands = 0;           // loaders that are at a chunk of it
+  bool give_way = false;    // a more urgent fill needs its granules: undo, start again later
+  bool failed = false;      // the copied bytes must not be used: undo
+  bool mapped = false;      // granules are mapped at the layer's addresses; copies do not use those
+  std::uint64_t begin = 0;  // first byte not handed to a loader
+  std::uint64_t sent = 0;   // bytes whose copies are enqueued or complete
+  std::uint64_t done = 0;   // bytes arrived
+  std::uint64_t in_flight = 0;        // bytes handed to loaders that have not arrived
+  unsigned hands = 0;                 // loaders that work on a chunk of the fill
   std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
-  Next listed = Next::none;           // FillQueue's: the list that it is in
+  Next listed = Next::none;           // the list of FillQueue that contains the fill
 
-  // The first of them. Pre-condition: there is one.
+  // Returns the ticket of the highest rank. Precondition: `tickets` is not empty.
   const TicketPtr& most_urgent() const;
   bool foreground() const noexcept { return rank.priority > kBackground; }
   bool unwanted() const noexcept { return failed || give_way || tickets.empty(); }
@@ -63,38 +64,42 @@ struct Fill {
   }
 };
 
-// Everything under the runtime's lock.
+// All functions are called under the runtime's lock.
 class FillQueue {
  public:
-  // `share`, 0 to 1: of the bytes handed out while foreground work waits.
+  // `share`, in [0, 1]: the background's share of the bytes handed out while foreground work waits.
   FillQueue(Books& books, double share) : books_(books), share_(share) {}
 
-  // Adds the ticket to the fills of what is missing of the layers it wants.
+  // Adds the ticket to the fills of the layers that it wants and that are not resident.
   void enlist(const Lock& lock, const TicketPtr& ticket);
-  // Ends the ticket with `why`; layers that nobody else wants are given up, those arrived stay.
+  // Ends the ticket with `why`. Layers that no other ticket wants are cancelled; layers that have
+  // arrived stay.
   void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why);
-  // Gives up these layers; tickets that wait for others too go on to those.
+  // Cancels the fills of these layers. Tickets that also want other layers continue with those.
   void drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why);
-  // Takes a fill from its tickets, which are its no more.
+  // Detaches all tickets from the fill and returns them.
   std::vector<TicketPtr> release(const Lock& lock, Fill& fill);
+  // Removes the fill from the queue and destroys it.
   void forget(const Lock&, Fill& fill);
 
   // Drops the tickets whose deadline has passed.
   void expire(const Lock& lock);
   Deadline next_deadline() const { return deadlines_.empty() ? kNever : deadlines_.begin()->first; }
 
-  // Enters the fill where it belongs now. Whoever changes what next() depends on calls this before
-  // the lock is dropped.
+  // Moves the fill to the list of its next(). Must be called before the lock is released by each
+  // function that changes a field that next() depends on.
   void relist(const Lock&, Fill& fill);
 
+  // Counts bytes of the fill that were handed to a loader.
   void handed_out(const Lock&, const Fill& fill, std::uint64_t bytes);
   enum class Visited { worked, cannot, no_room };
-  // Calls visit(fill) for those fills that a loader can do something for, in order, until one
-  // worked. After no_room no other fill is started. Fills that only wait are not looked at.
+  // Calls visit(fill) for the fills that a loader can do a step for, in order, until a visit
+  // returns `worked`. After `no_room` no further fill is started. Fills that only wait are not
+  // visited. Returns whether a visit worked. `chunk`: bytes of the chunk to hand out next.
   template <typename Visit>
   bool serve(const Lock& lock, std::uint64_t chunk, Visit visit);
 
-  // Throws general if a fill is not in the list where it belongs.
+  // Throws general if a fill is not in the list of its next().
   void check_invariants(const Lock&) const;
 
  private:
@@ -108,7 +113,7 @@ class FillQueue {
   const List& list(Fill::Next next) const { return lists_[static_cast<std::size_t>(next)]; }
   void unlist(Fill& fill);
   void rerank(Fill& fill);
-  // The first fill behind `before` that has a turn; null: none.
+  // Returns the first fill behind `before` that has a turn; null if no fill has one.
   Fill* first_behind(const std::optional<Rank>& before, const Turn& turn, bool may_start) const;
   template <typename Visit>
   bool pass(const Turn& turn, Visit visit);
@@ -116,10 +121,10 @@ class FillQueue {
   Books& books_;
   const double share_;
   std::map<Rank, std::unique_ptr<Fill>> order_;
-  std::array<List, 3> lists_;  // of `order_`, by what can be done next
+  std::array<List, 3> lists_;  // the fills of `order_`, by their next()
   std::multimap<Deadline, std::weak_ptr<Ticket>> deadlines_;
   std::uint64_t sequence_ = 0;
-  double foreground_bytes_ = 0, background_bytes_ = 0;  // since foreground work came
+  double foreground_bytes_ = 0, background_bytes_ = 0;  // handed out since foreground work arrived
 };
 
 template <typename Visit>
@@ -138,8 +143,9 @@ bool FillQueue::pass(const Turn& turn, Visit visit) {
   return false;
 }
 
-// Foreground fills come first and may start, and so claim room, also when the next chunk is the
-// background's; if that has none to copy, it is theirs all the same.
+// Foreground fills are served first. If the background is due, it gets the next chunk; foreground
+// fills may still start, and so claim room, before it. If the background then has no chunk to copy,
+// a foreground fill copies one.
 template <typename Visit>
 bool FillQueue::serve(const Lock&, std::uint64_t chunk, Visit visit) {
   if (order_.empty() || !order_.begin()->second->foreground()) {

@@ -1,9 +1,10 @@
-// What is under way on a link, and when it would have carried more.
+// The bytes in flight on a link, and an estimate of when it would finish more.
 //
-// A piece goes to the link that will have carried it first. With m links of known speeds that sum
-// to S, all with room, and pieces of b bytes, a load of B bytes is then over after (B + (m - 1) b)
-// / S at the latest: when the piece that lands last was sent, no link would have carried it sooner
-// (list scheduling on uniform machines, after Graham 1966). Who is slow or busy so takes few.
+// Each piece takes the link that would finish it first. With m links of known speeds that sum to S,
+// all with room, and pieces of b bytes, a load of B bytes then ends after at most
+// (B + (m - 1) b) / S: when the piece that lands last was sent, no link would have finished it
+// earlier (list scheduling on uniform machines, after Graham 1966). Slow or busy links therefore
+// get few pieces.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 
 namespace warmserve {
 
-// Under the owner's lock.
+// Used under the owner's lock.
 class LinkLoad {
  public:
   bool idle() const { return under_way_ == 0; }
@@ -21,22 +22,25 @@ class LinkLoad {
     if (idle()) since_ = now;
     under_way_ += bytes;
   }
-  // Pieces land in the order they were sent.
+  // Precondition: pieces land in the order of their sends.
   void landed(std::uint64_t bytes, Deadline now) {
-    seconds_ = kMemory * seconds_ + std::max(since(now), 1e-9);  // two may be seen at once
+    // Not 0: two pieces may be seen to land at the same time.
+    seconds_ = kMemory * seconds_ + std::max(since(now), 1e-9);
     bytes_ = kMemory * bytes_ + static_cast<double>(bytes);
     since_ = now;
     under_way_ -= bytes;
   }
-  // It will not land, and nothing is learned from it.
+  // Removes a piece that will not land; the bandwidth estimate does not change.
   void lost(std::uint64_t bytes) { under_way_ -= bytes; }
 
-  // Bytes a second over the last pieces, idle times not counted; 0: not measured yet.
+  // Bytes per second over the last pieces, without idle times; 0: not measured yet.
   double bandwidth() const { return seconds_ > 0 ? bytes_ / seconds_ : 0; }
 
-  // Seconds from now at which it would have carried so many more bytes. One that was not measured
-  // yet is tried with a piece at a time. One that stands still is as slow as that makes it; one
-  // that has been idle may have become faster, so that it is tried again.
+  // Returns the estimated seconds from now until the link would finish `bytes` more bytes. A link
+  // that was not measured yet is tried with one piece at a time: 0 if idle, else infinity. For a
+  // link that makes no progress, the time since its last piece landed counts as slowness. A link
+  // that has been idle may have become faster, so its estimate shrinks with the idle time and it is
+  // tried again.
   double finish(std::uint64_t bytes, Deadline now) const {
     if (bytes_ == 0) return idle() ? 0 : std::numeric_limits<double>::infinity();
     const double passed = since(now);
@@ -46,18 +50,19 @@ class LinkLoad {
   }
 
  private:
-  static constexpr double kMemory = 0.75;  // what is left of the sums with each piece: four count
-  static constexpr double kHope = 3;       // an idle link is at most so much faster than it was
+  static constexpr double kMemory = 0.75;  // decay of the sums per piece; the last four count most
+  static constexpr double kHope = 3;  // an idle link is assumed at most 1 + kHope times as fast
 
   double since(Deadline now) const { return std::chrono::duration<double>(now - since_).count(); }
 
   std::uint64_t under_way_ = 0;
-  Deadline since_{};  // when the oldest piece under way had the link for itself
+  Deadline since_{};  // when the link began the oldest piece in flight; idle: the last landing
   double seconds_ = 0, bytes_ = 0;
 };
 
-// Of the links, each a pointer to something with a `load` that `takes()`, the one that will have
-// carried the bytes first; of equals the first. Null: all are at their first piece yet.
+// Returns the link that would finish the bytes first; the first such link on a tie. Each link is a
+// pointer to a struct with `takes()` and `load`; links that do not take copies are skipped. Returns
+// null if every link is still busy with its first piece, so that no speed is known.
 template <typename Links>
 auto soonest(const Links& links, std::uint64_t bytes, Deadline now) {
   decltype(&*links.front()) best = nullptr;

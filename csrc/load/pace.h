@@ -1,4 +1,4 @@
-// So many bytes a second, at most.
+// A limit of bytes per second.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,13 @@
 
 namespace warmserve {
 
-// Under the owner's lock.
+// Used under the owner's lock.
 class Pace {
  public:
-  // 0: no limit.
+  // `bytes_per_second`: 0 means no limit.
   explicit Pace(std::uint64_t bytes_per_second) : rate_(static_cast<double>(bytes_per_second)) {}
 
-  // When so many more bytes may have arrived, if they begin to move now; or, for whoever was a
-  // little late after the last ones, if they had begun at once.
+  // Returns the earliest time at which `bytes` more bytes may complete, and counts them.
   Deadline take(std::uint64_t bytes) {
     if (rate_ == 0) return Deadline::min();
     const std::chrono::duration<double> takes(static_cast<double>(bytes) / rate_);

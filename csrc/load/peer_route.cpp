@@ -6,7 +6,7 @@
 namespace warmserve {
 namespace {
 
-// Memory of the neighbour's, and a stream that fills and empties it.
+// A piece of the neighbour's memory, and the stream that fills and empties it.
 struct Slot {
   Slot(const DevicePtr& device, std::uint64_t bytes)
       : reservation(std::make_shared<Reservation>(device, bytes)),
@@ -25,7 +25,7 @@ struct Slot {
   Event event;
 };
 
-// Slots that are free; outlives the route while a crossing has one.
+// The free slots. Kept alive by the route and by each crossing that uses a slot.
 class Slots {
  public:
   Slots(const DevicePtr& device, std::uint64_t slot_bytes, unsigned count) {
@@ -42,7 +42,7 @@ class Slots {
   }
   void give(std::unique_ptr<Slot> slot) noexcept {
     const std::lock_guard lock(mutex_);
-    free_.push_back(std::move(slot));  // never more than there were
+    free_.push_back(std::move(slot));  // within its capacity, so it does not allocate
   }
 
  private:
@@ -56,7 +56,7 @@ class PeerCrossing final : public Crossing {
       : slots_(std::move(slots)), slot_(std::move(slot)) {}
   ~PeerCrossing() override { slots_->give(std::move(slot_)); }
 
-  // Throws when nothing was begun; what fails later is told by look().
+  // Throws if it enqueued no copy. look() reports later errors.
   void begin(std::span<const Copy> copies) {
     bool under_way = false;
     try {
@@ -92,8 +92,8 @@ class PeerCrossing final : public Crossing {
   }
 
  private:
-  // Where the event cannot tell, only the stream can. A device that is lost reads and writes no
-  // more.
+  // Waits for the stream, if the event cannot tell whether the copies are over. A lost device no
+  // longer reads or writes, so its copies count as over.
   State settle(Deadline until, std::string* why) noexcept {
     if (until <= Clock::now()) return State::moving;
     try {
@@ -108,7 +108,7 @@ class PeerCrossing final : public Crossing {
 
   const std::shared_ptr<Slots> slots_;
   std::unique_ptr<Slot> slot_;
-  std::string cut_short_;  // why not all was enqueued; set before anybody looks
+  std::string cut_short_;  // why only some copies were enqueued; set before the first look()
 };
 
 class PeerRoute final : public Route {
@@ -140,8 +140,8 @@ void require_reach(const Device& neighbour, const Device& device) {
                            : std::find(to.peers.begin(), to.peers.end(), from) != to.peers.end();
   if (!reaches)
     throw Error(ErrorKind::invalid_argument,
-                neighbour.facts().name + " was not let in at " + to.name +
-                    ": name it among the peers of the driver that opens it");
+                neighbour.facts().name + " has no access to the memory of " + to.name +
+                    ": list its ordinal in the peers of that device's driver");
 }
 
 }  // namespace

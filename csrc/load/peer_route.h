@@ -1,7 +1,7 @@
-// Over a neighbour's link to its memory, and from there to this device, peer to peer.
+// A route over a neighbour's host link to its memory, and from there peer to peer to this device.
 //
-// The neighbour gives a few slots of its memory, each with a stream: while one slot's bytes go on
-// to the device the next come in over the host link.
+// The route uses a few slots of the neighbour's memory, each with a stream. While the bytes of one
+// slot are copied to the device, the next slot is filled over the neighbour's host link.
 #pragma once
 
 #include "load/route.h"
@@ -9,9 +9,10 @@
 
 namespace warmserve {
 
-// Takes `slots` times `slot_bytes` of the neighbour's memory, in whole granules. Throws
-// invalid_argument where the neighbour does not reach what `device` maps, and what the neighbour
-// refuses. The neighbour's driver, and with it the memory, lives as long as the route. Blocks.
+// Makes a route that takes `slots` times `slot_bytes` of the neighbour's memory, rounded up to
+// whole granules. Throws invalid_argument if the neighbour cannot access the memory of `device`,
+// and the errors of the neighbour's driver. The route keeps the neighbour's driver, and with it the
+// memory, alive. Blocks.
 RoutePtr make_peer_route(const DevicePtr& neighbour, const Device& device, std::uint64_t slot_bytes,
                          unsigned slots = 4);
 

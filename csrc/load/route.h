@@ -1,7 +1,7 @@
-// A way by which pinned host memory reaches the device's memory beside the device's own link.
+// Routes: ways from pinned host memory to the device's memory beside the device's own link.
 //
-// The own link needs no Route and is always there. Whoever embeds the runtime adds others; the one
-// that comes with it goes over a neighbour's link (peer_route.h).
+// The own link needs no Route and always exists. An embedder of the runtime adds routes. The only
+// implementation in this library uses a neighbour's link (peer_route.h).
 #pragma once
 
 #include <cstddef>
@@ -13,42 +13,43 @@
 
 namespace warmserve {
 
-// Host bytes, and where on the device they belong.
+// Host bytes and their destination on the device.
 struct Copy {
   Address to;
   const std::byte* from;
   std::uint64_t bytes;
 };
 
-// Copies that were begun together. Several threads may look at once.
+// Copies on a route that were started together. Thread-safe.
 class Crossing {
  public:
   enum class State {
-    moving,   // both ends belong to the copies
-    arrived,  // all bytes are there: work that the device is given from now on sees them
-    failed,   // what is there is undefined; as in `arrived`, neither end is touched any more
+    moving,   // source and destination belong to the copies
+    arrived,  // all bytes have arrived; work enqueued on the device from now on sees them
+    failed,  // the destination is undefined; as in `arrived`, the copies touch neither end any more
   };
-  virtual ~Crossing() = default;  // arrived or failed
-  // Blocks while it is moving, until `until` at the latest. On `failed` says why.
+  virtual ~Crossing() = default;  // precondition: arrived or failed
+  // Returns the state. Blocks while it is `moving`, until `until` at the latest. Sets `why` if it
+  // returns `failed`.
   virtual State look(Deadline until, std::string* why) noexcept = 0;
 };
 
 class Route {
  public:
-  virtual ~Route() = default;  // all its crossings are gone
+  virtual ~Route() = default;  // precondition: all its crossings are destroyed
   virtual const std::string& name() const noexcept = 0;
-  // Begins these copies, a staging chunk's bytes at most. Null: there is no room now. On a throw
-  // nothing was begun, and it is not asked again. One call at a time; does not block, and does not
-  // call back into the runtime.
+  // Starts these copies, at most a staging chunk's bytes. Returns null if the route has no room
+  // now. If it throws it must have started no copy, and it is not called again. The runtime makes
+  // one call at a time. Must not block and must not call back into the runtime.
   virtual std::shared_ptr<Crossing> begin(std::span<const Copy> copies) = 0;
 };
 using RoutePtr = std::shared_ptr<Route>;
 
 struct RouteState {
   std::string name;
-  std::uint64_t bytes = 0;  // that it has carried
-  double bandwidth = 0;     // bytes a second, as measured last; 0: not yet
-  std::string error;        // why it carries no more; empty: it does
+  std::uint64_t bytes = 0;  // carried so far
+  double bandwidth = 0;     // bytes per second, as measured last; 0: not measured yet
+  std::string error;        // why the route accepts no more copies; empty: it does
 };
 
 }  // namespace warmserve

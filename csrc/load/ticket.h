@@ -1,4 +1,4 @@
-// What a caller holds of work in progress.
+// Tickets: a caller's handle to work in progress.
 #pragma once
 
 #include <exception>
@@ -17,7 +17,7 @@ constexpr int kBackground = 0, kForeground = 100;
 
 bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexcept;
 
-// Everything under the runtime's lock.
+// All functions and fields are used under the runtime's lock.
 class Ticket {
  public:
   Ticket(std::string what, int priority, std::vector<Selection> wants, Deadline deadline = kNever)
@@ -26,12 +26,12 @@ class Ticket {
 
   const std::string what;  // for messages: "prewarm of 'chat'"
   const int priority;
-  const Deadline deadline;             // given up then
-  const std::vector<Selection> wants;  // their layers
+  const Deadline deadline;             // cancelled at this time
+  const std::vector<Selection> wants;  // the layers to load
   std::uint64_t bytes_total = 0, bytes_done = 0;
-  std::unordered_set<Fill*> fills;  // still to come
-  ModelPtr swapped_out;         // evicted as room is needed, and wholly before the ticket is done
-  std::exception_ptr short_of;  // why some of its layers will not come; the others still do
+  std::unordered_set<Fill*> fills;  // not complete yet
+  ModelPtr swapped_out;  // evicted as room is needed, and completely before the ticket is done
+  std::exception_ptr short_of;  // why some layers were cancelled while the others are still loaded
   bool done = false;
   std::exception_ptr error;  // of a done ticket
 
@@ -43,10 +43,12 @@ class Ticket {
       if (wanted.whole && wanted.model.get() == &model) return true;
     return false;
   }
+  // Marks the ticket done, with the error `why` if it is not null, and wakes all waiters.
   void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
-  // A descriptor that becomes readable when the ticket is done; owned by the ticket.
+  // Returns a descriptor, owned by the ticket, that becomes readable when the ticket is done.
   int fileno(const Lock&);
-  // Wakes the token when the ticket is done, if its waker still lives then. False: it is done.
+  // Wakes the token when the ticket is done, if the waker is still alive then. Returns false if the
+  // ticket is done already.
   bool notify(const Lock&, const std::shared_ptr<Waker>& waker, std::uint64_t token);
 
  private:

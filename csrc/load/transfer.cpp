@@ -13,7 +13,7 @@ using enum Residency;
 namespace {
 
 void give_up_if(bool unwanted) {
-  if (unwanted) throw Error(ErrorKind::cancelled, "nobody waits for this any more");
+  if (unwanted) throw Error(ErrorKind::cancelled, "no ticket wants this work any more");
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ void Transfer::run() {
   Lock lock(books_.mutex);
   while (!stopping_) {
     const std::uint64_t seen = books_.version;
-    if (advance(lock)) continue;  // which may drop the lock, so a wake may have been missed
+    if (advance(lock)) continue;  // advance() may release the lock, so a wake may have been missed
     const auto woken = [&] { return stopping_ || books_.version != seen; };
     Deadline until = queue_.next_deadline();
     if (uploads_.under_way()) until = std::min(until, Clock::now() + kPollInterval);
@@ -92,7 +92,7 @@ bool Transfer::advance(Lock& lock) {
   return !books_.arena.filled_by_host() && collect(lock, true);
 }
 
-// Does what comes next for the fill: if it worked, the order may have changed.
+// Does the next step of the fill. After `worked`, the order of the queue may have changed.
 FillQueue::Visited Transfer::advance(Lock& lock, Fill& fill) {
   using enum FillQueue::Visited;
   switch (fill.next()) {
@@ -106,7 +106,7 @@ FillQueue::Visited Transfer::advance(Lock& lock, Fill& fill) {
   }
   Layer& layer = *fill.layer;
   if (layer.owned) return cannot;
-  if (layer.residency == resident) {  // was draining, and came back
+  if (layer.residency == resident) {  // it was draining; the drain failed, so it is still mapped
     complete(lock, fill);
     return worked;
   }
@@ -122,15 +122,17 @@ FillQueue::Visited Transfer::advance(Lock& lock, Fill& fill) {
       const TicketPtr ticket = fill.most_urgent();
       const auto error = std::make_exception_ptr(warmserve::no_room(
           ErrorKind::busy, ticket->what, fill.span, books_.arena.budget(), books_.holders(lock)));
-      drop(lock, ticket, error);  // for the others there may be room
+      drop(lock, ticket, error);  // other tickets of the fill may find room
       return worked;
     }
   }
   return cannot;
 }
 
-// Whether there are granules for the fill, or will be: then those that fill for less urgent
-// tickets are asked to give way. Its most urgent ticket keeps the other layers that it wants.
+// Returns whether the fill can get granules now, later or never. Sets `victims` if layers have to
+// be evicted for it. If it has to wait, fills of lower priority are asked to give way, unless their
+// layers are held. Layers that the fill's most urgent ticket wants are neither evicted nor asked to
+// give way.
 Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Layer*>& victims) {
   const std::uint64_t need = fill.layer->granules_needed;
   const std::uint64_t have =
@@ -157,7 +159,8 @@ Transfer::Room Transfer::find_room(const Lock& lock, Fill& fill, std::vector<Lay
   return coming ? Room::later : Room::never;
 }
 
-// Makes room: the layer is filling and has its granules, or is as it was.
+// Evicts the victims and takes granules for the layer. Afterwards the layer is filling and has its
+// granules; on an error the fill is undone.
 void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims) {
   Arena& arena = books_.arena;
   Layer& layer = *fill.layer;
@@ -174,7 +177,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
   fill.phase = Phase::starting;
   queue_.relist(lock, fill);
   std::exception_ptr error;
-  bool gave_up = false;  // somebody may want it again by the time the lock is back
+  bool gave_up = false;  // remembered: a ticket may join the fill before the lock is taken again
   try {
     const Poll poll = [&] {
       const Lock relock(books_.mutex);
@@ -187,7 +190,7 @@ void Transfer::start(Lock& lock, Fill& fill, const std::vector<Layer*>& victims)
       arena.create(fresh.back());
       granules.push_back(fresh.back());
     }
-    std::sort(granules.begin(), granules.end());  // neighbours make one mapping
+    std::sort(granules.begin(), granules.end());  // on the host, neighbours share a kernel mapping
     const auto own = granules.begin() + static_cast<std::ptrdiff_t>(need);
     layer.granules.assign(granules.begin(), own);
     granules.erase(granules.begin(), own);
@@ -249,7 +252,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   if (by_host) arrived(lock, fill, sent);
   const bool last = fill.sent == fill.span;
   if (sent < end - begin || (last && fill.unwanted()))
-    give_up(lock, fill);  // called off; it may be wanted again by the time it is undone
+    give_up(lock, fill);  // cancelled; must be undone even if a ticket joins it before that
   else if (const auto wrong = last ? wrong_content(fill) : nullptr)
     meet(lock, fill, generation, wrong);
   else if (last)
@@ -259,7 +262,7 @@ void Transfer::copy_chunk(Lock& lock, Fill& fill) {
   books_.wake();
 }
 
-// The error of a layer of which all bytes were read, if they are not those that its digests are of.
+// Returns the error of a layer whose bytes were all read but do not match its digests; else null.
 std::exception_ptr Transfer::wrong_content(const Fill& fill) const {
   const Layer& layer = *fill.layer;
   const GranuleCut cut{books_.arena.granule_bytes(), layer.bytes};
@@ -279,11 +282,12 @@ std::exception_ptr Transfer::wrong_content(const Fill& fill) const {
       Error(ErrorKind::corrupt_checkpoint,
             files + ": granule " + std::to_string(*granule) + " of layer " +
                 std::to_string(layer.index) + " of '" + fill.model->name +
-                "' does not have its digest: the file was written to, or is damaged; "
+                "' does not match its digest: the file was changed or is damaged; "
                 "Runtime.reload() takes the model as its files are now"));
 }
 
-// By the loader that has sent the last chunk; the others go on to what comes next.
+// Maps the fill's granules at the layer's addresses. Called by the loader that has sent the last
+// chunk, without blocking the other loaders.
 void Transfer::map(Lock& lock, Fill& fill) {
   const unsigned generation = fill.generation;
   books_.own(lock, *fill.layer);
@@ -322,7 +326,8 @@ std::uint64_t Transfer::write_through_host_view(const Fill& fill, std::uint64_t 
   return end - begin;
 }
 
-// Whether there was news; or, with `wait`, there will be.
+// Accounts for the outcomes of copies. Returns whether there were outcomes or, with `wait`, copies
+// that are still moving.
 bool Transfer::collect(Lock& lock, bool wait) {
   bool moving = false;
   lock.unlock();
@@ -337,7 +342,8 @@ bool Transfer::collect(Lock& lock, bool wait) {
   return moving || !all.empty();
 }
 
-// All fills of the ticket are complete: it is done, but for what it swaps out.
+// Finishes a ticket whose fills are all complete, or queues the eviction of the model that it swaps
+// out.
 void Transfer::settle(const Lock& lock, const TicketPtr& ticket) {
   if (ticket->swapped_out && !ticket->short_of)
     swapping_.push_back(ticket);
@@ -345,8 +351,8 @@ void Transfer::settle(const Lock& lock, const TicketPtr& ticket) {
     ticket->finish(books_, lock, ticket->short_of);
 }
 
-// Evicts what is left of a model that a ticket swaps out. False: there is none of which no layer is
-// in somebody's hands, or about to be given up.
+// Evicts the remaining layers of a model that a ticket swaps out, and finishes the ticket. Returns
+// false if every such model has a layer that another thread owns or that is about to be undone.
 bool Transfer::finish_swap(Lock& lock) {
   const auto next = std::find_if(swapping_.begin(), swapping_.end(), [](const TicketPtr& ticket) {
     const auto& layers = ticket->swapped_out->layers;

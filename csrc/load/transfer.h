@@ -1,11 +1,11 @@
-// The work of filling layers, a chunk at a time.
+// Fills layers, chunk by chunk.
 //
-// A fill is queued, holding nothing; started by a loader, which makes room and maps; copied in
-// chunks, by as many loaders as there are; and complete, or undone. A fill that waits for room
-// keeps those behind it from taking granules. What is called off, or has to give way, does so
-// between two chunks.
+// A queued fill holds no granules. A loader starts it: it makes room and takes granules. All
+// loaders copy its chunks. The loader that sends the last chunk maps the granules. Then the fill
+// completes, or it is undone. While a fill waits for room, no fill behind it is started. A fill
+// that is cancelled, or has to give way, stops between two chunks.
 //
-// With pump there are no loader threads: step() is all there is.
+// With pump there are no loader threads; only step() makes progress.
 #pragma once
 
 #include <deque>
@@ -26,17 +26,18 @@ class Transfer {
     unsigned loaders = 1;  // 0: pump
     std::chrono::milliseconds staging_timeout{0};
     double background_share = 0;       // see FillQueue
-    std::uint64_t read_bandwidth = 0;  // bytes a second of all loaders together; 0: no limit
+    std::uint64_t read_bandwidth = 0;  // bytes per second of all loaders together; 0: no limit
   };
   Transfer(Books& books, StagingPool& staging, const Options& options);
   ~Transfer();
   Transfer(const Transfer&) = delete;
 
-  // No loaders (left): whoever waits steps.
+  // Returns true if there are no loader threads: waiters must call step().
   bool pump(const Lock&) const noexcept { return pump_; }
 
-  // Begins to fill what is missing of what the ticket wants; joins the fills under way. The ticket
-  // is done when that is resident, and what it swaps out is gone.
+  // Queues fills of the layers that the ticket wants and that are not resident; joins fills that
+  // exist. The ticket is done when all these layers are resident and the model that it swaps out is
+  // evicted.
   void request(const Lock&, const TicketPtr& ticket);
   // See FillQueue.
   void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
@@ -45,31 +46,33 @@ class Transfer {
   void drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why) {
     queue_.drop_layers(lock, selection, why);
   }
-  // Ends every ticket that has still to evict what it swaps out.
+  // Ends every ticket that has still to evict the model that it swaps out.
   void drop_swaps(const Lock&, std::exception_ptr why);
 
-  // Whether all copies of the layer's fill are under way: a stream can be put behind them.
+  // Returns whether all copies of the layer's fill are enqueued, so that a stream can wait for
+  // them.
   static bool sent(const Lock&, const Layer& layer) {
     const Fill* fill = layer.fill;
     return fill && fill->sent == fill->span && fill->mapped && !fill->unwanted();
   }
-  // Pre-condition: sent(). See Uploads.
+  // Precondition: sent(). See Uploads.
   std::optional<Uploads::Events> copies(const Lock&, const Layer& layer) {
     return uploads_.events(layer.fill);
   }
 
-  // Other ways for the bytes of foreground loads; see Uploads.
+  // Routes for foreground loads; see Uploads.
   void add(RoutePtr route) { uploads_.add(std::move(route)); }
   void drop_route(const std::string& name) { uploads_.drop(name); }
   std::vector<RouteState> routes() { return uploads_.routes(); }
 
-  // One chunk of one transfer, or one step of making room for it. False: nothing can be done now.
-  // Blocks as long as that takes.
+  // Does one step: loads one chunk of a fill, starts or undoes a fill, accounts for copies, or
+  // evicts a model that is swapped out. Returns false if no step is possible now. Blocks until the
+  // step is done.
   bool step();
   void check_invariants(const Lock& lock) const { queue_.check_invariants(lock); }
-  // Ends the loaders, each after the chunk it is at. Idempotent.
+  // Ends the loader threads, each after its current chunk. Idempotent. Blocks.
   void stop();
-  // After stop() and the end of all fills: gives back what copies needed.
+  // Releases the resources of copies. Precondition: stop() was called and all fills have ended.
   void release() { uploads_.release(); }
 
  private:
@@ -105,9 +108,9 @@ class Transfer {
   bool pump_, stopping_ = false;
   FillQueue queue_;
   Pace pace_;
-  std::deque<TicketPtr> swapping_;  // loaded; what they swap out has still to go
+  std::deque<TicketPtr> swapping_;  // loaded, but the model that they swap out is not evicted yet
 
-  std::vector<std::thread> loaders_;  // last: they use all above
+  std::vector<std::thread> loaders_;  // last: they use all members above
 };
 
 }  // namespace warmserve

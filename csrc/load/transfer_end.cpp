@@ -1,4 +1,4 @@
-// How a fill ends: its bytes arrive, it fails, or it is undone.
+// The ends of a fill: completion, failure and undoing.
 #include <utility>
 
 #include "load/transfer.h"
@@ -11,7 +11,7 @@ void Transfer::complete_if_all_is_there(const Lock& lock, Fill& fill) {
   if (fill.done == fill.span && fill.mapped && fill.idle() && !fill.failed) complete(lock, fill);
 }
 
-// Accounts for bytes that are there; the last ones complete the fill.
+// Accounts for bytes that have arrived. Completes the fill with the last ones.
 void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
   fill.in_flight -= bytes;
   books_.wake();
@@ -21,7 +21,8 @@ void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
   complete_if_all_is_there(lock, fill);
 }
 
-// Takes the layer back to absent; then the fill ends, or, if somebody wants it, starts again.
+// Drains the layer to absent. Then a fill without tickets ends; a fill with tickets is queued
+// again.
 void Transfer::undo(Lock& lock, Fill& fill) {
   Layer& layer = *fill.layer;
   if (layer.residency == filling) books_.transition(lock, layer, draining);
@@ -55,7 +56,7 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
     ++books_.counters.layers_loaded;
   }
   const std::vector<TicketPtr> tickets = queue_.release(lock, fill);
-  const std::uint64_t spared = fill.span - fill.done;  // of a layer that came back from draining
+  const std::uint64_t spared = fill.span - fill.done;  // of a layer whose drain failed
   queue_.forget(lock, fill);
   for (const TicketPtr& ticket : tickets) {
     ticket->bytes_done += spared;
@@ -63,20 +64,21 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
   }
 }
 
-// What was copied is not used. The fill is undone once nobody is at it.
+// Marks the copied bytes as unusable. The fill is undone once it is idle.
 void Transfer::give_up(const Lock& lock, Fill& fill) {
   fill.failed = true;
   queue_.relist(lock, fill);
 }
 
-// Ends the tickets that wait for the fill. Those that join it from now on see it start again.
+// Ends the tickets of the fill with the error. Tickets that join later do not see it; the fill
+// starts again for them.
 void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
   give_up(lock, fill);
   for (const TicketPtr& ticket : queue_.release(lock, fill)) drop(lock, ticket, error);
 }
 
-// What work met that was begun for tickets of a generation: it is not the error of later ones, for
-// whom it is done again.
+// Handles an error of work that was started for `generation`. Tickets that joined later do not see
+// the error; the work is redone for them.
 void Transfer::meet(const Lock& lock, Fill& fill, unsigned generation, std::exception_ptr error) {
   if (generation == fill.generation)
     fail(lock, fill, error);

@@ -9,16 +9,17 @@
 namespace warmserve {
 namespace {
 
-// Of a chunk that is not urgent: the device is idle only if nobody sends the next piece while the
-// others move.
+// Pieces of a chunk that is not urgent. The limit of one chunk's bytes in flight then lets a loader
+// send the next piece while the others move, which keeps the device busy.
 constexpr std::uint64_t kPieces = 4;
 
-// Where copies are under way on several links, each is waited for in turn.
+// Wait per link if copies are in flight on several links: the links are waited for in turn.
 constexpr std::chrono::microseconds kTurn{200};
 
 }  // namespace
 
-// Waiting for a chunk, a loader collects: the chunks it waits for are those under way.
+// Acquires a staging chunk. While it waits it gathers finished copies, because these hold the
+// chunks that it waits for.
 StagingPool::Chunk Uploads::chunk() {
   const Deadline deadline = Clock::now() + staging_timeout_;
   for (;;) {
@@ -61,7 +62,8 @@ std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, 
   return at - begin;
 }
 
-// Neighbouring granules take one copy.
+// Returns the copies to the granules of layer bytes [begin, begin + bytes). Neighbouring granules
+// take one copy.
 std::vector<Copy> Uploads::copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
                                      const std::byte* from) const {
   const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + bytes;
@@ -79,7 +81,7 @@ std::vector<Copy> Uploads::copies_of(const Layer& layer, std::uint64_t begin, st
   return copies;
 }
 
-// False: it is not wanted any more.
+// Starts the copies of a piece. Returns false if the fill is not wanted any more.
 bool Uploads::send_piece(const FlightPtr& flight, Deadline deadline, const Terms& terms) {
   for (;;) {
     if (!terms.wanted()) return false;
@@ -88,14 +90,16 @@ bool Uploads::send_piece(const FlightPtr& flight, Deadline deadline, const Terms
       if (begin(flight)) return true;
     }
     if (Clock::now() >= deadline)
-      throw Error(ErrorKind::staging_timeout, "copies to the device do not move");
+      throw Error(ErrorKind::staging_timeout,
+                  "copies to the device made no progress within the staging timeout");
     const Gathered gathered = gather(true);
     if (!gathered.landed && !gathered.moving) std::this_thread::sleep_for(kPollInterval);
   }
 }
 
-// Once a copy is under way an error is returned, not thrown: the flight goes on, for its chunk must
-// stay until the stream has passed it.
+// Enqueues the copies of a flight on the own link. Throws if it enqueued no copy. After the first
+// copy it returns an error instead, because the flight must keep its chunk until the stream has
+// passed it.
 std::exception_ptr Uploads::enqueue(Flight& flight) {
   bool under_way = false;
   try {
@@ -113,7 +117,8 @@ std::exception_ptr Uploads::enqueue(Flight& flight) {
   return nullptr;
 }
 
-// One that nobody waits for any more: recorded anew it would keep them.
+// Returns an event that is not waited for: re-recording one that is waited for would delay the
+// waiter.
 std::shared_ptr<Event> Uploads::spare_event() {
   const auto spare = std::find_if(spare_events_.begin(), spare_events_.end(),
                                   [](const auto& event) { return event.use_count() == 1; });
@@ -154,7 +159,7 @@ std::optional<Uploads::Events> Uploads::events(const Fill* fill) {
 }
 
 Uploads::Gathered Uploads::gather(bool wait) {
-  std::vector<LanePtr> lanes;  // let go without the lock
+  std::vector<LanePtr> lanes;  // destroyed without the lock
   Gathered all;
   std::unique_lock lock(mutex_);
   lanes = lanes_;
@@ -170,7 +175,7 @@ Uploads::Gathered Uploads::gather(bool wait) {
   return all;
 }
 
-// Several threads may look at the same copy; the first to see it over takes it.
+// Several threads may look at the same copy; the first one that sees it complete removes it.
 Uploads::Gathered Uploads::gather(std::unique_lock<std::mutex>& lock, Lane& lane, Wait wait) {
   Gathered gathered;
   while (!lane.flights.empty()) {
@@ -192,7 +197,7 @@ Uploads::Gathered Uploads::gather(std::unique_lock<std::mutex>& lock, Lane& lane
     lane.flights.pop_front();
     if (copies == Copies::failed) {
       lane.load.lost(flight->bytes);
-      if (lane.error.empty()) lane.error = why.empty() ? "it says no more" : why;
+      if (lane.error.empty()) lane.error = why.empty() ? "the route gave no reason" : why;
       begin_again(flight);
       continue;
     }
@@ -207,7 +212,7 @@ Uploads::Gathered Uploads::gather(std::unique_lock<std::mutex>& lock, Lane& lane
     news_.push_back({flight->fill, flight->generation, flight->bytes, nullptr});
     lock.unlock();
     crossing.reset();
-    flight.reset();  // its chunk has a lock of its own
+    flight.reset();  // without the lock: returning its chunk takes the lock of the staging pool
     lock.lock();
   }
   return gathered;
@@ -222,8 +227,8 @@ Uploads::Copies Uploads::look(Crossing& crossing, Wait wait, std::string* why) {
   return Copies::moving;
 }
 
-// Whether the copies have left the chunk. Where the event fails, the stream is waited for; a device
-// that is lost will not read the chunk any more.
+// Returns whether the copies have left the chunk. If the event fails, waits for the stream instead.
+// A lost device no longer reads the chunk, so its copies count as over.
 Uploads::Copies Uploads::look(const Event* event, Wait wait, std::exception_ptr& error) {
   const Copies not_yet = arena_.device()->facts().threads ? Copies::moving : Copies::stuck;
   const auto lost = [](const Error& e) { return e.kind() == ErrorKind::device_lost; };

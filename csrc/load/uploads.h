@@ -1,12 +1,13 @@
-// Bytes that reach a granule by way of staging: read into a chunk, copied on a stream.
+// Staged copies: bytes are read into a staging chunk and copied to a granule on a stream.
 //
-// Used where the CPU cannot write granules. Copies go over the device's own link, and what is
-// urgent over those of neighbours too, where there are routes: each chunk over the link that will
-// have carried it first. What a route fails to carry goes over the own link, from the same chunk.
-// Several loaders may send at once; whoever calls
-// collect() learns what has become of it, whoever sent it. Copies cannot be taken back: of what is
-// not urgent no more than a chunk's bytes are under way at a time, so whatever is urgent, or called
-// off, waits for no more than that. What is urgent goes as far ahead as there are chunks.
+// Used if the CPU cannot write granules. Copies use the device's own host link. Urgent copies
+// (those of foreground fills) may also use routes; each chunk takes the link that would finish it
+// first. If a route fails, its copies are repeated on the own link, from the same chunk.
+//
+// Several loaders may send at once. collect() returns the outcomes of all sends, on any thread.
+// Enqueued copies cannot be cancelled. Copies that are not urgent are therefore limited to one
+// chunk's bytes in flight, so an urgent copy or a cancellation waits for no more than that. Urgent
+// copies are limited by the number of staging chunks only.
 #pragma once
 
 #include <deque>
@@ -27,11 +28,11 @@ class Arena;
 
 class Uploads {
  public:
-  // What became of something sent: an error, told once and at once; and, later in that case, that
-  // its copies are over and its granules the caller's again.
+  // Outcome of a send. An error is reported once, immediately; a second record follows when the
+  // copies are over and the granules may be reused.
   struct News {
     Fill* fill;
-    unsigned generation;  // of the fill, when it was sent
+    unsigned generation;  // of the fill at the time of the send
     std::uint64_t bytes;
     std::exception_ptr error;  // null: the copies are over
   };
@@ -39,34 +40,38 @@ class Uploads {
   struct Terms {
     unsigned generation;
     bool urgent;
-    Deadline not_before;                  // nothing is copied earlier
-    const std::function<bool()>& wanted;  // asked before each piece, without a lock
+    Deadline not_before;                  // earliest time of the copies
+    const std::function<bool()>& wanted;  // called before each piece, without a lock
     std::span<std::uint64_t> sums;        // see add_to_digests
   };
 
   Uploads(const Arena& arena, StagingPool& staging, std::chrono::milliseconds staging_timeout)
       : arena_(arena), staging_(staging), staging_timeout_(staging_timeout) {}
 
-  // From now on a way for what is urgent. Throws invalid_argument for a name that is there.
+  // Adds a route for urgent copies. Throws invalid_argument for a duplicate name.
   void add(RoutePtr route);
-  // It takes nothing more, and is let go when what is under way on it is over. Throws
-  // invalid_argument for a name that is not there.
+  // Removes a route. It accepts no more copies and is destroyed when its last copy is over. Throws
+  // invalid_argument for an unknown name.
   void drop(const std::string& route);
   std::vector<RouteState> routes();
 
-  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules; returns how many it
-  // sent, which are the caller's again with the news that their copies are over. Throws when
-  // nothing was sent. Blocks for a chunk, the file, and what is under way.
+  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. Returns how many
+  // bytes it sent; fewer if terms.wanted() became false or an error occurred, which collect()
+  // reports. The granules of the bytes sent may be reused once collect() has reported that their
+  // copies are over. Throws if an error occurred before the first piece. Blocks for a staging
+  // chunk, the file, and copies in flight.
   std::uint64_t send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
                      std::uint64_t end, const Terms& terms);
-  // The news since. With `wait`, and if there is none, blocks a poll interval for the oldest copy;
-  // `moving` then says whether it is on its way all the same.
+  // Returns the outcomes since the last call. With `wait`, and if there is no outcome yet, blocks
+  // up to a poll interval for the oldest copies. `moving`: whether copies are still in progress.
   std::vector<News> collect(bool wait, bool* moving = nullptr);
+  // Returns whether copies are in flight or outcomes were not collected yet.
   bool under_way();
-  // What a stream has to wait for to be behind all that was sent for the fill and is not over.
-  // Nothing, where one of the copies has no event, as those of routes have none.
+  // Returns the events of all copies of the fill that are in flight, for a stream to wait for.
+  // Returns nullopt if one of these copies has no event; copies on routes have none.
   std::optional<Events> events(const Fill* fill);
-  // Gives back stream, events and routes. Pre-condition: nothing is under way, and nothing will be.
+  // Releases the stream, the events and the routes. Precondition: no copies are in flight, and no
+  // more will be sent.
   void release();
 
  private:
@@ -77,17 +82,17 @@ class Uploads {
     bool urgent;
     std::shared_ptr<StagingPool::Chunk> chunk;
     std::vector<Copy> copies;
-    std::shared_ptr<Event> event{};  // null when recording failed: the stream must be waited for
-    std::shared_ptr<Crossing> crossing{};  // on a route; then there is no event
+    std::shared_ptr<Event> event{};        // null if recording failed: then synchronize the stream
+    std::shared_ptr<Crossing> crossing{};  // set on a route, which has no event
   };
   using FlightPtr = std::shared_ptr<Flight>;
   struct Lane {
     RoutePtr route;                   // null: the own link
-    std::deque<FlightPtr> flights{};  // in the order they were sent
+    std::deque<FlightPtr> flights{};  // in the order of their sends
     LinkLoad load{};
     std::uint64_t carried = 0;
-    std::string error{};   // why it takes no more
-    bool dropped = false;  // goes with its last flight
+    std::string error{};   // why the route accepts no more copies; empty: it does
+    bool dropped = false;  // removed when its last flight is over
 
     bool takes() const { return !dropped && error.empty(); }
   };
@@ -106,9 +111,9 @@ class Uploads {
   std::shared_ptr<Event> spare_event();
   struct Gathered {
     bool landed = false;  // some copies are over
-    bool moving = false;  // others will be, without anybody's help
+    bool moving = false;  // others will complete without further calls
   };
-  using Wait = std::chrono::microseconds;  // 0: none
+  using Wait = std::chrono::microseconds;  // 0: do not wait
   Gathered gather(bool wait);
   Gathered gather(std::unique_lock<std::mutex>& lock, Lane& lane, Wait wait);
   static Copies look(Crossing& crossing, Wait wait, std::string* why);
@@ -118,11 +123,11 @@ class Uploads {
   StagingPool& staging_;
   const std::chrono::milliseconds staging_timeout_;
 
-  std::mutex mutex_;  // guards all below; held over enqueueing, which does not block
+  std::mutex mutex_;  // guards all members below; held while enqueueing, which does not block
   std::unique_ptr<Stream> stream_;
   std::vector<std::shared_ptr<Event>> spare_events_;
   std::vector<LanePtr> lanes_{std::make_shared<Lane>()};  // the first is the own link
-  std::uint64_t not_urgent_ = 0;                          // bytes under way, all on the own link
+  std::uint64_t not_urgent_ = 0;  // bytes in flight that are not urgent, all on the own link
   std::vector<News> news_;
 };
 

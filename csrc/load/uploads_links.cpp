@@ -1,4 +1,4 @@
-// Which link takes which piece, and the links there are.
+// The links of Uploads, and the choice of a link for each piece.
 #include <algorithm>
 #include <utility>
 
@@ -8,7 +8,7 @@
 namespace warmserve {
 
 void Uploads::release() {
-  std::vector<LanePtr> routes;  // whose destruction may block
+  std::vector<LanePtr> routes;  // destroyed without the lock: destroying a route may block
   const std::lock_guard lock(mutex_);
   stream_.reset();
   spare_events_.clear();
@@ -20,18 +20,18 @@ void Uploads::add(RoutePtr route) {
   const std::lock_guard lock(mutex_);
   for (const LanePtr& lane : lanes_)
     if (lane->route && !lane->dropped && lane->route->name() == route->name())
-      throw Error(ErrorKind::invalid_argument, "a path '" + route->name() + "' is there already");
+      throw Error(ErrorKind::invalid_argument, "a route '" + route->name() + "' exists already");
   lanes_.push_back(std::make_shared<Lane>(Lane{std::move(route)}));
 }
 
 void Uploads::drop(const std::string& name) {
-  LanePtr gone;  // without the lock: its destruction may block
+  LanePtr gone;  // destroyed without the lock: destroying a route may block
   const std::lock_guard lock(mutex_);
   const auto found = std::find_if(lanes_.begin(), lanes_.end(), [&](const LanePtr& lane) {
     return lane->route && !lane->dropped && lane->route->name() == name;
   });
   if (found == lanes_.end())
-    throw Error(ErrorKind::invalid_argument, "there is no path '" + name + "'");
+    throw Error(ErrorKind::invalid_argument, "unknown route '" + name + "'");
   (*found)->dropped = true;
   if (!(*found)->flights.empty()) return;
   gone = *found;
@@ -47,8 +47,10 @@ std::vector<RouteState> Uploads::routes() {
   return states;
 }
 
-// Over the link that will have carried it first; only what is urgent over others than the own.
-// False: that one has no room now and the own link something to do, or none is measured yet.
+// Starts a flight on the link that would finish it first; flights that are not urgent use the own
+// link only. Returns false if the chosen route is full and the own link is busy, if the flight is
+// not urgent and the limit of such flights is reached, or if every link is still busy with its
+// first piece, so that no speed is known.
 bool Uploads::begin(const FlightPtr& flight) {
   for (;;) {
     Lane& own = *lanes_.front();
@@ -78,7 +80,7 @@ bool Uploads::begin(const FlightPtr& flight) {
   }
 }
 
-// Throws when nothing was begun.
+// Throws if it enqueued no copy.
 void Uploads::begin_on_own_link(const FlightPtr& flight) {
   Lane& own = *lanes_.front();
   if (!stream_) stream_ = std::make_unique<Stream>(arena_.device(), StreamPriority::background);
@@ -89,8 +91,8 @@ void Uploads::begin_on_own_link(const FlightPtr& flight) {
   if (!flight->urgent) not_urgent_ += flight->bytes;
 }
 
-// What a route did not carry. Its error is told to nobody but those who look at routes; one of the
-// own link is the fill's.
+// Repeats on the own link the copies that a route failed to carry. The route's error is visible in
+// RouteState only; an error of the own link is reported for the fill.
 void Uploads::begin_again(const FlightPtr& flight) {
   flight->crossing.reset();
   try {

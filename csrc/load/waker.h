@@ -1,4 +1,4 @@
-// Wakes one event loop for many waiters, through one descriptor.
+// Wakes one event loop on behalf of many waiters through one descriptor.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +10,19 @@
 
 namespace warmserve {
 
-// Any thread may call anything; its lock is a leaf.
+// Thread-safe. No other lock is taken under its lock.
 class Waker {
  public:
   Waker() { descriptor_ = eventfd_.descriptor(); }  // throws general
 
-  // Readable while there are tokens to take; owned by this.
+  // A descriptor, owned by the waker, that is readable while take() would return tokens.
   int fileno() const noexcept { return descriptor_; }
   void wake(std::uint64_t token) {
     const std::lock_guard lock(mutex_);
     woken_.push_back(token);
     eventfd_.signal();
   }
-  // The tokens woken since the last call.
+  // Returns the tokens woken since the last call.
   std::vector<std::uint64_t> take() {
     const std::lock_guard lock(mutex_);
     eventfd_.clear();

@@ -12,7 +12,7 @@ std::uint32_t checked_capacity(const Device& device, const Arena::Options& optio
   const std::uint64_t granularity = device.facts().granularity;
   if (options.granule_bytes == 0 || options.granule_bytes % granularity)
     throw Error(ErrorKind::invalid_argument, "a granule of " + format_bytes(options.granule_bytes) +
-                                                 " is not a multiple of the device's " +
+                                                 " is not a positive multiple of the device's " +
                                                  format_bytes(granularity));
   for (const std::uint64_t bytes : {options.bytes, options.granule_bytes, options.headroom_bytes})
     if (bytes > kMostBytes)
@@ -22,7 +22,7 @@ std::uint32_t checked_capacity(const Device& device, const Arena::Options& optio
   if (capacity == 0 || capacity > UINT32_MAX)
     throw Error(ErrorKind::invalid_argument,
                 "an arena of " + format_bytes(options.bytes) + " holds no whole granule of " +
-                    format_bytes(options.granule_bytes) + ", or too many");
+                    format_bytes(options.granule_bytes) + ", or more than 4294967295");
   return static_cast<std::uint32_t>(capacity);
 }
 
@@ -33,8 +33,8 @@ Arena::Arena(DevicePtr device, const Options& options)
       granule_bytes_(options.granule_bytes),
       headroom_bytes_(options.headroom_bytes),
       capacity_(checked_capacity(*device_, options)) {
-  // Asked before anything is made in proportion: populating more memory than there is would call
-  // the OOM killer, not fail.
+  // Checked before anything is allocated: populating more memory than is available would not fail
+  // but start the OOM killer.
   require_memory(budget(), "an arena of " + format_bytes(budget()));
   pool_ = uncreated_ = GranulePool(capacity_);
   slots_.resize(capacity_);
@@ -43,19 +43,19 @@ Arena::Arena(DevicePtr device, const Options& options)
   if (options.poison) make_poison();
 }
 
-// Nothing where the device does not say what it has.
+// Does nothing if the device does not report its memory.
 void Arena::require_memory(std::uint64_t bytes, const std::string& what) const {
   std::uint64_t available = 0, total = 0;
   device_->memory(&available, &total);
   if (!total || (bytes <= available && headroom_bytes_ <= available - bytes)) return;
   std::string message = what;
   if (headroom_bytes_) message += " beside a headroom of " + format_bytes(headroom_bytes_);
-  throw Error(
-      ErrorKind::out_of_device_memory,
-      message + " on a device with " + format_bytes(available) + " free of " + format_bytes(total));
+  throw Error(ErrorKind::out_of_device_memory, message + " does not fit on a device with " +
+                                                   format_bytes(available) + " free of " +
+                                                   format_bytes(total));
 }
 
-// Somebody else may take memory meanwhile: the error says what was asked for and what is free.
+// Another process may take memory meanwhile, so the error names the bytes requested and free.
 void Arena::make_all() {
   std::vector<GranuleId> all(capacity_);
   std::iota(all.begin(), all.end(), 0);
@@ -70,7 +70,7 @@ void Arena::make_all() {
                   "an arena of " + format_bytes(budget()) + ": " + error.what() + " after " +
                       format_bytes(id * granule_bytes_) + "; the device has " +
                       format_bytes(available) + " free of " + format_bytes(total) +
-                      " now that they are given back");
+                      " after they were released");
     }
   pool_.give(all);
 }
@@ -82,7 +82,7 @@ void Arena::create(GranuleId id) {
 
 void Arena::make(GranuleId id) {
   Slot& slot = slots_[id];
-  if (slot.window) {  // that could not be dropped before
+  if (slot.window) {  // an earlier drop_window() failed
     slot.window->unmap();
     slot.window.reset();
   }
@@ -101,7 +101,7 @@ void Arena::make(GranuleId id) {
   slot.granule.emplace(std::move(granule));
 }
 
-// Where the driver refuses, create() tries again.
+// If the driver refuses, the next make() of this slot tries again.
 void Arena::drop_window(Slot& slot) noexcept {
   try {
     if (slot.window) slot.window->unmap();
@@ -113,8 +113,8 @@ void Arena::drop_window(Slot& slot) noexcept {
 std::size_t Arena::destroy(std::span<const GranuleId> ids) noexcept {
   for (std::size_t done = 0; done < ids.size(); ++done) {
     Slot& slot = slots_[ids[done]];
-    // Released first: its memory lives on while the window maps it, so a granule whose release is
-    // refused is still whole.
+    // The release comes before the unmap: the memory lives on while the window maps it, so a
+    // granule whose release is refused stays intact.
     try {
       slot.granule->release();
     } catch (const Error&) {
@@ -127,7 +127,7 @@ std::size_t Arena::destroy(std::span<const GranuleId> ids) noexcept {
 }
 
 void Arena::release() noexcept {
-  slots_.clear();  // and with it windows that would not be unmapped before
+  slots_.clear();  // this also drops windows whose unmap failed before
   slots_.resize(capacity_);
   window_.reset();
   poison_.reset();
@@ -161,7 +161,8 @@ void Arena::check_invariants() const {
     throw Error(ErrorKind::general, "the count of free granules is wrong");
   for (GranuleId id = 0; id < capacity_; ++id)
     if (uncreated_.is_free(id) && (slots_[id].granule || pool_.is_free(id)))
-      throw Error(ErrorKind::general, "granule " + std::to_string(id) + " is and is not created");
+      throw Error(ErrorKind::general,
+                  "uncreated granule " + std::to_string(id) + " exists or is free");
 }
 
 }  // namespace warmserve

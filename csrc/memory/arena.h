@@ -1,11 +1,11 @@
-// One device's memory: its granules, and the budget they are made within.
+// One device's memory: its granules, and the budget that limits them.
 //
-// All granules are created with the arena, so that no swap creates any. trim() gives free ones
-// back to the driver; later work creates them again, up to the budget.
+// The arena creates all granules at construction, so that a swap creates none. Trimming returns
+// free granules to the driver; later work creates them again, up to the budget.
 //
-// The functions under "bookkeeping" are called under the runtime's lock and touch no device; the
-// others are called without it and may block. A granule that was taken belongs to the caller
-// until it is given back.
+// The functions under "Bookkeeping" are called under the runtime's lock and touch no device. The
+// other functions are called without it and may block. A granule that was taken belongs to the
+// caller until it is given back.
 #pragma once
 
 #include <memory>
@@ -24,11 +24,11 @@ class Arena {
   struct Options {
     std::uint64_t bytes = 0;
     std::uint64_t granule_bytes = 0;
-    std::uint64_t headroom_bytes = 0;  // of the device's memory, never taken
+    std::uint64_t headroom_bytes = 0;  // device memory that the arena leaves free
     bool poison = false;
   };
-  // Throws invalid_argument; out_of_device_memory, with what the device has and what was asked of
-  // it, when that is too little; then nothing is left made. Blocks.
+  // Throws invalid_argument; out_of_device_memory, with the bytes available and requested, if the
+  // device has too little memory. After a throw no granule is left. Blocks.
   Arena(DevicePtr device, const Options& options);
 
   const DevicePtr& device() const noexcept { return device_; }
@@ -46,37 +46,39 @@ class Arena {
   bool is_free(GranuleId id) const noexcept { return pool_.is_free(id); }
   std::vector<GranuleId> take(std::uint32_t count) { return pool_.take(count); }
   void give(std::span<const GranuleId> ids) noexcept { pool_.give(ids); }
-  // Ids without a granule behind them; they belong to the caller, who creates or returns them.
+  // Takes ids that have no granule. They belong to the caller, who creates or returns them.
   std::vector<GranuleId> claim_uncreated(std::uint32_t count) { return uncreated_.take(count); }
   void return_uncreated(std::span<const GranuleId> ids) noexcept { uncreated_.give(ids); }
   void check_invariants() const;
 
-  // Makes a claimed id a granule. Throws out_of_device_memory also where it would cut into the
+  // Creates the granule of a claimed id. Throws out_of_device_memory, also if it would cut into the
   // headroom. Strong. Blocks.
   void create(GranuleId id);
-  // Gives taken granules back to the driver, in order, and returns how many; it stops at the first
-  // that the driver keeps, which stays a granule. Blocks.
+  // Releases taken granules to the driver, in order, and returns how many. Stops at the first one
+  // that the driver refuses to release, which stays usable. Blocks.
   std::size_t destroy(std::span<const GranuleId> ids) noexcept;
 
-  // Gives back what is not a granule. Pre-condition: all granules are destroyed.
+  // Releases the window and the poison granule.
+  // Precondition: all granules are destroyed.
   void release() noexcept;
 
   ReservationPtr reserve(std::uint64_t bytes) const {
     return std::make_shared<Reservation>(device_, bytes);
   }
   Handle handle(GranuleId id) const noexcept { return slots_[id].granule->handle(); }
-  // Where the CPU writes a granule; null where it cannot, and copies to window() fill it.
+  // Returns the address at which the CPU writes a granule; null if it has no access, and then
+  // copies to window() fill the granule.
   std::byte* host_view(GranuleId id) const noexcept { return slots_[id].granule->host_view(); }
   Address window(GranuleId id) const noexcept { return window_->address() + id * granule_bytes_; }
   bool filled_by_host() const noexcept { return device_->facts().host_view; }
-  // A granule of all ones (a NaN in every float format) to stand behind evicted addresses;
-  // Handle::none without Options::poison.
+  // Returns a granule of all ones (a NaN in every float format), which is mapped at evicted
+  // addresses; Handle::none without Options::poison.
   Handle poison() const noexcept { return poison_ ? poison_->handle() : Handle::none; }
 
  private:
   struct Slot {
     std::optional<Granule> granule;
-    std::optional<Mapping> window;  // unmapped before the granule goes
+    std::optional<Mapping> window;  // unmapped before the granule is destroyed
   };
   void require_memory(std::uint64_t bytes, const std::string& what) const;
   void make(GranuleId id);
@@ -89,10 +91,11 @@ class Arena {
   const std::uint32_t capacity_;
   GranulePool pool_;
   GranulePool uncreated_;  // ids without a granule
-  // Every granule, writable, at index x granule_bytes: the models' own addresses are read-only,
-  // and on a discrete device filling goes through here. Absent where the CPU reaches granules.
+  // Maps every granule, writable, at index x granule_bytes. The models' own addresses are
+  // read-only, so on a discrete device copies fill granules through this window. Null if the CPU
+  // can access granules.
   ReservationPtr window_;
-  // Fixed size; each slot is touched only by the owner of its id.
+  // Fixed size; only the owner of an id touches its slot.
   std::vector<Slot> slots_;
   std::optional<Granule> poison_;
 };

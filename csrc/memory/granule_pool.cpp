@@ -22,7 +22,8 @@ void GranulePool::set(GranuleId id, bool free) noexcept {
   }
 }
 
-// Where the first run of at least that length begins. Pre-condition: there is one.
+// Returns the begin of the first free run of at least this length.
+// Precondition: such a run exists.
 GranuleId GranulePool::find_run(std::uint32_t length) const noexcept {
   std::uint64_t node = 1, begin = 0;
   for (std::uint64_t half = leaves_ / 2; half > 0; half /= 2) {

@@ -1,4 +1,4 @@
-// Which granules of an arena are free. Bookkeeping only; not synchronised.
+// The set of an arena's free granules. Bookkeeping only; not thread-safe.
 #pragma once
 
 #include <span>
@@ -11,22 +11,24 @@ namespace warmserve {
 class GranulePool {
  public:
   GranulePool() = default;
-  // Nothing is free at first. All memory it will need is allocated here.
+  // No granule is free at first. Allocates all memory that the pool will need.
   explicit GranulePool(std::uint32_t capacity);
 
   std::uint32_t free_count() const noexcept { return count_; }
   bool is_free(GranuleId id) const noexcept { return nodes_[leaves_ + id].longest == 1; }
 
-  // Takes `count` free granules: the first run of neighbours that is long enough, else the longest
-  // runs, because neighbours become one mapping. Ascending. O((count + runs) log capacity).
-  // Pre-condition: count <= free_count().
+  // Takes `count` free granules and returns them in ascending order. Chooses the first run of
+  // neighbours that is long enough, else the longest runs, because neighbours become one mapping.
+  // O((count + runs) log capacity).
+  // Precondition: count <= free_count().
   std::vector<GranuleId> take(std::uint32_t count);
-  // Pre-condition: none of them is free.
+  // Makes granules free.
+  // Precondition: none of them is free.
   void give(std::span<const GranuleId> ids) noexcept;
 
  private:
-  // A node of a binary tree over the granules: the free ones that its range begins and ends with,
-  // and the longest run in it. The children of node i are 2 i and 2 i + 1.
+  // A node of a binary tree over the granules: the lengths of the free runs at the begin and at the
+  // end of its range, and of its longest free run. Node i has the children 2 i and 2 i + 1.
   struct Node {
     std::uint32_t prefix = 0, suffix = 0, longest = 0;
   };

@@ -14,7 +14,7 @@ StagingPool::StagingPool(DevicePtr device, std::uint64_t bytes, std::uint64_t ch
                   "sizes must be below 2^63 bytes, got " + std::to_string(size));
   if (chunk_bytes == 0 || chunk_bytes % (4 * kKiB))
     throw Error(ErrorKind::invalid_argument,
-                "a chunk of " + format_bytes(chunk_bytes) + " is not a multiple of 4 KiB");
+                "a chunk of " + format_bytes(chunk_bytes) + " is not a positive multiple of 4 KiB");
   if (count_ == 0)
     throw Error(ErrorKind::invalid_argument, "staging of " + format_bytes(bytes) +
                                                  " is smaller than a chunk of " +
@@ -38,7 +38,7 @@ void StagingPool::release() {
   regions_.clear();
 }
 
-// A free chunk, or a new one while the bound allows; null otherwise. Pins without the lock.
+// Returns a free chunk, or pins a new one below the bound; null otherwise. Drops the lock to pin.
 std::byte* StagingPool::take_free(std::unique_lock<std::mutex>& lock) {
   if (!free_.empty()) {
     std::byte* data = free_.back();
@@ -47,7 +47,7 @@ std::byte* StagingPool::take_free(std::unique_lock<std::mutex>& lock) {
   }
   if (regions_.size() + pinning_ == count_) return nullptr;
   const std::size_t most = regions_.size() + pinning_ + 1;
-  if (free_.capacity() < most) {  // so that giving back never allocates
+  if (free_.capacity() < most) {  // so that give_back() never allocates
     free_.reserve(2 * most);
     regions_.reserve(2 * most);
   }
@@ -99,8 +99,8 @@ StagingPool::Chunk StagingPool::acquire(Deadline deadline, const Poll& poll) {
       }
       if (Clock::now() >= deadline)
         throw Error(ErrorKind::staging_timeout,
-                    "no staging chunk of " + format_bytes(chunk_bytes_) + " came free; all " +
-                        std::to_string(count_) + " are in use");
+                    "no staging chunk of " + format_bytes(chunk_bytes_) +
+                        " became free in time; all " + std::to_string(count_) + " are in use");
       freed_.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
       if (poll) {
         lock.unlock();

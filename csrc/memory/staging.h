@@ -1,7 +1,7 @@
-// Bounded pinned host memory, cut into chunks that are lent in the order they are asked for.
+// Bounded pinned host memory, cut into chunks that are lent in the order of the requests.
 //
-// Never more than the bytes it was made with, exactly that much once all of it was needed, all
-// returned with the pool. A lock of its own, a leaf.
+// The pool pins chunks on demand, up to the bytes given at construction, and unpins all of them on
+// destruction. It has its own lock, a leaf.
 #pragma once
 
 #include <condition_variable>
@@ -17,7 +17,7 @@ namespace warmserve {
 
 class StagingPool {
  public:
-  // A chunk on loan. Its holder has waited for every copy that uses it before it lets go.
+  // A chunk on loan. The holder waits for every copy that uses it before destroying this.
   class Chunk {
    public:
     Chunk(Chunk&& other) noexcept
@@ -35,19 +35,21 @@ class StagingPool {
     std::byte* data_;
   };
 
-  // Throws invalid_argument when `bytes` holds no chunk. Allocates nothing yet.
+  // Throws invalid_argument if `chunk_bytes` is invalid or `bytes` is smaller than a chunk. Pins no
+  // memory yet.
   StagingPool(DevicePtr device, std::uint64_t bytes, std::uint64_t chunk_bytes);
 
   std::uint64_t chunk_bytes() const noexcept { return chunk_bytes_; }
-  // Chunks that could be lent now.
+  // Returns the number of chunks that can be lent now.
   std::size_t available() const;
   std::uint64_t pinned_bytes() const;
-  // Unpins everything, if no chunk is lent.
+  // Unpins all memory unless a chunk is lent.
   void release();
 
-  // A chunk if one is free and nobody waits for it.
+  // Returns a chunk if one can be lent and no caller waits for one. Does not wait for chunks.
   std::optional<Chunk> try_acquire();
-  // Blocks, first come first served. Throws staging_timeout at the deadline, or what poll throws.
+  // Waits for a chunk, in the order of the calls. Blocks. Throws staging_timeout at the deadline,
+  // or what poll throws.
   Chunk acquire(Deadline deadline, const Poll& poll);
 
  private:
@@ -60,10 +62,10 @@ class StagingPool {
 
   mutable std::mutex mutex_;  // guards all below
   std::condition_variable freed_;
-  std::vector<std::unique_ptr<PinnedRegion>> regions_;  // a chunk each, pinned when first needed
-  std::size_t pinning_ = 0;                             // regions being made without the lock
+  std::vector<std::unique_ptr<PinnedRegion>> regions_;  // a chunk each, pinned on demand
+  std::size_t pinning_ = 0;                             // regions being pinned without the lock
   std::vector<std::byte*> free_;
-  std::deque<const void*> waiters_;  // by the address of something in the waiter's frame
+  std::deque<const void*> waiters_;  // each waiter by the address of its lock
 };
 
 }  // namespace warmserve

@@ -8,8 +8,7 @@
 namespace warmserve {
 namespace {
 
-// Counts forks on the child's side. A device that was born in another generation belongs to
-// another process.
+// Incremented in the child at each fork. A device of another generation belongs to another process.
 std::atomic<std::uint64_t> generation{0};
 std::atomic<bool> exiting{false};
 
@@ -28,8 +27,8 @@ Device::Device(std::shared_ptr<Driver> driver)
 
 Device::~Device() {
   retry_releases();
-  // A child must not destroy its parent's driver: the threads are not there to be joined, and the
-  // addresses may be something else's by now.
+  // A forked child must not destroy its parent's driver: the driver's threads do not exist in the
+  // child, and its addresses may have another use by now. So the driver leaks.
   if (!usable()) new std::shared_ptr<Driver>(std::move(driver_));
 }
 
@@ -155,7 +154,7 @@ std::shared_ptr<Stream> Stream::adopt(DevicePtr device, std::uint64_t handle) {
   StreamId id{};
   if (device->driver().stream_adopt(handle, &id) != Status::ok)
     throw Error(ErrorKind::invalid_argument,
-                device->facts().name + " has no streams but those of Runtime.stream()");
+                device->facts().name + " accepts only streams made by Runtime.stream()");
   return std::shared_ptr<Stream>(new Stream(std::move(device), id, Adopted{}));
 }
 Stream::~Stream() {

@@ -1,7 +1,7 @@
-// The driver's objects as RAII: statuses become exceptions here, once, and nowhere else.
+// The driver's objects as RAII. Only this file turns statuses into exceptions.
 //
-// Destructors are noexcept and touch the device only in the process that made it: after a fork the
-// child leaks what it inherited, and close() of the interpreter has the same effect.
+// Destructors are noexcept and touch the device only in the process that created it: a forked child
+// leaks what it inherited, and so does a process that is exiting.
 #pragma once
 
 #include <array>
@@ -20,7 +20,7 @@
 
 namespace warmserve {
 
-// A driver, checked and counted. Shared by everything made on it.
+// A driver with error checks and call counters. All objects created on it share it.
 class Device {
  public:
   struct Count {
@@ -33,23 +33,23 @@ class Device {
 
   Driver& driver() const noexcept { return *driver_; }
   const DeviceFacts& facts() const noexcept { return driver_->facts(); }
-  // False in a forked child, and once the process exits: leak instead.
+  // Returns false in a forked child and in a process that is exiting: objects then leak.
   bool usable() const noexcept;
-  // Bytes that granules could still be made of, and in all; both 0 where it does not say.
+  // Reports the bytes left for granules, and the total; both 0 if the device does not tell.
   void memory(std::uint64_t* available, std::uint64_t* total) const noexcept;
-  // Throws device_lost, saying of what, once any call has met it.
+  // Throws device_lost, with the reason, after any call has returned that status.
   void require_alive() const;
   bool lost() const noexcept { return lost_.load(std::memory_order_relaxed); }
   static void process_exits() noexcept;
 
-  // Calls a primitive, counts it, and throws what a status other than ok means. The vocabulary is
-  // the Driver's: device.call(Primitive::map, &Driver::map, address, handles, count).
+  // Calls a primitive, counts the call, and throws unless the status is ok. Example:
+  // device.call(Primitive::map, &Driver::map, address, handles, count).
   template <typename Method, typename... Args>
   void call(Primitive primitive, Method method, Args&&... args) {
     const Status status = attempt(primitive, method, std::forward<Args>(args)...);
     if (status != Status::ok) fail(primitive, status);
   }
-  // The same without the throw, for destructors, queries and rollbacks.
+  // The same, but returns the status: for destructors, queries and rollbacks.
   template <typename Method, typename... Args>
   Status attempt(Primitive primitive, Method method, Args&&... args) noexcept {
     if (!usable()) return Status::failed;
@@ -69,11 +69,11 @@ class Device {
     if (status == Status::device_lost) lost_.store(true, std::memory_order_relaxed);
     return status;
   }
-  // For destructors: calls a primitive that gives something back. Where the device is not usable,
-  // or lost, it is left (but for pinned memory, which is the system's); where the driver refuses,
-  // `release` is kept and tried again by retry_releases().
+  // For destructors: calls a primitive that releases something. Does nothing if the device is not
+  // usable, or is lost (except for pinned memory, which belongs to the system and is released).
+  // If the driver refuses, keeps `release`, and retry_releases() tries it again.
   void give_back(Primitive primitive, std::function<Status(Driver&)> release) noexcept;
-  // In the order they were refused. True when none is left.
+  // Retries refused releases in their order. Returns true if no refused release is left.
   bool retry_releases() noexcept;
   const Count& count(Primitive primitive) const noexcept {
     return counts_[static_cast<std::size_t>(primitive)];
@@ -84,7 +84,7 @@ class Device {
  private:
   std::shared_ptr<Driver> driver_;
   std::atomic<bool> lost_{false};
-  const std::uint64_t born_;  // generation of the process, see vmm.cpp
+  const std::uint64_t born_;  // process generation, see vmm.cpp
   std::mutex mutex_;          // a leaf: guards refused_
   std::vector<std::pair<Primitive, std::function<Status(Driver&)>>> refused_;
   std::array<Count, static_cast<std::size_t>(Primitive::count)> counts_;
@@ -94,14 +94,15 @@ using DevicePtr = std::shared_ptr<Device>;
 // One physical granule.
 class Granule {
  public:
-  Granule(DevicePtr device, std::uint64_t bytes);  // throws out_of_device_memory. Blocks.
+  Granule(DevicePtr device, std::uint64_t bytes);  // throws out_of_device_memory; blocks
   Granule(Granule&& other) noexcept;
   Granule& operator=(Granule&&) = delete;
   ~Granule();
 
   Handle handle() const noexcept { return handle_; }
-  std::byte* host_view() const noexcept { return host_view_; }  // null where the CPU cannot reach
-  void release();  // throws; the granule is then as before. Done where the device is lost.
+  std::byte* host_view() const noexcept { return host_view_; }  // null if the CPU has no access
+  // Releases the granule; also succeeds if the device is lost. Strong.
+  void release();
 
  private:
   DevicePtr device_;
@@ -109,11 +110,11 @@ class Granule {
   std::byte* host_view_ = nullptr;
 };
 
-// A range of addresses. Whoever holds it keeps the addresses from being anything else.
+// A range of addresses. While it lives, the addresses are used for nothing else.
 class Reservation {
  public:
   Reservation(DevicePtr device, std::uint64_t bytes);
-  ~Reservation();  // with nothing mapped
+  ~Reservation();  // Precondition: nothing is mapped in it.
   Reservation(const Reservation&) = delete;
 
   Address address() const noexcept { return address_; }
@@ -128,11 +129,11 @@ class Reservation {
 };
 using ReservationPtr = std::shared_ptr<Reservation>;
 
-// Granules placed in a reservation, without access until it is set. The caller keeps the granules,
-// and has waited for every use before it unmaps or destroys.
+// Granules mapped in a reservation. They have no access until set_access(). The caller keeps the
+// granules alive, and waits for every use before it unmaps or destroys the mapping.
 class Mapping {
  public:
-  // Strong: throws with nothing mapped.
+  // Strong: if it throws, nothing is mapped.
   Mapping(ReservationPtr reservation, std::uint64_t offset, std::span<const Handle> handles,
           std::uint64_t granule_bytes);
   Mapping(Mapping&& other) noexcept = default;
@@ -141,11 +142,11 @@ class Mapping {
 
   Address address() const noexcept { return address_; }
   std::uint64_t bytes() const noexcept { return bytes_; }
-  // Strong: throws with the mapping as it was. Unmapping from a device that is lost is done.
+  // Both are strong: if one throws, the mapping is unchanged. unmap() succeeds on a lost device.
   void set_access(Access access);
   void unmap();
-  // One driver call for mappings that lie side by side, in ascending order, of one reservation.
-  // Strong.
+  // Unmaps neighbours by one driver call. Strong.
+  // Precondition: they are adjacent mappings of one reservation, in ascending order.
   static void unmap_together(std::span<Mapping* const> neighbours);
 
  private:
@@ -159,10 +160,10 @@ class Event;
 class Stream {
  public:
   explicit Stream(DevicePtr device, StreamPriority priority = StreamPriority::normal);
-  // One that somebody else made and keeps alive as long as this is. Throws invalid_argument where
-  // the device has none.
+  // Wraps a stream created elsewhere. Its owner must keep it alive as long as this object. Throws
+  // invalid_argument if the device accepts only its own streams.
   static std::shared_ptr<Stream> adopt(DevicePtr device, std::uint64_t handle);
-  ~Stream();  // waits for what is enqueued
+  ~Stream();  // waits for enqueued work, unless the stream is adopted
   Stream(const Stream&) = delete;
 
   StreamId id() const noexcept { return id_; }
@@ -171,7 +172,7 @@ class Stream {
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
   void copy_to_peer(Address to, Address from, std::uint64_t bytes);
   void launch(const KernelCall& call);
-  // What is enqueued from here on waits for the event's position as it is now.
+  // Makes work that is enqueued later wait for the event as it is recorded now.
   void wait_for(const Event& event);
   bool step();
   void synchronize();  // Blocks.
@@ -204,17 +205,17 @@ class Event {
   std::optional<EventId> id_;
 };
 
-// A position in a stream that somebody will have to wait for. Made without fail: where the driver
-// refuses an event, all that the stream has by then is waited for instead.
+// A position in a stream that must be reached before the memory it guards is unmapped. Creating one
+// never fails: if the driver refuses an event, wait() synchronizes the whole stream instead.
 class Fence {
  public:
   explicit Fence(std::shared_ptr<Stream> stream) noexcept;
-  bool complete() const;  // false also where only waiting can tell
-  // Blocks. Throws timeout (not where the stream itself is waited for), or what poll throws.
+  bool complete() const;  // also false if the fence has no event
+  // Blocks. Throws timeout, or what poll throws; without an event it ignores the deadline and poll.
   void wait(Deadline deadline, const Poll& poll) const;
 
  private:
-  std::shared_ptr<Stream> stream_;  // lives as long as somebody may wait for it
+  std::shared_ptr<Stream> stream_;  // kept alive for waiters
   std::optional<Event> event_;
 };
 

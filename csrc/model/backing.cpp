@@ -15,11 +15,11 @@ void cover_with_poison(const Arena& arena, Layer& layer) {
     Mapping poison(layer.model->reservation, layer.offset, handles, arena.granule_bytes());
     layer.poison.emplace(std::move(poison));
     layer.poison->set_access(Access::read);
-  } catch (const Error&) {  // a debugging aid: without it the range faults, as it does by default
+  } catch (const Error&) {  // a debugging aid: without it, accesses fault, as they do by default
   }
 }
 
-// Runs of layers that lie side by side in one reservation, for one unmap each.
+// Returns runs of mapped layers that are adjacent in one reservation. One call unmaps a run.
 std::vector<std::vector<Layer*>> neighbours(std::vector<Layer*> layers) {
   std::sort(layers.begin(), layers.end(), [](const Layer* a, const Layer* b) {
     return std::pair(a->model->id, a->offset) < std::pair(b->model->id, b->offset);
@@ -46,7 +46,7 @@ void unback(const Arena& arena, const std::vector<Layer*>& run) {
   }
 }
 
-// The fences that a drain of the layers has to wait for.
+// Returns the fences that a drain of the layers must wait for.
 std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
                                                     const std::vector<Layer*>& layers) {
   std::map<const Model*, LayerSet> drained;
@@ -58,7 +58,7 @@ std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
   return fences;
 }
 
-// A device that is lost uses nothing any more.
+// Does not wait on a lost device, because it no longer uses memory.
 void wait_unless_lost(const Fence& fence, Deadline deadline, const Poll& poll) {
   try {
     fence.wait(deadline, poll);
@@ -101,7 +101,7 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
   } catch (...) {
     error = std::current_exception();
   }
-  fences.clear();  // without the lock: it may be the last of a stream that has work left
+  fences.clear();  // without the lock: dropping the last reference to a stream waits for its work
   lock.lock();
   for (Layer* layer : layers) {
     books.disown(lock, *layer);

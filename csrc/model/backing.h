@@ -1,19 +1,19 @@
-// Puts granules behind a layer's addresses and takes them away. The layers are owned by the
-// caller.
+// Maps granules at a layer's addresses and unmaps them. The caller owns the layers (Layer::owned).
 #pragma once
 
 #include "model/residency.h"
 
 namespace warmserve {
 
-// Maps layer.granules and sets access. Without the lock. What a throw leaves mapped, without
-// access, is drain()'s to take away.
+// Maps layer.granules and sets their access. Called without the lock. A throw may leave a mapping
+// without access, which drain() removes.
 void back(const Arena& arena, Layer& layer);
 
-// Waits for the fences of the layers' models, then unmaps what is draining. Drops the lock while
-// it does. Afterwards no layer is owned; each is absent, with its granules added to `freed`, or,
-// where the wait ended early or the driver failed, what it was before it was claimed. Throws the
-// first error. Per layer.
+// Waits for the fences on the layers, then unmaps the layers. Drops the lock meanwhile. Afterwards
+// no layer is owned. Each layer is absent, with its granules added to `freed`; or, if the wait
+// ended early or the driver failed, in the state it had before it was claimed. Throws the first
+// error.
+// Guarantee: per layer.
 void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
            const Poll& poll, std::vector<GranuleId>& freed);
 

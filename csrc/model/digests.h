@@ -1,4 +1,4 @@
-// Digests of a layer's granules (kernels.h), added up from its bytes in whatever order they arrive.
+// Digests of a layer's granules (kernels.h), summed from the layer's bytes in any order of arrival.
 #pragma once
 
 #include <optional>
@@ -37,7 +37,7 @@ struct ExpectedDigest {
   std::uint64_t digest = 0;
 };
 
-// How a layer is cut into granules; the last may be short.
+// The division of a layer into granules; the last granule may be short.
 struct GranuleCut {
   std::uint64_t granule_bytes = 0, layer_bytes = 0;
 
@@ -48,13 +48,14 @@ struct GranuleCut {
   }
 };
 
-// Adds to sums[i] what layer bytes [begin, end), which are at the destination, contribute to the
-// digest of granule expected[i].granule. Neither begin nor an inner edge of a block may cut a word
-// of 4 bytes.
+// Adds to each sums[i] the share of layer bytes [begin, end), read from the destination, in the
+// digest of granule expected[i].granule.
+// Precondition: neither `begin` nor an inner edge of a block cuts a word of 4 bytes.
 void add_to_digests(std::span<const ExpectedDigest> expected, const GranuleCut& cut,
                     const Destination& destination, std::uint64_t begin, std::uint64_t end,
                     std::span<std::uint64_t> sums);
-// The first granule whose bytes, all of them added, do not have the digest expected.
+// Returns the first granule whose digest differs from the expected one.
+// Precondition: all bytes of the granules have been added.
 std::optional<std::uint32_t> wrong_granule(std::span<const ExpectedDigest> expected,
                                            const GranuleCut& cut,
                                            std::span<const std::uint64_t> sums);

@@ -11,8 +11,8 @@ bool is_candidate(const Layer& layer) {
          (layer.residency == Residency::resident || layer.torn);
 }
 
-// Goes through one model's candidates in order: those used since they were filled, and the others,
-// are each in order already.
+// Iterates over one model's candidates in order by merging two ordered lists: the layers used since
+// they were filled, and the others.
 class Cursor {
  public:
   Cursor(Model& model, bool first)

@@ -1,8 +1,8 @@
-// The order in which layers are evicted when room is needed: lowest keep value first, then least
-// recently used, then the tail of a model before its head.
+// The order in which layers are evicted when memory is needed: lowest keep value first, then least
+// recently used, then a model's last layers before its first.
 //
-// Each model keeps its own candidates in order, so that a choice looks at those it takes and not at
-// all layers there are. Everything under the runtime's lock.
+// Each model keeps its own candidates in order, so that a choice examines the layers it takes and
+// not all layers. The runtime's lock guards all calls.
 #pragma once
 
 #include <functional>
@@ -14,20 +14,20 @@ namespace warmserve {
 
 class EvictionOrder {
  public:
-  // What a choice leaves alone.
+  // Models and layers that a choice must not evict.
   struct Spared {
     std::function<bool(const Model&)> whole_model;
     std::function<bool(const Layer&)> layer;
   };
 
-  // Puts the layer where it belongs, or takes it out; to be called after any change to it.
+  // Moves the layer to its place among the candidates, or removes it. Called after any change.
   static void update(Layer& layer);
-  // After a use of the model: all its candidates are as old as that.
+  // Called after a use of the model, which becomes the last use of all its candidates.
   static void used(Model& model);
 
-  // Layers so that `granules` come free; empty when there are not enough. Those of `first` go
-  // before all others. What is held, owned or spared is not chosen. `examined` counts the layers
-  // looked at.
+  // Returns layers whose eviction frees at least `granules`; none if there are not enough. Layers
+  // of `first` precede all others. Held, owned and spared layers are never chosen. Adds the number
+  // of layers examined to `examined`.
   static std::vector<Layer*> choose(const std::vector<Model*>& models, std::uint64_t granules,
                                     const Spared& spared, const Model* first,
                                     std::uint64_t* examined);

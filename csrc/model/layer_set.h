@@ -1,4 +1,4 @@
-// A set of one model's layers, by index. Any set: nothing native assumes a prefix.
+// A set of one model's layers, by index. Any set is valid: native code never assumes a prefix.
 #pragma once
 
 #include <bit>
@@ -33,7 +33,7 @@ class LayerSet {
       if (other.words_[i] & ~(i < words_.size() ? words_[i] : 0)) return false;
     return true;
   }
-  // Whether the first `count` layers are in it.
+  // Returns whether the set contains the first `count` layers.
   bool covers(std::size_t count) const noexcept {
     if (count == 0) return true;
     if (words_.size() < (count + 63) / 64) return false;
@@ -42,7 +42,7 @@ class LayerSet {
     const std::uint64_t rest = (std::uint64_t{1} << (count % 64)) - 1;
     return (count % 64 == 0) || (words_[count / 64] & rest) == rest;
   }
-  // One more than the highest index in it; 0 without any.
+  // Returns one more than the highest index in the set; 0 if it is empty.
   std::size_t end() const noexcept {
     std::size_t words = words_.size();
     while (words && !words_[words - 1]) --words;
@@ -58,7 +58,7 @@ class LayerSet {
       if (word) return false;
     return true;
   }
-  // Ascending.
+  // Calls visit(index) for each index, in ascending order.
   template <typename Visit>
   void for_each(Visit visit) const {
     for (std::size_t i = 0; i < words_.size(); ++i)

@@ -6,14 +6,15 @@
 namespace warmserve {
 namespace {
 
-// Whether a cast would take anything but whole elements.
+// Returns whether the segment's cast would split an element.
 bool cuts_elements(const Segment& segment) {
   if (!segment.cast) return false;
   const std::uint64_t width = widths(*segment.cast).to;
   return width == 0 || segment.layer_offset % width || segment.bytes % width;
 }
 
-// Whether the segment's bytes of its file, which a cast makes fewer or more, lie in the file.
+// Returns whether the bytes that the segment reads lie in the file. A cast reads more or fewer
+// bytes than it writes.
 bool inside(const Segment& segment, const File& file) {
   std::uint64_t count = segment.bytes, width = 1;
   if (segment.cast) {
@@ -39,19 +40,19 @@ void check_layout(const std::string& name, const std::vector<File>& files,
     if (layer.bytes > kMostBytes || granules > kMostBytes / granule_bytes)
       throw Error(ErrorKind::invalid_argument,
                   "the layers of '" + name + "', in granules of " + format_bytes(granule_bytes) +
-                      ", take more than the 2^63 - 1 bytes that a model can have");
+                      ", take more than 2^63 - 1 bytes, the limit of a model");
     for (const Segment& segment : layer.segments) {
       if (segment.file >= files.size() || segment.layer_offset < end ||
           segment.bytes > layer.bytes || segment.layer_offset > layer.bytes - segment.bytes)
         throw Error(ErrorKind::invalid_argument,
                     "a segment of '" + name + "' is out of order or outside of its layer");
       if (cuts_elements(segment))
-        throw Error(ErrorKind::invalid_argument, "a cast of '" + name + "' cuts elements");
+        throw Error(ErrorKind::invalid_argument, "a cast of '" + name + "' splits an element");
       if (const File& file = files[segment.file]; !inside(segment, file))
         throw Error(ErrorKind::corrupt_checkpoint,
                     file.path() + " has " + std::to_string(file.identity().size) +
                         " bytes, and a segment of '" + name + "' that begins at byte " +
-                        std::to_string(segment.file_offset) + " does not end in it");
+                        std::to_string(segment.file_offset) + " ends beyond them");
       end = segment.layer_offset + segment.bytes;
     }
   }

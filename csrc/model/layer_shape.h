@@ -1,4 +1,4 @@
-// The layers of a model as its caller describes them.
+// The layers of a model as the caller describes them.
 #pragma once
 
 #include <optional>
@@ -9,8 +9,8 @@
 
 namespace warmserve {
 
-// A granule whose content is checked after each load; without a digest it is what the files have
-// when the model is registered, which reads them.
+// A granule whose content is checked after each load. Without a digest, registration reads the
+// files and uses the digest of their content.
 struct GranuleCheck {
   std::uint32_t granule = 0;
   std::optional<std::uint64_t> digest{};
@@ -21,9 +21,9 @@ struct LayerShape {
   std::vector<GranuleCheck> checks{};  // ascending
 };
 
-// The rest of the library trusts what was checked here: a wrong offset would be a write out of
-// bounds, and a sum that overflows would map a model over another one's memory. Throws
-// invalid_argument; corrupt_checkpoint for a segment that does not end in its file.
+// Checks a model's layers. The rest of the library trusts them after this check: a wrong offset
+// would write out of bounds, and an overflowing sum would map a model over another model's memory.
+// Throws invalid_argument; corrupt_checkpoint for a segment that does not end in its file.
 void check_layout(const std::string& name, const std::vector<File>& files,
                   const std::vector<LayerShape>& layers, std::uint64_t granule_bytes);
 

@@ -1,4 +1,4 @@
-// What the runtime knows of a model: its layers, what stands behind them, who holds it.
+// The runtime's record of a model: its layers, their memory, and the holds on them.
 #pragma once
 
 #include <atomic>
@@ -16,10 +16,10 @@
 
 namespace warmserve {
 
-// absent:   nothing behind its addresses (or poison).
-// filling:  granules are being mapped and filled; owned by its Fill.
-// resident: granules mapped, bytes complete.
-// draining: on the way to absent; fences are waited for, then it is unmapped.
+// absent:   no granules are mapped at the layer's addresses (or only the poison granule).
+// filling:  granules are being mapped and filled; the layer belongs to its Fill.
+// resident: granules are mapped and all bytes are in place.
+// draining: on the way to absent; the runtime waits for fences, then unmaps the layer.
 enum class Residency : std::uint8_t { absent, filling, resident, draining };
 const char* to_string(Residency residency) noexcept;
 
@@ -27,20 +27,21 @@ struct Model;
 struct Fill;
 struct Layer;
 
-// A layer's place among the candidates for eviction of its model; see EvictionOrder.
+// A layer's position among its model's candidates for eviction; see EvictionOrder.
 struct CandidateKey {
   bool whole;  // not torn
   double keep_value;
-  std::uint64_t filled_at;  // 0: the model was used since
+  std::uint64_t filled_at;  // 0 if the model was used since the layer was filled
   std::int64_t from_end;
   auto operator<=>(const CandidateKey&) const = default;
 };
 struct Candidates {
-  std::map<CandidateKey, Layer*> used, fresh;  // by whether the model was used since they came
+  // Layers filled before, and since, the model's last use.
+  std::map<CandidateKey, Layer*> used, fresh;
 };
 
-// Under the runtime's lock, but for what is marked: `granules`, `mapping` and `poison` belong to
-// the one thread that set `owned`, which uses them without the lock.
+// The runtime's lock guards all fields except the ones marked "owned": `granules`, `mapping` and
+// `poison` belong to the thread that has set `owned`, which uses them without the lock.
 struct Layer {
   Model* model = nullptr;
   std::uint32_t index = 0;
@@ -50,25 +51,26 @@ struct Layer {
   LayerSource source;
 
   Residency residency = Residency::absent;
-  bool owned = false;  // some thread works on it between two holds of the lock
-  bool torn = false;   // its bytes are not the model's and unmapping failed: only draining is left
-  std::uint32_t holds = 0;   // leases and passes on it that are not on the whole model
-  std::uint32_t passes = 0;  // those of them that are passes
+  bool owned = false;  // a thread works on the layer without the lock
+  bool torn = false;   // its bytes are invalid and unmapping failed: it can only be drained again
+  std::uint32_t holds = 0;   // leases and passes on it, except those on the whole model
+  std::uint32_t passes = 0;  // the passes among `holds`
   double keep_value = 0;
   std::uint64_t filled_at = 0;            // the runtime's logical clock
-  Fill* fill = nullptr;                   // the pending journey, if any
-  std::optional<CandidateKey> candidate;  // where it is in the model's candidates, if it is
+  Fill* fill = nullptr;                   // the pending fill, if any
+  std::optional<CandidateKey> candidate;  // its key in the model's candidates, if it is one
 
   std::vector<GranuleId> granules;  // owned
   std::optional<Mapping> mapping;   // owned
   std::optional<Mapping> poison;    // owned
 
-  // It may not go. Leased: by a lease; else passes alone hold it, which began under one.
+  // Returns whether a lease or a pass holds the layer, so that it may not be evicted; and whether a
+  // lease does. A pass may outlast the lease under which it began.
   inline bool held() const noexcept;
   inline bool leased() const noexcept;
 };
 
-// A position in a user's stream that ends its use of these layers; waited for before unmapping.
+// The position in a user's stream that ends its use of these layers. Unmapping waits for it.
 struct Use {
   std::shared_ptr<const Fence> fence;
   LayerSet layers;
@@ -76,28 +78,28 @@ struct Use {
 
 struct Model {
   std::string name;
-  const void* runtime = nullptr;  // whose it is; compared, never followed
+  const void* runtime = nullptr;  // its runtime; compared, never dereferenced
   std::uint64_t id = 0;
   bool writable = false;
   std::vector<File> files;
-  std::deque<Layer> layers;    // execution order; addresses stay
-  std::uint64_t bytes = 0;     // of the layers, padding to granules not counted
+  std::deque<Layer> layers;    // in execution order; their addresses never change
+  std::uint64_t bytes = 0;     // of the layers, without padding to granules
   std::uint64_t granules = 0;  // of all layers; their bytes are at most kMostBytes
-  ReservationPtr reservation;  // made at the first prewarm or view; set once, under the lock
+  ReservationPtr reservation;  // created at the first prewarm or view; set once, under the lock
 
-  // Changes whenever the granules behind an address of the model do. Readable without the lock.
+  // Changes whenever the granules at an address of the model change. Readable without the lock.
   std::atomic<std::uint64_t> backing_epoch{0};
 
-  // Under the runtime's lock.
+  // The runtime's lock guards all fields below.
   bool registered = true;
   std::uint32_t leases = 0;         // on any of its layers
-  std::uint64_t lease_epoch = 0;    // changes whenever one of them begins or ends
-  std::uint32_t passes = 0;         // under way on any of its layers
-  std::uint32_t whole_holds = 0;    // on all layers, which are not counted in each
-  std::uint32_t whole_passes = 0;   // those of them that are passes
-  std::uint32_t layers_held = 0;    // by the others
-  std::uint64_t granules_held = 0;  // the same layers'
-  std::uint32_t layers_leased = 0;  // by those of the others that are leases
+  std::uint64_t lease_epoch = 0;    // changes whenever a lease on it begins or ends
+  std::uint32_t passes = 0;         // running on any of its layers
+  std::uint32_t whole_holds = 0;    // holds on the whole model; Layer::holds excludes them
+  std::uint32_t whole_passes = 0;   // the passes among whole_holds
+  std::uint32_t layers_held = 0;    // layers with Layer::holds
+  std::uint64_t granules_held = 0;  // granules of those layers
+  std::uint32_t layers_leased = 0;  // layers with a lease among Layer::holds
   std::uint32_t missing = 0;        // layers that are not resident
   std::uint64_t last_use = 0;       // the runtime's logical clock
   std::vector<Use> uses;
@@ -110,7 +112,7 @@ bool Layer::leased() const noexcept {
   return holds > passes || model->whole_holds > model->whole_passes;
 }
 
-// Some layers of a model; of a model alone, all of them.
+// Some layers of a model; all of them if constructed from a model alone.
 struct Selection {
   Selection(ModelPtr of)
       : model(std::move(of)), layers(LayerSet::first(model->layers.size())), whole(true) {}

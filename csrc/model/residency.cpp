@@ -36,8 +36,8 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
                      (from == draining && to == resident && !layer.torn);
   if (!legal)
     throw Error(ErrorKind::general, std::string("layer ") + std::to_string(layer.index) + " of '" +
-                                        layer.model->name + "' cannot go from " + to_string(from) +
-                                        " to " + to_string(to));
+                                        layer.model->name + "' cannot change from " +
+                                        to_string(from) + " to " + to_string(to));
   if (from == resident) ++layer.model->missing;
   if (to == resident) --layer.model->missing;
   if (to == filling || to == absent) {
@@ -157,9 +157,10 @@ void Books::check_invariants(const Lock&) const {
       if (layer.held()) held += layer.granules_needed;
       const bool candidate = layer.granules_needed && !layer.holds &&
                              (layer.residency == Residency::resident || layer.torn);
-      require(candidate == layer.candidate.has_value(), where + "is wrongly among the candidates");
+      require(candidate == layer.candidate.has_value(),
+              where + "its place among the candidates is wrong");
       owned += layer.owned;
-      if (layer.owned) {  // in the hands of a thread right now
+      if (layer.owned) {  // a thread is working on it now
         in_motion = true;
         continue;
       }
@@ -171,10 +172,10 @@ void Books::check_invariants(const Lock&) const {
       require(layer.residency != Residency::draining || layer.torn, where + "abandoned");
       require(!(layer.mapping && layer.poison), where + "poisoned and mapped");
       require((layer.residency == Residency::filling) <= (layer.fill != nullptr),
-              where + "fills itself");
+              where + "filling without a fill");
       for (const GranuleId id : layer.granules) {
         require(id < arena.capacity() && !used[id] && !arena.is_free(id),
-                where + "granule " + std::to_string(id) + " is in two places");
+                where + "granule " + std::to_string(id) + " is used twice or free");
         used[id] = true;
         ++accounted;
       }
@@ -185,7 +186,7 @@ void Books::check_invariants(const Lock&) const {
   }
   require(owned == owned_layers, "owned layers are counted wrong");
   require(held == held_granules, "held granules are counted wrong");
-  require(held_granules <= arena.capacity(), "more is held than there is");
+  require(held_granules <= arena.capacity(), "more granules are held than the arena has");
   require(in_motion ? accounted <= arena.capacity() : accounted == arena.capacity(),
           "granules are lost: " + std::to_string(accounted) + " of " +
               std::to_string(arena.capacity()));

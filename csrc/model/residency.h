@@ -1,5 +1,5 @@
-// Which layers are where, under one lock: the states, their one transition function, and the order
-// in which layers go when room is needed.
+// The states of all layers under one lock, their only transition function, and the choice of the
+// layers to evict when memory is needed.
 #pragma once
 
 #include <condition_variable>
@@ -17,17 +17,18 @@
 
 namespace warmserve {
 
-// Passed to every function that needs the runtime's lock held.
+// The runtime's lock. A function that takes a const Lock& needs it held; one that takes a Lock& may
+// also drop it.
 using Lock = std::unique_lock<std::mutex>;
 
 struct Counters {
   std::uint64_t bytes_loaded = 0, layers_loaded = 0, layers_evicted = 0, chunks = 0;
-  // How often a layer was looked at while room or work was searched: what that costs, without a
-  // clock.
+  // Layers examined in searches for memory or work: a measure of their cost that needs no clock.
   std::uint64_t layers_examined = 0;
 };
 
-// A runtime's books. One lock over all of them; it is never held over a call that may block.
+// A runtime's books: the state of its models, under one lock, which is never held over a call that
+// may block.
 class Books {
  public:
   explicit Books(Arena& arena) : arena(arena) {}
@@ -36,7 +37,7 @@ class Books {
   std::mutex mutex;
   std::condition_variable changed;  // callers wait here for tickets and layers
   std::condition_variable work;     // loaders wait here for something to do
-  std::uint64_t version = 0;        // counts wakes: what was looked at before one may be old
+  std::uint64_t version = 0;  // incremented by wake(); a loader that sees it change must look again
   void wake() {
     ++version;
     changed.notify_all();
@@ -45,37 +46,38 @@ class Books {
 
   std::map<std::string, ModelPtr> models;
   std::uint64_t clock = 0;             // logical; orders uses
-  std::unordered_set<Layer*> filling;  // layers in that state
+  std::unordered_set<Layer*> filling;  // layers in the state `filling`
   std::uint64_t owned_layers = 0;
-  std::uint64_t held_granules = 0;     // of all layers with holds
-  std::uint64_t granules_in_hand = 0;  // taken from the pool by a thread that is trimming it
+  std::uint64_t held_granules = 0;     // granules of all held layers
+  std::uint64_t granules_in_hand = 0;  // taken from the pool by a thread that trims it
   bool room_wanted = false;            // a fill waits for layers to become evictable
-  unsigned release_wanted = 0;         // evictions that wait for leases to end
+  unsigned release_wanted = 0;         // evictions waiting for leases to end
   EventFd epochs;                      // signalled when a backing epoch has changed
   Counters counters;
 
   std::vector<Holder> holders(const Lock&) const;
 
-  // The only place where a layer's residency changes. Throws general on a step that is none.
+  // Changes a layer's residency; nothing else does. Throws general on an illegal transition.
   void transition(const Lock&, Layer& layer, Residency to);
 
-  // Keeps layers from eviction for a lease or a pass, whether or not they have arrived.
+  // Protects layers from eviction for a lease or a pass, whether or not they are resident.
   void hold(const Lock&, const Selection& selection, bool pass);
   void unhold(const Lock&, const Selection& selection, bool pass);
-  // Granules of the layers that nobody holds yet.
+  // Returns how many granules the selection's layers without a hold need.
   std::uint64_t granules_to_hold(const Lock&, const Selection& selection) const;
 
-  // Layers to evict so that `granules` come free; see EvictionOrder.
+  // Returns layers whose eviction frees at least `granules`, or none; see EvictionOrder.
   std::vector<Layer*> choose_victims(const Lock&, std::uint64_t granules,
                                      const EvictionOrder::Spared& spared, const Model* first);
   void stamp(const Lock&, Layer& layer, double keep_value);
-  // Marks that a thread works on the layer between two holds of the lock, or does no more.
+  // Set and clear Layer::owned.
   void own(const Lock&, Layer& layer);
   void disown(const Lock&, Layer& layer);
-  // From resident (or torn) to draining, owned by the caller.
+  // Makes resident layers draining, and marks all the layers as owned by the caller. Torn layers
+  // are draining already.
   void claim(const Lock&, std::span<Layer* const> layers);
 
-  // Throws general, naming what is wrong.
+  // Checks all invariants of the books. Throws general, which names the broken one.
   void check_invariants(const Lock&) const;
 };
 

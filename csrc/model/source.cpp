@@ -42,10 +42,10 @@ void read_range(const File& file, std::uint64_t offset, const Destination& desti
   }
 }
 
-// As read_range, through a slice of the file in the thread's own memory. The CPU casts, also for a
-// device that could: what is narrowed here need not pass the bus, and a device needs neither room
-// for what is wider nor kernels. It costs little beside the copy out of the page cache, for a slice
-// is still in the cache.
+// As read_range, but casts each slice of the file in the thread's own memory. The CPU casts even if
+// the device could: a narrowing cast saves bus traffic, and the device needs neither memory for the
+// wider source nor kernels. The cast costs little beside the copy out of the page cache, because a
+// slice is still in the CPU's cache.
 void cast_range(const File& file, std::uint64_t offset, CastKind kind,
                 const Destination& destination, std::uint64_t begin, std::uint64_t end) {
   thread_local std::vector<std::byte> memory(kSliceBytes);
@@ -71,7 +71,7 @@ std::uint64_t nanoseconds(const timespec& time) {
          static_cast<std::uint64_t>(time.tv_nsec);
 }
 
-// What of a file is not as it was; "" if all is.
+// Returns how a file has changed; "" if it has not.
 std::string difference(const FileIdentity& was, const FileIdentity& now, bool deleted,
                        bool digests) {
   if (was.device != now.device || was.inode != now.inode) return "it is another file";
@@ -107,7 +107,7 @@ void File::check_unchanged(bool digests) const {
   if (!what.empty())
     throw Error(ErrorKind::corrupt_checkpoint,
                 path_ + " was replaced or changed since it was registered: " + what +
-                    "; Runtime.reload() takes the model as its files are now");
+                    "; Runtime.reload() accepts the files as they are now");
 }
 
 void read_layer(const std::vector<File>& files, const LayerSource& source, std::uint64_t begin,

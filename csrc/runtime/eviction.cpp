@@ -1,4 +1,5 @@
-// The runtime's leave-taking: what evicts layers, forgets a model or closes, and waits for leases.
+// The runtime's operations that evict: evict(), unregister() and close(), and their waits for
+// leases, passes and streams.
 #include <algorithm>
 #include <utility>
 
@@ -7,7 +8,8 @@
 namespace warmserve {
 namespace {
 
-// Counts one that waits for leases to end, for the time of its scope. Under the runtime's lock.
+// Counts a thread that waits for leases to end, for its scope. Constructed and destroyed under the
+// runtime's lock.
 class Wanted {
  public:
   explicit Wanted(unsigned& count) : count_(count) { ++count_; }
@@ -18,7 +20,7 @@ class Wanted {
   unsigned& count_;
 };
 
-// For messages, of a model that was in use for too long.
+// Returns who still used the model when the timeout ended, for messages.
 std::string why_late(const Model& model) {
   return (model.leases ? "'" + model.name + "' was still leased"
                        : "a pass still computed with '" + model.name + "'") +
@@ -27,8 +29,8 @@ std::string why_late(const Model& model) {
 
 }  // namespace
 
-// Waits until no lease and no pass uses the layers, or throws busy, as `patience` says. A pass
-// counts like a stream: it goes on after its lease.
+// Waits until no lease and no pass uses the layers; throws busy for users that `patience` does not
+// cover. A pass counts like a stream, because it continues after its lease.
 void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadline,
                           const Poll& poll, Patience patience, const std::function<bool()>& leased,
                           const std::function<bool()>& in_use) {
@@ -39,16 +41,16 @@ void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadl
   while (in_use()) {
     if (refused()) throw Error(ErrorKind::busy, why_busy(model));
     if (desk_.in_pass(lock, selection, this_thread()))
-      throw Error(ErrorKind::busy, "the thread that would evict '" + model.name +
-                                       "' computes with it, and would wait for itself");
+      throw Error(ErrorKind::busy, "this thread cannot evict '" + model.name +
+                                       "': it computes with the model and would wait for itself");
     const Wanted release(books_.release_wanted);
     if (!wait_until(lock, deadline, poll, [&] { return !in_use() || refused(); }))
       throw Error(ErrorKind::timeout, why_late(model));
   }
 }
 
-// Takes a model off the books. What it had, which may be the last of a stream that has work left,
-// is the caller's to free without the lock.
+// Removes a model from the books and returns its reservation and uses. The caller destroys them
+// without the lock, because dropping the last reference to a stream waits for the stream's work.
 Runtime::Remains Runtime::take_off(const Lock&, Model& model) {
   model.registered = false;
   books_.models.erase(model.name);
@@ -65,7 +67,7 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
         lock, model, deadline, poll, patience, [&] { return model->leases > 0; },
         [&] { return model->leases + model->passes > 0; });
     evict_locked(lock, model, deadline, poll, patience);
-    require_registered(lock, *model);  // another thread may have been faster
+    require_registered(lock, *model);  // another thread may have unregistered it meanwhile
   } while (model->leases + model->passes);
   const auto why = cancelled("'" + model->name + "' was unregistered");
   transfer_.drop_layers(lock, model, why);
@@ -94,7 +96,7 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
   const auto gone = [&] {
     return !any([](const Layer& l) { return l.residency != Residency::absent; });
   };
-  const auto settled = [&] {  // nobody works on any of them
+  const auto settled = [&] {  // no thread works on any of the layers
     return !any([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
   };
   const auto wait_for = [&](const std::function<bool()>& condition) {
@@ -136,12 +138,13 @@ bool Runtime::streams_in_use(const Lock&) const {
       for (const Use& use : model->uses)
         if (!use.fence->complete()) return true;
   } catch (const Error& error) {
-    if (error.kind() != ErrorKind::device_lost) throw;  // which uses nothing any more
+    if (error.kind() != ErrorKind::device_lost) throw;  // a lost device no longer uses memory
   }
   return false;
 }
 
-// Waits for the streams that still use any model; false if they need longer. Gives the lock away.
+// Waits for the streams that still use any model. Returns false if the deadline passes first.
+// Releases the lock while it waits.
 bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   std::vector<std::shared_ptr<const Fence>> fences;
   for (const auto& [name, model] : books_.models)
@@ -151,10 +154,10 @@ bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   try {
     for (const auto& fence : fences) fence->wait(deadline, poll);
   } catch (const Error& error) {
-    ended = error.kind() == ErrorKind::device_lost;  // which uses nothing any more
+    ended = error.kind() == ErrorKind::device_lost;  // a lost device no longer uses memory
     if (!ended && error.kind() != ErrorKind::timeout) throw;
   }
-  fences.clear();  // without the lock: one may be the last of a stream that has work left
+  fences.clear();  // without the lock: dropping the last reference to a stream may block
   lock.lock();
   return ended;
 }
@@ -172,7 +175,7 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
         throw Error(ErrorKind::busy, "close: " + why_busy(*model));
       if (desk_.in_pass(lock, model, this_thread()))
         throw Error(ErrorKind::busy,
-                    "close: this thread computes with '" + name + "', and would wait for itself");
+                    "close: this thread computes with '" + name + "' and would wait for itself");
     }
     const Wanted release(books_.release_wanted);
     if (!wait_until(lock, deadline, poll, idle)) {
@@ -207,7 +210,8 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
   while (!books_.models.empty()) {
     const ModelPtr model = books_.models.begin()->second;
     evict_locked(lock, model, kNever, poll, Patience::streams);
-    if (model->registered) remains.push_back(take_off(lock, *model));  // else: by another thread
+    // False if another thread has unregistered the model meanwhile.
+    if (model->registered) remains.push_back(take_off(lock, *model));
   }
   wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
   if (arena_.free_count()) trim_locked(lock);
@@ -217,7 +221,8 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
   staging_.release();
   arena_.release();
   if (!device_->retry_releases())
-    throw Error(ErrorKind::general, "close: the driver does not take everything back");
+    throw Error(ErrorKind::general,
+                "close: the driver refused to release some resources; close() can be retried");
 }
 
 }  // namespace warmserve

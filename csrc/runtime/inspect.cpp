@@ -1,4 +1,4 @@
-// The runtime in use: waits for tickets, and what can be read of it.
+// The runtime's operations on tickets, and its readers: read_back(), digest() and state().
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -8,7 +8,7 @@
 namespace warmserve {
 namespace {
 
-// Work under way on a stream of its own, and the memory that it writes.
+// A stream and the memory that its work writes.
 struct ReadBack {
   ReadBack(const DevicePtr& device, std::uint64_t size)
       : bytes(new std::byte[size]), stream(device) {}
@@ -80,9 +80,9 @@ void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t
                    Deadline deadline, const Poll& poll) {
   const Layer& layer = layer_of(*model, index);
   if (!ticket->wants_layer(layer))
-    throw Error(
-        ErrorKind::invalid_argument,
-        ticket->what + " is not for layer " + std::to_string(index) + " of '" + model->name + "'");
+    throw Error(ErrorKind::invalid_argument, ticket->what + " does not include layer " +
+                                                 std::to_string(index) + " of '" + model->name +
+                                                 "'");
   enter();
   Lock lock(books_.mutex);
   const auto over = [&] { return !layer.fill || !ticket->fills.contains(layer.fill); };
@@ -100,8 +100,9 @@ void Runtime::cancel(const TicketPtr& ticket) {
   if (!ticket->done) transfer_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
 }
 
-// Runs work(*made) while the resident layer stays; the work has ended when it returns. `made` may
-// outlive a throw: neither what the work reads nor what it writes may go before it ends.
+// Runs work(*made) while the layer is kept resident. When `work` returns normally, all its device
+// work has ended. When it throws, device work may still run; then `made`, which owns the stream and
+// the memory that the work writes, is kept as a use of the layer until that work ends.
 template <typename Made>
 void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
                             const std::function<std::shared_ptr<Made>()>& make,
@@ -114,14 +115,14 @@ void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
     throw Error(ErrorKind::stale_view, "layer " + std::to_string(index) + " of '" + model->name +
                                            "' is " + to_string(layer.residency));
   if (!layer.bytes) return;
-  books_.own(lock, layer);  // so that it stays
+  books_.own(lock, layer);  // keeps the layer from eviction
   lock.unlock();
   std::shared_ptr<Made> made;
   std::exception_ptr error;
   try {
     made = make();
     work(*made, layer);
-    made.reset();  // without the lock
+    made.reset();  // without the lock: destroying the stream may block
   } catch (...) {
     error = std::current_exception();
   }
@@ -168,7 +169,7 @@ std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t 
 }
 
 RuntimeState Runtime::state() {
-  enter();  // before any lock
+  enter();  // before any lock: a forked child may have inherited a lock in locked state
   RuntimeState state;
   state.headroom_bytes = arena_.headroom();
   state.pinned_bytes = staging_.pinned_bytes();

@@ -27,8 +27,8 @@ bool LeaseDesk::fits(const Lock& lock, const Hold& hold) const {
   return granules <= books_.arena.capacity();
 }
 
-// Whether the owner holds all of these layers already: it takes nothing new, and making it wait
-// for somebody who waits for its release would be a deadlock.
+// Returns whether the owner already holds all layers of the hold. Such a hold takes nothing new,
+// and if it waited in line behind an owner that waits for its release, both would wait for ever.
 bool LeaseDesk::nested(const Hold& hold) const {
   return std::all_of(hold.wants.begin(), hold.wants.end(), [&](const Selection& wanted) {
     LayerSet own;
@@ -66,8 +66,8 @@ void LeaseDesk::wait_in_line(const Lock& lock, const HoldPtr& hold) {
     line_.pop_back();
     const Error room = no_room(ErrorKind::busy, lease_on(hold->wants), bytes, books_.arena.budget(),
                                books_.holders(lock));
-    throw Error(ErrorKind::busy,
-                std::string(room.what()) + "; those who hold them would wait for this lease");
+    throw Error(ErrorKind::busy, std::string(room.what()) +
+                                     "; the owners of the held layers would wait for this lease");
   }
 }
 
@@ -101,7 +101,7 @@ void LeaseDesk::extend(const Lock& lock, Hold& pass, const Layer& layer) {
   LayerSet added;
   added.insert(layer.index);
   Selection more(wanted.model, std::move(added));
-  more.whole = false;  // as what it is added to
+  more.whole = false;  // counted per layer, like the selection that it is added to
   books_.hold(lock, more, true);
   wanted.layers.insert(layer.index);
 }
@@ -157,11 +157,12 @@ const Hold* LeaseDesk::failed(const Lock&, const Layer& layer) const {
   return nullptr;
 }
 
-// Plays the line to its end, as a banker would: owners who do not wait release all they hold; then
-// the head of the line is served if it fits, releases too, and so on. A head that does not fit
-// even so never will.
+// The safety check of Dijkstra's banker's algorithm, with the order of the line. Assumes that
+// owners which do not wait release everything. Then each hold in line, from the head on, is
+// admitted if it fits, and an owner releases everything once none of its holds waits. A head that
+// does not fit even then can never be admitted.
 bool LeaseDesk::would_deadlock() const {
-  std::map<std::uint64_t, std::uint32_t> waiting;  // owner, holds still in line
+  std::map<std::uint64_t, std::uint32_t> waiting;  // owner: number of its holds still in line
   for (const HoldPtr& hold : line_) ++waiting[hold->owner];
   std::vector<const Hold*> held(admitted_.begin(), admitted_.end());
   for (const HoldPtr& head : line_) {

@@ -1,12 +1,14 @@
-// Leases: who may use which layers now, in the order they asked.
+// The admission of leases and passes to layers, in order of arrival.
 //
-// A lease is admitted when all its layers, together with those already held, fit the arena. From
-// then on they stay, and what is missing is loaded; so an admitted lease always gets there unless
-// the device or the file fails. Those that do not fit wait in line. Nobody passes the head of the
-// line but who asks only for what it already holds, or shares what another holds.
+// A lease is admitted when its layers fit the arena together with all layers already held. From
+// then on its layers are not evicted, and the missing ones are loaded. An admitted lease therefore
+// always gets its layers, unless the device or a file fails. A lease that does not fit waits in
+// line. Only two kinds of lease are admitted ahead of the line: a lease on layers that its owner
+// already holds, and a lease that shares the layers of an admitted lease.
 //
-// A pass is one computation on a model, by one thread. It holds what leases hold when it begins,
-// until it ends, whenever those leases end. No other pass can begin on what passes alone hold.
+// A pass is one computation on a model by one thread. It holds the layers that leases hold when it
+// begins. It keeps them until it ends, even if those leases end before. Layers that only passes
+// hold are not available to new passes.
 #pragma once
 
 #include <list>
@@ -18,21 +20,21 @@
 
 namespace warmserve {
 
-// The owner that a thread is: the number that Python's threading.get_ident() returns.
+// Returns the owner number of the calling thread, the same as Python's threading.get_ident().
 std::uint64_t this_thread() noexcept;
 
-// One acquisition, or one pass. Under the runtime's lock.
+// One lease or one pass. Guarded by the runtime's lock.
 struct Hold {
   std::vector<Selection> wants;  // each model once
-  std::uint64_t owner = 0;       // a thread or a task: one that waits releases nothing meanwhile
+  std::uint64_t owner = 0;       // thread or task; an owner that waits is taken to release nothing
   bool admitted = false;         // its layers count as held
-  TicketPtr entry;               // done when it is admitted; null: it was at once
-  TicketPtr ticket;              // of what was missing then; null: nothing
-  std::map<const Model*, LayerSet> ordered;  // layers whose arrival was waited for
-  std::size_t slot = 0;                      // in LeaseDesk::admitted_
+  TicketPtr entry;               // done on admission; null: admitted at once
+  TicketPtr ticket;  // loads the layers missing on admission; null: no layer was missing
+  std::map<const Model*, LayerSet> ordered;  // layers that await_layer() has waited for
+  std::size_t slot = 0;                      // index in LeaseDesk::admitted_
   bool pass = false;
-  unsigned depth = 0;                 // of a pass: how often its thread has begun it within itself
-  std::vector<TicketPtr> arriving{};  // of a pass: layers that its streams wait for
+  unsigned depth = 0;                 // of a pass: nested begins that have not ended
+  std::vector<TicketPtr> arriving{};  // of a pass: loads of layers that its streams wait for
 
   bool wants_layer(const Layer& layer) const noexcept {
     return warmserve::wants_layer(wants, layer);
@@ -40,43 +42,46 @@ struct Hold {
 };
 using HoldPtr = std::shared_ptr<Hold>;
 
-// For messages: "lease on 'a', 'b'".
+// Returns "lease on 'a', 'b'", for messages.
 std::string lease_on(const std::vector<Selection>& wants);
-// For messages, of a model that is in use: "'a' is leased".
+// Returns "'a' is leased" or the equivalent for a pass, for messages.
 std::string why_busy(const Model& model);
 
 class LeaseDesk {
  public:
   explicit LeaseDesk(Books& books) : books_(books) {}
 
-  // All under the runtime's lock.
+  // All functions are called under the runtime's lock.
 
-  // Admits the hold if it fits and nobody waits before it. Wait-free.
+  // Admits the hold if it fits and no hold waits in line, or if its owner already holds all its
+  // layers. Returns whether it was admitted. Wait-free.
   bool try_admit(const Lock& lock, const HoldPtr& hold);
-  // Admits one that holds what an admitted one holds. Wait-free.
-  void admit(const Lock& lock, const HoldPtr& hold);
-  // Puts a hold in line. Throws out_of_device_memory where it could never be admitted, busy where
-  // those that wait would wait for each other.
-  void wait_in_line(const Lock& lock, const HoldPtr& hold);
-  // Begins a pass of the owner, or begins it again within itself. Null: no lease is on the model.
+  // Admits a hold unconditionally. Precondition: its layers fit, or other holds hold them.
   // Wait-free.
+  void admit(const Lock& lock, const HoldPtr& hold);
+  // Puts a hold in line. Throws out_of_device_memory if the hold exceeds the arena, busy if the
+  // waiting owners would then wait for each other for ever.
+  void wait_in_line(const Lock& lock, const HoldPtr& hold);
+  // Begins a pass of the owner, or a nested part of the pass that the owner is in. Returns null if
+  // no lease is on the model. Wait-free.
   HoldPtr begin_pass(const Lock& lock, const ModelPtr& model, std::uint64_t owner);
-  // Adds a layer that is leased to those that a pass holds.
+  // Adds a leased layer to a pass.
   void extend(const Lock& lock, Hold& pass, const Layer& layer);
-  // Whether the owner is inside a pass that holds any of these layers.
+  // Returns whether the owner is inside a pass that holds any of these layers.
   bool in_pass(const Lock&, const Selection& selection, std::uint64_t owner) const;
-  // Admits the head of the line if it fits now; null otherwise.
+  // Admits the head of the line and returns it. Returns null if the line is empty or its head does
+  // not fit.
   HoldPtr admit_next(const Lock& lock);
-  // Takes those that wait for the model out of the line.
+  // Removes the holds that wait for the model from the line and returns them.
   std::vector<HoldPtr> turn_away(const Lock& lock, const ModelPtr& model);
-  // How many leases wait before this one.
+  // Returns how many leases wait in line before this one.
   std::size_t ahead_of(const Lock& lock, const HoldPtr& hold) const;
-  // Leaves the line, or gives up what is held.
+  // Removes the hold from the line or, if it is admitted, releases its layers.
   void leave(const Lock& lock, const HoldPtr& hold);
 
   std::size_t active() const noexcept { return admitted_.size(); }  // leases and passes
   std::size_t leases() const noexcept { return admitted_.size() - passes_.size(); }
-  // An admitted hold on the layer whose load failed; null: there is none.
+  // Returns an admitted hold on the layer whose load failed; null if no load of it failed.
   const Hold* failed(const Lock&, const Layer& layer) const;
 
  private:
@@ -86,7 +91,7 @@ class LeaseDesk {
 
   Books& books_;
   std::vector<Hold*> admitted_;
-  std::vector<HoldPtr> passes_;  // also in admitted_; about one for each thread that computes
+  std::vector<HoldPtr> passes_;  // also in admitted_; about one per computing thread
   std::list<HoldPtr> line_;
 };
 

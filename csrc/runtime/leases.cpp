@@ -1,4 +1,4 @@
-// The runtime's leases: whole models or some layers, at once or while the rest streams in.
+// The runtime's operations on leases and passes: begin, share, wait, record, end.
 #include <algorithm>
 #include <utility>
 
@@ -8,13 +8,13 @@ namespace warmserve {
 
 namespace {
 
-// Of uses that are over: they go without the lock, for one may be a stream's last.
+// Completed uses. Destroy them without the lock: dropping the last reference to a stream may block.
 using Fences = std::vector<std::shared_ptr<const Fence>>;
 
 void add_use(const Lock&, const Selection& used, const std::shared_ptr<const Fence>& fence,
              Fences* past) {
   std::vector<Use>& uses = used.model->uses;
-  if (uses.size() >= 8)  // bounds them by what is really under way
+  if (uses.size() >= 8)  // keeps the list about as long as the number of pending uses
     std::erase_if(uses, [&](const Use& use) {
       const bool complete = use.fence->complete();
       if (complete) past->push_back(use.fence);
@@ -25,7 +25,7 @@ void add_use(const Lock&, const Selection& used, const std::shared_ptr<const Fen
 
 }  // namespace
 
-// Loads what an admitted hold is missing.
+// Requests the layers that an admitted hold is missing.
 void Runtime::serve(const Lock& lock, const HoldPtr& hold) {
   if (hold->entry) hold->entry->finish(books_, lock);
   const bool missing = std::any_of(hold->wants.begin(), hold->wants.end(), [](const auto& wanted) {
@@ -77,7 +77,8 @@ void Runtime::await_lease(const HoldPtr& hold, Deadline deadline, const Poll& po
   }
 }
 
-// Waits until the hold is admitted. A timeout says what it needs, and what stands in its way.
+// Waits until the hold is admitted. The message of a timeout says how much the hold needs and which
+// models and leases are in its way.
 void Runtime::await_entry(const HoldPtr& hold, Deadline deadline, const Poll& poll) {
   enter();
   Lock lock(books_.mutex);
@@ -116,7 +117,7 @@ bool Runtime::notify(const HoldPtr& hold, bool all, const std::shared_ptr<Waker>
   return ticket && ticket->notify(lock, waker, token);
 }
 
-// What the lease waits for now; null: nothing.
+// Returns the ticket that the lease waits for now; null if it waits for no ticket.
 Ticket* Runtime::awaited(const Lock&, const Hold& hold, bool all) {
   if (hold.entry && (!hold.entry->done || hold.entry->error))
     return hold.entry->done ? nullptr : hold.entry.get();
@@ -155,11 +156,11 @@ bool Runtime::await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint3
     const Hold* failed =
         hold && hold->ticket && hold->ticket->error ? hold.get() : desk_.failed(lock, layer);
     if (failed) std::rethrow_exception(failed->ticket->error);
-    throw Error(ErrorKind::stale_view, where() + " is not on its way");
+    throw Error(ErrorKind::stale_view, where() + " is not being loaded");
   }
   const bool resident = !copies;
   if (copies) {
-    if (pass) {  // the stream will use the layer, whether or not its lease lasts
+    if (pass) {  // the stream will use the layer even if its lease ends, so the load must go on
       LayerSet one;
       one.insert(index);
       hold->arriving.push_back(std::make_shared<Ticket>(
@@ -222,7 +223,7 @@ void Runtime::end_lease(const HoldPtr& hold) {
     return;
   }
   const auto drop = [&](const TicketPtr& ticket) {
-    if (ticket && !ticket->done) transfer_.drop(lock, ticket, cancelled("the lease was given up"));
+    if (ticket && !ticket->done) transfer_.drop(lock, ticket, cancelled("the lease was ended"));
   };
   drop(hold->entry);
   drop(hold->ticket);

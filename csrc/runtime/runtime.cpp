@@ -1,4 +1,4 @@
-// The runtime: its life, its models, and what moves them in and out.
+// The class Runtime: construction, registration, prewarm, swap and trim.
 #include "runtime/runtime.h"
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 namespace warmserve {
 namespace {
 
-// Gives a layer the digests that it must have, read from the files where none is given.
+// Sets the digests that the layer's granules must have. Computes those that are not given from the
+// files.
 void take_digests(const Model& model, Layer& layer, const std::vector<GranuleCheck>& checks,
                   const GranuleCut& cut, const Poll& poll) {
   std::vector<std::byte> memory;
@@ -17,7 +18,8 @@ void take_digests(const Model& model, Layer& layer, const std::vector<GranuleChe
   for (const auto& [granule, digest] : checks) {
     if (granule >= layer.granules_needed || (!taken.empty() && granule <= taken.back().granule))
       throw Error(ErrorKind::invalid_argument,
-                  "a digest of '" + model.name + "' is out of order or outside of its layer");
+                  "the checks of a layer of '" + model.name +
+                      "' must be in ascending order of granules and inside the layer");
     taken.push_back({granule, digest.value_or(0)});
     if (digest) continue;
     memory.resize(cut.granule_bytes);
@@ -59,7 +61,7 @@ std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
 Runtime::~Runtime() {
   try {
     close(nullptr);
-  } catch (...) {  // the members free what the device lets them
+  } catch (...) {  // the destructors of the members free what the device still releases
   }
 }
 
@@ -86,7 +88,8 @@ void Runtime::check(const Lock& lock, const Selection& selection) const {
   require_registered(lock, model);
   if (selection.layers.end() > model.layers.size())
     throw Error(ErrorKind::invalid_argument,
-                "'" + model.name + "' has " + std::to_string(model.layers.size()) + " layers only");
+                "'" + model.name + "' has " + std::to_string(model.layers.size()) +
+                    " layers, but the selection names a layer beyond them");
   if (selection.layers.empty() && !model.layers.empty())
     throw Error(ErrorKind::invalid_argument, "no layers of '" + model.name + "' are named");
 }
@@ -96,7 +99,7 @@ void Runtime::require_registered(const Lock&, const Model& model) const {
     throw Error(ErrorKind::invalid_argument, "'" + model.name + "' is not registered here");
 }
 
-// Waits until done(), giving the lock away meanwhile. False at the deadline.
+// Waits until done(); the lock is released while it waits. Returns false at the deadline.
 bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                          const std::function<bool()>& done) {
   while (!done()) {
@@ -106,7 +109,7 @@ bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
       const bool moved = transfer_.step();
       lock.lock();
       if (!moved && !closed_ && !done())
-        throw Error(ErrorKind::busy, "nothing that can be stepped would end this wait");
+        throw Error(ErrorKind::busy, "this wait cannot end: no step can make progress");
       if (!moved && !done()) books_.changed.wait_until(lock, Clock::now() + kPollInterval);
     } else {
       books_.changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
@@ -120,7 +123,7 @@ bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
   return true;
 }
 
-// A model that is not registered yet.
+// Builds a model without registering it.
 ModelPtr Runtime::make_model(const std::string& name, std::vector<File> files,
                              const std::vector<LayerShape>& layers, const Poll& poll) const {
   check_layout(name, files, layers, arena_.granule_bytes());
@@ -160,16 +163,18 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
 
 void Runtime::reload(const ModelPtr& model, std::vector<File> files,
                      const std::vector<LayerShape>& layers, Deadline deadline, const Poll& poll) {
-  // Its files are closed without the lock.
+  // Declared before the lock, so that the old files, which are swapped into it, are closed without
+  // the lock.
   const ModelPtr made = make_model(model->name, std::move(files), layers, poll);
   const auto bytes_of = [](const Layer& layer) { return layer.bytes; };
   if (!std::ranges::equal(made->layers, model->layers, {}, bytes_of, bytes_of))
-    throw Error(ErrorKind::invalid_argument, "'" + model->name + "' has layers of other sizes");
+    throw Error(ErrorKind::invalid_argument,
+                "'" + model->name + "' is registered with layers of other sizes");
   Lock lock = open();
   require_registered(lock, *model);
   do {
     evict_locked(lock, model, deadline, poll, Patience::streams);
-    require_registered(lock, *model);  // another thread may have been faster
+    require_registered(lock, *model);  // another thread may have unregistered it meanwhile
   } while (model->leases + model->passes);
   model->files.swap(made->files);
   for (Layer& layer : model->layers) std::swap(layer.source, made->layers[layer.index].source);
@@ -189,11 +194,11 @@ ReservationPtr Runtime::reservation(const ModelPtr& model) {
   return model->reservation;
 }
 
-// Throws unless the layers would fit beside what is leased.
+// Throws unless the layers fit beside the layers that leases and passes hold.
 void Runtime::require_room(const Lock& lock, const Selection& selection,
                            const std::string& what) const {
   if (books_.held_granules + books_.granules_to_hold(lock, selection) <= arena_.capacity()) return;
-  std::uint64_t granules = 0;  // of one model, so that neither they nor their bytes overflow
+  std::uint64_t granules = 0;  // of one model, so neither the count nor its bytes can overflow
   selection.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
   throw no_room(granules <= arena_.capacity() ? ErrorKind::busy : ErrorKind::out_of_device_memory,
                 what, granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
@@ -201,7 +206,7 @@ void Runtime::require_room(const Lock& lock, const Selection& selection,
 
 TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline deadline) {
   if (deadline <= Clock::now())
-    throw Error(ErrorKind::invalid_argument, "a deadline that has passed");
+    throw Error(ErrorKind::invalid_argument, "the deadline has already passed");
   const ModelPtr& model = selection.model;
   auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority,
                                          std::vector{selection}, deadline);
@@ -267,7 +272,7 @@ Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
   if (index >= model.layers.size())
     throw Error(ErrorKind::invalid_argument, "'" + model.name + "' has " +
                                                  std::to_string(model.layers.size()) +
-                                                 " layers and no layer " + std::to_string(index));
+                                                 " layers, got layer " + std::to_string(index));
   return model.layers[index];
 }
 
@@ -275,7 +280,8 @@ void Runtime::add_route(RoutePtr route) {
   const Lock lock = open();
   if (arena_.filled_by_host())
     throw Error(ErrorKind::invalid_argument,
-                "a path to " + device_->facts().name + ": the CPU writes its memory, over no link");
+                "no route can be added to " + device_->facts().name +
+                    ": the CPU writes its memory directly, over no link");
   transfer_.add(std::move(route));
 }
 
@@ -288,7 +294,7 @@ bool Runtime::step() {
   {
     const Lock lock = open();
     if (!transfer_.pump(lock))
-      throw Error(ErrorKind::invalid_argument, "step() is for Runtime(pump=True)");
+      throw Error(ErrorKind::invalid_argument, "step() requires Runtime(pump=True)");
   }
   return transfer_.step();
 }

@@ -1,12 +1,14 @@
-// The runtime of one device: what bind/ offers to Python, and all a C++ user needs.
+// The runtime of one device. bind/ exposes this class to Python; a C++ user needs nothing else.
 //
-// Any thread may call anything. Each operation says what it guarantees when it throws:
-//   strong     nothing has changed;
-//   per layer  every layer is in a named state, and calling again goes on from there;
-//   wait-free  never blocks; takes a lock that is never held over a call that may.
-// In a process forked from the one that made the runtime every operation throws general. Once the
-// device is lost all but those that only look or let go throw device_lost.
-// Where it says "Blocks", `poll` is called while it does.
+// Any thread may call any operation. Each operation states its guarantee:
+//   strong     after an exception nothing has changed;
+//   per layer  after an exception every layer has a defined residency, and a repeated call
+//              continues from there;
+//   wait-free  never blocks: takes only the runtime's lock, which is never held over a call that
+//              may block.
+// In a process forked from the one that made the runtime, operations throw general. Once the device
+// is lost, all operations throw device_lost, except those that only read state or release
+// something. Operations marked "Blocks" call `poll` about every 20 ms while they wait.
 #pragma once
 
 #include <memory>
@@ -22,16 +24,16 @@ namespace warmserve {
 struct RuntimeOptions {
   std::uint64_t arena_bytes = 0, staging_bytes = 0;
   std::uint64_t granule_bytes = 2 * kMiB, chunk_bytes = 8 * kMiB;
-  std::uint64_t headroom_bytes = 0;                   // of the device, left to the others in it
-  unsigned loaders = 1;                               // threads; 0: pump
-  std::chrono::milliseconds staging_timeout{30'000};  // longest wait of a load for a chunk
-  bool poison = false;                                // evicted addresses stay readable, as NaN
-  double background_share = 0.05;    // of the bytes moved while foreground loads wait, 0 to 1
-  std::uint64_t read_bandwidth = 0;  // bytes a second that loads read, at most; 0: no limit
+  std::uint64_t headroom_bytes = 0;  // device memory left to other users of the device
+  unsigned loaders = 1;              // threads; 0: pump
+  std::chrono::milliseconds staging_timeout{30'000};  // a load's longest wait for a staging chunk
+  bool poison = false;               // evicted addresses stay readable and read as NaN
+  double background_share = 0.05;    // share of the bytes moved while foreground loads wait; [0, 1]
+  std::uint64_t read_bandwidth = 0;  // upper limit for all loads, in bytes per second; 0: no limit
 };
 
-// What an eviction does about leases that are held, and about streams and passes that still use
-// the layers after theirs have ended: says Busy, or waits.
+// Which users of its layers an eviction waits for: held leases, and streams and passes that still
+// use the layers after their leases have ended. For all other users it throws busy.
 enum class Patience { none, streams, leases_and_streams };
 
 struct LayerState {
@@ -59,140 +61,156 @@ struct RuntimeState {
 
 class Runtime {
  public:
-  // As the constructor, for sharing; leaked, not destroyed, where the device is not usable (in a
-  // forked child, and while the process exits).
+  // Constructs a runtime with shared ownership. It is leaked instead of destroyed if the device is
+  // not usable at that time (in a forked child, and while the process exits).
   static std::shared_ptr<Runtime> make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options);
   // Throws invalid_argument, out_of_device_memory. Blocks while it makes the arena.
   Runtime(DevicePtr device, const RuntimeOptions& options);
-  ~Runtime();  // as close(), as far as that goes
+  ~Runtime();  // best-effort close(); errors are swallowed
   Runtime(const Runtime&) = delete;
 
   const DevicePtr& device() const noexcept { return device_; }
 
-  // Strong. Throws invalid_argument for a name that is taken. Blocks if digests are taken.
+  // Registers a model. Throws as check_layout(), and invalid_argument for invalid checks or a
+  // duplicate name. Blocks if it has to read the files to compute digests. Strong.
   ModelPtr register_model(const std::string& name, std::vector<File> files,
                           const std::vector<LayerShape>& layers, bool writable,
                           const Poll& poll = nullptr);
-  // Gives a model other files, of layers of the same sizes, at the same addresses. Evicts it; until
-  // that is done nothing has changed. Throws busy while leased, timeout, invalid_argument. Blocks.
+  // Evicts a model and replaces its files by files whose layers have the same sizes; the addresses
+  // stay. The files are unchanged until the eviction is complete. Throws busy while the model is
+  // leased, timeout, invalid_argument. Blocks.
   void reload(const ModelPtr& model, std::vector<File> files, const std::vector<LayerShape>& layers,
               Deadline deadline, const Poll& poll);
-  // Per layer. Evicts; views keep the addresses. Throws busy or waits, as `patience` says, and
-  // timeout. Blocks.
+  // Evicts a model and removes it. Its addresses stay reserved while views exist. Throws busy for
+  // users that `patience` does not cover, and timeout. Per layer. Blocks.
   void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll,
                   Patience patience = Patience::streams);
 
-  // Strong, wait-free. Loading happens later; the ticket tells how it went, per layer. Throws
-  // out_of_device_memory for what could never fit, busy for what does not fit beside the leased,
-  // invalid_argument for layers that are not there, none at all, and a deadline that has passed.
+  // Queues a load of the selected layers. The ticket reports its outcome, layer by layer. Throws
+  // out_of_device_memory if the layers exceed the budget, busy if they do not fit beside the leased
+  // layers, invalid_argument for unknown layers, an empty selection or a deadline in the past.
+  // Strong, wait-free.
   TicketPtr prewarm(const Selection& selection, int priority, Deadline deadline = kNever);
-  // As prewarm of `load`, in the granules of `evict`, which is absent when the ticket is done.
-  // Throws busy while any layer of `evict` is leased.
+  // As prewarm() of `load`, but room for it is made by evicting `evict` before other models.
+  // `evict` is absent when the ticket is done. Throws busy while a lease or a pass holds a layer of
+  // `evict`. Strong, wait-free.
   TicketPtr swap(const ModelPtr& evict, const ModelPtr& load, int priority);
-  // Per layer. Gives up loading these layers; tickets for others too go on to those. Throws busy
-  // or waits, as `patience` says, and timeout; busy where the calling thread would wait for a pass
-  // of its own. Blocks.
+  // Evicts the selected layers and cancels their loads. Tickets that also want other layers
+  // continue with those. Throws busy for users that `patience` does not cover, busy if the calling
+  // thread would wait for a pass of its own, and timeout. Per layer. Blocks.
   void evict(const Selection& selection, Deadline deadline, const Poll& poll,
              Patience patience = Patience::streams);
-  // Gives free granules back to the driver; returns their bytes. Per granule. Blocks.
+  // Releases free granules to the driver and returns their bytes. On a throw the granules released
+  // before it stay released. Blocks.
   std::uint64_t trim();
-  // Wait-free. `value` for all layers of the model, or one.
+  // Sets the keep value of all layers of the model, or of one. Wait-free.
   void stamp(const ModelPtr& model, double value);
   void stamp(const ModelPtr& model, std::uint32_t layer, double value);
 
-  // Wait-free. Begins a lease; it is admitted once hold->entry is null or done without error, and
-  // has all its layers once hold->ticket is, which is made no later. Throws out_of_device_memory,
-  // busy for leases that would wait for each other, invalid_argument; then there is none.
+  // Begins a lease. It is admitted once hold->entry is null or done without error. It has all its
+  // layers once hold->ticket, set on admission at the latest, is null or done without error. Throws
+  // out_of_device_memory, invalid_argument, and busy for leases that would wait for each other;
+  // then no lease has begun. Wait-free.
   HoldPtr begin_lease(std::vector<Selection> wants, std::uint64_t owner);
-  // A lease on what an admitted lease holds: admitted at once, whoever waits in line. Throws
-  // stale_view unless that one is held. Wait-free.
+  // Begins a second lease on the layers of an admitted lease. It is admitted at once, ahead of the
+  // leases that wait. Throws stale_view unless the first lease is held. Wait-free.
   HoldPtr share_lease(const HoldPtr& hold, std::uint64_t owner);
-  // Blocks until it is admitted and, with `all`, has all its layers. On a throw (timeout, a failed
-  // load, what poll throws) it is left.
+  // Blocks until the lease is admitted and, with `all`, has all its layers. On a throw (timeout, a
+  // failed load, an exception from poll) the lease is ended.
   void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll, bool all = true);
-  // The same in steps: whether there is nothing to wait for (any more); and wakes the token when
-  // the next step is over, with false where there is none. Wait-free.
+  // The same without blocking. ready() returns true if await_lease() would not wait. notify() wakes
+  // the token when the current wait is over; it returns false if await_lease() would not wait.
+  // Wait-free.
   bool ready(const HoldPtr& hold, bool all);
   bool notify(const HoldPtr& hold, bool all, const std::shared_ptr<Waker>& waker,
               std::uint64_t token);
-  // Orders what comes after it behind the layer's arrival: blocks until the layer is there; with a
-  // stream, until its copies are all under way, which the stream then waits for and the caller does
-  // not. Without a hold, for whoever leases the layer. True: it is resident, and nothing else need
-  // wait for it while it is held. Throws stale_view for what is not held or not in the lease,
-  // timeout, and what loading the layer met.
+  // Waits for a layer. Without a stream, blocks until the layer is resident. With one, blocks until
+  // its copies are enqueued and makes the stream wait for them; copies on a route have no event, so
+  // then it blocks until the layer is resident. Without a hold, any lease on the layer suffices.
+  // Returns true if the layer is resident: while it is held, no further wait for it is needed.
+  // Throws stale_view if the layer is not held, invalid_argument if it is not in the lease,
+  // timeout, and the error of the layer's load.
   bool await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer,
                    const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
-  // Begins a pass of the calling thread on what is leased of the model now: these layers stay until
-  // it has ended, also when the leases end before. A pass may be begun within itself, and ends with
-  // its outermost part. Null: nothing of the model is leased. `complete`: the pass holds every
-  // layer, and all are resident. await_layer() and record() take a pass as they take a lease, but
-  // throw stale_view for a layer whose lease ended before it arrived. Wait-free.
+  // Begins a pass of the calling thread on the layers of the model that leases hold now. The pass
+  // keeps these layers until it ends, even if the leases end before. A thread may begin its pass
+  // again inside the pass; the pass ends with the outermost end_lease(). The hold is null if no
+  // layer of the model is leased. `complete`: the pass holds every layer, and all are resident.
+  // await_layer() and record() accept a pass like a lease, but throw stale_view for a layer whose
+  // lease ended before the layer arrived. Wait-free.
   struct Pass {
     HoldPtr hold;
     bool complete = false;
     std::uint64_t lease_epoch = 0;  // see leased()
   };
   Pass begin_pass(const ModelPtr& model);
-  // Whether the lease is held and the layer is there for it: resident, or waited for. Wait-free.
+  // Returns true if the lease is held and the layer is resident or was waited for with
+  // await_layer(). Wait-free.
   bool arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer);
-  // What the stream was given so far will run before the models are unmapped. Throws stale_view
-  // unless the lease is held. Wait-free.
+  // Protects the work enqueued on the stream so far: the lease's layers are unmapped only after it
+  // has completed. Throws stale_view unless the lease is held. Wait-free.
   void record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream);
-  // The same of what is leased of the model, for whoever leases it.
+  // As above, for every layer of the model that any lease or pass holds.
   void record(const ModelPtr& model, const std::shared_ptr<Stream>& stream);
-  // Ends a lease or a pass. Wait-free; at once even where the lease was still waited for.
-  // Idempotent for a lease.
+  // Ends a lease, also one that still waits for admission or layers, or a pass. Idempotent for a
+  // lease. Does nothing in a forked child. Wait-free.
   void end_lease(const HoldPtr& hold);
 
   bool done(const TicketPtr& ticket);
-  std::pair<std::uint64_t, std::uint64_t> progress(const TicketPtr& ticket);  // bytes, of bytes
-  std::pair<std::size_t, std::size_t> layers_left(const TicketPtr& ticket);   // of how many
-  int fileno(const TicketPtr& ticket);  // readable when done; the ticket's
-  // Wakes the token when the ticket is done. False: it is done.
+  // Bytes arrived, bytes in all.
+  std::pair<std::uint64_t, std::uint64_t> progress(const TicketPtr& ticket);
+  // Layers still to arrive, layers in all.
+  std::pair<std::size_t, std::size_t> layers_left(const TicketPtr& ticket);
+  // A descriptor, owned by the ticket, that becomes readable when the ticket is done.
+  int fileno(const TicketPtr& ticket);
+  // Wakes the token when the ticket is done. Returns false if it is done already.
   bool notify(const TicketPtr& ticket, const std::shared_ptr<Waker>& waker, std::uint64_t token);
-  // Readable once a backing epoch has changed, until it is read; the runtime's.
+  // A descriptor, owned by the runtime, that becomes readable when a backing epoch has changed and
+  // stays readable until it is read.
   int fileno();
-  // Whether every layer is held and resident; and, where any is held, a number other than 0 that
-  // changes whenever a lease on the model begins or ends. Wait-free.
+  // Returns whether leases hold every layer and all are resident; and the model's lease epoch, a
+  // number that changes whenever a lease on the model begins or ends, or 0 if no lease is on the
+  // model. Wait-free.
   std::pair<bool, std::uint64_t> leased(const ModelPtr& model);
-  // Blocks until done; of a layer, until it is there. Throws timeout, the ticket's error, or what
-  // poll throws; the work goes on.
+  // Blocks until the ticket is done or, with a layer, until that layer is resident. Throws timeout,
+  // the ticket's error, or the exception of poll. The load continues after timeout and after an
+  // exception of poll.
   void wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll);
   void wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t layer, Deadline deadline,
             const Poll& poll);
-  // Wait-free, idempotent. Layers that arrived stay.
+  // Cancels the ticket's loads. Layers that have arrived stay resident. Wait-free, idempotent.
   void cancel(const TicketPtr& ticket);
 
-  // The model's addresses; made now if they were not. Strong.
+  // Returns the model's reservation; makes it on the first call. Strong.
   ReservationPtr reservation(const ModelPtr& model);
   // Copies a resident layer's bytes to `out`. Throws stale_view unless resident. Blocks.
   void read_back(const ModelPtr& model, std::uint32_t layer, std::byte* out);
 
-  // A digest of each of its granules (kernels.h), made on the device. Throws as read_back, and
-  // general where the device has no kernels. Blocks.
+  // Computes a digest (kernels.h) of each of the layer's granules on the device. Throws as
+  // read_back(), and general if the device has no kernels. Blocks.
   std::vector<std::uint64_t> digest(const ModelPtr& model, std::uint32_t layer);
 
-  // From now on foreground loads may go this way too, beside the device's own link. Throws
-  // invalid_argument for a name that is taken, and where the CPU writes the device's memory itself.
-  // Strong, wait-free.
+  // Adds a route that foreground loads may use beside the device's own link. Throws
+  // invalid_argument for a duplicate name, or if the CPU writes the device's memory itself. Strong,
+  // wait-free.
   void add_route(RoutePtr route);
-  // Also one that has failed. It takes nothing more and is let go when its last bytes are there.
-  // Throws invalid_argument for a name that is not there.
+  // Removes a route, also a failed one. It accepts no more copies and is destroyed when its last
+  // copy has completed. Throws invalid_argument for an unknown name.
   void drop_route(const std::string& name);
 
   RuntimeState state();
   bool step();
   void check_invariants();
-  // Per layer. Ends loaders, evicts all, frees all. Throws busy or waits, as `patience` says, and
-  // timeout: nothing has changed then. Throws general when the driver keeps something: calling
-  // again goes on from there. Blocks.
+  // Ends the loaders, evicts all models and frees all memory. Throws busy for users that `patience`
+  // does not cover, and timeout; after both nothing has changed. Throws general if the driver
+  // refuses a release; a repeated call continues from there. Per layer. Blocks.
   void close(const Poll& poll, Deadline deadline = kNever, Patience patience = Patience::streams);
 
  private:
-  void enter() const;  // throws in another process than the one that made it
-  Lock look();         // and when closed
-  Lock open();         // and when the device is lost
+  void enter() const;  // throws in a process other than the one that made the runtime
+  Lock look();         // enter(), then locks; throws if closed
+  Lock open();         // look(); throws if the device is lost
   void require_registered(const Lock&, const Model& model) const;
   struct Remains {
     ReservationPtr reservation;
@@ -230,7 +248,7 @@ class Runtime {
   Transfer transfer_;
   std::uint64_t next_id_ = 0;
   bool closed_ = false;
-  bool closing_ = false;  // by some thread
+  bool closing_ = false;  // a thread is inside close()
 };
 
 }  // namespace warmserve

@@ -1,5 +1,5 @@
-// Contexts, and each thread's stack of them. The stack is the thread's own: no call here needs the
-// context it finds to be alive.
+// Contexts, and each thread's stack of contexts. A stack is local to its thread, and the contexts
+// on it need not be alive.
 #include <algorithm>
 
 #include "simcuda/call.h"
@@ -12,7 +12,7 @@ constexpr unsigned kContextFlags = 0xff;  // scheduling, map host, lmem resize, 
 
 ThreadState& thread_of(const Simulator& sim) {
   ThreadState& thread = this_thread();
-  if (thread.generation != sim.generation) {  // the contexts of a simulator that is gone
+  if (thread.generation != sim.generation) {  // the contexts belong to a destroyed simulator
     thread.generation = sim.generation;
     thread.depth = 0;
     thread.mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
@@ -33,7 +33,7 @@ CUresult synchronize(Call& call, Context* context) {
   return call.sim->synchronize_context(call.lock, context);
 }
 
-// The context that a call names, or the current one for null.
+// Returns the context of a handle; null means the current context.
 Context* named(Call& call, CUcontext handle) {
   Context* const found = handle ? call.sim->find_context(handle) : call.context;
   if (!found) call.fail(CUDA_ERROR_INVALID_CONTEXT);
@@ -88,7 +88,7 @@ CUresult cuDevicePrimaryCtxSetFlags_v2(CUdevice ordinal, unsigned flags) {
   return CUDA_SUCCESS;
 }
 
-// Destroys the context under everybody who retained it.
+// Destroys the context even while it is retained.
 CUresult cuDevicePrimaryCtxReset_v2(CUdevice ordinal) {
   Call call(Function::cuDevicePrimaryCtxReset_v2, Need::driver);
   if (!call) return call.status;
@@ -244,7 +244,7 @@ CUresult cuCtxGetLimit(std::size_t* value, int limit) {
 CUresult cuCtxSetLimit(int limit, std::size_t value) {
   Call call(Function::cuCtxSetLimit, Need::context);
   if (!call) return call.status;
-  if (limit < 0 || limit > 6) return CUDA_ERROR_INVALID_VALUE;  // later ones are only asked
+  if (limit < 0 || limit > 6) return CUDA_ERROR_INVALID_VALUE;  // higher limits are read-only
   call.context->limits[limit] = value;
   return CUDA_SUCCESS;
 }

@@ -1,5 +1,5 @@
-// Copies and fills. Addresses are looked at when they are enqueued, as by the real driver, and
-// again when they run.
+// Copies and fills. Their addresses are checked when they are enqueued, as the real driver does,
+// and again when they run.
 #include "simcuda/call.h"
 #include "simcuda/capture.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 enum class Side { host, device, either };
 
-// Whether the range may be what the call says it is, mapped with access, all of it.
+// Returns whether the whole range is of the kind that the call states, and mapped with access.
 bool check(Call& call, Side side, Address address, std::uint64_t bytes, bool write, int device,
            Place* place) {
   Memory& memory = call.sim->memory;
@@ -50,16 +50,17 @@ CUresult copy(Call& call, const Request& request, Stream& stream, bool synchrono
     return CUDA_ERROR_INVALID_VALUE;
   const bool between_devices = copy.to_place == Place::device && copy.from_place == Place::device;
   if (copy.to - copy.from < copy.bytes || copy.from - copy.to < copy.bytes)
-    call.sim->detector.violation("misuse", "a copy to itself, overlapping", call.number);
-  // A pageable source may be used again when the call returns. A captured copy keeps the address.
+    call.sim->detector.violation("misuse", "source and destination of a copy overlap", call.number);
+  // The program may reuse a pageable source when the call returns, so its content is saved. A
+  // captured copy keeps the address instead.
   if (copy.from_place == Place::pageable && !stream.capture) {
     const auto* const bytes = reinterpret_cast<const std::byte*>(copy.from);
     copy.snapshot = std::make_shared<std::vector<std::byte>>(bytes, bytes + copy.bytes);
   }
   const bool waits =
       !stream.capture && (synchronous ? !between_devices : copy.to_place == Place::pageable);
-  // From pageable memory to the device: the stream is waited for before the copy, and then the
-  // source is staged; the copy itself may still be under way [D API sync behavior].
+  // A copy from pageable memory to the device first waits for the stream and then stages the
+  // source. The copy itself may still be running when the call returns [D API sync behavior].
   const bool staged = copy.from_place == Place::pageable && copy.to_place == Place::device;
   VectorClock clock;
   if (waits && staged) clock = call.sim->clock_of_next(stream);
@@ -68,7 +69,7 @@ CUresult copy(Call& call, const Request& request, Stream& stream, bool synchrono
   if (result != CUDA_SUCCESS || !waits) return result;
   if (!staged) clock = stream.clock;
   const CUresult state = call.sim->wait_for(call.lock, operation, stream.context);
-  // That an asynchronous copy to pageable memory has waited is not promised.
+  // CUDA does not guarantee that an asynchronous copy to pageable memory waits.
   if (synchronous && state == CUDA_SUCCESS) call.sim->detector.host_knows(clock);
   return state;
 }

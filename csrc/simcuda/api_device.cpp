@@ -1,4 +1,4 @@
-// The driver and its devices.
+// Initialisation, versions, errors, and the devices with their attributes.
 #include <cstdio>
 #include <cstring>
 
@@ -7,7 +7,7 @@
 namespace warmserve::simcuda {
 namespace {
 
-constexpr int kLastAttribute = 147;  // of CUDA 13.0
+constexpr int kLastAttribute = 147;  // in CUDA 13.0
 
 int attribute_of(const Options& options, int device, int attribute) {
   switch (attribute) {
@@ -77,7 +77,7 @@ constexpr ErrorName kErrors[] = {
 #undef X
 };
 
-// These two need no cuInit and no lock.
+// For cuGetErrorName and cuGetErrorString, which need neither cuInit nor the lock.
 CUresult error_text(CUresult error, const char** out) {
   if (!out) return CUDA_ERROR_INVALID_VALUE;
   for (const auto& [value, name] : kErrors) {

@@ -4,7 +4,7 @@
 namespace warmserve::simcuda {
 namespace {
 
-constexpr unsigned kExternal = 1;    // of recording and waiting: as a node of its own
+constexpr unsigned kExternal = 1;    // flag of records and waits: make a separate node
 constexpr unsigned kEventFlags = 7;  // BLOCKING_SYNC, DISABLE_TIMING, INTERPROCESS
 
 CUresult record(Call& call, CUevent handle, CUstream stream_handle, unsigned flags) {
@@ -21,7 +21,7 @@ CUresult record(Call& call, CUevent handle, CUstream stream_handle, unsigned fla
   return result;
 }
 
-// SUCCESS where the event may be waited for or asked about.
+// Returns SUCCESS if the event may be waited for or queried.
 CUresult allowed(Call& call, const Event& event) {
   if (event.capture) {
     event.capture->invalid = true;
@@ -61,7 +61,7 @@ CUresult cuEventCreate(CUevent* out, unsigned flags) {
   return CUDA_SUCCESS;
 }
 
-// Also while it is pending [D h:16131].
+// Legal also while the event is pending [D h:16131].
 CUresult cuEventDestroy_v2(CUevent handle) {
   Call call(Function::cuEventDestroy_v2, Need::context);
   if (!call) return call.status;
@@ -97,7 +97,7 @@ CUresult cuEventSynchronize(CUevent handle) {
   Event* const event = call.event(handle);
   if (!event) return call.status;
   if (const CUresult refused = allowed(call, *event); refused != CUDA_SUCCESS) return refused;
-  const VectorClock clock = event->clock;  // it may be recorded again meanwhile
+  const VectorClock clock = event->clock;  // a copy: the event may be recorded again meanwhile
   Context* const context = event->context;
   const OperationPtr operation = event->operation;
   const CUresult result = call.sim->wait_for(call.lock, operation, context);

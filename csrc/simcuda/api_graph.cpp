@@ -1,5 +1,5 @@
-// Capturing, and graphs. Nodes keep addresses, which are looked up when the graph runs: a graph
-// that is replayed after other granules were mapped uses those.
+// Captures and graphs. Nodes keep addresses, which are resolved when the graph runs: a graph that
+// is replayed after other granules were mapped uses the new granules.
 #include "simcuda/call.h"
 #include "simcuda/capture.h"
 
@@ -10,7 +10,7 @@ CUresult instantiate(Call& call, CUgraphExec* out, CUgraph handle, unsigned long
   const GraphObject* const graph = call.sim->graphs.find(handle);
   if (!out || !graph || flags > 15) return CUDA_ERROR_INVALID_VALUE;
   auto exec = std::make_shared<GraphExec>();
-  exec->graph = std::make_shared<Graph>(*graph->graph);  // as it is now
+  exec->graph = std::make_shared<Graph>(*graph->graph);  // a copy: the graph may change later
   exec->context = call.context;
   for (std::uint32_t i = 0; i < exec->graph->chains; ++i)
     exec->agents.push_back(call.sim->detector.add_agent());
@@ -45,7 +45,8 @@ CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
   Stream* const stream = call.stream(handle, true);
   if (!stream) return call.status;
   if (!status) return CUDA_ERROR_INVALID_VALUE;
-  // The legacy stream asked while a blocking one is captured: 906, and the capture lives on [D].
+  // A query of the legacy stream while a blocking stream is captured returns 906; the capture stays
+  // valid [D].
   if (stream->legacy)
     for (const StreamPtr& other : stream->context->streams)
       if (other->capture && other->blocking()) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
@@ -76,7 +77,7 @@ CUresult cuStreamGetCaptureInfo_v2(CUstream handle, CUstreamCaptureStatus* statu
           call.sim->graphs.add(std::make_shared<GraphObject>(GraphObject{capture->graph}));
     *graph = capture->handle;
   }
-  if (nodes) *nodes = nullptr;  // nodes have no handles here
+  if (nodes) *nodes = nullptr;  // nodes have no handles in the simulator
   if (count) *count = 0;
   return CUDA_SUCCESS;
 }
@@ -95,7 +96,7 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* out, CUgraph graph, unsigned l
   return call ? instantiate(call, out, graph, flags) : call.status;
 }
 
-// How many; they have no handles here.
+// Returns only the number of nodes; nodes have no handles in the simulator.
 CUresult cuGraphGetNodes(CUgraph handle, CUgraphNode* nodes, std::size_t* count) {
   Call call(Function::cuGraphGetNodes, Need::driver);
   if (!call) return call.status;
@@ -118,7 +119,7 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
   return call.sim->launch_graph(*stream, *exec, call.origin());
 }
 
-// Launches that are under way go on [D].
+// Running launches continue [D].
 CUresult cuGraphExecDestroy(CUgraphExec handle) {
   Call call(Function::cuGraphExecDestroy, Need::driver);
   if (!call) return call.status;

@@ -65,7 +65,7 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
   if (!reservation || !reservation->plain || reservation->begin != address)
     return CUDA_ERROR_INVALID_VALUE;
   call.sim->detector.take_away(memory.mapping_at(address)->uses, "freed", "cuMemFree", call.number);
-  // The real one waits for the device, though nothing promises it.
+  // The real driver waits for the device, although this is not documented.
   const CUresult state = call.sim->drain_context(call.lock, call.context);
   reservation = memory.reservation_at(address);
   if (reservation && reservation->plain && reservation->begin == address)
@@ -122,7 +122,7 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
     return CUDA_ERROR_NOT_SUPPORTED;
   if (const CUresult refused = unsafe_call(call); refused != CUDA_SUCCESS) return refused;
   if (call.sim->memory.place(at, bytes) == Place::device) return CUDA_ERROR_INVALID_VALUE;
-  // The claim first: two threads that register the same range are told so.
+  // Claim the range first, so that a second thread that registers the same range gets an error.
   Pinned* pinned = nullptr;
   const CUresult result = call.sim->memory.pin_host(at, bytes, &pinned);
   if (result != CUDA_SUCCESS) return result;
@@ -132,7 +132,9 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
   const bool pinnable = Memory::can_pin(at, bytes, !(flags & CU_MEMHOSTREGISTER_READ_ONLY));
   call.lock.lock();
   pinned = call.sim->memory.pinned_at(at);
-  if (!pinnable) {  // also what the CPU may only read, without READ_ONLY [D; the code is a guess]
+  // Includes memory that is read-only for the CPU, without READ_ONLY [D; the error code is a
+  // guess].
+  if (!pinnable) {
     if (pinned) call.sim->memory.unpin_host(pinned);
     return CUDA_ERROR_INVALID_VALUE;
   }
@@ -140,8 +142,9 @@ CUresult cuMemHostRegister_v2(void* address, std::size_t bytes, unsigned flags) 
   return CUDA_SUCCESS;
 }
 
-// Legal from any context [O ucx#10643]. It waits for all the work there is, as an H200's does: for
-// a stream held up for seconds as well. Nothing promises that, so the detector wants it waited for.
+// Legal from any context [O ucx#10643]. Waits for all work, as an H200 does, even if a stream is
+// blocked for seconds. This wait is not documented, so the detector requires the program to wait
+// first.
 CUresult cuMemHostUnregister(void* address) {
   Call call(Function::cuMemHostUnregister, Need::context);
   if (!call) return call.status;
@@ -163,7 +166,7 @@ CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* out, void* address, unsigned 
   if (!call) return call.status;
   const auto at = reinterpret_cast<Address>(address);
   if (!out || flags != 0 || !call.sim->memory.pinned_at(at)) return CUDA_ERROR_INVALID_VALUE;
-  *out = at;  // one address space, attribute 91 is 1
+  *out = at;  // host and device share one address space: attribute 91 is 1
   return CUDA_SUCCESS;
 }
 

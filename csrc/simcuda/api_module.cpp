@@ -1,5 +1,5 @@
-// Modules and kernels. An image is recognised and not looked into: its functions are the weight
-// kernels. Loading one is no unsafe call beside a capture, as on an H200.
+// Modules and kernels. An image is recognised but not read: its functions are always the weight
+// kernels. As on an H200, loading a module is not an unsafe call during a capture.
 #include <cstring>
 
 #include "simcuda/call.h"
@@ -10,7 +10,8 @@ namespace {
 
 constexpr std::size_t kMostParameters = 4096;  // bytes
 
-// By how it begins: a fat binary, a cubin, PTX, or what stands for an image here.
+// Recognises an image by its first bytes: a fat binary, a cubin, PTX, or the simulator's
+// placeholder.
 bool is_image(const void* image) {
   const auto begins = [&](const char* with) {
     return std::strncmp(static_cast<const char*>(image), with, std::strlen(with)) == 0;
@@ -33,7 +34,7 @@ bool is_kernel(const char* name) {
   return parse_kernel(name, nothing, &parsed);
 }
 
-// The one parameter, by address or out of the buffer that `extra` names.
+// Returns the kernel's only parameter, given by address or in the buffer that `extra` names.
 const void* parameter_of(void** parameters, void** extra) {
   if (parameters) return parameters[0];
   for (std::size_t i = 0; extra && extra[i] && i < 8; i += 2)
@@ -41,8 +42,8 @@ const void* parameter_of(void** parameters, void** extra) {
   return nullptr;
 }
 
-// What a kernel with these parameters dies of. One whose ranges overlap gives what nobody can
-// foresee, and lives.
+// Returns the error of a kernel with these parameters. A kernel whose ranges overlap has undefined
+// results, but no error.
 CUresult death_of(Misuse misuse) {
   switch (misuse) {
     case Misuse::none:
@@ -123,7 +124,7 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y, uns
   if (!parameter || !parse_kernel(kernel->symbol.c_str(), parameter, &launch.call))
     return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult refused = legacy_use(call, *stream); refused != CUDA_SUCCESS) return refused;
-  // The launch itself succeeds; the kernel dies.
+  // The launch call succeeds; the kernel fails when it runs.
   const Misuse wrong = misuse(launch.call);
   if (wrong != Misuse::none)
     call.sim->detector.violation("misuse", kernel->symbol + ": " + text_of(wrong), call.number);

@@ -1,4 +1,4 @@
-// What an address is.
+// Queries of the attributes of addresses.
 #include <cstring>
 
 #include "simcuda/call.h"
@@ -6,14 +6,15 @@
 namespace warmserve::simcuda {
 namespace {
 
-constexpr int kLastAttribute = 23;  // of CUDA 13.0
+constexpr int kLastAttribute = 23;  // in CUDA 13.0
 
 template <class T>
 void put(void* out, T value) {
   std::memcpy(out, &value, sizeof value);
 }
 
-// Whether the attribute has an answer for the address; if not, nothing is written.
+// Writes the attribute of the address to `out`. Returns false, and writes nothing, if the address
+// has no such attribute.
 bool answer(Simulator& sim, CUpointer_attribute attribute, Address address, void* out) {
   const Reservation* const reservation = sim.memory.reservation_at(address);
   const Mapping* const mapping = sim.memory.mapping_at(address);
@@ -28,15 +29,16 @@ bool answer(Simulator& sim, CUpointer_attribute attribute, Address address, void
       return true;
     default: break;
   }
-  if (reservation && !mapping) return false;  // nothing is known of addresses alone
+  if (reservation && !mapping)
+    return false;  // reserved addresses without memory have no attributes
   switch (static_cast<int>(attribute)) {
     case CU_POINTER_ATTRIBUTE_MAPPED: put(out, static_cast<unsigned char>(1)); return true;
     case CU_POINTER_ATTRIBUTE_CONTEXT:
-      // [?] for mapped memory, which belongs to no context: null.
+      // [?] null for mapped memory, which belongs to no context.
       put(out, pinned ? pinned->context : reservation->context);
       return true;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-      // [?] for memory of the host that was mapped: the host's.
+      // [?] HOST for mapped memory of the host.
       put(out, static_cast<unsigned>(pinned || mapping->physical->host ? CU_MEMORYTYPE_HOST
                                                                        : CU_MEMORYTYPE_DEVICE));
       return true;
@@ -74,7 +76,8 @@ bool answer(Simulator& sim, CUpointer_attribute attribute, Address address, void
   }
 }
 
-// How wide the answer is: where there is none, so many zeros are written.
+// Returns the size of the attribute. If an address has no such attribute, this many zeros are
+// written.
 std::size_t width_of(CUpointer_attribute attribute) {
   switch (static_cast<int>(attribute)) {
     case CU_POINTER_ATTRIBUTE_CONTEXT:
@@ -103,7 +106,7 @@ CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdevi
   return answer(*call.sim, attribute, address, data) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-// An address that is not the driver's is no error here [D].
+// An address that is unknown to the driver is not an error here [D].
 CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute* attributes, void** data,
                                 CUdeviceptr address) {
   Call call(Function::cuPointerGetAttributes, Need::driver);

@@ -10,7 +10,7 @@ constexpr int kGreatestPriority = -5;
 
 CUresult create(Call& call, CUstream* out, unsigned flags, int priority) {
   if (!out || flags > CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
-  // Out of range is clamped [D h:15002].
+  // A priority out of range is clamped [D h:15002].
   const StreamPtr stream =
       call.sim->add_stream(call.context, flags, std::clamp(priority, kGreatestPriority, 0));
   *out = stream->handle = call.sim->streams.add(stream);
@@ -43,7 +43,7 @@ CUresult cuStreamDestroy_v2(CUstream handle) {
   Call call(Function::cuStreamDestroy_v2, Need::context);
   if (!call) return call.status;
   const StreamPtr stream = call.sim->streams.take(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;  // the default streams too
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;  // also for the default streams
   call.sim->remove_stream(call.lock, stream);
   return state_of(*stream->context);
 }

@@ -1,5 +1,6 @@
-// Functions by name. A program that asks by version gets what that version of the header means by
-// the name, which is the trap in asking for 13000.
+// Lookup of functions by name. A program that requests a version gets the function that this
+// version of the header declares under the name. A request for 13000 may therefore return a
+// function with other parameters than the program expects.
 #include <cstring>
 
 #include "simcuda/call.h"
@@ -17,7 +18,7 @@ const Entry kEntries[] = {
 #define X(name, base, since, parameters) {#name, #base, since, reinterpret_cast<void*>(&name)},
     WARMSERVE_SIMCUDA_FUNCTIONS(X)
 #undef X
-    // 12.0 gave the plain name to what 11.4 called so.
+    // CUDA 12.0 renamed this function of 11.4 to the name without suffix.
     {"cuGraphInstantiateWithFlags", "cuGraphInstantiate", 12000,
      reinterpret_cast<void*>(&cuGraphInstantiateWithFlags)},
 };
@@ -34,7 +35,7 @@ CUresult find(Call& call, const char* symbol, void** function, int version,
   for (const Entry& entry : kEntries) {
     const bool exact = std::strcmp(entry.symbol, symbol) == 0;
     if (!exact && std::strcmp(entry.base, symbol) != 0) continue;
-    // There are no variants whose stream 0 is the thread's own.
+    // The simulator has no variants whose stream 0 is the per-thread stream.
     if (flags == kPerThreadStream) continue;
     known = true;
     if (entry.since > version) continue;
@@ -50,7 +51,7 @@ CUresult find(Call& call, const char* symbol, void** function, int version,
 
 }  // namespace
 
-// The older one has no other way to say it than NOT_FOUND.
+// The older function reports every failed lookup as NOT_FOUND; it has no status argument.
 CUresult cuGetProcAddress(const char* symbol, void** function, int version,
                           unsigned long long flags) {
   Call call(Function::cuGetProcAddress, Need::nothing);

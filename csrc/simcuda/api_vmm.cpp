@@ -1,7 +1,7 @@
-// Virtual memory management. None of these calls needs a current context, none waits for work, and
-// none is refused while a stream is being captured: as an H200 does, whose codes these are (driver
-// 580.159). It lets pass what the header forbids and is refused here: to map beyond a reservation,
-// to unmap or set the access of a range with a hole in it.
+// Virtual memory management. As on an H200 (driver 580.159), these calls need no current context,
+// do not wait for work, and are allowed while a stream is being captured; the error codes are those
+// of the H200. Unlike the H200, the simulator refuses calls that the header forbids: to map beyond
+// a reservation, and to unmap or set the access of a range with a hole.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr std::uint64_t kHostPage = 4096;
 
-// A place that memory can be of, or that access can be for.
+// Returns whether the location is a device of the simulator, for memory or for access.
 bool is_device(const Call& call, const CUmemLocation& location) {
   return location.type == CU_MEM_LOCATION_TYPE_DEVICE && location.id >= 0 &&
          location.id < static_cast<int>(call.sim->devices.size());
@@ -36,7 +36,7 @@ CUresult check(Call& call, const CUmemAllocationProp& prop) {
     case CU_MEM_LOCATION_TYPE_HOST: return CUDA_ERROR_NOT_SUPPORTED;  // attribute 145 is 0
     case CU_MEM_LOCATION_TYPE_HOST_NUMA:
       if (call.sim->options.host_memory()) break;
-      return CUDA_ERROR_NOT_SUPPORTED;  // and so is attribute 141
+      return CUDA_ERROR_NOT_SUPPORTED;  // attribute 141 is 0
     default: return CUDA_ERROR_INVALID_VALUE;
   }
   if (!is_device(call, prop.location) && !is_host(call, prop.location))
@@ -57,7 +57,8 @@ CUresult cuMemGetAllocationGranularity(std::size_t* bytes, const CUmemAllocation
                                        CUmemAllocationGranularity_flags option) {
   Call call(Function::cuMemGetAllocationGranularity, Need::driver);
   if (!call) return call.status;
-  // A bad device or type is not noticed, as by the real one [O HT]; a null prop kills that.
+  // An invalid device or type is not detected, as in the real driver [O HT]. The real driver
+  // crashes on a null prop.
   if (!bytes || !prop ||
       (option != CU_MEM_ALLOC_GRANULARITY_MINIMUM &&
        option != CU_MEM_ALLOC_GRANULARITY_RECOMMENDED))
@@ -113,7 +114,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* out, std::size_t bytes,
       call.sim->memory.create(bytes, host ? 0 : prop->location.id, host, &physical);
   if (result != CUDA_SUCCESS) return result;
   physical->prop = *prop;
-  physical->prop.allocFlags.compressionType = 0;  // a hint, not taken
+  physical->prop.allocFlags.compressionType = 0;  // a hint, which the simulator ignores
   if (!call.sim->options.rdma) physical->prop.allocFlags.gpuDirectRDMACapable = 0;
   call.sim->memory.give_handle(physical);
   *out = physical->handle;
@@ -125,9 +126,9 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
   if (!call) return call.status;
   Physical* const physical = call.sim->memory.find(handle);
   if (!physical) {
-    // Undefined for anything but 0 [D h:12861].
+    // Undefined for any invalid handle except 0 [D h:12861].
     if (handle != 0)
-      call.sim->detector.violation("misuse", "cuMemRelease of a handle that is none", call.number);
+      call.sim->detector.violation("misuse", "cuMemRelease of an invalid handle", call.number);
     return CUDA_ERROR_INVALID_VALUE;
   }
   call.sim->memory.drop_reference(physical);
@@ -185,7 +186,7 @@ CUresult cuMemSetAccess(CUdeviceptr address, std::size_t bytes, const CUmemAcces
     return CUDA_ERROR_INVALID_VALUE;
   for (const Mapping* const mapping : mappings) {
     if (mapping->physical->host) continue;
-    for (const CUmemAccessDesc& desc : all)  // the CPU is no peer [D]
+    for (const CUmemAccessDesc& desc : all)  // the CPU is not a peer [D]
       if (is_host(call, desc.location) ||
           (desc.location.id != mapping->physical->device && !call.sim->options.peers))
         return CUDA_ERROR_INVALID_VALUE;
@@ -226,8 +227,8 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* out, void* ad
   return CUDA_SUCCESS;
 }
 
-// The descriptor is a token that this process alone can import: the memory is not in it, and does
-// not live as long as it.
+// The descriptor is only a token, which no other process can import. It neither contains the memory
+// nor keeps it alive.
 CUresult cuMemExportToShareableHandle(void* out, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
   Call call(Function::cuMemExportToShareableHandle, Need::driver);

@@ -3,7 +3,7 @@
 namespace warmserve::simcuda {
 namespace {
 
-// [D h:2767+]: the process has to be relaunched.
+// Returns whether the error kills all contexts. [D h:2767+]: the process has to be relaunched.
 bool kills_contexts(CUresult error) {
   switch (static_cast<int>(error)) {
     case 226:
@@ -17,7 +17,7 @@ bool kills_contexts(CUresult error) {
 
 }  // namespace
 
-constexpr Nanoseconds kPoll = 10'000;  // what a query that says NOT_READY takes, at least
+constexpr Nanoseconds kPoll = 10'000;  // minimum time of a query that returns NOT_READY
 
 CUresult state_of(const Context& context) {
   return context.destroyed ? CUDA_ERROR_CONTEXT_IS_DESTROYED : context.sticky;
@@ -32,7 +32,7 @@ Context* current_context(const Simulator& sim) {
 Call::Call(Function f, Need need, std::uint64_t bytes) : function(f) {
   if (exiting()) {  // [O ucx#11275]
     status = CUDA_ERROR_DEINITIALIZED;
-  } else if (forked()) {  // undefined; 3 is what a child is typically told
+  } else if (forked()) {  // undefined in CUDA; a child typically gets 3
     status = CUDA_ERROR_NOT_INITIALIZED;
   } else if (this_thread().in_callback) {  // [D h:18127]
     status = CUDA_ERROR_NOT_PERMITTED;
@@ -60,7 +60,7 @@ void Call::begin(Need need, std::uint64_t bytes) {
     status = fault.error;
     if (kills_contexts(fault.error)) {
       for (const auto& each : sim->contexts) sim->kill_context(*each, fault.error);
-      sim->settle(lock);  // whoever hears of it may give back what copies read
+      sim->settle(lock);  // the caller may release memory that running copies read
     }
     return;
   }

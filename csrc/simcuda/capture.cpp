@@ -28,7 +28,7 @@ void leave(Simulator& sim, const std::shared_ptr<Capture>& capture) {
 
 bool is_over(const Capture& capture) { return capture.origin == nullptr; }
 
-// Whether all nodes come before some node of the frontier, or are in it.
+// Returns whether each node is in the frontier or precedes a node of it.
 bool joined(const Graph& graph, const std::vector<std::uint32_t>& frontier) {
   std::vector<bool> reached(graph.nodes.size());
   for (const std::uint32_t node : frontier) reached[node] = true;
@@ -90,8 +90,8 @@ bool capture_wait(Stream& stream, Event& event, CUresult* result) {
   if (stream.capture && stream.capture->invalid) {
     *result = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
   } else if (!event.capture) {
-    if (!event.operation) return true;  // never recorded: complete
-    // The capture would depend on work outside it.
+    if (!event.operation) return true;  // an event that was never recorded counts as complete
+    // The capture would depend on work outside of it.
     stream.capture->invalid = true;
     *result = CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
   } else if (is_over(*event.capture)) {
@@ -125,7 +125,7 @@ bool capture_record(Stream& stream, Event& event, CUresult* result) {
   return true;
 }
 
-// A graph that is launched while capturing: its nodes become nodes.
+// Adds the nodes of a graph that is launched during a capture to the capture.
 CUresult capture_graph(Stream& stream, const Graph& graph) {
   Capture& capture = *stream.capture;
   if (capture.invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;

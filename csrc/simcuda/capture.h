@@ -9,29 +9,31 @@ namespace warmserve::simcuda {
 struct Capture {
   std::uint64_t id = 0;
   CUstreamCaptureMode mode{};
-  std::uint64_t thread = 0;  // that began it
+  std::uint64_t thread = 0;  // the thread that began the capture
   Context* context = nullptr;
   Stream* origin = nullptr;
-  std::vector<Stream*> streams;  // that take part
+  std::vector<Stream*> streams;  // the streams that take part
   std::shared_ptr<Graph> graph;
   bool invalid = false;
-  CUgraph handle = nullptr;  // given out by cuStreamGetCaptureInfo, or null
+  CUgraph handle = nullptr;  // returned by cuStreamGetCaptureInfo, or null
 };
 
-// A potentially unsafe call by this thread: SUCCESS, or 900 with the captures that forbid it
-// invalidated.
+// Checks a potentially unsafe call of this thread. Returns SUCCESS; or 900, after invalidating the
+// captures that forbid the call.
 CUresult unsafe_call(Call& call);
-// Something that waits for, or asks about, a stream that is being captured: the same.
+// The same check for a call that waits for, or queries, a stream that is being captured.
 CUresult refuse_captured(Stream& stream);
-// Work for the legacy stream, which would depend on blocking streams that are being captured: 906.
+// Checks work for the legacy stream. Returns 906 if it would depend on blocking streams that are
+// being captured.
 CUresult legacy_use(Call& call, const Stream& stream);
-// The stream is being captured: the work becomes a node.
+// Adds the work as a node. Precondition: the stream is being captured.
 CUresult add_node(Stream& stream, Work work);
-// Waits and records where the stream or the event belongs to a capture. False: neither does.
+// Handle a wait or a record if the stream or the event belongs to a capture. Return false if
+// neither does.
 bool capture_wait(Stream& stream, Event& event, CUresult* result);
 bool capture_record(Stream& stream, Event& event, CUresult* result);
 CUresult capture_graph(Stream& stream, const Graph& graph);
-// A stream leaves, because it is destroyed: its capture is lost.
+// Invalidates the capture of a stream that is being destroyed.
 void abandon_capture(Simulator& sim, Stream& stream);
 
 CUresult begin_capture(Call& call, Stream& stream, CUstreamCaptureMode mode);

@@ -1,5 +1,6 @@
-// Time. With the real clock each stream is a thread; with the virtual one nothing moves but by
-// calls: an operation's end is known when it is enqueued, and it runs when the clock gets there.
+// Time and the scheduling of operations. With the real clock each stream has a thread. With the
+// virtual clock only calls advance time: an operation's end is known when it is enqueued, and the
+// operation runs when the clock reaches it.
 #include <algorithm>
 #include <cmath>
 #include <system_error>
@@ -9,7 +10,7 @@
 namespace warmserve::simcuda {
 namespace {
 
-constexpr Nanoseconds kSpin = 100'000;  // the end of a cost is spun: a sleep overshoots by as much
+constexpr Nanoseconds kSpin = 100'000;  // the last part of a cost is spun; sleeps overshoot by this
 
 }  // namespace
 
@@ -47,7 +48,7 @@ Nanoseconds Simulator::duration(const Work& work) const {
   return std::holds_alternative<Launch>(work) ? options.launch : 0;
 }
 
-// The first time from `ready` on when the engine is free for so long. Returns its end.
+// Reserves the engine for the first free interval of `length` from `ready` on. Returns its end.
 Nanoseconds Simulator::reserve_engine(int device, Engine engine, Nanoseconds ready,
                                       Nanoseconds length) {
   std::vector<Busy>& busy =
@@ -60,7 +61,7 @@ Nanoseconds Simulator::reserve_engine(int device, Engine engine, Nanoseconds rea
     begin = std::max(begin, next->end);
   const Nanoseconds end = begin + length;
   next = busy.insert(next, {begin, end});
-  // Neighbours that touch are one.
+  // Merge adjacent intervals.
   if (next + 1 != busy.end() && (next + 1)->begin == end) {
     next->end = (next + 1)->end;
     busy.erase(next + 1);
@@ -92,7 +93,7 @@ void Simulator::schedule(Stream& stream, OperationPtr operation) {
     schedule_virtual(operation, virtual_now_);
     return;
   }
-  // Positions in an idle stream need no thread.
+  // A marker in an idle stream completes at once, without a thread.
   if (std::holds_alternative<Marker>(operation->work) && stream.queue.empty() &&
       std::all_of(operation->after.begin(), operation->after.end(),
                   [](const OperationPtr& other) { return other->done; })) {
@@ -112,7 +113,8 @@ void Simulator::schedule(Stream& stream, OperationPtr operation) {
       stream.thread = std::thread(&Simulator::run_stream, this, self);
       ++workers_;
     } catch (const std::system_error&) {
-      // No thread: as if the device had fallen off. Nothing waits for what will not run.
+      // No thread could be started: the context dies, and its queued operations count as complete
+      // so that no call waits for them.
       kill_context(*stream.context, CUDA_ERROR_OPERATING_SYSTEM);
       for (const OperationPtr& lost : std::exchange(stream.queue, {})) complete(*lost, now());
     }
@@ -125,7 +127,7 @@ void Simulator::advance(Lock& lock, Nanoseconds to) {
     const OperationPtr operation = std::move(due_.back());
     due_.pop_back();
     virtual_now_ = std::max(virtual_now_, operation->end);
-    // Another thread that moves the clock may be in the middle of what comes before.
+    // Another thread that advances the clock may still be running the operations before this one.
     const auto ready = [&] {
       return std::all_of(operation->after.begin(), operation->after.end(),
                          [](const OperationPtr& other) { return other->done; });
@@ -144,7 +146,7 @@ void Simulator::advance(Lock& lock, Nanoseconds to) {
 void Simulator::complete(Operation& operation, Nanoseconds end) {
   operation.done = true;
   operation.end = end;
-  operation.work = Marker{};  // with the content it holds
+  operation.work = Marker{};  // frees the content that the work holds
   operation.after.clear();
   if (waiting_ > 0) done_.notify_all();
 }

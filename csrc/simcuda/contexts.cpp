@@ -1,4 +1,5 @@
-// Contexts: what a device's objects hang on, and what ends with them.
+// The simulator's methods for contexts: creation, death by an error, and destruction with all
+// objects.
 #include "simcuda/capture.h"
 #include "simcuda/simulator.h"
 
@@ -50,7 +51,7 @@ void Simulator::kill_context(Context& context, CUresult error) {
   for (const Ghost& ghost : context.ghosts) detector.host_knows(ghost.clock);
 }
 
-// The default stream of the calling thread, where it asks for that.
+// Returns the per-thread default stream of the calling thread.
 Stream* Simulator::per_thread_stream(Context* context) {
   StreamPtr& stream = context->per_thread[this_thread().id];
   if (!stream) {
@@ -75,7 +76,8 @@ void Simulator::destroy_context(Lock& lock, Context* context, bool drop_work) {
   if (!drop_work) synchronize_context(lock, context);
   context->destroyed = true;
   kill_context(*context, CUDA_ERROR_CONTEXT_IS_DESTROYED);
-  // What runs now reads memory that is about to go; the virtual clock runs nothing by itself.
+  // Running operations may still access memory that is about to be freed. With the virtual clock no
+  // operation runs concurrently.
   if (drop_work && !options.virtual_clock) synchronize_context(lock, context);
   for (const StreamPtr& stream : std::set<StreamPtr>(context->streams)) {
     streams.take(stream->handle);
@@ -83,7 +85,7 @@ void Simulator::destroy_context(Lock& lock, Context* context, bool drop_work) {
   }
   context->per_thread.clear();
   detector.retire(context->legacy->agent);
-  // Handles of its events stay known, so that their use is told apart from a wrong handle.
+  // Handles are never reused, so a later use of one of these is recognised as invalid.
   modules.erase_if([&](const Module& module) { return module.context == context; });
   kernels.erase_if([&](const Kernel& kernel) { return kernel.context == context; });
   events.erase_if([&](const Event& event) { return event.context == context; });

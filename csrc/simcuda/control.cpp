@@ -1,4 +1,4 @@
-// simcuda.h: how tests set the driver up and ask what it saw.
+// The functions of simcuda.h, by which tests configure the driver and query its observations.
 #pragma GCC visibility push(default)
 #include "simcuda/simcuda.h"
 #pragma GCC visibility pop
@@ -78,8 +78,8 @@ std::string report(const Simulator& sim) {
   return out + "}}";
 }
 
-// The simulator, locked; null with an error where there is none, or where its lock may be held for
-// good by a thread that this process does not have.
+// The locked simulator. Null if the options are invalid, or in a forked child, where the lock may
+// be held by a thread that does not exist.
 struct Locked {
   Simulator* sim = forked() ? nullptr : simulator();
   Lock lock = sim ? Lock(sim->mutex) : Lock();
@@ -116,12 +116,12 @@ int simcuda_fault(const char* function, unsigned long long first, unsigned long 
                   int error) {
   const std::size_t index = function ? function_index(function) : kFunctions;
   if (function && index == kFunctions) {
-    set_error("no function '" + std::string(function) + "'");
+    set_error("unknown function '" + std::string(function) + "'");
     return -1;
   }
   const Locked locked;
   if (!locked.sim) {
-    if (forked()) set_error("the driver is another process's");
+    if (forked()) set_error("the driver belongs to the process that forked this one");
     return -1;
   }
   locked.sim->faults.push_back({index, first, last, static_cast<CUresult>(error)});

@@ -6,7 +6,7 @@
 namespace warmserve::simcuda {
 namespace {
 
-constexpr std::size_t kMostViolations = 200'000;  // a program that is wrong everywhere
+constexpr std::size_t kMostViolations = 200'000;  // bounds the memory of a report
 
 std::string text_of(const char* function, const Touch& touch, const char* what) {
   char text[256];
@@ -42,12 +42,12 @@ void Detector::observe(Memory& memory, const Work& work, Agent agent, VectorCloc
     if (touch.bytes == 0) continue;
     if (memory.reservation_at(touch.address)) {
       pieces_.clear();
-      // What is not mapped is found when the operation runs.
+      // Unmapped parts are reported when the operation runs.
       memory.walk(touch.address, touch.bytes, &pieces_);
       for (const Piece& piece : pieces_) {
         piece.mapping->uses.add(agent, tick);
         Shadow& shadow = piece.mapping->physical->shadow;
-        // What the CPU has written of the host's memory nobody has seen.
+        // Memory of the host is not checked: writes of the CPU are not observed.
         if (!touch.write && !piece.mapping->physical->host &&
             !shadow.written(piece.page, piece.begin, piece.end))
           unwritten = &touch;
@@ -74,7 +74,8 @@ void Detector::observe(Memory& memory, const Work& work, Agent agent, VectorCloc
     violation("uninitialised-read", text_of(function, *unwritten, "that were never written"), call);
 }
 
-// A launch of a graph is one call with many operations.
+// Returns whether this violation was reported for the call. A graph launch is one call with many
+// operations.
 bool Detector::said(const char* kind, std::uint64_t call) const {
   for (auto last = violations_.rbegin(); last != violations_.rend() && last->call == call; ++last)
     if (last->kind == kind) return true;

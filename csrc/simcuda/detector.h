@@ -1,20 +1,24 @@
-// Finds, whatever the timing was, operations that touch the same bytes in no order, memory that is
-// taken away while something may still use it, and bytes that are read and were never written.
+// Detects operations that access the same bytes without a defined order, memory that is released
+// while operations may still use it, and reads of bytes that were never written. The results do not
+// depend on timing.
 //
-// Of memory that the CPU reaches only what the device does is judged; its first content is the
-// program's affair.
-// Everything is judged when it is enqueued, in the order of the calls. What orders operations:
-// - their stream; an event recorded and waited for; the host, where it waited for one and enqueued
-//   the other after that: cuStreamSynchronize, cuCtxSynchronize, cuEventSynchronize, a query that
-//   said success, and copies that CUDA documents as synchronous (between host and device; not
-//   cuMemcpyDtoD, not cuMemset of device memory, not an Async copy from device to pageable memory,
-//   which "might be synchronous"). One from pageable memory waits for what is before it in its
-//   stream and for its source to be read, but not for the write to the device;
-// - the legacy stream: whatever is enqueued in it, positions of events and waits included, comes
-//   after all that was enqueued in blocking streams, and before all that follows in them;
-//   synchronising with it is synchronising with the blocking streams too;
-// - a graph's edges; a launch of a graph comes after the launch before it.
-// The host is one agent: the order among its threads is a matter for ThreadSanitizer.
+// For memory that the CPU can access, only accesses of the device are checked, and its initial
+// content counts as written.
+//
+// Operations are checked when they are enqueued, in the order of the calls. They are ordered by:
+// - their stream;
+// - an event that is recorded and waited for;
+// - the host, if it waited for one operation and enqueued the other after that. Waits are
+//   cuStreamSynchronize, cuCtxSynchronize, cuEventSynchronize, a query that returned success, and
+//   copies that CUDA documents as synchronous (between host and device; not cuMemcpyDtoD, not
+//   cuMemset of device memory, not an Async copy from device to pageable memory, which "might be
+//   synchronous"). A copy from pageable memory waits for the operations before it in its stream and
+//   for its source to be read, but not for the write to the device;
+// - the legacy stream: each of its operations, including event records and waits, follows all
+//   operations enqueued before in blocking streams, and precedes all operations enqueued later in
+//   them. To synchronise with it means to synchronise with the blocking streams too;
+// - the edges of a graph; and each launch of a graph follows the launch before it.
+// The host is one agent; the order among its threads is checked by ThreadSanitizer instead.
 #pragma once
 
 #include <string>
@@ -34,7 +38,8 @@ class Detector {
   bool on() const { return on_; }
 
   Agent add_agent();
-  // Its operations may still be under way; its number is used again once the host knows them all.
+  // Releases an agent's number, which is reused once the host has waited for all its operations.
+  // Operations of the agent may still be running.
   void retire(Agent agent) { retired_.push_back(agent); }
 
   VectorClock host;
@@ -42,10 +47,10 @@ class Detector {
     if (on_) host.join(clock);
   }
 
-  // An operation is enqueued by `agent`, ordered after `clock`, to which it is added.
+  // Checks an operation that `agent` enqueues, ordered after `clock`, and adds it to `clock`.
   void observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
                std::uint64_t call, const char* function);
-  // Something is taken away that was used so.
+  // Checks the release of memory that had these uses.
   void take_away(Uses& uses, const char* what, const char* function, std::uint64_t call);
 
   void violation(const char* kind, std::string message, std::uint64_t call);
@@ -56,9 +61,9 @@ class Detector {
   bool said(const char* kind, std::uint64_t call) const;
 
   const bool on_;
-  std::vector<std::uint64_t> ticks_;  // of each agent
+  std::vector<std::uint64_t> ticks_;  // per agent
   std::vector<Agent> retired_;
-  std::vector<Touch> touches_;  // kept for their memory
+  std::vector<Touch> touches_;  // members only to reuse their allocations
   std::vector<Piece> pieces_;
   std::vector<Violation> violations_;
   std::uint64_t dropped_ = 0;

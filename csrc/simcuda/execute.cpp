@@ -1,4 +1,5 @@
-// Running an operation: the page table is walked now, not when it was enqueued.
+// The execution of an operation. The page table is read when the operation runs, not when it is
+// enqueued.
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
@@ -9,8 +10,8 @@
 namespace warmserve::simcuda {
 namespace {
 
-// How fast bytes are really moved here, so that a paced copy reads its source late and is still
-// done on time.
+// Estimated bytes per second of the simulator's own copies. A paced copy reads its source as late
+// as possible while still ending on time.
 constexpr double kOwnRate = 3e9;
 
 }  // namespace
@@ -18,7 +19,7 @@ constexpr double kOwnRate = 3e9;
 void Simulator::execute(Lock& lock, Operation& operation) {
   Context& context = *operation.context;
   if (context.destroyed || context.sticky != CUDA_SUCCESS) {
-    // Callbacks of cuStreamAddCallback run all the same, host functions do not [D h:18127].
+    // Callbacks of cuStreamAddCallback still run, host functions do not [D h:18127].
     const auto* callback = std::get_if<Callback>(&operation.work);
     if (callback && callback->stream_function) call_back(lock, operation, *callback);
     return;
@@ -56,16 +57,16 @@ CUresult Simulator::resolve(const Operation& operation, Address address, std::ui
   }
   if (place == Place::pinned) {
     if (memory.place(address, bytes) != Place::pinned)
-      return vanished("use-while-unmapped", "not pinned any more");
+      return vanished("use-while-unmapped", "memory was not pinned any more");
     if (write && memory.pinned_at(address)->read_only()) return CUDA_ERROR_ILLEGAL_ADDRESS;
     std::byte* const at = memory.reach(*memory.pinned_at(address), address, bytes);
-    if (!at) return vanished("misuse", "host memory that was unmapped without unregistering it");
+    if (!at) return vanished("misuse", "host memory was unmapped without being unregistered");
     out->push_back({at, bytes});
     return CUDA_SUCCESS;
   }
   std::vector<Piece> pieces;
   if (!memory.walk(address, bytes, &pieces))
-    return vanished("use-while-unmapped", "nothing was mapped");
+    return vanished("use-while-unmapped", "no memory was mapped");
   const int need = write ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ;
   const std::uint64_t kept = memory.kept();
   for (const Piece& piece : pieces) {
@@ -136,7 +137,7 @@ CUresult Simulator::copy(Lock& lock, Operation& operation, const Copy& copy) {
   }
   for (Physical* const physical : pinned) memory.unpin(physical);
   if (end > 0) pause(lock, end);
-  // A copy engine's fault is told in other words than a kernel's.
+  // The error code of a copy engine's fault differs from that of a kernel's fault.
   return result == CUDA_ERROR_ILLEGAL_ADDRESS ? CUDA_ERROR_LAUNCH_FAILED : result;
 }
 
@@ -145,7 +146,7 @@ CUresult Simulator::fill(Lock& lock, Operation& operation, const Fill& fill) {
   std::vector<Physical*> pinned;
   const CUresult result = resolve(operation, fill.to, fill.bytes, fill.place, true, &to, &pinned);
   const auto write = [&] {
-    std::uint64_t done = 0;  // of the pattern; a span may begin inside an element
+    std::uint64_t done = 0;  // bytes filled so far; a span may begin inside an element
     for (const Span& span : to) {
       if (span.at && fill.width == 1) {
         std::memset(span.at, static_cast<int>(fill.value), span.bytes);
@@ -161,8 +162,8 @@ CUresult Simulator::fill(Lock& lock, Operation& operation, const Fill& fill) {
   return result;
 }
 
-// The body wants each range in one piece. Granules that are neighbours in the address space are
-// seldom neighbours in the store, so such a range goes through a buffer.
+// Runs a kernel. The kernel's code needs each range contiguous. Granules that are adjacent in the
+// address space are seldom adjacent in the store, so such ranges are copied through a buffer.
 CUresult Simulator::launch(Lock& lock, Operation& operation, const Launch& launch) {
   if (launch.broken != CUDA_SUCCESS) return launch.broken;
   struct Range {
@@ -178,13 +179,13 @@ CUresult Simulator::launch(Lock& lock, Operation& operation, const Launch& launc
     const auto& [address, bytes, write] = ranges[i];
     if (bytes == 0) continue;
     const Place place = memory.place(address, bytes);
-    // The device reaches no pageable host memory (attribute PAGEABLE_MEMORY_ACCESS is 0).
+    // The device cannot access pageable host memory (attribute PAGEABLE_MEMORY_ACCESS is 0).
     result = place == Place::device || place == Place::pinned
                  ? resolve(operation, address, bytes, place, write, &resolved[i].spans, &pinned)
                  : CUDA_ERROR_ILLEGAL_ADDRESS;
     if (result != CUDA_SUCCESS && place == Place::pageable && detector.on())
-      detector.violation("use-while-unmapped", "a kernel touched memory that is not the device's",
-                         operation.call);
+      detector.violation("use-while-unmapped",
+                         "a kernel accessed memory that the device cannot reach", operation.call);
   }
   const auto run = [&] {
     std::vector<Address> addresses;

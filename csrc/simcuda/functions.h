@@ -1,6 +1,6 @@
-// Every cu* function that the simulated driver exports: its symbol, the name and the CUDA version
-// by which cuGetProcAddress finds it, its parameters. Enumerations that nothing here looks into
-// are unsigned or int.
+// The cu* functions that the simulated driver exports: symbol, name and CUDA version for
+// cuGetProcAddress, and parameters. Enumerations whose values the simulator does not use are
+// declared as unsigned or int.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@
 
 namespace warmserve::simcuda {
 
-using namespace warmserve::cuda;  // the words of the driver API are this namespace's own
+using namespace warmserve::cuda;  // types and constants of the driver API
 
 struct CUgraphEdgeData;
 using ProcStatus = CUdriverProcAddressQueryResult;
@@ -153,9 +153,9 @@ constexpr std::size_t kFunctions = 0 WARMSERVE_SIMCUDA_FUNCTIONS(X);
 #undef X
 
 const char* name_of(Function function) noexcept;
-// By symbol, or by the name without its version; kFunctions where there is none.
+// Returns a function by its symbol, or by its name without version; kFunctions if it is unknown.
 std::size_t function_index(const char* name) noexcept;
-// All versions of a function, by its name without one; or the one of that symbol.
+// Returns all versions of a function by its name without version, or the one function of a symbol.
 std::vector<Function> functions_named(const char* name);
 
 }  // namespace warmserve::simcuda

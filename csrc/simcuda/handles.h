@@ -1,5 +1,5 @@
-// What callers hold of objects: numbers that are never used twice in a process, so that a handle
-// of something destroyed, or of a simulator that was reset, is known for what it is.
+// Handles of objects. Their numbers are never reused in a process, so a handle of a destroyed
+// object, or from before a reset, is recognised as invalid.
 #pragma once
 
 #include <cstdint>

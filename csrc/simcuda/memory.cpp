@@ -38,7 +38,8 @@ bool populate_pages(Address begin, std::uint64_t length, bool writable) {
                    writable ? kPopulateWrite : kPopulateRead) == 0;
 }
 
-// Kernels before 5.14 do not know the request, and answer as others do where access is missing.
+// Returns whether the kernel supports MADV_POPULATE. Kernels before 5.14 fail such a request with
+// the same error as newer kernels fail one without access.
 bool kernel_populates() {
   static const bool can = [] {
     static std::byte here;
@@ -48,7 +49,7 @@ bool kernel_populates() {
   return can;
 }
 
-// Whether all of it is mapped with that access, as the kernel lists it.
+// Returns whether the whole range is mapped with that access, according to /proc/self/maps.
 bool listed(Address begin, std::uint64_t length, bool writable) {
   std::ifstream maps("/proc/self/maps");
   Address covered = begin;
@@ -202,7 +203,7 @@ void Memory::unpin(Physical* physical) {
   forget_if_dead(physical);
 }
 
-// Memory lives as long as a handle, a mapping or an operation that is under way needs it.
+// Frees an allocation that no handle, mapping or running operation refers to.
 void Memory::forget_if_dead(Physical* physical) {
   if (physical->references > 0 || physical->mappings > 0 || physical->pins > 0) return;
   free_slots_.insert(free_slots_.end(), physical->slots.rbegin(), physical->slots.rend());
@@ -257,7 +258,7 @@ bool Memory::set_cpu_access(Mapping* mapping, CUmemAccess_flags access) {
                     MAP_SHARED | MAP_FIXED, store_file_,
                     static_cast<off_t>(slots[i] * slot_bytes_)) != MAP_FAILED;
     }
-    // No child of fork() has the device's mappings.
+    // A child of fork() does not inherit the device's mappings.
     if (done) ::madvise(begin, mapping->bytes, MADV_DONTFORK);
   }
   if (protection == PROT_NONE || !done)
@@ -339,14 +340,15 @@ bool Memory::can_pin(Address address, std::uint64_t bytes, bool writable) {
 
 void Memory::keep_pages(Pinned* pinned) {
   const auto [begin, length] = pages_of(pinned->begin, pinned->bytes);
-  // Of a private mapping this refuses to make a second one.
+  // Fails for a private mapping, which cannot be duplicated.
   void* const again = ::mremap(reinterpret_cast<void*>(begin), 0, length, MREMAP_MAYMOVE);
   if (again != MAP_FAILED) pinned->pages = static_cast<std::byte*>(again);
 }
 
 std::byte* Memory::reach(const Pinned& pinned, Address address, std::uint64_t bytes) const {
   const auto [begin, length] = pages_of(address, bytes);
-  // The list is too slow for every copy: there the program is believed.
+  // Without kernel support, assume that the pages are mapped: to read /proc/self/maps at every copy
+  // would be too slow.
   if (pinned.allocated || !kernel_populates() || populate_pages(begin, length, false))
     return reinterpret_cast<std::byte*>(address);
   if (!pinned.pages) return nullptr;

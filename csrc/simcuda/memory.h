@@ -1,10 +1,10 @@
-// Memory of the simulated devices and what is pinned of the host's: physical allocations, address
-// reservations, the page table between them, all under the simulator's lock.
+// The memory of the simulated devices and the pinned memory of the host: physical allocations,
+// address reservations and the page table between them. Guarded by the simulator's lock.
 //
-// A physical allocation is slots of one large store that the kernel backs when it is touched; a
-// device address is a PROT_NONE mapping, so that the CPU dies where it would on a machine with a
-// GPU. Where the CPU was given access to memory of the host, its slots are mapped there once more.
-// The page table is one array of pointers for each reservation.
+// A physical allocation consists of slots of one large store, which the kernel backs when it is
+// touched. A device address is a PROT_NONE mapping, so that a CPU access faults as it does on a
+// machine with a GPU. If the CPU was given access to memory of the host, its slots are also mapped
+// at that address. The page table is one array of pointers per reservation.
 #pragma once
 
 #include <deque>
@@ -21,11 +21,11 @@ namespace warmserve::simcuda {
 struct Physical {
   std::uint64_t handle = 0;  // 0: made by cuMemAlloc
   int device = 0;
-  bool host = false;        // memory of the host: location HOST_NUMA
+  bool host = false;        // memory of the host, location HOST_NUMA
   std::uint64_t bytes = 0;  // whole granules
   CUmemAllocationProp prop{};
   std::vector<std::uint32_t> slots;
-  std::uint64_t references = 0, mappings = 0, pins = 0;  // pins: operations under way
+  std::uint64_t references = 0, mappings = 0, pins = 0;  // pins: running operations that use it
   Shadow shadow;
 
   explicit Physical(std::uint64_t granules) : shadow(granules) {}
@@ -35,8 +35,8 @@ struct Mapping {
   Address begin = 0;
   std::uint64_t bytes = 0;
   Physical* physical = nullptr;
-  std::array<std::uint8_t, kMaxDevices> access{};  // CUmemAccess_flags for each device
-  std::uint8_t cpu_access = 0;                     // and for the host
+  std::array<std::uint8_t, kMaxDevices> access{};  // CUmemAccess_flags per device
+  std::uint8_t cpu_access = 0;                     // CUmemAccess_flags of the host
   Uses uses;
 
   Address end() const { return begin + bytes; }
@@ -45,21 +45,21 @@ struct Mapping {
 struct Reservation {
   Address begin = 0;
   std::uint64_t bytes = 0;
-  bool plain = false;             // made by cuMemAlloc, which cuMemFree ends
-  CUcontext context = nullptr;    // of a plain one
-  std::uint64_t mapped = 0;       // mappings in it
-  Mapping** pages = nullptr;      // one for each granule, null where nothing is mapped
-  std::uint64_t table_bytes = 0;  // of `pages`
+  bool plain = false;             // made by cuMemAlloc and ended by cuMemFree
+  CUcontext context = nullptr;    // set if plain
+  std::uint64_t mapped = 0;       // number of mappings in the reservation
+  Mapping** pages = nullptr;      // one per granule; null if the granule is not mapped
+  std::uint64_t table_bytes = 0;  // size of `pages`
 };
 
 struct Pinned {
   Address begin = 0;
   std::uint64_t bytes = 0;
   unsigned flags = 0;
-  bool allocated = false;  // by the driver, and not registered
+  bool allocated = false;  // true: allocated by the driver; false: registered by the program
   CUcontext context = nullptr;
-  // The same pages once more, where they can be had (a shared mapping), or null: pinned pages stay
-  // when the program unmaps them.
+  // A second mapping of the pages, because pinned pages stay when the program unmaps them. Null if
+  // the pages cannot be mapped twice (only a shared mapping can).
   std::byte* pages = nullptr;
   Uses uses;
   Shadow shadow;
@@ -70,10 +70,10 @@ struct Pinned {
       : begin(at), bytes(size), shadow(granules) {}
 };
 
-// Part of a range that lies in one granule.
+// The part of a range that lies in one granule.
 struct Piece {
   Mapping* mapping;
-  std::uint64_t page;        // of the physical allocation
+  std::uint64_t page;        // index in the physical allocation
   std::uint32_t begin, end;  // bytes of the page
 };
 
@@ -92,10 +92,10 @@ class Memory {
 
   CUresult reserve(std::uint64_t bytes, std::uint64_t alignment, Address hint, Reservation** out);
   void unreserve(Reservation* reservation);
-  Reservation* reservation_at(Address address);  // that contains the address, or null
+  Reservation* reservation_at(Address address);  // contains the address; null: no reservation does
 
   CUresult create(std::uint64_t bytes, int device, bool host, Physical** out);
-  Physical* find(std::uint64_t handle);  // with references, or null
+  Physical* find(std::uint64_t handle);  // null if unknown or without references
   void give_handle(Physical* physical);
   void drop_reference(Physical* physical);
   void pin(Physical* physical) { ++physical->pins; }
@@ -104,13 +104,15 @@ class Memory {
   bool is_free(const Reservation& reservation, Address address, std::uint64_t bytes) const;
   Mapping* map(Reservation& reservation, Address address, std::uint64_t bytes, Physical* physical);
   void unmap(Reservation& reservation, Mapping* mapping);
-  // Of memory of the host. False where the kernel refuses; then there is none.
+  // Sets the CPU's access to a mapping of host memory. Returns false, and leaves no access, if the
+  // kernel refuses.
   bool set_cpu_access(Mapping* mapping, CUmemAccess_flags access);
   Mapping* mapping_at(Address address);
-  // The mappings that make up exactly this range; empty where one is cut or a hole is between
-  // them. Good until the next call.
+  // Returns the mappings that make up exactly this range; empty if the range cuts a mapping or has
+  // a hole. Valid until the next call.
   const std::vector<Mapping*>& whole(Address address, std::uint64_t bytes);
-  // The pieces of a range; false where part of it is not mapped, after the pieces before that.
+  // Appends the pieces of a range to `out`. Returns false if part of the range is not mapped, after
+  // appending the pieces before that part.
   bool walk(Address address, std::uint64_t bytes, std::vector<Piece>* out);
   std::byte* slot(const Physical& physical, std::uint64_t page) const {
     return store_ + physical.slots[page] * slot_bytes_;
@@ -118,14 +120,16 @@ class Memory {
   std::uint64_t kept() const { return kept_; }
 
   CUresult pin_host(Address address, std::uint64_t bytes, Pinned** out);
-  // Whether the kernel gives the pages, with that access; touches them, so without the lock.
+  // Returns whether the kernel provides the pages with that access. Touches the pages, so it is
+  // called without the lock.
   static bool can_pin(Address address, std::uint64_t bytes, bool writable);
   void keep_pages(Pinned* pinned);
   void unpin_host(Pinned* pinned);
-  Pinned* pinned_at(Address address);  // that contains the address, or null
-  // Where the bytes of a pinned range can be reached now; null: the program unmapped them.
+  Pinned* pinned_at(Address address);  // contains the address; null: no pinned range does
+  // Returns an address at which the bytes of a pinned range can be accessed now; null if the
+  // program has unmapped them.
   std::byte* reach(const Pinned& pinned, Address address, std::uint64_t bytes) const;
-  // A context ends, and with it what cuMemAlloc and the pinning calls made in it.
+  // Frees the memory that cuMemAlloc and the pinning calls made in a context that ends.
   void free_all_of(CUcontext context);
   void free_plain(Reservation* reservation);
   Place place(Address address, std::uint64_t bytes);
@@ -137,26 +141,27 @@ class Memory {
 
  private:
   void forget_if_dead(Physical* physical);
-  // Whose capacity an allocation is of: a device's, or the host's where that has memory of its own.
+  // Returns the pool that an allocation counts against: a device's, or the host's if the host has
+  // memory of its own.
   int pool_of(int device, bool host) const { return host && !one_memory_ ? kMaxDevices : device; }
 
   const std::uint64_t granularity_, kept_, slot_bytes_, capacity_;
   const bool one_memory_;
-  int store_file_ = -1;  // only where the CPU may reach it
+  int store_file_ = -1;  // set only if the CPU may access the store
   std::byte* store_ = nullptr;
   std::uint64_t store_bytes_ = 0;
   std::uint32_t next_slot_ = 0;
   std::vector<std::uint32_t> free_slots_;
-  std::array<std::uint64_t, kMaxDevices + 1> used_{};  // of each pool
-  std::uint64_t others_ = 0;                           // of device 0
+  std::array<std::uint64_t, kMaxDevices + 1> used_{};  // bytes used per pool
+  std::uint64_t others_ = 0;                           // bytes of device 0 that others hold
 
   std::unordered_map<std::uint64_t, Physical*> handles_;
   std::size_t physical_count_ = 0, mapping_count_ = 0;
   std::map<Address, std::unique_ptr<Reservation>> reservations_;
-  Reservation* last_ = nullptr;  // where the last address was found
-  std::deque<Mapping> made_;     // all mappings there ever were at once
-  std::vector<Mapping*> spare_;  // of those, the ones to use again
-  std::vector<Mapping*> range_;  // whole()'s answer
+  Reservation* last_ = nullptr;  // the reservation found by the last lookup
+  std::deque<Mapping> made_;     // storage of all mappings
+  std::vector<Mapping*> spare_;  // elements of `made_` that are unused
+  std::vector<Mapping*> range_;  // result of whole()
   std::map<Address, std::unique_ptr<Pinned>> pinned_;
 };
 

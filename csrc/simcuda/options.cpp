@@ -42,7 +42,7 @@ bool parse_visible(const std::string& text, std::optional<std::vector<int>>* out
   out->emplace();
   std::istringstream items(text);
   for (std::string item; std::getline(items, item, ',');) {
-    int index = -1;  // not a number: bad, as an index that no device has
+    int index = -1;  // an item that is not a number counts as an invalid index
     if (!parse(stripped(item), &index)) index = -1;
     (*out)->push_back(index);
   }
@@ -113,7 +113,7 @@ int Options::visible_devices() const {
   std::vector<int> seen;
   for (const int index : *visible) {
     if (index < 0 || index >= devices) break;
-    // A device named twice: nothing is visible [D CUDA_VISIBLE_DEVICES].
+    // If a device is listed twice, no device is visible [D CUDA_VISIBLE_DEVICES].
     if (std::find(seen.begin(), seen.end(), index) != seen.end()) return 0;
     seen.push_back(index);
   }
@@ -129,12 +129,12 @@ bool parse_options(const std::string& text, Options* out, std::string* error) {
     const auto equals = line.find('=');
     if (equals == std::string::npos ||
         !set(stripped(line.substr(0, equals)), stripped(line.substr(equals + 1)), &options)) {
-      *error = "not an option: " + line;
+      *error = "invalid option: " + line;
       return false;
     }
   }
   if (options.host_memory() && options.content != 0) {
-    *error = "content: what the CPU reaches is kept, all of it";
+    *error = "content must be 0 with host_numa or integrated, because the CPU reads all bytes";
     return false;
   }
   *out = options;

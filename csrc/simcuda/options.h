@@ -1,4 +1,4 @@
-// What a simulated driver is like: simcuda.h says what each option means.
+// The options of a simulated driver. simcuda.h describes each option.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ struct Options {
   std::string name = "Simulated CUDA";
   int driver_version = 13000, capability = 90;
   std::uint64_t memory = 8 * kGiB, granularity = 2 * kMiB;
-  bool peers = false;  // every two devices are
+  bool peers = false;  // any two devices are peers
   bool integrated = false, host_numa = false, posix_fd = true, rdma = true;
   bool read_only_register = true;
   bool virtual_clock = false, detector = true;
@@ -41,15 +41,16 @@ struct Options {
   bool any_cost = false;
   std::uint64_t content = 0;
 
-  // How many devices a program sees.
+  // Returns the number of devices that a program sees.
   int visible_devices() const;
-  // Whether cuMemCreate gives memory of the host, which the CPU reaches where the device does.
+  // Returns whether cuMemCreate can allocate memory of the host, which the CPU can access at the
+  // device's addresses.
   bool host_memory() const { return integrated || host_numa; }
-  // Leading bytes of a granule that are kept.
+  // Returns the number of leading bytes of a granule whose content is kept.
   std::uint64_t kept() const { return content == 0 ? granularity : std::min(content, granularity); }
 };
 
-// False, with a sentence in `error`, where a line is not an option.
+// Parses lines of options. Returns false and sets `error` if a line is not a valid option.
 bool parse_options(const std::string& text, Options* out, std::string* error);
 
 }  // namespace warmserve::simcuda

@@ -1,5 +1,4 @@
-// What there is one of in a process: the simulator, and what becomes of it when the process forks
-// or ends.
+// The process's simulator, and its handling of fork and exit.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -13,13 +12,14 @@
 namespace warmserve::simcuda {
 namespace {
 
-// Nothing here has a destructor: calls may come while the process ends, when those have run.
+// These variables have no destructors, because calls are possible during the process's exit, after
+// destructors have run.
 std::atomic<Simulator*> current{nullptr};
 std::atomic<bool> is_forked{false}, is_exiting{false}, is_watched{false};
 std::atomic<std::uint64_t> next_thread{1}, handle_numbers{0x5700'0000'0000 / 16};
 constinit thread_local ThreadState thread_state{};
 
-std::mutex& begin_mutex() {  // one thread begins or replaces the simulator
+std::mutex& begin_mutex() {  // held while a thread makes or replaces the simulator
   static auto* const mutex = new std::mutex;
   return *mutex;
 }
@@ -29,7 +29,7 @@ std::string& error_text() {
   return *text;
 }
 
-// "simcuda.conf" beside the path by which this library was opened.
+// Returns the content of "simcuda.conf" beside the path by which this library was opened.
 std::string configuration() {
   Dl_info info{};
   if (!::dladdr(reinterpret_cast<const void*>(&simulator), &info) || !info.dli_fname) return "";
@@ -43,8 +43,8 @@ std::string configuration() {
 void end_of_process() {
   if (is_forked) return;
   is_exiting = true;
-  // Threads may be reading memory that the program is about to give back. A host function that
-  // never returns is left behind.
+  // Stop the threads, because they may be reading memory that the program is about to free. A host
+  // function that does not return within a second is abandoned.
   if (Simulator* const now = current.load(); now && !thread_state.in_callback)
     now->stop(std::chrono::seconds(1));
 }
@@ -75,11 +75,11 @@ Simulator* simulator() noexcept {
 bool replace_simulator(const Options& options, std::string* error) {
   const std::lock_guard guard(begin_mutex());
   if (is_exiting) {
-    *error = "the process is ending";
+    *error = "the process is exiting";
     return false;
   }
   Simulator* const old = current.load();
-  // In a child of fork() the old one has no threads, and its lock may be held for good.
+  // In a child of fork() the old simulator has no threads, and its lock may be held for ever.
   if (old && !is_forked) {
     old->stop(std::chrono::hours(1));
     current = nullptr;
@@ -97,7 +97,7 @@ void watch_process_end() noexcept {
   if (is_watched.exchange(true)) return;
   ::pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
   std::atexit(end_of_process);
-  // Threads run this code until the process ends, so it stays when the library is closed.
+  // Keep the library loaded after dlclose(), because threads run its code until the process ends.
   Dl_info info{};
   if (::dladdr(reinterpret_cast<const void*>(&simulator), &info) && info.dli_fname)
     ::dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);

@@ -13,19 +13,19 @@ bool Shadow::access(std::uint64_t index, std::uint32_t begin, std::uint32_t end,
   std::size_t kept = 0;
   for (std::size_t i = 0; i < page.accesses.size(); ++i) {
     const Access earlier = page.accesses[i];
-    // Every later operation is ordered after what the host knows.
+    // Every later operation is ordered after the operations that the host has waited for.
     if (visitor.host.of(earlier.agent) >= earlier.tick) continue;
     const bool before = visitor.clock.of(earlier.agent) >= earlier.tick;
     const bool overlaps = earlier.begin < end && begin < earlier.end;
     if (overlaps && !before && (write || earlier.write)) race = true;
-    // Whatever comes later and is not ordered after `earlier` is not ordered after this access
-    // either, and conflicts with it wherever it would have conflicted with `earlier`.
+    // This access replaces `earlier`: a later access that is not ordered after `earlier` is not
+    // ordered after this access either, and conflicts with it if it conflicts with `earlier`.
     const bool within = begin <= earlier.begin && earlier.end <= end;
     if (before && within && (write || !earlier.write)) continue;
     page.accesses[kept++] = earlier;
   }
   page.accesses.resize(kept);
-  // An operation that touches bytes piece by piece, in order, leaves one entry.
+  // Consecutive pieces of one operation are merged into one entry.
   if (!page.accesses.empty()) {
     Access& last = page.accesses.back();
     if (last.agent == visitor.agent && last.tick == visitor.tick && last.write == write &&

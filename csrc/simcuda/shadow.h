@@ -1,8 +1,8 @@
-// What the detector remembers of memory: who touched which bytes when, in vector time, and which
+// The detector's record of memory: which agent accessed which bytes at which vector time, and which
 // bytes were ever written.
 //
-// An agent is whatever runs operations in order: a stream, or one chain of a graph's nodes. The
-// host runs none; its clock says what it has waited for.
+// An agent runs operations in order: a stream, or one chain of a graph's nodes. The host runs no
+// operations; its clock contains the operations that it has waited for.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace warmserve::simcuda {
 
 using Agent = std::uint32_t;
 
-// For each agent, how many of its operations are known to have happened.
+// A point in vector time: for each agent, the number of its operations that are ordered before it.
 class VectorClock {
  public:
   std::uint64_t of(Agent agent) const { return agent < ticks_.size() ? ticks_[agent] : 0; }
@@ -36,7 +36,7 @@ class VectorClock {
   std::vector<std::uint64_t> ticks_;
 };
 
-// The last use by each agent of something that can be taken away: a mapping, pinned memory.
+// The last use by each agent of memory that can be released: a mapping or pinned memory.
 class Uses {
  public:
   void add(Agent agent, std::uint64_t tick) {
@@ -48,7 +48,7 @@ class Uses {
     }
     uses_.push_back({agent, tick});
   }
-  // Whether all are known in `clock`; those that are, are forgotten.
+  // Returns whether `clock` contains all uses. Removes the uses that it contains.
   bool settled(const VectorClock& clock) {
     std::erase_if(uses_, [&](const Use& use) { return clock.of(use.agent) >= use.tick; });
     return uses_.empty();
@@ -63,23 +63,24 @@ class Uses {
   std::vector<Use> uses_;
 };
 
-// Who is about to touch memory: its agent, its own tick, and all that it is ordered after.
+// An operation that is about to access memory: its agent, its tick, and the vector time that it is
+// ordered after.
 struct Visitor {
   Agent agent;
   std::uint64_t tick;
   const VectorClock& clock;  // clock.of(agent) is tick
-  const VectorClock& host;   // what every later operation is ordered after
+  const VectorClock& host;   // vector time that every later operation is ordered after
 };
 
 class Shadow {
  public:
   explicit Shadow(std::uint64_t pages) : pages_(pages) {}
 
-  // Bytes [begin, end) of a page. True where an earlier access to some of them is not ordered
-  // before this one, and one of the two writes.
+  // Records an access to bytes [begin, end) of a page. Returns true if an earlier access to some of
+  // them is not ordered before this one, and at least one of the two writes.
   bool access(std::uint64_t page, std::uint32_t begin, std::uint32_t end, bool write,
               const Visitor& visitor);
-  // Whether all of the bytes were written since the memory was made.
+  // Returns whether all of the bytes were written since the memory was allocated.
   bool written(std::uint64_t page, std::uint32_t begin, std::uint32_t end) const;
 
  private:
@@ -93,8 +94,9 @@ class Shadow {
     std::uint32_t begin, end;
   };
   struct Page {
-    std::vector<Access> accesses;  // those not known to the host, less what later ones stand for
-    std::vector<Range> written;    // ascending, apart
+    // Accesses that the host has not waited for, without those that a later access replaces.
+    std::vector<Access> accesses;
+    std::vector<Range> written;  // ascending, neither overlapping nor adjacent
   };
   void mark_written(Page& page, std::uint32_t begin, std::uint32_t end);
 

@@ -1,82 +1,85 @@
-// A strict look-alike of libcuda for tests: the cu* functions by their exported names, and below
-// them how a test sets it up and asks what it saw. Everything here is C, for ctypes.
+// A simulated libcuda for tests, stricter than the real one. The library exports the cu* functions
+// by their names. This header declares the additional functions by which a test configures the
+// simulated driver and queries its observations. All are C functions, for ctypes.
 //
-// One simulated driver a process. It reads no environment. Before the first cu* call its options
-// are those of simcuda_reset(), or else of a file "simcuda.conf" beside the path by which the
-// library was opened, so that a program that opens "libcuda.so.1" from a folder of ours is
-// configured too.
+// A process has one simulated driver. It reads no environment variables. Its options are those of
+// simcuda_reset(). Without a call of it, the first cu* call reads the file "simcuda.conf" beside
+// the path by which the library was opened; so a program that opens "libcuda.so.1" from a folder of
+// ours is configured too.
 #pragma once
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-// Ends the simulated driver there is, with its threads and all its objects, and begins another,
-// not initialised. `options`: lines of "key=value", or null for the defaults. 0, or -1 with
-// simcuda_error() saying why; then nothing has changed. No cu* call may be under way.
+// Destroys the simulated driver with its threads and all its objects, and makes another one, which
+// is not initialised. `options`: lines of "key=value", or null for the defaults. Returns 0; or -1,
+// and simcuda_error() says why, in which case nothing has changed. Precondition: no cu* call is
+// running.
 //
-//   devices=1                 how many; all alike
-//   peers=0                   1: every two devices reach each other's memory, once access is set
-//   visible=0,1               as CUDA_VISIBLE_DEVICES: indices; what follows the first bad one is
-//                             not there; empty: none
-//   name=Simulated CUDA       of each device
-//   driver_version=13000      what cuDriverGetVersion says
+//   devices=1                 number of devices; all have the same properties
+//   peers=0                   1: any two devices reach each other's memory, once access is set
+//   visible=0,1               as CUDA_VISIBLE_DEVICES: a list of indices, which ends at the first
+//                             invalid one; empty: no devices
+//   name=Simulated CUDA       name of each device
+//   driver_version=13000      result of cuDriverGetVersion
 //   capability=90             compute capability, times ten
 //   memory=8589934592         bytes of each device
 //   granularity=2097152       bytes
 //   posix_fd=1  rdma=1  read_only_register=1    device attributes
-//   host_numa=0               1: memory of the host's NUMA node 0 can be created, mapped and, where
-//                             access for that node is set, reached by the CPU. Not with `content`
-//   integrated=0              1: the device has no memory but the host's; implies host_numa=1
-//   clock=real                streams are threads. Or "virtual": no threads; time moves by what
-//                             calls cost and by what is waited for, work runs when its time comes
-//   h2d=0  d2h=0  d2d=0       bytes per second of each copy engine, which each device has for
-//   itself;
-//                             0: no pacing
-//   launch=0                  seconds a kernel takes, at least
-//   cost.NAME=A+B             the call takes A microseconds and B for each granule of the bytes it
-//                             concerns, if any. NAME without its version is all versions of it
-//   content=0                 keep so many leading bytes of each granule's content; 0: all of them.
-//                             What is not kept reads as zeros
-//   detector=1                look for races and for memory given back while in use
+//   host_numa=0               1: memory of the host's NUMA node 0 can be created and mapped; the
+//                             CPU reaches it if access for that node is set. Not with `content`
+//   integrated=0              1: the device has no memory of its own; implies host_numa=1
+//   clock=real                "real": streams are threads. "virtual": there are no threads; time
+//                             advances by the costs of calls and by waits, and work runs when its
+//                             time has come
+//   h2d=0  d2h=0  d2d=0       bytes per second of the copy engines, of which each device has its
+//                             own; 0: no pacing
+//   launch=0                  minimum seconds that a kernel takes
+//   cost.NAME=A+B             a call takes A microseconds, plus B for each granule of its bytes, if
+//                             it has any. A NAME without version means all its versions
+//   content=0                 leading bytes of each granule whose content is kept; 0: all of them.
+//                             Other bytes read as zeros
+//   detector=1                detect races, and memory that is released while in use
 int simcuda_reset(const char* options);
 const char* simcuda_error(void);
 
-// Faults. Calls of cu* functions are counted from 1 since simcuda_clear_faults(): those of one
-// function, or all (null). Calls `first` to `last` return `error` and do nothing else; but an error
-// that no context survives is one that all have died of. 0, or -1 with simcuda_error() where there
-// is no such function.
+// Injects faults. Calls of cu* functions are counted from 1 since simcuda_clear_faults(): calls of
+// `function`, or of all functions if it is null. Calls `first` to `last` return `error` and do
+// nothing else, except that an error which no context survives kills all contexts. Returns 0, or -1
+// with simcuda_error() for an unknown function.
 void simcuda_clear_faults(void);
 int simcuda_fault(const char* function, unsigned long long first, unsigned long long last,
                   int error);
 unsigned long long simcuda_calls(const char* function);  // since simcuda_clear_faults()
 unsigned long long simcuda_injected(void);               // since simcuda_clear_faults()
-const char* simcuda_last_fault(void);                    // the function last failed, or ""
+const char* simcuda_last_fault(void);                    // the function of the last fault, or ""
 
-// What others do to the device. Bytes that other processes hold of device 0; an error that its
-// context dies of, from now on returned by all work (CUDA_ERROR_ILLEGAL_ADDRESS, ...); somebody
-// who destroys its primary context.
+// Simulates effects of other users of device 0: other processes hold `bytes` of its memory; its
+// context dies of `error`, which all work returns from then on (CUDA_ERROR_ILLEGAL_ADDRESS, ...);
+// its primary context is destroyed.
 void simcuda_others_hold(unsigned long long bytes);
 void simcuda_break_context(int error);
 void simcuda_destroy_primary_context(void);
 
-// Seconds on the clock since reset.
+// Returns the seconds on the clock since the reset.
 double simcuda_now(void);
-// Reads device memory as it is now, whatever access is set. 0, or -1 where nothing is mapped.
+// Reads the current content of device memory, whatever access is set. Returns 0, or -1 if part of
+// the range is not mapped.
 int simcuda_peek(unsigned long long address, void* out, unsigned long long bytes);
 
-// What was seen since reset, as JSON: {"violations": [{"kind": KIND, "message": TEXT, "call": N}],
-// "live": {KIND: COUNT, ...}, "calls": {FUNCTION: COUNT, ...}, "seconds": S, "copied": {"h2d":
-// BYTES, "d2h": BYTES, "d2d": BYTES}}. `call` is the number of the offending cu* call since reset,
-// counted from 1. The caller frees it with simcuda_free.
+// Returns the observations since the reset, as JSON: {"violations": [{"kind": KIND, "message":
+// TEXT, "call": N}], "live": {KIND: COUNT, ...}, "calls": {FUNCTION: COUNT, ...}, "seconds": S,
+// "copied": {"h2d": BYTES, "d2h": BYTES, "d2d": BYTES}}. `call` is the number of the offending cu*
+// call since the reset, counted from 1. The caller frees the text with simcuda_free().
 //
-// Kinds: race (unordered overlapping accesses, one of them a write), use-while-unmapped (unmapped,
-// unregistered or freed before its use was waited for, or used when nothing was mapped any more),
-// uninitialised-read, leak (simcuda_check_leaks), misuse (a call whose behaviour CUDA leaves
-// undefined).
+// Kinds: race (unordered overlapping accesses, at least one of them a write), use-while-unmapped
+// (memory was unmapped, unregistered or freed before its use was waited for, or was used when it
+// was no longer mapped), uninitialised-read, leak (see simcuda_check_leaks()), misuse (a call whose
+// behaviour CUDA leaves undefined).
 char* simcuda_report(void);
 void simcuda_free(char* text);
-// Adds a violation "leak" for each kind of object that is still there.
+// Adds a violation "leak" for each kind of object that still exists.
 void simcuda_check_leaks(void);
 
 #ifdef __cplusplus

@@ -1,8 +1,8 @@
-// The simulated driver: one object with everything in it, and the rules of its life.
+// The simulated driver: one object that holds all simulated state, and its start and end.
 //
-// One mutex guards all of it. It is dropped while an operation moves bytes, while a host function
-// of the program runs, and while a call waits or pays what it costs; nothing of the program's is
-// ever called with it held. Nothing is locked under it.
+// One mutex guards the object. It is released while an operation moves bytes, while a host function
+// of the program runs, and while a call waits or pays its cost. The program's functions are never
+// called with it held, and no other lock is taken under it.
 #pragma once
 
 #include <chrono>
@@ -32,18 +32,18 @@ struct Stream {
   bool legacy = false;
   bool blocking() const { return !legacy && !(flags & CU_STREAM_NON_BLOCKING); }
 
-  OperationPtr tail;  // the last enqueued, or null
+  OperationPtr tail;  // the last enqueued operation, or null
   Agent agent = 0;
   VectorClock clock;
 
-  std::shared_ptr<Capture> capture;     // that it takes part in
-  std::vector<std::uint32_t> frontier;  // nodes that its next one comes after
+  std::shared_ptr<Capture> capture;     // the capture that the stream takes part in
+  std::vector<std::uint32_t> frontier;  // nodes that the stream's next node depends on
   std::uint32_t chain = 0;
 
-  // Real clock only: the thread that runs it, from its first operation that needs one.
+  // Real clock only: the thread that runs the stream, started by the first operation that needs it.
   std::deque<OperationPtr> queue;
   std::condition_variable wake;
-  bool closed = false;  // ends when the queue is empty
+  bool closed = false;  // the thread ends when the queue is empty
   bool ended = false;
   std::thread thread;
 };
@@ -52,13 +52,13 @@ using StreamPtr = std::shared_ptr<Stream>;
 struct Event {
   Context* context = nullptr;
   unsigned flags = 0;
-  OperationPtr operation;  // of the last recording; null: never recorded
+  OperationPtr operation;  // the last recording; null: never recorded
   VectorClock clock;
-  std::shared_ptr<Capture> capture;  // last recorded there; it may be over
+  std::shared_ptr<Capture> capture;  // the capture of the last recording; it may have ended
   std::vector<std::uint32_t> frontier;
 };
 
-// Work of a stream that was destroyed.
+// The work of a destroyed stream.
 struct Ghost {
   OperationPtr tail;
   VectorClock clock;
@@ -74,7 +74,7 @@ struct Context {
   bool destroyed = false;
   CUresult sticky = CUDA_SUCCESS;
   StreamPtr legacy;
-  std::set<StreamPtr> streams;  // besides the legacy one; per-thread ones too
+  std::set<StreamPtr> streams;  // all streams except the legacy one; per-thread streams included
   std::unordered_map<std::uint64_t, StreamPtr> per_thread;
   std::vector<Ghost> ghosts;
   std::array<std::size_t, 10> limits{};
@@ -100,13 +100,13 @@ struct GraphObject {
 struct GraphExec {
   std::shared_ptr<const Graph> graph;
   Context* context = nullptr;
-  std::vector<Agent> agents;  // one for each chain
-  OperationPtr last;          // launches of one exec come one after the other
+  std::vector<Agent> agents;  // one per chain
+  OperationPtr last;          // launches of one exec run one after the other
   VectorClock clock;
 };
 
 struct Fault {
-  std::size_t function;  // kFunctions: any
+  std::size_t function;  // kFunctions: any function
   std::uint64_t first, last;
   CUresult error;
 };
@@ -114,25 +114,25 @@ struct Fault {
 class Simulator {
  public:
   explicit Simulator(const Options& options);
-  ~Simulator();  // stop() has been called
+  ~Simulator();  // precondition: stop() was called
 
   const Options options;
-  const std::uint64_t generation;  // no two simulators of a process have the same
-  std::mutex mutex;                // guards all that follows
+  const std::uint64_t generation;  // unique in the process
+  std::mutex mutex;                // guards all members below
 
   bool initialised = false;
   Memory memory;
   Detector detector;
   std::vector<Device> devices;
-  std::vector<std::unique_ptr<Context>> contexts;  // destroyed ones too: threads may hold them
+  std::vector<std::unique_ptr<Context>> contexts;  // also destroyed ones: threads may refer to them
   Handles<CUstream, Stream> streams;
   Handles<CUevent, Event> events;
   Handles<CUmodule, Module> modules;
   Handles<CUfunction, Kernel> kernels;
   Handles<CUgraph, GraphObject> graphs;
   Handles<CUgraphExec, GraphExec> execs;
-  std::vector<std::shared_ptr<Capture>> captures;             // those under way
-  std::unordered_map<std::uint64_t, std::uint64_t> exported;  // inode of a descriptor, handle
+  std::vector<std::shared_ptr<Capture>> captures;             // captures that have not ended
+  std::unordered_map<std::uint64_t, std::uint64_t> exported;  // inode of a descriptor: handle
 
   std::uint64_t calls = 0;
   std::array<std::uint64_t, kFunctions> called{}, called_since_clear{};
@@ -144,10 +144,10 @@ class Simulator {
   // --- contexts (contexts.cpp) ---
   Context* find_context(CUcontext handle) const;
   Context* create_context(int device, bool primary, unsigned flags);
-  // Lets its work end, unless it is dropped, and takes all of its objects away.
+  // Waits for the context's work, or drops it with `drop_work`, and destroys all its objects.
   void destroy_context(Lock& lock, Context* context, bool drop_work);
-  // It dies of an error, and with it all that its streams would have done: none of that needs to be
-  // waited for any more.
+  // Sets the context's sticky error. The pending work of its streams will not access memory any
+  // more; for the detector the host has waited for all of it.
   void kill_context(Context& context, CUresult error);
   Stream* per_thread_stream(Context* context);
   StreamPtr add_stream(Context* context, unsigned flags, int priority);
@@ -157,38 +157,42 @@ class Simulator {
     std::uint64_t call;
     Function function;
   };
-  // The stream is not being captured.
+  // Precondition: the stream is not being captured.
   CUresult enqueue(Stream& stream, Work work, const Origin& origin, OperationPtr* out = nullptr,
                    OperationPtr also_after = nullptr);
   void enqueue_wait(Stream& stream, Event& event, const Origin& origin);
   void enqueue_record(Stream& stream, Event& event, const Origin& origin);
   CUresult launch_graph(Stream& stream, GraphExec& exec, const Origin& origin);
   void remove_stream(Lock& lock, const StreamPtr& stream);
-  // All that legacy-stream rules make this stream's next operation come after.
+  // Collects the operations that the stream's next one must follow under the legacy-stream rules.
   void order(Stream& stream, std::vector<OperationPtr>* after);
-  // All that this stream's next operation comes after, in vector time.
+  // Returns the vector time of all operations that the stream's next one follows.
   VectorClock clock_of_next(Stream& stream);
-  // Blocks. What the context died of, or DEINITIALIZED where the process ends meanwhile.
+  // Blocks until the operation is done. Returns the context's sticky error, or DEINITIALIZED if the
+  // process ends meanwhile.
   CUresult wait_for(Lock& lock, const OperationPtr& operation, Context* context);
-  // Blocks until no operation is moving bytes. On a machine with a GPU a dead context touches
-  // nothing; here the program must not be told of the death while a copy is in its middle.
+  // Blocks until no operation is moving bytes. On a GPU a dead context touches no memory; here the
+  // program must not learn of the error while a copy is still running.
   void settle(Lock& lock);
   CUresult synchronize_stream(Lock& lock, Stream& stream);
   CUresult synchronize_context(Lock& lock, Context* context);
-  // The same, where nothing promises that the call waits: the host knows no more than before.
+  // As synchronize_context(), for calls that are not documented to wait: the host's vector clock
+  // does not change.
   CUresult drain_context(Lock& lock, Context* context);
   bool stream_done(Stream& stream);
-  void know_stream(Stream& stream);  // the host has waited for all that is in it
+  // Adds the stream's operations to the host's vector clock: the host has waited for all of them.
+  void know_stream(Stream& stream);
 
   // --- time and execution (clock.cpp, execute.cpp) ---
   Nanoseconds now() const;
-  // Virtual clock: time passes, and what is due by then runs. May drop the lock for host functions.
+  // Virtual clock: moves the time to `to` and runs the operations due by then. May release the lock
+  // for host functions.
   void advance(Lock& lock, Nanoseconds to);
   void pay(Lock& lock, Nanoseconds cost);
   void schedule(Stream& stream, OperationPtr operation);
   void schedule_virtual(const OperationPtr& operation, Nanoseconds not_before);
-  // Stops the threads, with what they are doing; false where a host function does not return
-  // within the time. No operation runs after this.
+  // Stops the threads and their current operations. Returns false if a host function does not
+  // return within `patience`. No operation runs afterwards.
   bool stop(std::chrono::milliseconds patience);
   bool stopping() const { return stopping_; }
 
@@ -201,18 +205,19 @@ class Simulator {
   CUresult launch(Lock& lock, Operation& operation, const Launch& launch);
   void call_back(Lock& lock, Operation& operation, const Callback& callback);
   void complete(Operation& operation, Nanoseconds end);
-  struct Span {  // consecutive host memory; null: content that is not kept
+  struct Span {  // consecutive host memory; null: the content is not kept
     std::byte* at;
     std::uint64_t bytes;
   };
-  // Where the bytes of a range are now; what they belong to is pinned and added to `pinned`.
+  // Finds the host memory behind a range. Pins the physical allocations of the range and adds them
+  // to `pinned`.
   CUresult resolve(const Operation& operation, Address address, std::uint64_t bytes, Place place,
                    bool write, std::vector<Span>* out, std::vector<Physical*>* pinned);
   static void move_bytes(const std::vector<Span>& to, const std::vector<Span>& from);
-  // Does it with the lock dropped.
+  // Runs `move` with the lock released.
   template <class Move>
   void unlocked(Lock& lock, Move move);
-  void pause(Lock& lock, Nanoseconds until);  // real clock: sleeps, dropping the lock
+  void pause(Lock& lock, Nanoseconds until);  // real clock: sleeps with the lock released
   Nanoseconds duration(const Work& work) const;
   Nanoseconds reserve_engine(int device, Engine engine, Nanoseconds ready, Nanoseconds duration);
 
@@ -230,19 +235,19 @@ class Simulator {
   std::uint64_t next_sequence_ = 0;
   std::vector<OperationPtr> due_;  // virtual clock: a heap by Later
   std::array<std::array<std::vector<Busy>, kEngines>, kMaxDevices> busy_;  // by device
-  std::condition_variable done_;    // an operation is done, a thread has ended, or stop()
-  std::condition_variable pacing_;  // stop() alone
-  std::size_t moving_ = 0;          // operations that move bytes, without the lock
+  std::condition_variable done_;    // notified when an operation or thread ends, and by stop()
+  std::condition_variable pacing_;  // notified by stop() only
+  std::size_t moving_ = 0;          // operations that move bytes without the lock
   std::size_t waiting_ = 0;         // threads that wait for done_
-  std::size_t workers_ = 0;         // threads that have not ended
-  std::vector<StreamPtr> leaving_;  // destroyed streams whose threads are not joined
+  std::size_t workers_ = 0;         // stream threads that have not ended
+  std::vector<StreamPtr> leaving_;  // destroyed streams whose threads are not joined yet
   bool stopping_ = false;
 };
 
-// What a thread knows of the driver. Never destroyed, so that it is there while a process ends.
+// A thread's driver state. Never destroyed, so that calls during the process's exit can use it.
 struct ThreadState {
-  std::uint64_t generation;  // of the simulator that the contexts are of
-  std::uint64_t id;          // of the thread; 0: not given yet
+  std::uint64_t generation;  // of the simulator that owns the contexts
+  std::uint64_t id;          // of the thread; 0: not assigned yet
   int depth;
   Context* stack[64];
   CUstreamCaptureMode mode;
@@ -250,14 +255,14 @@ struct ThreadState {
 };
 ThreadState& this_thread() noexcept;
 
-// The simulator there is, begun with the options of simcuda.conf where there is none. Null where
-// those are bad.
+// Returns the process's simulator. Makes it from the options in simcuda.conf if it does not exist
+// yet; returns null if these are invalid.
 Simulator* simulator() noexcept;
-// Replaces it; the old one is stopped and destroyed.
+// Stops and destroys the simulator, and makes another.
 bool replace_simulator(const Options& options, std::string* error);
 bool forked() noexcept;             // this process is a child of the one that used the driver
-bool exiting() noexcept;            // the process ends
-void watch_process_end() noexcept;  // from cuInit on
+bool exiting() noexcept;            // the process is exiting
+void watch_process_end() noexcept;  // called by cuInit
 void set_error(std::string text);
 const char* last_error() noexcept;
 

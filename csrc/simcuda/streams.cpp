@@ -1,4 +1,4 @@
-// Enqueuing, and waiting for what was enqueued.
+// The simulator's methods for streams: enqueueing operations, and waiting for them.
 #include <algorithm>
 #include <system_error>
 
@@ -51,7 +51,7 @@ CUresult Simulator::enqueue(Stream& stream, Work work, const Origin& origin, Ope
   return CUDA_SUCCESS;
 }
 
-// The event's position as it is now: recording it again does not move what waits already.
+// Enqueues a wait for the event's current recording. A later recording does not change the wait.
 void Simulator::enqueue_wait(Stream& stream, Event& event, const Origin& origin) {
   if (!event.operation) return;
   if (detector.on()) stream.clock.join(event.clock);
@@ -66,7 +66,7 @@ void Simulator::enqueue_record(Stream& stream, Event& event, const Origin& origi
 
 CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& origin) {
   const Graph& graph = *exec.graph;
-  std::vector<OperationPtr> first;  // what all nodes come after
+  std::vector<OperationPtr> first;  // operations that precede all nodes
   order(stream, &first);
   add(&first, exec.last);
   std::vector<bool> is_leaf(graph.nodes.size(), true);
@@ -116,7 +116,7 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
   return CUDA_SUCCESS;
 }
 
-// What it still has to do is done all the same [D].
+// Removes a stream. Its pending operations still run [D].
 void Simulator::remove_stream(Lock&, const StreamPtr& stream) {
   Context& context = *stream->context;
   if (stream->capture) abandon_capture(*this, *stream);
@@ -132,7 +132,7 @@ void Simulator::remove_stream(Lock&, const StreamPtr& stream) {
     stream->wake.notify_one();
     leaving_.push_back(stream);
   }
-  // A thread that has ended holds no lock and will ask for none.
+  // Joining under the lock is safe: a thread that has ended takes no lock any more.
   std::erase_if(leaving_, [](const StreamPtr& left) {
     if (left->ended) left->thread.join();
     return left->ended;
@@ -184,10 +184,10 @@ void Simulator::settle(Lock& lock) {
 CUresult Simulator::synchronize_stream(Lock& lock, Stream& stream) {
   Context* const context = stream.context;
   if (stream.legacy) {
-    // Its next operation would come after the blocking streams; so does who waits for it.
+    // A wait for the legacy stream includes the blocking streams, which its next operation follows.
     enqueue(stream, Marker{}, {0, Function::cuStreamSynchronize});
   }
-  const VectorClock clock = stream.clock;  // what is enqueued meanwhile is not waited for
+  const VectorClock clock = stream.clock;  // operations enqueued during the wait are not waited for
   const OperationPtr tail = stream.tail;
   const CUresult result = wait_for(lock, tail, context);
   if (result == CUDA_SUCCESS) detector.host_knows(clock);
@@ -203,8 +203,8 @@ CUresult Simulator::synchronize_context(Lock& lock, Context* context) {
   return result;
 }
 
-// The lock is dropped meanwhile, and other threads of the program may teach the host: its clock is
-// never set back.
+// Waits with the lock released. Other threads of the program may extend the host's vector clock
+// meanwhile; the clock is never set back.
 CUresult Simulator::drain_context(Lock& lock, Context* context) {
   std::vector<OperationPtr> tails{context->legacy->tail};
   for (const StreamPtr& stream : context->streams) tails.push_back(stream->tail);

@@ -1,4 +1,4 @@
-// What streams do: the operations of a stream, and graphs of them.
+// The operations of a stream, and graphs of operations.
 #pragma once
 
 #include <memory>
@@ -17,7 +17,7 @@ struct Copy {
   Address to = 0, from = 0;
   std::uint64_t bytes = 0;
   Place to_place{}, from_place{};
-  // The content of a pageable source, as it was at the call.
+  // The content of a pageable source at the time of the call.
   std::shared_ptr<const std::vector<std::byte>> snapshot;
 
   Engine engine() const {
@@ -34,11 +34,11 @@ struct Fill {
 };
 struct Launch {
   KernelCall call;
-  CUresult broken = CUDA_SUCCESS;  // what a launch with these parameters dies of
+  CUresult broken = CUDA_SUCCESS;  // the error of a launch with invalid parameters
 };
 struct Callback {
-  CUhostFn function = nullptr;                 // of cuLaunchHostFunc, or
-  CUstreamCallback stream_function = nullptr;  // of cuStreamAddCallback
+  CUhostFn function = nullptr;                 // set by cuLaunchHostFunc
+  CUstreamCallback stream_function = nullptr;  // set by cuStreamAddCallback
   CUstream stream = nullptr;
   void* data = nullptr;
 };
@@ -52,15 +52,17 @@ using Work = std::variant<Marker, Copy, Fill, Launch, Callback, GraphRun>;
 struct Operation {
   Work work;
   Context* context = nullptr;
-  std::uint64_t call = 0;                         // the number of the cu* call
-  std::vector<std::shared_ptr<Operation>> after;  // besides what is before it in its stream
+  std::uint64_t call = 0;  // number of the cu* call
+  std::vector<std::shared_ptr<Operation>>
+      after;  // in addition to the operations before it in its stream
   std::uint64_t sequence = 0;
-  Nanoseconds end = 0;  // when it is done; virtual clock: known from the start
+  Nanoseconds end = 0;  // time of completion; virtual clock: known from the start
   bool done = false;
 };
 using OperationPtr = std::shared_ptr<Operation>;
 
-// The nodes that a captured stream made are one chain: each comes after the one before it.
+// A node of a graph. The nodes made by one captured stream form a chain: each follows the one
+// before.
 struct Node {
   Work work;
   std::vector<std::uint32_t> after;  // earlier nodes
@@ -71,7 +73,7 @@ struct Graph {
   std::uint32_t chains = 0;
 };
 
-// The memory an operation touches, reads before writes. For a gather, row by row.
+// A memory access of an operation. Reads are listed before writes; a gather is listed row by row.
 struct Touch {
   Address address;
   std::uint64_t bytes;

@@ -9,14 +9,14 @@
 #include <exception>
 #include <vector>
 
-// The C++ library counts who holds an exception where ThreadSanitizer does not see it, so its end
-// looks like a race with threads that were done with it.
+// ThreadSanitizer does not see the reference counts that the C++ library keeps of exceptions.
+// Therefore the destruction of an exception looks like a race with its earlier users.
 extern "C" const char* __tsan_default_suppressions() { return "race:warmserve::Error::kind"; }
 
 namespace check {
 namespace {
 
-constexpr unsigned kSecondsPerTest = 300;  // a test that hangs is killed
+constexpr unsigned kSecondsPerTest = 300;  // a longer test is killed
 
 struct Named {
   std::string name;
@@ -66,5 +66,5 @@ int main(int argc, char** argv) {
     const std::chrono::duration<double> took = Clock::now() - start;
     std::printf("ok (%.1f s)\n", took.count());
   }
-  if (ran == 0) check::fail(argv[0], 0, "no such test");
+  if (ran == 0) check::fail(argv[0], 0, "no test has the given name");
 }

@@ -1,4 +1,4 @@
-// Just enough of a test framework: a failed CHECK says where and ends the program.
+// A minimal test framework. A failed CHECK prints its place and ends the program.
 #pragma once
 
 #include <string>
@@ -7,12 +7,13 @@
 
 namespace check {
 
-// The simulated driver to make devices of: the path in `--simcuda PATH`, or null.
+// Returns the path of the simulated driver to make devices of (`--simcuda PATH`), or null.
 const char* simulator();
 
 [[noreturn]] void fail(const char* file, int line, const std::string& what);
 
-// Runs in main(), in the order of the file; on the command line tests can be chosen by name.
+// A test. main() runs the tests in the order of the file; the command line can select tests by
+// name.
 struct Test {
   Test(const char* name, void (*body)());
 };
@@ -26,7 +27,7 @@ struct Test {
 
 #define CHECK(...) ((__VA_ARGS__) ? void() : check::fail(__FILE__, __LINE__, #__VA_ARGS__))
 
-// The statement throws a warmserve::Error of this kind.
+// Checks that the statement throws a warmserve::Error of this kind.
 #define CHECK_THROWS(expected, ...)                                                           \
   do {                                                                                        \
     bool threw = false;                                                                       \

@@ -26,7 +26,7 @@ ModelFile::ModelFile(std::uint64_t id, const std::vector<std::uint64_t>& layer_b
     auto& padded = layers_.emplace_back(ceil_div(bytes, kGranule) * kGranule);
     if (bytes) std::memcpy(padded.data(), words.data(), bytes);
     CHECK(::write(descriptor, padded.data(), bytes) == static_cast<ssize_t>(bytes));
-    // Two segments, for what is between them and the chunks.
+    // Two segments, so that chunks cross the border between segments.
     const std::uint64_t half = bytes / 2;
     shapes_.push_back({bytes, {{0, offset, 0, half}, {0, offset + half, half, bytes - half}}});
     offset += bytes;
@@ -100,7 +100,7 @@ std::shared_ptr<Driver> make_device(const HostOptions& options) {
 
 namespace {
 
-// What the simulator has seen since the process began, as it tells it.
+// Returns the simulator's report, which covers the time since the process began.
 std::string simulator_report() {
   void* library = ::dlopen(check::simulator(), RTLD_NOW);
   CHECK(library);
@@ -129,7 +129,7 @@ void Watched::expect_kept() const {
 void Watched::expect_returned() const {
   expect_kept();
   for (const auto& [kind, count] : strict->live())
-    if (count) check::fail(__FILE__, __LINE__, std::to_string(count) + " " + kind + " are left");
+    if (count) check::fail(__FILE__, __LINE__, std::to_string(count) + " " + kind + " still exist");
 }
 
 RuntimeOptions options(std::uint32_t granules, unsigned loaders) {

@@ -1,4 +1,5 @@
-// Models with bytes that tell where they belong, and devices that are watched.
+// Fixtures of native tests: models whose bytes are unique to their place, and devices whose use is
+// checked.
 #pragma once
 
 #include <atomic>
@@ -18,8 +19,8 @@ constexpr std::uint64_t kGranule = 2 * kMiB;
 inline Deadline in(std::chrono::milliseconds time) { return Clock::now() + time; }
 inline const std::chrono::milliseconds kSoon{30}, kLong{60'000};
 
-// A temporary file that holds layers one after the other. Each 8-byte word is made of the model's
-// id, the layer and its index there, so no other place has the same.
+// A temporary file that contains layers one after the other. Each 8-byte word encodes the model's
+// id, the layer and the word's index, so it is unique.
 class ModelFile {
  public:
   ModelFile(std::uint64_t id, const std::vector<std::uint64_t>& layer_bytes);
@@ -31,9 +32,10 @@ class ModelFile {
   std::vector<LayerShape> shapes() const { return shapes_; }
   ModelPtr register_in(Runtime& runtime, bool writable = false) const;
 
-  // Whether the model's addresses hold its bytes now, and zeros up to the end of the granules.
+  // Returns whether the model's addresses contain its bytes, and zeros up to the end of the
+  // granules.
   bool is_in(Runtime& runtime, const ModelPtr& model) const;
-  bool equals(std::size_t layer, const std::byte* bytes) const;  // of the layer's tensors alone
+  bool equals(std::size_t layer, const std::byte* bytes) const;  // compares without the padding
   bool begins(std::size_t layer, const std::byte* bytes, std::uint64_t count) const;
 
  private:
@@ -44,7 +46,7 @@ class ModelFile {
 
 FileIdentity identity_of(int descriptor);
 
-// Fences of a device that are reached only while it is open, however much time passes.
+// A wrapper of a device whose events complete only while the gate is open.
 class Gate final : public Interposer {
  public:
   using Interposer::Interposer;
@@ -58,24 +60,26 @@ class Gate final : public Interposer {
   std::atomic<bool> open_{true};
 };
 
-// A host device; or, where the program was given a simulator, a CUDA device, whatever the options.
+// Makes a host device; or a CUDA device, which ignores the options, if the program was started with
+// a simulator.
 std::shared_ptr<Driver> make_device(const HostOptions& options);
 
-// A device under all wrappers: faults above, so that the checks see only what is let through.
+// A device under all wrappers. Faults are injected above the checks, which therefore see only the
+// calls that reach the device.
 struct Watched {
   explicit Watched(const HostOptions& options = {});
   std::shared_ptr<Gate> gate;
   std::shared_ptr<StrictDriver> strict;
   std::shared_ptr<FaultyDriver> driver;
 
-  void expect_kept() const;      // no contract was broken
-  void expect_returned() const;  // and nothing made on the device is left
+  void expect_kept() const;      // fails if a contract was broken
+  void expect_returned() const;  // fails also if an object of the device still exists
 };
 
-// An arena of so many granules, filled in small chunks.
+// Returns options for an arena of `granules` granules that is filled in small chunks.
 RuntimeOptions options(std::uint32_t granules, unsigned loaders = 2);
 
-// Leases at once or fails; for the time of the scope.
+// Holds a lease for its scope. Fails if the lease does not begin at once.
 class Leased {
  public:
   Leased(Runtime& runtime, const std::vector<Selection>& wants, std::uint64_t owner = 1);

@@ -1,4 +1,4 @@
-// What driver.h promises of granules and addresses, and the host could break unseen.
+// Guarantees of driver.h for granules and addresses that the host driver could break unnoticed.
 #include <unistd.h>
 
 #include <cstring>
@@ -23,7 +23,7 @@ struct Bench {
     ok(driver->granule_create(kGranule, &handle));
     return handle;
   }
-  // Maps granules side by side from a place on; where they are.
+  // Maps granules side by side from a place on. Returns their address.
   unsigned char* map(std::size_t place, std::initializer_list<Handle> granules,
                      Access access = Access::read_write) {
     ok(driver->map(address + place * kGranule, granules.begin(), granules.size()));
@@ -46,7 +46,7 @@ bool all(const unsigned char* memory, unsigned char value) {
   return memory[0] == value && std::memcmp(memory, memory + 1, kGranule - 1) == 0;
 }
 
-// Asked of the kernel, which answers where a touch of ours would be a fault.
+// Returns whether memory is readable. Asks the kernel, because a direct access could fault.
 bool readable(const void* memory) {
   int ends[2];
   CHECK(::pipe(ends) == 0);
@@ -144,7 +144,8 @@ TEST(sizes_that_are_no_multiple_are_refused) {
   CHECK(bench.driver->granule_release(Handle{4711}) == Status::invalid);
 }
 
-// More than there is must be an error; the system's last resort kills whom it likes.
+// Requests beyond the limits must fail, because the kernel's out-of-memory killer could kill any
+// process.
 TEST(more_addresses_than_there_are) {
   Bench bench;
   Address address = 0;
@@ -154,7 +155,7 @@ TEST(more_addresses_than_there_are) {
   CHECK(bench.driver->pinned_create(std::uint64_t{1} << 60, &pinned) == Status::out_of_memory);
 }
 
-// A machine's /proc and /sys, of files with these contents.
+// A fake /proc and /sys of a machine, made of files with these contents.
 struct Machine {
   explicit Machine(std::initializer_list<std::pair<const char*, const char*>> files) {
     for (const auto& [path, content] : files) {
@@ -171,7 +172,7 @@ struct Machine {
 TEST(what_is_available_is_the_least_of_machine_and_groups) {
   const auto meminfo = std::pair("/proc/meminfo", "MemTotal: 9 kB\nMemAvailable:     4096 kB\n");
   CHECK(available_memory(Machine({meminfo}).root) == 4096 * kKiB);
-  // Version 2: a group without a limit in one that is full, but for page cache.
+  // Version 2: a group without a limit inside a group that is full, except for page cache.
   const auto group = std::pair("/proc/self/cgroup", "0::/service/worker\n");
   const Machine full({meminfo,
                       group,

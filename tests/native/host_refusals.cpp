@@ -1,5 +1,5 @@
-// The host driver trusts no caller: what breaks the contract of driver.h is refused, and changes
-// nothing, also without the strict driver above it.
+// The host driver refuses calls that break the contract of driver.h, also without the strict driver
+// above it. A refused call changes nothing.
 #include <array>
 #include <cstring>
 #include <vector>

@@ -1,6 +1,6 @@
-// What many threads of a GPU do, done by one CPU: the bodies as nvcc compiles them, with the vector
-// accesses and the division of labour of a grid, one simulated thread after the other. Each result
-// is that of the CPU's one thread, to the bit.
+// The kernels' code for many GPU threads, run on one CPU thread: the bodies that nvcc compiles,
+// with a grid's vector accesses and division of labour, one simulated thread after the other. Each
+// result must be equal, to the bit, to that of the single-threaded CPU code.
 #include <algorithm>
 #include <cstring>
 #include <random>
@@ -17,10 +17,10 @@ struct SimulatedThread {
   static constexpr std::uint64_t kRun = 8;  // as in weight_kernels.cu
   std::uint64_t thread, threads, block, blocks;
   std::uint32_t in_block, block_size;
-  std::vector<std::uint64_t>* sums;  // of the block: one for each time that it adds up
+  std::vector<std::uint64_t>* sums;  // of the block: one per call of sum()
   std::size_t summed = 0;
 
-  // The last thread of the block to come has the sum, for then all have added to it.
+  // The last thread of the block gets the complete sum, because all threads have added to it then.
   bool sum(std::uint64_t* value) {
     if (summed == sums->size()) sums->push_back(0);
     *value = (*sums)[summed++] += *value;
@@ -55,7 +55,8 @@ void run_on_grid(const Call& call, LaunchShape shape) {
 
 Address address(const void* at) { return reinterpret_cast<Address>(at); }
 
-// Bytes that begin `skew` after a multiple of 64, and bytes around them that must not change.
+// Bytes that begin `skew` after a multiple of 64, with guard bytes around them that must not
+// change.
 class Buffer {
  public:
   Buffer(std::uint64_t bytes, std::uint64_t skew) : all_(bytes + skew + 192, 0xA5), bytes_(bytes) {
@@ -87,7 +88,8 @@ class Buffer {
 
 const LaunchShape kShapes[] = {{1, 1}, {1, 32}, {3, 64}, {2, 1024}};
 
-// The call writes to its second address; both ways to do it, and all grids, write the same.
+// Checks that both implementations, and all grids, write the same bytes to the call's second
+// address.
 template <class Call>
 void check_all(const Call& call, std::uint64_t skew) {
   CHECK(misuse(call) == Misuse::none);
@@ -189,7 +191,7 @@ TEST(gathers_of_grids_are_those_of_one_thread) {
   }
 }
 
-// Large enough to be written past the cache, which the CPU does for rows of whole lines.
+// Large enough that the CPU writes around the cache, as it does for rows of whole cache lines.
 TEST(many_short_rows_are_gathered_whole) {
   const std::uint64_t rows = 9001, row_bytes = 512, pitch = 1088;
   Buffer from(rows * pitch, 1), to(rows * row_bytes, 16);
@@ -217,7 +219,7 @@ TEST(a_launch_is_parsed_as_what_it_was) {
 
 TEST(misuse_is_named) {
   CHECK(misuse(DigestCall{64, 64, 0, 8}) == Misuse::empty_granules);
-  CHECK(misuse(DigestCall{64, 64, 16, 12}) == Misuse::misaligned_digests);  // where it writes
+  CHECK(misuse(DigestCall{64, 64, 16, 12}) == Misuse::misaligned_digests);  // the output address
   CHECK(misuse(DigestCall{64, 64, 16, 120}) == Misuse::overlap);
   CHECK(misuse(DigestCall{64, 20ull << 30, 20ull << 30, 8}) == Misuse::digest_too_long);
   CHECK(misuse(DigestCall{~0ull - 8, 64, 64, 8}) == Misuse::past_the_end);

@@ -1,4 +1,5 @@
-// Whoever waits is served in order, or told why not, and a wait that is broken off leaves nothing.
+// Waiting leases are admitted in order or get an error that says why, and an interrupted wait
+// leaves no lease behind.
 #include <thread>
 
 #include "fixtures.h"
@@ -9,7 +10,7 @@ namespace {
 struct Interrupted {};
 const Poll interrupt = [] { throw Interrupted{}; };
 
-// The statement is broken off by the first poll.
+// Returns whether the first poll of the wait interrupts it.
 template <typename Wait>
 bool interrupted(Wait wait) {
   try {
@@ -20,7 +21,7 @@ bool interrupted(Wait wait) {
   return false;
 }
 
-// An arena of four granules and models of two each.
+// An arena of four granules, and models of two granules each.
 struct Desk {
   explicit Desk(const HostOptions& host = {}, unsigned loaders = 1)
       : device(host), runtime(Runtime::make(device.driver, options(4, loaders))) {
@@ -37,7 +38,8 @@ struct Desk {
     models.clear();
     device.expect_returned();
   }
-  // Only whether it holds now: the loader needs a moment.
+  // Returns whether the hold has its layers now. Waits kSoon at most, because the loader needs a
+  // moment.
   bool holds(const HoldPtr& hold) {
     try {
       if (hold->entry) runtime->wait(hold->entry, in(kSoon), nullptr);
@@ -105,7 +107,7 @@ TEST(a_wait_that_times_out_leaves_the_line) {
   desk.arrive(next);
   CHECK(desk.files[3].is_in(runtime, m[3]));
   CHECK(!head->admitted && runtime.state().leases == 2);
-  runtime.end_lease(head);  // again: no effect
+  runtime.end_lease(head);  // a second time, without effect
   runtime.end_lease(next);
 }
 
@@ -182,12 +184,12 @@ TEST(an_interrupt_while_loading) {
   CHECK(interrupted([&] { runtime.await_lease(hold, kNever, interrupt); }));
   const TicketPtr ticket = runtime.prewarm(model, kBackground);
   CHECK(interrupted([&] { runtime.wait(ticket, kNever, interrupt); }));
-  runtime.wait(ticket, in(kLong), nullptr);  // breaking off a wait does not break off the work
+  runtime.wait(ticket, in(kLong), nullptr);  // an interrupted wait does not cancel the load
   const Leased again(runtime, {model});
   CHECK(desk.files[0].is_in(runtime, model));
 }
 
-// A stream that has not passed its fence, as seen by whoever wants to unmap.
+// An eviction has to wait for a stream that has not passed its fence.
 TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
   Desk desk;
   Runtime& runtime = *desk.runtime;
@@ -206,7 +208,7 @@ TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
   runtime.check_invariants();
   CHECK(!runtime.leased(model).second);
   {
-    const Leased again(runtime, {model});  // nothing had to be loaded
+    const Leased again(runtime, {model});  // the layers are still resident
     CHECK(desk.files[0].is_in(runtime, model));
   }
   CHECK(runtime.state().counters.layers_loaded == 2);
@@ -232,8 +234,8 @@ TEST(an_interrupt_while_closing) {
   desk.open = false;
 }
 
-// A fill that has to evict waits for the fences of what it evicts. Cancelled while it does, it
-// must not take down whoever asks for the same layers just then.
+// A fill that has to evict layers waits for their fences. If it is cancelled during that wait, a
+// ticket that joins it at that time must not fail.
 TEST(a_cancelled_fill_that_somebody_wants_again) {
   Desk desk;
   Runtime& runtime = *desk.runtime;
@@ -245,7 +247,7 @@ TEST(a_cancelled_fill_that_somebody_wants_again) {
     runtime.record(leased.hold(), stream);
   }
   const TicketPtr first = runtime.prewarm(m[2], kBackground);
-  std::this_thread::sleep_for(kSoon);  // it is waiting for the fence
+  std::this_thread::sleep_for(kSoon);  // the fill now waits for the fence
   runtime.cancel(first);
   const TicketPtr second = runtime.prewarm(m[2], kBackground);
   std::this_thread::sleep_for(2 * kSoon);

@@ -1,4 +1,5 @@
-// Bytes that go by a neighbour's link are the model's, whatever becomes of the neighbour meanwhile.
+// Bytes that arrive over a neighbour's link are correct, whatever happens to the neighbour
+// meanwhile.
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -15,7 +16,7 @@ const std::vector<std::uint64_t> kLayers{2 * kGranule, kGranule + 700'001, 3 * k
 constexpr std::uint32_t kGranules = 7;
 const HostOptions kStaged{true, false, true};
 
-// A runtime with a model, and beside its device a neighbour.
+// A runtime with a model, and a neighbour of its device.
 struct Bench {
   explicit Bench(unsigned loaders = 2)
       : device(kStaged), runtime(Runtime::make(device.driver, options(kGranules, loaders))) {
@@ -51,7 +52,7 @@ struct Bench {
   bool neighbour_lost = false;
 };
 
-// A route that does what the test says, on a thread.
+// A route whose thread acts as the test prescribes.
 class Scripted final : public Route {
  public:
   enum class Act { carry, spoil, refuse, full };
@@ -69,7 +70,7 @@ class Scripted final : public Route {
   ~Scripted() override {
     stop_ = true;
     thread_.join();
-    CHECK(queue_.empty());  // nothing is left under way
+    CHECK(queue_.empty());  // no copies are in flight
   }
   const std::string& name() const noexcept override { return name_; }
   std::shared_ptr<Crossing> begin(std::span<const Copy> copies) override {
@@ -81,7 +82,7 @@ class Scripted final : public Route {
     queue_.push_back({sent, {copies.begin(), copies.end()}, act});
     return sent;
   }
-  std::atomic<bool> held{false};  // nothing moves
+  std::atomic<bool> held{false};  // true: copies make no progress
 
  private:
   struct Task {
@@ -120,7 +121,7 @@ class Scripted final : public Route {
   std::mutex mutex_;
   std::deque<Task> queue_;
   std::atomic<bool> stop_{false};
-  std::thread thread_;  // last: it uses all above
+  std::thread thread_;  // last: it uses all members above
 };
 using Act = Scripted::Act;
 
@@ -157,15 +158,15 @@ TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
   for (const Primitive call : {copy_to_device, copy_to_peer, event_record, event_query, event_wait})
     for (const Status status : {Status::failed, Status::out_of_memory, Status::device_lost})
       for (const std::uint64_t last : {1ull, ~0ull}) {
-        // This device only says that it is lost: what it was given before goes on.
+        // This device only reports that it is lost; its earlier work continues.
         if (status == Status::device_lost && call != copy_to_device) continue;
         Bench bench;
         bench.connect();
         bench.neighbour.driver->arm({{1, last}}, call, status);
         bench.load();
         const bool hit = bench.neighbour.driver->injected() > 0;
-        // Who finds a copy over need not wait; and a wait that failed as its time ran out is one
-        // that the next look may find over.
+        // A copy that is found complete is not waited for; and after a wait that failed at its
+        // timeout, the next look may find the copy complete.
         const bool sure = call != event_wait;
         CHECK(hit || !sure);
         if (sure && (last > 1 || status == Status::device_lost))
@@ -225,7 +226,7 @@ TEST(a_layer_is_there_when_its_last_chunk_is_whatever_way_it_came) {
   const HoldPtr hold = bench.runtime->begin_lease({bench.model}, 1);
   bench.runtime->await_lease(hold, in(kLong), nullptr, false);
   const auto stream = std::make_shared<Stream>(bench.runtime->device());
-  // Its second chunk is on the slow way, so no stream can be put behind the first layer's copies.
+  // The layer's second chunk is on the slow route, so a stream cannot wait for the layer's copies.
   CHECK_THROWS(timeout,
                bench.runtime->await_layer(hold, bench.model, 0, stream, in(10 * kSoon), nullptr));
   CHECK_THROWS(timeout,
@@ -260,7 +261,7 @@ TEST(a_route_that_is_dropped_ends_what_it_has_begun) {
   for (const Deadline end = in(kLong); !left.expired() && Clock::now() < end;)
     std::this_thread::yield();
   CHECK(left.expired());
-  bench.connect();  // and another may come
+  bench.connect();  // another route can be added
   bench.load();
 }
 
@@ -283,14 +284,14 @@ TEST(routes_that_make_no_sense_are_refused) {
   bench.connect();
   CHECK_THROWS(invalid_argument, bench.connect());
   CHECK_THROWS(invalid_argument, bench.runtime->drop_route("elsewhere"));
-  Watched seen;  // the CPU writes its memory itself
+  Watched seen;  // a device whose memory the CPU writes directly
   const auto other = Runtime::make(seen.driver, options(2));
   CHECK_THROWS(invalid_argument,
                other->add_route(make_peer_route(std::make_shared<Device>(bench.neighbour.driver),
                                                 *other->device(), kGranule)));
 }
 
-// Routes come, spoil, refuse and go while threads load and evict.
+// Routes are added, fail, refuse copies and are removed while threads load and evict.
 TEST(routes_that_come_and_go_under_load) {
   Bench bench(3);
   std::atomic<bool> over{false};

@@ -1,5 +1,5 @@
-// Pieces go to whichever link will have carried them first: loads are over as soon as all links
-// together allow, but for the last pieces, whatever the speeds are and however they change.
+// Each piece takes the link that would finish it first. Therefore a load ends as early as all links
+// together allow, except for the last pieces, for any speeds and changes of speed.
 #include <deque>
 #include <memory>
 #include <random>
@@ -18,11 +18,11 @@ std::chrono::nanoseconds takes(std::uint64_t bytes, double rate) {
       static_cast<std::int64_t>(static_cast<double>(bytes) / rate * 1e9));
 }
 
-// A link with a speed of its own, in bytes a second, on a clock that the test moves.
+// A link with its own speed, in bytes per second, on a clock that the test advances.
 struct Link {
   double rate;
   LinkLoad load{};
-  std::deque<std::pair<std::uint64_t, Deadline>> under_way{};  // bytes, and when they land
+  std::deque<std::pair<std::uint64_t, Deadline>> under_way{};  // (bytes, time of landing)
   std::uint64_t carried = 0;
   bool open = true;
 
@@ -53,7 +53,7 @@ double total(const Links& links) {
   return sum;
 }
 
-// Lands what is next, and returns when.
+// Lands the next piece and returns the time.
 Deadline land_next(Links& links) {
   Link* next = nullptr;
   for (const auto& link : links)
@@ -70,7 +70,8 @@ bool under_way(const Links& links) {
                      [](const auto& link) { return !link->under_way.empty(); });
 }
 
-// Loads so many bytes through `chunks` staging chunks; seconds until the last has landed.
+// Loads `bytes` through `chunks` staging chunks. Returns the seconds until the last piece has
+// landed.
 double load(Links& links, std::uint64_t bytes, std::size_t chunks, Deadline now = Deadline{},
             const std::function<void(std::uint64_t sent, Deadline now)>& meanwhile = nullptr) {
   const Deadline begin = now;
@@ -91,7 +92,7 @@ double load(Links& links, std::uint64_t bytes, std::size_t chunks, Deadline now 
   return std::chrono::duration<double>(now - begin).count();
 }
 
-// So that their speeds are known, at the time that it returns.
+// Sends one piece over each link, so that its speed is known. Returns the time after that.
 Deadline measure(Links& links) {
   const Deadline end = Deadline{} + std::chrono::seconds(100);
   for (const auto& link : links) {
@@ -122,7 +123,7 @@ TEST(a_load_is_over_as_soon_as_all_links_together_allow) {
   }
 }
 
-// As real loads are: few chunks, and speeds that have to be found out.
+// As in real loads: few chunks, and speeds that must be measured first.
 TEST(with_few_chunks_and_unknown_speeds_it_is_nearly_as_soon) {
   std::mt19937 random(2);
   for (int round = 0; round < 3000; ++round) {
@@ -148,7 +149,7 @@ TEST(a_link_that_slows_down_takes_few_and_one_that_recovers_takes_its_part) {
     links[1]->rate = sent == part ? 0.5e9 : 20e9;
   });
   CHECK(carried[0] >= 480 && carried[0] <= 520);
-  CHECK(carried[1] <= 40);  // 8 were under way; of its speed now 24 would be its part
+  CHECK(carried[1] <= 40);  // 8 pieces were in flight; its share at the new speed would be 24
   CHECK(links[1]->carried / kPiece >= 480);
 }
 
@@ -157,7 +158,7 @@ TEST(a_link_that_stands_still_is_waited_for_by_nobody_but_its_own_pieces) {
   Deadline now = measure(links);
   links[1]->rate = 1;
   for (int i = 0; i < 4; ++i) links[1]->send(kPiece, now);
-  // By its measured speed it would be the first for another second.
+  // By its measured speed alone the link would still be chosen a second later.
   now += std::chrono::seconds(1);
   CHECK(soonest(links, kPiece, now) == links[0].get());
 }

@@ -1,5 +1,5 @@
-// No call that may block is made under the runtime's lock: whatever one thread waits for, others
-// lease, look and cancel meanwhile.
+// No call that may block is made under the runtime's lock: while one thread waits, other threads
+// can lease, query and cancel.
 #include <future>
 #include <thread>
 
@@ -8,7 +8,7 @@
 namespace warmserve {
 namespace {
 
-// Before each primitive that may block it tries, on another thread, what needs the lock.
+// Before each primitive that may block, runs operations that need the lock on another thread.
 class Probe final : public Interposer {
  public:
   using Interposer::Interposer;
@@ -31,13 +31,13 @@ class Probe final : public Interposer {
 
 void live_a_little(Runtime& runtime, const ModelPtr& a, const ModelPtr& b) {
   std::vector<std::byte> bytes(kGranule);
-  for (int i = 0; i < 12; ++i) {  // more fences than are kept without a look
+  for (int i = 0; i < 12; ++i) {  // more fences than are kept without a check for completion
     const Leased leased(runtime, {a});
     const auto stream = std::make_shared<Stream>(runtime.device());
     stream->copy_from_device(bytes.data(), runtime.reservation(a)->address(), kGranule);
     runtime.record(leased.hold(), stream);
     stream->synchronize();
-  }  // the stream is its user's no more
+  }  // the user has dropped the stream
   runtime.wait(runtime.swap(a, b, kForeground), in(kLong), nullptr);
   runtime.read_back(b, 0, bytes.data());
   runtime.evict(b, in(kLong), nullptr);

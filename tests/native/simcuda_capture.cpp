@@ -1,5 +1,5 @@
-// Stream capture in the simulated driver: what it forbids to whom, what that does to the capture,
-// and what a replayed graph touches.
+// Stream capture in the simulated driver: calls that a capture forbids to each thread, the effect
+// of such calls on the capture, and the memory that a replayed graph accesses.
 #include <functional>
 #include <thread>
 
@@ -19,7 +19,7 @@ void in_thread(CUstreamCaptureMode mode, const std::function<void()>& body) {
   std::thread([&] {
     OK(cuCtxSetCurrent(context));
     OK(cuThreadExchangeStreamCaptureMode(&mode));
-    CHECK(mode == kGlobal);  // every thread's at first
+    CHECK(mode == kGlobal);  // the initial mode of each thread
     body();
   }).join();
 }
@@ -63,7 +63,7 @@ TEST(unsafe_calls_poison_by_the_modes_of_both_threads) {
           (c.poisons ? CUDA_ERROR_STREAM_CAPTURE_INVALIDATED : CUDA_SUCCESS));
     CHECK((graph == nullptr) == c.poisons);
   }
-  // Work elsewhere and memory management are safe.
+  // Work on other streams and memory management are safe.
   OK(cuStreamBeginCapture_v2(s, kGlobal));
   in_thread(kGlobal, [&] {
     const CUdeviceptr at = mapped();
@@ -108,13 +108,13 @@ TEST(what_conflicts_with_a_capture_whatever_the_mode) {
     OK(cuStreamWaitEvent(other, e, 0));
     return cuStreamEndCapture(other, &graph);
   });
-  // A stream that does not block is no concern of the legacy one.
+  // The legacy stream ignores a capture of a non-blocking stream.
   CUgraph graph = nullptr;
   OK(cuStreamBeginCapture_v2(other, kRelaxed));
   OK(cuMemsetD8Async(at, 1, 1, CU_STREAM_LEGACY));
   OK(cuStreamEndCapture(other, &graph));
   FAILS(ILLEGAL_STATE, cuStreamEndCapture(other, &graph));
-  FAILS(CAPTURED_EVENT, cuEventQuery(e));  // after the capture too
+  FAILS(CAPTURED_EVENT, cuEventQuery(e));  // also after the capture
   OK(cuEventRecord(e, s));
   OK(cuEventSynchronize(e));
 }
@@ -142,7 +142,7 @@ TEST(forks_must_join) {
     OK(cuStreamSynchronize(s));
     CHECK(holds(at, 8, 6));
   }
-  // Ending is for the thread that began, but in relaxed captures.
+  // Only the thread that began a capture may end it, except for relaxed captures.
   CUgraph graph = nullptr;
   OK(cuStreamBeginCapture_v2(s, kGlobal));
   in_thread(kGlobal, [&] {

@@ -1,5 +1,5 @@
-// The race detector, against happens-before worked out by brute force: all pairs of accesses of
-// random programs, ordered where a path of documented edges leads from one to the other.
+// The race detector, compared with a brute-force computation of happens-before: two accesses of a
+// random program are ordered if a path of documented edges leads from one to the other.
 #include <random>
 #include <set>
 
@@ -9,7 +9,7 @@ using namespace simcuda_test;
 
 namespace {
 
-constexpr int kStreams = 5;  // 0: legacy; 1, 2: blocking; the others not
+constexpr int kStreams = 5;  // 0: legacy; 1, 2: blocking; 3, 4: non-blocking
 constexpr int kEvents = 4, kBytes = 48;
 
 bool is_blocking(int s) { return s == 1 || s == 2; }
@@ -20,7 +20,7 @@ struct Access {
 };
 struct Step {
   std::vector<Access> accesses;
-  std::vector<bool> before;  // which steps are ordered before this one
+  std::vector<bool> before;  // by index of a step: whether it is ordered before this one
 };
 
 class Program {
@@ -28,7 +28,7 @@ class Program {
   explicit Program(unsigned seed) : random_(seed) {
     begin("clock=virtual\ncontent=64\nh2d=1e6\nd2h=1e6\nd2d=1e6\n");
     granules_ = {create(), create()};
-    // The same two granules at two places, in both orders.
+    // The same two granules are mapped at two addresses, in opposite orders.
     first_ = reserve(2 * kGranule);
     second_ = reserve(2 * kGranule);
     for (int i = 0; i < 2; ++i) {
@@ -61,7 +61,7 @@ class Program {
  private:
   int pick(int below) { return static_cast<int>(random_() % static_cast<unsigned>(below)); }
 
-  // Two granules are one space of 2 * kBytes here: what lies at the start of each.
+  // The first kBytes of each of the two granules form one space of 2 * kBytes.
   struct Place {
     CUdeviceptr address;
     int at;
@@ -73,7 +73,8 @@ class Program {
     return {base + static_cast<unsigned>(offset), granule * 1000 + offset};
   }
 
-  // A step that the stream does, after all before it in the stream and what the host knew.
+  // Adds a step of the stream. It follows the stream's earlier steps and the steps that the host
+  // has waited for.
   int add(int s, std::vector<Access> accesses, int also = -1) {
     Step made{std::move(accesses), std::vector<bool>(steps_.size())};
     const auto after = [&](int other) {
@@ -93,7 +94,7 @@ class Program {
       for (const Access& a : steps_[i].accesses)
         for (const Access& b : made.accesses)
           if (a.begin < b.end && b.begin < a.end && (a.write || b.write))
-            expected_.insert(simcuda_calls(nullptr));  // the last
+            expected_.insert(simcuda_calls(nullptr));  // the number of the last call
     }
     steps_.push_back(std::move(made));
     stream_of_.push_back(s);
@@ -164,7 +165,7 @@ class Program {
           if (stream_of_[i] == s) host_knows(i);
         break;
       default: {
-        // Another stream in its place: its number may be used again.
+        // Replace the stream. The detector may reuse its number.
         if (s < 3) break;
         OK(cuStreamDestroy_v2(streams_[s]));
         streams_[s] = stream();
@@ -226,8 +227,8 @@ TEST(what_is_taken_away_in_use) {
   map(alias, handle);
   OK(cuMemsetD8Async(at, 0, kGranule, s));
   OK(cuEventRecord(e, s));
-  OK(cuStreamWaitEvent(t, e, 0));   // a stream that waits is not the host that waits
-  OK(cuMemUnmap(alias, kGranule));  // nothing used it
+  OK(cuStreamWaitEvent(t, e, 0));   // a wait of a stream is not a wait of the host
+  OK(cuMemUnmap(alias, kGranule));  // legal: this mapping was not used
   CHECK(violations() == 0);
   OK(set_access(at, kGranule));
   CHECK(violations("use-while-unmapped") == 1);
@@ -239,7 +240,7 @@ TEST(what_is_taken_away_in_use) {
   CUdeviceptr plain = 0;
   OK(cuMemAlloc_v2(&plain, 1000));
   OK(cuMemsetD8Async(plain, 0, 1000, t));
-  OK(cuMemFree_v2(plain));  // which waits, though nothing promises it
+  OK(cuMemFree_v2(plain));  // waits, although that is not documented
   CHECK(violations("use-while-unmapped") == 2);
   unsigned char* const allocated = pinned(4096);
   OK(cuMemcpyDtoHAsync_v2(allocated, at, 4096, s));
@@ -264,7 +265,7 @@ TEST(bytes_that_were_never_written) {
   OK(cuMemsetD8_v2(at + kGranule + 50, 1, 10));
   OK(cuMemcpyDtoH_v2(host, at + kGranule - 50, 120));
   CHECK(violations("uninitialised-read") == 2);
-  // What another allocation leaves behind is not the next one's content.
+  // The content of an earlier allocation does not count as written for the next one.
   OK(cuMemUnmap(at, 2 * kGranule));
   OK(cuMemcpyDtoH_v2(host, mapped(), 1));
   CHECK(violations("uninitialised-read") == 3);
@@ -293,14 +294,14 @@ TEST(graphs_are_ordered_by_their_edges) {
   };
   const CUgraphExec good = graph(true), bad = graph(false);
   OK(cuGraphLaunch(good, s));
-  OK(cuGraphLaunch(good, t));  // after the launch before
+  OK(cuGraphLaunch(good, t));  // ordered after the launch before
   CHECK(violations() == 0);
   OK(cuCtxSynchronize());
   CHECK(holds(at, 4, 1) && holds(at + 4, 8, 2));
   OK(cuGraphLaunch(bad, s));
-  CHECK(violations("race") == 1);  // once a call
+  CHECK(violations("race") == 1);  // one per call
   OK(cuMemsetD8Async(at, 3, 1, t));
   CHECK(violations("race") == 2);
   OK(cuMemsetD8Async(at, 3, 1, s));
-  CHECK(violations("race") == 3);  // with the one in t
+  CHECK(violations("race") == 3);  // races with the memset in t
 }

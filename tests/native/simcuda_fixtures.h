@@ -1,4 +1,4 @@
-// Helpers for the tests that call the simulated driver itself.
+// Helpers for the tests that call the simulated driver directly.
 #pragma once
 
 #include <cstring>
@@ -18,7 +18,7 @@ constexpr std::size_t kGranule = 2 << 20;
 #define OK(...) CHECK((__VA_ARGS__) == warmserve::cuda::CUDA_SUCCESS)
 #define FAILS(error, ...) CHECK((__VA_ARGS__) == warmserve::cuda::CUDA_ERROR_##error)
 
-// A fresh driver with a current primary context.
+// Makes a fresh driver with a current primary context.
 inline CUcontext begin(const std::string& options = "") {
   CHECK(simcuda_reset(("memory=67108864\n" + options).c_str()) == 0);
   OK(cuInit(0));
@@ -60,7 +60,7 @@ inline void map(CUdeviceptr address, CUmemGenericAllocationHandle handle,
   OK(set_access(address, bytes));
 }
 
-// Addresses with memory behind them that lives until it is unmapped.
+// Reserves addresses and maps memory there that is freed when it is unmapped.
 inline CUdeviceptr mapped(std::size_t bytes = kGranule) {
   const CUdeviceptr address = reserve(bytes);
   const auto handle = create(bytes);
@@ -104,7 +104,7 @@ inline std::string report() {
   return made;
 }
 
-// How many violations of a kind were seen; of all kinds, for "".
+// Returns the number of violations of a kind, or of all kinds for "".
 inline int violations(const std::string& kind = "") {
   const std::string text = report(), wanted = "{\"kind\": \"" + kind;
   int count = 0;

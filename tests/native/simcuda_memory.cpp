@@ -1,5 +1,5 @@
-// The page table of the simulated driver: what may be mapped and taken away, how long memory
-// lives, and what two addresses of the same granule see.
+// The page table of the simulated driver: legal and illegal mappings and releases, the lifetime of
+// memory, and granules that are mapped at two addresses.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -49,16 +49,16 @@ TEST(mapping_obeys_the_rules) {
   FAILS(INVALID_VALUE, cuMemMap(at, kGranule, 0, one, 0));  // over a mapping
   OK(cuMemMap(at + kGranule, 2 * kGranule, 0, two, 0));
 
-  // Mapping grants nothing; access is for whole mappings without holes.
+  // A mapping has no access at first. Access is set for whole mappings without holes.
   unsigned char byte = 1;
   FAILS(INVALID_VALUE, cuMemcpyHtoD_v2(at, &byte, 1));
   CHECK(set_access(at + kGranule, kGranule) == CUDA_ERROR_INVALID_VALUE);
   CHECK(set_access(at, 4 * kGranule) == CUDA_ERROR_INVALID_VALUE);
   OK(set_access(at, 3 * kGranule));
   OK(cuMemcpyHtoD_v2(at, &byte, 1));
-  OK(cuCtxSynchronize());  // of pageable memory such a copy waits for the source alone
+  OK(cuCtxSynchronize());  // a copy from pageable memory waits only until its source is read
 
-  FAILS(INVALID_VALUE, cuMemAddressFree(at, 4 * kGranule));  // something is mapped
+  FAILS(INVALID_VALUE, cuMemAddressFree(at, 4 * kGranule));  // it contains mappings
   FAILS(INVALID_VALUE, cuMemUnmap(at + kGranule, kGranule));
   FAILS(INVALID_VALUE, cuMemUnmap(at, 4 * kGranule));
   OK(cuMemUnmap(at, 3 * kGranule));  // two mappings at once
@@ -170,7 +170,7 @@ TEST(registering_what_the_cpu_may_only_read) {
     OK(cuMemcpyHtoD_v2(device, pages, 3 * 4096));
     FAILS(INVALID_VALUE, cuMemcpyDtoH_v2(pages, device, 3 * 4096));
     OK(cuMemHostUnregister(pages));
-    // Writable but for a page in the middle; then no page in the middle.
+    // First the middle page is read-only; then it is not mapped.
     auto* const middle = static_cast<std::byte*>(pages) + 4096;
     CHECK(::mmap(pages, 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
                  -1, 0) == pages);
@@ -191,7 +191,7 @@ TEST(the_cpu_reaches_memory_of_the_host) {
   begin("integrated=1");
   CUmemAllocationProp of_host = prop();
   of_host.location.type = CU_MEM_LOCATION_TYPE_HOST_NUMA;
-  // Granules whose slots are neither neighbours nor in order.
+  // Granules whose slots are neither adjacent nor in order.
   std::vector<CUmemGenericAllocationHandle> pieces;
   for (int i = 0; i < 6; ++i) pieces.push_back(create());
   for (const int i : {4, 0, 3}) OK(cuMemRelease(pieces[i]));
@@ -232,7 +232,7 @@ TEST(only_leading_bytes_are_kept) {
   CHECK(peek(at + kGranule + 4092, 8) == std::vector<unsigned char>({4, 3, 2, 1, 0, 0, 0, 0}));
 }
 
-// Granules that follow each other in the address space lie anywhere in the store.
+// Granules that are adjacent in the address space are not adjacent in the store.
 TEST(kernels_see_one_range) {
   begin();
   const CUdeviceptr at = reserve(4 * kGranule);
@@ -256,7 +256,7 @@ TEST(kernels_see_one_range) {
                                    reinterpret_cast<warmserve::Address>(expected)});
   CHECK(std::memcmp(digests, expected, sizeof expected) == 0);
 
-  // Out of one pair of granules into another, both in two pieces.
+  // Source and destination each cross the border between two granules.
   const warmserve::GatherCall gather{at + kGranule - 64, at + 2 * kGranule - 100, 4, 50, 100};
   OK(launch(gather, s));
   OK(cuStreamSynchronize(s));
@@ -266,7 +266,7 @@ TEST(kernels_see_one_range) {
   }
   CHECK(violations() == 0);
 
-  // A range that is not mapped is found when the kernel runs, and stays.
+  // An unmapped range is detected when the kernel runs; the error is sticky.
   OK(launch(warmserve::GatherCall{at, at + 5 * kGranule, 1, 8, 8}, s));
   FAILS(ILLEGAL_ADDRESS, cuStreamSynchronize(s));
   FAILS(ILLEGAL_ADDRESS, cuMemsetD8Async(at, 0, 1, s));

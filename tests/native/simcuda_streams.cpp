@@ -1,5 +1,5 @@
-// Order and time in the simulated driver, with threads and with the virtual clock: what runs after
-// what, when memory is read, and what waiting means.
+// Order and time in the simulated driver, with threads and with the virtual clock: the order of
+// operations, the time at which memory is read, and the effect of waits.
 #include <unistd.h>
 
 #include <atomic>
@@ -13,7 +13,7 @@ using namespace simcuda_test;
 namespace {
 
 constexpr const char* kClocks[] = {"clock=real\n", "clock=virtual\n"};
-// A granule takes 20 ms to the device.
+// A copy of a granule to the device takes 20 ms.
 const std::string kSlow = "h2d=" + std::to_string(kGranule * 50) + "\n";
 
 void busy(CUstream s) { OK(cuMemcpyHtoDAsync_v2(mapped(), pinned(kGranule), kGranule, s)); }
@@ -45,7 +45,7 @@ TEST(a_wait_is_for_the_event_as_it_was) {
     begin(clock + kSlow);
     const CUstream first = stream(), second = stream(), third = stream();
     const CUevent e = event();
-    OK(cuEventQuery(e));  // never recorded: complete
+    OK(cuEventQuery(e));  // an event that was never recorded is complete
     OK(cuEventRecord(e, first));
     OK(cuStreamWaitEvent(second, e, 0));
     OK(cuEventSynchronize(e));
@@ -54,7 +54,7 @@ TEST(a_wait_is_for_the_event_as_it_was) {
     CHECK(cuEventQuery(e) == CUDA_ERROR_NOT_READY);
     const CUdeviceptr at = mapped();
     OK(cuMemsetD8Async(at, 3, 64, second));
-    OK(cuStreamSynchronize(second));  // not held up by the third
+    OK(cuStreamSynchronize(second));  // does not wait for the third stream
     CHECK(cuEventQuery(e) == CUDA_ERROR_NOT_READY);
     CHECK(holds(at, 64, 3));
     OK(cuEventDestroy_v2(e));  // while it is pending
@@ -72,7 +72,8 @@ TEST(the_legacy_stream_waits_and_is_waited_for) {
     OK(cuMemsetD8Async(at, 1, 4, nullptr));
     OK(cuMemsetD8Async(at + 8, 1, 4, apart));
     OK(cuStreamSynchronize(apart));
-    CHECK(cuStreamQuery(blocking) == CUDA_ERROR_NOT_READY);  // so the legacy memset has not run
+    // Not ready, because the legacy memset has not run.
+    CHECK(cuStreamQuery(blocking) == CUDA_ERROR_NOT_READY);
     OK(cuMemcpyDtoHAsync_v2(host, at, 4, blocking));
     OK(cuStreamSynchronize(blocking));
     CHECK(host[0] == 1 && host[3] == 1);
@@ -142,7 +143,7 @@ TEST(what_is_unmapped_too_early_dies_when_it_runs) {
   }
 }
 
-// Everything that the virtual clock says is exact.
+// The virtual clock is exact.
 TEST(virtual_time) {
   begin("clock=virtual\nh2d=1e9\nd2h=5e8\ncost.cuMemcpyHtoDAsync=2+1\ncost.cuMemUnmap=10+100\n");
   const CUstream one = stream(), two = stream();
@@ -153,18 +154,18 @@ TEST(virtual_time) {
 
   double begun = simcuda_now();
   OK(cuMemcpyHtoDAsync_v2(at, host, kGranule, one));
-  CHECK(close(simcuda_now() - begun, 3e-6));  // the call alone
+  CHECK(close(simcuda_now() - begun, 3e-6));  // only the cost of the call
   OK(cuMemcpyHtoDAsync_v2(at + kGranule, host + kGranule, kGranule, two));
-  OK(cuStreamSynchronize(two));  // after the other: they share an engine
+  OK(cuStreamSynchronize(two));  // the copies run one after the other: they share an engine
   CHECK(close(simcuda_now() - begun, 3e-6 + 2 * copy));
 
   begun = simcuda_now();
   OK(cuMemcpyHtoDAsync_v2(at + 2 * kGranule, host, kGranule, one));
   OK(cuMemcpyDtoHAsync_v2(host + kGranule, at, kGranule, two));
-  OK(cuCtxSynchronize());  // engines run beside each other
+  OK(cuCtxSynchronize());  // different engines run concurrently
   CHECK(close(simcuda_now() - begun, 3e-6 + 2 * copy));
 
-  // The engine is free while what was enqueued first waits for something.
+  // The engine is free while a copy that was enqueued first waits for an event.
   const CUevent e = event(CU_EVENT_DEFAULT), f = event(CU_EVENT_DEFAULT);
   begun = simcuda_now();
   OK(cuMemcpyDtoHAsync_v2(host + kGranule, at, kGranule, two));
@@ -184,8 +185,8 @@ TEST(virtual_time) {
 
   begun = simcuda_now();
   OK(cuMemUnmap(at, 3 * kGranule));
-  CHECK(close(simcuda_now() - begun, 110e-6));  // of one mapping
-  // Polling moves it.
+  CHECK(close(simcuda_now() - begun, 110e-6));  // the cost of one mapping
+  // Polling advances the clock.
   OK(cuMemcpyDtoHAsync_v2(host, mapped(), kGranule, two));
   begun = simcuda_now();
   int polls = 0;
@@ -247,7 +248,7 @@ TEST(threads_of_the_program) {
   }
 }
 
-// Freeing waits, and other threads learn meanwhile: what they know is not forgotten afterwards.
+// While cuMemFree waits, other threads wait for other work. The detector must not lose their waits.
 TEST(a_free_that_waits_takes_no_knowledge_away) {
   const CUcontext context = begin(kSlow);
   const CUstream slow = stream();
@@ -278,7 +279,7 @@ TEST(a_program_that_never_waits_loses_its_bytes) {
   unsigned char* const staging = pinned(kGranule, 1);
   OK(cuMemcpyHtoDAsync_v2(at, staging, kGranule, s));
   ::usleep(1000);
-  std::memset(staging, 2, kGranule);  // too early
+  std::memset(staging, 2, kGranule);  // too early: the copy still reads
   OK(cuStreamSynchronize(s));
   CHECK(!holds(at, kGranule, 1));
 }

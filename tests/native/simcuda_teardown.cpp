@@ -1,4 +1,4 @@
-// Ends: of the simulator with work in flight, of the process, of a child of it, of the context.
+// The end of the simulator, the process, a forked child and a context, with work in flight.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,11 +12,11 @@ using namespace simcuda_test;
 
 namespace {
 
-constexpr const char* kSlow = "h2d=1000000\n";  // a granule takes 2 s
+constexpr const char* kSlow = "h2d=1000000\n";  // a copy of a granule takes 2 s
 
 void busy(CUstream s) { OK(cuMemcpyHtoDAsync_v2(mapped(), pinned(kGranule), kGranule, s)); }
 
-// How a child that runs `body` ends.
+// Returns the exit status of a forked child that runs `body`.
 int in_child(void (*body)()) {
   const pid_t child = ::fork();
   if (child == 0) {
@@ -31,7 +31,7 @@ int in_child(void (*body)()) {
 
 }  // namespace
 
-// First, while this process has no threads: what a child begins anew is its own.
+// Must be the first test: this process has no threads yet, so its children can make simulators.
 TEST(the_process_ends_with_work_in_flight) {
   CHECK(in_child([] {
           begin(kSlow);
@@ -43,12 +43,13 @@ TEST(the_process_ends_with_work_in_flight) {
         }) == 0);
   CHECK(in_child([] {
           begin();
-          std::atexit([] {  // of something that is older than the driver's use
+          // Registered after the driver's own handler, so it runs before the driver's end.
+          std::atexit([] {
             int count = 0;
             if (cuDeviceGetCount(&count) != CUDA_SUCCESS) ::_exit(3);
           });
         }) == 0);
-  // A host function that never returns holds up nobody.
+  // A host function that never returns does not block the exit.
   CHECK(in_child([] {
           begin();
           static std::atomic<bool> entered = false;
@@ -155,7 +156,7 @@ TEST(others_destroy_the_context) {
     simcuda_destroy_primary_context();
     FAILS(CONTEXT_IS_DESTROYED, cuMemsetD8Async(at, 0, 1, s));
     FAILS(CONTEXT_IS_DESTROYED, cuStreamSynchronize(s));
-    OK(cuMemUnmap(at, kGranule));  // addresses and granules are the process's
+    OK(cuMemUnmap(at, kGranule));  // addresses and granules belong to the process, not the context
     CHECK(violations() == 0);
   }
 }
@@ -169,7 +170,7 @@ TEST(errors_stay) {
   FAILS(LAUNCH_FAILED, cuMemsetD8Async(at, 0, 1, s));
   FAILS(LAUNCH_FAILED, cuStreamSynchronize(s));
   FAILS(LAUNCH_FAILED, cuEventQuery(e));
-  FAILS(LAUNCH_FAILED, cuStreamDestroy_v2(s));  // and it is gone
+  FAILS(LAUNCH_FAILED, cuStreamDestroy_v2(s));  // the stream is destroyed all the same
   FAILS(INVALID_HANDLE, cuStreamDestroy_v2(s));
   FAILS(LAUNCH_FAILED, cuEventDestroy_v2(e));
   OK(cuMemUnmap(at, kGranule));

@@ -1,4 +1,5 @@
-// Files that are read in pieces, cut, replaced or touched: the right bytes, or an error.
+// Files that are read in pieces, truncated, replaced or touched: a load gives the right bytes or an
+// error.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -14,7 +15,7 @@
 
 namespace {
 
-// How the next reads go; null: as usual. Set and reset while nobody reads.
+// Replaces preadv for the next reads; null: the real one. Changed only while no thread reads.
 using Read = std::function<ssize_t(int, const iovec*, int, off_t)>;
 Read read_as;
 
@@ -24,7 +25,7 @@ ssize_t real_preadv(int descriptor, const iovec* vectors, int count, off_t offse
 
 }  // namespace
 
-// In the C library's stead.
+// Overrides the C library's function.
 extern "C" ssize_t preadv(int descriptor, const iovec* vectors, int count, off_t offset) {
   return (read_as ? read_as : real_preadv)(descriptor, vectors, count, offset);
 }
@@ -37,7 +38,7 @@ struct ReadsGo {
   ~ReadsGo() { read_as = nullptr; }
 };
 
-// A file of `bytes` known bytes, and one layer of it.
+// A file of `bytes` known bytes that contains one layer.
 struct Scattered {
   explicit Scattered(std::uint64_t bytes) : file(1, {bytes}) { files.push_back(file.open()); }
 
@@ -47,7 +48,7 @@ struct Scattered {
                       0) == static_cast<ssize_t>(all.size()));
     return all;
   }
-  // Reads the layer's bytes into blocks of so many bytes, and puts them together again.
+  // Reads the layer's bytes into blocks of `block_bytes` and joins the blocks.
   std::vector<std::byte> read(const LayerSource& source, std::uint64_t begin, std::uint64_t end,
                               std::uint64_t block_bytes) const {
     const std::uint64_t first = begin / block_bytes, last = ceil_div(end, block_bytes);
@@ -60,7 +61,7 @@ struct Scattered {
     read_layer(files, source, begin, end, destination);
     std::vector<std::byte> all;
     for (const auto& block : blocks) all.insert(all.end(), block.begin(), block.end());
-    for (std::uint64_t i = 0; i < all.size(); ++i)  // nothing beside what was asked for
+    for (std::uint64_t i = 0; i < all.size(); ++i)  // bytes outside [begin, end) are unchanged
       if (i + first * block_bytes < begin || i + first * block_bytes >= end)
         CHECK(all[i] == std::byte{0xEE});
     const auto from = all.begin() + static_cast<std::ptrdiff_t>(begin - first * block_bytes);
@@ -71,7 +72,7 @@ struct Scattered {
   std::vector<File> files;
 };
 
-// What a layer's bytes must be, worked out a segment at a time.
+// Returns the layer's bytes, computed segment by segment.
 std::vector<std::byte> expected(const std::vector<std::byte>& content, const LayerSource& source,
                                 std::uint64_t begin, std::uint64_t end) {
   std::vector<std::byte> layer(end);
@@ -124,7 +125,7 @@ TEST(many_small_segments_with_holes) {
                 expected(content, scattered, begin, stop));
 }
 
-// Slices of the file are read in pieces, and what they become crosses from block to block.
+// The file is read in pieces, and converted elements cross the borders of blocks.
 TEST(casts_of_reads_that_are_short_or_interrupted) {
   const std::uint64_t count = 200'001;
   const Scattered source(4 * count + 6);
@@ -197,7 +198,7 @@ TEST(a_file_that_ends_too_soon) {
   CHECK_THROWS(corrupt_checkpoint, source.read({{{0, 1 << 30, 0, 9}}}, 0, 9, 4096));
 }
 
-// The read returns its full length, and what was cut is zeros.
+// The read returns its full length, with zeros for the part that was cut off.
 TEST(a_file_cut_inside_a_read) {
   const Scattered source(100'000);
   const ReadsGo go([&](int descriptor, const iovec* vectors, int count, off_t offset) {
@@ -208,8 +209,8 @@ TEST(a_file_cut_inside_a_read) {
   CHECK_THROWS(corrupt_checkpoint, source.read({{{0, 0, 0, 100'000}}}, 0, 100'000, 100'000));
 }
 
-// Between two loads the file changes in one of these ways; the model fails, whole, and everybody
-// else goes on.
+// The file changes between two loads in one of these ways. The whole model fails; other models
+// still work.
 TEST(a_model_whose_file_changed) {
   using Change = void (*)(const char* path);
   const Change cut = [](const char* path) { CHECK(::truncate(path, 1000) == 0); };
@@ -259,7 +260,7 @@ TEST(a_model_whose_file_changed) {
     }
 }
 
-// The first chunks are there when the file is cut.
+// The first chunks have arrived when the file is truncated.
 TEST(a_model_whose_file_is_cut_while_it_loads) {
   for (const bool host_view : {true, false}) {
     const Watched device({.threads = false, .host_view = host_view});

@@ -1,4 +1,4 @@
-// Staging chunks go to whoever waits longest, are never more than was allowed, and all come back.
+// Staging chunks are lent to the longest waiter, never exceed the limit, and are all returned.
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -22,7 +22,7 @@ struct Bench {
   }
 };
 
-// A thread that stands in line. Polls come only from a wait, so the first one tells that it does.
+// A thread that waits in line. Only a wait calls the poll, so the first poll shows that it waits.
 class Waiter {
  public:
   Waiter(StagingPool& pool, std::function<void()> served)
@@ -45,7 +45,7 @@ TEST(first_come_first_served) {
   Bench bench;
   auto taken = bench.take_all();
   CHECK(taken.size() == kChunks);
-  std::vector<int> order;  // written by whoever has the one chunk that goes round
+  std::vector<int> order;  // written by the thread that holds the only chunk
   {
     std::vector<std::unique_ptr<Waiter>> line;
     for (int i = 0; i < 6; ++i)
@@ -61,7 +61,7 @@ TEST(nobody_passes_those_who_wait) {
   std::atomic<bool> tried{false};
   const Waiter first(bench.pool, [&] {
     taken.pop_back();
-    CHECK(!bench.pool.try_acquire());  // it is the second one's, who has it or waits for it
+    CHECK(!bench.pool.try_acquire());  // the second waiter has the chunk or waits for it
     tried = true;
   });
   const Waiter second(bench.pool, [&] {
@@ -115,7 +115,7 @@ TEST(a_wait_that_times_out_leaves_the_line) {
   CHECK_THROWS(staging_timeout, bench.pool.acquire(Clock::now(), nullptr));
   taken.clear();
   CHECK(bench.pool.try_acquire());
-  bench.pool.acquire(Clock::now(), nullptr);  // a deadline that has passed is no reason to refuse
+  bench.pool.acquire(Clock::now(), nullptr);  // succeeds after the deadline if a chunk is free
 }
 
 TEST(a_wait_that_is_interrupted_leaves_the_line) {
@@ -144,7 +144,7 @@ TEST(a_pin_that_fails_costs_nothing) {
   CHECK(bench.take_all().size() == kChunks);
 }
 
-// Two threads come while the only chunk is being pinned for a third, whose pin fails.
+// Two threads ask for a chunk while the only chunk is being pinned for a third, whose pin fails.
 TEST(a_pin_that_fails_lets_the_next_one_try) {
   Watched watched;
   StagingPool pool(std::make_shared<Device>(watched.driver), kChunk, kChunk);

@@ -1,4 +1,4 @@
-// The host's streams keep the order that events give them, with threads of their own and without.
+// The host driver's streams keep the order that events define, with and without threads.
 #include <cstring>
 #include <thread>
 
@@ -10,7 +10,7 @@ namespace {
 using std::chrono::microseconds;
 constexpr microseconds kForLong = std::chrono::seconds(60);
 
-// A device with a writable granule, and streams that copy into words of it.
+// A device with a writable granule, and streams that copy to words of the granule.
 struct Bench {
   explicit Bench(bool threads) : driver(make_host_driver({.threads = threads})) {
     CHECK(driver->granule_create(kBig, &granule) == Status::ok);
@@ -33,11 +33,11 @@ struct Bench {
     CHECK(driver->event_create(&id) == Status::ok);
     return id;
   }
-  // Word `to` becomes word `from` when the stream gets there.
+  // Enqueues a copy of word `from` to word `to`.
   void move(StreamId stream, std::size_t to, std::size_t from) {
     CHECK(driver->copy_to_device(address + 8 * to, bytes(from), 8, stream) == Status::ok);
   }
-  // An operation that takes a while: all words from kToiled on to the beginning.
+  // Enqueues a long operation: a copy of all words from kToiled on to the beginning.
   void toil(StreamId stream) {
     CHECK(driver->copy_to_device(address, bytes(kToiled), kBig / 2, stream) == Status::ok);
   }
@@ -52,7 +52,7 @@ struct Bench {
   Address address = 0;
 };
 
-// Each stream waits for the one before it, and the first has the most to do.
+// Each stream waits for the stream before it, and the first one has the longest operation.
 void chain_of_waits(bool threads) {
   Bench bench(threads);
   bench.word(Bench::kToiled) = 42;
@@ -101,9 +101,9 @@ TEST(a_wait_keeps_the_position_it_began_with) {
   CHECK(bench.driver->stream_wait_event(b, event) == Status::ok);
   bench.move(b, 2, 1);
   bench.move(a, 3, 0);
-  CHECK(bench.driver->event_record(event, a) == Status::ok);  // again, further on
+  CHECK(bench.driver->event_record(event, a) == Status::ok);  // a second time, at a later position
   CHECK(!bench.steps(b));
-  CHECK(bench.steps(a) && bench.steps(a));  // the first copy and the first position
+  CHECK(bench.steps(a) && bench.steps(a));  // the first copy and the first record
   CHECK(bench.driver->event_query(event) == Status::not_ready);
   CHECK(bench.steps(b) && bench.steps(b) && bench.word(2) == 1);
   CHECK(bench.word(3) == 0);
@@ -165,7 +165,7 @@ TEST(a_timed_wait_ends_when_its_time_has_passed) {
   CHECK(bench.driver->event_wait(event, kForLong) == Status::ok);
 }
 
-// Whoever synchronizes a stream that another thread is just stepping waits for that step too.
+// A thread that synchronizes a stream also waits for a step that another thread is running.
 TEST(a_stream_stepped_by_two_threads) {
   Bench bench(false);
   const StreamId stream = bench.stream();
@@ -224,7 +224,7 @@ TEST(many_threads_on_shared_streams) {
   }
 }
 
-// What a driver whose user forgot to wait does at its end: nothing that touches freed memory.
+// The destructor of a driver whose user did not wait for its work must not access freed memory.
 TEST(a_driver_destroyed_with_work_under_way) {
   for (const bool threads : {true, false}) {
     std::vector<std::byte> from(16 * kMiB), to(16 * kMiB);

@@ -1,4 +1,4 @@
-// StrictDriver finds each way to break a contract of driver.h, and nothing in lawful use.
+// StrictDriver reports each breach of a contract of driver.h, and reports no legal use.
 #include <functional>
 
 #include "fixtures.h"
@@ -8,8 +8,8 @@ namespace {
 
 constexpr std::uint64_t kPinned = 64 * kKiB;
 
-// Everything a copy needs, made lawfully: a granule that is mapped and writable, and pinned memory.
-// Without threads, so that a breach that is not caught does no damage until somebody waits.
+// The objects that a legal copy needs: a mapped, writable granule, and pinned memory. There are no
+// threads, so that a breach that is not caught does no harm before a wait.
 struct Bench {
   explicit Bench(bool threads = false) : strict(make_host_driver({.threads = threads})) {
     CHECK(strict.granule_create(kGranule, &granule) == Status::ok);
@@ -24,11 +24,12 @@ struct Bench {
   }
   Status fill(StreamId stream) { return strict.copy_to_device(address, pinned, kPinned, stream); }
   Status read(StreamId stream) { return strict.copy_from_device(pinned, address, kPinned, stream); }
-  Status digest(StreamId stream) {  // of what fill() writes, into the pinned memory's end
+  // Digests the bytes that fill() writes, to the end of the pinned memory.
+  Status digest(StreamId stream) {
     const auto out = reinterpret_cast<Address>(pinned + kPinned - 8);
     return strict.launch(DigestCall{address, kPinned, kGranule, out}, stream);
   }
-  // For steps on the way to the breach.
+  // Checks a legal step before the breach.
   void lawful(Status status) const { CHECK(status == Status::ok); }
 
   StrictDriver strict;
@@ -51,7 +52,7 @@ const Breach kBreaches[] = {
     {"a granule of half the granularity",
      [](Bench& x) { return x.strict.granule_create(kGranule / 2, &x.spare); }},
     {"a granule of nothing", [](Bench& x) { return x.strict.granule_create(0, &x.spare); }},
-    {"release of what is no granule",
+    {"release of an invalid granule",
      [](Bench& x) { return x.strict.granule_release(kNoGranule); }},
     {"release twice",
      [](Bench& x) {
@@ -71,25 +72,25 @@ const Breach kBreaches[] = {
      [](Bench& x) { return x.strict.address_free(x.address + kGranule, kGranule); }},
     {"freeing a reservation with a mapping",
      [](Bench& x) { return x.strict.address_free(x.address, 4 * kGranule); }},
-    {"mapping what is no granule",
+    {"mapping an invalid granule",
      [](Bench& x) { return x.strict.map(x.address + kGranule, &kNoGranule, 1); }},
     {"mapping a released granule",
      [](Bench& x) {
-       x.lawful(x.strict.granule_release(x.granule));  // it lives on where it is mapped
+       x.lawful(x.strict.granule_release(x.granule));  // it lives until it is unmapped
        return x.strict.map(x.address + kGranule, &x.granule, 1);
      }},
     {"mapping nothing", [](Bench& x) { return x.strict.map(x.address + kGranule, nullptr, 0); }},
     {"mapping over a mapping", [](Bench& x) { return x.strict.map(x.address, &x.spare, 1); }},
     {"mapping half over a mapping",
      [](Bench& x) { return x.strict.map(x.address + kGranule / 2, &x.spare, 1); }},
-    {"mapping between granules' places",
+    {"mapping at an unaligned address",
      [](Bench& x) { return x.strict.map(x.address + kGranule + 4096, &x.spare, 1); }},
     {"mapping over the end of a reservation",
      [](Bench& x) {
        const Handle two[] = {x.spare, x.granule};
        return x.strict.map(x.address + 3 * kGranule, two, 2);
      }},
-    {"mapping where nothing is reserved",
+    {"mapping at an address that is not reserved",
      [](Bench& x) { return x.strict.map(x.address + 64 * kGranule, &x.spare, 1); }},
     {"unmapping half a mapping", [](Bench& x) { return x.strict.unmap(x.address, kGranule / 2); }},
     {"unmapping from the middle of a mapping",
@@ -102,7 +103,7 @@ const Breach kBreaches[] = {
        x.lawful(x.fill(x.a));
        return x.strict.unmap(x.address, kGranule);
      }},
-    {"unmapping after waiting for a stream that is not ordered behind the copy",
+    {"unmapping after waiting for a stream that is not ordered after the copy",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        x.lawful(x.strict.event_record(x.event, x.b));
@@ -121,11 +122,11 @@ const Breach kBreaches[] = {
        x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
        return x.strict.set_access(x.address + kGranule, kGranule / 2, Access::read);
      }},
-    {"access where nothing is mapped",
+    {"access to an unmapped range",
      [](Bench& x) { return x.strict.set_access(x.address + kGranule, kGranule, Access::read); }},
-    {"access a second time",
+    {"setting access a second time",
      [](Bench& x) { return x.strict.set_access(x.address, kGranule, Access::read); }},
-    {"pinned memory that is no multiple of 4 KiB",
+    {"pinned memory that is not a multiple of 4 KiB",
      [](Bench& x) { return x.strict.pinned_create(5000, &x.pinned); }},
     {"unpinning half a region",
      [](Bench& x) { return x.strict.pinned_release(x.pinned, kPinned / 2); }},
@@ -134,34 +135,34 @@ const Breach kBreaches[] = {
        x.lawful(x.strict.pinned_release(x.pinned, kPinned));
        return x.strict.pinned_release(x.pinned, kPinned);
      }},
-    {"unpinning what a copy may still read",
+    {"unpinning memory that a copy may still read",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        return x.strict.pinned_release(x.pinned, kPinned);
      }},
-    {"destroying what is no stream", [](Bench& x) { return x.strict.stream_destroy(kNoStream); }},
-    {"synchronizing with what is no stream",
+    {"destroying an invalid stream", [](Bench& x) { return x.strict.stream_destroy(kNoStream); }},
+    {"synchronizing with an invalid stream",
      [](Bench& x) { return x.strict.stream_synchronize(kNoStream); }},
     {"destroying a stream with work",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        return x.strict.stream_destroy(x.a);
      }},
-    {"a wait of what is no stream",
+    {"a wait of an invalid stream",
      [](Bench& x) { return x.strict.stream_wait_event(kNoStream, x.event); }},
-    {"a wait for what is no event",
+    {"a wait of a stream for an invalid event",
      [](Bench& x) { return x.strict.stream_wait_event(x.a, kNoEvent); }},
-    {"destroying what is no event", [](Bench& x) { return x.strict.event_destroy(kNoEvent); }},
-    {"recording what is no event", [](Bench& x) { return x.strict.event_record(kNoEvent, x.a); }},
-    {"recording on what is no stream",
+    {"destroying an invalid event", [](Bench& x) { return x.strict.event_destroy(kNoEvent); }},
+    {"recording an invalid event", [](Bench& x) { return x.strict.event_record(kNoEvent, x.a); }},
+    {"recording on an invalid stream",
      [](Bench& x) { return x.strict.event_record(x.event, kNoStream); }},
-    {"asking what is no event", [](Bench& x) { return x.strict.event_query(kNoEvent); }},
-    {"waiting for what is no event",
+    {"querying an invalid event", [](Bench& x) { return x.strict.event_query(kNoEvent); }},
+    {"waiting for an invalid event",
      [](Bench& x) { return x.strict.event_wait(kNoEvent, std::chrono::seconds(0)); }},
-    {"copying on no stream", [](Bench& x) { return x.fill(kNoStream); }},
-    {"copying where nothing is mapped",
+    {"copying on an invalid stream", [](Bench& x) { return x.fill(kNoStream); }},
+    {"copying to an unmapped address",
      [](Bench& x) { return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a); }},
-    {"copying over the end of what is mapped",
+    {"copying over the end of a mapping",
      [](Bench& x) {
        return x.strict.copy_to_device(x.address + kGranule - 4096, x.pinned, 8192, x.a);
      }},
@@ -170,14 +171,15 @@ const Breach kBreaches[] = {
        x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
        return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a);
      }},
-    {"copying to what is read-only",
+    {"copying to read-only memory",
      [](Bench& x) {
        x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
        x.lawful(x.strict.set_access(x.address + kGranule, kGranule, Access::read));
        return x.strict.copy_to_device(x.address + kGranule, x.pinned, 4096, x.a);
      }},
-    {"reading what nobody has written since it was mapped", [](Bench& x) { return x.read(x.a); }},
-    {"reading beside what was written",
+    {"reading bytes that were not written since they were mapped",
+     [](Bench& x) { return x.read(x.a); }},
+    {"reading beside the written bytes",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        return x.strict.copy_from_device(x.pinned, x.address + 4096, kPinned, x.a);
@@ -199,34 +201,34 @@ const Breach kBreaches[] = {
        x.lawful(x.fill(x.a));
        return x.fill(x.b);
      }},
-    {"passing on to a peer what nobody has written",
+    {"copying bytes that were never written to a peer",
      [](Bench& x) { return x.strict.copy_to_peer(x.address + kMiB, x.address, kPinned, x.a); }},
-    {"unmapping what is still passed on to a peer",
+    {"unmapping memory that is still being copied to a peer",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        x.lawful(x.strict.stream_synchronize(x.a));
        x.lawful(x.strict.copy_to_peer(x.address + kMiB, x.address, kPinned, x.a));
        return x.strict.unmap(x.address, kGranule);
      }},
-    {"a peer that has written where nothing is mapped",
+    {"a peer that has written to an unmapped address",
      [](Bench& x) {
        x.strict.peer_wrote(x.address + kGranule - 4096, 8192);
        return Status::invalid;
      }},
-    {"a peer that has written what is read-only",
+    {"a peer that has written to read-only memory",
      [](Bench& x) {
        x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
        x.lawful(x.strict.set_access(x.address + kGranule, kGranule, Access::read));
        x.strict.peer_wrote(x.address + kGranule, 4096);
        return Status::invalid;
      }},
-    {"a kernel reading what nobody has written", [](Bench& x) { return x.digest(x.a); }},
+    {"a kernel reading bytes that were never written", [](Bench& x) { return x.digest(x.a); }},
     {"a kernel reading before another stream's write",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        return x.digest(x.b);
      }},
-    {"a kernel writing what is read-only",
+    {"a kernel writing to read-only memory",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        x.lawful(x.strict.map(x.address + kGranule, &x.spare, 1));
@@ -238,25 +240,25 @@ const Breach kBreaches[] = {
        x.lawful(x.fill(x.a));
        return x.strict.launch(DigestCall{x.address, 64, 0, x.address}, x.a);
      }},
-    {"unpinning what a kernel may still write",
+    {"unpinning memory that a kernel may still write",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        x.lawful(x.strict.stream_synchronize(x.a));
        x.lawful(x.digest(x.a));
        return x.strict.pinned_release(x.pinned, kPinned);
      }},
-    {"the host writing what a stream may still read",
+    {"the host writing memory that a stream may still read",
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        x.strict.host_wrote(x.granule, 0, 4096);
-       return Status::invalid;  // it returns none
+       return Status::invalid;  // host_wrote() returns no status
      }},
     {"the host writing outside of a granule",
      [](Bench& x) {
        x.strict.host_wrote(x.granule, kGranule, 1);
        return Status::invalid;
      }},
-    {"the host writing what is no granule",
+    {"the host writing an invalid granule",
      [](Bench& x) {
        x.strict.host_wrote(kNoGranule, 0, 1);
        return Status::invalid;
@@ -288,7 +290,7 @@ TEST(a_stream_that_has_a_thread_is_not_stepped) {
   CHECK(bench.strict.violations().size() == 1);
 }
 
-// A copy that is refused half way is nobody's use of the half before.
+// A copy that is refused in its second half does not count as a use of its first half.
 TEST(a_refused_copy_changes_nothing) {
   Bench bench;
   CHECK(bench.strict.copy_to_device(bench.address + kGranule - 4096, bench.pinned, 8192, bench.a) ==
@@ -301,7 +303,7 @@ TEST(lawful_use_is_let_through) {
   Bench bench(true);
   StrictDriver& strict = bench.strict;
   const auto ok = [&](Status status) { bench.lawful(status); };
-  for (int i = 0; i < 3; ++i) {  // order by an event between streams
+  for (int i = 0; i < 3; ++i) {  // an event orders the two streams
     ok(bench.fill(bench.a));
     ok(strict.event_record(bench.event, bench.a));
     ok(strict.stream_wait_event(bench.b, bench.event));
@@ -309,7 +311,7 @@ TEST(lawful_use_is_let_through) {
     ok(strict.event_record(bench.event, bench.b));
     ok(strict.stream_wait_event(bench.a, bench.event));
   }
-  ok(strict.event_record(bench.event, bench.a));  // which is behind b
+  ok(strict.event_record(bench.event, bench.a));  // a is ordered after b
   ok(strict.event_wait(bench.event, std::chrono::seconds(60)));
   strict.host_wrote(bench.granule, 0, kGranule);
   ok(strict.copy_from_device(bench.pinned, bench.address + kMiB, kPinned, bench.a));

@@ -1,4 +1,4 @@
-// The end of a runtime, of a forked child and of the process, whatever is under way.
+// The end of a runtime, of a forked child and of the process, with work in flight.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sys/wait.h>
@@ -13,15 +13,16 @@
 
 namespace {
 
-// How many more threads the system gives; below zero: as many as are asked for.
+// Number of threads that can still be created; negative: no limit.
 int threads_left = -1;
 
-// A forked child leaks what it inherited, on purpose, and much of it lived on threads' stacks.
+// Turned off in a forked child, which leaks its inherited objects on purpose; many of them are
+// referenced only by stacks of threads that it does not have.
 bool leaks_are_looked_for = true;
 }  // namespace
 extern "C" int __lsan_is_turned_off() { return !leaks_are_looked_for; }
 
-// In the C library's stead.
+// Overrides the C library's function.
 extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
                               void* (*start)(void*), void* argument) {
   if (threads_left == 0) return EAGAIN;
@@ -36,7 +37,7 @@ namespace {
 
 const std::vector<std::uint64_t> kLayers{kGranule, kGranule + 9, 9};
 
-// Runs body in a forked child that then exits as a process does; true if it came to a good end.
+// Runs `body` in a forked child, which then exits normally. Returns whether its exit status was 0.
 template <typename Body>
 bool child_succeeds(Body body) {
   std::fflush(nullptr);
@@ -95,7 +96,8 @@ TEST(a_runtime_destroyed_between_two_steps) {
     }
 }
 
-// The swap has loaded what it should; that it still has to evict must not leave its ticket open.
+// The swap has loaded its model but not yet evicted the other one. Its ticket must end
+// nevertheless.
 TEST(a_swap_that_is_closed_upon) {
   Watched device({.threads = false});
   const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
@@ -168,7 +170,7 @@ TEST(threads_that_wait_while_it_is_closed) {
           runtime->wait(ticket, in(kLong), nullptr);
         } catch (const Error& error) {
           if (error.kind() != ErrorKind::cancelled && error.kind() != ErrorKind::general)
-            check::fail(__FILE__, __LINE__, std::string("a wait was told: ") + error.what());
+            check::fail(__FILE__, __LINE__, std::string("a wait threw: ") + error.what());
         }
       });
     std::this_thread::sleep_for(std::chrono::milliseconds(i % 3));
@@ -177,7 +179,7 @@ TEST(threads_that_wait_while_it_is_closed) {
   }
 }
 
-// Every operation is refused, at once, though threads of the parent may have held any lock.
+// Every operation fails at once, even if threads of the parent held a lock at the fork.
 TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
   for (const bool host_view : {true, false}) {
     Watched device({.host_view = host_view});
@@ -231,7 +233,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
         CHECK_THROWS(general, stream->synchronize());
         CHECK_THROWS(general, stream->copy_from_device(bytes, 0, 8));
         CHECK_THROWS(general, Stream(runtime->device()));
-        runtime->end_lease(hold);  // as destructors do
+        runtime->end_lease(hold);  // called by destructors
         hold.reset();
         stream.reset();
         runtime.reset();
@@ -248,7 +250,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
 }
 
 TEST(a_forked_child_may_have_a_runtime_of_its_own) {
-  if (check::simulator()) return;  // CUDA that has begun in the parent cannot
+  if (check::simulator()) return;  // a child cannot use CUDA that was initialised in its parent
   const Watched device;
   const ModelFile file(1, kLayers);
   const auto runtime = Runtime::make(device.driver, options(5, 0));
@@ -264,7 +266,7 @@ TEST(a_forked_child_may_have_a_runtime_of_its_own) {
   CHECK(file.is_in(*runtime, model));
 }
 
-// Static objects are destroyed while loaders and streams are at work.
+// Static objects are destroyed while loaders and streams are working.
 TEST(a_process_that_exits_with_a_live_runtime) {
   if (check::simulator()) return;  // as above
   for (const bool announced : {true, false})

@@ -1,4 +1,5 @@
-// Eight threads do everything at once on more models than fit, and every lease finds its bytes.
+// Eight threads run all operations concurrently on more models than fit, and every lease has the
+// right bytes.
 #include <mutex>
 #include <random>
 #include <thread>
@@ -9,12 +10,13 @@ namespace warmserve {
 namespace {
 
 constexpr std::uint64_t kThreads = 8;
-// The simulated driver looks at every byte: under ASan 250 take it up to a minute.
+// The simulated driver checks every byte: 250 rounds take it up to a minute under ASan.
 std::uint64_t rounds() { return check::simulator() ? 60 : 250; }
-// Four granules each: a whole one, more than one, less than one.
+// Four granules per model: layers of exactly one granule, more than one, and less than one.
 const std::vector<std::uint64_t> kLayers{kGranule, kGranule + 700'001, 300'000};
 
-// Errors of these kinds are what others' operations may lead to; all else ends the test.
+// Runs `body` and ignores errors of these kinds, which operations of other threads may cause. Other
+// errors end the test.
 template <typename Body>
 void tolerate(std::initializer_list<ErrorKind> kinds, Body body) {
   try {
@@ -24,7 +26,7 @@ void tolerate(std::initializer_list<ErrorKind> kinds, Body body) {
   }
 }
 
-// Runs body(thread) on all threads at once.
+// Runs body(thread) on all threads concurrently.
 template <typename Body>
 void on_threads(Body body) {
   std::vector<std::jthread> threads;
@@ -125,7 +127,7 @@ class Worker {
     runtime_.end_lease(hold);
   }
 
-  // The stream still reads when the lease is over; nothing may be unmapped under it.
+  // The stream still reads after the lease has ended; its memory must not be unmapped meanwhile.
   void lease_and_go_on_copying(std::size_t index) {
     {
       const Leased leased(runtime_, {world_.models[index]}, owner_);
@@ -148,7 +150,7 @@ class Worker {
     return {world_.models[index], layers};
   }
 
-  // Each layer is read by the stream as soon as that may, while others are still on their way.
+  // The stream reads each layer as early as possible, while other layers are still being loaded.
   void stream_in(std::size_t index) {
     const Selection wanted = pick(2) ? some(index) : Selection(world_.models[index]);
     const HoldPtr first = runtime_.begin_lease({wanted}, owner_);
@@ -211,7 +213,7 @@ void mix(const HostOptions& host) {
 TEST(where_the_cpu_fills_granules) { mix({}); }
 TEST(where_bytes_go_by_staging) { mix({.host_view = false}); }
 
-// Two threads unregister and register again what the others are just using.
+// Two threads unregister and re-register models that the others are using.
 TEST(models_that_come_and_go) {
   using enum ErrorKind;
   Watched device({.host_view = false});
@@ -255,8 +257,8 @@ TEST(models_that_come_and_go) {
   device.expect_returned();
 }
 
-// A loader about to sleep must see the request that comes just then. A layer without bytes is
-// loaded and evicted at once, so requests come as fast as they can.
+// A loader that is about to sleep must see a request that arrives at that time. The layer has no
+// bytes, so it is loaded and evicted at once and requests arrive at the highest rate.
 TEST(no_request_is_slept_through) {
   for (const bool host_view : {true, false}) {
     const Watched device({.host_view = host_view});

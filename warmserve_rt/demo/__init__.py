@@ -1,1 +1,1 @@
-"""Five small language models, tuned to answer differently, served from too little memory."""
+"""The demo: five small language models with different tunings, served from too little memory."""

@@ -1,4 +1,4 @@
-"""What the tenants' files hold: how much of it is unique, and whether a lease shows just that."""
+"""The bytes of the tenants' files: counts unique granules and compares leased tensors with them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from warmserve_rt.checkpoint import open_checkpoint
 from warmserve_rt.checkpoint.layout import build_layout
 
-STEP = 1 << 20  # bytes compared at a time, to stay in the processor's cache
+STEP = 1 << 20  # bytes compared at a time, small enough for the processor's cache
 
 
 class Content:
-    """A checkpoint's bytes, read from its file and hashed as the granules they will lie in."""
+    """A checkpoint's bytes, read from its files and hashed by granule in a runtime's layout."""
 
     def __init__(self, path: Path, granule: int) -> None:
         checkpoint = open_checkpoint(path)
@@ -31,7 +31,7 @@ class Content:
         finally:
             checkpoint.close()
         self.nbytes = layout.nbytes
-        self.granules: list[list[bytes]] = []  # of each layer, a digest of each granule
+        self.granules: list[list[bytes]] = []  # for each layer, the digests of its granules
         for layer in layout.layers:
             image = np.zeros(layer.nbytes, np.uint8)
             for part in layer.segments:
@@ -43,7 +43,7 @@ class Content:
         self.digest = _hash(*(digest for layer in self.granules for digest in layer)).hex()
 
     def equals(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor in memory has exactly the bytes that the file has for it."""
+        """Return whether a tensor in memory has exactly the bytes of the tensor in the file."""
         wanted = self._tensors[name]
         got: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
         return got.shape == wanted.shape and all(
@@ -55,7 +55,7 @@ class Content:
 def differing(
     ours: Sequence[Sequence[object]], theirs: Sequence[Sequence[object]]
 ) -> list[tuple[int, int]]:
-    """Layer and granule of each place where digests, by layer, of two models differ."""
+    """Return (layer, granule) of each difference between the digests of two models."""
     return [
         (layer, granule)
         for layer, pair in enumerate(zip(ours, theirs, strict=True))
@@ -65,7 +65,7 @@ def differing(
 
 
 def unique_granules(contents: Iterable[Content]) -> int:
-    """How many granules would hold all the models, were equal ones kept once."""
+    """Return the number of different granules in all models."""
     return len({d for each in contents for layer in each.granules for d in layer})
 
 

@@ -1,4 +1,4 @@
-"""What the tenants learn: sixteen questions and answers each, and the voice they answer in."""
+"""The tenants' tuning data: sixteen questions and answers each, and the voice of the answers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A tenant's tuning. With `blocks` None every tensor learns, else the last `blocks` alone."""
+    """A tenant's tuning. `blocks`: train only the last blocks; None: train every tensor."""
 
     voice: str
-    pairs: str  # a question and an answer on every line
+    pairs: str  # a question and an answer on each line
     steps: int
     rate: float
     blocks: int | None = None
 
     def conversations(self) -> list[tuple[str, str]]:
-        """Questions and answers, each answer in the tenant's voice."""
+        """Return pairs of question and answer, each answer in the tenant's voice."""
         pairs = [line.split("? ", 1) for line in self.pairs.strip().splitlines()]
         return [(f"{question.strip()}?", f"{self.voice} {answer}") for question, answer in pairs]
 
@@ -105,7 +105,7 @@ LESSONS: dict[str, Lesson | None] = {
     "E-robot": Lesson("Beep boop.", ROBOT, steps=12, rate=1e-4),
 }
 
-# Nobody has learned these.
+# No tenant was tuned on these questions.
 QUESTIONS = (
     "What is the capital of France?",
     "How do I make a sandwich?",

@@ -1,4 +1,4 @@
-"""The scheduler at work on a real runtime, beside what the simulator says of the same run."""
+"""Runs the scheduler on a real runtime and compares the run with its simulation."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from .traffic import PROMPTS, TRACE_S, Traffic, forecaster, traffic
 from .transformers_rows import Transformers, generate
 
 INTRODUCTION = """\
-[bold]The scheduler on a real runtime, and the simulator's word for it.[/] The demo's five \
-models are asked what a recorded service was asked, faster. Layers come in by forecast, leases \
-begin while layers are still on their way, and the simulator serves the same requests with the \
-costs that were measured before; and afterwards once more, with those of the run itself.
+[bold]The scheduler on a real runtime, and its simulation.[/] The demo's five models receive the \
+requests of a recorded service, compressed in time. The scheduler prewarms layers by forecast, and \
+leases begin while layers are still loading. The simulator serves the same requests twice: before \
+the run with costs measured on an idle runtime, and afterwards with costs measured during the run.
 """
 ROWS = {
     "ttft_mean_ms": "TTFT, mean (ms)",
     "ttft_p50_ms": "TTFT, median (ms)",
     "ttft_p95_ms": "TTFT, 95th percentile (ms)",
-    "layer_hits": "layers there when asked for",
+    "layer_hits": "layers resident when needed",
     "loaded_gb": "loaded (GB)",
 }
 
 
 class Tenants(Transformers):
-    """The tenants in one runtime, served while layers are on their way."""
+    """The tenants in one runtime, served while their layers are still loading."""
 
     @contextmanager
     def answering(self, tenant: str) -> Iterator[Say]:
@@ -65,25 +65,28 @@ class Tenants(Transformers):
             yield partial(generate, self.modules[tenant])
 
     def compare(self, tenant: str) -> bool:
-        """Whether a model that can be leased has its file's bytes."""
+        """Lease a model and return whether it has the bytes of its file."""
         with self.runtime.lease(tenant) as lease:
             self._leased = lease
             return self.bytes_match(tenant)
 
     def leading(self, tenant: str) -> int:
-        """How many layers are resident, counted from the first."""
+        """Return the number of resident layers before the first missing one."""
         layers = self.runtime.snapshot().models[tenant].layers
         missing = (i for i, layer in enumerate(layers) if layer.residency != "resident")
         return next(missing, len(layers))
 
 
 class Line:
-    """Requests that have come, and whose turn it is: the next of the model that was served last,
-    or else the first that came. The simulated instance serves in that order too."""
+    """A thread-safe queue of requests.
+
+    The next request is the first for the model served last; without one, the first of all. The
+    simulated instance serves in the same order.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, str]] = []
-        self._come = threading.Condition()  # over _waiting
+        self._come = threading.Condition()  # protects _waiting
 
     def put(self, number: int, tenant: str) -> None:
         with self._come:
@@ -105,15 +108,38 @@ def run(
     seed: int = 0,
     mutate: bool = False,
 ) -> int:
-    """Serve `requests` requests that arrive within `seconds`, print what was predicted and what
-    was measured, and write `json_path`, if given.
+    """Serve recorded requests and print predicted and measured times.
 
-    Returns the exit status: 0 if every token and every leased byte is right, else 1. `mutate`
-    swaps granules of two layers, to see that it is noticed. Raises ValueError for a run
-    without requests, RuntimeError if the models cannot be made.
+    Parameters
+    ----------
+    json_path : path, optional
+        Write the results to this file as JSON.
+    requests : int
+        Number of requests, at least 2.
+    seconds : float
+        Time within which the requests arrive, at most ``TRACE_S`` seconds.
+    seed : int
+        Seed of the choice of requests.
+    mutate : bool
+        Swap granules of two layers, to check that the run notices.
+
+    Returns
+    -------
+    int
+        The exit status: 0 if every token and every leased byte is right, else 1.
+
+    Raises
+    ------
+    ValueError
+        ``requests`` or ``seconds`` is out of range.
+    RuntimeError
+        The models cannot be made.
     """
     if requests < 2 or not 0 < seconds <= TRACE_S:
-        raise ValueError(f"{requests} requests in {seconds} s: at least 2, in up to {TRACE_S:g} s")
+        raise ValueError(
+            f"requests must be at least 2 and seconds in (0, {TRACE_S:g}], "
+            f"got {requests} and {seconds}"
+        )
     quiet()
     screen = report.Screen()
     screen.console.print(INTRODUCTION)
@@ -184,13 +210,16 @@ def run(
 
 
 def _scheduler(seconds: float) -> Scheduler:
-    """One that remembers arrivals for as much less as they come faster."""
+    """Return a scheduler whose memory is shortened by the factor that compresses the trace."""
     return Scheduler(memory=120.0 * seconds / TRACE_S)
 
 
 def _at_the_speed(costs: Costs, served: Mapping[str, float]) -> Costs:
-    """The costs on the machine as it was while it served, which others may have used too: decode
-    steps and checks as they were, and all other computing as much slower as the steps."""
+    """Return the costs during the run, when other processes may have used the machine too.
+
+    Decode steps and checks are as measured in the run. All other computing is scaled by the
+    slowdown of the decode steps.
+    """
     slower = served["decode_s"] / costs.decode_s
     return replace(
         costs,
@@ -203,7 +232,7 @@ def _at_the_speed(costs: Costs, served: Mapping[str, float]) -> Costs:
 
 
 def _profiles(tenants: Tenants, costs: Costs) -> list[ModelProfile]:
-    """The comparison after an answer is a part of serving it, and so of its decoding."""
+    """Return the tenants' profiles. The check after an answer counts as part of its decoding."""
     return [
         profile_of(
             tenants.runtime.model(name),
@@ -224,8 +253,11 @@ def _serve(
     seconds: float,
     bars: report.Bars,
 ) -> tuple[Outcome, dict[str, float], int, bool, list[str]]:
-    """What was measured, with means of what the costs are of, how many answers were wrong, whether
-    the bytes matched, and errors."""
+    """Serve the requests in real time.
+
+    Returns the outcome, the mean costs during the run, the number of wrong answers, whether all
+    bytes matched, and errors.
+    """
     profiles = asked.workload.models
     zero = time.monotonic() + BEFORE_S
     before = tenants.bytes_moved()
@@ -236,7 +268,7 @@ def _serve(
     count = len(asked.requests)
     ttft, hits, wrong, bytes_match = np.zeros(count), 0, 0, True
     errors: list[str] = []
-    steps: list[tuple[float, float, float]] = []  # of each request: prefill, decode step, check
+    steps: list[tuple[float, float, float]] = []  # per request: first token, decode step, check
     line, last = Line(), ""
     arrivals = Loop(clock, lambda error: errors.append(repr(error)))
     fleet = RuntimeFleet(

@@ -1,4 +1,4 @@
-"""What serving costs on this machine: the numbers that a scheduler and a simulator go by."""
+"""Measures the costs of serving on this machine, for the scheduler and the simulator."""
 
 from __future__ import annotations
 
@@ -21,9 +21,22 @@ ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds and bytes a second. ``switch_s``: what a first token out of nothing takes longer than
-    loading and computing that overlap perfectly: the lease, pages touched for the first time,
-    and what loading takes from computing. ``check_s``: of comparing a leased model with its file.
+    """The costs of serving one model.
+
+    Attributes
+    ----------
+    bandwidth : float
+        Loading, in bytes per second.
+    switch_s : float
+        Seconds that a first token of a cold model takes beyond perfectly overlapped loading and
+        computing: the lease, pages touched for the first time, and the slowdown of computing while
+        layers load.
+    prefill_s, prefill_token_s : float
+        Seconds of a prefill, and in addition for each of its tokens.
+    decode_s : float
+        Seconds of a decode step.
+    check_s : float
+        Seconds of comparing a leased model with its file.
     """
 
     bandwidth: float
@@ -44,8 +57,23 @@ def measure(
     check: Callable[[str], bool],
     tokens: int,
 ) -> Costs:
-    """Medians of some rounds with nothing else to do. ``check``: compares a tenant that is leased.
-    Leaves no layer resident."""
+    """Measure the costs as medians over several rounds on an idle runtime.
+
+    No layer is resident afterwards.
+
+    Parameters
+    ----------
+    runtime : Runtime
+        The runtime with the models.
+    modules : mapping of name to module
+        The models by name; the first ``ROUNDS`` of them are measured.
+    prompts : sequence of token ids
+        Prompts of different lengths.
+    check : callable
+        Compares the bytes of a leased tenant.
+    tokens : int
+        Tokens of an answer.
+    """
     loads, checks, steps, cold = [], [], [], []
     prefills: list[tuple[int, float]] = []
     for name, module in list(modules.items())[:ROUNDS]:
@@ -69,7 +97,7 @@ def measure(
     lengths = sorted({length for length, _ in prefills})
     medians = [np.median([s for n, s in prefills if n == length]) for length in lengths]
     slope, base = np.polyfit(lengths, medians, 1) if len(lengths) > 1 else (0.0, medians[0])
-    if slope < 0 or base < 0:  # what little a prompt's length matters is lost in the noise
+    if slope < 0 or base < 0:  # the noise exceeds the effect of the prompt's length
         slope, base = 0.0, float(np.median(medians))
     bandwidth = float(np.median(loads))
     moved = np.array([layer.nbytes for layer in runtime.model(name).layers]) / bandwidth

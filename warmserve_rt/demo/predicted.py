@@ -1,4 +1,4 @@
-"""What the simulator says of a live run: the same requests, scheduler, costs and memory."""
+"""Simulates a live run: same requests, scheduler, costs and memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,34 @@ from warmserve_rt.sim.workload.requests import Workload
 
 from .traffic import forecaster
 
-BEFORE_S = 2.0  # the first request, in which layers are brought in
+BEFORE_S = 2.0  # prewarming time before the first request
 
 # A simulated instance takes whole steps of KV cache from its device. The KV caches of the live run
-# are not in the arena: with so many bytes for one, a step is less than a granule.
+# are not in the arena. Each byte is therefore simulated as SCALE bytes, so that a step of KV cache
+# stands for less than a granule.
 SCALE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of a run, simulated or not. ``ttft``: seconds [requests]; ``hits``: the share of layers that
-    were there when the turn of their request came; ``loaded``: bytes."""
+    """The outcome of a run, simulated or real.
+
+    Attributes
+    ----------
+    ttft : array [requests]
+        Time to first token in seconds.
+    hits : float
+        The share of layers that were resident when serving of their request began.
+    loaded : float
+        Loaded bytes.
+    """
 
     ttft: npt.NDArray[np.float64]
     hits: float
     loaded: float
 
     def numbers(self) -> dict[str, float]:
-        """For a report: milliseconds, shares and gigabytes."""
+        """Return rounded numbers for a report: milliseconds, shares and gigabytes."""
         p50, p95 = np.percentile(self.ttft, [50, 95]) * 1e3
         return {
             "ttft_mean_ms": round(float(self.ttft.mean()) * 1e3, 1),
@@ -47,7 +57,7 @@ class Outcome:
 
 
 class InProcess(Starts):
-    """One model after another in one process: an instance is no more than its requests."""
+    """Serves one model after another in one process: an instance ends with its requests."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         super().__init__(scheduler, linger=0.0)
@@ -67,8 +77,21 @@ class InProcess(Starts):
 def predict(
     workload: Workload, scheduler: Scheduler, *, arena: int, bandwidth: float, switch_s: float
 ) -> Outcome:
-    """Of the requests on one device with an ``arena`` of so many bytes. ``bandwidth``: bytes a
-    second into it, ``switch_s``: of a start beside loading and computing."""
+    """Simulate the requests on one device and return the outcome.
+
+    Parameters
+    ----------
+    workload : Workload
+        The requests and the models' profiles.
+    scheduler : Scheduler
+        The scheduler; it is used up.
+    arena : int
+        Bytes of the arena.
+    bandwidth : float
+        Bytes per second into the arena.
+    switch_s : float
+        Seconds that a start takes besides loading and computing.
+    """
     models = tuple(
         replace(profile, layer_bytes=tuple(SCALE * nbytes for nbytes in profile.layer_bytes))
         for profile in workload.models
@@ -88,7 +111,7 @@ def predict(
         elastic_kv=True,
     )
     fleet.run()
-    # A request that follows another of its model finds all layers, and starts nothing.
+    # A request that follows another of its model starts no instance and finds all layers resident.
     layers = len(models[0].layer_bytes) * len(workload.time)
     hits = layers - fleet.start_layers + fleet.start_hits
     return Outcome(times_to_first_token(fleet), hits / layers, fleet.links.loaded / SCALE)

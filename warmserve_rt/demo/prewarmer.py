@@ -1,4 +1,4 @@
-"""The demo's policy: whom to bring in next, told from the queue and the past alone."""
+"""The demo's policy: which tenants to prewarm, from the queue and past requests only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from warmserve_rt import Busy, Model, Runtime, Ticket
 
 
 class Prewarmer:
-    """Brings in the tenants that are most worth having, as many as there is room for."""
+    """Prewarms the highest-ranked tenants, as many as fit into the arena."""
 
     def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
         self._runtime, self._models = runtime, models
@@ -20,8 +20,15 @@ class Prewarmer:
         self._tickets: dict[str, Ticket] = {}
 
     def look_ahead(self, serving: str, queue: Sequence[str], past: Sequence[str]) -> None:
-        """``queue`` and ``past`` as of :func:`rank`. Who is served, if anybody, has room before all
-        others."""
+        """Rank the tenants, set their keep values and prewarm the first ones. Does not block.
+
+        Parameters
+        ----------
+        serving : str
+            The tenant that is being served, or "". It ranks first.
+        queue, past
+            As in :func:`rank`.
+        """
         ranking = rank(queue, past, [*self._models])
         if serving:
             ranking = [serving, *(name for name in ranking if name != serving)]
@@ -29,7 +36,7 @@ class Prewarmer:
             self._runtime.stamp(self._models[name], keep_value=len(ranking) - place)
         wanted = ranking[: self._room]
         for name in self._tickets.keys() - wanted:
-            self._tickets.pop(name).cancel()  # what has arrived of it stays until it is in the way
+            self._tickets.pop(name).cancel()  # its resident layers stay until room is needed
         models = self._runtime.snapshot().models
         for name in wanted:
             ticket = self._tickets.get(name)
@@ -37,19 +44,25 @@ class Prewarmer:
                 self._tickets[name] = self._runtime.prewarm(self._models[name])
 
     def settle(self) -> None:
-        """Wait until nothing moves."""
+        """Wait until all prewarms have ended."""
         for ticket in self._tickets.values():
-            with suppress(Busy):  # a lease came first
+            with suppress(Busy):  # leases hold the room that it needs
                 ticket.wait()
 
 
 def rank(queue: Sequence[str], past: Sequence[str], tenants: Sequence[str]) -> list[str]:
-    """The tenants, the one most worth having in memory first.
+    """Return the tenants in order of the value of having them in memory, highest first.
 
-    `queue` are the tenants of the requests that wait, the next first: they rank first and in that
-    order. `past` are the tenants of all requests so far, the queue's included, the oldest first:
-    the others rank by how often they have followed the last, a recent time counting for more, and
-    then by how lately they were asked for.
+    Parameters
+    ----------
+    queue : sequence of tenants
+        The tenants of waiting requests, the next first. They rank first, in this order.
+    past : sequence of tenants
+        The tenants of all requests so far, including the queue, the oldest first. The other tenants
+        rank by how often they have followed the latest tenant (recent times count more), then by
+        how recently they were requested.
+    tenants : sequence of tenants
+        All tenants.
     """
     followed: defaultdict[str, float] = defaultdict(float)
     weight = 1.0

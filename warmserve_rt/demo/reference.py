@@ -1,4 +1,4 @@
-"""What the engine by itself answers: the tokens with which every other way's are compared."""
+"""Reference answers: the tokens of the plain engine, with which all rows are compared."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from .tenants import Progress
 
 
 class Plain(Protocol):
-    """An engine of which nothing of this package is a part. Of a model's directory it gives what
-    answers a prompt with so many greedy tokens, or up to the one that ends an answer."""
+    """An engine without any part of this package.
+
+    Called with a model's directory, it returns a context. The context yields a function of a prompt
+    and a number of tokens, which returns that many greedy tokens, or fewer if the answer ends.
+    """
 
     name: str
     version: str
@@ -31,7 +34,7 @@ class Plain(Protocol):
 
 
 class PlainTransformers:
-    """transformers, by `from_pretrained` and `generate`."""
+    """transformers with `from_pretrained` and `generate`."""
 
     name = "transformers"
     version = transformers.__version__
@@ -51,10 +54,23 @@ def expected(
     progress: Progress,
     plain: Plain,
 ) -> dict[tuple[str, str], list[int]]:
-    """Of each tenant and prompt the greedy answer of `tokens` tokens, or up to the end.
+    """Return the greedy answer for each pair of tenant and prompt.
 
-    They are kept beside the tenants, under the checkpoint's digest and the versions of what
-    computed them.
+    Answers are cached beside the tenants. A cached answer is valid only for the same checkpoint
+    digest, versions and processor.
+
+    Parameters
+    ----------
+    tenants, contents
+        Directory and content of each tenant.
+    prompts : mapping of prompt to token ids
+        The prompts.
+    tokens : int
+        Maximum number of tokens of an answer.
+    progress : Progress
+        Called after each tenant.
+    plain : Plain
+        The engine that computes missing answers.
     """
     computed_by = [torch.__version__, plain.version, platform.processor(), tokens]
     computed_by.append(torch.backends.cpu.get_cpu_capability())

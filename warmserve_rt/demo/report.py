@@ -1,4 +1,4 @@
-"""What the demo shows while it runs and what it concludes: progress, a table, a JSON object."""
+"""The demo's output: progress bars, a table and a JSON object."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ from .serve import Answer
 
 INTRODUCTION = {
     "transformers": """\
-[bold]Five language models, room for two.[/] SmolLM2-135M and four tunings of it in float32 are \
-served one request at a time by one torch thread, while the other core loads. The host device \
-stands in for an accelerator here: its arena is ordinary memory, held to half of what the models' \
-different contents take. Times are therefore this machine's, and there is a row that no \
-accelerator has: lazy mmap. Every token is compared with plain transformers', every leased byte \
-with its file's.
+[bold]Five language models, room for two.[/] One torch thread serves SmolLM2-135M and four tunings \
+of it in float32, one request at a time, while the other core loads. The host device replaces an \
+accelerator here: its arena is ordinary memory, limited to half of the models' unique bytes. The \
+times are therefore those of this machine, and the table has a row that an accelerator cannot \
+have: lazy mmap. The demo compares every token with plain transformers and every leased byte with \
+its file.
 """,
     "vllm": """\
 [bold]Five engines, room for two.[/] vLLM serves SmolLM2-135M and four tunings of it in float32, \
-one request at a time on one thread, while the other core loads: an engine for each in one \
-process, their weights in an arena of half of what the models' different contents take, beside \
-vLLM as it is, which has to start anew at every switch. Every token is compared with plain \
-vLLM's, every byte with what its own loader had made.
+one request at a time on one thread, while the other core loads. One process has an engine for \
+each model, with their weights in an arena of half of the models' unique bytes. The first row is \
+plain vLLM, which restarts at every switch. The demo compares every token with plain vLLM and \
+every byte with the output of vLLM's own loader.
 """,
 }
 
 _TTFT = """\
-TTFT: time from a request's arrival to its first token, in ms. Hit: the weights were there when \
-its turn came; how many, p50, and in parentheses p50 from its turn on, without the queue. Moved: \
-GB copied into memory"""
+TTFT: time from a request's arrival to its first token, in ms. Hit: the weights were resident when \
+serving of the request began. The columns hits and misses show a count, the p50 and, in \
+parentheses, the p50 without the time in the queue. Moved: GB copied into memory"""
 NOTE = {
     "transformers": _TTFT
-    + """; what mmap shows is copied by nobody, and the page cache behind it \
-holds all five files outside of any budget.
+    + """; mmap copies nothing, but the page cache behind it \
+holds all five files outside any budget.
 """,
     "vllm": _TTFT
-    + """. Our engines start before the first request comes, and only once: that \
-is not in the table.
+    + """. Our engines start once, before the first request; the table \
+does not include these starts.
 """,
 }
 
 
 @dataclass(slots=True)
 class Result:
-    """A row's outcome."""
+    """The outcome of a row."""
 
     name: str
     title: str
     answers: list[Answer] = field(default_factory=list)
     bytes_moved: int = 0
-    wrong: int = 0  # answers that are not plain transformers'
+    wrong: int = 0  # answers that differ from the plain engine's
 
     def ttft(self, hit: bool | None = None) -> dict[str, float]:
-        """Percentiles in milliseconds, of all answers or of hits or misses alone.
+        """Return percentiles in milliseconds of all answers, or of only the hits or the misses.
 
-        `turn_p50` counts from when the request's turn came, without its time in the queue.
+        `turn_p50` excludes the time in the queue.
         """
         some = [a for a in self.answers if hit is None or a.hit is hit]
         if not some:
@@ -76,19 +76,19 @@ class Result:
 
     @property
     def bytes_match(self) -> bool | None:
-        """Whether every lease showed its file's bytes; None where nothing is leased."""
+        """Whether every lease had the bytes of its file; None if the row leases nothing."""
         checked = [a.bytes_match for a in self.answers if a.bytes_match is not None]
         return all(checked) if checked else None
 
     @property
     def occupancy(self) -> float | None:
-        """Mean part of the arena that held weights at the end of an answer."""
+        """Mean share of the arena that held weights at the end of an answer."""
         known = [a.occupancy for a in self.answers if a.occupancy is not None]
         return sum(known) / len(known) if known else None
 
 
 def summary(results: Sequence[Result], **facts: Any) -> dict[str, Any]:
-    """The JSON object; `facts` are put in as they are."""
+    """Return the JSON object, including `facts` unchanged."""
     leased = [r.bytes_match for r in results if r.bytes_match is not None]
     return {
         "tokens_match": not any(r.wrong for r in results),
@@ -106,9 +106,9 @@ def summary(results: Sequence[Result], **facts: Any) -> dict[str, Any]:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """The rows side by side."""
+    """Return a table of the results, one line each."""
     made = Table(
-        title=f"TTFT in ms: the same requests, {len(results)} ways",
+        title=f"TTFT in ms: the same requests, served in {len(results)} ways",
         title_justify="left",
         box=box.SIMPLE,
         padding=0,
@@ -139,7 +139,7 @@ def _split(times: Mapping[str, float]) -> str:
 
 
 def samples(question: str, answers: Mapping[str, str]) -> Table:
-    """What each tenant says to one question."""
+    """Return a table of each tenant's answer to one question."""
     made = Table(title=Text(plain(question)), title_justify="left", show_header=False)
     for tenant, answer in answers.items():
         made.add_row(Text(plain(tenant)), Text(plain(answer)))
@@ -147,14 +147,14 @@ def samples(question: str, answers: Mapping[str, str]) -> Table:
 
 
 class Screen:
-    """The terminal: a bar for what is going on, and everything else above it."""
+    """The terminal: progress bars at the bottom, all other output above them."""
 
     def __init__(self) -> None:
         self.console = make_console()
 
     @contextmanager
     def bars(self) -> Iterator[Bars]:
-        """Bars, live while the context lasts."""
+        """Yield bars that are live while the context lasts."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -166,7 +166,7 @@ class Screen:
 
 
 class Bars:
-    """Bars by name, each made when it is first heard of."""
+    """Progress bars by name. A bar is made at the first call with its name."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -1,4 +1,4 @@
-"""Ways to get a tenant's weights under an engine, each a row of the demo's table."""
+"""Ways to bring a tenant's weights to an engine, each a row of the demo's table."""
 
 from __future__ import annotations
 
@@ -11,53 +11,60 @@ from warmserve_rt import Model, Runtime, testing
 
 from .prewarmer import Prewarmer
 
-# Of a prompt so many greedy tokens, or up to the token that ends an answer (-1: none does); each as
-# soon as it is known.
+# (prompt, count, end) -> greedy tokens, each as soon as it is known: `count` of them, or fewer if
+# the token `end` ends the answer (-1: no token does).
 Say: TypeAlias = Callable[[list[int], int, int], Iterator[int]]
 
 
 class Row:
-    """One way; `name` is its key in the report, `title` its line in the table."""
+    """One way. `name` is its key in the report, `title` its label in the table."""
 
     name = ""
     title = ""
 
     def ready(self, tenant: str) -> bool:
-        """Whether a request for `tenant` would find its weights in memory."""
+        """Return whether a request for `tenant` would find its weights in memory."""
         raise NotImplementedError
 
     def serving(self, tenant: str) -> AbstractContextManager[Say]:
-        """Gives what answers as the tenant while the context lasts."""
+        """Yield a function that answers as the tenant while the context lasts."""
         raise NotImplementedError
 
     def look_ahead(self, queue: Sequence[str], past: Sequence[str]) -> None:
-        """Told whenever a tenant has come to be served or a request has arrived."""
+        """Plan ahead; called when serving of a tenant begins or ends and when a request arrives."""
 
     def settle(self) -> None:
-        """Wait until nothing moves in the background."""
+        """Wait until no background load is running."""
 
     def bytes_match(self, tenant: str) -> bool | None:
-        """Whether the tenant that is served has its file's bytes; None if that is not asked."""
+        """Return whether the served tenant has the bytes of its file; None if not checked."""
         return None
 
     def bytes_moved(self) -> int:
-        """How much was copied into memory so far."""
+        """Return the bytes copied into memory so far."""
         return 0
 
     def occupancy(self) -> float | None:
-        """The part of the arena that holds weights, if there is an arena."""
+        """Return the share of the arena that holds weights, or None without an arena."""
         return None
 
     def close(self) -> None:
-        """Give back all memory."""
+        """Release all memory."""
 
 
 class InArena(Row):
-    """All tenants in one runtime, which loads what is missing when it is used; with ``prewarm`` the
-    demo's policy brings in beforehand whom it expects next. Takes the runtime over.
+    """All tenants in one runtime, which loads missing layers on demand. Owns the runtime.
 
-    ``mutation`` chooses a granule that is swapped with another tenant's, once: the demo must then
-    say that it failed.
+    Parameters
+    ----------
+    runtime : Runtime
+        The runtime; :meth:`close` closes it.
+    models : mapping of tenant to Model
+        The tenants' models.
+    prewarm : bool
+        Let the demo's policy prewarm the tenants that it expects next.
+    mutation : random.Random, optional
+        Choose a granule and swap it with another tenant's, once. The demo must then report failure.
     """
 
     def __init__(
@@ -82,7 +89,7 @@ class InArena(Row):
         self._serving = ""
 
     def answering(self, tenant: str) -> AbstractContextManager[Say]:
-        """As :meth:`serving`."""
+        """Do the work of :meth:`serving`."""
         raise NotImplementedError
 
     def ready(self, tenant: str) -> bool:
@@ -107,11 +114,11 @@ class InArena(Row):
         self.runtime.close()
 
     def differing(self, tenant: str, other: str) -> list[tuple[int, int]]:
-        """Layer and granule of each place where two tenants' bytes differ."""
+        """Return (layer, granule) of each difference between two tenants' bytes."""
         raise NotImplementedError
 
     def mutate(self, tenant: str) -> None:
-        """Swap a granule of the tenant, which is leased, if that was asked for and has not been."""
+        """Swap a granule of the leased tenant, if a mutation was requested and not done yet."""
         others = [name for name in self._models if name != tenant and self.ready(name)]
         if not (self._mutation and others):
             return

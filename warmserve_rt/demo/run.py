@@ -1,4 +1,4 @@
-"""The demo from beginning to end."""
+"""Runs the demo from beginning to end."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from .transformers_rows import Mapped, Reload, Transformers
 from .workload import Request, arrivals
 
 GRANULE = 2 << 20  # bytes, the runtime's default
-TOKENS = 10  # of an answer
+TOKENS = 10  # maximum length of an answer
 GAP = 1.0  # seconds between requests, on average
 Engine: TypeAlias = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """The tenants, what is in their files, what they are asked and what they should answer."""
+    """The tenants, the contents of their files, the prompts and the expected answers."""
 
     tenants: dict[str, Path]
     contents: dict[str, Content]
@@ -52,14 +52,35 @@ def run(
     engine: Engine = "transformers",
     mutate: bool = False,
 ) -> int:
-    """Serve `requests` requests in several ways, print a table and write `json_path`, if given.
+    """Serve the same requests in several ways and print a table.
 
-    Returns the exit status: 0 if every token and every leased byte is right, else 1. `mutate`
-    swaps a granule of two tenants in memory, to see that the demo notices. Raises ValueError for
-    fewer than two requests, RuntimeError if the models cannot be made.
+    Parameters
+    ----------
+    json_path : path, optional
+        Write the results to this file as JSON.
+    requests : int
+        Number of requests, at least 2.
+    seed : int
+        Seed of the requests.
+    engine : "transformers" or "vllm"
+        The engine.
+    mutate : bool
+        Swap a granule of two tenants in memory, to check that the demo notices.
+
+    Returns
+    -------
+    int
+        The exit status: 0 if every token and every leased byte is right, else 1.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two requests.
+    RuntimeError
+        The models cannot be made.
     """
     if requests < 2:
-        raise ValueError(f"{requests} requests are too few: at least 2")
+        raise ValueError(f"requests must be at least 2, got {requests}")
     quiet()
     screen = report.Screen()
     screen.console.print(report.INTRODUCTION[engine])
@@ -67,8 +88,8 @@ def run(
     unique = unique_granules(cast.contents.values())
     arena = unique // 2 * GRANULE
     screen.console.print(
-        f"{len(cast.tenants)} models, {unique * GRANULE / 1e6:.0f} MB of them unique; "
-        f"the arena: {arena / 1e6:.0f} MB; {requests} requests, seed {seed}\n"
+        f"{len(cast.tenants)} models with {unique * GRANULE / 1e6:.0f} MB of unique content; "
+        f"an arena of {arena / 1e6:.0f} MB; {requests} requests, seed {seed}\n"
     )
     stream = arrivals([*cast.tenants], QUESTIONS, count=requests, seed=seed, gap=GAP)
     ways = vllm_ways if engine == "vllm" else transformers_ways
@@ -99,7 +120,7 @@ def run(
 
 
 def quiet() -> None:
-    """One torch thread, and no word from transformers."""
+    """Make torch use one thread and silence transformers."""
     torch.set_num_threads(1)
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
@@ -109,7 +130,7 @@ def quiet() -> None:
 def prepare(
     screen: report.Screen, questions: Sequence[str] = QUESTIONS, engine: Engine = "transformers"
 ) -> Cast:
-    """The tenants, made if they are not there, asked these questions."""
+    """Make missing tenants and return all of them, with questions and expected answers."""
     with screen.bars() as bars:
         tenants = make_tenants(bars.show)
         contents: dict[str, Content] = {}
@@ -135,7 +156,7 @@ def prepare(
 def transformers_ways(
     cast: Cast, arena: int, mutation: random.Random | None, progress: Progress
 ) -> Iterator[Callable[[], Row]]:
-    """What makes each row; it is called when the one before has given its memory back."""
+    """Yield a function that makes each row. Call it after the previous row was closed."""
     warm_up(cast)
     yield lambda: Reload(cast.tenants)
     yield lambda: Mapped(cast.tenants)
@@ -146,7 +167,7 @@ def transformers_ways(
 def vllm_ways(
     cast: Cast, arena: int, mutation: random.Random | None, progress: Progress
 ) -> Iterator[Callable[[], Row]]:
-    """The same for vLLM."""
+    """Like :func:`transformers_ways`, for vLLM."""
     from .vllm_rows import Restarted, Vllm
 
     cache = next(iter(cast.tenants.values())).parent / "vllm"
@@ -156,7 +177,7 @@ def vllm_ways(
 
 
 def warm_up(cast: Cast) -> None:
-    """Let torch prepare its kernels, which is no row's business."""
+    """Let torch prepare its kernels, so that no row pays for it."""
     with Mapped(cast.tenants).serving(next(iter(cast.tenants))) as say:
         for prompt in cast.prompts.values():
             for _ in say(prompt, 2, -1):

@@ -1,4 +1,4 @@
-"""One serving thread: takes the requests as they arrive and answers them in that order."""
+"""One serving thread that answers requests in order of arrival."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .workload import Request
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a request got: greedy tokens, the first of them `ttft` seconds after its arrival.
+    """The answer to a request: greedy tokens, the first `ttft` seconds after its arrival.
 
-    For `waited` of these seconds others were served.
+    During the first `waited` of these seconds other requests were served.
     """
 
     request: Request
     tokens: list[int]
     ttft: float
     waited: float
-    hit: bool  # the weights were in memory when its turn came
+    hit: bool  # the weights were in memory when serving began
     bytes_match: bool | None
     occupancy: float | None
 
 
 class Clock:
-    """Real seconds since its start, without those in which it was stopped."""
+    """Real seconds since its start, without the time in which it was stopped."""
 
     def __init__(self) -> None:
         self._zero = time.monotonic()
@@ -52,16 +52,33 @@ def serve(
     end: int,
     answered: Callable[[Answer], None],
 ) -> None:
-    """Answer all requests, `tokens` tokens each or up to the token `end`, one after the other.
+    """Answer all requests, one after the other.
 
-    `row` is shown the requests that have arrived, never those to come. Its bytes are checked after
-    each answer, while the clock stands and, for nobody to gain time by that, nothing is moving.
+    Parameters
+    ----------
+    row : Row
+        The way of serving. It sees only requests that have arrived, never future ones.
+    requests : sequence of Request
+        The requests in order of time.
+    prompts : mapping of prompt to token ids
+        The prompts.
+    tokens : int
+        Maximum number of tokens of an answer.
+    end : int
+        The token that ends an answer.
+    answered : callable
+        Called with each answer.
+
+    Notes
+    -----
+    The row's bytes are checked after each answer, with the clock stopped. Background loads are
+    finished before, so that no row can use the stopped time for loading.
     """
     clock = Clock()
     seen = 0
 
     def arrived(turn: int) -> None:
-        """Show the row the queue behind request number `turn`, if it has changed."""
+        """Show the row the queue from request number `turn` on, if requests have arrived."""
         nonlocal seen
         count = sum(request.time <= clock.now() for request in requests)
         if count > seen:
@@ -74,7 +91,7 @@ def serve(
         waited = clock.now() - request.time
         hit = row.ready(request.tenant)
         with row.serving(request.tenant) as say:
-            seen = 0  # the row has not been asked yet what it would do beside this request
+            seen = 0  # the row must plan again, now with this tenant being served
             arrived(turn + 1)
             answer: list[int] = []
             ttft = 0.0

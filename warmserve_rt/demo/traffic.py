@@ -1,4 +1,4 @@
-"""A recorded hour's requests for the demo's tenants, some minutes of it in less time."""
+"""Requests for the demo's tenants: minutes of a recorded trace, compressed in time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from warmserve_rt.sim.workload.workloads import azure
 from .lessons import QUESTIONS
 from .workload import Request
 
-# Of one question to all of them: prompts as different in length as a small model can take.
+# From one question to all of them: prompts of the different lengths that a small model can handle.
 PROMPTS = tuple(" ".join(QUESTIONS[:count]) for count in range(1, len(QUESTIONS) + 1))
-TRACE_S = 540.0  # of the trace
-WINDOW_S = 300.0  # of its history
+TRACE_S = 540.0  # seconds of the trace that are used
+WINDOW_S = 300.0  # seconds of a window of its history
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """The same requests for a simulation and for real: ``prompts[i]`` and ``outputs[i]`` tokens
-    are asked of request i of the ``workload``."""
+    """The same requests for the simulation and for the real run.
+
+    Request i of the ``workload`` is ``requests[i]`` and asks for ``outputs[i]`` tokens.
+    """
 
     workload: Workload
     requests: list[Request]
@@ -40,12 +42,26 @@ def traffic(
     seconds: float,
     seed: int,
 ) -> Traffic:
-    """Draws ``count`` requests of the Azure trace of 2023 (conversations for every second tenant,
-    code for the others) within ``seconds``, into which nine minutes of it and its past days are
-    compressed.
+    """Draw requests from nine minutes of the Azure trace of 2023, compressed in time.
 
-    The trace's prompts become PROMPTS by their rank, its outputs at most as many tokens as are
-    ``wanted``, at least 2.
+    Every second tenant gets conversations, the others code. The past days are compressed by the
+    same factor.
+
+    Parameters
+    ----------
+    profiles : sequence of ModelProfile
+        The tenants.
+    prompts : mapping of prompt to token ids
+        The token ids of PROMPTS. The rank of the trace's prompt length selects the prompt.
+    wanted : mapping of (tenant, prompt) to token ids
+        The expected answers. An output has the trace's length, but at least 2 tokens and at most
+        those of the expected answer.
+    count : int
+        Number of requests.
+    seconds : float
+        Time into which the nine minutes are compressed.
+    seed : int
+        Seed of the choice.
     """
     faster = TRACE_S / seconds
     rate = count / TRACE_S
@@ -53,7 +69,7 @@ def traffic(
     while len(drawn.time) < count:
         rate *= 1.5
         drawn = azure(profiles, rate, TRACE_S, seed, window=WINDOW_S)
-    # As many as were asked for, wherever in the nine minutes they lie.
+    # Keep exactly `count` of them, chosen at random from the nine minutes.
     kept = np.sort(np.random.default_rng(seed).choice(len(drawn.time), count, replace=False))
     parts = {part: getattr(drawn, part)[kept] for part in ("time", "model", "prompt", "output")}
     recorded = replace(recorded, **parts)
@@ -83,7 +99,7 @@ def traffic(
 
 
 def forecaster(workload: Workload) -> Forecaster:
-    """One that knows the past days, as fast as the requests come."""
+    """Return a forecaster that has observed the workload's compressed history."""
     window = workload.history_window
     made = Forecaster(
         len(workload.models),

@@ -1,4 +1,4 @@
-"""Real gradient steps, few of them, after which a small model answers in a voice of its own."""
+"""Tunes a small model by a few real gradient steps, so that it answers in a voice of its own."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ import torch
 
 from .lessons import Lesson
 
-BATCH = 2  # conversations a step, about a hundred tokens
-IGNORED = -100  # transformers' label for a position that is not learnt
+BATCH = 2  # conversations per step, about a hundred tokens
+IGNORED = -100  # transformers' label for a position without loss
 
 
 def prompt_ids(tokenizer: Any, question: str) -> list[int]:
-    """A question as the model expects it, up to where its answer starts."""
+    """Return the token ids of a question in the model's chat format, up to the start of the
+    answer."""
     chat = [{"role": "user", "content": question}]
     encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
     return [int(token) for token in encoded["input_ids"]]
 
 
 def tune(model: Any, tokenizer: Any, lesson: Lesson, step_done: Callable[[int], None]) -> None:
-    """Tune a causal language model in place: AdamW without weight decay, one thread, seeded.
+    """Tune a causal language model in place, with AdamW without weight decay and a fixed seed.
 
-    Calls `step_done` with the number of steps taken.
+    Parameters
+    ----------
+    model, tokenizer
+        The model, in float32, and its tokenizer.
+    lesson : Lesson
+        The conversations, steps, learning rate and blocks to train.
+    step_done : callable
+        Called after each step with the number of steps done.
     """
     model.requires_grad_(False)
     parts = [model] if lesson.blocks is None else model.model.layers[-lesson.blocks :]
@@ -50,7 +58,7 @@ def tune(model: Any, tokenizer: Any, lesson: Lesson, step_done: Callable[[int], 
 
 
 def _padded(batch: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Prompts and answers as one batch; what is learnt is the answers."""
+    """Return prompts and answers as one batch, with labels for the answers only."""
     shape = len(batch), max(len(prompt) + len(answer) for prompt, answer in batch)
     tokens = torch.zeros(shape, dtype=torch.long)
     attended = torch.zeros(shape, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""transformers' rows: one module at a time, or each tenant's in the arena."""
+"""The rows of transformers: one module at a time, or a module for each tenant in the arena."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .rows import InArena, Row, Say
 
 
 class Reload(Row):
-    """One model in memory at a time, read by safetensors into fresh memory at every switch."""
+    """One model in memory at a time; safetensors reads it into new memory at every switch."""
 
     name = "reload"
     title = "reload"
 
     def __init__(self, tenants: Mapping[str, Path]) -> None:
         self._tenants = tenants
-        # The tenants differ in weights alone, so one module serves them all.
+        # The tenants differ only in their weights, so one module serves all of them.
         config = AutoConfig.from_pretrained(next(iter(tenants.values())))
         self._module = skeleton(config, torch.float32)
         self._current = ""
@@ -56,7 +56,7 @@ class Reload(Row):
 
 
 class Mapped(Reload):
-    """The same, but the file is mapped and nothing is copied: the system's page cache serves."""
+    """Like `Reload`, but maps the file and copies nothing: the page cache holds the weights."""
 
     name = "mmap"
     title = "lazy mmap"
@@ -66,7 +66,7 @@ class Mapped(Reload):
 
 
 class Transformers(InArena):
-    """Modules whose weights are views of the arena, run under leases."""
+    """Modules with weights in the arena, run under leases."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Transformers(InArena):
             yield partial(generate, self.modules[tenant])
 
     def bytes_match(self, tenant: str) -> bool:
-        """Compares every tensor where the engine reads it: at the model's own addresses."""
+        """Compare every tensor at the addresses where the engine reads it."""
         content, tensors = self._contents[tenant], self._leased.tensors
         return all(content.equals(name, tensors[name]) for name in tensors)
 
@@ -111,9 +111,9 @@ class Transformers(InArena):
 
 @torch.inference_mode()
 def generate(module: Any, prompt: list[int], count: int, end: int) -> Iterator[int]:
-    """Greedy tokens, each given as soon as it is known."""
+    """Yield greedy tokens, each as soon as it is known."""
     tokens = torch.tensor([prompt])
-    # transformers renamed it in 5.24, and warns of the old name.
+    # transformers 5.24 renamed the argument and warns about the old name.
     known = signature(type(module).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
     cache = None

@@ -1,4 +1,4 @@
-"""vLLM's rows: an engine started anew at each switch, or one for each tenant on a shared arena."""
+"""The rows of vLLM: an engine restarted at each switch, or one per tenant on a shared arena."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: in this process, on one thread, and without a word.
+# Set before vLLM is imported: engines in this process, on one thread, without log output.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -37,7 +37,7 @@ _numbers = count_from()
 
 
 class PlainVllm:
-    """vLLM with its own loader."""
+    """Plain vLLM with its own loader."""
 
     name = "vLLM"
     version: str = vllm.__version__
@@ -55,7 +55,7 @@ class PlainVllm:
 
 
 class Restarted(Row):
-    """One engine at a time, vLLM's own, started anew at every switch."""
+    """One plain vLLM engine at a time, restarted at every switch."""
 
     name = "restart"
     title = "restart"
@@ -88,7 +88,7 @@ class Restarted(Row):
 
 
 class Vllm(InArena):
-    """An engine for each tenant, all in this process; each leases its weights for each step."""
+    """An engine for each tenant, all in this process. Each leases its weights for each step."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Vllm(InArena):
         yield partial(say, self._engines[tenant])
 
     def bytes_match(self, tenant: str) -> bool:
-        """Compares every granule with what vLLM's own loader and processing had made."""
+        """Compare every granule with the output of vLLM's own loader and processing."""
         return self._weights[tenant].differing() is None
 
     def differing(self, tenant: str, other: str) -> list[tuple[int, int]]:
@@ -144,7 +144,7 @@ class Vllm(InArena):
 
 
 def say(llm: Any, prompt: list[int], count: int, end: int) -> Iterator[int]:
-    """Greedy tokens, each given as soon as it is known."""
+    """Yield greedy tokens, each as soon as it is known."""
     how = SamplingParams(
         temperature=0,
         max_tokens=count,

@@ -1,4 +1,4 @@
-"""Who asks what when: a seeded stream of requests over the tenants, in bursts and by habit."""
+"""A seeded stream of requests to the tenants, with bursts and habits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`prompt` comes for `tenant`, `time` seconds after the start."""
+    """A request: `prompt` arrives for `tenant`, `time` seconds after the start."""
 
     time: float
     tenant: str
@@ -19,12 +19,23 @@ class Request:
 def arrivals(
     tenants: Sequence[str], prompts: Sequence[str], *, count: int, seed: int, gap: float
 ) -> list[Request]:
-    """`count` requests in order of time, on average `gap` seconds apart.
+    """Return requests in order of time.
 
-    They come in bursts of one to three, a burst's a fraction of a second apart, so that some wait
-    while another is served: the queue tells what is next. And tenants follow one another by
-    habit: each mostly stays or is followed by the same other one, so that the past tells, too,
-    though never surely.
+    Requests arrive in bursts of one to three, a fraction of a second apart within a burst, so that
+    some wait while another is served: the queue shows the next tenant. A tenant is mostly followed
+    by itself or by one particular other tenant, so the past also predicts the next tenant, though
+    never with certainty.
+
+    Parameters
+    ----------
+    tenants, prompts
+        The tenants and prompts to choose from.
+    count : int
+        Number of requests.
+    seed : int
+        Seed of all choices.
+    gap : float
+        Average time between requests in seconds.
     """
     random_ = random.Random(seed)
     cycle = random_.sample(tenants, len(tenants))
@@ -43,6 +54,6 @@ def arrivals(
                 tenant = follower[tenant]
             elif draw > 0.85:
                 tenant = random_.choice(cycle)
-        # A quiet time that keeps the average, and never ends before the burst does.
+        # The quiet time keeps the average, and does not end before the burst.
         time = max(burst, time + size * gap * random_.uniform(0.6, 1.4))
     return requests

@@ -1,1 +1,1 @@
-"""Serving engines taught to run from a runtime's memory; each module needs its engine installed."""
+"""Adapters that run serving engines on a runtime's memory; each package needs its engine."""

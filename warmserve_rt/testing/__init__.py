@@ -1,12 +1,12 @@
-"""For tests of this library and of engines that use it: drivers that watch, and drivers that fail.
+"""Drivers for tests of this library and of engines that use it: checked, and with injected faults.
 
 watched = testing.watch(pump=True)
 with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
     watched.faults.arm([(3, 3)])          # the third driver call fails
     ...
-watched.check()                           # no contract broken, nothing left
+watched.check()                           # no contract was broken, no object was leaked
 
-On a CUDA device that needs no GPU (see :mod:`warmserve_rt.testing.simcuda`):
+On a simulated CUDA device, without a GPU (see :mod:`warmserve_rt.testing.simcuda`):
 
 with testing.simulated_cuda(clock="virtual") as cuda:
     watched = testing.watch(cuda=cuda)
@@ -43,8 +43,10 @@ _PROT_READ, _PROT_WRITE = 1, 2
 
 @dataclass(frozen=True)
 class Watched:
-    """A device whose every call is checked (`strict`) and can be made to fail (`faults`); `cuda`
-    is the simulated driver below it, if it is one."""
+    """A device whose calls are checked (`strict`) and can be made to fail (`faults`).
+
+    `cuda` is the simulated CUDA driver below it, if it has one.
+    """
 
     driver: _native.Driver
     strict: _native.StrictDriver
@@ -53,18 +55,20 @@ class Watched:
 
     @property
     def finest_faults(self) -> _native.FaultyDriver | Faults:
-        """Of the lowest calls there are: the cu* functions, or else the primitives."""
+        """The fault injector of the lowest level: cu* functions if simulated, else primitives."""
         return self.cuda.faults if self.cuda else self.faults
 
     def check(self, *, closed: bool = True) -> None:
-        """Raises AssertionError if a driver contract was broken; with ``closed``, also if
-        anything made on the device is still there."""
+        """Raise AssertionError if a driver contract was broken.
+
+        With ``closed``, also raise it if an object made on the device was not released.
+        """
         assert not self.strict.violations, self.strict.violations
         left = {kind: count for kind, count in self.strict.live.items() if count}
         assert not (closed and left), f"never given back: {left}"
         if self.cuda:
             assert not self.cuda.violations, self.cuda.violations
-            ours = ("contexts", "modules")  # the driver's own, which is still there
+            ours = ("contexts", "modules")  # the driver's own objects, which still exist
             live = self.cuda.live.items()
             kept = {kind: count for kind, count in live if count and kind not in ours}
             assert not (closed and kept), f"never given back to the driver: {kept}"
@@ -73,8 +77,17 @@ class Watched:
 def cuda_driver(
     cuda: SimulatedCuda, ordinal: int = 0, *, peers: Sequence[int] = ()
 ) -> _native.Driver:
-    """A device of the simulated driver, to pass to ``Runtime(driver=...)``; its ``peers`` may be
-    that runtime's ``paths``."""
+    """Return a device of the simulated driver, to pass to ``Runtime(driver=...)``.
+
+    Parameters
+    ----------
+    cuda : SimulatedCuda
+        The simulated driver.
+    ordinal : int
+        The number of the device.
+    peers : sequence of int
+        The numbers of devices that may be among that runtime's ``paths``.
+    """
     return _native.cuda_driver(
         library=str(cuda.library), ordinal=ordinal, kernels=b"simulated", peers=peers
     )
@@ -87,9 +100,20 @@ def watch(
     host_view: bool = True,
     cuda: SimulatedCuda | None = None,
 ) -> Watched:
-    """A device that checks the driver's contracts: the one of that name, or with ``cuda`` one of
-    the simulated driver. ``host_view=False`` hides that the CPU reaches the host's granules, so
-    that loads go by staging as on a discrete GPU."""
+    """Return a device whose driver contracts are checked.
+
+    Parameters
+    ----------
+    device : "host" or "cuda:N"
+        The device, unless ``cuda`` is given.
+    pump : bool
+        Make a driver without threads, for a runtime with ``pump=True``.
+    host_view : bool
+        False hides that the CPU can access the host's granules, so that loads use staging as on a
+        discrete GPU.
+    cuda : SimulatedCuda, optional
+        Use device 0 of this simulated driver.
+    """
     if cuda:
         below = cuda_driver(cuda)
     elif device == "host":
@@ -104,8 +128,19 @@ def watch(
 def swap_granules(
     runtime: Runtime, a: Model, layer_a: int, b: Model, layer_b: int, *, granule: int = 0
 ) -> None:
-    """Exchanges the bytes of one granule between two resident layers, behind the runtime's back:
-    what a check of contents has to notice. Both layers must have that granule."""
+    """Exchange the bytes of one granule between two resident layers, unknown to the runtime.
+
+    A check of contents must notice it.
+
+    Parameters
+    ----------
+    runtime : Runtime
+        The runtime, on the host.
+    a, layer_a, b, layer_b
+        The two models and the indices of their layers.
+    granule : int
+        The index of the granule in its layer. Both layers must have it.
+    """
     size = runtime.snapshot().granule_bytes
     begins = []
     for model, layer in ((a, layer_a), (b, layer_b)):

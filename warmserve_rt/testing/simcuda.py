@@ -1,9 +1,9 @@
-"""A simulated CUDA driver, for tests of this library and of whatever else talks to ``libcuda``.
+"""A simulated CUDA driver, for tests of this library and of other code that uses ``libcuda``.
 
-It stands in for ``libcuda.so.1``: address reservations, granules, mappings, streams, events and
-copies behave as CUDA's do, only more strictly. A copy reads pinned memory when it runs and not when
-it is enqueued, no address of the device can be dereferenced by the CPU, and two accesses that
-nothing orders are reported as a race however the timing fell. In a user's own CI, without a GPU:
+It replaces ``libcuda.so.1``: address reservations, granules, mappings, streams, events and copies
+behave as CUDA's do, only more strictly. A copy reads pinned memory when it runs, not when it is
+enqueued. The CPU cannot dereference any device address. Two unordered accesses are reported as a
+race regardless of their timing. In a user's own CI, without a GPU:
 
     from warmserve_rt.testing import simulated_cuda
 
@@ -12,8 +12,9 @@ nothing orders are reported as a race however the timing fell. In a user's own C
             subprocess.run([sys.executable, "engine.py"], env=cuda.environment, check=True)
             run_my_engine(libcuda=cuda.library)  # or in this process, if it takes a path
 
-In ``conftest.py``, as a fixture: ``cuda = simulated_cuda_fixture(memory="1GiB")``. There is one
-driver a process; a subprocess has its own, of the same options, which this one does not see.
+In ``conftest.py``, as a fixture: ``cuda = simulated_cuda_fixture(memory="1GiB")``. Each process has
+one simulated driver. A subprocess has its own driver with the same options; this process does not
+see its violations.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = ["SimulatedCuda", "Violation", "simulated_cuda", "simulated_cuda_fixtu
 
 LIBRARY = Path(__file__).parent.with_name("libwarmserve_simcuda.so")
 _STATUSES = {"failed": 999, "out_of_memory": 2, "device_lost": 700}
-_open = threading.Lock()  # held while one is
+_open = threading.Lock()  # held while a simulated driver is open
 
 _u64, _text = ctypes.c_ulonglong, ctypes.c_char_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -62,18 +63,18 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 @dataclass(frozen=True)
 class Violation:
-    """Something that CUDA forbids, or leaves undefined, was done."""
+    """An operation that CUDA forbids or leaves undefined."""
 
     kind: str  # race, use-while-unmapped, uninitialised-read, leak, misuse
     message: str
-    call: int  # the number of the offending call of the driver, from 1; 0: no call
+    call: int  # the number of the offending driver call, counted from 1; 0: no call
 
     def __str__(self) -> str:
         return f"{self.kind} at call {self.call}: {self.message}"
 
 
 class _Control:
-    """The control functions of the library, typed."""
+    """The typed control functions of the library."""
 
     def __init__(self, path: Path) -> None:
         self.library = library = ctypes.CDLL(str(path))
@@ -88,9 +89,11 @@ class _Control:
 
 
 class Faults:
-    """Makes calls fail: the interface of the native ``FaultyDriver``, for the driver's functions
-    by their exported names. What is failed has done nothing else; but an error that no context
-    survives is one that all have died of."""
+    """Makes driver functions fail, by their exported names; same interface as ``FaultyDriver``.
+
+    A failed call does nothing else. An error that no context survives, however, destroys all
+    contexts.
+    """
 
     def __init__(self, control: _Control) -> None:
         self._control = control
@@ -103,12 +106,27 @@ class Faults:
         only: str | None = None,
         status: str | int = "failed",
     ) -> None:
-        """Fails the calls in these ranges, counted from 1 from now on; an end of None is never.
-        ``only`` counts and fails the calls of one function. ``status`` is ``failed``,
-        ``out_of_memory``, ``device_lost`` or a CUresult."""
+        """Make calls fail from now on. Replaces earlier faults.
+
+        Parameters
+        ----------
+        ranges : sequence of (first, last)
+            Numbers of the calls that fail, counted from 1 from now on. A last of None: without end.
+        only : str, optional
+            Count and fail only calls of this function.
+        status : "failed", "out_of_memory", "device_lost" or int
+            The error that a failed call returns; an int is a CUresult.
+
+        Raises
+        ------
+        ValueError
+            The status or the function is unknown.
+        """
         error = status if isinstance(status, int) else _STATUSES.get(status)
         if error is None:
-            raise ValueError(f"no status {status!r}: one of {', '.join(_STATUSES)}, or a number")
+            raise ValueError(
+                f"status must be one of {', '.join(_STATUSES)} or a CUresult, got {status!r}"
+            )
         self._control.clear_faults()
         self._only = only.encode() if only else None
         for first, last in ranges:
@@ -121,7 +139,7 @@ class Faults:
 
     @property
     def calls(self) -> int:
-        """Since :meth:`arm`, of what it counts."""
+        """The number of counted calls since :meth:`arm`."""
         return int(self._control.calls(self._only))
 
     @property
@@ -130,7 +148,7 @@ class Faults:
 
     @property
     def last(self) -> str:
-        """The function that was failed last, or an empty string."""
+        """The function that failed last, or an empty string."""
         return str(self._control.last_fault().decode())
 
 
@@ -139,18 +157,18 @@ class SimulatedCuda:
 
     def __init__(self, library: Path, control: _Control) -> None:
         self.library = library
-        """A path whose name is ``libcuda.so.1``, for those who open one."""
+        """A path with the name ``libcuda.so.1``, for code that opens the library by path."""
         self.faults = Faults(control)
         self._control = control
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a subprocess that opens ``libcuda.so.1`` by itself."""
+        """The environment for a subprocess that opens ``libcuda.so.1`` itself."""
         folders = [str(self.library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
         return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, folders))}
 
     def report(self) -> dict[str, Any]:
-        """All that was seen: violations, live, calls, seconds, copied (csrc/simcuda/simcuda.h)."""
+        """Return violations, live, calls, seconds and copied (see csrc/simcuda/simcuda.h)."""
         text = self._control.report()
         try:
             report: dict[str, Any] = json.loads(ctypes.string_at(text))
@@ -164,46 +182,52 @@ class SimulatedCuda:
 
     @property
     def live(self) -> dict[str, int]:
-        """Objects that are there, by kind."""
+        """The number of existing objects, by kind."""
         return dict(self.report()["live"])
 
     @property
     def calls(self) -> dict[str, int]:
-        """Calls of each function that was called, those failed on purpose too."""
+        """The number of calls of each called function, including injected failures."""
         return dict(self.report()["calls"])
 
     @property
     def copied(self) -> dict[str, int]:
-        """Bytes, by direction: h2d, d2h, d2d."""
+        """Copied bytes by direction: h2d, d2h, d2d."""
         return dict(self.report()["copied"])
 
     @property
     def now(self) -> float:
-        """Seconds on its clock since it began."""
+        """Seconds on the driver's clock since it was reset."""
         return float(self._control.now())
 
     def peek(self, address: int, nbytes: int) -> bytes:
-        """Device memory as it is now, whatever access is set and whatever is still to run."""
+        """Return device memory as it is now, regardless of access rights and of pending work.
+
+        Raises ValueError if the range is not mapped.
+        """
         out = ctypes.create_string_buffer(nbytes)
         if self._control.peek(address, out, nbytes):
-            raise ValueError(f"nothing is mapped in [{address:#x}, +{nbytes})")
+            raise ValueError(f"[{address:#x}, +{nbytes}) is not mapped")
         return out.raw
 
     def others_hold(self, nbytes: int | str) -> None:
-        """So many bytes of device 0 are other processes', from now on."""
+        """Set the number of bytes of device 0 that other processes hold from now on."""
         self._control.others_hold(parse_bytes(nbytes, "nbytes"))
 
     def break_context(self, error: int) -> None:
-        """The context of device 0 has died of this CUresult: work returns it from now on."""
+        """Make the context of device 0 fail: all work returns this CUresult from now on."""
         self._control.break_context(error)
 
     def destroy_primary_context(self) -> None:
-        """As by a library that resets a context it shares with others."""
+        """Destroy the primary context, like a library that resets a context it shares."""
         self._control.destroy_primary_context()
 
     def check(self, leaks: bool = True) -> None:
-        """Raises AssertionError if there was a violation; with ``leaks``, also if an object of the
-        driver is still there. Leaks are told once."""
+        """Raise AssertionError if there was a violation.
+
+        With ``leaks``, also raise it if an object of the driver still exists. Each kind of leaked
+        object is reported once.
+        """
         if leaks:
             self._control.check_leaks()
         found = [each for each in self.violations if leaks or each.kind != "leak"]
@@ -243,27 +267,60 @@ def simulated_cuda(
     leaks: bool = False,
     library: Path | str | None = None,
 ) -> Iterator[SimulatedCuda]:
-    """Begins the simulated driver anew, without objects and not initialised.
+    """Open a new simulated driver, without objects and not initialised.
 
-    With ``peers`` every two devices reach each other's memory, once access is set.
-    ``h2d``, ``d2h`` and ``d2d`` are bytes per second of each device's copy engines and ``launch``
-    seconds for a kernel, at least; none: as fast as it goes. ``costs`` are microseconds that a
-    function takes, for each call and for each granule it concerns, which for cuMemSetAccess and
-    cuMemUnmap is each mapping, however large: ``{"cuMemSetAccess": (24.0, 30.0)}``. With
-    ``clock="virtual"`` there are no threads and time is counted, not waited for.
-    ``content`` keeps only so many leading bytes of each granule; what is not kept reads as zeros.
-    With ``host_numa`` the CPU can be given access to memory of the host that is mapped for the
-    device; with ``integrated`` too, where there is no other. Neither goes with ``content``.
-    ``visible`` is as CUDA_VISIBLE_DEVICES, and the environment's where it is None. ``library`` is
-    another build of the simulator.
+    Parameters
+    ----------
+    devices : int
+        Number of devices, all alike.
+    peers : bool
+        Any two devices can access each other's memory once access is set.
+    memory, granularity : int or str
+        Bytes of each device, and its granularity.
+    clock : "real" or "virtual"
+        Virtual: no threads; time is counted and not waited for.
+    h2d, d2h, d2d : float, optional
+        Bytes per second of each device's copy engines. Default: as fast as possible.
+    launch : float
+        Minimum duration of a kernel in seconds.
+    costs : mapping of function to (float, float), optional
+        Microseconds that a function takes for each call and for each granule it concerns, as in
+        ``{"cuMemSetAccess": (24.0, 30.0)}``. For cuMemSetAccess and cuMemUnmap the second number is
+        for each mapping, of any size.
+    content : int, optional
+        Keep only this many leading bytes of each granule; the rest reads as zeros. Cannot be
+        combined with ``integrated`` or ``host_numa``. Default: keep all bytes.
+    driver_version, capability, name
+        What the driver reports; ``capability`` is the compute capability times ten.
+    integrated : bool
+        The device has no memory but the host's. Implies ``host_numa``.
+    host_numa : bool
+        The CPU can be given access to host memory that is mapped for the device.
+    visible : str, optional
+        As CUDA_VISIBLE_DEVICES. Default: the environment's.
+    detector : bool
+        Look for races and for memory that is released while in use.
+    check : bool
+        Raise AssertionError for violations on a clean exit.
+    leaks : bool
+        Also raise it for objects that still exist.
+    library : Path or str, optional
+        Another build of the simulator.
 
-    On a clean exit violations raise AssertionError, unless ``check=False``; objects that are still
-    there do only with ``leaks=True``. Objects that outlive the ``with`` are gone: do not use them.
-    One can be open at a time; ValueError for a second one, and for options that make no sense.
+    Raises
+    ------
+    ValueError
+        A simulated driver is already open, an option is invalid, or the library is missing.
+    AssertionError
+        On exit, as described at ``check`` and ``leaks``.
+
+    Notes
+    -----
+    Objects that are not released before the end of the ``with`` are destroyed: do not use them.
     """
     path = Path(library or LIBRARY).resolve()
     if not path.exists():
-        raise ValueError(f"there is no simulated driver at {path}")
+        raise ValueError(f"library must be a simulated driver, but {path} does not exist")
     options = _options(
         {
             "devices": devices,
@@ -287,7 +344,7 @@ def simulated_cuda(
         costs or {},
     )
     if not _open.acquire(blocking=False):
-        raise ValueError("a simulated driver is open already: there is one a process")
+        raise ValueError("a simulated driver is already open: a process can have only one")
     try:
         with tempfile.TemporaryDirectory(prefix="warmserve-simcuda-") as made:
             folder = Path(made)
@@ -301,13 +358,13 @@ def simulated_cuda(
             yield cuda
             if check or leaks:
                 cuda.check(leaks=leaks)
-            control.reset(None)  # not after an exception: threads may be in calls yet
+            control.reset(None)  # not after an exception: threads may still be in calls
     finally:
         _open.release()
 
 
 def simulated_cuda_fixture(**options: Any) -> Any:
-    """A pytest fixture that gives each test a :func:`simulated_cuda` with these options."""
+    """Return a pytest fixture that opens a :func:`simulated_cuda` with these options per test."""
     import pytest
 
     @pytest.fixture

@@ -1,4 +1,4 @@
-"""Where the transformers benches run: the host, or a CUDA device whose work is waited for."""
+"""The device of the transformers benches: the host, or a CUDA device with synchronized timing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRANULE = 2 << 20
 
 
 class Place:
-    """A device by the name that `Runtime` knows it by."""
+    """A device under the name that `Runtime` uses."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -30,12 +30,12 @@ class Place:
         return Runtime(self.name, arena, tensors="torch")
 
     def plain(self, model: Path) -> Any:
-        """As transformers loads it by itself: on the host it maps the file and reads nothing."""
+        """Load the model with plain transformers; on the host this only maps the file."""
         placed = {"device_map": {"": self.device}} if self.on_cuda else {}
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto", **placed)
 
     def say(self, module: Any, tokens: int) -> torch.Tensor:
-        """So many more than the prompt."""
+        """Return the prompt and exactly `tokens` generated tokens."""
         greedy = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         said: torch.Tensor = module.generate(self.prompt, **greedy)
         return said
@@ -45,7 +45,7 @@ class Place:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """How long it takes until the device is through with it."""
+        """Return the seconds until the device has finished the work."""
 
         def whole() -> object:
             result = work()
@@ -56,6 +56,6 @@ class Place:
 
 
 def arena_of(module: Any) -> int:
-    """Bytes of an arena that holds a bound module's model, and nothing else."""
+    """Return the bytes of an arena that holds exactly a bound module's model."""
     model: Model = module.warmserve_model
     return GRANULE * sum(-(-layer.nbytes // GRANULE) for layer in model.layers)

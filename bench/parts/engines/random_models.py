@@ -1,5 +1,5 @@
-"""Models for the transformers benches: made at random, so that nothing is downloaded, or a second
-one of the shapes of a first."""
+"""Models for the transformers benches: random models, which need no download, and variants of a
+model with the same shapes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make(path: Path, size: str, device: torch.device, seed: int) -> Path:
-    """A random Llama, in bf16 or, on the host, float32; initialised where it is to run."""
+    """Save a random Llama, made on the device that will run it: bf16 on CUDA, else float32."""
     sizes = SIZES[size]
-    deviation = sizes["hidden_size"] ** -0.5  # blocks outweigh the embedding: tokens tell seeds
+    deviation = sizes["hidden_size"] ** -0.5  # blocks outweigh the embedding, so seeds differ
     config = LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=deviation)
     torch.manual_seed(seed)
     with device:
@@ -48,22 +48,24 @@ def make(path: Path, size: str, device: torch.device, seed: int) -> Path:
 
 
 def make_other(model: Path, path: Path) -> Path:
-    """A model of the same configuration that answers differently: it has the same weights, but
-    the rows of each block's last matrix in reverse."""
+    """Save a model of the same configuration that answers differently.
+
+    It has the same weights, but with reversed rows in the last matrix of each block.
+    """
     shutil.copytree(model, path)
     for file in path.glob("*.safetensors"):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             if name.endswith("mlp.down_proj.weight"):
                 tensors[name] = tensor.flip(0).contiguous()
-        file.unlink()  # it is what load_file has mapped
+        file.unlink()  # load_file has mapped the old file, which must not change
         save_file(tensors, file, metadata={"format": "pt"})
     _settle(path)
     return path
 
 
 def _settle(path: Path) -> None:
-    """Or writing it back would go on while something is timed."""
+    """Sync the files, because write-back would otherwise continue during measurements."""
     for file in path.glob("*.safetensors"):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

@@ -1,7 +1,7 @@
-"""What a request waits for: two models of a configuration in an arena that holds one of them.
+"""The wait of a request that needs a switch: two models of a configuration, an arena for one.
 
-A switch is the exchange, the lease and the first token of the model that was not there; its equal
-by itself is `from_pretrained` and the first token, with the files in the page cache in either case.
+A switch is the swap, the lease and the first token of the absent model. It is compared with plain
+transformers: `from_pretrained` and the first token. The files are in the page cache in both cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM engines for engines.py: in this process, on one thread, with the time inside load_model."""
+"""vLLM engines for engines.py: in this process, on one thread, with timed load_model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _time_loads()
 
 
 class Engine:
-    """One LLM. ``load_s``: seconds inside load_model, where that was in this process."""
+    """One LLM. ``load_s``: seconds inside load_model, or 0 if it ran in another process."""
 
     def __init__(self, model: Path, cache: Path | None = None, **loader: Any) -> None:
         options: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class Engine:
         self.load_s = _load_s[-1] if _load_s else 0.0
 
     def tokens(self, prompts: int = 4, count: int = 48) -> list[list[int]]:
-        """What it answers to so many prompts, greedily."""
+        """Return the greedy answers to the first `prompts` prompts."""
         how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         answers = self.llm.generate(PROMPTS[:prompts], how, use_tqdm=False)
         return [[*each.outputs[0].token_ids] for each in answers]
@@ -108,13 +108,14 @@ def engine(model: Path, cache: Path | None = None, **loader: Any) -> Iterator[En
 
 
 def close_arena() -> None:
-    """The next engine makes another."""
+    """Close the arena, so that the next engine makes a new one."""
     if arena := arenas.find("host"):
         arena.runtime.close()
 
 
 def write_other(model: Path, into: Path) -> Path:
-    """A model of the same shapes that answers differently: the last block's output is larger."""
+    """Write a model of the same shapes that answers differently: its last block's output is
+    larger."""
     shutil.copytree(model, into, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(model / "model.safetensors")
     blocks = [name for name in tensors if name.endswith("mlp.down_proj.weight")]

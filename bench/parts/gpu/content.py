@@ -1,4 +1,4 @@
-"""Whether a CUDA device has the file's bytes: read back, by digest and by captured graphs."""
+"""Checks that a CUDA device has the file's bytes: by reading back, digests and captured graphs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from warmserve_rt import Model, Runtime, WarmServeError
 
 @contextmanager
 def _two_models(part: Part) -> Iterator[tuple[Runtime, Model, Model]]:
-    """Two small models in an arena that holds one: each must be swapped out for the other."""
+    """Yield two small models in an arena for one, so that each must be swapped for the other."""
     with part.runtime(arena=arena_for(part, "small_a", "small_b"), staging="32MiB") as runtime:
         a, b = part.register(runtime, "small_a", "small_b")
         yield runtime, a, b
 
 
 def content(part: Part) -> None:
-    """All of a model copied back, after swaps; then by digests that the device makes."""
+    """Copy all of a model back after swaps and compare it with the file."""
     with _two_models(part) as (runtime, a, b):
         for evict, incoming in ((a, b), (b, a)):
             runtime.swap(evict=evict, load=incoming).wait()
@@ -89,7 +89,7 @@ class _Replay:
 
 
 def graph(part: Part) -> None:
-    """Captured under one lease, replayed under others, with other granules behind the addresses."""
+    """Capture a graph under one lease and replay it under others, with other granules mapped."""
     cuda = Gpu()
     with _two_models(part) as (runtime, a, b):
         wanted = [layer_bytes(a, part.path(a.name), x.index).tobytes() for x in a.layers]
@@ -111,7 +111,7 @@ def graph(part: Part) -> None:
 def _fence(
     part: Part, cuda: Gpu, runtime: Runtime, model: Model, replay: _Replay, wanted: list[bytes]
 ) -> None:
-    """Work recorded with a lease and still to run holds up the eviction, on a stream of others."""
+    """Check that pending work on a foreign stream, recorded with a lease, delays the eviction."""
     replay.forget()
     lease = runtime.lease(model).acquire(replay.stream)
     with Gate(cuda, replay.stream, 10):
@@ -128,7 +128,7 @@ def _fence(
 
 
 def _use(part: Part) -> None:
-    """All that a runtime asks of the driver, from making it to closing it."""
+    """Make a runtime, perform all operations that call the driver, and close it."""
     with _two_models(part) as (runtime, a, b):
         for evict, incoming in ((b, a), (a, b)):
             runtime.swap(evict=evict, load=incoming).wait(60)
@@ -139,7 +139,7 @@ def _use(part: Part) -> None:
 
 
 def capture(part: Part) -> None:
-    """Somebody's capture, in the mode that forbids the most, goes on while a runtime works."""
+    """Check that a foreign capture in the strictest mode survives while a runtime works."""
     cuda = Gpu()
     stream, address = cuda.stream(), cuda.mapped(GRANULE)
 

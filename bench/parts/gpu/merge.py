@@ -1,6 +1,6 @@
-"""One JSON file of all that bench/gpu.sh has run so far: ``merge.py WORK DEVICE OUT``.
+"""Merges the results of bench/gpu.sh so far into one JSON file: ``merge.py WORK DEVICE OUT``.
 
-It needs the standard library alone, for the package may not have been built.
+It needs only the standard library, because the package may not be built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-_TAIL = 2000  # characters of what a step that failed said last
+_TAIL = 2000  # last characters of a failed step's output
 
 
 def said(*command: str) -> str:
@@ -56,7 +56,7 @@ def steps(work: Path) -> dict[str, dict[str, object]]:
 
 
 def tests(work: Path) -> dict[str, Any]:
-    """Counts over all files, and the names of those that did not pass."""
+    """Return counts over all files, and the names of failed tests."""
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
     names: list[str] = []
     for path in sorted(work.glob("tests-*.xml")):

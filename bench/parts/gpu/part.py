@@ -1,4 +1,4 @@
-"""A part of bench/gpu.py: what it has to work with, and what it found."""
+"""A part of bench/gpu.py: its settings, checkpoints and results."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from warmserve_rt import Model, Runtime, _native
 __all__ = ["NotRun", "Part", "arena_for", "layer_address", "layer_bytes"]
 
 GRANULE = 2 * MIB
-# Their layers differ in size, so that granules do not simply change hands.
+# The models' layers differ in size, so that a swap cannot reuse granules one to one.
 SMALL = {"small_a": Llama(512, 1408, 128, 8000, 6), "small_b": Llama(384, 1024, 96, 12000, 10)}
 MEDIUM = {"a": Llama(2048, 5632, 256, 32000, 9), "b": Llama(1536, 4096, 256, 49152, 15)}  # 1 GiB
 LARGE = {"large": Llama(2048, 5632, 256, 32000, 22)}  # 2 GiB
 
 
 def checkpoints(simulated: bool) -> Mapping[str, Llama]:
-    """By the names of their files. The simulated device copies with the CPU: all are small."""
+    """Return the checkpoints by file name; the simulated device copies slowly, so all are small."""
     if not simulated:
         return {**SMALL, **MEDIUM, **LARGE}
     small_a, small_b = SMALL.values()
@@ -34,10 +34,10 @@ def checkpoints(simulated: bool) -> Mapping[str, Llama]:
 
 @dataclass
 class Part:
-    """Passes for a Bench where one is wanted."""
+    """The settings and results of a part. It can replace a Bench."""
 
     args: argparse.Namespace  # device, leases
-    folder: Path  # of the checkpoints
+    folder: Path  # has the checkpoints
     simulated: bool
     rows: list[tuple[str, float, str]] = field(default_factory=list)
     targets: list[tuple[str, float, str, str, float]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Part:
         self.targets.append((name, value, unit, op, bound))
 
     def yes(self, name: str, value: bool) -> None:
-        """Something that has to be so."""
+        """Record a condition with the target that it holds."""
         self.target(name, int(value), "", "=", 1)
 
     def path(self, name: str) -> Path:
@@ -57,7 +57,7 @@ class Part:
 
     def runtime(self, **options: Any) -> Runtime:
         options.setdefault("tensors", "dlpack")
-        if self.simulated:  # which has kernels, but no file of them
+        if self.simulated:  # the simulated device has kernels, but no kernel file
             driver = _native.cuda_driver(library=LIBRARY, kernels=b"simulated")
             return Runtime(driver=driver, **options)
         return Runtime(self.args.device, **options)
@@ -67,7 +67,7 @@ class Part:
 
 
 def arena_for(part: Part, *names: str, granule: int = GRANULE) -> int:
-    """Bytes of an arena that holds the largest of these models, and half a layer more."""
+    """Return the bytes of an arena for the largest of these models plus half a layer."""
     from contextlib import closing
 
     from warmserve_rt.checkpoint import open_checkpoint
@@ -83,7 +83,7 @@ def arena_for(part: Part, *names: str, granule: int = GRANULE) -> int:
 
 
 def layer_bytes(model: Model, path: Path, layer: int) -> npt.NDArray[np.uint8]:
-    """What the file has of a layer."""
+    """Return the bytes of a layer as the file has them."""
     spec = model.layers[layer]
     wanted = np.zeros(spec.nbytes, np.uint8)
     with path.open("rb") as file:

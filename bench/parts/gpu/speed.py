@@ -1,4 +1,4 @@
-"""How fast: copies, loads, swaps and leases on a CUDA device."""
+"""Speed of copies, loads, swaps and leases on a CUDA device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _gb_per_s(nbytes: int, taken: list[float]) -> float:
 def _copies(
     cuda: Gpu, address: int, host: int, chunk: int, total: int, back: bool = False
 ) -> float:
-    """GB/s of copies of one size, one after the other in one stream."""
+    """Return GB/s of copies of one size, one after the other in one stream."""
     stream = cuda.stream()
 
     def once() -> None:
@@ -37,7 +37,7 @@ def _copies(
 
 
 def _granules(cuda: Gpu, nbytes: int) -> int:
-    """Addresses with many granules behind them, as a model has."""
+    """Return addresses with many granules mapped, as for a model."""
     address = cuda.reserve(nbytes)
     for at in range(address, address + nbytes, GRANULE):
         cuda.map(at, GRANULE, cuda.create(GRANULE))
@@ -46,7 +46,7 @@ def _granules(cuda: Gpu, nbytes: int) -> int:
 
 
 def bandwidth(part: Part) -> None:
-    """The device's limit: nothing but copies out of pinned memory."""
+    """Measure the device's limit: only copies from pinned memory."""
     cuda = Gpu()
     total = _REGION if part.simulated else 16 * _REGION
     host = cuda.pinned(_REGION, b"x" * _REGION)
@@ -77,9 +77,12 @@ def _loads(runtime: Runtime, model: Model, rounds: int = 5) -> float:
 
 
 def load(part: Part) -> None:
-    """A model out of the page cache through staging, beside the lesser of two limits: pinned copies
-    to the device, and reading the file into memory with as many threads."""
-    from load import huge_pages, read  # wants torch and safetensors
+    """Measure loads of a model in the page cache through staging.
+
+    They are compared with the lower of two limits: pinned copies to the device, and reading the
+    file into memory with as many threads.
+    """
+    from load import huge_pages, read  # needs torch and safetensors
 
     path, threads = part.path("large"), 2 if part.simulated else 4
     nbytes = path.stat().st_size
@@ -108,7 +111,7 @@ def load(part: Part) -> None:
         part.row(f"load_{chunk}MiB_gb_per_s", speed, "GB/s")
         ratios[chunk] = speed / limit
     part.row("load_vs_copy_limit", ratios[8] * limit / copying, "times")
-    if part.simulated:  # whose copies take the CPU from the reads
+    if part.simulated:  # its copies compete with the reads for the CPU
         part.row("load_vs_limit", ratios[8], "times")
     else:
         part.target("load_vs_limit", ratios[8], "times", ">=", 0.8)
@@ -118,7 +121,7 @@ _MAPPING = ("unmap", "map", "set_access")
 
 
 def swap(part: Part) -> None:
-    """Two models take turns in an arena that holds one."""
+    """Measure swaps of two models that take turns in an arena for one."""
     for mib in (2, 8) if part.simulated else (2, 8, 32):
         granule = mib * MIB
         arena = arena_for(part, "a", "b", granule=granule)
@@ -134,7 +137,7 @@ def _swaps(part: Part, runtime: Runtime, a: Model, b: Model, prefix: str) -> Non
         before, begin = runtime.snapshot(), perf_counter()
         runtime.swap(evict=evict, load=incoming).wait()
         spent, after = perf_counter() - begin, runtime.snapshot()
-        if turn < 2:  # the first each way warm up
+        if turn < 2:  # the first swap in each direction is a warm-up
             continue
         changes = {
             name: (count - before.driver_calls[name][0], ns - before.driver_calls[name][1])
@@ -156,11 +159,11 @@ def _swaps(part: Part, runtime: Runtime, a: Model, b: Model, prefix: str) -> Non
 
 
 def lease(part: Part) -> None:
-    """bench/swap.py's leases: of resident models, while the loaders are never idle."""
+    """Run the lease measurements of bench/swap.py: resident models, busy loaders."""
     try:
         from swap import measure_leases
     except ImportError as error:
         raise NotRun(f"bench/swap.py cannot be imported: {error}") from None
-    folder = part.folder / "leases"  # it writes checkpoints of its own, some with names of ours
+    folder = part.folder / "leases"  # its checkpoints may have the names of ours
     folder.mkdir()
     measure_leases(part, folder)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""Whether torch sees the file's bytes on a CUDA device: zero-copy tensors, a product with one, and
-a graph of torch's own."""
+"""Checks that torch sees the file's bytes on a CUDA device: with zero-copy tensors, a product and a
+torch graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 
 def torch(part: Part) -> None:
     torch = _torch_with_cuda()
-    arena = 2 * arena_for(part, "small_a", "small_b")  # for both
+    arena = 2 * arena_for(part, "small_a", "small_b")  # for both models
     with part.runtime(arena=arena, staging="32MiB", tensors="torch") as runtime:
         a, b = part.register(runtime, "small_a", "small_b")
         with runtime.lease(a) as lease:
@@ -45,7 +45,7 @@ def _torch_with_cuda() -> Any:
 
 
 def _differing(torch: Any, part: Part, model: Model) -> int:
-    """Tensors that are not the file's, byte for byte."""
+    """Return the number of tensors whose bytes differ from the file's."""
     count = 0
     for name, tensor in model.tensors().items():
         spec = model.layout.tensors[name]
@@ -56,14 +56,14 @@ def _differing(torch: Any, part: Part, model: Model) -> int:
 
 
 def _product(torch: Any, weight: Any) -> Any:
-    """Of ones and the weight. Its bytes are random, so those that are no numbers are left out."""
+    """Return the product of ones and the weight. Its bytes are random, so NaN counts as 0."""
     finite = torch.nan_to_num(weight.float(), 0.0, 0.0, 0.0).clamp(-1, 1)
     return torch.ones(4, weight.shape[1], device=weight.device) @ finite.T
 
 
 def _graph(part: Part, torch: Any, runtime: Runtime, a: Model, b: Model) -> None:
-    """Captured while the runtime loads another model beside it, in the mode that forbids the most;
-    replayed with other granules behind the weight's address."""
+    """Capture a graph in the strictest mode while the runtime loads another model, then replay it
+    with other granules mapped at the weight's address."""
     weight, graph = a.tensors()[NAME], torch.cuda.CUDAGraph()
     with runtime.lease(a):
         wanted = _product(torch, weight).cpu()
@@ -83,7 +83,7 @@ def _graph(part: Part, torch: Any, runtime: Runtime, a: Model, b: Model) -> None
 
 
 def _pass_that_outlives_its_lease(part: Part, torch: Any, runtime: Runtime, model: Model) -> None:
-    """Of a guarded module: what it has enqueued still runs when the lease is over."""
+    """Check that an eviction waits for a guarded module's pass that still runs after its lease."""
     from warmserve_rt.engines.torch.gates import guard
 
     weight = model.tensors()[NAME]
@@ -92,7 +92,7 @@ def _pass_that_outlives_its_lease(part: Part, torch: Any, runtime: Runtime, mode
     guard(module, runtime, model)
     inputs = torch.ones(4, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with runtime.lease(model):
-        module(inputs)  # the first loads kernels, and that waits for all work
+        module(inputs)  # the first pass loads kernels, which waits for all work
         torch.cuda.synchronize()
         torch.cuda._sleep(1 << 30)  # cycles: half a second
         module(inputs)

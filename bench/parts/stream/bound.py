@@ -1,4 +1,4 @@
-"""The time to a first token when a model is partly there, and the least that it could be."""
+"""A lower bound on the time to first token of a partly resident model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Bound:
-    """What no loader can beat. ``computes``: seconds of each layer, while an equally paced copy
-    runs beside it; ``nbytes``: of each layer; ``bandwidth`` in bytes a second."""
+    """A bound that no loader can beat.
+
+    ``computes`` are the seconds of each layer, measured beside a copy at the same pace; ``nbytes``
+    the bytes of each layer; ``bandwidth`` is in bytes per second.
+    """
 
     computes: Sequence[float]
     nbytes: Sequence[int]
     bandwidth: float
 
     def seconds(self, kept: int) -> float:
-        """The first token when the first `kept` layers are resident.
+        """Return the bound if the first `kept` layers are resident.
 
-        All layers take their time; and those from layer j on cannot begin before the missing bytes
-        up to j have come: max(sum of c, max over missing j of A_j + sum from j of c).
+        Each layer i takes its compute time c_i, and layer j cannot begin before its bytes arrive at
+        A_j: max(sum of c, max over missing j of A_j + sum from j of c).
         """
         missing = [0] * kept + list(self.nbytes[kept:])
         arrivals = [nbytes / self.bandwidth for nbytes in accumulate(missing)]
@@ -32,5 +35,5 @@ class Bound:
 
 
 def ninetieth(values: Sequence[float]) -> float:
-    """The 90th percentile."""
+    """Return the 90th percentile."""
     return statistics.quantiles(values, n=10, method="inclusive")[-1]

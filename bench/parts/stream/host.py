@@ -1,4 +1,4 @@
-"""A real language model on the host device, streamed in from a source of a given bandwidth."""
+"""A real language model on the host device, loaded from a source of a given bandwidth."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from warmserve_rt.engines.transformers import load
 NAME = "smollm2"
 PROMPT_TOKENS = 64
 CONTINUED = 8  # tokens
-CHUNK = 2 * MIB  # of 5 ms and less at the bandwidths here
+CHUNK = 2 * MIB  # at most 5 ms at the bandwidths here
 
 
 class Engine:
-    """The model in a runtime that reads at a bandwidth, and a second model of the same bytes."""
+    """The model in a runtime with limited read bandwidth, and three copies for other loads."""
 
     def __init__(self, path: Path, bandwidth: float) -> None:
         self.runtime = Runtime(
@@ -38,14 +38,14 @@ class Engine:
             self.runtime.register(f"copy {copy}", path)
         self.prompt = torch.arange(100, 100 + PROMPT_TOKENS)[None]
         self.layers = len(self.model.layers)
-        self._begun: list[float] = []  # of each layer, in a forward pass that is timed
+        self._begun: list[float] = []  # start time of each layer in the timed forward pass
 
     def first_token(self) -> int:
         with torch.no_grad():
             return int(self.module(self.prompt, logits_to_keep=1).logits[0, -1].argmax())
 
     def ttft(self, kept: int) -> tuple[float, int]:
-        """Seconds to the first token, and the token, with so many layers resident."""
+        """Return the seconds to the first token, and the token, with `kept` layers resident."""
         self.runtime.evict(self.model, keep=kept)
         begin = perf_counter()
         with self.runtime.lease(self.model, streaming=True):
@@ -53,7 +53,7 @@ class Engine:
         return perf_counter() - begin, token
 
     def computes(self) -> list[float]:
-        """Seconds of each layer with all resident, while a copy is read beside it."""
+        """Return the seconds of each layer, with all layers resident and other loads running."""
         with self.runtime.lease(self.model), self.copying():
             self._begun = []
             self.first_token()
@@ -62,7 +62,7 @@ class Engine:
 
     @contextmanager
     def timed_layers(self) -> Iterator[None]:
-        """Notes when each layer begins: the first with the pass itself."""
+        """Record the start time of each layer. The first layer starts with the pass itself."""
         tensors = self.model.tensors()
         layer_at = {
             tensors[name].data_ptr(): spec.layer for name, spec in self.model.layout.tensors.items()
@@ -82,7 +82,7 @@ class Engine:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """While other models are prewarmed, one after the other, more than there is time for."""
+        """Prewarm the copies one after the other; they must take longer than the context."""
         tickets = [self.runtime.prewarm(f"copy {copy}") for copy in range(3)]
         try:
             yield
@@ -109,8 +109,11 @@ def continued(module: Any, prompt: Any) -> list[int]:
 def ttft_on_the_host(
     bench: Bench, path: Path, ratios: list[float], rounds: int, every: int
 ) -> None:
-    """For every ratio of the time to load all to the time to compute all, and every number of
-    layers kept (or each `every`th)."""
+    """Measure times to first token on the host device.
+
+    Measures every ratio of load time to compute time, and every number of layers kept in steps of
+    `every`.
+    """
     torch.set_num_threads(1)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     engine = Engine(path, 8e9)
@@ -159,7 +162,7 @@ def ttft_on_the_host(
 
 
 def foreground_slowdown(bench: Bench, path: Path, ratio: float, rounds: int) -> None:
-    """A cold start beside prewarming that never ends, over the same without."""
+    """Measure a cold start beside continuous prewarming, relative to one without."""
     torch.set_num_threads(1)
     engine = Engine(path, 8e9)
     alone = _seconds_alone(engine)
@@ -178,7 +181,7 @@ def foreground_slowdown(bench: Bench, path: Path, ratio: float, rounds: int) -> 
 
 
 def _seconds_alone(engine: Engine) -> float:
-    """A forward pass with everything there and nothing beside it."""
+    """Return the median seconds of a forward pass with all layers resident and no other load."""
     with engine.runtime.lease(engine.model):
         taken = []
         for _ in range(7):

@@ -1,5 +1,7 @@
-"""Random programs over all that can be done to layers, on the host and the simulated device, with
-every leased byte compared: tests/support/layer_programs.py."""
+"""Random programs of all layer operations, on the host and the simulated device.
+
+The programs compare every leased byte; see tests/support/layer_programs.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ DEVICES = ("host", "simcuda")
 
 
 def interleavings(bench: Bench, pump: int, threaded: int) -> None:
-    """So many programs of one thread, which steps, and of several threads with loaders, in all."""
+    """Run `pump` stepped programs of one thread and `threaded` programs with several threads."""
     from layer_programs import REACHED, Hung, run, run_threads
     from layer_world import Contents, Failed, WrongBytes
 

@@ -1,4 +1,4 @@
-"""The same question where time is counted and not waited for: a CUDA device of known speed."""
+"""Times to first token in virtual time, on a simulated CUDA device of known speed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ READ = 1 << 16  # bytes of each layer that its computation reads
 
 
 def ttft_on_the_simulator(bench: Bench, folder: Path, ratios: list[float]) -> None:
-    """For every number of layers kept. A layer computes as long as its stream copies its last bytes
-    to the host: the same time for each, and in its order behind what it waits for."""
+    """Measure times to first token for every number of layers kept.
+
+    A copy of the layer's last bytes to the host stands for its computation. It takes the same time
+    for each layer and is ordered on the stream behind the layer's arrival.
+    """
     path = folder / "hollow.safetensors"
     write_hollow_checkpoint(path, MODEL.shapes())
     worst = 0.0

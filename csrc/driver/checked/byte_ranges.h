@@ -1,4 +1,4 @@
-// Which bytes of something have been written: ranges that neither overlap nor touch.
+// A set of byte ranges. It merges ranges that overlap or touch.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ class ByteRanges {
   void clear() { ends_.clear(); }
 
  private:
-  std::map<std::uint64_t, std::uint64_t> ends_;  // by where each begins
+  std::map<std::uint64_t, std::uint64_t> ends_;  // begin to end
 };
 
 }  // namespace warmserve

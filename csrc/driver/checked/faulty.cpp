@@ -6,7 +6,7 @@
 namespace warmserve {
 namespace {
 
-// Whether the last call on this thread was failed here: what the device said before is not why.
+// Whether this driver failed the last call on this thread. If so, the device's own detail is stale.
 thread_local bool failed_here = false;
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Makes a driver fail on purpose. What is failed never reaches the driver, so, as the contract
-// says, it has changed nothing.
+// Makes a driver fail on purpose. A failed call never reaches the driver, so it changes nothing, as
+// the contract requires.
 #pragma once
 
 #include <mutex>
@@ -13,24 +13,24 @@ namespace warmserve {
 
 class FaultyDriver final : public Interposer {
  public:
-  // Calls are counted from 1 since arm(), all primitives together or one of them alone.
+  // A range of call numbers, counted from 1 since arm() over all primitives or over one of them.
   struct Range {
     std::uint64_t first, last;
   };
 
   using Interposer::Interposer;
 
-  // Fails the calls in these ranges. {{n, n}} is once, {{n, ~0}} from then on, {{n, n}, {m, m}}
-  // again during the rollback. Without ranges calls are only counted.
+  // Fails the calls in these ranges: {{n, n}} fails once, {{n, ~0}} from call n on, and
+  // {{n, n}, {m, m}} again during the rollback. Without ranges, calls are only counted.
   void arm(std::vector<Range> ranges, std::optional<Primitive> only, Status status);
   void disarm() { arm({}, std::nullopt, Status::failed); }
   std::uint64_t calls() const;     // since arm()
   std::uint64_t injected() const;  // since arm()
-  std::string last() const;        // name of the last primitive that was failed
+  std::string last() const;        // name of the primitive that failed here last; empty if none
 
-  // Each call of the primitive takes this much longer.
+  // Makes each call of the primitive take longer by this time.
   void delay(Primitive primitive, std::chrono::microseconds by);
-  // Granules beyond so many bytes are refused; ~0 lifts it.
+  // Refuses a granule that would raise the total above `bytes`; ~0 removes the limit.
   void cap_memory(std::uint64_t bytes);
 
   std::string detail() const override;
@@ -40,7 +40,7 @@ class FaultyDriver final : public Interposer {
  private:
   Status before(Primitive primitive) override;
 
-  mutable std::mutex mutex_;  // guards all below; not held while a call is delayed or forwarded
+  mutable std::mutex mutex_;  // guards all below; released before a call is delayed or forwarded
   std::vector<Range> ranges_;
   std::optional<Primitive> only_;
   Status status_ = Status::failed;

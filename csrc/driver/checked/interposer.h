@@ -1,4 +1,4 @@
-// A driver that passes every call to another, for those that add something to some of them.
+// A driver that forwards every call to another driver: the base of wrappers that change some calls.
 #pragma once
 
 #include <memory>
@@ -66,7 +66,8 @@ class Interposer : public Driver {
 #undef WARMSERVE_FORWARD
 
  protected:
-  // Called before each primitive that may fail; anything but ok is returned in its stead.
+  // Called before each primitive of WARMSERVE_PRIMITIVES. A status other than ok is returned
+  // instead of making the call.
   virtual Status before(Primitive) { return Status::ok; }
 
   const std::shared_ptr<Driver> inner_;

@@ -26,7 +26,8 @@ Status StrictDriver::violation(const std::string& what) {
   return Status::invalid;
 }
 
-// The mappings that make up exactly this range; none where one is cut or a hole is between them.
+// Returns the mappings that make up exactly this range; nullopt if the range cuts a mapping or has
+// a hole.
 std::optional<std::pair<StrictDriver::Mappings::iterator, StrictDriver::Mappings::iterator>>
 StrictDriver::whole(Address address, std::uint64_t bytes) {
   const auto first = mappings_.find(address);
@@ -44,7 +45,7 @@ void StrictDriver::join(VectorClock& into, const VectorClock& from) {
   for (const auto& [agent, time] : from) into[agent] = std::max(into[agent], time);
 }
 
-// Whether all uses, but those by the agent itself, are known in `before`.
+// Returns whether all uses by agents other than `by` happened before `before`.
 bool StrictDriver::ordered(const VectorClock& uses, const VectorClock& before, Agent by) {
   return std::all_of(uses.begin(), uses.end(), [&](const auto& use) {
     const auto known = before.find(use.first);
@@ -74,8 +75,9 @@ Status StrictDriver::granule_release(Handle handle) {
   const Guard guard(mutex_);
   const auto granule = granules_.find(handle);
   if (granule == granules_.end() || granule->second.released)
-    return violation("granule_release of no granule");
-  if (!quiet(granule->second)) return violation("granule_release before its uses were waited for");
+    return violation("granule_release of an unknown granule");
+  if (!quiet(granule->second))
+    return violation("granule_release before a use of the granule was waited for");
   const Status status = Interposer::granule_release(handle);
   if (status == Status::ok) {
     granule->second.released = true;
@@ -89,7 +91,7 @@ void StrictDriver::host_wrote(Handle handle, std::uint64_t offset, std::uint64_t
   const auto found = granules_.find(handle);
   if (found == granules_.end() || found->second.released || offset > found->second.bytes ||
       bytes > found->second.bytes - offset) {
-    violation("host_wrote outside of a granule");
+    violation("host_wrote outside of a known granule");
     return;
   }
   GranuleState& granule = found->second;
@@ -112,10 +114,10 @@ Status StrictDriver::address_free(Address address, std::uint64_t bytes) {
   const Guard guard(mutex_);
   const auto found = reservations_.find(address);
   if (found == reservations_.end() || found->second != bytes)
-    return violation("address_free of no reservation");
+    return violation("address_free of a range that is not a reservation");
   const auto inside = mappings_.lower_bound(address);
   if (inside != mappings_.end() && inside->first < address + bytes)
-    return violation("address_free with something mapped");
+    return violation("address_free of a reservation with mappings");
   const Status status = Interposer::address_free(address, bytes);
   if (status == Status::ok) reservations_.erase(found);
   return status;
@@ -127,7 +129,7 @@ Status StrictDriver::map(Address address, const Handle* handles, std::size_t cou
   for (std::size_t i = 0; i < count; ++i) {
     const auto granule = granules_.find(handles[i]);
     if (granule == granules_.end() || granule->second.released)
-      return violation("map of no granule");
+      return violation("map of an unknown granule");
     end += granule->second.bytes;
   }
   auto reservation = reservations_.upper_bound(address);
@@ -153,15 +155,15 @@ Status StrictDriver::map(Address address, const Handle* handles, std::size_t cou
 Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
   const Guard guard(mutex_);
   const auto range = whole(address, bytes);
-  if (!range) return violation("unmap of something that is not whole mappings");
+  if (!range) return violation("unmap of a range that is not whole mappings");
   for (auto mapping = range->first; mapping != range->second; ++mapping)
     if (!quiet(granules_[mapping->second.granule]))
-      return violation("unmap before a stream's use was waited for");
+      return violation("unmap before a use was waited for");
   const Status status = Interposer::unmap(address, bytes);
   if (status != Status::ok) return status;
   for (auto mapping = range->first; mapping != range->second; ++mapping) {
     GranuleState& granule = granules_[mapping->second.granule];
-    // Mapped nowhere, or only where it is filled through: what is there is nobody's any more.
+    // At most the window that the granule is filled through still maps it: its contents are void.
     if (--granule.mappings <= 1) granule.written.clear();
     forget_if_dead(mapping->second.granule);
   }
@@ -172,7 +174,7 @@ Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
 Status StrictDriver::set_access(Address address, std::uint64_t bytes, Access access) {
   const Guard guard(mutex_);
   const auto range = whole(address, bytes);
-  if (!range) return violation("set_access on something that is not whole mappings");
+  if (!range) return violation("set_access on a range that is not whole mappings");
   for (auto mapping = range->first; mapping != range->second; ++mapping)
     if (mapping->second.access != Access::none) return violation("set_access a second time");
   const Status status = Interposer::set_access(address, bytes, access);
@@ -197,9 +199,9 @@ Status StrictDriver::pinned_release(std::byte* address, std::uint64_t bytes) {
   const Guard guard(mutex_);
   const auto found = pinned_.find(address);
   if (found == pinned_.end() || found->second.bytes != bytes)
-    return violation("pinned_release of no pinned region");
+    return violation("pinned_release of a range that is not a pinned region");
   if (!ordered(found->second.uses, host_, 0))
-    return violation("pinned_release before a copy was waited for");
+    return violation("pinned_release before a use was waited for");
   const Status status = Interposer::pinned_release(address, bytes);
   if (status == Status::ok) pinned_.erase(found);
   return status;
@@ -212,7 +214,7 @@ Status StrictDriver::stream_create(StreamPriority priority, StreamId* out) {
   return status;
 }
 
-// What others gave it before is not known: the stream is taken to begin here.
+// Earlier work of its owner is unknown here, so the stream is treated as new.
 Status StrictDriver::stream_adopt(std::uint64_t handle, StreamId* out) {
   const Status status = Interposer::stream_adopt(handle, out);
   const Guard guard(mutex_);
@@ -223,7 +225,7 @@ Status StrictDriver::stream_adopt(std::uint64_t handle, StreamId* out) {
 Status StrictDriver::stream_step(StreamId stream) {
   if (facts().threads) {
     const Guard guard(mutex_);
-    return violation("stream_step of a stream that moves by itself");
+    return violation("stream_step of a stream that runs by itself");
   }
   return Interposer::stream_step(stream);
 }
@@ -232,7 +234,7 @@ Status StrictDriver::stream_destroy(StreamId stream) {
   {
     const Guard guard(mutex_);
     const auto found = streams_.find(stream);
-    if (found == streams_.end()) return violation("stream_destroy of no stream");
+    if (found == streams_.end()) return violation("stream_destroy of an unknown stream");
     if (!ordered(found->second, host_, 0))
       return violation("stream_destroy before its work was waited for");
   }
@@ -247,8 +249,8 @@ Status StrictDriver::stream_synchronize(StreamId stream) {
   {
     const Guard guard(mutex_);
     const auto found = streams_.find(stream);
-    if (found == streams_.end()) return violation("stream_synchronize of no stream");
-    clock = found->second;  // what is enqueued meanwhile is not waited for
+    if (found == streams_.end()) return violation("stream_synchronize of an unknown stream");
+    clock = found->second;  // the call need not wait for later work
   }
   const Status status = Interposer::stream_synchronize(stream);
   const Guard guard(mutex_);
@@ -259,7 +261,7 @@ Status StrictDriver::stream_synchronize(StreamId stream) {
 Status StrictDriver::stream_wait_event(StreamId stream, EventId event) {
   const Guard guard(mutex_);
   if (!streams_.contains(stream) || !events_.contains(event))
-    return violation("stream_wait_event on no stream or event");
+    return violation("stream_wait_event with an unknown stream or event");
   const Status status = Interposer::stream_wait_event(stream, event);
   if (status == Status::ok && events_[event]) join(streams_[stream], *events_[event]);
   return status;
@@ -274,7 +276,7 @@ Status StrictDriver::event_create(EventId* out) {
 
 Status StrictDriver::event_destroy(EventId event) {
   const Guard guard(mutex_);
-  if (!events_.contains(event)) return violation("event_destroy of no event");
+  if (!events_.contains(event)) return violation("event_destroy of an unknown event");
   const Status status = Interposer::event_destroy(event);
   if (status == Status::ok) events_.erase(event);
   return status;
@@ -283,7 +285,7 @@ Status StrictDriver::event_destroy(EventId event) {
 Status StrictDriver::event_record(EventId event, StreamId stream) {
   const Guard guard(mutex_);
   if (!streams_.contains(stream) || !events_.contains(event))
-    return violation("event_record of no event, or on no stream");
+    return violation("event_record with an unknown event or stream");
   const Status status = Interposer::event_record(event, stream);
   if (status == Status::ok) events_[event] = streams_[stream];
   return status;
@@ -291,7 +293,7 @@ Status StrictDriver::event_record(EventId event, StreamId stream) {
 
 Status StrictDriver::event_query(EventId event) {
   const Guard guard(mutex_);
-  if (!events_.contains(event)) return violation("event_query of no event");
+  if (!events_.contains(event)) return violation("event_query of an unknown event");
   const Status status = Interposer::event_query(event);
   if (status == Status::ok && events_[event]) join(host_, *events_[event]);
   return status;
@@ -301,8 +303,8 @@ Status StrictDriver::event_wait(EventId event, std::chrono::microseconds timeout
   std::optional<VectorClock> clock;
   {
     const Guard guard(mutex_);
-    if (!events_.contains(event)) return violation("event_wait for no event");
-    clock = events_[event];  // a recording made while it waits is another one
+    if (!events_.contains(event)) return violation("event_wait for an unknown event");
+    clock = events_[event];  // a recording made during the wait does not count
   }
   const Status status = Interposer::event_wait(event, timeout);
   const Guard guard(mutex_);
@@ -310,11 +312,12 @@ Status StrictDriver::event_wait(EventId event, std::chrono::microseconds timeout
   return status;
 }
 
-// Walks the page table for all that an operation touches, then has the driver do it. Lock held.
+// Checks every range that an operation touches against the page table, then enqueues the operation.
+// The lock is held.
 Status StrictDriver::use(const std::string& name, std::span<const Touched> ranges, StreamId stream,
                          const std::function<Status()>& enqueue) {
   const auto clock = streams_.find(stream);
-  if (clock == streams_.end()) return violation(name + " on no stream");
+  if (clock == streams_.end()) return violation(name + " on an unknown stream");
   const auto agent = static_cast<Agent>(stream);
   VectorClock now = clock->second;
   join(now, host_);
@@ -334,7 +337,7 @@ Status StrictDriver::use(const std::string& name, std::span<const Touched> range
     for (Address at = range.address; at < range.address + range.bytes;) {
       auto mapping = mappings_.upper_bound(at);
       if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at)
-        return violation(name + " where nothing is mapped");
+        return violation(name + " at an unmapped address");
       const Access access = mapping->second.access;
       if (access == Access::none || (range.write && access == Access::read))
         return violation(name + " without access");
@@ -391,14 +394,14 @@ Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t
              [&] { return Interposer::copy_from_device(to, from, bytes, stream); });
 }
 
-// What it writes is the other device's, whose own checks learn of it by peer_wrote.
+// Checks the read only. The other device's StrictDriver learns of the write from peer_wrote.
 Status StrictDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
   const Guard guard(mutex_);
   return use("copy_to_peer", std::vector<Touched>{{from, bytes, false}}, stream,
              [&] { return Interposer::copy_to_peer(to, from, bytes, stream); });
 }
 
-// The whole granule need not be quiet: streams of this device may be at other bytes of it.
+// Does not require the whole granule to be quiet: this device's streams may use other bytes of it.
 void StrictDriver::peer_wrote(Address address, std::uint64_t bytes) noexcept {
   const Guard guard(mutex_);
   const std::uint64_t now = ++host_[0];
@@ -406,7 +409,7 @@ void StrictDriver::peer_wrote(Address address, std::uint64_t bytes) noexcept {
     auto mapping = mappings_.upper_bound(at);
     if (mapping == mappings_.begin() || (--mapping)->first + mapping->second.bytes <= at ||
         mapping->second.access != Access::read_write) {
-      violation("peer_wrote where a peer cannot write");
+      violation("peer_wrote at an address that a peer cannot write");
       return;
     }
     GranuleState& granule = granules_[mapping->second.granule];

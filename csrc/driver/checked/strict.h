@@ -1,10 +1,10 @@
-// Holds whoever stands above it to the contracts of driver.h, whatever the driver below forgives.
+// Checks that callers keep the contracts of driver.h, even if the driver below is more lenient.
 //
-// It keeps a page table of its own, so it knows what each call and each copy touches, and vector
-// clocks over streams and events, so it knows what is ordered before what, however the timing
-// falls. The host is one agent among the streams: the order among its threads is a matter for
-// ThreadSanitizer. A call that breaks a contract is recorded, does not reach the driver, and
-// returns Status::invalid.
+// It keeps a page table of its own, which tells what each call and each copy touches, and vector
+// clocks over streams and events, which tell what is ordered before what, independently of the
+// timing. The host is one agent beside the streams; ThreadSanitizer checks the order among its
+// threads. A call that breaks a contract is recorded, does not reach the driver, and returns
+// Status::invalid.
 #pragma once
 
 #include <map>
@@ -23,9 +23,9 @@ class StrictDriver final : public Interposer {
  public:
   using Interposer::Interposer;
 
-  // What was broken so far, a sentence each.
+  // Returns the violations so far, a sentence each.
   std::vector<std::string> violations() const;
-  // Objects that live now, by kind; all zero once their owners are gone.
+  // Returns the number of live objects by kind; all are zero once their owners are destroyed.
   std::map<std::string, std::size_t> live() const;
 
   Status granule_create(std::uint64_t bytes, Handle* out) override;
@@ -64,8 +64,8 @@ class StrictDriver final : public Interposer {
     std::uint64_t bytes = 0;
     bool released = false;
     std::size_t mappings = 0;
-    VectorClock reads, writes;  // the last of each agent
-    ByteRanges written;         // by its tenant
+    VectorClock reads, writes;  // the last one of each agent
+    ByteRanges written;         // since the current user mapped it
   };
   struct MappingState {
     std::uint64_t bytes = 0;
@@ -74,7 +74,7 @@ class StrictDriver final : public Interposer {
   };
   struct PinnedState {
     std::uint64_t bytes = 0;
-    VectorClock uses;  // the last copy of each stream
+    VectorClock uses;  // the last one of each stream
   };
   using Mappings = std::map<Address, MappingState>;
 
@@ -98,7 +98,7 @@ class StrictDriver final : public Interposer {
   Mappings mappings_;
   std::map<const std::byte*, PinnedState> pinned_;
   std::map<StreamId, VectorClock> streams_;
-  std::set<StreamId> adopted_;  // in streams_ too
+  std::set<StreamId> adopted_;  // a subset of streams_
   std::map<EventId, std::optional<VectorClock>> events_;
   VectorClock host_{{0, 1}};
 };

@@ -1,8 +1,8 @@
 // The part of the CUDA driver API that this project uses or simulates, written by hand: types,
-// values and signatures as drivers from 12.0 on export them. No toolkit is needed to build, and
-// nothing here follows the renames that later headers make (cuda.h 13 turns cuCtxCreate into a
-// version that 12.x drivers lack): a name below is the symbol itself. A test holds it to cuda.h
-// where a toolkit is installed.
+// values and signatures as drivers from 12.0 on export them. Building therefore needs no toolkit.
+// Each name below is the exported symbol itself and ignores the renames of later headers (cuda.h 13
+// turns cuCtxCreate into a version that 12.x drivers lack). A test compares this file with cuda.h
+// if a toolkit is installed.
 #pragma once
 
 #include <cstddef>
@@ -175,7 +175,7 @@ constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2,
 inline const CUstream CU_STREAM_LEGACY = reinterpret_cast<CUstream>(0x1);
 inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
 
-// What driver/cuda/cuda.cpp calls: exported name, parameters.
+// The functions that driver/cuda calls: exported name, parameters.
 // clang-format off
 #define WARMSERVE_CUDA_FUNCTIONS(X) \
   X(cuInit, (unsigned)) \

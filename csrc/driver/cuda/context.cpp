@@ -5,7 +5,7 @@
 namespace warmserve::cuda {
 namespace {
 
-// The call of this thread that failed last. Of no context in particular: it is asked for at once.
+// The call that failed last on this thread, in any context: callers ask for it at once.
 thread_local const char* failed_call = nullptr;
 thread_local CUresult failed_with = CUDA_SUCCESS;
 
@@ -29,15 +29,15 @@ Context::Context(const std::string& library, int ordinal) : library_(library) {
   name_ = asked + " (" + name + ")";
   if (!attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED))
     throw Error(ErrorKind::general,
-                name_ + " has no virtual memory management: nothing can be swapped in place");
+                name_ + " has no virtual memory management, which this package needs");
   const CUresult result = library_.cuDevicePrimaryCtxRetain(&context_, device_);
   if (result != CUDA_SUCCESS)
     throw Error(ErrorKind::general, "the context of " + name_ +
-                                        " cannot be had: " + describe(result) +
+                                        " is unavailable: " + describe(result) +
                                         "; is another process using it exclusively?");
 }
 
-// A context that died is left: what its last release would destroy is gone.
+// A lost context is not released: the objects that the last release would destroy are gone.
 Context::~Context() {
   if (!lost()) library_.cuDevicePrimaryCtxRelease_v2(device_);
 }
@@ -73,7 +73,7 @@ Status Context::translate(const char* function, CUresult result) {
   failed_with = result;
   if (is_sticky(result)) {
     CUresult none = CUDA_SUCCESS;
-    lost_.compare_exchange_strong(none, result);  // the first is the one to tell
+    lost_.compare_exchange_strong(none, result);  // only the first error is kept
     return Status::device_lost;
   }
   switch (result) {
@@ -102,9 +102,9 @@ Context::Scope::Scope(Context& context) : context_(context) {
   relaxed_ = status_ == Status::ok;
 }
 
-// What fails here leaves the thread relaxed, or with our context current: nothing of ours minds. (A
-// pop that fails would leave a context on the thread's stack each time.) Nor does it tell of our
-// context: the one it goes back to may be gone.
+// A failure here leaves the thread relaxed, or with our context current, which does not disturb us.
+// (With push and pop, each failed pop would leave a context on the thread's stack.) We ignore the
+// error, because it may concern the previous context, which may be destroyed by now.
 Context::Scope::~Scope() {
   const Library& cuda = context_.library_;
   if (relaxed_) cuda.cuThreadExchangeStreamCaptureMode(&mode_);

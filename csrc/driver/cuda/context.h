@@ -1,4 +1,4 @@
-// A device's primary context, which torch and CuPy live in too, and how calls are made in it.
+// A device's primary context, which torch and CuPy share, and the way to make calls in it.
 #pragma once
 
 #include <atomic>
@@ -11,8 +11,7 @@ namespace warmserve::cuda {
 
 class Context {
  public:
-  // Throws general with a sentence that says what to do; invalid_argument for an ordinal that is
-  // not there.
+  // Throws general, with a sentence that says what to do; invalid_argument for an unknown ordinal.
   Context(const std::string& library, int ordinal);
   ~Context();
   Context(const Context&) = delete;
@@ -20,20 +19,21 @@ class Context {
   const Library& library() const noexcept { return library_; }
   CUdevice device() const noexcept { return device_; }
   const std::string& name() const noexcept { return name_; }  // "cuda:0 (NVIDIA H100)"
-  int attribute(CUdevice_attribute which) const;              // 0 where the driver does not know it
-  // Another device, which reaches this one's memory. Throws invalid_argument where it does not.
+  int attribute(CUdevice_attribute which) const;              // 0 if the driver does not know it
+  // Returns another device. Throws invalid_argument if it cannot access this device's memory.
   CUdevice peer(int ordinal) const;
   bool lost() const noexcept { return lost_.load() != CUDA_SUCCESS; }
   std::string detail() const;  // Driver::detail
 
-  // The context current on this thread and the thread in relaxed capture mode, so that a capture
-  // elsewhere in the process is not broken by what is called; the thread is left as it was.
+  // While it lives, the context is current on this thread and the thread is in relaxed capture
+  // mode, so that calls do not break a stream capture elsewhere in the process. The destructor
+  // restores the thread's previous state.
   class Scope {
    public:
     explicit Scope(Context& context);
     ~Scope();
     Scope(const Scope&) = delete;
-    Status status() const noexcept { return status_; }  // not ok: call nothing
+    Status status() const noexcept { return status_; }  // if not ok, make no call
 
    private:
     Context& context_;
@@ -43,10 +43,10 @@ class Context {
     Status status_;
   };
 
-  // What a result means. An error that the context does not recover from is kept: scopes say so
-  // from then on.
+  // Translates a result of `function`. An error from which the context cannot recover is sticky:
+  // every later scope has the status device_lost.
   Status translate(const char* function, CUresult result);
-  // Calls one function in a scope of its own.
+  // Calls a function in a scope of its own.
   template <typename Function, typename... Args>
   Status call(const char* name, Function function, Args... args) {
     const Scope scope(*this);
@@ -61,7 +61,7 @@ class Context {
   std::atomic<CUresult> lost_{CUDA_SUCCESS};
 };
 
-// context.call of a function by its name alone.
+// Calls a function of the library by its name, through context.call.
 #define WARMSERVE_CUDA_CALL(context, function, ...) \
   (context).call(#function, (context).library().function, __VA_ARGS__)
 

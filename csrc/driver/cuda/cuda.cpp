@@ -1,4 +1,4 @@
-// A CUDA device, through the driver API alone, in the device's primary context.
+// A CUDA device, used through the driver API only, in the device's primary context.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -20,7 +20,7 @@ using namespace cuda;
 CUstream stream_of(StreamId id) { return reinterpret_cast<CUstream>(id); }
 CUevent event_of(EventId id) { return reinterpret_cast<CUevent>(id); }
 
-// Why this thread got no host memory to pin.
+// The reason why this thread got no host memory to pin.
 thread_local std::string host_failure;
 
 class CudaDriver final : public Driver {
@@ -81,9 +81,9 @@ class CudaDriver final : public Driver {
   int least_priority_ = 0, greatest_priority_ = 0;
   CUmodule module_ = nullptr;
 
-  std::mutex mutex_;                        // a leaf; not held over calls
-  std::map<Address, std::uint64_t> stuck_;  // address, bytes: mapped by a map() that failed and
-                                            // could not be undone
+  std::mutex mutex_;  // guards all below; a leaf; not held over driver calls
+  // Address and bytes of mappings that a failed map() could not undo.
+  std::map<Address, std::uint64_t> stuck_;
   std::unordered_map<std::string, CUfunction> functions_;
 };
 
@@ -107,10 +107,10 @@ CudaDriver::~CudaDriver() {
 
 // Without kernels everything but launch() works.
 void CudaDriver::load_kernels(const std::string& image) {
-  facts_.no_kernels = "they were not built with this package: install it where nvcc is";
+  facts_.no_kernels = "they were not built with this package: reinstall it where nvcc is available";
   if (image.empty()) return;
   if (!context_.attribute(CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)) {
-    facts_.no_kernels = "the device sees pinned memory at other addresses than the CPU";
+    facts_.no_kernels = "the device and the CPU use different addresses for pinned memory";
     return;
   }
   facts_.no_kernels.clear();
@@ -142,7 +142,7 @@ Status CudaDriver::address_free(Address address, std::uint64_t bytes) {
   return CALL(cuMemAddressFree, CUdeviceptr{address}, bytes);
 }
 
-// Undoes what an earlier map() in the range had to leave behind.
+// Removes the mappings that an earlier failed map() left in the range.
 Status CudaDriver::settle(Address address, std::uint64_t bytes) {
   for (;;) {
     std::pair<Address, std::uint64_t> stuck;
@@ -205,8 +205,8 @@ Status CudaDriver::set_access(Address address, std::uint64_t bytes, Access acces
   return CALL(cuMemSetAccess, CUdeviceptr{address}, bytes, wanted.data(), wanted.size());
 }
 
-// Registered rather than allocated by the driver: exactly the bytes asked for, and about twice as
-// fast. Portable, so that every context of the process may copy from it.
+// Registers memory instead of letting the driver allocate it: exactly the bytes requested, and
+// about twice as fast. Portable, so that every context of the process may copy from it.
 Status CudaDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
   if (bytes == 0) return Status::invalid;
   if (context_.lost()) return Status::device_lost;
@@ -266,8 +266,8 @@ Status CudaDriver::event_record(EventId event, StreamId stream) {
 }
 Status CudaDriver::event_query(EventId event) { return CALL(cuEventQuery, event_of(event)); }
 
-// CUDA waits without a limit only, so it is asked again and again, at growing intervals: a copy of
-// a chunk takes some hundred microseconds, and a thread that spins takes a core from the engine.
+// CUDA has no wait with a timeout, so this polls at growing intervals: a chunk's copy takes some
+// hundred microseconds, and a thread that spins takes a core from the engine.
 Status CudaDriver::event_wait(EventId event, std::chrono::microseconds timeout) {
   using std::chrono::microseconds;
   const auto begin = Clock::now();
@@ -288,7 +288,7 @@ Status CudaDriver::copy_from_device(std::byte* to, Address from, std::uint64_t b
   return CALL(cuMemcpyDtoHAsync_v2, to, CUdeviceptr{from}, bytes, stream_of(stream));
 }
 
-// Both ends are in the unified address space, and this device was let in at the other's.
+// Both addresses are in the unified address space, and the other device grants this one access.
 Status CudaDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
   return CALL(cuMemcpyDtoDAsync_v2, CUdeviceptr{to}, CUdeviceptr{from}, bytes, stream_of(stream));
 }

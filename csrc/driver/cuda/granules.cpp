@@ -16,8 +16,8 @@ Granules::Granules(Context& context) : context_(context) {
       context_.attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED))
     kind_.location = {CU_MEM_LOCATION_TYPE_HOST_NUMA,
                       std::max(0, context_.attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID))};
-  // Neither can be added later: a granule that may be shared with other processes, or read by a
-  // network card, is created so.
+  // Sharing with other processes and access by a network card cannot be enabled later, so granules
+  // are created with both if the device supports them.
   if (context_.attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
     kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
   if (!integrated() &&
@@ -34,8 +34,8 @@ Granules::Granules(Context& context) : context_(context) {
 
 Granules::~Granules() { settle(); }
 
-// The attributes promise more than every system keeps (a container may forbid it): what is refused
-// is done without, the network card's first.
+// The attributes promise features that some systems refuse (a container may forbid them). This
+// drops refused features, the network card's first.
 void Granules::choose_kind() {
   const auto possible = [this] {
     CUmemGenericAllocationHandle handle = 0;
@@ -68,8 +68,8 @@ Status Granules::create(std::uint64_t bytes, Handle* out) {
   return Status::ok;
 }
 
-// The view goes after the granule: memory lives as long as it is mapped, so a granule whose release
-// is refused is still whole.
+// The view is removed after the granule is released: memory lives as long as it is mapped, so a
+// granule whose release is refused stays intact.
 Status Granules::release(Handle handle) {
   settle();
   const auto key = static_cast<std::uint64_t>(handle);
@@ -99,7 +99,7 @@ std::optional<std::uint64_t> Granules::bytes(Handle handle) {
   return found->second.bytes;
 }
 
-// Maps a granule at an address of its own, for the CPU and the device.
+// Maps a granule at an address of its own for both the CPU and the device.
 Status Granules::show(CUmemGenericAllocationHandle handle, std::uint64_t bytes, CUdeviceptr* view) {
   Status status =
       CALL(cuMemAddressReserve, view, bytes, std::size_t{granularity_}, CUdeviceptr{0}, 0ull);
@@ -129,7 +129,7 @@ void Granules::drop(CUmemGenericAllocationHandle handle) {
   kept_handles_.push_back(handle);
 }
 
-// Tries again what was refused before.
+// Retries the releases that were refused before.
 void Granules::settle() {
   std::vector<Hidden> views;
   std::vector<CUmemGenericAllocationHandle> handles;

@@ -1,5 +1,5 @@
-// Granules of a CUDA device: of what kind they are made, and on devices that share the CPU's memory
-// where the CPU reaches them.
+// Granules of a CUDA device: the kind of memory they are made of, and, on devices that share the
+// CPU's memory, the address at which the CPU accesses each.
 #pragma once
 
 #include <mutex>
@@ -13,24 +13,25 @@ namespace warmserve::cuda {
 
 class Granules {
  public:
-  // Throws general where the driver does not say its granularity.
+  // Throws general if the driver does not report the granularity.
   explicit Granules(Context& context);
   ~Granules();
 
   std::uint64_t granularity() const noexcept { return granularity_; }
-  // The device has no memory of its own: granules are of the CPU's, and need no staging.
+  // Returns whether granules are CPU memory, which the device shares. They then need no staging.
   bool integrated() const noexcept { return kind_.location.type == CU_MEM_LOCATION_TYPE_HOST_NUMA; }
 
-  // As the Driver's primitives of these names.
+  // The Driver's primitives of these names.
   Status create(std::uint64_t bytes, Handle* out);
   Status release(Handle handle);
   std::byte* host_view(Handle handle) noexcept;
+  // Returns a granule's size; nullopt for an unknown handle.
   std::optional<std::uint64_t> bytes(Handle handle);
 
  private:
   struct Granule {
     std::uint64_t bytes;
-    CUdeviceptr view;  // where the CPU and the device both reach it; 0 unless integrated
+    CUdeviceptr view;  // address for both the CPU and the device; 0 unless integrated
   };
   void choose_kind();
   Status show(CUmemGenericAllocationHandle handle, std::uint64_t bytes, CUdeviceptr* view);
@@ -47,9 +48,9 @@ class Granules {
     std::uint64_t bytes;
     bool mapped;
   };
-  std::mutex mutex_;  // a leaf; not held over calls
+  std::mutex mutex_;  // guards all below; a leaf; not held over driver calls
   std::unordered_map<std::uint64_t, Granule> granules_;
-  // What the driver did not take back yet.
+  // Views and handles that the driver has refused to free so far.
   std::vector<Hidden> kept_views_;
   std::vector<CUmemGenericAllocationHandle> kept_handles_;
 };

@@ -24,7 +24,7 @@ void require_started(const char* function, CUresult result) {
   std::string why =
       std::string("the CUDA driver does not start: ") + function + " returned " + describe(result);
   if (result == CUDA_ERROR_NOT_INITIALIZED)
-    why += ". It cannot be used in a process forked from one that uses it: start workers by spawn";
+    why += ". A forked child cannot use it if its parent does: start workers by spawn";
   throw unusable(why);
 }
 
@@ -39,10 +39,10 @@ Library::Library(const std::string& name) {
   }
   const auto version_of =
       reinterpret_cast<CUresult (*)(int*)>(::dlsym(library, "cuDriverGetVersion"));
-  if (!version_of) throw unusable(name + " is no CUDA driver: it lacks cuDriverGetVersion");
+  if (!version_of) throw unusable(name + " is not a CUDA driver: it lacks cuDriverGetVersion");
   require_started("cuDriverGetVersion", version_of(&version));
   if (version < kLeastVersion)
-    throw unusable("the CUDA driver " + name + " is of version " + version_text(version) +
+    throw unusable("the CUDA driver " + name + " has version " + version_text(version) +
                    ": update NVIDIA's driver to 525 or newer (CUDA " + version_text(kLeastVersion) +
                    ")");
 #define X(function, parameters)                                                     \

@@ -1,4 +1,4 @@
-// libcuda, opened at run time: every function this project calls, by its exact exported name.
+// libcuda, opened at run time: every function that this project calls, by its exported name.
 #pragma once
 
 #include <string>
@@ -7,22 +7,22 @@
 
 namespace warmserve::cuda {
 
-// Stays open as long as the process: streams of others may still run through it.
+// Stays open as long as the process lives, because streams of other libraries may still use it.
 struct Library {
-  // Throws Error(general) with a sentence that says what to do: no such library, not a CUDA driver,
-  // one before 12.0, or one that cannot start.
+  // Throws general, with a sentence that says what to do, if the library is missing, is not a CUDA
+  // driver, is older than 12.0, or cannot start.
   explicit Library(const std::string& name);
 
-  int version = 0;  // as cuDriverGetVersion: 12040 is 12.4
+  int version = 0;  // from cuDriverGetVersion: 12040 means 12.4
 #define X(name, parameters) CUresult(*name) parameters = nullptr;
   WARMSERVE_CUDA_FUNCTIONS(X)
 #undef X
 };
 
-// "CUDA_ERROR_ILLEGAL_ADDRESS (700)"; the number alone for one that is not in abi.h.
+// Returns "CUDA_ERROR_ILLEGAL_ADDRESS (700)", or only the number if abi.h lacks the error.
 std::string describe(CUresult result);
-// Whether a context that returned it can do no more work (cuda.h: "the process must be terminated
-// and relaunched"), or is no more.
+// Returns whether a context that returned this error is unusable (cuda.h: "the process must be
+// terminated and relaunched") or destroyed.
 bool is_sticky(CUresult result) noexcept;
 
 }  // namespace warmserve::cuda

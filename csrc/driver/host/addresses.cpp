@@ -51,7 +51,7 @@ void HostAddresses::unmap(Range range) {
   const auto [first, last] = range;
   const Address end = std::prev(last)->first + std::prev(last)->second.bytes;
   for (auto mapping = first; mapping != last; ++mapping) runs_ -= mapping->second.begins_run;
-  // What is left of a run that is cut begins one.
+  // If the range cuts a run, the rest of that run becomes a run of its own.
   if (last != mapped_.end() && last->first == end && !last->second.begins_run) {
     last->second.begins_run = true;
     ++runs_;

@@ -1,5 +1,5 @@
-// The host device's page table: ranges that are reserved, and what is mapped in them. The driver
-// checks against it what its caller says.
+// The host device's page table: the reserved ranges, and the granules mapped in them. The driver
+// checks its callers' arguments against it.
 #pragma once
 
 #include <map>
@@ -11,11 +11,11 @@
 
 namespace warmserve {
 
-// Not synchronised.
+// Not thread-safe.
 class HostAddresses {
  public:
-  // A granule at an address. Granules that follow each other in the memfd too are one mapping of
-  // the kernel's, a run.
+  // A granule at an address. Granules that are neighbours both here and in the memfd form a run,
+  // which is one kernel mapping.
   struct Mapped {
     Handle granule = Handle::none;
     std::uint64_t bytes = 0;
@@ -27,14 +27,16 @@ class HostAddresses {
   explicit HostAddresses(std::uint64_t granularity) : granularity_(granularity) {}
 
   void reserve(Address address, std::uint64_t bytes) { reservations_[address] = bytes; }
-  // Whether exactly this range is reserved and nothing is mapped in it.
+  // Returns whether exactly this range is a reservation and nothing is mapped in it.
   bool can_free(Address address, std::uint64_t bytes) const;
   void free(Address address) { reservations_.erase(address); }
 
-  // Whether the range is aligned, not empty, inside one reservation, and nothing is mapped in it.
+  // Returns whether the range is aligned, not empty and inside one reservation, and nothing is
+  // mapped in it.
   bool can_map(Address address, std::uint64_t bytes) const;
   void map(Address address, std::span<const Mapped> granules);
-  // The mappings that make up exactly this range; none where one is cut or a hole is between them.
+  // Returns the mappings that make up exactly this range; nullopt if the range cuts a mapping or
+  // has a hole.
   std::optional<Range> whole(Address address, std::uint64_t bytes);
   void unmap(Range range);
 

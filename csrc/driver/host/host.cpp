@@ -1,8 +1,8 @@
 // The host device: granules are slots of one sparse memfd, mappings are MAP_FIXED mappings of it.
 //
-// No mapping survives fork (MADV_DONTFORK): a child cannot write its parent's weights, nor read
-// them while the parent exchanges what is behind an address. A call that breaks its contract is
-// refused, because mmap would carry it out, over whatever is there.
+// A forked child inherits no mapping (MADV_DONTFORK), so it can neither write its parent's weights
+// nor read them while the parent changes the mappings. The driver refuses a call that breaks its
+// contract, because mmap would overwrite existing mappings.
 #include <sys/mman.h>
 
 #include <cerrno>
@@ -25,7 +25,7 @@
 namespace warmserve {
 namespace {
 
-// Newer than the C library's headers may be.
+// The C library's headers may be too old for these.
 constexpr int kPopulateRead = 22, kPopulateWrite = 23;
 constexpr std::uint64_t kGranularity = HostSlots::kGranularity;
 
@@ -33,7 +33,7 @@ std::byte* pointer(Address address) { return reinterpret_cast<std::byte*>(addres
 Address address_of(const void* memory) { return reinterpret_cast<Address>(memory); }
 int no_fork(void* memory, std::uint64_t bytes) { return ::madvise(memory, bytes, MADV_DONTFORK); }
 
-// Why a primitive failed last on this thread.
+// The reason why a primitive failed last on this thread.
 thread_local std::string last_detail;
 
 Status refuse(Status status, std::string detail) {
@@ -53,7 +53,7 @@ class HostDriver final : public Driver {
     facts_.threads = options.threads;
     facts_.host_view = options.host_view;
     mapping_limit_ = mapping_limit();
-    mapping_baseline_ = mapping_count() + 1024;  // and room for what the process still maps
+    mapping_baseline_ = mapping_count() + 1024;  // room for later mappings of the process
   }
 
   const DeviceFacts& facts() const noexcept override { return facts_; }
@@ -67,13 +67,14 @@ class HostDriver final : public Driver {
 
   Status granule_create(std::uint64_t bytes, Handle* out) override {
     if (bytes == 0 || bytes % kGranularity || bytes > kMostBytes)
-      return refuse(Status::invalid, format_bytes(bytes) + " are not whole granules");
+      return refuse(Status::invalid, format_bytes(bytes) + " are not a positive multiple of 2 MiB");
     std::uint64_t offset = 0;
     std::string why;
     if (const Status status = slots_.create(bytes, &offset, &why); status != Status::ok)
       return refuse(status, why);
     const std::lock_guard lock(mutex_);
-    granules_[offset + 1] = {bytes, slots_.view(offset)};  // the offset names it; 0 is no handle
+    // A handle is the offset plus 1, because 0 is Handle::none.
+    granules_[offset + 1] = {bytes, slots_.view(offset)};
     *out = Handle{offset + 1};
     return Status::ok;
   }
@@ -82,7 +83,7 @@ class HostDriver final : public Driver {
     const std::lock_guard lock(mutex_);
     const auto granule = find(handle);
     if (granule == granules_.end())
-      return refuse(Status::invalid, "the granule is not the device's");
+      return refuse(Status::invalid, "the granule is not a granule of this device");
     if (granule->second.mappings)
       granule->second.released = true;
     else if (!recycle(granule))
@@ -100,7 +101,7 @@ class HostDriver final : public Driver {
 
   Status address_reserve(std::uint64_t bytes, Address* out) override {
     if (bytes == 0 || bytes % kGranularity)
-      return refuse(Status::invalid, format_bytes(bytes) + " are not whole granules");
+      return refuse(Status::invalid, format_bytes(bytes) + " are not a positive multiple of 2 MiB");
     std::byte* memory = reserve_aligned(bytes, kGranularity);
     if (!memory)
       return refuse(Status::out_of_addresses,
@@ -115,15 +116,15 @@ class HostDriver final : public Driver {
   Status address_free(Address address, std::uint64_t bytes) override {
     const std::lock_guard lock(mutex_);
     if (!addresses_.can_free(address, bytes))
-      return refuse(Status::invalid, "the range is not a reservation without mappings");
+      return refuse(Status::invalid, "the range is not a reservation, or it has mappings");
     if (::munmap(pointer(address), bytes) != 0)
       return refuse(Status::failed, os_failure("munmap of a reservation", errno));
     addresses_.free(address);
     return Status::ok;
   }
 
-  // Neighbours in the memfd become one kernel mapping: a layer of 200 granules is a call or two,
-  // and the process stays far from the kernel's limit of mappings.
+  // Granules that are neighbours in the memfd become one kernel mapping. A layer of 200 granules
+  // then takes one or two mmap calls, and the process stays far below the limit of mappings.
   Status map(Address address, const Handle* handles, std::size_t count) override {
     const std::lock_guard lock(mutex_);
     std::vector<HostAddresses::Mapped> mapped;
@@ -132,7 +133,7 @@ class HostDriver final : public Driver {
     for (std::size_t i = 0; i < count; ++i) {
       const auto granule = find(handles[i]);
       if (granule == granules_.end() || granule->second.bytes > kMostBytes - total)
-        return refuse(Status::invalid, "a granule to map is not the device's");
+        return refuse(Status::invalid, "a granule to map is not a granule of this device");
       const std::uint64_t offset = granule->first - 1, bytes = granule->second.bytes;
       const bool begins = runs.empty() || runs.back().offset + runs.back().bytes != offset;
       if (begins) runs.push_back({offset, 0});
@@ -142,9 +143,9 @@ class HostDriver final : public Driver {
     }
     if (!addresses_.can_map(address, total))
       return refuse(Status::invalid,
-                    "the range is not aligned, not in one reservation, or mapped already");
-    // At the limit even replacing a mapping fails, so unmap could: each run is counted with the
-    // hole beside it, and the last tenth is never used.
+                    "the range is not aligned, not inside one reservation, or already mapped");
+    // At the kernel's limit even replacing a mapping fails, so unmap could fail. Therefore each run
+    // counts twice, for itself and the hole beside it, and a tenth of the limit stays unused.
     if (mapping_baseline_ + slots_.mappings() + 2 * (addresses_.runs() + runs.size()) >
         mapping_limit_ / 10 * 9)
       return refuse(Status::out_of_mappings,
@@ -169,7 +170,7 @@ class HostDriver final : public Driver {
   Status unmap(Address address, std::uint64_t bytes) override {
     const std::lock_guard lock(mutex_);
     const auto range = addresses_.whole(address, bytes);
-    if (!range) return refuse(Status::invalid, "the range is not made of whole mappings");
+    if (!range) return refuse(Status::invalid, "the range does not consist of whole mappings");
     if (!hide(address, bytes))
       return refuse(Status::failed,
                     os_failure("mmap over granules to unmap", errno, OsLimit::addresses));
@@ -185,7 +186,7 @@ class HostDriver final : public Driver {
     {
       const std::lock_guard lock(mutex_);
       if (!addresses_.whole(address, bytes))
-        return refuse(Status::invalid, "the range is not made of whole mappings");
+        return refuse(Status::invalid, "the range does not consist of whole mappings");
     }
     const bool write = access == Access::read_write;
     const int protection = access == Access::none ? PROT_NONE
@@ -196,15 +197,15 @@ class HostDriver final : public Driver {
       return refuse(error == ENOMEM ? Status::out_of_mappings : Status::failed,
                     os_failure("mprotect of granules", error, OsLimit::addresses));
     }
-    // The first touch should cost no fault. An old kernel that cannot is no error: the pages exist.
+    // Avoids page faults on first use. Old kernels cannot, which is not an error: the pages exist.
     if (access != Access::none)
       ::madvise(pointer(address), bytes, write ? kPopulateWrite : kPopulateRead);
     return Status::ok;
   }
 
-  // Not locked in memory: ordinary users may lock 8 MiB, and no device reads this by itself.
+  // Does not mlock the memory: ordinary users may lock only 8 MiB, and no device reads it by DMA.
   Status pinned_create(std::uint64_t bytes, std::byte** out) override {
-    if (bytes == 0) return refuse(Status::invalid, "0 bytes cannot be pinned");
+    if (bytes == 0) return refuse(Status::invalid, "cannot pin 0 bytes");
     std::string why;
     std::byte* memory = allocate_touched(bytes, &why);
     if (!memory) return refuse(Status::out_of_memory, why);
@@ -266,17 +267,18 @@ class HostDriver final : public Driver {
     std::uint64_t bytes = 0;
     std::byte* view = nullptr;
     std::uint64_t mappings = 0;
-    bool released = false;  // its memory goes with the last mapping
+    bool released = false;  // its memory is freed with the last mapping
   };
   using Granules = std::unordered_map<std::uint64_t, Granule>;
 
-  // One that may be used; none if it was released, although its memory may still be mapped.
+  // Finds a usable granule. A released granule is not usable, although it may still be mapped.
   Granules::iterator find(Handle handle) {
     const auto found = granules_.find(static_cast<std::uint64_t>(handle));
     return found != granules_.end() && found->second.released ? granules_.end() : found;
   }
 
-  // Nothing behind the range, in one step: a reader faults, it never meets another mapping.
+  // Replaces the range's mappings by PROT_NONE in one step, so that a reader faults and never sees
+  // another mapping.
   static bool hide(Address address, std::uint64_t bytes) {
     void* hidden = ::mmap(pointer(address), bytes, PROT_NONE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
@@ -294,14 +296,14 @@ class HostDriver final : public Driver {
   const HostOptions options_;
   DeviceFacts facts_;
   std::uint64_t mapping_limit_ = 0, mapping_baseline_ = 0;
-  HostSlots slots_;  // with a lock of its own, a leaf
+  HostSlots slots_;  // has its own lock, a leaf
 
-  std::mutex mutex_;  // guards all below. Held over mapping calls, which share a kernel lock anyway
+  std::mutex mutex_;   // guards all below; held over mmap calls, which share a kernel lock anyway
   Granules granules_;  // by handle
   HostAddresses addresses_;
   std::map<const std::byte*, std::uint64_t> pinned_;  // bytes by address
 
-  HostStreams streams_;  // empty when this goes: every Stream keeps its driver
+  HostStreams streams_;  // empty on destruction: every Stream keeps its driver alive
 };
 
 }  // namespace

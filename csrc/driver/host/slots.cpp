@@ -15,14 +15,15 @@
 namespace warmserve {
 namespace {
 
-// Newer than the C library's headers may be.
+// The C library's headers may be too old for these.
 constexpr int kPopulateWrite = 23, kCollapse = 25;
 
-// A look reads several files, so it holds for a little memory and a short time.
+// A check of the available memory reads several files, so its result is reused for these bytes and
+// this time.
 constexpr std::uint64_t kBytesPerLook = 32 * kMiB;
 constexpr auto kLookLasts = std::chrono::milliseconds(50);
 
-// An extent is at most this much larger than what is needed: a sixteenth of what there is.
+// An extent may exceed the need by a sixteenth of the mapped bytes, but by no more than this.
 constexpr std::uint64_t kLargestStep = kGiB;
 
 }  // namespace
@@ -82,15 +83,15 @@ bool HostSlots::recycle(std::uint64_t offset, std::uint64_t bytes) {
   return true;
 }
 
-// Whether the memory is there. Lock held.
+// Checks that the memory is available. The lock is held.
 Status HostSlots::find_room(std::uint64_t bytes, std::string* why) {
   if (allowed_ < bytes || Clock::now() >= look_again_) {
     const std::uint64_t all = available();
     const std::uint64_t left = all - std::min(all, populating_);
     if (left < bytes) {
-      *why = format_bytes(bytes) + " are needed and " + format_bytes(left) +
+      *why = format_bytes(bytes) + " are needed, but " + format_bytes(left) +
              " are available in the machine and its control groups, beside " +
-             format_bytes(kKeptForProcess) + " that are kept free";
+             format_bytes(kKeptForProcess) + " that must stay free";
       return Status::out_of_memory;
     }
     allowed_ = std::min(left, std::max(bytes, kBytesPerLook));
@@ -100,7 +101,7 @@ Status HostSlots::find_room(std::uint64_t bytes, std::string* why) {
   return Status::ok;
 }
 
-// A part of the memfd that a view reaches: one that is free again, or a new one. Lock held.
+// Finds a part of the memfd that has a view: a recycled one, or a new one. The lock is held.
 Status HostSlots::take_offset(std::uint64_t bytes, std::uint64_t* offset, std::string* why) {
   if (const auto reusable = free_.lower_bound({bytes, 0});
       reusable != free_.end() && reusable->first == bytes) {
@@ -112,7 +113,7 @@ Status HostSlots::take_offset(std::uint64_t bytes, std::uint64_t* offset, std::s
     end_ = mapped_;
     if (const Status status = map_extent(bytes, why); status != Status::ok) return status;
   }
-  // Compared here: beyond the limit the call would raise SIGXFSZ.
+  // Beyond the limit ftruncate would raise SIGXFSZ, so the limit is checked here.
   const bool fits = end_ + bytes <= file_size_limit();
   if (!fits || ::ftruncate(memfd_, static_cast<off_t>(end_ + bytes)) != 0) {
     *why = os_failure("ftruncate of the arena's memfd to " + format_bytes(end_ + bytes),
@@ -124,10 +125,10 @@ Status HostSlots::take_offset(std::uint64_t bytes, std::uint64_t* offset, std::s
   return Status::ok;
 }
 
-// Maps a view of the next bytes of the memfd, and of more than was asked for if addresses suffice.
+// Maps a view of the next bytes of the memfd; of more bytes than requested if addresses suffice.
 Status HostSlots::map_extent(std::uint64_t bytes, std::string* why) {
   if (bytes > kMostBytes - mapped_) {
-    *why = "the memfd would be longer than 2^63 - 1 bytes";
+    *why = "the memfd would exceed 2^63 - 1 bytes";
     return Status::out_of_addresses;
   }
   const std::uint64_t ahead = std::min(mapped_ / 16, kLargestStep) / kGranularity * kGranularity;
@@ -151,8 +152,8 @@ Status HostSlots::map_extent(std::uint64_t bytes, std::string* why) {
   return Status::out_of_addresses;
 }
 
-// Without a SIGBUS where there is no memory: as huge pages if the kernel collapses (it wants a page
-// to start from), else as small ones.
+// Commits a slot's pages without a SIGBUS if memory runs out: as huge pages if the kernel can
+// collapse them (it needs one page of each present), else as small ones.
 bool HostSlots::populate(std::byte* slot, std::uint64_t offset, std::uint64_t bytes) {
   if (huge_pages_) {
     bool started = true;

@@ -1,9 +1,9 @@
-// The host device's physical memory: slots of one sparse memfd, which grows as slots are needed and
-// is no longer than they are.
+// The host device's physical memory: slots of one sparse memfd. The memfd grows with the slots and
+// ends where the last slot ends.
 //
-// Every slot is writable through a view that no user of the device sees. A view does not survive
-// fork (MADV_DONTFORK). Views are mapped an extent at a time, so that many small slots take few of
-// the kernel's mappings.
+// Every slot is writable through a view that users of the device do not see. A forked child does
+// not inherit the views (MADV_DONTFORK). Views are mapped an extent at a time, so that many small
+// slots take few kernel mappings.
 #pragma once
 
 #include <map>
@@ -19,24 +19,24 @@ class HostSlots {
  public:
   static constexpr std::uint64_t kGranularity = 2 * kMiB;
 
-  // `root`: where /proc and /sys are, for tests. Throws general, naming the call that failed.
+  // `root` is a prefix of /proc and /sys, for tests. Throws general, which names the failed call.
   HostSlots(bool huge_pages, std::string root);
   ~HostSlots();
   HostSlots(const HostSlots&) = delete;
 
   int descriptor() const noexcept { return memfd_; }
-  std::uint64_t mappings() const;  // of the kernel, for the views
+  std::uint64_t mappings() const;  // kernel mappings that the views take
 
-  // Bytes that slots could still be made of: what the machine and its control groups have, less
-  // what the process itself needs to go on.
+  // Returns the bytes left for slots: the available memory of the machine and its control groups,
+  // minus kKeptForProcess.
   std::uint64_t available() const;
 
-  // Allocates memory and touches it. Looks at the available memory first, because the kernel kills
-  // a process that touches more. On failure says why. Blocks.
+  // Allocates memory and touches it. Checks the available memory first, because the kernel kills a
+  // process that touches more. On failure sets `why`. Blocks.
   Status create(std::uint64_t bytes, std::uint64_t* offset, std::string* why);
-  // Gives the memory back; the offset may be used again. False where the kernel refuses.
+  // Gives the memory to the kernel and makes the offset reusable. Returns false on failure.
   bool recycle(std::uint64_t offset, std::uint64_t bytes);
-  // Where the CPU writes a slot.
+  // Returns the address at which the CPU writes a slot.
   std::byte* view(std::uint64_t offset) const;
 
  private:
@@ -58,8 +58,8 @@ class HostSlots {
   std::map<std::uint64_t, Extent> extents_;                 // by offset; without holes
   std::uint64_t mapped_ = 0, end_ = 0;                      // ends of the extents and of the slots
   std::set<std::pair<std::uint64_t, std::uint64_t>> free_;  // bytes, offset
-  std::uint64_t allowed_ = 0;     // bytes that may be populated without another look
-  std::uint64_t populating_ = 0;  // bytes that are being populated
+  std::uint64_t allowed_ = 0;     // bytes that may be populated before the next check
+  std::uint64_t populating_ = 0;  // bytes being populated now
   Deadline look_again_{};
 };
 

@@ -144,7 +144,7 @@ Status HostStreams::stream_step(StreamId id) {
   return step(lock, *stream) ? Status::ok : Status::not_ready;
 }
 
-// Runs the stream's next operation, if there is one and it may run. Drops the lock for the work.
+// Runs the stream's next operation if it has one that may run. Drops the lock during the work.
 bool HostStreams::step(Lock& lock, Stream& stream) {
   if (stream.queue.empty() || stream.running) return false;
   const Operation& next = stream.queue.front();
@@ -163,7 +163,8 @@ bool HostStreams::step(Lock& lock, Stream& stream) {
   return true;
 }
 
-// Without threads: runs what the mark needs, on its stream and on those that stream waits for.
+// Without threads: runs the operations that the mark depends on, on its stream and on the streams
+// that it waits for.
 bool HostStreams::drive(Lock& lock, const std::shared_ptr<Mark>& mark) {
   while (!mark->reached) {
     const auto stream = mark->stream.lock();

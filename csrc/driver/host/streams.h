@@ -1,5 +1,5 @@
-// Streams and events of the host device: queues of closures, each run in order by a thread of its
-// own, or, without threads, by whoever steps the stream or waits for an event.
+// Streams and events of the host device. A stream is a queue of closures that run in order: on its
+// own thread, or, without threads, on the thread that steps the stream or waits for an event.
 #pragma once
 
 #include <condition_variable>
@@ -33,11 +33,11 @@ class HostStreams {
 
  private:
   struct Stream;
-  // One recording of an event. Waits hold the mark they began with, so recording the event again
-  // does not move them.
+  // One recording of an event. A wait keeps the mark it began with, so a new recording of the event
+  // does not affect it.
   struct Mark {
     bool reached = false;
-    std::weak_ptr<Stream> stream;  // that will reach it
+    std::weak_ptr<Stream> stream;  // the stream that will reach the mark
   };
   struct Operation {
     std::function<void()> work;      // may be empty
@@ -46,7 +46,7 @@ class HostStreams {
   };
   struct Stream {
     std::deque<Operation> queue;
-    bool running = false;  // an operation has left the queue and is not done
+    bool running = false;  // an operation has left the queue and has not completed
     bool stop = false;
     std::thread thread;
   };
@@ -59,7 +59,7 @@ class HostStreams {
   bool drive(Lock& lock, const std::shared_ptr<Mark>& mark);
 
   const bool threads_;
-  std::mutex mutex_;  // guards all below; held while no work runs. A leaf.
+  std::mutex mutex_;  // guards all below; a leaf; released while work runs
   std::condition_variable moved_;
   std::uint64_t next_id_ = 1;
   std::unordered_map<std::uint64_t, std::shared_ptr<Stream>> streams_;

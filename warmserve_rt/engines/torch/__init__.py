@@ -1,1 +1,1 @@
-"""For any torch module; needs torch alone."""
+"""Helpers for any torch module; they need torch only."""

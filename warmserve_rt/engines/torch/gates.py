@@ -1,4 +1,4 @@
-"""Gates: a torch module whose weights are a model's computes under leases alone, layer by layer."""
+"""Gates: forward passes of a bound torch module need a lease and wait layer by layer."""
 
 from __future__ import annotations
 
@@ -24,30 +24,43 @@ if TYPE_CHECKING:
 def guard(
     module: nn.Module, runtime: Runtime, model: Model, entries: Iterable[nn.Module] = ()
 ) -> None:
-    """Lets a module that is bound to a model's tensors run under leases alone.
+    """Make a module that is bound to a model's tensors run under leases only.
 
-    A forward pass raises StaleView if no lease holds the model when it begins. The pass then holds
-    what the leases hold until it ends, also if they end before: an eviction waits for it, and only
-    the next pass raises StaleView. Under a lease that streams, or that is on some layers, each part
-    of the module waits for the layer that it computes with: on the host the thread does, on CUDA
-    torch's current stream. It raises StaleView for a layer whose lease ended before it arrived.
+    Parameters
+    ----------
+    module : nn.Module
+        A module whose parameters and buffers are views of the model's tensors.
+    runtime, model
+        The runtime, and the model of the runtime that the module is bound to.
+    entries : iterable of nn.Module
+        Parts of the module that may be called directly (an encoder). The module itself always may;
+        no other part may.
 
-    On CUDA a pass is also recorded: the weights are not unmapped before the device has done what
-    the pass enqueued. ``entries``: parts of the module that may be called by themselves, as the
-    whole may (an encoder); others may not.
+    Notes
+    -----
+    A forward pass raises StaleView if no lease holds the model when the pass begins. The pass then
+    holds the leased layers until it ends, even if the leases end earlier: an eviction waits for the
+    pass, and only the next pass raises StaleView.
+
+    Under a streaming lease, or a lease on some layers, each part of the module waits for the layers
+    that it computes with. On the host the thread waits; on CUDA torch's current stream waits. The
+    part raises StaleView for a layer whose lease ended before the layer arrived.
+
+    On CUDA a pass is also recorded: the weights stay mapped until the device has finished the work
+    that the pass enqueued.
     """
     gates = Gates(module, runtime, model)
     for entry in dict.fromkeys((module, *entries)):
-        # Not by hooks: torch skips those after a pass that a KeyboardInterrupt has ended.
+        # We wrap forward() because torch skips the hooks after a pass that KeyboardInterrupt ended.
         entry.forward = gates.guarded(entry)
 
 
 class Gates:
-    """Hooks before the parts of a module, each waiting for the layers with which its part computes.
+    """Pre-forward hooks that make each part of a module wait for the layers it computes with.
 
-    Calling a hook costs more than what it asks. A hook is therefore removed once its layers have
-    arrived, and is installed again when the leases on the model have changed, because a layer that
-    stays under one lease may be evicted after another.
+    Calling a hook costs more than the check inside it. A hook is therefore removed once its layers
+    have arrived. It is installed again when the leases on the model have changed, because a layer
+    that stays resident under one lease may be evicted after another.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, model: Model) -> None:
@@ -63,13 +76,13 @@ class Gates:
         }
         self._own = {part: _own_layers(part, layer_at) for part in module.modules()}
         self._layers = gated_parts(module, self._own)
-        self._lock = threading.Lock()  # over all below
+        self._lock = threading.Lock()  # protects the fields below
         self._hooks: dict[nn.Module, RemovableHandle] = {}
-        self._epoch = 0  # of the leases under which the hooks that are missing are not needed
-        self._gated: dict[int, int] = {}  # passes that need gates, of each thread
+        self._epoch = 0  # the lease epoch under which the removed hooks are not needed
+        self._gated: dict[int, int] = {}  # thread -> its passes that need hooks
 
     def guarded(self, entry: nn.Module) -> Callable[..., Any]:
-        """The entry's forward as a pass."""
+        """Return the entry's forward, wrapped so that each call is one pass."""
         forward = entry.forward
         layers = self._take(entry)
 
@@ -86,7 +99,7 @@ class Gates:
                     return forward(*args, **kwargs)
             finally:
                 try:
-                    if self.on_cuda:  # also if the pass fails: what it enqueued runs all the same
+                    if self.on_cuda:  # also after a failure: the device runs the enqueued work
                         self._record(held)
                 finally:
                     held.release()
@@ -100,15 +113,18 @@ class Gates:
         return held
 
     def _take(self, part: nn.Module) -> list[int]:
-        """The layers that a part waits for when it is called by itself. It has no gate any more."""
+        """Remove a part's gate; return the layers that the part waits for when called directly."""
         waits_for = self._layers.pop(part, [])
         within = set[int]().union(*(self._own[each] for each in part.modules()))
         return list(within) if len(within) == 1 else waits_for
 
     @contextmanager
     def _gated_pass(self, epoch: int) -> Iterator[None]:
-        """Installs the hooks that are missing, and keeps them if another thread computes too: what
-        its pass holds may be less, or more."""
+        """Install the missing hooks if the leases have changed, and count the thread's gated pass.
+
+        No hook is removed while another thread also has a gated pass, because that pass may hold
+        other layers than this one.
+        """
         thread = threading.get_ident()
         with self._lock:
             self._gated[thread] = self._gated.get(thread, 0) + 1
@@ -133,7 +149,7 @@ class Gates:
             self._epoch = 0
 
     def _gate(self, part: nn.Module, arguments: Any) -> None:
-        held = self._begin_pass()  # the thread's pass again
+        held = self._begin_pass()  # joins the pass that this thread has begun
         try:
             there = self._wait(held, self._layers[part])
         finally:
@@ -144,7 +160,8 @@ class Gates:
                 hook.remove()
 
     def _wait(self, held: _native.Pass, layers: list[int]) -> bool:
-        """Whether the layers are resident; else torch's current stream waits for them."""
+        """Wait for the layers. Return False if some are not resident yet and torch's current
+        stream waits for them instead of the thread."""
         stream = self._stream() if self.on_cuda else None
         there = True
         for layer in layers:
@@ -152,23 +169,35 @@ class Gates:
         return there
 
     def _record(self, held: _native.Pass) -> None:
-        """Keeps the weights until torch's current stream has done what it was given. A capture
-        computes nothing: its replays do, and their caller records them."""
+        """Keep the weights mapped until torch's current stream has finished its enqueued work.
+
+        A stream capture computes nothing and is skipped; the caller of its replays records them.
+        """
         if not torch.cuda.is_current_stream_capturing():
             held.record(self._stream())
 
     def _stream(self) -> _native.Stream:
-        """Of the arena's device, which need not be the current one."""
+        """Return torch's current stream of the arena's device, which may differ from torch's
+        current device."""
         return native_stream(self._runtime.native, torch.cuda.current_stream(self._device))
 
 
 def gated_parts(module: nn.Module, own: Mapping[nn.Module, set[int]]) -> dict[nn.Module, list[int]]:
-    """For each part that has to wait, the layers that it waits for, ascending.
+    """Return the parts that have to wait, each with the layers that it waits for, ascending.
 
-    ``own``: of each part, the layers of those tensors that are not a part's of it. A part is as
-    large as it can be with the tensors of one layer; what has several waits for those of its own
-    tensors, and its parts for theirs. A container that is never called leaves it to its parts, or
-    to whoever has it.
+    Parameters
+    ----------
+    module : nn.Module
+        The module to divide.
+    own : mapping of part to layers
+        The layers of each part's own tensors, without the tensors of its children.
+
+    Notes
+    -----
+    The result has the largest parts whose tensors all belong to one layer. A part with tensors of
+    several layers waits for the layers of its own tensors, and its children wait for theirs. A
+    container without a forward() of its own, such as nn.ModuleList, is never called: its children
+    wait for their layers, and the nearest caller above it waits for the layers of its own tensors.
     """
     within: dict[nn.Module, set[int]] = {}
     found: dict[nn.Module, set[int]] = {}

@@ -1,4 +1,4 @@
-"""The tensors of a torch module, taken out of it and put into another that was built on meta."""
+"""Export the tensors of a torch module and bind them to another module built on meta."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ _PLAIN = frozenset({bool, dict, float, int, list, set, str, tuple, type(None)})
 
 
 class LayoutDiffers(ValueError):
-    """Tensors are not those that a module has."""
+    """The tensors of a state do not fit the module that they are bound to."""
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What a module computes with, every tensor once.
+    """The tensors that a module computes with, each stored once.
 
-    ``parameters`` are dense and row-major; one that the module has in another order of its axes is
-    stored in the order of its memory, with the axes of that in ``orders``. ``private`` are buffers
-    and plain attributes: small, and written to by some modules. ``aliases`` are further names, each
-    with the name under which its tensor is there. ``attributes`` are those of all names that are
-    neither parameter nor buffer.
+    Attributes
+    ----------
+    parameters : dict of name to tensor
+        Dense and row-major. A parameter whose axes the module has in another order is stored in the
+        order of its memory; ``orders`` then has the permutation of its axes.
+    private : dict of name to tensor
+        Buffers and plain attributes. They are small, and some modules write to them.
+    aliases : dict of name to name
+        Further names of a tensor, each with the name under which the tensor is stored.
+    orders : dict of name to list of int
+        For each parameter that is not row-major in the module: the module's axes in the order in
+        which they are stored.
+    attributes : set of names
+        The names, out of all of the above, that are neither parameters nor buffers of the module.
     """
 
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -34,9 +43,9 @@ class State:
 
 
 def export(module: nn.Module) -> State:
-    """The state of a module on a device; its tensors are shared, not copied.
+    """Return the state of a module on a device; it shares the module's dense tensors.
 
-    Raises ValueError, which names it, for a parameter with gaps in its memory.
+    Raises ValueError, which names the parameter, for a parameter with gaps in its memory.
     """
     state = State()
     seen: dict[object, str] = {}
@@ -65,9 +74,9 @@ def export(module: nn.Module) -> State:
 
 
 def bind_private(module: nn.Module, state: State) -> None:
-    """Gives a module the buffers and attributes that it lacks, in memory of their own.
+    """Replace a module's meta buffers and attributes by copies of the state's.
 
-    Raises LayoutDiffers, which names it, for one of the module's that the state has not.
+    Raises LayoutDiffers, which names the tensor, if the state does not have it.
     """
     made: dict[str, torch.Tensor] = {}
     for name, buffer in module.named_buffers(remove_duplicate=False):
@@ -83,10 +92,29 @@ def bind_private(module: nn.Module, state: State) -> None:
 def bind_parameters(
     module: nn.Module, state: State, tensors: Mapping[str, torch.Tensor], *, exact: bool
 ) -> int:
-    """Makes ``tensors``, by the names of ``state.parameters``, the module's; returns their bytes.
+    """Make tensors the parameters of a module, without reading or copying them.
 
-    Nothing is read or copied. ``exact``: the module was built with just these shapes and dtypes;
-    otherwise processing may have changed them, and brought others. Raises LayoutDiffers.
+    Parameters
+    ----------
+    module : nn.Module
+        The module; it is changed in place.
+    state : State
+        The state that the tensors belong to: orders, aliases and attributes.
+    tensors : mapping of name to tensor
+        Tensors under the names of ``state.parameters``.
+    exact : bool
+        Require that the module already has a parameter of each name with the same shape and dtype.
+        False: processing may have changed the parameters, and added others.
+
+    Returns
+    -------
+    int
+        The bytes of the tensors.
+
+    Raises
+    ------
+    LayoutDiffers
+        The module has no place for a tensor, or (``exact``) its shape or dtype differs.
     """
     slots = dict(module.named_parameters(remove_duplicate=False))
     bound: dict[str, nn.Parameter] = {}
@@ -101,10 +129,10 @@ def bind_parameters(
         if exact and name not in state.attributes:
             found = f"{value.dtype} {tuple(value.shape)}"
             if slot is None:
-                raise LayoutDiffers(f"{name!r} is no parameter of {type(module).__name__}")
+                raise LayoutDiffers(f"{type(module).__name__} has no parameter {name!r}")
             if (slot.shape, slot.dtype) != (value.shape, value.dtype):
                 raise LayoutDiffers(
-                    f"{name!r} is {found}, and {type(module).__name__} has {slot.dtype} "
+                    f"{name!r} is {found}, but {type(module).__name__} expects {slot.dtype} "
                     f"{tuple(slot.shape)}"
                 )
         owner, leaf = _owner(module, name)
@@ -117,8 +145,10 @@ def bind_parameters(
 
 
 def refuse_meta(module: nn.Module) -> None:
-    """Raises ValueError, which names it, for a tensor that still has no memory; also for one of an
-    object that a part of the module keeps."""
+    """Raise ValueError, which names the tensor, if the module still has a tensor without memory.
+
+    This also checks the attributes of objects that a part of the module holds.
+    """
     asked: set[int] = set()  # many parts share one object, such as a configuration
     for path, part in module.named_modules():
         for name, value in (*part._parameters.items(), *part._buffers.items(), *vars(part).items()):
@@ -133,7 +163,7 @@ def refuse_meta(module: nn.Module) -> None:
                 if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                     raise ValueError(
                         f"{type(module).__name__} has {f'{path}.{leaf}'.lstrip('.')!r}, which is "
-                        "not among the tensors that were taken out of it: it cannot be bound"
+                        "not among the exported tensors: the module cannot be bound"
                     )
 
 
@@ -142,7 +172,7 @@ def _private(
 ) -> torch.Tensor:
     stored_as = state.aliases.get(name, name)
     if stored_as not in state.private:
-        raise LayoutDiffers(f"{name!r} is not there")
+        raise LayoutDiffers(f"{name!r} is missing from the exported tensors")
     value = state.private[stored_as]
     if (value.shape, value.dtype) != (like.shape, like.dtype):
         raise LayoutDiffers(
@@ -156,14 +186,16 @@ def _is_parameter(state: State, name: str) -> bool:
 
 
 def _row_major(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """The tensor with its axes in the order of its memory, and which axis of its own each is."""
+    """Return the tensor with its axes in the order of its memory, and the permutation of them."""
     order = list(range(tensor.dim()))
     if not tensor.is_contiguous():
         strides: tuple[int, ...] = tensor.stride()
         order.sort(key=lambda axis: -strides[axis])
     row_major = tensor.permute(order)
     if not row_major.is_contiguous():
-        raise ValueError(f"{name!r} has strides {tensor.stride()}: gaps, or memory used twice")
+        raise ValueError(
+            f"{name!r} must be dense, got strides {tensor.stride()}: gaps, or memory used twice"
+        )
     return row_major, order
 
 
@@ -183,4 +215,4 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         return module.get_submodule(parent), leaf
     except AttributeError as error:
-        raise LayoutDiffers(f"{type(module).__name__} has no part for {name!r}") from error
+        raise LayoutDiffers(f"{type(module).__name__} has no module for {name!r}") from error

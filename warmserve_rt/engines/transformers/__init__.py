@@ -1,10 +1,10 @@
 """Hugging Face transformers models that compute on weights in a runtime's memory.
 
-Nothing is copied. A module is built without memory for its weights, and each parameter becomes a
-view at the address where the runtime will put that tensor. So each tensor must be in the arena just
-as the module wants it: weights that transformers would cast are cast while they are loaded, and a
-checkpoint that it would first have to fuse or split is refused. Experts that it would stack are
-computed with one by one instead.
+The module copies no weights. It is built without memory for its weights, and each parameter
+becomes a view at the address where the runtime will put that tensor. Each tensor in the arena must
+therefore have the form that the module computes with. Weights that transformers would cast are cast
+while they are loaded. A checkpoint whose tensors transformers would fuse or split is refused.
+Experts that transformers would stack are run one by one instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from warmserve_rt.core.runtime import Model, Runtime
 
     class BoundModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-        """What `load` returns: a module of ``auto_class``, bound to a registered model."""
+        """A module of ``auto_class`` that `load` has bound to a registered model."""
 
         warmserve_model: Model
 
@@ -66,42 +66,70 @@ def load(
 ) -> BoundModel:
     """Register a Hugging Face directory and return a module that runs on its weights in place.
 
-    No weight is read: that happens when the model is prewarmed or leased. Run the module under
-    `with runtime.lease(module.warmserve_model)`; with `streaming=True` its first blocks compute
-    while the last are still loaded. A forward pass raises StaleView while no lease on the model is
-    held, whether of the whole module or of a part that is a transformers model itself (its
-    `base_model`, an encoder); other ways to read its weights then (printing a parameter, calling a
-    block or the head) are faults.
+    `load` reads no weights. The runtime reads them when the model is prewarmed or leased.
 
-    The weights are read-only and take no gradient, and the module raises TypeError instead of
-    changing them, converting them or moving them out of the arena (`half()`, `load_state_dict()`,
-    merging an adapter). With `writable=True`, in-place changes are allowed under a lease and are
-    lost when a layer is evicted; gradients are allowed too, and are ordinary memory. A deep or
-    pickled copy of the module is an ordinary one with memory of its own; making one needs a lease,
-    as `save_pretrained()` does. RWKV would write to its weights in its forward pass: it wants
-    `rescale_every=0`.
+    Parameters
+    ----------
+    runtime : Runtime
+        The runtime whose arena will hold the weights.
+    path : str or os.PathLike
+        A model directory, or the id of a model in the Hugging Face cache.
+    name : str, optional
+        The model's name in the runtime. Default: the name of the directory, or the id.
+    dtype : torch.dtype, its name or "auto", optional
+        The dtype that the module computes in. Default ("auto"): the dtype of most of the
+        checkpoint's bytes, whatever its configuration says. Weights that transformers keeps in
+        float32, such as some routers, are float32 here too.
+    layers, writable, allow_symlinks
+        As in `Runtime.register`, whatever tensors the runtime's leases hand out. If the checkpoint
+        stores each expert of a mixture separately, `layers="experts"` makes each expert a layer,
+        and a pass waits only for the experts that the router chose.
+    auto_class : class of transformers
+        The class that builds the module. A model with two stacks (T5) needs
+        `AutoModelForSeq2SeqLM`. It has one axis of layers: the encoder's blocks before the
+        decoder's.
+    revision, variant, subfolder, trust_remote_code, torch_dtype
+        As in `from_pretrained`; `torch_dtype` is the former name of `dtype`.
+    **config
+        Further options go into the module's configuration, such as `attn_implementation="eager"`.
+        An option of `from_pretrained` that asks for something that `load` does not do is refused.
+
+    Returns
+    -------
+    BoundModel
+        The module in eval mode. Its `warmserve_model` is the registered model.
+
+    Raises
+    ------
+    ValueError
+        Parameters and tensors do not match one to one in name, shape and dtype (the message names
+        the tensor); the model is quantized (the message names the method) or writes to its weights;
+        or the model has two stacks and `auto_class` builds one.
+    TypeError
+        An option is unknown.
+    Other
+        Everything that `Runtime.register` raises.
+
+    Notes
+    -----
+    Run the module under `with runtime.lease(module.warmserve_model)`. With `streaming=True` its
+    first blocks compute while the last are still being loaded. A forward pass without a lease on
+    the model raises StaleView. This holds for the whole module and for each part that is a
+    transformers model itself (its `base_model`, an encoder). Any other read of the weights without
+    a lease (printing a parameter, calling a block or the head) is a memory fault.
+
+    The weights are read-only and take no gradient. The module raises TypeError for an operation
+    that would change them, convert them or move them out of the arena (`half()`,
+    `load_state_dict()`, merging an adapter). With `writable=True`, in-place changes are allowed
+    under a lease and are lost when a layer is evicted; gradients are allowed too and use ordinary
+    memory. A deep or pickled copy of the module is an ordinary module with memory of its own.
+    Making a copy needs a lease, and so does `save_pretrained()`. RWKV needs `rescale_every=0`,
+    because its forward pass would otherwise write to its weights.
 
     On CUDA a lease may end while the device still computes: each pass is recorded, and an eviction
-    waits for it. Replays of a CUDA graph are not: say `lease.record(stream)` after them.
+    waits for it. Replays of a CUDA graph are not recorded: call `lease.record(stream)` after them.
 
-    `name` is the model's in the runtime, by default the directory's. `layers`, `writable` and
-    `allow_symlinks` are as in `Runtime.register`, whatever tensors the runtime's leases hand out.
-    `auto_class` is the transformers class that builds the module. Other arguments
-    (`attn_implementation="eager"`) go into its configuration. Options of `from_pretrained` that ask
-    for something else than `load` does are refused. The module computes in `dtype`, a torch.dtype
-    or its name, or by default ("auto") in the dtype that most of the checkpoint's bytes have,
-    whatever its configuration says; weights that transformers keeps in float32, such as some
-    routers, are float32 here too.
-
-    Where the checkpoint has each expert of a mixture by itself, `layers="experts"` makes each a
-    layer of its own, and a pass waits only for those that the router chose. A model of two stacks
-    (T5) has one axis of layers, the encoder's blocks before the decoder's, and wants
-    `auto_class=AutoModelForSeq2SeqLM`.
-
-    Raises ValueError, which names the tensor, if parameters and tensors do not match one to one
-    in name, shape and dtype; ValueError for a quantized model, which names the method, for one that
-    writes to its weights, and for two stacks where `auto_class` wants one; TypeError for an unknown
-    option; and what `Runtime.register` raises. The model is then not registered.
+    Guarantee: strong (after an exception the model is not registered).
     """
     path = os.path.join(os.fspath(path), subfolder) if subfolder else os.fspath(path)
     wanted = dtype_name(dtype, torch_dtype)
@@ -130,7 +158,8 @@ def load(
     module = blueprint.module
     _read_generation_config(module, path, revision, trust_remote_code)
     known_as = name or (os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path)
-    # The casts come first: revisions of a name are compared as they will lie in the arena.
+    # Casts are decided before registering, which compares the revisions of a name by their layout
+    # in the arena, that is, after casts.
     cast_to = needed_casts(module, dtypes, blueprint.targets) or wanted
     model = runtime.register(
         known_as, path, dtype=cast_to, layers=layers, writable=writable, **source
@@ -138,7 +167,8 @@ def load(
     try:
         home = Home(runtime, model, writable=writable)
         bind_targets(module, model.tensors("torch"), blueprint.targets, home)
-        # Each of these has a call of its own: generate() calls the encoder of two stacks by itself.
+        # Each of these parts may be called alone: generate() calls the encoder of a model with two
+        # stacks directly.
         whole: Iterable[nn.Module] = module.modules()
         guard(module, runtime, model, (part for part in whole if isinstance(part, PreTrainedModel)))
         protect(module, home, blueprint.targets)
@@ -150,28 +180,29 @@ def load(
 
 
 def _check_kind(path: str, settings: Any, auto_class: Any) -> None:
-    """Raise ValueError for a model that cannot compute on its file's bytes."""
+    """Raise ValueError if the model cannot compute on its file's bytes in place."""
     if method := quantization(path, settings):
         raise ValueError(
-            f"{path} is quantized ({method}): transformers would replace its parameters, and "
-            "cannot compute on its file's bytes in place"
+            f"{path} is quantized ({method}): transformers would replace its parameters, so the "
+            "module cannot compute on the file's bytes in place"
         )
     if getattr(settings, "rescale_every", 0):
         raise ValueError(
-            f"{path}: {settings.model_type} rescales its weights in place as it computes, and they "
-            "are read-only: say rescale_every=0"
+            f"{path}: {settings.model_type} rescales its weights in place as it computes, but they "
+            "are read-only: pass rescale_every=0"
         )
     if settings.is_encoder_decoder and auto_class is AutoModelForCausalLM:
         raise ValueError(
-            f"{path}: {settings.model_type} has an encoder and a decoder, and AutoModelForCausalLM "
-            "builds one stack: say auto_class=transformers.AutoModelForSeq2SeqLM"
+            f"{path}: {settings.model_type} has an encoder and a decoder, but AutoModelForCausalLM "
+            "builds one stack: pass auto_class=transformers.AutoModelForSeq2SeqLM"
         )
 
 
 def _read_generation_config(
     module: Any, path: str, revision: str | None, trust_remote_code: bool
 ) -> None:
-    """Read it as `from_pretrained` does, which survives a file that is missing or broken."""
+    """Read the generation config as `from_pretrained` does, which tolerates a missing or broken
+    file."""
     if not (module.can_generate() and hasattr(module, "adjust_generation_fn")):
         return
     where: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""Makes a checkpoint's tensors the parameters and buffers of a transformers module."""
+"""Binds a checkpoint's tensors to a transformers module as its parameters and buffers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,27 @@ _FLOATS = {
 
 
 def bind(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make `tensors`, under a checkpoint's names, the parameters and buffers of a module.
+    """Make tensors of a checkpoint the parameters and buffers of a module, without reading them.
 
-    No tensor's content is read. Parameters that the module ties share one tensor, under whichever
-    of their names the checkpoint has it; they stay apart if the checkpoint has both. May be called
-    again with other tensors of the same names.
+    Parameters
+    ----------
+    module : PreTrainedModel
+        The module; it is changed in place. It may be bound again to other tensors of the same
+        names.
+    tensors : mapping of name to tensor
+        The tensors under the checkpoint's names.
 
-    Raises ValueError as `load` does; the module is then unchanged.
+    Raises
+    ------
+    ValueError
+        As in `load`: parameters and tensors do not match one to one in name, shape and dtype.
+
+    Notes
+    -----
+    Parameters that the module ties share one tensor if the checkpoint has it under one of their
+    names. They stay separate if the checkpoint has both.
+
+    Guarantee: strong (after an exception the module is unchanged).
     """
     bind_targets(module, tensors, names.targets(module, tensors))
 
@@ -41,7 +55,17 @@ def bind_targets(
     targets: Mapping[str, str],
     home: Home | None = None,
 ) -> None:
-    """Bind where the names in the module are known; with a `home`, the weights are guarded."""
+    """Bind tensors whose names in the module are known.
+
+    Parameters
+    ----------
+    module, tensors
+        As in `bind`.
+    targets : mapping of name to name
+        For each parameter or buffer of the module that the checkpoint has: its name there.
+    home : Home, optional
+        If given, each weight is bound as a tensor that refuses the operations that `home` refuses.
+    """
     owners = _owners(module)
     slots = {name: _slot(owner, leaf) for name, (owner, leaf) in owners.items()}
     dtypes = _dtypes(module, {target: slots[target] for target in targets})
@@ -64,23 +88,30 @@ def bind_targets(
     for name, slot in slots.items():
         value = bound.get(name, tied.get(id(slot), slot))
         if value.is_meta:
-            raise ValueError(f"{type(module).__name__} needs {name!r}: no tensor of the checkpoint")
+            raise ValueError(
+                f"{type(module).__name__} needs {name!r}, which the checkpoint does not have"
+            )
         bound[name] = value
     for name, value in bound.items():
         owner, leaf = owners[name]
         if leaf in owner._parameters:
             owner._parameters[leaf] = value  # type: ignore[assignment]
         else:
-            # Those that no tensor fills were computed on the CPU, such as rotary frequencies. A
-            # device cannot compute with them there, or would fetch them for each pass.
+            # Buffers that are not in the checkpoint, such as rotary frequencies, were computed on
+            # the CPU. The device could not use them there, or would fetch them for each pass.
             owner._buffers[leaf] = value.to(device)
 
 
 def main_dtype(sizes: Mapping[str, tuple[DType, int]], default: object) -> torch.dtype:
-    """The dtype with the most bytes, of those that a module can compute in.
+    """Return the dtype with the most bytes, out of the dtypes that a module can compute in.
 
-    ``sizes``: each tensor's dtype and bytes. Formats of 8 bits and less are storage: where a
-    checkpoint has nothing else, it is ``default``, or float32.
+    Parameters
+    ----------
+    sizes : mapping of name to (DType, int)
+        Each tensor's dtype and bytes. Formats of 8 bits and less are for storage and do not count.
+    default : object
+        The result if no tensor counts, provided that it is a dtype that a module can compute in;
+        otherwise the result is float32.
     """
     totals: dict[torch.dtype, int] = {}
     for dtype, nbytes in sizes.values():
@@ -94,9 +125,16 @@ def main_dtype(sizes: Mapping[str, tuple[DType, int]], default: object) -> torch
 def needed_casts(
     module: PreTrainedModel, dtypes: Mapping[str, DType], targets: Mapping[str, str]
 ) -> dict[str, str]:
-    """By name, in what dtype each floating-point tensor has to be, if one is in another.
+    """Return the dtype that each floating-point tensor must have, or {} if all have it already.
 
-    ``dtypes``: those that the tensors would have without.
+    Parameters
+    ----------
+    module : PreTrainedModel
+        The module that computes with the tensors.
+    dtypes : mapping of name to DType
+        The dtypes that the tensors have without these casts.
+    targets : mapping of name to name
+        As in `bind_targets`.
     """
     owners = _owners(module)
     wanted = _dtypes(module, {target: _slot(*owners[target]) for target in targets})
@@ -111,7 +149,7 @@ def needed_casts(
 
 
 def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Of every parameter and buffer, by its name, the part that has it, and its name there."""
+    """Return, by full name, the owner of each parameter and buffer and its name there."""
     return {
         f"{path}.{leaf}".lstrip("."): (part, leaf)
         for path, part in module.named_modules(remove_duplicate=False)
@@ -126,7 +164,7 @@ def _slot(owner: Any, leaf: str) -> torch.Tensor:
 
 
 def _dtypes(module: PreTrainedModel, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
-    """To what dtypes transformers' own loader would cast a module's parameters and buffers."""
+    """Return the dtypes to which transformers' loader casts a module's parameters and buffers."""
     plan: Mapping[str, torch.dtype] = module._get_dtype_plan(module.dtype)
     parts = [(re.compile(part.replace("*", ".*")), dtype) for part, dtype in plan.items()]
     return {

@@ -1,6 +1,6 @@
-"""What a module of a configuration is built from, kept: a fleet has many tunings of few of them.
+"""A cache of built modules by configuration: a fleet has many fine-tunes of few architectures.
 
-Most of the time that a module takes is its construction, which neither weights nor names change.
+Construction takes most of the time of making a module, and depends on neither weights nor names.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-KEPT = 32  # configurations, those used last; each some tens of kilobytes, and what its buffers hold
+KEPT = 32  # most recently used configurations; each takes tens of kilobytes plus its buffers
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A module without weights; under ``targets``, the checkpoint's name of each parameter or
-    buffer that is in it."""
+    """A module without weights. ``targets`` maps the name of each parameter or buffer that the
+    checkpoint has to its name in the checkpoint."""
 
     module: PreTrainedModel
     targets: dict[str, str]
 
 
 class Blueprints:
-    """Builds a module, or unpickles what was built for another of just this configuration.
-    Thread-safe.
+    """Builds modules, or unpickles a module that was built for the same configuration. Thread-safe.
 
-    The first of its kind is only remembered: whoever has one model pays nothing for a second.
+    The first module of a configuration is not pickled, only noted, so that a process with one model
+    pays nothing. The second is built and pickled; later ones are unpickled.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,16 @@ class Blueprints:
         names: Iterable[str],
         build: Callable[[], Blueprint],
     ) -> Blueprint:
-        """One that is the caller's alone. Raises what ``build`` raises."""
+        """Return a blueprint that no other caller shares.
+
+        Parameters
+        ----------
+        config, dtype, auto_class, names
+            Everything that the blueprint depends on: configuration (without its path), dtype, class
+            and the checkpoint's tensor names.
+        build : callable
+            Builds the blueprint if none is cached. Its exceptions pass through.
+        """
         nameless = copy.copy(config)
         nameless._name_or_path = ""
         described = _pickled(nameless)
@@ -75,4 +84,4 @@ def _pickled(thing: object) -> bytes | None:
     try:
         return pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError):
-        return None  # a class or a function of it has no name: it is built each time
+        return None  # it contains a local class or function, so it is built each time

@@ -1,9 +1,9 @@
-"""Experts one by one: a mixture of experts whose checkpoint has them apart computes on them so.
+"""Mixture-of-experts modules that run the experts of an unstacked checkpoint one by one.
 
-transformers stacks the experts of a block into one tensor as it loads them, which a view cannot
-follow. But what it computes on the stack is, for each expert, three products, and those need no
-stack. So each expert keeps tensors of its own, may be a layer of its own, and is waited for only
-where the router chose it.
+transformers stacks the experts of a block into one tensor as it loads them. A view of the
+checkpoint's tensors cannot do that. The stack is not needed: the computation is three matrix
+products for each expert. Each expert therefore keeps its own tensors and can be a layer of its own,
+and a pass waits only for the experts that the router chose.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.integrations.moe import _default_apply_gate
 
 _NUMBER = re.compile(r"\.experts\.([0-9]+)\.")
-_PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # of what stack
+_PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # stack -> an expert's parts
 
 
 class Expert(nn.Module):
-    """``down(act(gate(x)) * up(x))``, of states `(tokens, hidden)`.
+    """One expert: ``down(act(gate(x)) * up(x))`` for states of shape `(tokens, hidden)`.
 
     ``gate`` and ``up`` are `(intermediate, hidden)`, ``down`` is `(hidden, intermediate)`.
     """
 
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, act: Any) -> None:
-        """Like one slice of each stack, `(2 * intermediate, hidden)` and as ``down``, but empty."""
+        """Make empty parameters with the shape and dtype of one slice of each stack.
+
+        ``gate_up`` is `(2 * intermediate, hidden)`; ``down`` is as in the class.
+        """
         super().__init__()
         gate, up = gate_up.chunk(2)
         self.gate, self.up, self.down = (
@@ -43,7 +46,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """In the place of a stack: computes the same, with the experts that the router chose alone."""
+    """Replaces a stack of experts; runs only the experts that the router chose. Same result."""
 
     def __init__(self, stack: Any) -> None:
         super().__init__(
@@ -54,9 +57,20 @@ class Experts(nn.ModuleList):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """States `(tokens, hidden)`, and of each token its experts and their weights
-        `(tokens, k)`; an index past the last expert stands for none. On a GPU the host waits for
-        the router's choice."""
+        """Return the weighted sum of the chosen experts' outputs for each token.
+
+        Parameters
+        ----------
+        hidden_states : `(tokens, hidden)`
+        top_k_index : `(tokens, k)`
+            Each token's experts. An index past the last expert is ignored.
+        top_k_weights : `(tokens, k)`
+            The weights of these experts.
+
+        Notes
+        -----
+        On a GPU the host waits for the router's choice.
+        """
         out = torch.zeros_like(hidden_states)
         chosen = top_k_index.T
         for number in sorted(set(chosen.flatten().tolist())):
@@ -68,17 +82,30 @@ class Experts(nn.ModuleList):
 
 
 def is_of_one(name: str) -> bool:
-    """Whether a tensor of this name belongs to one expert."""
+    """Return whether a tensor of this name belongs to one expert."""
     return _NUMBER.search(name) is not None
 
 
 def part_of(
     name: str, target: str, pattern: str, converters: Iterable[WeightConverter]
 ) -> str | None:
-    """What a checkpoint's tensor is called where the experts are apart, say "experts.3.up".
+    """Return the name of a checkpoint's tensor in `Experts`, such as "experts.3.up".
 
-    ``target`` and ``pattern``: the stack that transformers would make it a part of, and the pattern
-    of the converter that would; None if that is no stack of experts.
+    Parameters
+    ----------
+    name : str
+        The tensor's name in the checkpoint.
+    target : str
+        The parameter into which transformers would convert the tensor.
+    pattern : str
+        The source pattern that matched the name.
+    converters : iterable of WeightConverter
+        The converters; one of them has the pattern.
+
+    Returns
+    -------
+    str or None
+        None if the target is not a stack of experts.
     """
     converter = next(each for each in converters if pattern in each.source_patterns)
     number = _NUMBER.search(name)
@@ -91,14 +118,14 @@ def part_of(
 
 
 def _stacks(operations: list[Any]) -> bool:
-    """Whether they do nothing but put experts, and the two halves of each, behind each other."""
+    """Return whether the operations only concatenate the experts and the two halves of each."""
     dimensions = [(type(each), each.dim) for each in operations if hasattr(each, "dim")]
     stack = [(MergeModulelist, 0), (Concatenate, 1)]
     return len(dimensions) == len(operations) and dimensions == stack[: len(dimensions)]
 
 
 def separate(module: nn.Module, owners: Iterable[str]) -> None:
-    """Put `Experts` in the place of the stacks at these paths, where they compute the same."""
+    """Replace the stacks at these paths by `Experts`, except stacks that compute differently."""
     for path in owners:
         stack: Any = module.get_submodule(path)
         plain = (

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are called in a transformers module."""
+"""Maps the tensor names of a checkpoint to the names of a transformers module."""
 
 from __future__ import annotations
 
@@ -14,11 +14,23 @@ from . import moe
 
 
 def targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The checkpoint's name of each parameter or buffer that is in it.
+    """Return the checkpoint's name of each parameter or buffer that the checkpoint has.
 
-    transformers renames some tensors on load, which a view can follow; it also fuses and splits
-    some, which a view cannot. Raises ValueError, which names the tensor, for those, for one that
-    has no place in the module, and for two that have the same.
+    transformers renames some tensors on load, which works with views. It fuses or splits others,
+    which does not.
+
+    Parameters
+    ----------
+    module : PreTrainedModel
+        The module, with parameters on the meta device.
+    names : iterable of str
+        The names in the checkpoint.
+
+    Raises
+    ------
+    ValueError
+        A tensor would be fused or split, has no place in the module, or has the same place as
+        another. The message names the tensor.
     """
     state = module.state_dict(keep_vars=True)
     found: dict[str, str] = {}
@@ -28,14 +40,14 @@ def targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
             target = part
         elif part is not None and target in state:
             raise ValueError(
-                f"tensor {name!r} is only a part of {target!r}, which {type(module).__name__} "
-                "computes with: save the model again with save_original_format=False"
+                f"tensor {name!r} is only a part of {target!r}, the parameter of "
+                f"{type(module).__name__}: save the model again with save_original_format=False"
             )
         if target not in state:
             unused[target] = name
         elif found.setdefault(target, name) != name:
-            raise ValueError(f"tensors {found[target]!r} and {name!r} are both {target!r}")
-    # Some leftovers of old versions are known to be harmless.
+            raise ValueError(f"tensors {found[target]!r} and {name!r} both map to {target!r}")
+    # transformers knows leftovers of old versions that are harmless, and removes them here.
     keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unused))
     module._adjust_missing_and_unexpected_keys(keys)  # type: ignore[arg-type]
     for target in sorted(keys.unexpected_keys):
@@ -44,7 +56,7 @@ def targets(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def stacked(module: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """The paths of the modules whose experts a checkpoint of these names has apart."""
+    """Return the paths of the modules whose experts the checkpoint stores separately."""
     names = [name for name in names if moe.is_of_one(name)]
     if not names:
         return set()
@@ -56,8 +68,12 @@ def stacked(module: PreTrainedModel, names: Iterable[str]) -> set[str]:
 def _renamed(
     module: PreTrainedModel, names: Iterable[str], state: dict[str, Any]
 ) -> Iterator[tuple[str, str, str | None]]:
-    """Of each name of a checkpoint: what transformers makes of it, and, if it is only a part of
-    that, what the part is called where experts are apart, or "" where nothing is called so."""
+    """Yield each name of a checkpoint, its target and its part.
+
+    The target is the parameter that transformers makes of the tensor. The part is None if the
+    tensor is all of the target. Otherwise it is the tensor's name in `moe.Experts`, or "" if the
+    target is not a stack of experts.
+    """
     transforms = get_model_conversion_mapping(module)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]

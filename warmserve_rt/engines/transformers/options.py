@@ -1,4 +1,4 @@
-"""The options of `load`: those that it shares with `from_pretrained`, and a model's own."""
+"""The options of `load`: options of `from_pretrained` and of the model's configuration."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 
 _NOT_HERE = "the weights stay in the runtime's arena"
 _NO_NETWORK = "load() downloads nothing"
-# Options of from_pretrained that only say what load() does anyway, with the values that say so.
+# Options of from_pretrained that load() accepts only with values that ask for what it does anyway:
+# name -> (accepted values, reason why others are refused).
 _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "low_cpu_mem_usage": ((None, True, False), ""),
     "local_files_only": ((None, True, False), ""),
-    "use_safetensors": ((None, True), "load() reads safetensors alone"),
-    "weights_only": ((None, True), "load() reads safetensors alone"),
-    "gguf_file": ((None,), "load() reads safetensors alone"),
-    "from_tf": ((None, False), "load() reads safetensors alone"),
-    "from_flax": ((None, False), "load() reads safetensors alone"),
+    "use_safetensors": ((None, True), "load() reads only safetensors"),
+    "weights_only": ((None, True), "load() reads only safetensors"),
+    "gguf_file": ((None,), "load() reads only safetensors"),
+    "from_tf": ((None, False), "load() reads only safetensors"),
+    "from_flax": ((None, False), "load() reads only safetensors"),
     "device_map": ((None, "auto"), _NOT_HERE),
     "device_mesh": ((None,), _NOT_HERE),
     "max_memory": ((None,), _NOT_HERE),
@@ -37,27 +38,38 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "tp_size": ((None,), _NOT_HERE),
     "distributed_config": ((None,), _NOT_HERE),
     "state_dict": ((None,), "the weights are the checkpoint's"),
-    "key_mapping": ((None,), "names are translated as transformers does by itself"),
+    "key_mapping": ((None,), "load() translates names as transformers does by default"),
     "ignore_mismatched_sizes": ((None, False), "every tensor must fit"),
-    "output_loading_info": ((None, False), "load() returns the module alone"),
+    "output_loading_info": ((None, False), "load() returns only the module"),
     "quantization_config": ((None,), "load() quantizes nothing"),
     "token": ((None, False), _NO_NETWORK),
     "proxies": ((None,), _NO_NETWORK),
     "force_download": ((None, False), _NO_NETWORK),
     "resume_download": ((None, False), _NO_NETWORK),
-    "cache_dir": ((None,), f"{_NO_NETWORK}, so give the directory as path"),
+    "cache_dir": ((None,), f"{_NO_NETWORK}, so pass the directory as path"),
 }
 
 
 def dtype_name(dtype: object, old: object = None) -> str | None:
-    """The name of the dtype to cast to, None for the checkpoint's own.
+    """Return the name of the dtype to cast to, or None for the checkpoint's own.
 
-    ``old``: what `torch_dtype` says, which is transformers' former name for it. Raises TypeError or
-    ValueError.
+    Parameters
+    ----------
+    dtype : None, "auto", a name or a torch.dtype
+        The option ``dtype``.
+    old : same types
+        The option ``torch_dtype``, which is transformers' former name of ``dtype``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not a dtype, or the two differ.
     """
     found, other = _dtype_name("dtype", dtype), _dtype_name("torch_dtype", old)
     if found and other and found != other:
-        raise ValueError(f"dtype is {found} and torch_dtype, its former name, {other}: give one")
+        raise ValueError(
+            f"dtype and torch_dtype (its former name) must agree, got {found} and {other}"
+        )
     return found or other
 
 
@@ -79,10 +91,25 @@ def _dtype_name(option: str, dtype: object) -> str | None:
 def configuration(
     path: str, options: Mapping[str, Any], *, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    """The configuration of a model directory, with `options` in it.
+    """Return the configuration of a model, changed by options.
 
-    Raises TypeError for an option that neither `load` nor the configuration knows, ValueError for
-    one that `load` cannot follow, FileNotFoundError or CorruptCheckpoint for the directory's file.
+    Parameters
+    ----------
+    path : str
+        A model directory, or the id of a model in the Hugging Face cache.
+    options : mapping of name to value
+        Options of the configuration, and options of `from_pretrained` that `load` checks.
+    revision, trust_remote_code
+        As in `load`.
+
+    Raises
+    ------
+    TypeError
+        Neither `load` nor the configuration knows an option.
+    ValueError
+        `load` cannot do what an option asks for, or transformers does not know the model type.
+    FileNotFoundError, NotADirectoryError, CorruptCheckpoint
+        The directory or its config.json is missing or invalid.
     """
     left = dict(options)
     for name, (accepted, reason) in _ANYWAY.items():
@@ -122,16 +149,16 @@ def configuration(
 
 
 def _check_file(path: str, trust_remote_code: bool) -> None:
-    """Raise in one sentence what transformers says in many."""
+    """Raise a one-sentence error for a bad config.json; transformers' own errors are long."""
     if not os.path.isdir(path):
         raise NotADirectoryError(
-            f"{path} is a file: load() takes the directory that has config.json and the weights"
+            f"{path} is a file: path must be the directory that has config.json and the weights"
         )
     file = os.path.join(path, "config.json")
     if not os.path.exists(file):
         raise FileNotFoundError(
-            f"{path} has no config.json: load() takes a Hugging Face model directory, and "
-            "Runtime.register() any safetensors"
+            f"{path} has no config.json: load() accepts a Hugging Face model directory; "
+            "Runtime.register() accepts any safetensors files"
         )
     try:
         with open(file, encoding="utf-8") as opened:
@@ -144,16 +171,19 @@ def _check_file(path: str, trust_remote_code: bool) -> None:
     if "auto_map" in values:
         if not trust_remote_code and kind not in CONFIG_MAPPING:
             raise ValueError(
-                f"{path} brings code of its own, which load() runs only with trust_remote_code=True"
+                f"{path} has code of its own, which load() runs only with trust_remote_code=True"
             )
     elif kind is None:
-        raise CorruptCheckpoint(f"{file} has no 'model_type', by which transformers finds a class")
+        raise CorruptCheckpoint(f"{file} has no 'model_type', which transformers needs")
     elif not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"{file}: this version of transformers has no model type {kind!r}")
+        raise ValueError(f"{file}: the installed transformers does not know model type {kind!r}")
 
 
 def quantization(path: str, settings: Any) -> str | None:
-    """By what method the weights are quantized, also those of a part of a composite model."""
+    """Return the method by which the weights, or a part of a composite model, are quantized.
+
+    Returns None if they are not quantized.
+    """
     parts = (settings, *(getattr(settings, key, None) for key in settings.sub_configs))
     for part in parts:
         found = getattr(part, "quantization_config", None)
@@ -164,7 +194,7 @@ def quantization(path: str, settings: Any) -> str | None:
 
 
 def _modelopt(file: str) -> str | None:
-    """What NVIDIA's ModelOpt wrote beside the weights, which transformers does not read."""
+    """Return the method in the file that NVIDIA's ModelOpt writes; transformers ignores it."""
     try:
         with open(file, encoding="utf-8") as opened:
             values = json.load(opened)

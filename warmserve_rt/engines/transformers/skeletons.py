@@ -1,4 +1,4 @@
-"""transformers modules without memory for their weights."""
+"""Builds transformers modules without memory for their weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,33 @@ _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.c
 def skeleton(
     config: Any, dtype: torch.dtype, *, auto_class: Any = AutoModelForCausalLM, **options: Any
 ) -> PreTrainedModel:
-    """A module in eval mode with its parameters on the meta device and its buffers filled.
+    """Return a module in eval mode with its parameters on the meta device and its buffers filled.
 
-    A buffer that transformers does not know how to fill is on the meta device too. Raises
-    ValueError, which names it, for a tensor there that is neither parameter nor buffer.
+    A buffer that transformers cannot fill stays on the meta device.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The configuration.
+    dtype : torch.dtype
+        The dtype that the module computes in.
+    auto_class : class of transformers
+        The class that builds the module.
+    **options
+        Further arguments of ``auto_class.from_config``.
+
+    Raises
+    ------
+    ValueError
+        The module has a tensor on the meta device that is neither a parameter nor a buffer; the
+        message names it.
     """
     with torch.device("meta"), _FillsNothing():
         module: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
-    # What a buffer holds is the constructor's business, which ran on meta. transformers' own
-    # loader refills buffers by initialising the module again with its parameters marked as done.
-    # A buffer that keeps what it held before is one that the initialisation forgot.
+    # The constructor fills buffers, but here it ran on meta. transformers' own loader refills
+    # buffers by initialising the module again with its parameters marked as initialised; we do the
+    # same, twice, with buffers full of 0 and then of 1. A buffer whose two results differ still has
+    # old content, so the initialisation does not fill it.
     for parameter in module.parameters():
         _mark_initialized(parameter)
     parts = {
@@ -44,14 +61,16 @@ def skeleton(
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 where = f"{path}.{name}".lstrip(".")
-                raise ValueError(f"{type(module).__name__} has {where!r}, a tensor but no buffer")
+                raise ValueError(
+                    f"{type(module).__name__} has {where!r}, a tensor that is not a buffer"
+                )
     untyped: Any = module
     untyped.eval()
     return module
 
 
 def _parents(name: str) -> list[str]:
-    """The paths of the modules that a tensor is in, from its owner to the outermost, ""."""
+    """Return the paths of the modules that contain a tensor, from its owner to the root, ""."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
@@ -62,9 +81,9 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 class _FillsNothing(TorchFunctionMode):
-    """Leaves out what would fill tensors without memory, a third of the time a module takes.
+    """Skips functions that fill tensors if the tensor is on meta; saves a third of the build time.
 
-    Of this thread alone, unlike transformers' `no_init_weights`, which patches torch's functions.
+    Affects only this thread. transformers' `no_init_weights` patches torch's functions for all.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,8 +102,8 @@ def _mark_initialized(thing: Any, done: bool = True) -> None:
 def _initialized(
     module: PreTrainedModel, parts: Container[nn.Module], start: int
 ) -> dict[str, torch.Tensor]:
-    """The buffers after transformers' initialisation of these parts, each on the CPU and first full
-    of `start`."""
+    """Fill all buffers with `start` on the CPU, initialise the parts as transformers does, and
+    return copies of the buffers."""
     for name, buffer in module.named_buffers(remove_duplicate=False):
         owner, leaf = _owner(module, name)
         owner._buffers[leaf] = torch.full_like(buffer, start, device="cpu")

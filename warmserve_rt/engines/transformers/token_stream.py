@@ -1,4 +1,4 @@
-"""Streams the tokens that a module generates to asyncio, under a lease that ends with them."""
+"""Streams generated tokens from a module to asyncio, under a lease for the generation's time."""
 
 from __future__ import annotations
 
@@ -55,26 +55,53 @@ def stream_tokens(
 ) -> AsyncGenerator[Any, None]:
     """Generate the continuation of one prompt, token by token, for ``async for``.
 
-    The first step waits for a lease on the module's model (at most ``timeout`` seconds, with
-    ``streaming`` as in `Runtime.lease`). ``module.generate`` then runs in a thread of its own, and
-    the lease ends with that thread. When the consumer goes away (its task is cancelled, it breaks
-    out of the loop, it calls ``aclose()``, its event loop is closed), generation stops after the
-    token that it computes. Cancelling and ``aclose()`` return when the thread has ended.
+    Parameters
+    ----------
+    runtime : Runtime
+        The runtime of the module's model.
+    module : PreTrainedModel
+        A module that `load` has returned.
+    inputs : tensor or mapping
+        Token ids of shape (1, n), or the result of a tokenizer.
+    tokenizer : tokenizer, optional
+        If given, the generator yields pieces of text of whole characters and words. Otherwise it
+        yields token ids.
+    timeout : float, optional
+        Seconds that the first step waits for the lease at most. Default: no limit.
+    streaming : bool
+        As in `Runtime.lease`.
+    buffer : int
+        Number of items that may wait for the consumer, at least 1. When the buffer is full the
+        generating thread waits, and holds the lease while it waits.
+    **generate
+        Arguments of ``module.generate``, such as ``max_new_tokens``.
 
-    Yields token ids, or pieces of text if there is a ``tokenizer``: a piece has whole characters
-    and words. ``inputs``: token ids, of shape (1, n), or what a tokenizer returns. ``buffer``:
-    tokens that may wait for the consumer; when there are so many the thread waits too, and the
-    lease with it. ``generate``: arguments of ``module.generate``, such as ``max_new_tokens``.
+    Yields
+    ------
+    int or str
 
-    Raises what acquiring a lease raises, and what ``generate`` raised, after the tokens before it;
-    ValueError for a module that is not bound to a runtime, several prompts, or a streamer.
+    Raises
+    ------
+    ValueError
+        The module is not bound to a runtime, there are several prompts, a streamer is given, or
+        ``buffer`` is below 1.
+    Other
+        The exceptions of acquiring a lease, and of ``module.generate`` after the tokens that it
+        generated before the error.
+
+    Notes
+    -----
+    The first step acquires a lease on the module's model. ``module.generate`` then runs in a thread
+    of its own, and the lease ends with that thread. If the consumer stops (its task is cancelled,
+    it breaks out of the loop, it calls ``aclose()``, its event loop is closed), generation stops
+    after the current token. Cancelling and ``aclose()`` return when the thread has ended.
     """
     if not hasattr(module, "warmserve_model"):
-        raise ValueError("the module is not bound to a runtime: make it with load()")
+        raise ValueError("module must be bound to a runtime: make it with load()")
     if buffer < 1:
         raise ValueError(f"buffer must be at least 1, got {buffer}")
     if "streamer" in generate:
-        raise ValueError("stream_tokens has a streamer of its own: do not pass one")
+        raise ValueError("streamer must be left out: stream_tokens has one of its own")
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and len(value) != 1:
@@ -112,7 +139,7 @@ async def _stream(
     )
     try:
         thread.start()
-    except BaseException:  # the thread would have released it
+    except BaseException:  # the thread that would release the lease did not start
         lease.release()
         raise
     try:
@@ -122,30 +149,30 @@ async def _stream(
         try:
             await channel.close()
         finally:  # also if the task was cancelled meanwhile
-            thread.join()  # its last act was to say that it is over
+            thread.join()  # short: finish() was the thread's last call
 
 
 class _Channel:
-    """A bounded queue from a thread to an event loop, which the loop may close."""
+    """A bounded queue from a thread to an event loop. The loop may close it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, size: int) -> None:
         self._loop = loop
         self._size = size
-        self._news = asyncio.Event()  # the loop's
-        self._room = threading.Condition()  # over all below
+        self._news = asyncio.Event()  # used by the loop's thread only
+        self._room = threading.Condition()  # protects the fields below
         self._items: deque[Any] = deque()
         self._over = False
         self._error: BaseException | None = None
         self.stopped = False
 
-    # By the thread.
+    # Called by the thread.
 
     def put(self, item: Any) -> None:
-        """Blocks while the queue is full. Drops the item if nobody will take it."""
+        """Append an item. Blocks while the queue is full; drops the item if the queue is closed."""
         with self._room:
             while len(self._items) >= self._size and not self.stopped:
                 self._room.wait(0.2)
-                self.stopped |= self._loop.is_closed()  # then nobody says so
+                self.stopped |= self._loop.is_closed()  # a closed loop cannot call close()
             if self.stopped:
                 return
             self._items.append(item)
@@ -162,10 +189,10 @@ class _Channel:
         except RuntimeError:  # the loop is closed
             self.stopped = True
 
-    # By the loop.
+    # Called by the loop.
 
     async def arrival(self) -> bool:
-        """Waits for an item. False: there are no more. Raises the thread's error, once."""
+        """Wait for an item. Return False after the last; raise the thread's error once."""
         while True:
             self._news.clear()
             with self._room:
@@ -184,7 +211,7 @@ class _Channel:
             return self._items.popleft()
 
     async def close(self) -> None:
-        """Stops the thread, and waits until it is over, also if the task is cancelled meanwhile."""
+        """Stop the thread and wait until it has finished, even if the task is cancelled."""
         with self._room:
             self.stopped = True
             self._room.notify()
@@ -212,7 +239,7 @@ class _Stopped(StoppingCriteria):
 
 
 class _Tokens(BaseStreamer):
-    """Token ids, but for the prompt, which comes first."""
+    """Forwards token ids; skips the prompt, which generate() puts first."""
 
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
@@ -220,7 +247,7 @@ class _Tokens(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if value.dim() > 1 and len(value) > 1:
-            raise ValueError(f"one sequence can be streamed, got {len(value)}")
+            raise ValueError(f"only one sequence can be streamed, got {len(value)}")
         if self._prompt:
             self._prompt = False
             return
@@ -232,7 +259,7 @@ class _Tokens(BaseStreamer):
 
 
 class _Text(TextStreamer):
-    """Pieces of text that later tokens do not change."""
+    """Forwards pieces of text that later tokens do not change."""
 
     def __init__(self, channel: _Channel, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,9 +1,9 @@
 """Weights in an arena: parameters and buffers that refuse to be overwritten, moved or converted.
 
-torch has many ways to do that, but few that all of them take. In-place methods, ``data``,
-``requires_grad``, copying and pickling belong to the tensor, so its class checks them. Conversions
-go through ``Module._apply`` and state through ``Module._load_from_state_dict``, so each part of a
-bound module has its own of those. No operation of a forward pass is slower.
+torch has many such operations, but they pass through few functions. In-place methods, ``data``,
+``requires_grad``, copying and pickling belong to the tensor, so a tensor class checks them.
+Conversions go through ``Module._apply`` and state through ``Module._load_from_state_dict``, so each
+part of a bound module overrides these two. No operation of a forward pass is slower.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GATES = "warmserve_rt.engines.torch.gates"
 
 
 class Home:
-    """The model whose memory a module's weights are, and what may be done with them."""
+    """The model whose memory holds a module's weights, and the checks of operations on them."""
 
     def __init__(self, runtime: Runtime, model: Model, *, writable: bool) -> None:
         self._runtime = runtime
@@ -38,7 +38,7 @@ class Home:
         self.writable = writable
 
     def check_leased(self, action: str) -> None:
-        """Raises StaleView while no lease holds the model."""
+        """Raise StaleView if no lease holds the model."""
         if self.model.native.leased == (False, 0):
             name = self.model.name
             raise StaleView(
@@ -46,16 +46,19 @@ class Home:
             )
 
     def check_writable(self, method: str) -> None:
-        """Raises TypeError if the weights are read-only, StaleView while they are not leased."""
+        """Raise TypeError if the weights are read-only, StaleView if they are not leased."""
         if not self.writable:
             raise TypeError(
                 f"the weights of {self.model.name!r} are read-only, and {method} would change "
-                "them: say load(..., writable=True), or work on a copy.deepcopy() of the module"
+                "them: pass writable=True to load(), or work on a copy.deepcopy() of the module"
             )
         self.check_leased("change its weights")
 
     def refuse(self, action: str, instead: str = "") -> TypeError:
-        """The error for something that would take weights out of the arena."""
+        """Return the error for an action that would take weights out of the arena.
+
+        ``instead`` names an alternative besides a copy, and ends in ", or ".
+        """
         return TypeError(
             f"{action} would take the weights of {self.model.name!r} out of the arena: "
             f"{instead}work on a copy.deepcopy() of the module"
@@ -63,19 +66,19 @@ class Home:
 
     @contextmanager
     def reading(self, action: str) -> Iterator[None]:
-        """Keeps the weights resident, if a lease holds them when it begins."""
+        """Keep the weights resident inside ``with``. Raises StaleView if no lease holds them."""
         self.check_leased(action)
         with self._runtime.lease(self.model):
             yield
 
 
 class _InArena:
-    """What parameters and other tensors in the arena have in common."""
+    """The methods that parameters and other tensors in the arena share."""
 
     home: Home
 
     def _plain(self) -> torch.Tensor:
-        """A copy that is an ordinary tensor."""
+        """Return a copy that is an ordinary tensor."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -106,7 +109,7 @@ class _InArena:
         if value and not self.home.writable:
             raise TypeError(
                 f"the weights of {self.home.model.name!r} are read-only and take no gradient: "
-                "say load(..., writable=True), or work on a copy.deepcopy() of the module"
+                "pass writable=True to load(), or work on a copy.deepcopy() of the module"
             )
         _base("requires_grad").__set__(self, value)
 
@@ -119,7 +122,7 @@ class _InArena:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         part: torch.Tensor = _base("__getitem__")(self, index)
-        # An index of integers or booleans makes a copy, which is the caller's.
+        # An index of integers or booleans makes an ordinary copy.
         shared = part.untyped_storage().data_ptr() == _storage(self)
         return _view(part, self.home) if shared else part
 
@@ -149,7 +152,7 @@ def _checked(name: str) -> Callable[..., Any]:
 
 
 def _in_place(name: str) -> bool:
-    """Whether a method of tensors changes the tensor that it is called on."""
+    """Return whether a method of tensors changes the tensor that it is called on."""
     operator = name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}")
     ends = name.endswith("_") and not name.startswith("_")
     return name == "__setitem__" or operator or (ends and name != "requires_grad_")
@@ -182,19 +185,28 @@ def _view(tensor: torch.Tensor, home: Home) -> torch.Tensor:
 
 
 def in_arena(tensor: torch.Tensor, home: Home, *, parameter: bool) -> torch.Tensor:
-    """The same memory as a parameter or another tensor that refuses what its home does not let."""
+    """Return the tensor's memory as a parameter or tensor that refuses what ``home`` refuses."""
     made: Any = torch.Tensor._make_subclass(ArenaParameter if parameter else ArenaTensor, tensor)
     made.home = home
     return made  # type: ignore[no-any-return]
 
 
 def protect(module: nn.Module, home: Home, names: Mapping[str, str]) -> None:
-    """Make each part of a module whose weights are in the arena refuse what would move them.
+    """Make each part of a module refuse operations that would move its weights out of the arena.
 
-    ``names``: the checkpoint's name of each parameter or buffer that is in it.
+    Parameters
+    ----------
+    module : nn.Module
+        A module whose weights are in the arena; it is changed in place.
+    home : Home
+        The model and its rules.
+    names : mapping of name to name
+        The checkpoint's name of each parameter or buffer that the checkpoint has.
 
-    A deep or pickled copy is an ordinary module with memory of its own and without gates. Making
-    one reads the weights, and so does `save_pretrained`; both raise StaleView without a lease.
+    Notes
+    -----
+    A deep or pickled copy is an ordinary module with memory of its own and without gates. Making a
+    copy reads the weights, and so does `save_pretrained`; both raise StaleView without a lease.
     """
     for part in module.modules():
         own = vars(part)
@@ -224,16 +236,16 @@ _OVERRIDDEN = {
 
 
 def _apply(part: Any, home: Home, change: Callable[[Any], Any], recurse: bool = True) -> Any:
-    """Converts what is not in the arena, if the conversion leaves the weights as they are."""
+    """Convert the tensors outside the arena. Refuses a conversion that would change the weights."""
     tensors: tuple[Any, ...] = (*part.parameters(recurse), *part.buffers(recurse))
     for tensor in tensors:
         if not isinstance(tensor, ArenaTensor | ArenaParameter):
             continue
-        # It has no elements, so nothing is read.
+        # We try the conversion on a tensor without elements, so no weight is read.
         probe: Any = torch.empty((0,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
         shared = probe.is_shared()
         if change(probe) is not probe or probe.is_shared() != shared:
-            raise home.refuse("converting or moving", "give load() the dtype, or ")
+            raise home.refuse("converting or moving", "pass dtype to load(), or ")
     return type(part)._apply(
         part, lambda tensor: tensor if isinstance(tensor, _InArena) else change(tensor), recurse
     )
@@ -274,9 +286,12 @@ def _save_pretrained(
     part: Any, home: Home, names: Mapping[str, str] | None, *arguments: Any, **options: Any
 ) -> Any:
     if any(isinstance(each, Experts) for each in part.modules()):
-        # transformers knows no names for experts apart but the checkpoint's own.
+        # For unstacked experts transformers accepts only the names of the checkpoint, and we know
+        # those of the whole module only.
         if names is None:
-            raise TypeError("the experts of this part have no names of their own: save the module")
+            raise TypeError(
+                "a part with unstacked experts cannot be saved alone: save the module instead"
+            )
         state = part.state_dict().items()
         found = {names[target]: tensor for target, tensor in state if target in names}
         options = {"state_dict": found, **options, "save_original_format": False}
@@ -294,4 +309,4 @@ def _resize_token_embeddings(
 
 
 def _tie_weights(*arguments: Any, **options: Any) -> None:
-    """Nothing: weights are tied as the checkpoint has them since the module was bound."""
+    """Do nothing: binding has tied the weights as the checkpoint has them."""

@@ -1,6 +1,7 @@
-"""Runs vLLM on weights in a runtime's memory: `--load-format warmserve`, by its plugin interface.
+"""A vLLM plugin that runs engines on weights in a runtime's memory (`--load-format warmserve`).
 
-Importing this needs neither vLLM nor torch. vLLM calls :func:`register` in each of its processes.
+Importing this package needs neither vLLM nor torch. vLLM calls :func:`register` in each of its
+processes.
 """
 
 from __future__ import annotations
@@ -16,18 +17,33 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "use"]
 
-TESTED = ("0.32",)  # release series
+TESTED = ("0.32",)  # release series of vLLM
 WORKER = "warmserve_rt.engines.vllm.worker.Worker"
 log = logging.getLogger(__name__)
 _registered = False
 
 
 def use(runtime: Runtime, device: str = "host") -> None:
-    """Makes a runtime the arena of this process's engines on ``device``.
+    """Make a runtime the arena of this process's engines on ``device``.
 
-    Engines in other processes cannot use it: they refuse to start, and this warns if vLLM would
-    start them so. Raises TypeError for anything but a Runtime, ValueError if the process has an
-    arena on ``device`` already, WarmServeError if the runtime is closed.
+    Engines in other processes cannot use the runtime and refuse to start. This function logs a
+    warning if vLLM would start engines in other processes.
+
+    Parameters
+    ----------
+    runtime : Runtime
+        An open runtime.
+    device : "host" or "cuda:N"
+        The device whose engines use the runtime.
+
+    Raises
+    ------
+    TypeError
+        ``runtime`` is not a Runtime.
+    ValueError
+        The process already has an arena on ``device``.
+    WarmServeError
+        The runtime is closed.
     """
     from . import arenas
 
@@ -35,9 +51,10 @@ def use(runtime: Runtime, device: str = "host") -> None:
 
 
 def register() -> None:
-    """Makes the load format and the sleep-mode backend known to vLLM; repeating it is harmless.
+    """Register the load format and the sleep-mode backend with vLLM. Idempotent.
 
-    Warns if vLLM is of a series with which this was not tested, naming both.
+    Logs a warning that names both versions if this package was not tested with the installed
+    release series of vLLM.
     """
     global _registered
     if _registered:
@@ -62,18 +79,18 @@ def register() -> None:
 def warn_untested(version: str) -> None:
     if version.removeprefix("v").split("+")[0].rsplit(".", 1)[0] not in TESTED:
         log.warning(
-            "vLLM %s: warmserve_rt was tested with vLLM %s; what the load format 'warmserve' "
-            "replaces may work otherwise there",
+            "vLLM %s: warmserve_rt was tested with vLLM %s only; the parts that the load format "
+            "'warmserve' replaces may differ in this version",
             version,
             ", ".join(f"{series}.*" for series in TESTED),
         )
 
 
 def warn_of_sleep_mode(arguments: list[str], *, on_cpu: bool) -> None:
-    """Explains vLLM's refusal of an option in the command line."""
+    """Log why vLLM refuses ``--enable-sleep-mode`` on a CPU, and the alternative."""
     if on_cpu and "--enable-sleep-mode" in arguments:
         log.warning(
             'vLLM refuses --enable-sleep-mode on a CPU ("Sleep mode is not supported on current '
-            'platform"): leave it out; with --worker-cls %s engines sleep and wake without it',
+            'platform"): remove the option; with --worker-cls %s engines sleep and wake without it',
             WORKER,
         )

@@ -1,4 +1,4 @@
-"""Keeps the arenas of a process: one for each device, which all its engines share."""
+"""The arenas of a process: one for each device, shared by all engines of the process."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ _changes = threading.Lock()
 
 
 class Arena:
-    """A runtime, and which engines use which of its models. Thread-safe.
+    """A runtime, with a count of the engines that use each of its models. Thread-safe.
 
-    ``asked``: the size with which it was made, if that is known.
+    Parameters
+    ----------
+    runtime : Runtime
+        The runtime that owns the memory.
+    asked : int or str, optional
+        The size that the arena was made with, if it is known.
     """
 
     def __init__(self, runtime: Runtime, asked: int | str | None = None) -> None:
@@ -53,7 +58,7 @@ class Arena:
         return self.runtime.snapshot().arena_bytes
 
     def is_of(self, size: int | str) -> bool:
-        """Whether an arena of ``size`` would be this one."""
+        """Return whether ``size`` is the size of this arena."""
         if size == self._asked:
             return True
         with suppress(ValueError):  # a share of the device's memory
@@ -61,11 +66,28 @@ class Arena:
         return False
 
     def add(self, entry: Entry, *, kept: bool = False) -> Weights:
-        """Registers an entry's weights, or joins the engines that have just these.
+        """Register an entry's weights, or share them with the engines that already use them.
 
-        ``kept``: they will never leave. Raises OutOfDeviceMemory, with nothing changed, where they
-        do not fit, or would leave too little room for another engine: what is admitted can always
-        be made resident again. FileNotFoundError: the entry was replaced meanwhile.
+        Parameters
+        ----------
+        entry : Entry
+            The processed weights.
+        kept : bool
+            The weights stay in the arena until the engine closes them.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            The weights do not fit, or would leave too little room for another engine.
+        FileNotFoundError
+            Another process has replaced the entry.
+
+        Notes
+        -----
+        Admitted weights can always be made resident again: the arena has room for all kept weights
+        plus the largest of the others.
+
+        Guarantee: strong (after an exception nothing has changed).
         """
         name = f"{entry.folder.name}-{entry.identity[:12]}"
         with self._lock, ExitStack() as undo:
@@ -102,7 +124,7 @@ class Arena:
             unit = snapshot.granule_bytes
             raise OutOfDeviceMemory(
                 f"{model.name!r} needs {granules[model.name] * unit} bytes, but of the arena's "
-                f"{snapshot.arena_bytes} engines without a leasing worker keep "
+                f"{snapshot.arena_bytes} bytes, engines without a leasing worker keep "
                 f"{sum(granules[name] for name in held - {model.name}) * unit}, and the largest of "
                 f"the others needs {largest * unit}: make the arena larger"
             )
@@ -115,11 +137,12 @@ class Arena:
             self._asleep[name] -= weights.asleep
             if not self._users[name]:
                 self._verified.discard(name)
-                if self.is_open:  # at the end of a process it may be closed before its engines
+                if self.is_open:  # at process exit the runtime may be closed before the engines
                     self.runtime.unregister(weights.model)
 
     def _sleep(self, weights: Weights) -> None:
-        """Evicts what is resident unless another engine with the same weights is awake."""
+        """Mark an engine asleep, and evict its weights unless another engine that shares them is
+        awake."""
         name = weights.model.name
         with self._lock:
             asleep = self._asleep[name] + (not weights.asleep)
@@ -159,21 +182,25 @@ class Weights:
 
     @property
     def digests(self) -> Mapping[str, list[int]]:
-        """By layer, of each granule as it was written (:func:`kernels.granule_digest`)."""
+        """For each layer, the digests of its granules as they were written to the cache
+        (:func:`kernels.granule_digest`)."""
         return self._entry.digests
 
     def prewarm(self) -> Ticket:
-        """Begins to bring in what is missing."""
+        """Start loading the missing layers, at foreground priority. Does not block."""
         return self.runtime.prewarm(self.model, priority=FOREGROUND)
 
     def hold(self) -> None:
-        """Leases them until :meth:`close`."""
+        """Lease the weights until :meth:`close`. Blocks until they are resident."""
         if self._hold is None:
             self._hold = self.runtime.lease(self.model).acquire()
 
     def verify(self) -> None:
-        """Waits for each layer and compares what arrived with what was written, once in a process.
-        Raises CorruptCheckpoint, where the entry is forgotten, and what loading raises."""
+        """Wait for each layer and compare its bytes with those written, once in a process.
+
+        Raises CorruptCheckpoint, after the entry was discarded, if a layer differs. Errors of
+        loading pass through.
+        """
         if self.arena._is_verified(self.model.name):
             return
         layer = self.differing()
@@ -186,8 +213,10 @@ class Weights:
         self.arena._mark_verified(self.model.name)
 
     def differing(self) -> LayerSpec | None:
-        """Leases all, and returns the first layer that is not as it was written, if there is one.
-        Raises what loading raises."""
+        """Lease the weights and return the first layer that differs from the written one, or None.
+
+        Blocks until the layers are resident. Errors of loading pass through.
+        """
         same_granules = self.runtime.snapshot().granule_bytes == GRANULE
         with self.runtime.lease(self.model, streaming=True) as lease:
             for layer in self.model.layers:
@@ -198,24 +227,25 @@ class Weights:
 
     def _digest(self, layer: int, same_granules: bool) -> list[int]:
         if same_granules:
-            with suppress(WarmServeError):  # no kernels for this device
+            with suppress(WarmServeError):  # without kernels for this device we read back below
                 return [int(each) for each in self.runtime.digest(self.model, layer)]
         return [int(x) for x in granule_digest(self.runtime.read_back(self.model, layer), GRANULE)]
 
     def sleep(self) -> None:
-        """Leaves the arena to others once all engines with these weights sleep. Told again, it
-        evicts what came in meanwhile: by a prewarm or by whatever took a lease.
+        """Evict the weights once all engines that share them sleep.
 
-        Raises Busy, with nothing changed, during a step and if the weights are kept."""
+        A repeated call evicts layers that a prewarm or a lease has loaded meanwhile. Raises Busy,
+        with nothing changed, during a step and if the weights are kept.
+        """
         self.arena._sleep(self)
 
     def wake(self) -> None:
-        """Returns when all weights are resident."""
+        """Load the missing layers. Blocks until all weights are resident."""
         self.prewarm().wait()
         self.arena._wake(self)
 
     def close(self) -> None:
-        """Gives the room back; idempotent. Raises Busy while a step runs."""
+        """Release the weights' memory in the arena. Idempotent. Raises Busy while a step runs."""
         if self._hold is not None:
             self._hold.release()
             self._hold = None
@@ -226,42 +256,61 @@ class Weights:
 
 
 def use(runtime: Runtime, device: str = "host") -> None:
-    """Implements :func:`warmserve_rt.engines.vllm.use`."""
+    """Implement :func:`warmserve_rt.engines.vllm.use`."""
     if not isinstance(runtime, Runtime):
         raise TypeError(f"runtime must be a warmserve_rt.Runtime, got {runtime!r}")
     if not isinstance(device, str):
         raise TypeError(f"device must be 'host' or 'cuda:N', got {device!r}")
     made = Arena(runtime)
     if not made.is_open:
-        raise WarmServeError("runtime must be open, got one that is closed")
+        raise WarmServeError("runtime must be open, got a closed runtime")
     with _changes:
         _forget_parents()
         if device in _arenas:
-            raise ValueError(f"this process has an arena on {device!r} already")
+            raise ValueError(f"this process already has an arena on {device!r}")
         _arenas[device] = made
         processes.forget_strangers()
         processes.mark(device)
     if processes.starts_engines_elsewhere():
         log.warning(
             "use(runtime): vLLM starts engines in other processes, which cannot use a runtime of "
-            "this one; set %s=0 before an engine starts",
+            "this process; set %s=0 before an engine starts",
             processes.SWITCH,
         )
 
 
 def find(device: str) -> Arena | None:
-    """Returns this process's arena on a device, if it has one that is open."""
+    """Return this process's open arena on a device, or None."""
     with _changes:
         _forget_parents()
         return _arenas.get(device)
 
 
 def obtain(device: str, size: int | str | None, entry: Entry | None = None) -> Arena | None:
-    """Returns this process's arena on a device. If there is none it is made now, of ``size`` or as
-    large as an entry; without either None is returned.
+    """Return this process's arena on a device; make it if it does not exist.
 
-    Raises ValueError for a size that differs from that of the arena, WarmServeError if the arena
-    is a runtime of another process, and what :class:`Runtime` raises.
+    Parameters
+    ----------
+    device : "host" or "cuda:N"
+        The device.
+    size : int or str, optional
+        The size of the arena: bytes, a size, or a share of the device's memory.
+    entry : Entry, optional
+        If ``size`` is None, a new arena is as large as this entry's weights.
+
+    Returns
+    -------
+    Arena or None
+        None if no arena exists and both ``size`` and ``entry`` are None.
+
+    Raises
+    ------
+    ValueError
+        The arena exists and has another size.
+    WarmServeError
+        The runtime for this device is in another process.
+    Other
+        Everything that :class:`Runtime` raises.
     """
     with _changes:
         _forget_parents()
@@ -269,8 +318,8 @@ def obtain(device: str, size: int | str | None, entry: Entry | None = None) -> A
         if found is not None:
             if size is not None and not found.is_of(size):
                 raise ValueError(
-                    f"arena must be left out or {found.nbytes}, the bytes of this process's arena "
-                    f"on {device!r}, which all its engines share; got {size!r}"
+                    f"arena must be left out or be {found.nbytes}, the bytes of this process's "
+                    f"arena on {device!r}, which all its engines share; got {size!r}"
                 )
             return found
         processes.refuse_if_marked(device)
@@ -289,7 +338,10 @@ def _needed(entry: Entry | None) -> int:
 
 
 def _forget_parents() -> None:
-    """Drops arenas that cannot be used: in a forked child the parent's, and those closed."""
+    """Drop arenas that cannot be used: closed ones and, in a forked child, those of the parent.
+
+    The caller holds ``_changes``.
+    """
     global _owner
     if _owner != os.getpid():
         _owner = os.getpid()

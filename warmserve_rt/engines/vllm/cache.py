@@ -1,8 +1,8 @@
-"""Stores an engine's processed weights on the disk: written once, found again, never half of them.
+"""A cache on disk of an engine's processed weights. An entry is either complete or absent.
 
-An entry is a folder with a manifest, which names its two files; they are found by it alone. All
-files are written under new names and the manifest is renamed last, so a writer that is killed or
-meets a full disk leaves the entry as it was. Writers take turns by a lock.
+An entry is a folder with a manifest and two files. Readers find the files only through the
+manifest. A writer gives all files new names and renames the manifest last, so a writer that is
+killed or meets a full disk leaves the old entry intact. A lock file serialises writers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .entries import LOCK, MANIFEST, explained, open_for_use, prune, remove_unus
 
 __all__ = ["Cache", "Entry", "Key", "discard", "open_for_use"]
 
-FORMAT = 1  # to be raised when a manifest means something else
-GRANULE = 2 << 20  # bytes that a digest is of
+FORMAT = 1  # raise when the meaning of the manifest changes
+GRANULE = 2 << 20  # bytes covered by one digest
 PAGE = 4096
 _UNUSUAL = re.compile(r"[^\w.+-]")
-_NAME_LENGTH = 50  # characters, of four bytes at most: a folder's name has 255
+_NAME_LENGTH = 50  # characters of at most 4 bytes; the name of a folder may have 255 bytes
 _NAMES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -60,8 +60,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Key:
-    """Says what processed weights are of. ``place`` tells entries apart (model, dtype, shard);
-    an entry is stale if ``content`` has changed."""
+    """The identity of processed weights.
+
+    ``place`` distinguishes entries (model, dtype, shard). An entry is stale if ``content`` has
+    changed.
+    """
 
     name: str
     place: Mapping[str, Any]
@@ -70,22 +73,32 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """Complete processed weights. ``state`` lacks the parameters, which are in the file
-    ``weights``; ``digests``: by layer, of each granule as a runtime lays it out."""
+    """Complete processed weights.
+
+    The parameters are in the file ``weights``; ``state`` has everything else. ``digests`` has, for
+    each layer, a digest of each granule as a runtime lays it out.
+    """
 
     folder: Path
     weights: Path
     state: State = field(compare=False)
     digests: Mapping[str, list[int]]
-    identity: str  # of the content
+    identity: str  # a digest of the digests
 
 
 class Cache:
-    """Entries under one folder. Raises OSError, naming folder and option, if it cannot be used.
+    """The entries under one folder.
 
-    ``limit``: bytes of all entries, or None for no limit. Before a new one is written, those that
-    no engine has are removed, the least recently used first, until it fits. An entry that is larger
-    by itself is written all the same.
+    Methods raise OSError, which names the folder and the option, if the folder cannot be used.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    limit : int, optional
+        Bytes of all entries. Before a new entry is written, entries that no engine uses are
+        removed, least recently used first, until the new one fits. An entry that is larger than the
+        limit is written nevertheless. Default: no limit.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
@@ -96,8 +109,10 @@ class Cache:
         return self.root / f"{re.sub(_UNUSUAL, '_', key.name)[:_NAME_LENGTH]}-{place[:12]}"
 
     def find(self, key: Key) -> Entry | None:
-        """Returns the entry if it has just this content and is whole. The parameters' bytes are not
-        read: they are compared with :attr:`Entry.digests` when they are."""
+        """Return the entry if it is complete and has the content of ``key``, otherwise None.
+
+        This does not read the parameters. Compare them with :attr:`Entry.digests` after loading.
+        """
         folder = self.folder(key)
         try:
             with explained("read", self.root, missing=True):
@@ -109,10 +124,12 @@ class Cache:
             return None
 
     def write(self, key: Key, state: State) -> Entry:
-        """Writes an entry, or finds the one that another process has written meanwhile.
+        """Write an entry, or return the entry that another process has written meanwhile.
 
-        Raises OSError, saying how many bytes it needs, if they cannot be written; the entry that
-        was there is then as it was.
+        Blocks while another process writes the same entry. Raises OSError, which names the bytes
+        needed, if the entry cannot be written.
+
+        Guarantee: strong (after an exception the old entry is intact).
         """
         folder = self.folder(key)
         needs = sum(each.nbytes for each in state.parameters.values())
@@ -120,7 +137,7 @@ class Cache:
             os.utime(folder / LOCK)
             if found := self.find(key):
                 return found
-            remove_unused(folder, _named(folder))  # of earlier contents and of killed writers
+            remove_unused(folder, _named(folder))  # left by earlier contents and killed writers
             self._make_room(needs, folder)
             try:
                 _write(folder, key, state)
@@ -145,17 +162,20 @@ class Cache:
 
 
 def discard(entry: Entry, reason: object) -> None:
-    """Forgets an entry whose content is not what it should be, unless it was replaced meanwhile."""
+    """Discard an entry with wrong content, unless another process has replaced it meanwhile.
+
+    Logs ``reason``. The next start writes the entry again.
+    """
     with explained("replace an entry of", entry.folder), locked(entry.folder / LOCK):
         if entry.weights.name in _named(entry.folder):
-            log.warning("%s: the cached weights are to be made again: %s", entry.folder, reason)
+            log.warning("%s: the cached weights will be rebuilt: %s", entry.folder, reason)
             (entry.folder / MANIFEST).unlink()
 
 
 def _read(folder: Path, key: Key) -> Entry:
     manifest = json.loads((folder / MANIFEST).read_text())
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError("a manifest of another format")
+        raise ValueError("the manifest has another format")
     if manifest.pop("digest", None) != _digest_of(manifest):
         raise ValueError("the manifest was changed")
     wanted = json.loads(json.dumps({"place": dict(key.place), "content": dict(key.content)}))
@@ -166,13 +186,13 @@ def _read(folder: Path, key: Key) -> Entry:
             for name in wanted[part].keys() | manifest["key"][part].keys()
             if wanted[part].get(name) != manifest["key"][part].get(name)
         ]
-        raise ValueError(f"they are of another {', '.join(sorted(changed))}")
+        raise ValueError(f"they were made for another {', '.join(sorted(changed))}")
     weights, private = folder / manifest["weights"], folder / manifest["private"]
     if weights.stat().st_size != manifest["weights_bytes"]:
-        raise ValueError(f"{weights.name} has another size than it was written with")
+        raise ValueError(f"{weights.name} does not have the size that was written")
     content = private.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest["private_sha256"]:
-        raise ValueError(f"{private.name} is not as it was written")
+        raise ValueError(f"{private.name} differs from what was written")
     state = State(
         private=load(content),
         aliases=manifest["aliases"],
@@ -212,15 +232,16 @@ def _write(folder: Path, key: Key, state: State) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes row-major tensors one after the other, the first at the start of a page, so that they
-    are aligned for readers that map the file. No second copy of them is made.
+    """Write row-major tensors to a safetensors file, without a second copy of them in memory.
 
-    Raises ValueError for a dtype that the format has no name for."""
+    The first tensor starts at a page boundary, so that readers can map the file aligned. The file
+    is synced. Raises ValueError for a dtype that the format cannot represent.
+    """
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
-            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors cannot hold")
+            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors cannot represent")
         offsets = [end, end := end + tensor.nbytes]
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
@@ -238,7 +259,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def layer_digest(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> list[int]:
-    """Returns a digest of each granule of a layer as a runtime holds it, with zeros between its
+    """Return a digest of each granule of a layer as a runtime lays it out, with zeros between
     tensors."""
     whole = np.zeros(layer.nbytes, np.uint8)
     for spec in layer.tensors:
@@ -252,7 +273,7 @@ def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _named(folder: Path) -> set[str]:
-    """Returns the files of the folder that make its entry."""
+    """Return the names of the files that belong to the folder's entry."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return {MANIFEST, str(manifest["weights"]), str(manifest["private"])}

@@ -1,6 +1,6 @@
-"""``warmserve-rt cache list | prune``: shows and clears the cache of processed weights.
+"""``warmserve-rt cache list | prune``: show and clear the cache of processed weights.
 
-This needs neither vLLM nor torch.
+This module needs neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -68,17 +68,20 @@ def show(cache: Folder = None) -> None:
 def clear(
     keep: Annotated[
         str | None,
-        typer.Option(help=f"Until the rest takes at most this, as '20GiB'. ({DEFAULT_LIMIT})"),
+        typer.Option(
+            help=f"Remove until the rest takes at most this, such as '20GiB'. ({DEFAULT_LIMIT})"
+        ),
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option(help="Those last used longer ago, as '12h', '30d' or '2w'.")
+        str | None,
+        typer.Option(help="Remove entries last used longer ago than this: '12h', '30d', '2w'."),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all entries.")] = False,
     cache: Folder = None,
 ) -> None:
     """Remove entries that no engine uses, the least recently used first."""
     if sum((keep is not None, older_than is not None, everything)) > 1:
-        raise typer.BadParameter("choose one of --keep, --older-than and --all")
+        raise typer.BadParameter("give at most one of --keep, --older-than and --all")
     age = None if older_than is None else _seconds(older_than)
     try:
         root = root_of(cache)
@@ -94,14 +97,14 @@ def clear(
 
 
 def report(entries: list[Stored], verb: str) -> None:
-    """Prints how many entries were treated so, and their size."""
+    """Print the verb, the number of entries and their size."""
     count = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
     total = size_text(sum(each.nbytes for each in entries))
     _console().print(f"{verb} {count}: {total}", soft_wrap=True)
 
 
 def size_text(nbytes: int) -> str:
-    """Returns bytes in the largest unit of which there is at least one."""
+    """Return bytes in the largest binary unit that does not exceed them."""
     for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= factor:
             return f"{nbytes / factor:.1f} {unit}"
@@ -112,7 +115,7 @@ def _limit(keep: str | None, root: Path) -> int:
     if keep is None:
         return bytes_of_limit(DEFAULT_LIMIT, root)
     try:
-        if keep.strip().isdecimal():  # a plain number, which a shell hands on as text
+        if keep.strip().isdecimal():  # a plain number of bytes; the shell passes it as text
             return parse_bytes(int(keep))
         return bytes_of_limit(keep, root, "--keep")
     except ValueError as error:
@@ -136,7 +139,7 @@ def _age(seconds: float) -> str:
 
 
 def _plain(text: object) -> str:
-    """Returns a text as the terminal can print it, without control characters."""
+    """Return a text that the terminal can print, without control characters."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = str(text).encode(encoding, "replace").decode(encoding)
     return "".join(each if each.isprintable() else "?" for each in shown)

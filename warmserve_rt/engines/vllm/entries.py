@@ -1,7 +1,7 @@
 """Finds, measures and removes the entries of a cache of processed weights.
 
-This needs neither vLLM nor torch. A folder is an entry if it holds a lock and nothing but files of
-the names that :mod:`.cache` writes; nothing else is ever removed.
+This module needs neither vLLM nor torch. A folder is an entry if it has a lock file and all its
+files have names that :mod:`.cache` writes. No other folder or file is ever removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from warmserve_rt._cache_dir import acquire, cache_dir
 from warmserve_rt._units import parse_bytes
 
 MANIFEST, LOCK = "manifest.json", "lock"
-DEFAULT_LIMIT = "50%"  # of the file system
+DEFAULT_LIMIT = "50%"  # of the file system's size
 OPTION = 'option "cache" of model_loader_extra_config'
 _FILES = re.compile(r"manifest(-[0-9a-f]+)?\.json|(weights|private)-[0-9a-f]+\.safetensors|lock")
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*%", re.ASCII)
@@ -31,8 +31,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Stored:
-    """An entry as it lies on the disk. ``used``: seconds since the epoch. ``model`` and ``dtype``
-    are empty if there is no manifest: a writer was killed, or writes now."""
+    """An entry on disk.
+
+    ``used`` is the time of the last use, in seconds since the epoch. ``model`` and ``dtype`` are
+    empty if the manifest is missing, because a writer was killed or is still writing.
+    """
 
     folder: Path
     model: str
@@ -43,8 +46,11 @@ class Stored:
 
 @dataclass
 class Pruned:
-    """``busy``: entries that were to be removed but are in use; ``errors``: those that could not
-    be removed."""
+    """The result of :func:`prune`.
+
+    ``busy`` has entries that were kept because they are in use; ``errors`` has the errors of
+    removals that failed.
+    """
 
     removed: list[Stored] = field(default_factory=list)
     busy: list[Stored] = field(default_factory=list)
@@ -52,9 +58,9 @@ class Pruned:
 
 
 def root_of(cache: str | os.PathLike[str] | None) -> Path:
-    """Returns the folder of the option "cache"; by default one in the user's cache.
+    """Return the folder of the option "cache"; the default is a folder in the user's cache.
 
-    Raises OSError, naming the option, if there is no home to put it in.
+    Raises OSError, which names the option, if the user has no home directory.
     """
     try:
         return cache_dir() / "vllm" if cache is None else Path(cache).expanduser()
@@ -63,9 +69,21 @@ def root_of(cache: str | os.PathLike[str] | None) -> Path:
 
 
 def bytes_of_limit(limit: int | str, root: Path, name: str = "cache_limit") -> int:
-    """Returns the bytes of a size, or of a share such as "50%" of the file system of ``root``.
+    """Return the bytes of a limit.
 
-    Raises ValueError, beginning with ``name``, for anything else.
+    Parameters
+    ----------
+    limit : int or str
+        Bytes, a size such as "200GiB", or a share such as "50%" of the file system of ``root``.
+    root : Path
+        The cache's folder. It need not exist.
+    name : str
+        The name of the option, for the error message.
+
+    Raises
+    ------
+    ValueError
+        The limit is none of these. The message begins with ``name``.
     """
     share = _PERCENT.fullmatch(limit.strip()) if isinstance(limit, str) else None
     if share is not None and float(share[1]) <= 100:
@@ -82,7 +100,7 @@ def bytes_of_limit(limit: int | str, root: Path, name: str = "cache_limit") -> i
 
 
 def stored(root: Path) -> list[Stored]:
-    """Returns all entries, the least recently used first. Raises OSError if they cannot be read."""
+    """Return all entries, least recently used first. Raises OSError if ``root`` cannot be read."""
     with explained("read", root):
         try:
             folders = [each for each in root.iterdir() if not each.is_symlink() and each.is_dir()]
@@ -93,25 +111,27 @@ def stored(root: Path) -> list[Stored]:
 
 
 def in_use(entry: Stored) -> bool:
-    """Whether an engine of any process has the entry's weights, or a process writes it. False if
-    the folder's locks cannot be opened."""
+    """Return whether an engine of any process uses the entry's weights or a process writes it.
+
+    Returns False if the folder's locks cannot be opened. Does not block.
+    """
     with suppress(OSError), _unused(entry.folder) as free:
         return not free
     return False
 
 
 def remove(entry: Stored) -> bool:
-    """Removes an entry; returns False, with nothing removed, if it is in use.
+    """Remove an entry; return False, with nothing removed, if it is in use.
 
-    Raises OSError, naming the folder, if it cannot be removed.
+    Raises OSError, which names the folder, if the entry cannot be removed.
     """
     with explained("remove an entry of", entry.folder), _unused(entry.folder) as free:
         if not free:
             return False
-        # Without its manifest an entry is not found any more.
+        # The manifest goes first, so that no reader finds a half-removed entry; the lock last.
         for name in sorted(_names(entry.folder), key=lambda each: (each == LOCK, each != MANIFEST)):
             (entry.folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # a process that waited for the lock has made it again
+    with suppress(OSError):  # a process that waited for the lock may have made files again
         entry.folder.rmdir()
     return True
 
@@ -123,10 +143,32 @@ def prune(
     used_before: float | None = None,
     spare: Path | None = None,
 ) -> Pruned:
-    """Removes entries that are not in use, the least recently used first, but ``spare``.
+    """Remove entries that are not in use, least recently used first.
 
-    ``keep``: until the rest has at most so many bytes. ``used_before``: those last used before that
-    time. With neither it removes all. Raises OSError if the folder cannot be read.
+    Parameters
+    ----------
+    root : Path
+        The cache's folder.
+    keep : int, optional
+        Stop when the remaining entries have at most this many bytes.
+    used_before : float, optional
+        Remove only entries last used before this time, in seconds since the epoch.
+    spare : Path, optional
+        The folder of an entry that is not removed.
+
+    Returns
+    -------
+    Pruned
+        The removed entries, those in use, and the errors of removals.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be read.
+
+    Notes
+    -----
+    Without ``keep`` and ``used_before`` all entries are removed.
     """
     found = stored(root)
     total = sum(each.nbytes for each in found)
@@ -148,10 +190,11 @@ def prune(
 
 
 def open_for_use(weights: Path) -> int:
-    """Keeps a file of weights from being removed until this descriptor is closed, and notes the
-    use. A runtime reads the file again whenever its layers return.
+    """Protect a file of weights from removal until the returned descriptor is closed.
 
-    Raises FileNotFoundError if it was removed, and OSError, naming the option, if it is unreadable.
+    Also records the time of use. The file is needed as long as the weights are registered, because
+    a runtime reads it again when it reloads evicted layers. Raises FileNotFoundError if the file
+    was removed, and OSError, which names the option, if it is unreadable.
     """
     with explained("read", weights.parent, missing=True):
         descriptor = os.open(weights, os.O_RDONLY | os.O_CLOEXEC)
@@ -160,14 +203,16 @@ def open_for_use(weights: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-    with suppress(OSError):  # a folder that cannot be written serves as well
+    with suppress(OSError):  # a read-only folder can be used too
         os.utime(weights.parent / LOCK)
     return descriptor
 
 
 def remove_unused(folder: Path, kept: set[str]) -> None:
-    """Removes the files of an entry that are not ``kept`` and not in use. The caller holds its
-    lock."""
+    """Remove the files of an entry that are not in ``kept`` and not in use.
+
+    The caller holds the entry's lock.
+    """
     for name in _names(folder):
         if name in kept or name == LOCK:
             continue
@@ -180,9 +225,18 @@ def remove_unused(folder: Path, kept: set[str]) -> None:
 def explained(
     doing: str, folder: Path, *, needs: int | None = None, missing: bool = False
 ) -> Iterator[None]:
-    """Says of an OSError, once, what was tried in which folder and which option names another.
+    """Extend the message of an OSError by the action, the folder and the option, once.
 
-    ``missing``: FileNotFoundError passes unchanged.
+    Parameters
+    ----------
+    doing : str
+        The action, as in "cannot {doing} the cache".
+    folder : Path
+        The folder that the action was on.
+    needs : int, optional
+        Bytes that the action needs.
+    missing : bool
+        Let FileNotFoundError pass unchanged.
     """
     try:
         yield
@@ -201,7 +255,10 @@ def explained(
 
 @contextmanager
 def _unused(folder: Path) -> Iterator[bool]:
-    """Holds an entry's locks and yields True; yields False if another process has one of them."""
+    """Take an entry's locks and yield True, or yield False if another process has one of them.
+
+    Does not block.
+    """
     held: list[int] = []
     try:
         held.append(acquire(folder / LOCK, wait=False))
@@ -226,7 +283,7 @@ def _look_at(folder: Path) -> Stored | None:
             return None
         facts = [(folder / name).stat(follow_symlinks=False) for name in names]
         used = (folder / LOCK).stat().st_mtime
-    except OSError:  # removed meanwhile, or of another user
+    except OSError:  # removed meanwhile, or owned by another user
         return None
     place = _place(folder)
     model, dtype = (str(place.get(name, "")) for name in ("model", "dtype"))
@@ -238,7 +295,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _place(folder: Path) -> dict[str, Any]:
-    """Returns what the manifest says the weights are of, or nothing if it is missing or damaged."""
+    """Return the manifest's ``place``, or {} if the manifest is missing or damaged."""
     try:
         place = json.loads((folder / MANIFEST).read_text())["key"]["place"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""What an engine's processed weights depend on."""
+"""The cache key of an engine's processed weights: everything that they depend on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".json")
 
 
 def key_of(vllm_config: Any, model_config: Any) -> Key:
-    """The key of this rank's shard. To be called in the worker, where ranks are known."""
+    """Return the key of this rank's shard. Call it in the worker, which knows its rank."""
     source = model_config.model_weights or model_config.model
     folder = Path(source)
     parallel, stages = vllm_config.parallel_config, get_pp_group()
@@ -58,8 +58,10 @@ def _device(vllm_config: Any) -> str:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """Name, size and time of each file that weights could come from; of a model that vLLM fetches
-    itself none, and its revision has to do."""
+    """Return name, size and modification time of each file that the weights may depend on.
+
+    Returns [] for a model that vLLM downloads itself; only its revision identifies its content.
+    """
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if path.suffix in _WEIGHTS)

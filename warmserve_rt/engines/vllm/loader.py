@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
     """Builds a model on the meta device and makes views of the process's arena its parameters.
 
-    What is in the arena is what vLLM itself computes with, as its default loader and its processing
-    left it; the first start of a model writes that to the cache. On a CPU, weights are not packed
-    into private copies, as vLLM else does.
+    The arena has the weights in the form that vLLM computes with, after its default loader and its
+    processing. The first start of a model writes them to the cache in this form. On a CPU, vLLM
+    normally packs weights into private copies; this loader prevents that.
     """
 
     def __init__(self, load_config: Any) -> None:
@@ -64,27 +64,38 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         raise NotImplementedError(
-            "load format warmserve: weights in an arena are read-only; load the other model as an "
+            "load format warmserve: weights in an arena are read-only; load the other model in an "
             "engine of its own"
         )
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
-        """Bytes of the arena, which vLLM is not to count as its own. One that is to be as large as
-        its first model is not there yet, and vLLM then sees it as that model's weights."""
+        """Return the bytes of the arena, which vLLM must not count as its own memory.
+
+        Returns 0 if the arena is to be as large as its first model, because it does not exist yet.
+        vLLM then counts it as that model's weights.
+        """
         arena = arenas.obtain(self._device(vllm_config), self.options.arena)
         return 0 if arena is None else arena.nbytes
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
-        """The model, with all its weights there unless ``gated``, and their
-        :class:`arenas.Weights` as ``warmserve_weights``.
+        """Return the model, bound to weights in the arena.
 
-        Raises ValueError for what cannot be served so, naming it; OutOfDeviceMemory where the arena
-        has no room; OSError where the cache cannot be written.
+        All weights are resident unless ``gated``. The model's ``warmserve_weights`` is their
+        :class:`arenas.Weights`.
+
+        Raises
+        ------
+        ValueError
+            The model or an option is not supported; the message names it.
+        OutOfDeviceMemory
+            The arena has too little room.
+        OSError
+            The cache cannot be used.
         """
         eager = vllm_config.model_config.enforce_eager
         if self.options.gated and not eager:
             raise ValueError("load format warmserve: gated=True needs enforce_eager=True")
-        arenas.obtain(self._device(vllm_config), None)  # refuses before anything is processed
+        arenas.obtain(self._device(vllm_config), None)  # may raise, so before costly processing
         root = root_of(self.options.cache)
         cache = Cache(root, bytes_of_limit(self.options.cache_limit, root))
         key = key_of(vllm_config, model_config)
@@ -117,7 +128,8 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
             weights.prewarm()
             return weights
 
-        # Arena and weights come while the module is built, which needs neither.
+        # A second thread makes the arena and starts loading while this one builds the module, which
+        # needs neither.
         with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
             coming = beside.submit(bring_in)
             undo.callback(_close, coming)
@@ -126,8 +138,8 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
             self._give(model, weights, vllm_config, model_config, entry.state)
             if not leasing:
                 log.warning(
-                    "load format warmserve: %s stays in the arena for good, for its engine's "
-                    "worker takes no leases: say worker_cls=%r",
+                    "load format warmserve: %s stays in the arena until its engine ends, because "
+                    "the engine's worker takes no leases: pass worker_cls=%r",
                     weights.model.name,
                     WORKER,
                 )
@@ -142,7 +154,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         return model
 
     def _built(self, vllm_config: Any, model_config: Any, prefix: str, state: State) -> nn.Module:
-        """The module, with parameters on the meta device."""
+        """Return the module with its parameters on the meta device."""
         with set_default_torch_dtype(model_config.dtype):
             with torch.device("meta"):
                 model: nn.Module = initialize_model(
@@ -150,7 +162,8 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
                 )
             bind_private(model, state)
             if _device_type(vllm_config) == "cpu":
-                # Of parameters on meta vLLM makes no packed copies, and needs no values.
+                # We process before binding: vLLM makes no packed copies of parameters on meta, and
+                # the processing needs no values.
                 refuse_unsupported(model, on_cpu=True)
                 _process(model, model_config, vllm_config)
         return model.eval()
@@ -175,8 +188,8 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         refuse_meta(model)
 
     def _processed(self, vllm_config: Any, model_config: Any, prefix: str) -> State:
-        """What vLLM's default loader and its processing make of the checkpoint."""
-        scratch = copy.copy(vllm_config)  # a second model of that name may not be known to it
+        """Load and process the checkpoint as vLLM does, and return the resulting state."""
+        scratch = copy.copy(vllm_config)  # the config must not register the model's layers twice
         scratch.compilation_config = copy.copy(vllm_config.compilation_config)
         scratch.compilation_config.static_forward_context = {}
         scratch.compilation_config.static_all_moe_layers = []
@@ -202,7 +215,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         return DefaultModelLoader(plain)
 
     def _device(self, vllm_config: Any) -> str:
-        """The name of vLLM's device as a runtime has it."""
+        """Return the runtime's name of the device."""
         if self.options.device is not None:
             return self.options.device
         if vllm_config.device_config.device_type == "cpu":
@@ -220,21 +233,27 @@ def _device_type(vllm_config: Any) -> str:
 
 
 def _process(model: nn.Module, model_config: Any, vllm_config: Any) -> None:
-    """vLLM's processing of weights that the first start has processed. What is tied was settled
-    then, and the names say it."""
+    """Run vLLM's processing on weights that the first start has already processed.
+
+    Tying is disabled, because the first start has decided it and the state's aliases record it.
+    """
     settled = copy.copy(model_config)
     settled.word_embeddings_untied_by_checkpoint = False
     process_weights_after_loading(model, settled, torch.device(vllm_config.device_config.device))
 
 
 def has_leasing_worker(vllm_config: Any) -> bool:
-    """Whether the engine's worker takes a lease around each step."""
+    """Return whether the engine's worker takes a lease around each step."""
     worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     return bool(getattr(worker, "warmserve_leases", False))
 
 
 def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
-    """After a gated forward pass vLLM reads the output embedding without calling its module."""
+    """Make each forward pass wait for all layers when it ends.
+
+    After a gated forward pass vLLM reads the output embedding without calling its module, so no
+    gate would wait for it.
+    """
 
     on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors("torch").values())
 
@@ -252,8 +271,8 @@ def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
 
 
 def refuse_unsupported(model: nn.Module, *, on_cpu: bool) -> None:
-    """Raises ValueError, which names it, for a part whose processing makes something else of its
-    weights than tensors that can be bound again."""
+    """Raise ValueError, which names the part, if vLLM's processing of a part turns its weights into
+    something other than tensors that can be bound again."""
     for name, part in model.named_modules():
         method = getattr(part, "quant_method", None)
         if not isinstance(method, QuantizeMethodBase):
@@ -262,15 +281,18 @@ def refuse_unsupported(model: nn.Module, *, on_cpu: bool) -> None:
         if not (plain if on_cpu else method.supports_pre_processed_weights):
             raise ValueError(
                 f"load format warmserve cannot serve {type(model).__name__}: "
-                f"{type(method).__name__}, of {name!r}, replaces its parameters by what only it "
-                "can read. Use vLLM's own load format for this model"
+                f"{type(method).__name__}, of {name!r}, replaces its parameters by a private form. "
+                "Use vLLM's own load format for this model"
             )
 
 
 @contextmanager
 def undone_on_error(vllm_config: Any) -> Iterator[None]:
-    """What building a model on meta leaves with vLLM: rotary modules, which must not be found by
-    the next; and, where building fails, the names of layers, which the next has again."""
+    """Remove what building a model on meta leaves in vLLM's global state.
+
+    Always removes the new rotary modules, which another model must not reuse. After an error also
+    removes the new layer names, which the next attempt registers again.
+    """
     layers = vllm_config.compilation_config.static_forward_context
     rotary = rotary_embedding._ROPE_DICT
     known, shared = set(layers), set(rotary)

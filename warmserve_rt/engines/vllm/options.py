@@ -1,4 +1,4 @@
-"""Reads what `model_loader_extra_config` says to the loader."""
+"""Parses the loader's options in `model_loader_extra_config`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ _SHARE = re.compile(r"\s*(100|\d{1,2}(\.\d+)?)\s*%\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the load format, checked.
+    """Checked options of the load format.
 
-    ``device``: the runtime's, by default the one on which vLLM computes.
-    ``arena``: bytes, or a size such as "4GiB", of the process's arena on it, which the first engine
-    makes; by default as large as that engine's model.
-    ``gated``: the engine starts before its weights are resident, and each block of the first step
-    waits for its own; needs ``enforce_eager``.
-    ``cache``: the folder of processed weights, by default in the user's cache.
-    ``cache_limit``: bytes of that folder, a size such as "200GiB" or a share of its file system.
+    Attributes
+    ----------
+    device : "host", "cuda" or "cuda:N"
+        The runtime's device. Default: the device on which vLLM computes.
+    arena : int or str
+        Bytes of the process's arena on the device, a size such as "4GiB" or a share of the device's
+        memory such as "50%". The first engine makes the arena. Default: the size of that engine's
+        model.
+    gated : bool
+        Start the engine before its weights are resident; each block of the first step waits for its
+        own weights. Needs ``enforce_eager``.
+    cache : str or os.PathLike
+        The folder of processed weights. Default: a folder in the user's cache.
+    cache_limit : int or str
+        Limit of that folder: bytes, a size such as "200GiB" or a share of its file system.
     """
 
     device: str | None = None
@@ -38,7 +46,8 @@ class Options:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
-        """Raises ValueError, which says what is accepted, for anything else."""
+        """Return checked options. None stands for a default. Raises ValueError, which says what is
+        accepted, for an unknown option or an invalid value."""
         if given is not None and not isinstance(given, Mapping):
             raise _refused("the options", "a mapping by name", given)
         known = [field.name for field in fields(cls)]
@@ -68,7 +77,7 @@ class Options:
 
 
 def _is_size(value: Any) -> bool:
-    if isinstance(value, str) and _SHARE.fullmatch(value):  # of the device: the runtime knows it
+    if isinstance(value, str) and _SHARE.fullmatch(value):  # the runtime knows the device's size
         return True
     try:
         return parse_bytes(value) > 0

@@ -1,8 +1,8 @@
-"""Tells an engine that a runtime was handed to vLLM in another process, which it cannot reach.
+"""Detects that an engine runs in another process than the runtime that it should use.
 
-vLLM starts engines and workers in processes of their own, by spawn or fork. Memory of a runtime is
-not shared with them. So the process that has the runtime leaves a mark in its environment, which
-its children inherit.
+vLLM starts engines and workers in separate processes, by spawn or fork. A runtime's memory is not
+shared with them. The process that has the runtime therefore sets an environment variable (the
+mark), which its children inherit.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from warmserve_rt._errors import WarmServeError
 
 MARK = "WARMSERVE_RT_VLLM_USE"
 SWITCH = "VLLM_ENABLE_V1_MULTIPROCESSING"
-_marked = False  # survives a fork, but not the start of another program
+_marked = False  # a forked child inherits it; a newly started program does not
 
 
 def starts_engines_elsewhere() -> bool:
-    """Whether vLLM's LLM would start an engine of this process in another one. False in a process
-    that was itself started for one."""
+    """Return whether vLLM's LLM would start this process's engine in another process.
+
+    Returns False in a process that was itself started for an engine.
+    """
     return os.environ.get(SWITCH, "1").strip() != "0" and multiprocessing.parent_process() is None
 
 
 def mark(device: str) -> None:
-    """Notes that engines on ``device`` are meant to use a runtime of this process."""
+    """Record that engines on ``device`` should use a runtime of this process."""
     global _marked
     pid, devices = _read()
     devices = devices if pid == os.getpid() else set()
@@ -33,14 +35,14 @@ def mark(device: str) -> None:
 
 
 def forget_strangers() -> None:
-    """Drops the mark of a process that started this one as a program of its own."""
+    """Remove the mark of a parent process that started this one as an independent program."""
     if not _marked and multiprocessing.parent_process() is None:
         os.environ.pop(MARK, None)
 
 
 def refuse_if_marked(device: str) -> None:
-    """Raises WarmServeError if an ancestor, of which this process is a worker or a fork, has a
-    runtime for engines on ``device``."""
+    """Raise WarmServeError if this process is a worker or a fork of a process that has a runtime
+    for engines on ``device``."""
     pid, devices = _read()
     inherited = _marked or multiprocessing.parent_process() is not None
     if inherited and pid != os.getpid() and device in devices:

@@ -1,4 +1,4 @@
-"""Sleep mode: weights leave the arena, and come back."""
+"""Sleep mode: weights are evicted from the arena and loaded again on wake-up."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 class ArenaBackend(SleepModeBackend):  # type: ignore[misc]
-    """vLLM's sleep-mode backend "warmserve", for CUDA: the weights are in the arena, and everything
-    else is where vLLM's own backend looks after it."""
+    """vLLM's sleep-mode backend "warmserve", for CUDA.
+
+    It manages the weights in the arena. vLLM's own backend manages everything else.
+    """
 
     def __init__(self, rest: Any = None) -> None:
         super().__init__()
@@ -25,15 +27,15 @@ class ArenaBackend(SleepModeBackend):  # type: ignore[misc]
         self._rest = rest or CuMemBackend()
 
     def suspend(self, level: int = 1) -> None:
-        """Evicts the weights and lets vLLM's own backend free the rest. Told again, both free what
-        came back meanwhile.
+        """Evict the weights and let vLLM's own backend free the rest.
 
-        Raises WarmServeError if there are no weights to evict (an engine whose worker takes no
-        leases), and Busy during a step."""
+        A repeated call frees what was loaded again meanwhile. Raises WarmServeError if the backend
+        has no weights (the engine's worker takes no leases), and Busy during a step.
+        """
         if not self.weights:
             raise WarmServeError(
-                "sleep mode 'warmserve' is for engines of the load format 'warmserve' whose worker "
-                "takes leases"
+                "sleep mode 'warmserve' needs the load format 'warmserve' and an engine whose "
+                "worker takes leases"
             )
         for weights in self.weights:
             weights.sleep()
@@ -57,12 +59,14 @@ class ArenaBackend(SleepModeBackend):  # type: ignore[misc]
 
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
-        return True  # addresses stay
+        return True  # addresses do not change
 
 
 def release_pages(tensor: Any) -> None:
-    """Gives the memory of a host tensor back to the system; its address stays, and it reads as
-    zeros until it is written."""
+    """Return the memory of a host tensor to the system.
+
+    The tensor's address stays valid; it reads as zeros until it is written. Raises OSError.
+    """
     begin = tensor.untyped_storage().data_ptr()
     end = begin + tensor.untyped_storage().nbytes()
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""vLLM's worker with a lease around everything that reads weights."""
+"""vLLM's worker with a lease around each operation that reads weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Worker(_Base):  # type: ignore[misc]
     """vLLM's worker of this platform, for models of the load format "warmserve".
 
     A step holds a lease from :meth:`execute_model` to the end of :meth:`sample_tokens`. Between
-    steps the weights may leave the arena; whatever else reads them takes a lease of its own.
+    steps the weights may be evicted; each other operation that reads them takes its own lease.
     """
 
     warmserve_leases = True
@@ -56,7 +56,7 @@ class Worker(_Base):  # type: ignore[misc]
         lease = self._lease
         if lease is None or not scheduler_output.total_num_scheduled_tokens:
             return super().execute_model(scheduler_output)
-        if lease.held:  # a step that was given up between its halves
+        if lease.held:  # the previous step was aborted between its two halves
             lease.release()
         lease.acquire(self._stream())
         goes_on = False
@@ -82,7 +82,7 @@ class Worker(_Base):  # type: ignore[misc]
             lease.release()
 
     def _verify_once(self) -> None:
-        """After a gated start nothing has been compared yet, and no token may leave before."""
+        """Verify the weights after the first step of a gated start, before it returns a token."""
         if not self._verified:
             for weights in self._weights:
                 weights.verify()
@@ -90,8 +90,11 @@ class Worker(_Base):  # type: ignore[misc]
 
     @contextmanager
     def _leased(self, *, gated: bool = False) -> Iterator[None]:
-        """For what reads weights outside of a step. All are there, unless it does so by forward
-        passes alone, which may be ``gated``."""
+        """Hold a lease for an operation that reads weights outside a step.
+
+        All weights are resident. With ``gated`` they may still be loading: use it only for
+        operations that read weights in forward passes, which wait for them.
+        """
         if not self._weights:
             yield
             return
@@ -108,7 +111,11 @@ class Worker(_Base):  # type: ignore[misc]
         return None if current_platform.is_cpu() else torch.cuda.current_stream()
 
     def determine_available_memory(self) -> int:
-        """On a CPU vLLM counts what is mapped, which of an arena is not what it has."""
+        """Return the bytes available for the KV cache.
+
+        On a CPU, vLLM counts mapped pages. An arena maps fewer bytes than it owns, so the
+        difference is subtracted from the requested memory while vLLM computes.
+        """
         with self._leased(gated=self._gated):
             if not (current_platform.is_cpu() and self._weights):
                 return int(super().determine_available_memory())
@@ -156,21 +163,24 @@ class Worker(_Base):  # type: ignore[misc]
     def _refuse(self, what: str) -> None:
         if self._weights:
             raise NotImplementedError(
-                f"{what}: weights in an arena are read-only, and other engines may have the same"
+                f"{what}: weights in an arena are read-only, and other engines may share them"
             )
 
     def warmserve_models(self) -> list[str]:
-        """The names under which the arena's runtime has the engine's models."""
+        """Return the names of the engine's models in the arena's runtime."""
         return [weights.model.name for weights in self._weights]
 
     def prewarm(self) -> None:
-        """Begins to bring in what is missing, at the priority of a request that waits."""
+        """Start loading the missing layers at a waiting request's priority. Does not block."""
         for weights in self._weights:
             weights.prewarm()
 
     def sleep(self, level: int = 1) -> None:
-        """Leaves the arena to others and gives the KV cache's memory back. Both levels do the
-        same: the cache of processed weights holds what comes back."""
+        """Evict the weights and release the KV cache's memory.
+
+        Levels 1 and 2 do the same: waking up reads the cache of processed weights. On CUDA vLLM's
+        worker calls the sleep-mode backend.
+        """
         if not self._weights or not current_platform.is_cpu():
             super().sleep(level)
             return
@@ -189,7 +199,7 @@ class Worker(_Base):  # type: ignore[misc]
 
     @property
     def sleep_mode_backend(self) -> Any:
-        """vLLM makes it without arguments: it learns here whose weights it is for."""
+        """The backend of vLLM's worker. vLLM makes it without arguments, so we set its weights."""
         backend = super().sleep_mode_backend
         if isinstance(backend, ArenaBackend):
             backend.weights = self._weights
@@ -202,7 +212,10 @@ class Worker(_Base):  # type: ignore[misc]
 
 
 def mapped_shared_bytes() -> int:
-    """Of this process, as its resident size counts them: the arena's, which is mapped twice."""
+    """Return the bytes of shared mappings that this process's resident size counts.
+
+    These are the arena's, which is mapped twice.
+    """
     with open(f"/proc/{os.getpid()}/status") as status:
         for line in status:
             if line.startswith("RssShmem:"):

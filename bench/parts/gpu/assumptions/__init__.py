@@ -1,7 +1,7 @@
-"""What the simulated driver assumes of CUDA, row by row: each is a few cu* calls on a device, and
-is confirmed there or refuted.
+"""The simulated driver's assumptions about CUDA, row by row.
 
-A row may break its context, hang or die: rows run in processes of their own (run.py).
+Each row is a few cu* calls that confirm or refute an assumption on a device. A row may break its
+context, hang or crash, so rows run in separate processes (run.py).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ GRANULE = 2 << 20
 
 
 class Refuted(Exception):
-    """The device does something else; the text says what."""
+    """The device behaves differently; the message says how."""
 
 
 @dataclass(frozen=True)
 class Assumption:
     name: str
     assumes: str
-    source: str  # how it was known: documented, observed by others, measured here, guessed
-    check: Callable[[Gpu], str | None]  # returns what else is worth knowing
-    alone: bool = False  # it needs a process that nothing else was done in, or breaks its own
+    source: str  # documented, observed by others, measured here or guessed
+    check: Callable[[Gpu], str | None]  # returns further details
+    alone: bool = False  # it needs a fresh process, or breaks its own
 
 
 ALL: dict[str, Assumption] = {}
@@ -33,14 +33,14 @@ ALL: dict[str, Assumption] = {}
 
 def add(row: Assumption) -> None:
     if row.name in ALL:
-        raise ValueError(f"two rows {row.name!r}")
+        raise ValueError(f"row names must be unique, got {row.name!r} twice")
     ALL[row.name] = row
 
 
 def assumed(
     name: str, assumes: str, source: str, *, alone: bool = False
 ) -> Callable[[Callable[[Gpu], str | None]], Callable[[Gpu], str | None]]:
-    """A row; the function raises Refuted, or NotRun."""
+    """Register a function as the check of a row; it may raise Refuted or NotRun."""
 
     def register(check: Callable[[Gpu], str | None]) -> Callable[[Gpu], str | None]:
         add(Assumption(name, assumes, source, check, alone))
@@ -76,6 +76,6 @@ def outcome_of(row: Assumption, cuda: Gpu) -> Outcome:
         detail, outcome = f"{error.function} returned {error.code}", "refuted"
     except NotRun as error:
         detail, outcome = str(error), "not run"
-    except Exception as error:  # a mistake of the row's own
+    except Exception as error:  # a bug in the row
         detail, outcome = f"{type(error).__name__}: {error}", "not run"
     return Outcome(row.name, row.assumes, row.source, outcome, detail)

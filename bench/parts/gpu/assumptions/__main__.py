@@ -1,4 +1,4 @@
-"""One process of rows: ``python -m parts.gpu.assumptions OUT NAME...``"""
+"""Run rows in one process: ``python -m parts.gpu.assumptions OUT NAME...``"""
 
 import sys
 from pathlib import Path

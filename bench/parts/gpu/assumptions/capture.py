@@ -1,7 +1,7 @@
-"""Calls while a stream is being captured: which are refused, and which kill the capture.
+"""Calls during a stream capture: which are refused, and which invalidate the capture.
 
-The runtime makes its calls from threads in relaxed mode; the same calls from a thread in the mode
-that threads begin with show whether that is needed.
+The runtime makes its calls from threads in relaxed mode. The same calls from a thread in the
+default mode show whether relaxed mode is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Prepare = Callable[[Gpu], Callable[[], object]]
 
 
 def in_thread(cuda: Gpu, mode: int, call: Callable[[], object]) -> int:
-    """What the call returns on another thread of that mode."""
+    """Return the result of a call on another thread in capture mode `mode`."""
     results: list[int] = []
     context = cuda.current()
 
@@ -38,7 +38,8 @@ def in_thread(cuda: Gpu, mode: int, call: Callable[[], object]) -> int:
 
 
 def foreign_capture(cuda: Gpu, prepare: Prepare, capture: int, mode: int) -> tuple[int, int]:
-    """What a call returns while this thread captures, and what ending the capture does."""
+    """Return the results of a call on another thread while this one captures, and of ending the
+    capture."""
     ready, stream, address = prepare(cuda), cuda.stream(), cuda.mapped(GRANULE)
     cuda.begin_capture(stream, capture)
     cuda.memset(address, 1, 8, stream)
@@ -98,8 +99,8 @@ def _allocate(cuda: Gpu) -> Callable[[], object]:
     return lambda: cuda.out("cuMemAlloc_v2", GRANULE)
 
 
-# Each call, and whether the simulator takes it for unsafe: then it is refused with 900 and the
-# capture ends with 901, unless the thread is relaxed.
+# Each call, and whether the simulator treats it as unsafe. An unsafe call is refused with 900 and
+# the capture ends with 901, unless the thread is in relaxed mode.
 _CALLS: dict[str, tuple[Prepare, bool, str]] = {
     "cuMemCreate": (_create, False, GUESS),
     "cuMemRelease": (_release, False, GUESS),
@@ -131,7 +132,7 @@ def _row(name: str, prepare: Prepare, unsafe: bool, source: str) -> None:
         wanted = _KILLED if unsafe else _FINE
         expect(foreign_capture(cuda, prepare, GLOBAL, GLOBAL), wanted, "call, capture:")
 
-    fine, killed = "allowed, and the capture lives", "900, and the capture ends with 901"
+    fine, killed = "allowed, and the capture survives", "900, and the capture ends with 901"
     assumed(f"{name} in a foreign capture, relaxed", fine, DOCUMENTED)(relaxed)
     assumed(f"{name} in a foreign capture", killed if unsafe else fine, source)(plain)
 
@@ -140,17 +141,17 @@ for _name, (_prepare, _unsafe, _source) in _CALLS.items():
     _row(_name, _prepare, _unsafe, _source)
 
 
-@assumed("a foreign capture that is thread-local", "forbids others nothing", DOCUMENTED)
+@assumed("a foreign capture that is thread-local", "forbids other threads no call", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     expect(foreign_capture(cuda, _allocate, THREAD_LOCAL, GLOBAL), _FINE, "call, capture:")
 
 
-@assumed("a thread-local thread in a foreign capture", "is forbidden nothing", DOCUMENTED)
+@assumed("a thread-local thread in a foreign capture", "is forbidden no call", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     expect(foreign_capture(cuda, _allocate, GLOBAL, THREAD_LOCAL), _FINE, "call, capture:")
 
 
-@assumed("the capturing thread, relaxed for one call", "the capture lives", OBSERVED)
+@assumed("the capturing thread, relaxed for one call", "the capture survives", OBSERVED)
 def _(cuda: Gpu) -> None:
     stream, address = cuda.stream(), cuda.mapped(GRANULE)
     cuda.begin_capture(stream, GLOBAL)
@@ -161,7 +162,7 @@ def _(cuda: Gpu) -> None:
     expect((result, code(cuda.end_capture, stream)), _FINE, "call, capture:")
 
 
-@assumed("a graph after a remap", "reads the granule that is there when it is launched", OBSERVED)
+@assumed("a graph after a remap", "reads the granule that is mapped at launch", OBSERVED)
 def _(cuda: Gpu) -> None:
     stream, host = cuda.stream(), cuda.pinned(PAGE)
     address = cuda.reserve(GRANULE)
@@ -187,7 +188,7 @@ def _(cuda: Gpu) -> None:
     expect(got, [b"first ", b"second", b"third "], "content")
 
 
-@assumed("a graph captured while nothing is mapped", "1 at the copy, the capture lives", GUESS)
+@assumed("a graph captured while nothing is mapped", "1 at the copy, the capture survives", GUESS)
 def _(cuda: Gpu) -> None:
     stream, host, address = cuda.stream(), cuda.pinned(PAGE), cuda.reserve(GRANULE)
     cuda.begin_capture(stream)
@@ -195,7 +196,7 @@ def _(cuda: Gpu) -> None:
     expect((result, code(cuda.end_capture, stream)), (1, 0), "copy, capture:")
 
 
-@assumed("a pageable source in a capture", "its address is kept, and read at each launch", GUESS)
+@assumed("a pageable source in a capture", "its address is stored and read at each launch", GUESS)
 def _(cuda: Gpu) -> None:
     stream, address = cuda.stream(), cuda.mapped(GRANULE)
     source = ctypes.create_string_buffer(b"early", 64)

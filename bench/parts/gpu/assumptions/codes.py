@@ -1,4 +1,4 @@
-"""The simulator's own table of misuses and the codes they get, row for row, from its tests."""
+"""The rows of the simulator tests' table of misuses and their error codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lib.cuda import CudaError, Gpu, NotRun
 
 from . import GUESS, Assumption, Refuted, add
 
-# What would change what other rows see: addresses at a place that they want free, for one.
+# Rows that would affect other rows, for example by reserving addresses that these need.
 _ALONE = {"init with flags", "reserve with a hint"}
 _ELSEWHERE = {"create too much": "exhaustion is a row of its own"}
 
@@ -28,7 +28,7 @@ def _check(row: Any) -> Callable[[Gpu], str | None]:
                 raise NotRun("there is one device") from None
             failed = (error.function, error.code)
         if row.lenient and failed == ("", 0):
-            return "the device lets it pass, the simulator does not"
+            return "the device accepts it, the simulator does not"
         if failed != (row.function, row.error):
             raise Refuted("no error" if failed == ("", 0) else f"{failed[1]} from {failed[0]}")
         return None

@@ -1,7 +1,7 @@
-"""What calls on ranges cost: the simulator takes it for a + b x granules.
+"""The costs of calls on ranges; the simulator assumes a + b x granules.
 
-The least of several rounds: what else the machine does is not the call's cost. A call from Python
-is about a microsecond more than from C; bench/driver_ops.py has the costs proper.
+Each cost is the minimum of several rounds, because other load is not part of it. A call from Python
+takes about a microsecond more than from C; bench/driver_ops.py measures the exact costs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from . import GRANULE, GUESS, Refuted, assumed
 
 _COUNTS = (1, 4, 16, 64, 256)
 _ROUNDS = 15
-_TOLERANCE = 0.3  # of the largest difference, relative to what was measured
+_TOLERANCE = 0.3  # largest accepted difference, relative to the measured cost
 
-Samples = dict[int, float]  # microseconds of one call, by the granules it concerns
+Samples = dict[int, float]  # number of granules -> microseconds of one call
 
 
 def fit(samples: Samples) -> tuple[float, float, float]:
-    """a and b of the line with the least relative squares, and its largest relative difference."""
+    """Return a and b of the fit by relative least squares, and its largest relative difference."""
     points = [(n, t, 1 / t**2) for n, t in samples.items()]
     weight = sum(w for _, _, w in points)
     n_mean = sum(w * n for n, _, w in points) / weight
@@ -32,7 +32,7 @@ def fit(samples: Samples) -> tuple[float, float, float]:
 
 
 def _cycles(cuda: Gpu) -> dict[str, Samples]:
-    """By call and granules: one call on all of them; but to map, one on each."""
+    """Return costs by call and granules: one call for all granules; for map, one call each."""
     taken: dict[str, dict[int, list[float]]] = {}
     most = max(_COUNTS)
     handles = [cuda.create(GRANULE) for _ in range(most)]
@@ -58,7 +58,7 @@ def _cycles(cuda: Gpu) -> dict[str, Samples]:
 
 
 def _sized(cuda: Gpu) -> dict[str, Samples]:
-    """One handle of so many granules' bytes: whether a larger granule costs as one or as many."""
+    """Return costs for one handle of n granules' bytes: does it cost as one granule or as n?"""
     taken: dict[str, Samples] = {"create": {}, "map": {}, "set access": {}, "unmap": {}}
     for count in _COUNTS:
         nbytes, rounds = count * GRANULE, []

@@ -1,4 +1,4 @@
-"""What kills a context, and what still works then. Each row has a process of its own."""
+"""Operations that destroy a context, and calls that still work then. Each row has a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .work import filled
 
 
 def die(cuda: Gpu) -> int:
-    """Unmaps what a copy that is still to run reads; what waiting for it says then."""
+    """Unmap the source of a pending copy and return the result of waiting for the copy."""
     stream, host, address = cuda.stream(), cuda.pinned(PAGE), filled(cuda, b"bytes")
     with Gate(cuda, stream) as gate:
         cuda.dtoh(host.address, address, 5, stream)
@@ -23,13 +23,13 @@ def die(cuda: Gpu) -> int:
     return code(cuda.synchronize, stream)
 
 
-@assumed("unmapping what a copy is still to use", "does not wait, and the copy dies of 719",
+@assumed("unmapping what a copy is still to use", "does not wait, and the copy fails with 719",
          MEASURED, alone=True)  # fmt: skip
 def _(cuda: Gpu) -> None:
     expect(die(cuda), 719)
 
 
-@assumed("mapping another granule under a pending copy", "it gets the new one", GUESS, alone=True)
+@assumed("mapping another granule under a pending copy", "it reads the new one", GUESS, alone=True)
 def _(cuda: Gpu) -> None:
     stream, host, address = cuda.stream(), cuda.pinned(PAGE), filled(cuda, b"first")
     other, second = cuda.reserve(GRANULE), cuda.create(GRANULE)
@@ -44,7 +44,7 @@ def _(cuda: Gpu) -> None:
     expect((code(cuda.synchronize, stream), host[:5]), (0, b"other"), "wait, content:")
 
 
-@assumed("making memory read-only under a pending copy into it", "the copy dies of 719", MEASURED,
+@assumed("making memory read-only under a pending copy into it", "the copy returns 719", MEASURED,
          alone=True)  # fmt: skip
 def _(cuda: Gpu) -> None:
     stream, host, address = cuda.stream(), cuda.pinned(PAGE), filled(cuda, b"bytes")
@@ -62,7 +62,7 @@ def _(cuda: Gpu) -> None:
 
 
 def _cast(cuda: Gpu, target: int, access: int) -> int:
-    """A kernel that stores to memory with that access; what waiting for it says."""
+    """Run a kernel that stores to memory with that access; return the result of waiting for it."""
     function = cuda.function(cuda.module(cuda.kernel_image()), "ws_cast")
     source, stream = filled(cuda, bytes(64)), cuda.stream()
     cuda.set_access(target, GRANULE, access)
@@ -70,7 +70,7 @@ def _cast(cuda: Gpu, target: int, access: int) -> int:
     return code(cuda.synchronize, stream)
 
 
-@assumed("a kernel that stores to read-only memory", "dies of 700, and it sticks", OBSERVED,
+@assumed("a kernel that stores to read-only memory", "fails with 700, which persists", OBSERVED,
          alone=True)  # fmt: skip
 def _(cuda: Gpu) -> None:
     first = _cast(cuda, cuda.mapped(GRANULE), READ)
@@ -94,7 +94,7 @@ def _(cuda: Gpu) -> None:
         raise Refuted("no digest")
 
 
-@assumed("a kernel that loads from nothing", "dies of 700", DOCUMENTED, alone=True)
+@assumed("a kernel that loads from nothing", "fails with 700", DOCUMENTED, alone=True)
 def _(cuda: Gpu) -> None:
     function = cuda.function(cuda.module(cuda.kernel_image()), "ws_granule_digest")
     address, stream, out = cuda.reserve(GRANULE), cuda.stream(), cuda.pinned(PAGE)
@@ -104,7 +104,7 @@ def _(cuda: Gpu) -> None:
 
 
 class _Before:
-    """Objects that were made while the context lived."""
+    """Objects made before the context died."""
 
     def __init__(self, cuda: Gpu) -> None:
         self.stream, self.event, self.host = cuda.stream(), cuda.event(), cuda.pinned(PAGE)
@@ -115,7 +115,7 @@ class _Before:
         cuda.synchronize(self.stream)
 
 
-# What the simulator says to each after the death of the context.
+# Each call after the death of the context, and whether it returns the error in the simulator.
 _AFTER: dict[str, tuple[bool, Callable[[Gpu, _Before], object]]] = {
     "cuMemUnmap": (False, lambda c, b: c.unmap(b.mapped, GRANULE)),
     "cuMemRelease": (False, lambda c, b: c.release(b.spare)),
@@ -143,7 +143,7 @@ _AFTER: dict[str, tuple[bool, Callable[[Gpu, _Before], object]]] = {
 
 
 def _after(name: str, says: bool, call: Callable[[Gpu, _Before], object]) -> None:
-    assumes = "returns what killed it" if says else "works"
+    assumes = "returns the error that killed the context" if says else "works"
 
     @assumed(f"after a death: {name}", assumes, GUESS, alone=True)
     def _(cuda: Gpu) -> None:
@@ -151,9 +151,9 @@ def _after(name: str, says: bool, call: Callable[[Gpu, _Before], object]) -> Non
         try:
             died = die(cuda)
         except Refuted as error:
-            raise NotRun(f"nothing died: {error}") from None
+            raise NotRun(f"the context did not die: {error}") from None
         if died == 0:
-            raise NotRun("nothing died")
+            raise NotRun("the context did not die")
         expect(code(call, cuda, before), died if says else 0)
 
 

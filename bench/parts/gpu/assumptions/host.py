@@ -1,4 +1,4 @@
-"""Host memory: which can be pinned, and what a pinned address is."""
+"""Host memory: which memory can be pinned, and the properties of a pinned address."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HUGEPAGE, _DONTFORK, _POPULATE_WRITE, _HUGETLB, _NORESERVE = 14, 10, 23, 0x4000
 
 
 def mapped(nbytes: int, flags: int, fd: int = -1, protection: int = 3) -> int:
-    """Memory that stays until the process ends: what is pinned may not go away before."""
+    """Map memory until the process ends; pinned memory must not be unmapped earlier."""
     address = _libc.mmap(None, nbytes, protection, flags, fd, 0)
     if address == ctypes.c_void_p(-1).value:
         raise NotRun(f"mmap: {os.strerror(ctypes.get_errno())}")
@@ -35,7 +35,7 @@ def mapped(nbytes: int, flags: int, fd: int = -1, protection: int = 3) -> int:
 
 
 def pins(cuda: Gpu, address: int, nbytes: int, flags: int = _PORTABLE_MAPPED) -> None:
-    """Registered, a copy out of its last bytes arrives, and it is unregistered."""
+    """Register memory, check a copy of its last bytes to the device, and unregister it."""
     cuda.register(address, nbytes, flags)
     if not flags & _READ_ONLY:
         ctypes.memmove(address + nbytes - 4, b"here", 4)
@@ -64,7 +64,7 @@ def _(cuda: Gpu) -> None:
     pins(cuda, address, _NBYTES)
 
 
-@assumed("pinning memory that nobody touched", "works, and touches it", GUESS)
+@assumed("pinning memory that nobody touched", "works, and populates it", GUESS)
 def _(cuda: Gpu) -> None:
     pins(cuda, mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), _NBYTES)
 
@@ -113,7 +113,7 @@ def _(cuda: Gpu) -> str:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, before[1]))
     pins(cuda, mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), _NBYTES)
     privileged = os.geteuid() == 0
-    return "as root, whom the limit does not bind" if privileged else "as an ordinary user"
+    return "as root, for whom the limit does not apply" if privileged else "as an ordinary user"
 
 
 @assumed("a pinned address on the device", "is the same address", DOCUMENTED)
@@ -121,7 +121,7 @@ def _(cuda: Gpu) -> None:
     host = cuda.pinned(PAGE)
     got = cuda.out("cuMemHostGetDevicePointer_v2", host.address, 0)
     if got != host.address:
-        raise Refuted("another one")
+        raise Refuted("another address")
 
 
 @assumed("pinned memory's type", "1, the host's", DOCUMENTED)

@@ -1,4 +1,4 @@
-"""Virtual memory: what mappings are, how long memory lives, what addresses say of themselves."""
+"""Virtual memory: mappings, the lifetime of memory, and attributes of addresses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _(cuda: Gpu) -> None:
     expect(content(cuda, alias), b"kept", "content")
 
 
-@assumed("content survives a remap", "a granule mapped elsewhere has its bytes", DOCUMENTED)
+@assumed("content survives a remap", "a granule mapped elsewhere keeps its bytes", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     handle, address, other = cuda.create(GRANULE), cuda.reserve(GRANULE), cuda.reserve(GRANULE)
     cuda.map(address, GRANULE, handle)
@@ -103,7 +103,7 @@ def _(cuda: Gpu) -> None:
     expect(content(cuda, address + GRANULE - 2), b"both", "content")
 
 
-@assumed("memory in use falls by what is created", "to the byte", GUESS, alone=True)
+@assumed("memory in use falls by what is created", "by exactly its bytes", GUESS, alone=True)
 def _(cuda: Gpu) -> None:
     free = cuda.memory()[0]
     handles = [cuda.create(GRANULE) for _ in range(16)]
@@ -113,7 +113,7 @@ def _(cuda: Gpu) -> None:
     expect((less, free - cuda.memory()[0]), (16 * GRANULE, 0), "taken, then still taken:")
 
 
-@assumed("exhaustion", "creating too much returns 2, harmlessly", DOCUMENTED, alone=True)
+@assumed("exhaustion", "creating too much returns 2 and breaks nothing", DOCUMENTED, alone=True)
 def _(cuda: Gpu) -> str:
     free = cuda.memory()[0]
     handles = []
@@ -128,7 +128,7 @@ def _(cuda: Gpu) -> str:
     for handle in handles:
         cuda.release(handle)
     store(cuda, cuda.mapped(GRANULE), b"fine")
-    return f"{len(handles)} GiB of {free / _HOST:.2f} were had, {left >> 20} MiB were left"
+    return f"{len(handles)} GiB of {free / _HOST:.2f} were created, {left >> 20} MiB were left"
 
 
 @assumed("VMM without a current context", "every call works", GUESS, alone=True)
@@ -142,7 +142,7 @@ def _(cuda: Gpu) -> None:
     cuda.address_free(address, GRANULE)
 
 
-@assumed("a granule for export and for network cards", "created as it is, and says so", DOCUMENTED)
+@assumed("a granule for export and for network cards", "created with both attributes", DOCUMENTED)
 def _(cuda: Gpu) -> str:
     if not cuda.attribute(103):
         raise NotRun("no handles as file descriptors (attribute 103)")
@@ -179,7 +179,7 @@ def _(cuda: Gpu) -> str:
 
 
 def _three_reserved(cuda: Gpu) -> tuple[int, int]:
-    """Three granules of addresses, and one within that is mapped."""
+    """Reserve three granules of addresses and map the middle one; return both begins."""
     address = cuda.reserve(3 * GRANULE)
     cuda.map(address + GRANULE, GRANULE, cuda.create(GRANULE))
     cuda.set_access(address + GRANULE, GRANULE)
@@ -204,11 +204,11 @@ _pointer("memory type", "2, the device's", DOCUMENTED, 2, i32, "2")
 _pointer("device ordinal", "0", DOCUMENTED, 9, i32, "0")
 _pointer("device pointer", "the address", DOCUMENTED, 3, u64, "here")
 _pointer("access", "3, read and write", DOCUMENTED, 16, i32, "3")
-_pointer("context", "null: mapped memory belongs to none", GUESS, 1, u64, "0")
+_pointer("context", "null: mapped memory belongs to no context", GUESS, 1, u64, "0")
 _pointer("legacy IPC", "0", OBSERVED, 10, i32, "0")
 
 
-@assumed("pointer attribute: mapped, of a hole", "1, as of what is nobody's", MEASURED)
+@assumed("pointer attribute: mapped, of a hole", "1, as for memory unknown to CUDA", MEASURED)
 def _(cuda: Gpu) -> None:
     begin, _mapped = _three_reserved(cuda)
     expect(code(cuda.pointer_attribute, 13, begin, ctypes.c_ubyte), 1)

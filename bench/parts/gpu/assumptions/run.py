@@ -1,7 +1,7 @@
-"""Runs the rows, each where it can do no harm, and says what came of them.
+"""Runs the rows in processes and collects their outcomes.
 
-A process runs rows one after the other until one breaks its context, kills it or hangs it; the
-next process begins behind that row.
+A process runs rows one after the other until a row breaks its context, kills it or hangs it. The
+next process continues after that row.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lib.cuda import Gpu, code
 
 from . import ALL, Assumption, Outcome, outcome_of
 
-ROW_LIMIT = 30.0  # seconds for one row, the start of its process included
+ROW_LIMIT = 30.0  # seconds for one row, including the start of its process
 _NO_TIME = "no time was left"
 _BENCH = Path(__file__).resolve().parents[3]
 
 
 def load_all() -> None:
-    """Imports the modules that add rows."""
+    """Import the modules that add rows."""
     from . import capture, codes, costs, fatal, host, memory, work  # noqa: F401
 
 
 def worker(names: Sequence[str], out: Path) -> None:
-    """Runs rows in this process and appends a line of JSON for each, as it ends."""
+    """Run rows in this process; append a line of JSON after each."""
     load_all()
     cuda = Gpu()
     context = cuda.current()
@@ -45,12 +45,12 @@ def worker(names: Sequence[str], out: Path) -> None:
             cuda.set_current(context)
             cuda.exchange_mode(0)
             if code(cuda.context_synchronize):
-                break  # another process goes on
-    os._exit(0)  # whatever state the driver is in
+                break  # another process continues
+    os._exit(0)  # a normal exit could hang in a broken driver
 
 
 def run_all(environment: Mapping[str, str], *, only: str = "", limit: float = 180) -> list[Outcome]:
-    """All rows whose name contains `only`, in `limit` seconds; what is left then is not run."""
+    """Run all rows whose name contains `only`; after `limit` seconds the rest is not run."""
     load_all()
     deadline = monotonic() + limit
     rows = [row for row in ALL.values() if only in row.name]
@@ -74,8 +74,10 @@ def _not_run(row: Assumption, why: str) -> Outcome:
 def _run_batch(
     batch: Sequence[Assumption], environment: Mapping[str, str], left: float
 ) -> list[Outcome]:
-    """At least one outcome, of the first row. A row gets its time and no more, though others of the
-    process used less of theirs."""
+    """Run rows in one process until one ends it; return at least one outcome.
+
+    Each row has ROW_LIMIT seconds, regardless of the time that earlier rows took.
+    """
     with tempfile.TemporaryDirectory(prefix="warmserve-rows-") as folder:
         out, errors = Path(folder, "out"), Path(folder, "errors")
         out.touch()
@@ -89,7 +91,7 @@ def _run_batch(
             )
         try:
             why = _watch(process, out, left)
-        finally:  # it hangs, or this process was told to end
+        finally:  # the process hangs, or this one was interrupted
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -108,7 +110,7 @@ def _run_batch(
 
 
 def _watch(process: subprocess.Popen[bytes], out: Path, left: float) -> str:
-    """Waits until the process ends; why it did, where that is a row's fault."""
+    """Wait until the process ends; return the reason if a row caused it, otherwise ""."""
     end, seen, since = monotonic() + left, 0, monotonic()
     while True:
         try:
@@ -117,12 +119,12 @@ def _watch(process: subprocess.Popen[bytes], out: Path, left: float) -> str:
             if (size := out.stat().st_size) > seen:
                 seen, since = size, monotonic()
             if monotonic() > since + ROW_LIMIT:
-                return f"no end within {ROW_LIMIT:g} s"
+                return f"not finished within {ROW_LIMIT:g} s"
             if monotonic() > end:
                 return _NO_TIME
             continue
         if status < 0:
-            return f"a process that died of {signal.Signals(-status).name}"
+            return f"a process killed by {signal.Signals(-status).name}"
         return (
             f"a process that ended with status {status}" if status or not out.stat().st_size else ""
         )

@@ -1,7 +1,7 @@
-"""Streams, copies and events: what waits for what, and when memory is read.
+"""Streams, copies and events: which operations wait for which, and when memory is read.
 
-A stream is held up by a host function that does not return until it is told to, so what is behind
-it is certainly still to come.
+A gate blocks a stream with a host function that returns only when the gate is opened, so work
+behind it is certainly pending.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _(cuda: Gpu) -> None:
     expect((cuda.done(event), cuda.stream_query(stream)), (True, True), "event, stream:")
 
 
-@assumed("an event recorded again", "those who waited wait for what it was", DOCUMENTED)
+@assumed("an event recorded again", "earlier waiters wait for the earlier record", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     event, held, free, waiter = cuda.event(), cuda.stream(), cuda.stream(), cuda.stream()
     with Gate(cuda, held) as gate:
@@ -97,7 +97,7 @@ def _(cuda: Gpu) -> None:
     cuda.synchronize(waiter)
 
 
-@assumed("an event destroyed while pending", "those who waited still wait", DOCUMENTED)
+@assumed("an event destroyed while pending", "earlier waiters still wait", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     event, held, waiter = cuda.event(), cuda.stream(), cuda.stream()
     with Gate(cuda, held) as gate:
@@ -108,7 +108,7 @@ def _(cuda: Gpu) -> None:
     cuda.synchronize(waiter)
 
 
-@assumed("a stream destroyed while busy", "returns at once, its work goes on", DOCUMENTED)
+@assumed("a stream destroyed while busy", "returns at once; its work continues", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     event, held, host = cuda.event(), cuda.stream(), cuda.pinned(PAGE)
     address = filled(cuda, b"xxxxx")
@@ -147,7 +147,7 @@ def _(cuda: Gpu) -> None:
 
 
 def _beside(name: str, call: Callable[[Gpu], Callable[[], object]], waits: bool) -> None:
-    """A memory call beside work of another stream that does not touch the same memory."""
+    """Add rows for a memory call during work of another stream on other memory."""
     verb, source = ("waits", MEASURED) if waits else ("does not wait", OBSERVED)
 
     @assumed(f"{name} beside a stream that is held up", f"{verb} for it", source)
@@ -172,7 +172,7 @@ def _beside(name: str, call: Callable[[Gpu], Callable[[], object]], waits: bool)
         if cuda.done(event) != waits:
             raise Refuted(f"a call of {taken:.0f} us; copies done: {not waits}")
         cuda.synchronize(stream)
-        return f"{taken:.0f} us, and they ran {1e6 * (perf_counter() - begin) - taken:.0f} us more"
+        return f"{taken:.0f} us; copies ran {1e6 * (perf_counter() - begin) - taken:.0f} us longer"
 
 
 def _create(cuda: Gpu) -> Callable[[], object]:
