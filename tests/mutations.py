@@ -374,7 +374,7 @@ MUTATIONS = [
     Mutation(
         "a context that died is called again",
         "csrc/driver/cuda/context.cpp",
-        "lost_.compare_exchange_strong(none, result);  // the first is the one to tell",
+        "lost_.compare_exchange_strong(none, result);  // only the first error is kept",
         "static_cast<void>(none);",
         "cuda/test_cuda_device.py::test_a_lost_device_says_so_at_every_later_call",
     ),

@@ -1,4 +1,4 @@
-"""Keeps layers of many models warm in one device's memory and swaps them in place."""
+"""Keep layers of many models warm in one device's memory and swap them in place."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ __all__ = [
 
 __version__: str
 
-# Imported when they are asked for: the scheduler needs numba, which a runtime does not. Not in
-# ``__all__``: ``from warmserve_rt import *`` works without numba.
+# Imported on first access: the scheduler needs numba, a runtime does not. Not in ``__all__``, so
+# that ``from warmserve_rt import *`` works without numba.
 _LAZY = {
     "Forecaster": "warmserve_rt.policy.forecast",
     "RuntimeFleet": "warmserve_rt.scheduling.fleet",
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
     from warmserve_rt.scheduling.fleet import RuntimeFleet as RuntimeFleet
     from warmserve_rt.scheduling.fleet import profile_of as profile_of
     from warmserve_rt.scheduling.scheduler import Scheduler as Scheduler
-else:  # a checker would take every name for one of the module's
+else:  # a type checker would accept any name as an attribute of the module
 
     def __getattr__(name: str) -> object:
-        """Imports a name of `_LAZY`, or reads ``__version__`` from the installed package."""
+        """Import a name of `_LAZY`, or read ``__version__`` from the installed package."""
         if name in _LAZY:
             from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Runs the command line: ``python -m warmserve_rt``."""
+"""Run the command line: ``python -m warmserve_rt``."""
 
 from .cli import main
 

@@ -1,7 +1,7 @@
-"""Checks the arguments of public calls.
+"""Check the arguments of public calls.
 
-Each function returns the argument in the type that the rest of the library uses, or raises
-TypeError (a value of the wrong type) or ValueError (one out of range) in a single sentence:
+Each function returns the argument in the type that the rest of the library uses. It raises
+TypeError for a value of the wrong type and ValueError for a value out of range, in one sentence:
 "loaders must be an integer from 1 to 1024, got 0". `name` is the argument's name.
 """
 
@@ -15,18 +15,18 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 Integer: TypeAlias = SupportsIndex
-"""An int, or another integer such as numpy's."""
+"""An int or another integer, such as numpy's."""
 Number: TypeAlias = SupportsFloat
-"""An int or a float, or one of numpy's."""
+"""An int or a float, or a number of numpy."""
 
 _LONGEST = 80  # characters of a value that a message shows
 
 
 def shown(value: object) -> str:
-    """The value for a message: its repr, cut where it is long."""
+    """Return the value for a message: its repr, shortened if it is long."""
     try:
         text = repr(value)
-    except Exception:  # a message must not fail for a repr that does
+    except Exception:  # a message must not fail because repr() does
         text = f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
@@ -35,13 +35,13 @@ def shown(value: object) -> str:
 def integer(
     name: str, value: SupportsIndex, low: int | None = None, high: int | None = None
 ) -> int:
-    """Returns an integer in [low, high]. Accepts numpy's integers; refuses bool and float."""
+    """Return an integer in [low, high]. Accepts numpy's integers; refuses bool and float."""
     wanted = _range("an integer", low, high)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
     try:
         number = operator.index(value)
-    except TypeError:  # arrays have the method and refuse
+    except TypeError:  # arrays have __index__ and raise
         raise TypeError(f"{name} must be {wanted}, got {shown(value)}") from None
     if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} must be {wanted}, got {number}")
@@ -49,8 +49,8 @@ def integer(
 
 
 def number(name: str, value: SupportsFloat, *, finite: bool = True) -> float:
-    """Returns a float. Accepts integers and numpy's scalars; refuses bool, str and NaN, and
-    infinities if it must be `finite`."""
+    """Return a float. Accepts integers and numpy's scalars; refuses bool, str and NaN, and
+    infinities if `finite`."""
     wanted = "a finite number" if finite else "a number"
     found = _float(name, value, wanted)
     if math.isnan(found) or (finite and math.isinf(found)):
@@ -59,7 +59,7 @@ def number(name: str, value: SupportsFloat, *, finite: bool = True) -> float:
 
 
 def fraction(name: str, value: SupportsFloat) -> float:
-    """Returns a float in [0, 1]."""
+    """Return a float in [0, 1]."""
     found = _float(name, value, "in [0, 1]")
     if not 0 <= found <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {shown(value)}")
@@ -67,7 +67,7 @@ def fraction(name: str, value: SupportsFloat) -> float:
 
 
 def seconds(name: str, value: SupportsFloat) -> float:
-    """Returns a duration of zero or more; infinity is one."""
+    """Return a duration of zero or more seconds; infinity is accepted."""
     found = _float(name, value, "a number of seconds")
     if not found >= 0:
         raise ValueError(f"{name} must be zero or more seconds, got {shown(value)}")
@@ -75,12 +75,12 @@ def seconds(name: str, value: SupportsFloat) -> float:
 
 
 def timeout(value: SupportsFloat | None, name: str = "timeout") -> float | None:
-    """Returns seconds to wait; None and infinity wait without end."""
+    """Return seconds to wait, or None; None and infinity mean no limit."""
     return None if value is None else seconds(name, value)
 
 
 def flag(name: str, value: object) -> bool:
-    """Returns a bool. Accepts numpy's; refuses other values, whatever their truth."""
+    """Return a bool. Accepts numpy's bools and refuses other values, such as 1."""
     if isinstance(value, bool):
         return value
     if type(value).__name__ in ("bool", "bool_") and type(value).__module__ == "numpy":
@@ -89,7 +89,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object) -> str:
-    """Returns a string that is not empty and can be written as UTF-8."""
+    """Return a string that is not empty and can be encoded as UTF-8."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {shown(value)}")
     if not value:
@@ -103,7 +103,7 @@ def text(name: str, value: object) -> str:
 
 
 def path(name: str, value: object) -> str:
-    """Returns a path as a string; bytes are decoded as the file system's."""
+    """Return a path as a string; bytes are decoded with the file system's encoding."""
     if not isinstance(value, str | bytes | os.PathLike):
         raise TypeError(f"{name} must be a path (str, bytes or os.PathLike), got {shown(value)}")
     found = os.fsdecode(value)
@@ -115,7 +115,7 @@ def path(name: str, value: object) -> str:
 
 
 def paths(name: str, value: object) -> str | list[str]:
-    """Returns a path, or the list of an iterable of paths."""
+    """Return a path, or an iterable of paths as a list."""
     if isinstance(value, str | bytes | os.PathLike):
         return path(name, value)
     items = sequence(name, value, "paths", or_one="a path (str, bytes or os.PathLike) or ")
@@ -123,7 +123,7 @@ def paths(name: str, value: object) -> str | list[str]:
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> str:
-    """Returns one of `choices`; the message for another suggests the nearest."""
+    """Return a value that is one of `choices`; the error message suggests the nearest choice."""
     if isinstance(value, str) and value in choices:
         return str(value)
     error = ValueError if isinstance(value, str) else TypeError
@@ -133,16 +133,16 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
 
 
 def either(choices: Collection[str]) -> str:
-    """Words for a message: "'a', 'b' or 'c'"."""
+    """Return the choices for a message: "'a', 'b' or 'c'"."""
     quoted = [repr(each) for each in choices]
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
 def did_you_mean(value: object, choices: Collection[str]) -> str:
-    """The end of a message: "; did you mean 'streams'?", or nothing if none is near."""
+    """Return the end of a message, "; did you mean 'streams'?", or "" if no choice is near."""
     if not isinstance(value, str):
         return ""
-    import difflib  # for messages alone
+    import difflib  # only messages need it
 
     by_lower = {each.lower(): each for each in choices}
     near = difflib.get_close_matches(value.lower(), by_lower, n=1)
@@ -150,7 +150,7 @@ def did_you_mean(value: object, choices: Collection[str]) -> str:
 
 
 def sequence(name: str, value: object, of: str, or_one: str = "") -> list[Any]:
-    """Returns a list of the items of an iterable that is no string; `of` says of what."""
+    """Return an iterable, but not a string, as a list; `of` names its items in messages."""
     if isinstance(value, str | bytes | bytearray) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be {or_one}a sequence of {of}, got {shown(value)}")
     return list(value)
@@ -167,7 +167,7 @@ def _range(what: str, low: int | None, high: int | None) -> str:
 def _float(name: str, value: SupportsFloat, wanted: str) -> float:
     if isinstance(value, float):
         return float(value)
-    # Strings have no __float__; arrays and tensors do, and a size.
+    # Strings have no __float__. Arrays and tensors have it, but only scalars are accepted.
     if (
         isinstance(value, bool)
         or not (hasattr(value, "__float__") or hasattr(value, "__index__"))

@@ -1,4 +1,4 @@
-"""Locates the user's cache folder of this package, and locks files between processes."""
+"""Locate this package's cache folder and lock files between processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Returns this package's folder in `$XDG_CACHE_HOME` or in `~/.cache`.
+    """Return this package's folder in `$XDG_CACHE_HOME` or in `~/.cache`.
 
-    Raises OSError if neither exists, as for a container's user without an entry in /etc/passwd.
+    Raises OSError if neither is known, as for a container's user without an entry in /etc/passwd.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
@@ -28,9 +28,10 @@ def cache_dir() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock that other processes wait for; it ends with its process.
+    """Hold a lock on a file that excludes other processes.
 
-    Raises OSError if the file cannot be made or the file system has no locks.
+    Blocks while another process holds it. The system releases the lock if this process dies. Raises
+    OSError if the file cannot be created or the file system has no locks.
     """
     descriptor = acquire(path)
     try:
@@ -40,16 +41,29 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def acquire(path: Path, *, wait: bool = True) -> int:
-    """Locks a file, made with its folder if it is missing; closing the descriptor unlocks it.
+    """Lock a file and return its descriptor; closing the descriptor releases the lock.
 
-    The holder may remove the file and its folder: those who waited make it again. Raises
-    BlockingIOError without ``wait`` if another holds it, and OSError as :func:`locked`.
+    Creates the file and its folder if they are missing. The holder may remove them: the next
+    process creates them again.
+
+    Parameters
+    ----------
+    path : Path
+    wait : bool
+        Block while another process holds the lock.
+
+    Raises
+    ------
+    BlockingIOError
+        Without ``wait``, another process holds the lock.
+    OSError
+        As for :func:`locked`.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # its folder was removed meanwhile
+        except FileNotFoundError:  # the folder was removed after mkdir
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

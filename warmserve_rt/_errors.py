@@ -1,5 +1,5 @@
-"""The exception types. All but wrong arguments (ValueError) and waits whose time ran out
-(TimeoutError) derive from WarmServeError."""
+"""Exception types. All errors derive from WarmServeError, except wrong arguments (ValueError,
+TypeError), waits that time out (TimeoutError) and errors of the file system (OSError)."""
 
 
 class WarmServeError(Exception):
@@ -7,28 +7,28 @@ class WarmServeError(Exception):
 
 
 class OutOfDeviceMemory(WarmServeError, MemoryError):
-    """More than the arena or the device has, even with nothing leased."""
+    """The request exceeds the arena or the device even if nothing is leased."""
 
 
 class StagingTimeout(WarmServeError, TimeoutError):
-    """No chunk of the staging pool came free in time."""
+    """No chunk of the staging pool became free in time."""
 
 
 class Busy(WarmServeError):
-    """Refused because of what is leased now; may succeed later."""
+    """Refused because of current leases; a later attempt may succeed."""
 
 
 class Cancelled(WarmServeError):
-    """The work was called off before it was complete."""
+    """The work was cancelled before it was complete."""
 
 
 class CorruptCheckpoint(WarmServeError, ValueError):
-    """A checkpoint file is malformed, or is not the file it was when it was registered."""
+    """A checkpoint file is malformed, or has changed since it was registered."""
 
 
 class StaleView(WarmServeError):
-    """The bytes behind a view are not, or not any more, guaranteed to be the model's."""
+    """The bytes behind a view are not, or no longer, guaranteed to be the model's."""
 
 
 class DeviceLost(WarmServeError):
-    """The device reported an error that only a new process can get over."""
+    """The device reported an error from which only a new process can recover."""

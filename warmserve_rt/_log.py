@@ -1,7 +1,7 @@
-"""The library's log: logger "warmserve_rt", silent until its user configures logging.
+"""The library's log: logger "warmserve_rt", silent until the application configures logging.
 
-INFO says what came, went and changed; DEBUG each prewarm, eviction and lease that had to wait;
-WARNING what a person must know.
+INFO: models and runtimes that are added, removed or changed. DEBUG: every prewarm and eviction, and
+every lease that had to wait. WARNING: events that a person must know.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ log.addHandler(logging.NullHandler())
 
 
 def debug(text: str, thing: object) -> None:
-    """Logs a text with the repr of something, and not the thing: a handler may keep what it is
-    given, and with it memory."""
+    """Log a text with the repr of ``thing`` rather than ``thing`` itself: a handler may keep its
+    arguments, and with them memory."""
     if log.isEnabledFor(logging.DEBUG):
         log.debug(text, repr(thing))

@@ -1,4 +1,4 @@
-"""Output of the commands: whole figures on any terminal, and untrusted text as plain text."""
+"""Output of the commands: figures are never cut, and untrusted text is printed as plain text."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rich.text import Text
 from . import _text
 
 Cell = tuple[str, str]  # a value, and a dim second line ("" for none)
-FOLDED = 12  # columns that are left to a name
-_UNLIMITED = 10_000  # columns of a pipe
+FOLDED = 12  # columns that a folded name keeps at least
+_UNLIMITED = 10_000  # columns, for a pipe
 
 
 def replace_unencodable() -> None:
-    """Has characters that stdout or stderr cannot encode written as backslash escapes."""
+    """Let stdout and stderr write characters that they cannot encode as backslash escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def plain(text: object) -> str:
-    """As :func:`_text.plain`, and characters that stdout cannot encode are escapes too."""
+    """Return plain text as :func:`_text.plain` does; escape what stdout cannot encode too."""
     return "".join(c if _encodable(c) else _text.escaped(c) for c in _text.plain(text))
 
 
@@ -42,7 +42,7 @@ def _encodable(character: str) -> bool:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console as wide as its terminal; a pipe has no width unless COLUMNS gives one."""
+    """Make a console as wide as its terminal; a pipe has no limit unless COLUMNS is set."""
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(stderr=stderr, highlight=False, width=_UNLIMITED)
@@ -57,15 +57,18 @@ def print_table(
     title: str = "",
     sum_row: bool = False,
 ) -> None:
-    """Prints a table whose first column is text and whose others are figures, without markup.
+    """Print a table whose first column is text and whose other columns are figures, without markup.
 
     Columns that do not fit beside each other follow in further tables, each with the first column.
-    A first column that leaves no room for any other is folded. ``sum_row``: a rule above the last.
+    The first column is folded if it would leave no room for any other. ``sum_row`` draws a rule
+    above the last row.
     """
     if title:
         console.print(Text(title), soft_wrap=True)
     longest = max((cell_len(plain(row[0][0])) for row in rows), default=0)
-    folded = max(longest - max(FOLDED, console.width // 2), 0)  # columns that the names can spare
+    folded = max(
+        longest - max(FOLDED, console.width // 2), 0
+    )  # columns that folding the names frees
     start = 1
     while True:
         stop = len(headings)
@@ -84,7 +87,7 @@ def print_table(
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Prints a table at its own width even if that is more than the terminal's."""
+    """Print a table at its own width even if the terminal is narrower."""
     options = console.options.update(width=_UNLIMITED)
     needed = Measurement.get(console, options, table).maximum
     if needed > console.width:
@@ -114,7 +117,7 @@ def _table(
 def _width(
     console: Console, headings: Sequence[str], rows: Sequence[Sequence[Cell]], start: int, stop: int
 ) -> int:
-    # Measured without a limit, since a console's own width would cut the answer.
+    # Measured without a limit, because the console's own width would cap the result.
     options = console.options.update(width=_UNLIMITED)
     return Measurement.get(console, options, _table(headings, rows, start, stop)).maximum
 

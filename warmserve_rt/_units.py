@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parse and format sizes in bytes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,31 @@ _LIMIT = 1 << 62
 def parse_bytes(
     size: Size, name: str = "size", *, of: Callable[[], int] | None = None, whole: str = ""
 ) -> int:
-    """Returns the bytes of a number or a string.
+    """Return the number of bytes of a size.
 
-    Strings, in either case: "2GiB" and "2MiB" count in 1024s, "2GB" and "2MB" in 1000s, "512" and
-    "512 B" in bytes; fractions of a byte are dropped. "50%" is a share of what ``of()`` returns,
-    where that is given; ``whole`` says in words what it is. Floats must be whole.
+    Parameters
+    ----------
+    size : number or str
+        A whole number (floats too), or a string in either case: "2GiB" and "2MiB" use units of
+        1024, "2GB" and "2MB" units of 1000, "512" and "512 B" are bytes. Fractions of a byte are
+        dropped. "50%" is a share of ``of()`` and needs ``of``.
+    name : str
+        The argument's name, for messages.
+    of : callable, optional
+        Returns the bytes that percentages refer to; 0 if unknown.
+    whole : str
+        Words for these bytes in messages, such as "the device's memory".
 
-    Raises ValueError or TypeError in one sentence that begins with ``name``.
+    Raises
+    ------
+    ValueError, TypeError
+        In one sentence that begins with ``name``.
     """
     if isinstance(size, str):
         found = _of_string(size, name, of, whole)
     elif isinstance(size, SupportsIndex) and not isinstance(size, bool):
         found = integer(name, size)
-    elif hasattr(size, "is_integer") and size.is_integer():  # floats, numpy's too
+    elif hasattr(size, "is_integer") and size.is_integer():  # Python's floats and numpy's
         found = int(number(name, size))
     else:
         found = None
@@ -48,7 +60,7 @@ def parse_bytes(
 
 
 def _of_string(size: str, name: str, of: Callable[[], int] | None, whole: str) -> int | None:
-    """Returns the bytes, or None if the string is not a size."""
+    """Return the bytes, or None if the string is not a size."""
     match = _SIZE.fullmatch(size.strip().lower())
     if match is None or (match[6] and not of):
         return None
@@ -75,7 +87,7 @@ def _share(size: str, name: str, numerator: int, denominator: int, total: int, w
 
 
 def format_bytes(nbytes: float) -> str:
-    """Returns "512 B", "1.5 MiB", "530 MiB": three or four digits and a unit of 1024s."""
+    """Return a size such as "512 B", "1.5 MiB" or "530 MiB": at most four digits, units of 1024."""
     value, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         if abs(value) < 1024:

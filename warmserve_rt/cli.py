@@ -1,6 +1,7 @@
 """The command line: ``warmserve-rt demo | live | inspect | size | simulate | cache``.
 
-All need typer. demo and live need the extra demo, simulate and live the extra sim."""
+All commands need typer. demo and live need the extra "demo", simulate and live the extra "sim".
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from warmserve_rt.checkpoint.sizes import Sizes
 
 app = typer.Typer(
-    help="Keeps layers of many models warm in one device's memory.",
+    help="Keep layers of many models warm in one device's memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -38,9 +39,7 @@ app = typer.Typer(
 app.command()(simulate)
 app.add_typer(cache.app, name="cache")
 Granule = Annotated[str, typer.Option(help="Bytes of a granule, such as 2MiB.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="bfloat16, float16 or float32, to which weights are cast.")
-]
+Dtype = Annotated[str | None, typer.Option(help="Cast weights to bfloat16, float16 or float32.")]
 
 
 def _version(asked: bool) -> None:
@@ -57,11 +56,11 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Keeps layers of many models warm in one device's memory."""
+    """Keep layers of many models warm in one device's memory."""
 
 
 class Engine(Enum):
-    """What the demo serves with."""
+    """Engines that the demo can serve with."""
 
     transformers = "transformers"
     vllm = "vllm"
@@ -70,13 +69,15 @@ class Engine(Enum):
 @app.command()
 def demo(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
-    requests: Annotated[int, typer.Option(min=2, help="How many arrive.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
-    engine: Annotated[Engine, typer.Option(help="What serves them.")] = Engine.transformers,
+    requests: Annotated[int, typer.Option(min=2, help="Number of requests.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the arrivals.")] = 0,
+    engine: Annotated[
+        Engine, typer.Option(help="Engine that serves the models.")
+    ] = Engine.transformers,
     mutate: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Serve five real models in an arena that holds half of them, beside other ways."""
-    if engine is Engine.vllm:  # whose starts torch would speak of; read when it is imported
+    """Serve five real models in an arena that holds half of them; compare other ways to serve."""
+    if engine is Engine.vllm:  # torch would log vLLM's starts; read when torch is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from warmserve_rt.demo.run import run
@@ -93,12 +94,14 @@ def demo(
 @app.command()
 def live(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
-    requests: Annotated[int, typer.Option(min=2, help="How many arrive.")] = 40,
-    seconds: Annotated[float, typer.Option(min=0.1, max=540, help="In which they arrive.")] = 90.0,
-    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    requests: Annotated[int, typer.Option(min=2, help="Number of requests.")] = 40,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=540, help="Seconds in which they arrive.")
+    ] = 90.0,
+    seed: Annotated[int, typer.Option(help="Seed of the arrivals.")] = 0,
     mutate: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Let the scheduler prewarm real models, and compare with what the simulator predicts."""
+    """Let the scheduler prewarm real models, and compare with the simulator's prediction."""
     try:
         from warmserve_rt.demo.live import run
 
@@ -116,7 +119,7 @@ def inspect(
     granule: Granule = "2MiB",
     dtype: Dtype = None,
 ) -> None:
-    """Show the layers of a checkpoint, as a runtime would keep them, and its files."""
+    """Show the layers of a checkpoint, as a runtime would lay them out, and its files."""
     from warmserve_rt.checkpoint.sizes import dtypes_of
 
     from ._terminal import make_console, plain, print_table
@@ -149,7 +152,7 @@ def size(
     granule: Granule = "2MiB",
     dtype: Dtype = None,
 ) -> None:
-    """Say how large an arena is that holds all layers of all these checkpoints."""
+    """Show how large an arena must be to hold all layers of all these checkpoints."""
     from ._terminal import make_console, print_table
 
     found, nbytes = _measure(checkpoints, granule, dtype)
@@ -173,7 +176,7 @@ def size(
 
 
 def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[Sizes], int]:
-    """Each checkpoint, and the bytes of a granule."""
+    """Return the sizes of each checkpoint, and the bytes of a granule."""
     try:
         from ._terminal import plain
     except ModuleNotFoundError as error:
@@ -184,7 +187,7 @@ def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[S
     try:
         nbytes = parse_bytes(granule, "granule")
         if nbytes < 1 or nbytes % (2 << 20):
-            raise ValueError(f"a granule is 2MiB or a multiple of it, not {granule!r}")
+            raise ValueError(f"granule must be a positive multiple of 2MiB, got {granule!r}")
         if dtype is not None:
             target_dtype(dtype)
     except ValueError as error:
@@ -211,7 +214,7 @@ def main() -> None:
         from ._terminal import replace_unencodable
 
         replace_unencodable()
-    except ModuleNotFoundError:  # each command says what it needs
+    except ModuleNotFoundError:  # the command reports what it needs
         pass
     app()
 

@@ -192,7 +192,7 @@ def test_digests_that_the_caller_has_are_compared(runtime: Runtime, path: Path) 
         runtime.prewarm("other").wait(30)
     for wrong, message in (
         ({}, "'model.layers.0' is missing"),
-        (digests | {"x": [1]}, "'x', which is no layer"),
+        (digests | {"x": [1]}, "must name layers of the model, got 'x'"),
         (digests | {names[0]: [1]}, "must be 6 integers of 64 bits"),
         (digests | {names[1]: [-1]}, "must be 1 integers of 64 bits"),
     ):

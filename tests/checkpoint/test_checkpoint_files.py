@@ -99,7 +99,7 @@ def test_the_names_of_a_directory_say_which_files_are_its_model(
 @pytest.mark.parametrize(
     ("names", "variant", "word"),
     [
-        (["a.safetensors.index.json", "b.safetensors.index.json"], None, "which of these"),
+        (["a.safetensors.index.json", "b.safetensors.index.json"], None, "must have one index"),
         (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], None,
          "model-00002-of-00003.safetensors is missing"),
         (["model-00001-of-99999999999.safetensors"], None, "model-00002-of-99999999999"),

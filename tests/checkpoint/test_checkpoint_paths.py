@@ -73,12 +73,12 @@ def test_paths_are_whatever_fspath_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (3, "a checkpoint is a path or a list of paths, got int"),
-        (None, "a checkpoint is a path or a list of paths, got NoneType"),
-        ({"a": "b"}, "a checkpoint is a path or a list of paths, got dict"),
-        (bytearray(b"a"), "a checkpoint is a path or a list of paths, got bytearray"),
-        ([3], "a file of a checkpoint is a path, got int"),
-        ([["a"]], "a file of a checkpoint is a path, got list"),
+        (3, "checkpoint must be a path or a list of paths, got int"),
+        (None, "checkpoint must be a path or a list of paths, got NoneType"),
+        ({"a": "b"}, "checkpoint must be a path or a list of paths, got dict"),
+        (bytearray(b"a"), "checkpoint must be a path or a list of paths, got bytearray"),
+        ([3], "a file of a checkpoint must be a path, got int"),
+        ([["a"]], "a file of a checkpoint must be a path, got list"),
     ],
 )
 def test_what_is_no_path_is_a_type_error(source: Any, message: str) -> None:
@@ -87,7 +87,7 @@ def test_what_is_no_path_is_a_type_error(source: Any, message: str) -> None:
 
 
 def test_a_nul_in_a_path_is_the_callers_mistake() -> None:
-    with pytest.raises(ValueError, match="a path cannot contain a NUL character") as caught:
+    with pytest.raises(ValueError, match="a path must not contain a NUL character") as caught:
         open_checkpoint("a\0b")
     assert not isinstance(caught.value, CorruptCheckpoint)
 
@@ -254,9 +254,9 @@ def test_a_header_whose_length_looks_like_another_format_is_read(
         ("model.gguf", "model.gguf is a GGUF file"),
         ("model.onnx", "model.onnx is an ONNX graph"),
         ("model.safetensors.incomplete", "is a download that has not finished"),
-        ("tf_model.h5", "tf_model.h5 is of another framework"),
+        ("tf_model.h5", "tf_model.h5 is a file of another framework"),
         ("config.json", r"no \*.safetensors in this directory$"),
-        ("unet/model.safetensors", r"no \*.safetensors .*; there are some in unet"),
+        ("unet/model.safetensors", r"no \*.safetensors .*; these folders have some: unet"),
     ],
 )
 def test_a_directory_without_safetensors_says_what_it_has(

@@ -43,7 +43,7 @@ def test_without_a_driver_the_error_says_what_to_do() -> None:
 
 
 def test_a_library_that_is_no_driver() -> None:
-    with pytest.raises(WarmServeError, match=r"libm\.so\.6 is no CUDA driver: it lacks"):
+    with pytest.raises(WarmServeError, match=r"libm\.so\.6 is not a CUDA driver: it lacks"):
         _native.cuda_driver(library="libm.so.6")
 
 
@@ -145,7 +145,7 @@ def test_opening_a_device_with_each_call_failing(last: str) -> None:
             else:
                 assert injected
                 assert re.search(
-                    r"cu[A-Z]\w+ returned|are visible|has no virtual|cannot be had", said
+                    r"cu[A-Z]\w+ returned|are visible|has no virtual|is unavailable", said
                 )
         if not injected:
             assert call > 10
@@ -158,7 +158,9 @@ def test_opening_a_device_with_each_call_failing(last: str) -> None:
 
 def test_another_process_holds_the_memory(cuda: SimulatedCuda) -> None:
     cuda.others_hold("60MiB")
-    with pytest.raises(OutOfDeviceMemory, match="8 MiB on a device with 4 MiB free of 64 MiB"):
+    with pytest.raises(
+        OutOfDeviceMemory, match="8 MiB does not fit on a device with 4 MiB free of 64 MiB"
+    ):
         make(cuda)
 
 
@@ -178,7 +180,7 @@ def test_memory_that_is_taken_half_way(cuda: SimulatedCuda) -> None:
 def test_the_headroom_is_left_alone_and_reported(
     cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
-    with pytest.raises(OutOfDeviceMemory, match="60 MiB beside a headroom of 8 MiB on a device"):
+    with pytest.raises(OutOfDeviceMemory, match="60 MiB beside a headroom of 8 MiB does not fit"):
         make(cuda, arena="60MiB", headroom="8MiB")
     with make(cuda, two_files, arena=None, headroom="8MiB") as runtime:
         snapshot = runtime.snapshot()

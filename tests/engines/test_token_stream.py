@@ -245,9 +245,9 @@ def test_a_loop_that_is_closed_ends_the_thread(runtime: Runtime, module: Any) ->
 
 def test_what_cannot_be_streamed_is_refused(runtime: Runtime, module: Any, path: Path) -> None:
     for words, arguments in {
-        "not bound to a runtime": {"module": plain(path)},
+        "must be bound to a runtime": {"module": plain(path)},
         "buffer must be at least 1, got 0": {"buffer": 0},
-        "do not pass one": {"streamer": object()},
+        "streamer must be left out": {"streamer": object()},
         r"inputs must have one prompt \(shape \(1, n\)\), got \(2, 9\)": {
             "inputs": PROMPT.repeat(2, 1)
         },

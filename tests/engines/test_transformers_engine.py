@@ -194,7 +194,7 @@ def test_experts_that_cannot_be_apart_are_refused(
         ({"model__norm__weight": torch.ones(65)}, ["norm.weight", "65", "64"]),
         ({"model__norm__weight": torch.ones(64).double()}, ["norm.weight", "F64"]),
         ({"model__norm__weight": torch.ones(64).int()}, ["norm.weight", "int32", "float32"]),
-        ({"norm__weight": torch.ones(64)}, ["norm.weight", "norm.weight", "are both"]),
+        ({"norm__weight": torch.ones(64)}, ["norm.weight", "norm.weight", "both map to"]),
     ],
     ids=["missing", "extra", "shape", "double", "dtype", "twice"],
 )

@@ -284,7 +284,7 @@ class TestState:
     def test_a_parameter_with_gaps_is_refused_by_name(self) -> None:
         module = nn.Linear(3, 4, bias=False)
         module.weight = nn.Parameter(torch.randn(4, 6)[:, ::2])
-        with pytest.raises(ValueError, match="'weight' has strides"):
+        with pytest.raises(ValueError, match="'weight' must be dense"):
             export(module)
 
     @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ class TestState:
         [
             ({"first.weight": torch.zeros(4, 4)}, r"'first.weight' is torch.float32 \(4, 4\)"),
             ({"first.weight": torch.zeros(4, 3).half()}, "'first.weight' is torch.float16"),
-            ({"first.more": torch.zeros(4)}, "'first.more' is no parameter"),
-            ({"third.weight": torch.zeros(4)}, "'third.weight' is no parameter"),
+            ({"first.more": torch.zeros(4)}, "has no parameter 'first.more'"),
+            ({"third.weight": torch.zeros(4)}, "has no parameter 'third.weight'"),
         ],
     )
     def test_parameters_of_another_layout_are_refused(
@@ -310,7 +310,7 @@ class TestState:
         del state.private["first.table"]
         with torch.device("meta"):
             module = Whole()
-        with pytest.raises(LayoutDiffers, match=r"'first\.table' is not there"):
+        with pytest.raises(LayoutDiffers, match=r"'first\.table' is missing from"):
             bind_private(module, state)
 
     def test_a_tensor_in_an_object_that_a_part_keeps_is_refused(self) -> None:
@@ -348,14 +348,14 @@ class TestArenas:
         assert arena.nbytes == 8 * MIB
         assert arenas.obtain("host", "8MiB") is arena
         assert arenas.find("host") is arena
-        with pytest.raises(ValueError, match=r"arena must be left out or 8388608, .* got '9MiB'"):
+        with pytest.raises(ValueError, match=r"must be left out or be 8388608, .* got '9MiB'"):
             arenas.obtain("host", "9MiB")
 
     def test_a_runtime_of_the_callers_own(self) -> None:
         with Runtime(arena="8MiB", tensors="torch") as runtime:
             engine.use(runtime)
             assert arenas.obtain("host", None).runtime is runtime  # type: ignore[union-attr]
-            with pytest.raises(ValueError, match="has an arena on 'host' already"):
+            with pytest.raises(ValueError, match="already has an arena on 'host'"):
                 engine.use(runtime)
         assert arenas.find("host") is None  # closed
 

@@ -63,5 +63,5 @@ def test_the_cli_s_sleep_mode_is_explained_on_a_cpu(caplog: pytest.LogCaptureFix
         engine.warn_of_sleep_mode(["vllm", "serve", "--enable-sleep-mode"], on_cpu=False)
         assert not caplog.records
         engine.warn_of_sleep_mode(["vllm", "serve", "--enable-sleep-mode"], on_cpu=True)
-    assert "leave it out" in caplog.text
+    assert "remove the option" in caplog.text
     assert "engines sleep and wake without it" in caplog.text

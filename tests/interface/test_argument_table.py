@@ -102,8 +102,8 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (made(headroom=-1), ValueError, "headroom must be a whole number of bytes"),
     (made(staging=None), TypeError, "staging must be a whole number of bytes"),
     (made(granule="5%"), ValueError, "granule must be a whole number of bytes"),
-    (made(granule=0), ValueError, "not a multiple of the device's 2 MiB"),
-    (made(chunk=0), ValueError, "not a multiple of 4 KiB"),
+    (made(granule=0), ValueError, "not a positive multiple of the device's 2 MiB"),
+    (made(chunk=0), ValueError, "not a positive multiple of 4 KiB"),
     (made(chunk=NAN), ValueError, "chunk must be a whole number of bytes"),
     (made(loaders=1.5), TypeError, "loaders must be an integer from 0 to 1024, got 1.5"),
     (made(loaders=10**12), ValueError, "loaders must be an integer from 0 to 1024"),
@@ -173,7 +173,7 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (lambda r, p: r.lease("m", streaming="yes"), TypeError, "streaming must be True or False"),  # type: ignore[arg-type]
     (lambda r, p: r.lease(3), TypeError, "model must be a name or a registered model, got 3"),  # type: ignore[arg-type]
     (lambda r, p: r.lease([3]), TypeError, "model must be a name or a registered model, got 3"),  # type: ignore[list-item]
-    (lambda r, p: r.lease([]), ValueError, "a lease on no model"),
+    (lambda r, p: r.lease([]), ValueError, "a lease needs at least one model"),
     (lambda r, p: r.lease("m").acquire("x"), TypeError, "stream must be one of Runtime.stream"),
     (lambda r, p: r.lease("m").acquire(-1), ValueError, "stream must be an integer from 0 to"),
     (lambda r, p: r.stamp("m", "x"), TypeError, "keep_value must be a number, got 'x'"),  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def test_the_size_of_a_model_is_what_a_runtime_takes(tmp_path: Path) -> None:
     ("arguments", "accepted"),
     [
         (["size", ".", "--granule", "0"], "2MiB"),
-        (["inspect", ".", "--granule", "3"], "2MiB or a multiple"),
+        (["inspect", ".", "--granule", "3"], "multiple of 2MiB"),
         (["inspect", ".", "--granule", "big"], "256MiB"),
         (["size", ".", "--dtype", "int3"], "bfloat16"),
         (["demo", "--requests", "1"], "2"),

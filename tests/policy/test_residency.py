@@ -347,10 +347,10 @@ A = curve("a", [4], [1.0])
         ({"need": [-1.0]}, "need"),
         ({"need": [math.inf]}, "need"),
         ({"need": [1.0, 1.0]}, "need"),
-        ({"need": [1]}, "need: .* float64"),
-        ({"model": [1]}, "model: from 0 to 0"),
+        ({"need": [1]}, "need: must be float64"),
+        ({"model": [1]}, "model: must be from 0 to 0"),
         ({"capacity": [-1]}, "capacity"),
-        ({"capacity": [1.5]}, "capacity: 1 of int64"),
+        ({"capacity": [1.5]}, "capacity: must be 1 of int64"),
         ({"capacity": []}, "capacity"),
         ({"node": 0}, "nodes of 0"),
         ({"margin": -0.1}, "margin"),
@@ -359,12 +359,12 @@ A = curve("a", [4], [1.0])
         ({"availability": [math.nan]}, "availability"),
         ({"availability": [1.0, 1.0]}, "availability"),
         ({"home": [0]}, "both or neither"),
-        ({"home": [1], "held": [0]}, "home: from -1 to 0"),
+        ({"home": [1], "held": [0]}, "home: must be from -1 to 0"),
         ({"home": [0], "held": [-1]}, "held"),
         ({"curves": [curve("broad", [4], [1.0], 16)]}, "broad needs 16 devices"),
         (
             {"curves": [curve("w", [4], [1.0], 2)], "capacity": [9] * 4, "home": [1], "held": [1]},
-            "replica 0 of w: device 1 begins no group of 2",
+            "replica 0 of w: device 1 is not the first of a group of 2",
         ),
     ],
 )
@@ -376,9 +376,9 @@ def test_bad_problems(more: dict[str, Any], said: str) -> None:
 
 def test_bad_previous_plans_and_catalogues() -> None:
     one = problem([A], [1.0], [9])
-    with pytest.raises(ValueError, match="previous plan has 1 replicas, not 2"):
+    with pytest.raises(ValueError, match="previous plan must have 2 replicas, has 1"):
         plan(problem([A, A], [1.0, 1.0], [9]), previous=plan(one))
-    with pytest.raises(ValueError, match="0 tries"):
+    with pytest.raises(ValueError, match="tries must be at least 1, got 0"):
         plan(one, tries=0)
     with pytest.raises(ValueError, match="catalogue"):
         Catalogue.of([])
@@ -387,9 +387,9 @@ def test_bad_previous_plans_and_catalogues() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"objective": "median"}, "'median': 'mean', 'slo' or a weight"),
-        ({"objective": 1.5}, "1.5: 'mean'"),
-        ({"objective": math.nan}, "nan: 'mean'"),
+        ({"objective": "median"}, "must be 'mean', 'slo' or a weight .* got 'median'"),
+        ({"objective": 1.5}, "got 1.5"),
+        ({"objective": math.nan}, "got nan"),
         ({"budget_s": math.nan}, "budget"),
         ({"bandwidth": 0.0}, "bandwidth"),
         ({"tokens": -1}, "prompts"),
@@ -405,11 +405,11 @@ def test_bad_curves(options: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (([1], [1.0, 2.0]), "one each"),
-        (([1], [-1.0]), "not negative"),
-        (([1], [1.0], [1.5]), "probabilities from 0 to 1"),
-        (([0], [1.0]), "each has bytes"),
-        (([], []), "has units"),
+        (([1], [1.0, 2.0]), "once for each"),
+        (([1], [-1.0]), "not be negative"),
+        (([1], [1.0], [1.5]), "probabilities must be in"),
+        (([0], [1.0]), "each of at least one byte"),
+        (([], []), "must have units"),
     ],
 )
 def test_bad_units(arguments: Any, said: str) -> None:
@@ -420,9 +420,9 @@ def test_bad_units(arguments: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("width", "nbytes", "value", "said"),
     [
-        (0, [1], [0, 1], "group of 0 devices"),
-        (1, [], [0], "has layers"),
-        (1, [0], [0, 1], "each has bytes"),
+        (0, [1], [0, 1], "width must be at least 1 device, got 0"),
+        (1, [], [0], "must have layers"),
+        (1, [0], [0, 1], "each of at least one byte"),
         (1, [1], [0, 1, 2], "shapes"),
         (1, [1], [1, 2], "begin at 0"),
         (1, [1, 1], [0, 2, 1], "never fall"),

@@ -82,12 +82,12 @@ def test_any_set_of_layers_is_brought_in(
 @pytest.mark.parametrize(
     ("layers", "problem"),
     [
-        (0, "no layers"),
-        ([], "no layers"),
-        (slice(4, 9), "no layers"),
-        (5, "the first 5 layers of 'a', which has 4"),
-        (-1, "the first -1"),
-        ([4], "has 4 layers, no layer 4"),
+        (0, "must name at least one layer of 'a'"),
+        ([], "at least one layer"),
+        (slice(4, 9), "at least one layer"),
+        (5, "layers of 'a' must be from 0 to 4, got 5"),
+        (-1, "from 0 to 4, got -1"),
+        ([4], "'a' has no layer 4: it has 4 layers"),
         ([-1], "no layer -1"),
         (["head"], "no layer 'head'"),
         ([1, 1], "'model.layers.1' of 'a' is named twice"),
@@ -104,11 +104,11 @@ def test_layers_that_make_no_sense(runtime: Runtime, layers: Any, problem: str) 
 def test_more_that_makes_no_sense(runtime: Runtime) -> None:
     with pytest.raises(TypeError, match=r"got the name 'head': write \['head'\]"):
         runtime.prewarm("a", layers="head")
-    with pytest.raises(ValueError, match="either the layers to evict, or those to keep"):
+    with pytest.raises(ValueError, match="layers and keep exclude each other"):
         runtime.evict("a", layers=[1], keep=2)
     with pytest.raises(ValueError, match="named twice"):
         runtime.evict("a", keep=[1, 1])
-    with pytest.raises(ValueError, match="layers of several models"):
+    with pytest.raises(ValueError, match="layers must be None for several models"):
         runtime.lease(["a", "b"], layers=1)
     with pytest.raises(
         ValueError, match="wait must be 'nothing', 'streams' or 'leases', got 'ever'"

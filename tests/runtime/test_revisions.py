@@ -138,31 +138,31 @@ BASE = {"h.0.a": ("F32", [4, 2]), "h.0.b": ("U8", [3]), "h.1.a": ("F32", [5])}
 OTHERS = {
     "a tensor more": (
         {**BASE, "h.1.b": ("U8", [1])},
-        "tensor 'h.1.b', U8 [1] at byte 256, where that has nothing more",
+        "tensor 'h.1.b', U8 [1] at byte 256 instead of nothing more",
     ),
     "a tensor less": (
         {"h.0.a": ("F32", [4, 2]), "h.1.a": ("F32", [5])},
-        "layer 'h.1', where that has tensor 'h.0.b', U8 [3] at byte 256",
+        "layer 'h.1' instead of tensor 'h.0.b', U8 [3] at byte 256",
     ),
     "another name": (
         {"h.0.a": ("F32", [4, 2]), "h.0.c": ("U8", [3]), "h.1.a": ("F32", [5])},
-        "tensor 'h.0.c', U8 [3] at byte 256, where that has tensor 'h.0.b', U8 [3] at byte 256",
+        "tensor 'h.0.c', U8 [3] at byte 256 instead of tensor 'h.0.b', U8 [3] at byte 256",
     ),
     "another shape": (
         {**BASE, "h.0.a": ("F32", [2, 4])},
-        "tensor 'h.0.a', F32 [2, 4] at byte 0, where that has tensor 'h.0.a', F32 [4, 2] at byte 0",
+        "tensor 'h.0.a', F32 [2, 4] at byte 0 instead of tensor 'h.0.a', F32 [4, 2] at byte 0",
     ),
     "another dtype": (
         {**BASE, "h.1.a": ("I32", [5])},
-        "tensor 'h.1.a', I32 [5] at byte 0, where that has tensor 'h.1.a', F32 [5] at byte 0",
+        "tensor 'h.1.a', I32 [5] at byte 0 instead of tensor 'h.1.a', F32 [5] at byte 0",
     ),
     "another order": (
         {"h.0.b": ("U8", [3]), "h.0.a": ("F32", [4, 2]), "h.1.a": ("F32", [5])},
-        "tensor 'h.0.b', U8 [3] at byte 0, where that has tensor 'h.0.a', F32 [4, 2] at byte 0",
+        "tensor 'h.0.b', U8 [3] at byte 0 instead of tensor 'h.0.a', F32 [4, 2] at byte 0",
     ),
     "another layer": (
         {"h.0.a": ("F32", [4, 2]), "h.0.b": ("U8", [3]), "h.2.a": ("F32", [5])},
-        "layer 'h.2', where that has layer 'h.1'",
+        "layer 'h.2' instead of layer 'h.1'",
     ),
 }
 
@@ -184,9 +184,9 @@ def test_revisions_laid_out_differently_are_refused(
 ) -> None:
     tensors, message = OTHERS[how]
     runtime.register("chat@1", shaped(tmp_path / "1", BASE))
-    with pytest.raises(ValueError, match="is laid out unlike") as raised:
+    with pytest.raises(ValueError, match="must have the layout of") as raised:
         runtime.register("chat@2", shaped(tmp_path / "2", tensors))
-    assert str(raised.value) == f"'chat@2' is laid out unlike 'chat@1': {message}"
+    assert str(raised.value) == f"'chat@2' must have the layout of 'chat@1', got {message}"
     assert [model.name for model in runtime.models] == ["chat@1"]
     assert runtime.snapshot().models.keys() == {"chat@1"}
     runtime.register("other@2", tmp_path / "2")  # another name may be
@@ -208,7 +208,7 @@ def test_where_bytes_lie_and_what_they_were_is_no_difference(
     floats = {**head, "h.0.a": ("BF16", [4, 2])}
     runtime.register("tuned@1", shaped(tmp_path / "4", {"w": ("BF16", [9])}))
     runtime.register("tuned@2", shaped(tmp_path / "5", {"w": ("F32", [9])}), dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"BF16 \[4, 2\] at byte 0, where that has"):
+    with pytest.raises(ValueError, match=r"BF16 \[4, 2\] at byte 0 instead of"):
         runtime.register(
             "chat@3",
             [shaped(tmp_path / "6", floats), shaped(tmp_path / "7", {"h.1.a": ("BF16", [5])})],

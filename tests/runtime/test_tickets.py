@@ -100,12 +100,14 @@ def test_a_failure_that_nobody_waits_for_is_logged(
         pass
     del ticket
     gc.collect()
-    assert [r.levelname for r in caplog.records if "nobody waited" in r.getMessage()] == ["WARNING"]
+    assert [r.levelname for r in caplog.records if "never waited for" in r.getMessage()] == [
+        "WARNING"
+    ]
     caplog.clear()
     with pytest.raises(CorruptCheckpoint):
         runtime.prewarm("a").wait()
     gc.collect()
-    assert not [r for r in caplog.records if "nobody waited" in r.getMessage()]
+    assert not [r for r in caplog.records if "never waited for" in r.getMessage()]
 
 
 def test_the_log_says_what_came_and_went(

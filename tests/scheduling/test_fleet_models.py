@@ -153,7 +153,7 @@ def test_a_model_that_is_added_is_loaded_and_one_that_is_removed_gives_way(
     assert world.held() == {"a": [0, 1], "d": ALL}
     keep = [layer.keep_value for layer in world.runtimes[0].snapshot().models["a"].layers]
     assert max(keep) <= 0
-    with pytest.raises(ValueError, match="'a' has no profile: there are b, c, d"):
+    with pytest.raises(ValueError, match="'a' has no profile: the fleet has b, c, d"):
         world.fleet.arrived("a", 1)
     assert not world.fleet.errors
 
@@ -194,7 +194,7 @@ def test_a_fleet_whose_last_model_is_removed_goes_on_with_the_next(world: World)
         world.fleet.remove(name)
     for _ in range(REST + 1):
         world.settle(2.0)
-    with pytest.raises(ValueError, match="'a' has no profile: there are none"):
+    with pytest.raises(ValueError, match="'a' has no profile: the fleet has none"):
         world.fleet.remove("a")
     world.fleet.add(world.profile("b"))
     world.ask("b", 8)
@@ -211,7 +211,7 @@ def test_a_fleet_whose_last_model_is_removed_goes_on_with_the_next(world: World)
         ("a@2", {}, "the fleet has 'a' already"),
         ("b", {"service": 0.0}, "service must be positive"),
         ("b", {"service": float("nan")}, "service must be positive"),
-        ("b", {"width": 2}, "b wants 2 devices"),
+        ("b", {"width": 2}, "b needs 2 devices"),
     ],
 )
 def test_additions_that_make_no_sense(

@@ -318,10 +318,10 @@ def test_close_calls_off_what_it_loads(world: World) -> None:
     [
         ({"runtimes": []}, "has runtimes"),
         ({"profiles": []}, "and models"),
-        ({"bandwidth": 0.0}, "a bandwidth of 0.0"),
-        ({"bandwidth": float("nan")}, "a bandwidth of nan"),
+        ({"bandwidth": 0.0}, "bandwidth must be positive and finite bytes per second, got 0.0"),
+        ({"bandwidth": float("nan")}, "bandwidth must be positive and finite bytes per second, got nan"),
         ({"profiles": ["a", "a"]}, "one name"),
-        ({"width": 2}, "a wants 2 devices"),
+        ({"width": 2}, "a needs 2 devices"),
         ({"rename": "z"}, "'z'"),
         ({"layers": 5}, "a has 4 layers on device 0, and 5"),
     ],
@@ -342,9 +342,9 @@ def test_fleets_that_make_no_sense(world: World, options: dict[str, Any], proble
 
 def test_events_that_make_no_sense(world: World) -> None:
     world.begin()
-    with pytest.raises(ValueError, match="'z' has no profile: there are a, b, c"):
+    with pytest.raises(ValueError, match="'z' has no profile: the fleet has a, b, c"):
         world.fleet.arrived("z", 1)
-    with pytest.raises(ValueError, match="'a' has no request that could end"):
+    with pytest.raises(ValueError, match="'a' has no request in progress that could end"):
         world.fleet.finished("a")
     with pytest.raises(ValueError, match="has a scheduler"):
         world.begin()

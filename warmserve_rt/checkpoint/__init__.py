@@ -1,8 +1,8 @@
-"""Safetensors checkpoints, opened and checked: which bytes of which file hold which tensor.
+"""Open and check safetensors checkpoints: which bytes of which file hold which tensor.
 
-A checkpoint is a stranger's file: nothing in it is believed unchecked. A mistake in it raises a
-plain ValueError in `header` and `files`, which `blaming` turns into a CorruptCheckpoint that names
-the file.
+A checkpoint is an untrusted file: everything in it is checked before it is used. An error in it
+raises a plain ValueError in `header` and `files`. `blaming` turns it into a CorruptCheckpoint that
+names the file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Checkpoint:
     tensors: Tensors
 
     def close(self) -> None:
-        """Close every file; more than once is harmless."""
+        """Close every file. Idempotent."""
         for file in self.files:
             file.close()
 
@@ -86,26 +86,44 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint and check all of it except the tensors' values.
 
-    `source` is a safetensors file, a list of them, a directory, or the id of a model that is in the
-    Hugging Face cache ("org/name"; of its `revision`, by default "main"). A path that exists is
-    never taken for an id. The files of a directory are chosen as transformers and vLLM do (see
-    `choice`); `variant="fp16"` chooses model.fp16.safetensors or its like instead. Index and files
-    must agree: a tensor that a file holds and the index omits is refused too, though other readers
-    ignore it, for one of the two is not what its author meant. A symbolic link out of the directory
-    is refused unless `allow_symlinks`, except for a link from a snapshot of the Hugging Face cache
-    into its own blobs. A path that the caller spells out is followed wherever it leads.
+    Parameters
+    ----------
+    source : path, sequence of paths, or id
+        A safetensors file, a list of them, a directory, or the id of a model in the Hugging Face
+        cache ("org/name"). A path that exists is never taken for an id. A path of the caller is
+        followed wherever it leads. The files of a directory are chosen as transformers and vLLM
+        choose them (see `choice`).
+    allow_symlinks : bool
+        Follow symbolic links that leave the directory. Links from a snapshot of the Hugging Face
+        cache into its own blobs are always followed.
+    variant : str, optional
+        "fp16" chooses model.fp16.safetensors, or another file of that variant, in a directory.
+    revision : str, optional
+        The revision of an id. Default: "main".
 
-    Raises CorruptCheckpoint, which names the file and what is wrong in it; FileNotFoundError if
-    `source` does not exist or is a directory without a model; ValueError if it is an empty list,
-    or for an option that does not belong to it; TypeError if it is no path; OSError if the system
-    refuses to read a file. Nothing stays open then.
+    Raises
+    ------
+    CorruptCheckpoint
+        Names the file and what is wrong in it. Index and files must agree: a tensor that a file
+        holds and the index omits is refused too, although other readers ignore it, because one of
+        the two is not what its author meant.
+    FileNotFoundError
+        `source` does not exist, or is a directory without a model.
+    ValueError
+        `source` is an empty list, or an option does not apply to it.
+    TypeError
+        `source` is not a path.
+    OSError
+        The system refuses to read a file.
+
+    After an exception no file stays open.
     """
     with ExitStack() as folder:
         candidates, index = _candidates(folder, source, allow_symlinks, variant, revision)
         return _open_all(candidates, index)
 
 
-# The path of a file, and what opens it.
+# The path of each file, and a function that opens it.
 _Candidates: TypeAlias = list[tuple[str, Callable[[], io.BufferedReader]]]
 
 
@@ -116,7 +134,7 @@ def _candidates(
     variant: str | None,
     revision: str | None,
 ) -> tuple[_Candidates, dict[str, str]]:
-    """The files of a checkpoint, and the path of each tensor if there is an index. A directory
+    """Return the files of a checkpoint, and the path of each tensor if it has an index. A directory
     stays open in `folder`."""
     if isinstance(source, str | bytes | os.PathLike):
         path, fd = _open_source(_checked(source), revision, isinstance(source, str))
@@ -135,22 +153,25 @@ def _candidates(
         if variant is None:
             return [(path, partial(_open_named, path)) for path in paths], {}
     else:
-        raise TypeError(f"a checkpoint is a path or a list of paths, got {type(source).__name__}")
+        raise TypeError(
+            f"checkpoint must be a path or a list of paths, got {type(source).__name__}"
+        )
     raise ValueError("variant= is for a directory or the id of a model, not for files")
 
 
 def _checked(path: object) -> str:
     """Return a path as a string. Raises TypeError or ValueError."""
     if not isinstance(path, str | bytes | os.PathLike):
-        raise TypeError(f"a file of a checkpoint is a path, got {type(path).__name__}")
+        raise TypeError(f"a file of a checkpoint must be a path, got {type(path).__name__}")
     decoded: str = os.fsdecode(path)
     if "\0" in decoded:
-        raise ValueError(f"a path cannot contain a NUL character, got {decoded!r}")
+        raise ValueError(f"a path must not contain a NUL character, got {decoded!r}")
     return decoded
 
 
 def _open_source(path: str, revision: str | None, may_be_id: bool) -> tuple[str, int]:
-    """Open a path, or else the folder of a model in the Hugging Face cache; and the path of it."""
+    """Open a path, or else the folder of a model in the Hugging Face cache. Return the path and the
+    descriptor."""
     try:
         with blaming(path), naming(path):
             fd = open_path(path)
@@ -186,7 +207,7 @@ def _files_of(directory: Directory, variant: str | None) -> tuple[_Candidates, d
     if index_name is not None:
         path = directory.path_of(index_name)
         with blaming(path), directory.open(index_name) as file:
-            parsed = parse_object(file.read(LIMIT + 1))  # one byte more than is accepted
+            parsed = parse_object(file.read(LIMIT + 1))  # one byte more, to detect excess
             weight_map = strings("weight_map", parsed.get("weight_map"))
             if not weight_map:
                 raise ValueError("weight_map is empty")
@@ -195,7 +216,7 @@ def _files_of(directory: Directory, variant: str | None) -> tuple[_Candidates, d
     if not files:
         hint = mistaken.directory_has(names)
         if folders := directory.folders_with(".safetensors"):
-            hint += f"; there are some in {', '.join(folders[:5])}"
+            hint += f"; these folders have some: {', '.join(folders[:5])}"
         raise FileNotFoundError(
             f"{shown(directory.path)}: no *.safetensors in this directory{hint}"
         )
@@ -222,11 +243,11 @@ def _open_all(candidates: _Candidates, index: Mapping[str, str]) -> Checkpoint:
                 files.append(opened.enter_context(file))
                 for name in tensors.names(first) if index else ():
                     if index.get(name) != path:
-                        raise ValueError(f"the index does not put tensor {name!r} here")
+                        raise ValueError(f"the index does not assign tensor {name!r} to this file")
         if index and len(index) != len(tensors):
             name = min(index.keys() - tensors.keys())
             raise CorruptCheckpoint(
-                f"{shown(index[name])}: no tensor {name!r}, which the index puts here"
+                f"{shown(index[name])}: no tensor {name!r}, but the index assigns it to this file"
             )
         opened.pop_all()
     return Checkpoint(tuple(files), tensors)

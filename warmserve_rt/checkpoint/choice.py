@@ -1,4 +1,4 @@
-"""Which files of a directory are its model. Looks at names alone.
+"""Choose the files of a directory that are its model, by their names alone.
 
 The order is that of transformers and vLLM: `model.safetensors`, else the shards of
 `model.safetensors.index.json`, else every `*.safetensors`. diffusers' name,
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 _SUFFIX = ".safetensors"
 _STEMS = ("model", "diffusion_pytorch_model")
 
-# Files that lie beside a model and are not part of it: adapters, and the state of a training run.
+# Files beside a model that are not part of it: adapters, and the state of a training run.
 _ASIDE = re.compile(
     r"(adapters?|adapter_(model|weights)|lora|lora_weights|pytorch_lora_weights|learned_embeds"
     r"|optim|optimizer|optimizer_state|scheduler|scaler|rng_state|random_states"
@@ -28,10 +28,10 @@ _VARIANT = re.compile(
 
 
 def choose(names: Collection[str], variant: str | None) -> tuple[str | None, list[str]]:
-    """Return the index of a directory with these names, or None and the names of its files.
+    """Return the index of a directory with these names, or None and the names of the model's files.
 
-    Raises ValueError if the names do not say which files are the model, or a shard is missing;
-    FileNotFoundError if there is no model among them.
+    Raises ValueError if the names do not determine the model or a shard is missing,
+    FileNotFoundError if no file is a model.
     """
     if variant is not None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", variant):
         raise ValueError(f"variant must be a word such as 'fp16', got {variant!r}")
@@ -62,7 +62,7 @@ def choose(names: Collection[str], variant: str | None) -> tuple[str | None, lis
 
 
 def _names_of(stem: str, variant: str | None) -> tuple[str, list[str]]:
-    """Return the name of the file of a model of one file, and those of the index of shards."""
+    """Return the name of a model's single file, and the possible names of its index."""
     if variant is None:
         return stem + _SUFFIX, [f"{stem}{_SUFFIX}.index.json"]
     return (
@@ -72,7 +72,7 @@ def _names_of(stem: str, variant: str | None) -> tuple[str, list[str]]:
 
 
 def _other_stems(names: Iterable[str], variant: str | None) -> list[str]:
-    """Return the stem of the only index that has another name; none if a known one is there."""
+    """Return the stem of the only index with another name; no stem if a known index exists."""
     endings = _names_of("", variant)[1]
     indexes = {
         name: name[: -len(ending)] for name in names for ending in endings if name.endswith(ending)
@@ -83,7 +83,7 @@ def _other_stems(names: Iterable[str], variant: str | None) -> list[str]:
     plain = {n: stem for n, stem in stems.items() if not _CONSOLIDATED.fullmatch(stem + _SUFFIX)}
     stems = plain or stems
     if len(stems) > 1 and not any(_names_of(stem, variant)[0] in names for stem in _STEMS):
-        raise ValueError(f"which of these is the index? {', '.join(sorted(stems))}")
+        raise ValueError(f"a directory must have one index, got {', '.join(sorted(stems))}")
     return list(stems.values())
 
 
@@ -93,7 +93,7 @@ def _variant_of(name: str) -> set[str]:
 
 
 def _is_variant_beside(name: str, names: Collection[str]) -> bool:
-    """Whether `name` is another variant of a file, or of a set of shards, among `names`."""
+    """Return whether `name` is another variant of a file or of a set of shards among `names`."""
     found = _VARIANT.fullmatch(name)
     if not found:
         return False
@@ -109,7 +109,7 @@ def _variants(files: Iterable[str]) -> str:
 
 
 def _require_all_shards(names: Iterable[str]) -> None:
-    """Raise ValueError if the names of shards count to a total that they do not reach."""
+    """Raise ValueError if a set of shards has fewer files than its names say."""
     sets: dict[tuple[str, ...], dict[int, str]] = {}
     for name in names:
         if shard := _SHARD.fullmatch(name):

@@ -1,4 +1,4 @@
-"""A directory that is opened once; its files are opened relative to it and never leave it."""
+"""Open a directory once, and its files relative to it, so that no name leads out of it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .files import naming, open_path, reader
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_LINKS = 40  # the kernel's own limit
 
-# These say that the checkpoint is wrong; any other error is the system's.
+# These errors mean that the checkpoint is wrong; other errors come from the system.
 _BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Directory:
     """A directory by its descriptor, which it owns.
 
-    Every name is resolved here, component by component, each opened relative to the one before it
-    and never through a link. A link is read, and its text is resolved in the same way. So there is
-    no moment between a check and its use, and no link leaves the directory, whoever moves or
-    exchanges names meanwhile. A link into the blobs of the Hugging Face cache of which the
-    directory is a snapshot does not leave it.
+    Every name is resolved here, component by component. Each component is opened relative to the
+    one before it, and never through a link. A link is read, and its text is resolved in the same
+    way. So no time passes between a check and its use, and no link leaves the directory, even if
+    another process moves or exchanges names meanwhile. A link into the blobs of the Hugging Face
+    cache of which the directory is a snapshot counts as inside.
     """
 
     def __init__(self, path: str, fd: int, *, allow_symlinks: bool) -> None:
@@ -38,7 +38,7 @@ class Directory:
         os.close(self._fd)
 
     def names(self) -> list[str]:
-        """The names in it that are not hidden, sorted."""
+        """Return the names in the directory that are not hidden, sorted."""
         with naming(self.path):
             return sorted(name for name in os.listdir(self._fd) if not name.startswith("."))
 
@@ -46,8 +46,11 @@ class Directory:
         return os.path.join(self.path, name)
 
     def open(self, name: str) -> io.BufferedReader:
-        """Open a file in it. Raises ValueError for a name that leaves the directory, is missing or
-        is no regular file; OSError if the system refuses to open it."""
+        """Open a file in the directory.
+
+        Raises ValueError for a name that leaves the directory, is missing or is not a regular file,
+        OSError if the system refuses to open it.
+        """
         if os.path.isabs(name) or ".." in name.split("/"):
             raise ValueError(f"{name!r} is a path outside the directory")
         try:
@@ -61,7 +64,7 @@ class Directory:
             raise ValueError(f"{name!r} cannot be opened: {error.strerror}") from error
 
     def folders_with(self, ending: str) -> list[str]:
-        """The folders directly in it that have a file whose name ends so; for messages alone."""
+        """Return the subfolders that have a file with this ending. Only for messages."""
         found = []
         for name in self.names():
             with suppress(OSError):
@@ -96,7 +99,7 @@ class Directory:
                         raise
                     links += 1
                     target = _link(part, folders[-1])
-                    if target is None:  # not a link, or not any more: look again
+                    if target is None:  # not a link, or no longer one: try again
                         pending.append(part)
                         continue
                 if not pending and (blob := self._open_blob(target, folders[-1])) is not None:
@@ -107,8 +110,8 @@ class Directory:
         raise ValueError("not a regular file but a directory")
 
     def _open_blob(self, target: str, folder: int) -> int | None:
-        """Open what a link in `folder` leads to if it lies in the blobs of the Hugging Face cache
-        that this directory is a snapshot of."""
+        """Open the target of a link in `folder` if it is a blob of the Hugging Face cache that this
+        directory is a snapshot of; otherwise return None."""
         blobs = self._blobs()
         if blobs is None:
             return None
@@ -118,7 +121,7 @@ class Directory:
                 there = os.stat(where or ".", dir_fd=folder)
             except OSError:
                 return None
-            # The name is opened in the blobs themselves, wherever the link leads by now.
+            # Open the name in the blobs themselves, even if the link has changed since.
             if not name or not os.path.samestat(there, os.fstat(blobs)):
                 return None
             return open_path(name, folder=blobs, follow=False)
@@ -126,8 +129,8 @@ class Directory:
             os.close(blobs)
 
     def _blobs(self) -> int | None:
-        """Open the blobs of the cache of a model if this is, or lies in, a snapshot there:
-        models--ORG--NAME/snapshots/REVISION."""
+        """Open the blobs of a model in the cache if this directory is a snapshot of it or is inside
+        one, models--ORG--NAME/snapshots/REVISION; otherwise return None."""
         with suppress(OSError):
             parts = os.readlink(f"/proc/self/fd/{self._fd}").split("/")
             for i in range(len(parts) - 2, 0, -1):
@@ -137,12 +140,12 @@ class Directory:
 
 
 def _parts(path: str) -> list[str]:
-    """The components of a relative path, the first one last."""
+    """Return the components of a relative path in reverse order."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
 def _link(name: str, folder: int) -> str | None:
-    """The text of a link, or None if it is none."""
+    """Return the text of a link, or None if `name` is not a link."""
     try:
         return os.readlink(name, dir_fd=folder)
     except OSError as error:

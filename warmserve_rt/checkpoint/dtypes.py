@@ -1,7 +1,8 @@
-"""Which tensors are cast while they are loaded, and to what.
+"""Choose which tensors are cast while they are loaded, and to which dtype.
 
-Only plain floating-point weights are. What a quantised format says is in its bytes, and in the
-floats beside them: scales, zeros and biases rounded again would dequantise to another model.
+Only plain floating-point weights are cast. The meaning of a quantised format is in its bytes and in
+the floats that belong to them: rounding scales, zeros and biases again would dequantise to another
+model.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ DTypeLike: TypeAlias = Any
 """The name of a dtype, or a dtype of torch or numpy."""
 
 _TARGETS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# BOOL, I64 and U64 are masks and counters, which stand beside plain weights.
+# Not BOOL, I64 and U64: they are masks and counters, which plain models have too.
 _QUANTISED = {"I8", "U8", "I16", "U16", "I32", "U32"} | {
     name for name in DTYPES if name.startswith(("F8_", "F6_", "F4"))
 }
 
 
 def target_dtype(dtype: object) -> DType:
-    """Returns the dtype named "float32", "float16" or "bfloat16", or as safetensors has it, "BF16".
-    Accepts torch's dtypes, and numpy's.
+    """Return the dtype for "float32", "float16", "bfloat16", a safetensors name such as "BF16", or
+    a dtype of torch or numpy.
 
-    Raises ValueError for any other: a packed format cannot be made out of values alone.
+    Raises ValueError for any other dtype: values alone do not determine a packed format.
     """
     name = dtype
     if isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic)):
@@ -47,23 +48,31 @@ def target_dtype(dtype: object) -> DType:
 def planned_casts(
     tensors: Mapping[str, TensorEntry], dtype: DTypeLike | Mapping[str, DTypeLike]
 ) -> dict[str, DType]:
-    """The tensors that are not of ``dtype`` but should be, by name, and that dtype; of a mapping,
-    those that it names.
+    """Return the tensors to cast, by name, with their target dtypes.
 
-    These are of F32, F16 or BF16. A float belongs to a quantised tensor and stays as it is where
-    one (of 8 to 32-bit integers, fp8, fp6 or fp4) has the same prefix up to the name's last dot
-    ("q.weight" and "q.scales"), or has a name with which, and a dot, the float's begins ("q.weight"
-    and "q.weight.absmax").
+    Tensors of F32, F16 or BF16 are cast if their dtype differs from the target. A float belongs to
+    a quantised tensor (8 to 32-bit integers, fp8, fp6 or fp4) and keeps its dtype in two cases:
+    both names have the same prefix up to their last dot ("q.weight" and "q.scales"), or its name
+    begins with the quantised tensor's name and a dot ("q.weight" and "q.weight.absmax").
 
-    Raises as `target_dtype`, and ValueError, which names the tensor, for a plain one of F64, and
-    for one that a mapping names and the checkpoint has not.
+    Parameters
+    ----------
+    tensors : mapping from names to entries
+    dtype : dtype, or mapping from tensor names to dtypes
+        With a mapping, only the tensors that it names are cast.
+
+    Raises
+    ------
+    ValueError
+        As for `target_dtype`; for a plain tensor of F64, which the message names; for a name in
+        ``dtype`` that is not in the checkpoint.
     """
     if not isinstance(dtype, Mapping):
         targets = dict.fromkeys(tensors, target_dtype(dtype))
     else:
         targets = {name: target_dtype(each) for name, each in dtype.items()}
         if unknown := sorted(targets.keys() - tensors.keys()):
-            raise ValueError(f"dtype: no tensor {unknown[0]!r} in the checkpoint")
+            raise ValueError(f"dtype must name tensors of the checkpoint, got {unknown[0]!r}")
     quantised = [name for name, entry in tensors.items() if entry.dtype.name in _QUANTISED]
     modules = {_module(name) for name in quantised}
     wanted = [
@@ -78,14 +87,14 @@ def planned_casts(
             continue
         if tensors[name].dtype.name == "F64":
             raise ValueError(
-                f"tensor {name!r} is F64, of which there is no cast to {targets[name].name}"
+                f"tensor {name!r} is F64, which cannot be cast to {targets[name].name}"
             )
         casts[name] = targets[name]
     return casts
 
 
 def cast_kind(source: DType, target: DType) -> str:
-    """The kernel's name for a cast: one of `kernels.CASTS`."""
+    """Return the kernel's name for a cast, one of `kernels.CASTS`."""
     return f"{source.name}_to_{target.name}".lower()
 
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: opened first, then judged by what was opened."""
+"""Files of a checkpoint: opened first, then checked by descriptor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What must not change in a file while a model uses it."""
+    """The properties of a file that must not change while a model uses it."""
 
     device: int
     inode: int
@@ -37,7 +37,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, fd: int) -> FileIdentity:
-        """The identity, now, of the file that `fd` has open."""
+        """Return the current identity of the open file `fd`."""
         now = os.fstat(fd)
         return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
@@ -46,20 +46,20 @@ class FileIdentity:
 class CheckpointFile:
     """A safetensors file, held open so that replacing it on disk cannot change a model."""
 
-    path: str  # as os.fsdecode has it; see `shown`
+    path: str  # decoded by os.fsdecode; see `shown`
     identity: FileIdentity  # when the header was read
     metadata: Mapping[str, str]  # the header's __metadata__
     _file: io.BufferedReader = field(repr=False)
 
     @property
     def fd(self) -> int:
-        """The descriptor, which stays this object's. Raises WarmServeError after `close`."""
+        """The descriptor, owned by this object. Raises WarmServeError after `close`."""
         if self._file.closed:
             raise WarmServeError(f"{shown(self.path)} was closed")
         return self._file.fileno()
 
     def close(self) -> None:
-        """Close the file; more than once is harmless."""
+        """Close the file. Idempotent."""
         self._file.close()
 
     def __enter__(self) -> CheckpointFile:
@@ -70,12 +70,12 @@ class CheckpointFile:
 
 
 def shown(path: str) -> str:
-    """Return a path as one line of text that can be printed, whatever bytes it is made of."""
+    """Return a path as one printable line of text, whatever its bytes are."""
     return "".join(char if char.isprintable() else _escape(char) for char in path)
 
 
 def _escape(char: str) -> str:
-    if 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
+    if 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, kept by os.fsdecode
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
 
@@ -91,10 +91,10 @@ def blaming(path: str) -> Iterator[None]:
 
 
 def open_path(path: str, *, folder: int | None = None, follow: bool = True) -> int:
-    """Open a regular file or a directory, relative to the descriptor `folder` if there is one.
+    """Open a regular file or a directory, relative to the descriptor `folder` if it is given.
 
-    Waits a few seconds for another process that has a lease on it (fcntl, F_SETLEASE). Raises
-    ValueError, which says what it is, for anything else, and OSError.
+    Waits up to 5 seconds for another process that has a lease on the file (fcntl, F_SETLEASE).
+    Raises ValueError, which names the kind, for other kinds of files, and OSError.
     """
     _judge(os.stat(path, dir_fd=folder, follow_symlinks=follow).st_mode, link=not follow)
     flags = _FLAGS if follow else _FLAGS | os.O_NOFOLLOW
@@ -109,7 +109,7 @@ def open_path(path: str, *, folder: int | None = None, follow: bool = True) -> i
                 raise BlockingIOError(error.errno, why, path) from error
             time.sleep(0.01)
     try:
-        _judge(os.fstat(fd).st_mode)  # what was opened may be another file than what was looked at
+        _judge(os.fstat(fd).st_mode)  # the name may lead to another file than stat() saw
     except BaseException:
         os.close(fd)
         raise
@@ -123,7 +123,7 @@ def _judge(mode: int, *, link: bool = False) -> None:
 
 
 def is_directory(fd: int) -> bool:
-    """Whether a descriptor is a directory's."""
+    """Return whether a descriptor is a directory's."""
     return stat.S_ISDIR(os.fstat(fd).st_mode)
 
 
@@ -132,7 +132,7 @@ def reader(fd: int) -> io.BufferedReader:
     try:
         if is_directory(fd):
             raise ValueError("not a regular file but a directory")
-        os.set_blocking(fd, True)  # for io_uring, which would fail with EAGAIN and not wait
+        os.set_blocking(fd, True)  # because io_uring would fail with EAGAIN instead of waiting
         return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
@@ -141,7 +141,7 @@ def reader(fd: int) -> io.BufferedReader:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Give an OSError the whole path, and say which limit a process without descriptors is at."""
+    """Give an OSError the whole path, and name the limit if the process has no descriptors left."""
     try:
         yield
     except OSError as error:

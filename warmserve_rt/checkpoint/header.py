@@ -1,7 +1,7 @@
 """Read the headers of safetensors files and the index beside them.
 
-Native code reads and checks them without the interpreter's lock. It keeps compact tables, of which
-Python objects are made one by one when somebody asks: a header of 90 MB has 1.6 million tensors.
+Native code reads and checks them without the interpreter's lock, and keeps compact tables. Python
+objects are made one by one on access, because a header of 90 MB has 1.6 million tensors.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 from warmserve_rt import _native
 
-LIMIT = 100_000_000  # bytes of a header or an index; the format's reference has the same
-MOST_NAMES = 1 << 21  # of an index: more than headers of LIMIT bytes have tensors
-CHUNK = 4096  # rows of a native table that are made at a time, with the interpreter's lock
+LIMIT = 100_000_000  # bytes of a header or an index, as in the reference implementation
+MOST_NAMES = 1 << 21  # names in an index: more than a header of LIMIT bytes can have
+CHUNK = 4096  # rows of a native table made per call, which holds the interpreter's lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class DType:
 DTYPES: Mapping[str, DType] = MappingProxyType(
     {name: DType(name, bits) for name, bits in _native.element_types()}
 )
-TYPES = tuple(DTYPES.values())  # as native code numbers them
+TYPES = tuple(DTYPES.values())  # by native type number
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from byte `offset` of file number `file`."""
+    """The place of one tensor: `nbytes` bytes from byte `offset` of file number `file`."""
 
     name: str
     dtype: DType
@@ -66,7 +66,7 @@ class Tensors(Mapping[str, TensorEntry]):
         return len(self.native)
 
     def names(self, first: int) -> Iterator[str]:
-        """The names from position `first` on."""
+        """Yield the names from position `first` on."""
         for start in range(first, len(self), CHUNK):
             yield from self.native.names(start, start + CHUNK)
 
@@ -100,7 +100,7 @@ class Metadata(Mapping[str, str]):
 
 
 class DuplicateTensor(ValueError):
-    """A tensor of this file is in file number `file` too."""
+    """A tensor of this file is also in file number `file`."""
 
     def __init__(self, message: str, file: int) -> None:
         super().__init__(message)
@@ -110,7 +110,7 @@ class DuplicateTensor(ValueError):
 def read_header(file: io.BufferedReader, size: int, tensors: _native.TensorTable) -> Metadata:
     """Add the tensors of a file of `size` bytes to those of the files before it.
 
-    Raises ValueError if anything in the header is inconsistent; the table is of no use then.
+    Raises ValueError if anything in the header is inconsistent; the table is then unusable.
     """
     length = int.from_bytes(file.read(8), "little")
     if length > LIMIT:
@@ -124,9 +124,9 @@ def read_header(file: io.BufferedReader, size: int, tensors: _native.TensorTable
 
 
 def parse_object(raw: bytes) -> dict[str, object]:
-    """Check that an index is a JSON object; return its "weight_map" if that is one of strings.
+    """Check that an index is a JSON object, and return its "weight_map" if that has only strings.
 
-    Its other members are checked and left out. Raises ValueError.
+    Other members are checked and omitted. Raises ValueError if the index is invalid.
     """
     if len(raw) > LIMIT:
         raise ValueError(f"an index of more than {LIMIT} bytes is over the limit")
@@ -135,7 +135,7 @@ def parse_object(raw: bytes) -> dict[str, object]:
 
 
 def strings(what: str, value: object) -> dict[str, str]:
-    """Return an object of strings. Raises ValueError, which says `what` is none."""
+    """Return `value` if it is an object of strings; else raise ValueError, which names `what`."""
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError(f"{what} is not an object of strings")
     return value

@@ -1,4 +1,4 @@
-"""Models in the Hugging Face cache, by their ids. Nothing here uses the network."""
+"""Find models in the Hugging Face cache by their ids, without the network."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _ID = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?(?:/\w(?:[\w.-]*\w)?)?", re.ASCII
 
 
 def is_id(text: str) -> bool:
-    """Whether the text has the form of a Hugging Face id, "org/name" or "name"."""
+    """Return whether the text has the form of a Hugging Face id, "org/name" or "name"."""
     return bool(_ID.fullmatch(text)) and ".." not in text and not text.endswith(".safetensors")
 
 
 def snapshot_of(repo_id: str, revision: str | None) -> str:
-    """Return the folder of a model that is in the Hugging Face cache, by default of "main".
+    """Return the folder of a model in the Hugging Face cache. Default of `revision`: "main".
 
-    Raises FileNotFoundError, which says what to do, if it is not there or huggingface_hub is not
-    installed.
+    Raises FileNotFoundError, which says what to do, if the cache does not have the model or
+    huggingface_hub is not installed.
     """
     neither = f"no file or directory {repo_id!r}"
     try:

@@ -1,7 +1,7 @@
-"""Tensor names to layers, layers to a layout: where every byte of a checkpoint goes.
+"""Group tensors into layers, and lay out the layers: the place of every byte of a checkpoint.
 
-A layer is the unit of residency: the embedding, each block, the head. Layers come in execution
-order, because a model can start on its first layers while the last are still on their way.
+A layer is the unit of residency: the embedding, each block, the head. Layers are in execution
+order, because a model can start on its first layers while the last are still loading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import CHUNK, TYPES, Checkpoint, DType, Tensors
 
 _Row = TypeVar("_Row")
 
-ALIGNMENT = 256  # bytes; of each tensor in its layer, as device allocators give
+ALIGNMENT = 256  # bytes, of each tensor in its layer, as with device allocators
 
 Grouping: TypeAlias = (
     Literal["experts"]
@@ -37,7 +37,8 @@ Grouping: TypeAlias = (
 class Segment:
     """A copy from `file_offset` of file number `file` to `layer_offset` of the layer.
 
-    `nbytes` are the layer's; the file's too, unless `cast`, one of `kernels.CASTS`, says otherwise.
+    `nbytes` counts bytes in the layer. With a `cast`, one of `kernels.CASTS`, the file's bytes may
+    be more or fewer.
     """
 
     file: int
@@ -49,9 +50,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor at byte `offset` of layer number `layer`, a multiple of ALIGNMENT.
+    """A tensor at byte `offset`, a multiple of ALIGNMENT, of layer number `layer`.
 
-    What it is there, cast or as in its file. An empty tensor is at offset 0 and takes no room.
+    `dtype` and `nbytes` are those in the layer, after a cast. An empty tensor is at offset 0 and
+    takes no room.
     """
 
     name: str
@@ -64,7 +66,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """Tensors in file order, and the copies that fill them; `nbytes` ends with the last tensor."""
+    """A layer: its tensors in file order and the copies that fill them. `nbytes` ends with the last
+    tensor."""
 
     name: str
     index: int
@@ -76,8 +79,8 @@ class LayerSpec:
 class Layout:
     """A model's layers in execution order; `nbytes` is the sum of theirs.
 
-    Native code keeps them. `layers` and `tensors` are made when they are first asked for, because a
-    runtime registers and loads a model without them. A layer's own tensors are made at each look.
+    Native code keeps them. `layers` and `tensors` are made on first access, because a runtime
+    registers and loads a model without them. A layer's own tensors are made at each access.
     """
 
     def __init__(self, native: _native.Layout) -> None:
@@ -109,7 +112,7 @@ class Layout:
 
     @cached_property
     def index_of(self) -> Mapping[str, int]:
-        """The index of each layer by its name; of equal names the first."""
+        """The index of each layer by its name, the first index of a repeated name."""
         count = len(self)
         names = (self.native.layer(index)[0] for index in reversed(range(count)))
         return dict(zip(names, reversed(range(count)), strict=True))
@@ -132,7 +135,7 @@ def _tensor(
 
 
 class _Rows(Sequence[_Row]):
-    """The rows of a native table, each made when it is asked for: a layer may have a million."""
+    """The rows of a native table, each made on access: a layer may have a million."""
 
     __slots__ = ("_count", "_make", "_rows")
 
@@ -180,25 +183,33 @@ def build_layout(
 ) -> Layout:
     """Lay out every tensor of a checkpoint in exactly one layer.
 
-    `grouping` says which tensors make a layer, and in which order the layers execute:
+    A layer without tensors is omitted. The tensors of a layer are in the order of the files rather
+    than the caller's, so that tensors that are adjacent in a file are copied together.
 
-    - None: by the names, as `group_by_name` does;
-    - "experts": the same, but each expert that has tensors of its own is a layer, after the rest of
-      its block;
-    - a mapping from a layer's name to its tensors' names, in order of execution;
-    - a sequence of sequences of tensor names, in order; the layers are named "0", "1", ...;
-    - a function from a tensor's name to its layer. Layers that are numbers execute in their
-      order, others in the order in which the checkpoint's files first need them.
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    grouping : optional
+        Which tensors form a layer, and the execution order of the layers:
 
-    A layer without tensors is left out. The order of the tensors in a layer is the files' and not
-    the caller's, so that neighbours there are copied together.
+        - None: by the tensors' names, as `group_by_name` does;
+        - "experts": the same, but each expert that has tensors of its own is a layer, after the
+          rest of its block;
+        - a mapping from a layer's name to its tensors' names, in execution order;
+        - a sequence of sequences of tensor names, in execution order; the layers are named "0",
+          "1", ...;
+        - a function from a tensor's name to its layer. Numbered layers execute in their order,
+          others in the order in which the checkpoint's files first need them.
+    casts : mapping from tensor names to dtypes
+        The tensors to cast: see `dtypes.planned_casts`. Casts do not change the layers.
 
-    `casts` says what becomes of tensors that are not kept as they are: see `dtypes.planned_casts`.
-    Layers are the same with and without.
-
-    Raises ValueError, which names the tensor, if one is left out, repeated or not in the
-    checkpoint; ValueError for "experts" where none has tensors of its own; TypeError if `grouping`
-    is none of the above.
+    Raises
+    ------
+    ValueError
+        A tensor is omitted, repeated or not in the checkpoint (the message names it); or "experts"
+        for a checkpoint in which no expert has tensors of its own.
+    TypeError
+        `grouping` is none of the above.
     """
     table = checkpoint.tensors.native
     types = _types(checkpoint.tensors, casts)
@@ -210,7 +221,7 @@ def build_layout(
     group_of = np.full(len(table), len(groups), np.uint32)  # by the tensor's number
     for number, (layer, names) in enumerate(groups):
         if isinstance(names, str):
-            raise TypeError(f"layer {layer!r} must be a sequence of names, not a string")
+            raise TypeError(f"layer {layer!r} must be a sequence of names, got a string")
         for name in names:
             tensor = table.find(name) if isinstance(name, str) else None
             if tensor is None:
@@ -226,19 +237,20 @@ def build_layout(
 
 
 def group_by_name(sizes: Mapping[str, int]) -> list[tuple[str, list[str]]]:
-    """Layers, as names and tensor names in execution order, of tensors of `sizes` bytes.
+    """Group tensors of `sizes` bytes into layers: (name, tensor names) in execution order.
 
-    The first number in a tensor's name is its block, and what stands before it the stack of
-    blocks. The stack with the most bytes is the main one; the others (an encoder, a vision tower)
-    execute before it. A name without a number goes to the layer "embedding" if it is one by its
-    common names. Otherwise it executes after the stack with which it shares the longest prefix,
-    in doubt the main one: after that is the layer "head", after another that stack's last block.
+    The first number in a tensor's name is its block, and the text before the number is its stack of
+    blocks. The stack with the most bytes is the main stack. The others (an encoder, a vision tower)
+    execute before it. A tensor without a number belongs to the layer "embedding" if it has one of
+    the common names of embeddings. Otherwise it executes after the stack with which it shares the
+    longest prefix, or the main stack if in doubt. After the main stack that is the layer "head";
+    after another stack it is that stack's last block.
     """
     return _native.TensorTable([*sizes], [*sizes.values()]).groups()
 
 
 def _types(tensors: Tensors, casts: Mapping[str, DType]) -> npt.NDArray[np.uint8]:
-    """The dtype of each tensor in the arena, by its number; nothing where none is cast."""
+    """Return the dtype of each tensor in the arena by its number; empty if no tensor is cast."""
     if not casts:
         return np.empty(0, np.uint8)
     types = tensors.native.types()
@@ -249,7 +261,7 @@ def _types(tensors: Tensors, casts: Mapping[str, DType]) -> npt.NDArray[np.uint8
     return types
 
 
-_WRONG_GROUPING = "layers must be 'experts', a mapping, a sequence or a function, not {!r}"
+_WRONG_GROUPING = "layers must be 'experts', a mapping, a sequence or a function, got {!r}"
 
 
 def _groups(
@@ -266,7 +278,7 @@ def _groups(
     for name in tensors:
         layer = grouping(name)
         if not isinstance(layer, str | int):
-            raise TypeError(f"the layer of {name!r} must be a str or an int, not {layer!r}")
+            raise TypeError(f"the layer of {name!r} must be a str or an int, got {layer!r}")
         found.setdefault(layer, []).append(name)
     order = sorted(found) if all(isinstance(layer, int) for layer in found) else [*found]
     return [(str(layer), found[layer]) for layer in order]

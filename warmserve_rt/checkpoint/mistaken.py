@@ -1,4 +1,4 @@
-"""Names what a file is that is given as a checkpoint and is not safetensors, and what to do."""
+"""Recognize files that are given as a checkpoint but are not safetensors, and say what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARCHIVES = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"\xfd7zXZ")
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer and not the file that it stands for: run `git lfs pull`, or download "
+        "a Git LFS pointer instead of the file that it refers to: run `git lfs pull`, or download "
         "the file with `hf download`",
     ),
     (b"GGUF", _GGUF),
@@ -31,13 +31,13 @@ _NAMES = {
     (".bin", ".pt", ".pth", ".ckpt", ".pkl"): _PICKLE,
     (".gguf", ".ggml"): _GGUF,
     (".onnx",): _ONNX,
-    (".h5", ".keras", ".msgpack", ".tflite", ".npz"): f"of another framework: {_CONVERT}",
+    (".h5", ".keras", ".msgpack", ".tflite", ".npz"): f"a file of another framework: {_CONVERT}",
     (".incomplete", ".part", ".crdownload", ".aria2"): _DOWNLOAD,
 }
 
 
 def file_is(fd: int, name: str) -> str | None:
-    """Return what a file that is no safetensors seems to be and what to do, or None."""
+    """Return what a file that is not safetensors seems to be and what to do, or None."""
     start = os.pread(fd, 1024, 0)
     if not start:
         return "an empty file: the download failed, or a link to it was not followed"
@@ -60,12 +60,14 @@ def file_is(fd: int, name: str) -> str | None:
     if not any(start):
         return f"only zeros at its start: {_DOWNLOAD}"
     if text.startswith((b"{", b"[")):
-        return "a JSON text and not safetensors: give the *.safetensors beside it, or the directory"
+        return (
+            "a JSON text instead of safetensors: give the *.safetensors beside it, or the directory"
+        )
     return name_is(name)
 
 
 def name_is(name: str) -> str | None:
-    """Return what a file of that name usually is and what to do, or None."""
+    """Return what a file with that name usually is and what to do, or None."""
     for endings, what in _NAMES.items():
         if name.lower().endswith(endings):
             return what
@@ -73,7 +75,7 @@ def name_is(name: str) -> str | None:
 
 
 def directory_has(names: Iterable[str]) -> str:
-    """Return what the most telling of the names of a directory without safetensors is."""
+    """Return a hint for a directory without safetensors: the first name of a known kind."""
     for name in sorted(names):
         if what := name_is(name):
             return f"; {name} is {what}"

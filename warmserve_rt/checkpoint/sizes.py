@@ -1,4 +1,4 @@
-"""How much of an arena checkpoints take, for the command line."""
+"""Measure how much of an arena checkpoints need, for the command line."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Granules of all layers."""
+        """Granules of all layers together."""
         return sum(self.granules)
 
 
 def measure(path: Path, granule: int, dtype: str | None = None) -> Sizes:
-    """Reads a checkpoint's headers. Every layer takes whole granules, and one at least.
+    """Read a checkpoint's headers and return its sizes.
 
-    Raises as `open_checkpoint`, `planned_casts` and `build_layout` do."""
+    Every layer takes whole granules of `granule` bytes, at least one. Raises as `open_checkpoint`,
+    `planned_casts` and `build_layout`.
+    """
     with closing(open_checkpoint(path, allow_symlinks=True)) as opened:
         casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
         layout = build_layout(opened, None, casts)
@@ -40,6 +42,6 @@ def measure(path: Path, granule: int, dtype: str | None = None) -> Sizes:
 
 
 def dtypes_of(sizes: Sizes, layer: int) -> Sequence[str]:
-    """The dtypes of a layer's tensors in the arena, each once, in file order."""
+    """Return the dtypes of a layer's tensors in the arena, each once, in file order."""
     names = (tensor.dtype.name for tensor in sizes.layout.layers[layer].tensors)
     return list(dict.fromkeys(names))

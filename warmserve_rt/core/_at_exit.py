@@ -1,4 +1,4 @@
-"""Closes what is open when the interpreter exits; what cannot be closed goes with the process."""
+"""Close open runtimes when the interpreter exits. The end of the process frees the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 def close_at_exit(runtime: Closable) -> None:
-    """Closes the runtime when the interpreter exits, if it lives until then."""
+    """Close the runtime when the interpreter exits, if it still exists. Keeps no reference."""
     _open.add(runtime)
 
 

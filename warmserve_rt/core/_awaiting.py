@@ -1,4 +1,4 @@
-"""Awaits native events in asyncio: one descriptor for each loop, however many tasks wait."""
+"""Await native events in asyncio with one descriptor per loop, however many tasks wait."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import TypeAlias
 
 from warmserve_rt import _native
 
-# Asks to be woken once, through a waker and by a token; False if there is nothing to wait for.
+# Requests one wake-up through a waker, by a token. Returns False if the event is over.
 Notify: TypeAlias = Callable[[_native.Waker, int], bool]
 
 
 async def until_over(notify: Notify, timeout: float | None = None) -> bool:
-    """Waits until ``notify`` has nothing to wait for; False if ``timeout`` seconds pass before.
+    """Wait until ``notify`` returns False; return False if ``timeout`` seconds pass before.
 
-    A cancelled task stops to wait at once, and its cancellation is never lost.
+    A cancelled task stops waiting at once, and its cancellation is never lost.
     """
     loop = asyncio.get_running_loop()
     deadline = None if timeout is None else monotonic() + timeout
@@ -43,12 +43,12 @@ async def until_over(notify: Notify, timeout: float | None = None) -> bool:
 
 
 class _Wakeups:
-    """The waiters of one loop, by token. Used by the loop's own thread alone."""
+    """The waiters of one loop, by token. Used only by the loop's own thread."""
 
     def __init__(self) -> None:
         self.waker = _native.Waker()
         self.users = 0
-        # Weak, or a task that is waiting when its loop closes would keep that loop for ever.
+        # Weak: otherwise a task that waits when its loop closes would keep the loop for ever.
         self.waiting: weakref.WeakValueDictionary[int, asyncio.Future[bool]] = (
             weakref.WeakValueDictionary()
         )
@@ -65,7 +65,7 @@ class _Wakeups:
                 _resolve(woken, True)
 
 
-# Several threads may run a loop each. Reentrant, because a collection of garbage may end a waiter.
+# Several threads may run a loop each. Reentrant, because garbage collection may end a waiter.
 _lock = threading.RLock()
 _wakeups: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Wakeups] = (
     weakref.WeakKeyDictionary()
@@ -74,7 +74,7 @@ _wakeups: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Wakeups] = (
 
 @contextmanager
 def _loop_wakeups(loop: asyncio.AbstractEventLoop) -> Iterator[_Wakeups]:
-    """The loop's, made for its first waiter and closed by its last."""
+    """Provide the loop's wake-ups, created by its first waiter and removed by its last."""
     with _lock:
         found = _wakeups.get(loop)
         if found is None:

@@ -1,4 +1,4 @@
-"""Runs a call that blocks without holding up an event loop, or a thread of its executor."""
+"""Run a blocking call without blocking an event loop or a thread of its executor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 async def in_thread(call: Callable[[Callable[[], None]], T]) -> T:
-    """Runs ``call(poll)`` in a thread of its own and returns what it returns.
+    """Run ``call(poll)`` in a thread of its own and return its result.
 
-    The call must call ``poll`` while it waits; that raises once this coroutine is cancelled. The
-    coroutine ends after the call has.
+    The call must call ``poll`` while it waits; ``poll`` raises once this coroutine is cancelled.
+    The coroutine ends after the call has ended.
     """
-    import asyncio  # for those alone who have imported it
+    import asyncio  # here, because only programs that use asyncio need it
 
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[T] = loop.create_future()
@@ -41,9 +41,9 @@ async def in_thread(call: Callable[[Callable[[], None]], T]) -> T:
         error: BaseException | None = None
         try:
             result = call(poll)
-        except BaseException as raised:  # told to the coroutine
+        except BaseException as raised:  # passed to the coroutine
             error = raised
-        with suppress(RuntimeError):  # the loop has been closed
+        with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(tell, result, error)
 
     threading.Thread(target=run, name="warmserve-wait", daemon=True).start()

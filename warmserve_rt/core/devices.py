@@ -19,8 +19,10 @@ _NAME = re.compile(r"(host)|cuda(?::([0-9]+))?")
 
 
 def checked_device(device: object) -> str:
-    """Returns the name of a device: "host", "cuda" or "cuda:N". Accepts upper case, and torch's
-    device objects. Raises ValueError and TypeError."""
+    """Return the name of a device: "host", "cuda" or "cuda:N".
+
+    Accepts upper case and torch's device objects. Raises ValueError or TypeError for anything else.
+    """
     wanted = "'host', 'cuda' or 'cuda:N'"
     if hasattr(device, "type") and hasattr(device, "index"):  # torch.device
         index = device.index
@@ -39,9 +41,23 @@ def checked_device(device: object) -> str:
 
 
 def open_driver(device: str, *, pump: bool, peers: Sequence[int] = ()) -> _native.Driver:
-    """``peers``: ordinals of CUDA devices that may write its memory. Raises ValueError for a name
-    that is no device, an index that is not there or a peer that does not reach it, WarmServeError
-    with what to do where the device cannot be used."""
+    """Open the driver of a device.
+
+    Parameters
+    ----------
+    device : "host", "cuda" or "cuda:N"
+    pump : bool
+        Use no threads (host only).
+    peers : sequence of int
+        Ordinals of CUDA devices that may write this device's memory.
+
+    Raises
+    ------
+    ValueError
+        The name is invalid, no such device exists, or a peer cannot reach the device.
+    WarmServeError
+        The device cannot be used; the message says what to do.
+    """
     name = checked_device(device)
     if name == "host":
         return _native.host_driver(threads=not pump)
@@ -60,12 +76,12 @@ def open_driver(device: str, *, pump: bool, peers: Sequence[int] = ()) -> _nativ
 
 
 def loader_count(asked: int | None, *, pump: bool) -> int:
-    """Returns how many threads load; with ``pump`` none. Raises ValueError and TypeError."""
+    """Return the number of loader threads, 0 with ``pump``. Raises ValueError or TypeError."""
     if asked is not None:
         asked = check.integer("loaders", asked, 0, MOST_LOADERS)
         if not asked and not pump:
             raise ValueError(
-                f"loaders must be from 1 to {MOST_LOADERS}, got 0; for none, say pump=True"
+                f"loaders must be from 1 to {MOST_LOADERS}, got 0; for no threads set pump=True"
             )
     return 0 if pump else asked or max(1, min(8, len(os.sched_getaffinity(0)) - 1))
 
@@ -73,8 +89,8 @@ def loader_count(asked: int | None, *, pump: bool) -> int:
 def arena_bytes(
     driver: _native.Driver, asked: int | None, headroom: int | None, granule: int, *, poison: bool
 ) -> int:
-    """Returns the size of the arena: what was asked for; else, with a headroom, all that the device
-    has free beside it; else the default."""
+    """Return the bytes of the arena: ``asked`` if given; else, with a headroom, all free memory of
+    the device except the headroom; else the default."""
     if asked is not None:
         return asked
     if headroom is None:

@@ -1,9 +1,15 @@
-"""What takes models out of a runtime: evict, unregister and close, blocking or awaited.
+"""Operations that remove models from a runtime: evict, unregister and close, blocking or awaited.
 
-All three take the same two arguments. ``wait`` says what to wait for: "streams" that were recorded
-and still use the layers, with Busy if they are leased; those and the end of "leases"; or "nothing",
-with Busy in either case. Without ``wait`` it is "leases" if a ``timeout`` is given, else "streams".
-Leases are waited for until a moment at which there is none; new ones may begin meanwhile.
+All three take ``wait``, which says what they wait for, and ``timeout`` in seconds:
+
+- "streams": recorded streams that still use the layers. Raises Busy if the layers are leased.
+- "leases": those streams, and the end of all leases.
+- "nothing": raises Busy if a stream uses the layers or a lease holds them.
+
+By default ``wait`` is "leases" if a ``timeout`` is given, else "streams". A forward pass of a bound
+module counts as a stream, except that :meth:`Runtime.close` waits for one only with "leases" and
+raises Busy otherwise. Waiting for leases ends at the first moment without any; new ones may begin
+meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ Poll: TypeAlias = Callable[[], None]
 
 
 class Evicting(Inspecting):
-    """The part of :class:`Runtime` that takes models out."""
+    """The part of :class:`Runtime` that removes models."""
 
     def evict(
         self,
@@ -35,16 +41,36 @@ class Evicting(Inspecting):
         wait: Wait | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Takes a model out of the arena, or these ``layers`` of it, or all but those to ``keep``.
+        """Evict a model, or some of its layers, from the arena.
 
         Cancels loads of these layers. Tickets that also cover other layers finish those, then
         raise Cancelled.
 
-        ``wait``: "streams", "leases" or "nothing" (:mod:`warmserve_rt.core.evicting`); "leases" if
-        a ``timeout`` is given, else "streams".
-        ``timeout``: seconds to wait.
+        Parameters
+        ----------
+        model : Model or str
+        layers : int, slice, or indices and names, optional
+            The layers to evict. Default: all.
+        keep : int, slice, or indices and names, optional
+            Evict all layers except these. Excludes ``layers``.
+        wait : "streams", "leases" or "nothing", optional
+            What to wait for (:mod:`warmserve_rt.core.evicting`). Default: "leases" if a ``timeout``
+            is given, else "streams".
+        timeout : float, optional
+            Seconds to wait at most. Default: no limit.
 
-        Raises Busy, TimeoutError, and ValueError as :meth:`prewarm`. Per layer.
+        Raises
+        ------
+        Busy
+            A lease or a stream uses the layers and ``wait`` does not include it, or the calling
+            thread would wait for its own pass.
+        TimeoutError
+            The layers were still in use after ``timeout``.
+        ValueError
+            A layer is unknown or repeated, or ``layers`` names none.
+
+        Guarantee: per layer (every layer keeps a defined state, and calling again continues from
+        there).
         """
         self._evict(self._eviction(model, layers, keep), *_patience(wait, timeout))
 
@@ -57,7 +83,7 @@ class Evicting(Inspecting):
         wait: Wait | None = None,
         timeout: float | None = None,
     ) -> None:
-        """As :meth:`evict`, without blocking the event loop. Cancelling it ends the wait."""
+        """As :meth:`evict`, without blocking the event loop. Cancelling the task ends the wait."""
         chosen = self._eviction(model, layers, keep)
         patience, seconds = _patience(wait, timeout)
         await in_thread(lambda poll: self._evict(chosen, patience, seconds, poll))
@@ -65,33 +91,46 @@ class Evicting(Inspecting):
     def unregister(
         self, model: Model | str, *, wait: Wait | None = None, timeout: float | None = None
     ) -> None:
-        """Evicts a model and forgets it. Views of it keep their addresses, with nothing behind.
+        """Evict a model and forget it.
 
-        If a bare name stood for the model, the name is unknown until the next :meth:`promote` or
-        registration. ``wait`` and ``timeout`` are those of :meth:`evict`; raises as that. Leases
-        that still wait for the model raise Cancelled.
+        Views of the model keep their addresses, but no memory is mapped there. Leases that still
+        wait for the model raise Cancelled. If a bare name stood for the model, that name is unknown
+        until the next :meth:`promote` or registration.
+
+        ``wait``, ``timeout`` and errors are those of :meth:`evict`.
         """
         self._unregister(self.model(model), *_patience(wait, timeout))
 
     async def aunregister(
         self, model: Model | str, *, wait: Wait | None = None, timeout: float | None = None
     ) -> None:
-        """As :meth:`unregister`, without blocking the event loop. Cancelling it ends the wait."""
+        """As :meth:`unregister`, without blocking the event loop. Cancelling the task ends the
+        wait."""
         found = self.model(model)
         patience, seconds = _patience(wait, timeout)
         await in_thread(lambda poll: self._unregister(found, patience, seconds, poll))
 
     def close(self, *, wait: Wait | None = None, timeout: float | None = None) -> None:
-        """Evicts everything and gives all memory back; idempotent. Views that outlive the runtime
-        keep their addresses, with nothing behind.
+        """Evict everything and give all memory back. Idempotent.
 
-        ``wait`` and ``timeout`` are those of :meth:`evict`. Raises Busy and TimeoutError, after
-        which the runtime is open and nothing has changed.
+        Views that outlive the runtime keep their addresses, but no memory is mapped there.
+
+        Parameters
+        ----------
+        wait, timeout
+            As for :meth:`evict`.
+
+        Raises
+        ------
+        Busy, TimeoutError
+            Something is in use. The runtime is still open, and nothing has changed.
+        WarmServeError
+            The driver did not take everything back. Calling again continues from there.
         """
         self._close(*_patience(wait, timeout))
 
     async def aclose(self, *, wait: Wait | None = None, timeout: float | None = None) -> None:
-        """As :meth:`close`, without blocking the event loop. Cancelling it ends the wait."""
+        """As :meth:`close`, without blocking the event loop. Cancelling the task ends the wait."""
         patience, seconds = _patience(wait, timeout)
         await in_thread(lambda poll: self._close(patience, seconds, poll))
 
@@ -104,12 +143,14 @@ class Evicting(Inspecting):
     def _eviction(
         self, model: Model | str, layers: Layers | None, keep: Layers | None
     ) -> tuple[Model, list[int] | None]:
-        """Returns the model and its layers to evict, None for all."""
+        """Return the model and the layers to evict, None for all."""
         found = self.model(model)
         if keep is None:
             return found, layer_indices(found, layers)
         if layers is not None:
-            raise ValueError("either the layers to evict, or those to keep")
+            raise ValueError(
+                "layers and keep exclude each other: name the layers to evict or to keep"
+            )
         return found, all_but(found, keep)
 
     def _evict(

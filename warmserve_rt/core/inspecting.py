@@ -1,4 +1,4 @@
-"""What a runtime tells of itself: its models, their bytes, and the device."""
+"""Inspection of a runtime: its models, their bytes, and the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ StreamPriority = Literal["background", "normal", "urgent"]
 
 
 class Inspecting:
-    """The part of :class:`Runtime` that changes nothing."""
+    """The part of :class:`Runtime` that reads its state."""
 
     def __init__(
         self, native: _native.Runtime, device: str, framework: Framework, granule_bytes: int
@@ -33,14 +33,14 @@ class Inspecting:
         self._framework: Framework = framework
         self._granule_bytes = granule_bytes
         self._models = Revisions()
-        self._failed_paths: set[str] = set()  # that have been logged
+        self._failed_paths: set[str] = set()  # names whose failure has been logged
 
     def __repr__(self) -> str:
         if self._open is None:
             return f"<Runtime on {self._device}: closed>"
         try:
             now = self.snapshot()
-        except WarmServeError as error:  # a forked child's
+        except WarmServeError as error:  # in a forked child
             return f"<Runtime on {self._device}: {error}>"
         parts = [
             _count(len(now.models), "model"),
@@ -51,40 +51,68 @@ class Inspecting:
 
     @property
     def native(self) -> _native.Runtime:
-        """The native runtime. Raises WarmServeError when this one is closed."""
+        """The native runtime. Raises WarmServeError if the runtime is closed."""
         if self._open is None:
             raise WarmServeError("the runtime is closed")
         return self._open
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """All registered models, revisions of one name included."""
+        """All registered models, including every revision of a name."""
         return tuple(self._models.values())
 
     def model(self, model: Model | str) -> Model:
-        """Returns the registered model of a full name, or the one that a bare name stands for now.
-        A registered model stands for itself. Raises ValueError."""
+        """Return a registered model.
+
+        Parameters
+        ----------
+        model : str or Model
+            A full name, a bare name (for the revision that it stands for now), or the model itself.
+
+        Raises
+        ------
+        ValueError
+            No such model is registered.
+        TypeError
+            ``model`` is neither a name nor a model.
+        """
         try:
             return self._models.find(model)
         except ValueError:
-            self.native  # noqa: B018  raises if the runtime is closed, which forgets its models
+            self.native  # noqa: B018  raises WarmServeError if closed: close() forgets the models
             raise
 
     def why_not_leased(self, model: Model) -> str:
-        """Says for a StaleView why a module that is bound to ``model`` cannot run now, and what to
-        do."""
+        """Return why a module bound to ``model`` cannot run now, and what to do, for the message of
+        a StaleView."""
         if self._open is None:
             return f"{model.name!r} cannot be used: the runtime is closed"
         return self._models.why_not_leased(model)
 
     def tensors(self, model: Model | str) -> dict[str, Any]:
-        """See :meth:`Model.tensors`."""
+        """Return the tensors of a model; see :meth:`Model.tensors`."""
         return self.model(model).tensors()
 
     def read_back(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint8]:
-        """Returns a copy of a resident layer's bytes, as the device has them: shape
-        ``(layer.nbytes,)``. Raises StaleView unless it is resident, ValueError for an unknown
-        layer."""
+        """Copy a resident layer's bytes from the device.
+
+        Parameters
+        ----------
+        model : Model or str
+        layer : int or str
+            Index or name.
+
+        Returns
+        -------
+        array of uint8, shape ``(layer.nbytes,)``
+
+        Raises
+        ------
+        StaleView
+            The layer is not resident.
+        ValueError
+            The model or the layer is unknown.
+        """
         found = self.model(model)
         index = layer_index(found, layer)
         out = np.empty(found.layers[index].nbytes, np.uint8)
@@ -92,42 +120,68 @@ class Inspecting:
         return out
 
     def digest(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint64]:
-        """Returns a digest of each granule of a resident layer, made on the device: as
-        :func:`kernels.granule_digest` of its bytes, shape ``(granules,)``. Raises as
-        :meth:`read_back`, and WarmServeError if there are no kernels for the device."""
+        """Compute a digest of each granule of a resident layer, on the device.
+
+        Parameters
+        ----------
+        model : Model or str
+        layer : int or str
+            Index or name.
+
+        Returns
+        -------
+        array of uint64, shape ``(granules,)``
+            Equal to :func:`kernels.granule_digest` of the layer's bytes.
+
+        Raises
+        ------
+        StaleView, ValueError
+            As for :meth:`read_back`.
+        WarmServeError
+            No kernels are available for the device.
+        """
         found = self.model(model)
         return np.array(self.native.digest(found.native, layer_index(found, layer)), np.uint64)
 
     def device_memory(self) -> tuple[int, int]:
-        """Returns the bytes of the device that are free, and its bytes in all. This runtime never
-        takes the last ``headroom`` of the free ones. Zeros: the device does not say."""
+        """Return the device's free bytes and its total bytes; zeros if the device does not report
+        them. This runtime never takes the last ``headroom`` bytes of the free memory."""
         return self.native.device_memory()
 
     def fileno(self) -> int:
-        """Returns an eventfd that is readable when a backing epoch has changed since it was last
-        read: graph and collective registrations of memory can then be renewed. The runtime owns
-        it: do not close it."""
+        """Return an eventfd that becomes readable when a backing epoch changes, until it is read.
+
+        Use it to renew CUDA graphs and registrations of memory with collectives. The runtime owns
+        the descriptor: do not close it.
+        """
         return self.native.fileno()
 
     def snapshot(self) -> Snapshot:
-        """Returns what is where now, as plain values."""
+        """Return the state of the device and of all models now, as plain values. Wait-free."""
         now = Snapshot.of(self.native)
         for path in now.paths:
             if path.error and path.name not in self._failed_paths:
                 self._failed_paths.add(path.name)
-                log.warning("path %s carries no more: %s", path.name, path.error)
+                log.warning("path %s failed and is no longer used: %s", path.name, path.error)
         return now
 
     def stream(self, priority: StreamPriority = "normal") -> _native.Stream:
-        """Returns a new stream of the device: work in order, beside the caller's. ``priority`` is
-        a hint for kernels; copies may not heed it. ``torch.cuda.ExternalStream(stream.handle)`` is
-        the same stream for torch, as long as this object lives."""
+        """Create a stream on the device.
+
+        ``torch.cuda.ExternalStream(stream.handle)`` is the same stream for torch, as long as the
+        returned object lives.
+
+        Parameters
+        ----------
+        priority : "background", "normal" or "urgent"
+            A hint for kernels; copies may ignore it.
+        """
         return self.native.stream(
             check.choice("priority", priority, ("background", "normal", "urgent"))
         )
 
     def check_invariants(self) -> None:
-        """Raises WarmServeError, which names the first thing wrong in the runtime's state."""
+        """Raise WarmServeError if the runtime's state is inconsistent, naming the first fault."""
         self.native.check_invariants()
 
 

@@ -1,4 +1,4 @@
-"""Leases: the hold under which a model's weights may be used."""
+"""Leases: a model's weights may be used only while a lease holds them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-# One of possibly several by which a lease is held: of which thread or task, and the stream to
-# record at its end.
+# One acquisition of a lease, which may have several: the owner (a thread's or task's number), the
+# native hold, and the stream to record on release.
 _Acquisition: TypeAlias = "tuple[int, _native.Hold, _native.Stream | None]"
 
 
 class Lease:
-    """A hold on one model or several, all or nothing, or on some layers of one.
+    """A hold on one model, on several models all or nothing, or on some layers of one model.
 
-    While it is held its layers stay, and what was missing is loaded before anything in the
-    background. Without ``streaming`` all are resident once it is acquired; with it, a layer may be
-    used after :meth:`wait`. Made by :meth:`Runtime.lease`; acquired by ``with``, ``async with`` or
-    :meth:`acquire`.
+    Made by :meth:`Runtime.lease`; acquired by ``with``, ``async with`` or :meth:`acquire`.
 
-    A lease may be acquired again while it is held, by any thread (or asyncio task), and is held
-    until the last has released it: whoever joins takes nothing new and waits behind nobody. Leases
-    nest, also on the same model. A thread that waits for a lease is taken to release nothing
-    meanwhile: where those that wait would wait for each other, the last to ask gets ``Busy``.
+    While a lease is held its layers are not evicted, and missing layers load before any background
+    load. Without ``streaming`` all layers are resident once the lease is acquired. With it, a layer
+    may be used after :meth:`wait`.
+
+    Notes
+    -----
+    Any thread or asyncio task may acquire a lease that is already held. That acquisition takes no
+    new memory and does not queue behind waiting leases. The lease is held until the last acquirer
+    has released it.
+
+    Leases nest, also on the same model. We assume that a thread waiting for a lease releases none.
+    If waiting leases would deadlock, the newest request fails with ``Busy``.
     """
 
     __slots__ = (
@@ -68,7 +73,7 @@ class Lease:
         self._layers = layers
         self._streaming = streaming
         self._timeout = timeout
-        self._acquired: list[_Acquisition] = []  # changed by single calls of the list's own
+        self._acquired: list[_Acquisition] = []  # thread-safe: changed only by single list methods
 
     def __repr__(self) -> str:
         names = ", ".join(repr(model.name) for model in self._models)
@@ -86,23 +91,39 @@ class Lease:
 
     @property
     def models(self) -> tuple[Model, ...]:
+        """The leased models."""
         return self._models
 
     @property
     def held(self) -> bool:
+        """Whether any thread or task has acquired the lease and not released it."""
         return bool(self._acquired)
 
     def acquire(self, stream: StreamLike | None = None) -> Lease:
-        """Takes the lease; blocks, in order of arrival, until everything is resident; with
-        ``streaming``, until there is room for everything.
+        """Acquire the lease and return it.
 
-        With ``stream``, :meth:`release` records it: its work may go on after the release, and is
-        waited for before anything is unmapped. A stream is one of :meth:`Runtime.stream`, torch's,
-        CuPy's or any with ``__cuda_stream__``.
+        Blocks, in order of arrival, until every layer is resident, or with ``streaming`` until the
+        arena has room for every layer.
 
-        Raises OutOfDeviceMemory (the layers exceed the arena), Busy (see the class), TimeoutError,
-        CorruptCheckpoint and what else loading may raise; nothing is held then. Layers that arrived
-        stay resident.
+        Parameters
+        ----------
+        stream : stream, optional
+            :meth:`release` records this stream: its work may continue after the release, and the
+            layers are not unmapped before it completes. Accepted are streams of
+            :meth:`Runtime.stream`, torch and CuPy, and any object with ``__cuda_stream__``.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            The layers exceed the arena.
+        Busy
+            Waiting would deadlock (see the class).
+        TimeoutError
+            The lease was not acquired within its timeout.
+        CorruptCheckpoint
+            A file has changed or a digest differs. Other errors of loading are raised too.
+
+        After an exception nothing is held; layers that have arrived stay resident.
         """
         ours = None if stream is None else native_stream(self._native, stream)
         owner = threading.get_ident()
@@ -120,14 +141,32 @@ class Lease:
         model: Model | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Orders what comes after it behind the arrival of one layer, by index or name.
+        """Wait until one layer may be used.
 
-        Blocks until it is resident. With a ``stream`` it is the stream that waits for the layer's
-        copies, and the caller goes on as soon as these are all under way. ``model`` says of which,
-        where the lease is on several.
+        Without a stream, blocks until the layer is resident. With one, blocks until the layer's
+        copies are enqueued and makes the stream wait for them.
 
-        Raises StaleView when the lease is not held, TimeoutError, ValueError (a layer that is not
-        in the lease), and what loading met; layers that arrived can be used all the same.
+        Parameters
+        ----------
+        layer : int or str
+            Index or name.
+        stream : stream, optional
+            As for :meth:`acquire`.
+        model : Model, optional
+            The layer's model; required if the lease is on several.
+        timeout : float, optional
+            Seconds. Default: no limit.
+
+        Raises
+        ------
+        StaleView
+            The lease is not held.
+        TimeoutError
+            The layer did not arrive in time.
+        ValueError
+            The layer is not in the lease.
+
+        Errors of loading are raised too. Layers that have arrived can still be used then.
         """
         of = model or self._only_model()
         behind = None if stream is None else native_stream(self._native, stream)
@@ -135,14 +174,17 @@ class Lease:
         hold.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
 
     def record(self, stream: StreamLike) -> None:
-        """What the stream was given so far uses the layers: it is waited for before any is
-        unmapped, also after the release. Raises StaleView when the lease is not held."""
+        """Record that the stream's work so far uses the layers.
+
+        No layer is unmapped before that work completes, even after the release. Raises StaleView if
+        the lease is not held.
+        """
         _, hold, _ = self._latest("record()")
         hold.record(native_stream(self._native, stream))
 
     def release(self) -> None:
-        """Lets go of the latest acquisition, of this thread (or task) if it has one; wait-free.
-        Raises StaleView when the lease is not held."""
+        """Release the latest acquisition of this thread (or task), or the latest of all if it has
+        none. Wait-free. Raises StaleView if the lease is not held."""
         self._leave(threading.get_ident())
 
     def __enter__(self) -> Lease:
@@ -162,7 +204,7 @@ class Lease:
         try:
             if not hold.ready(everything):
                 await until_over(notify, self._timeout)
-            hold.wait(0, everything)  # raises what went wrong, a timeout included
+            hold.wait(0, everything)  # raises the error of a failed load, or TimeoutError
         except BaseException:
             hold.release()
             raise
@@ -174,20 +216,33 @@ class Lease:
 
     @property
     def tensors(self) -> LeasedTensors:
-        """The tensors of the one model leased, by name; of several, see :meth:`of`."""
+        """The tensors of the leased model, by name. If the lease is on several, use :meth:`of`."""
         return self.of(self._only_model())
 
     def of(self, model: Model) -> LeasedTensors:
-        """The tensors of one of the leased models. Raises StaleView when the lease is not held."""
+        """Return the tensors of one leased model, by name. Raises StaleView if the lease is not
+        held."""
         return self._checked(model, model.tensors())
 
     def cupy(self, model: Model | None = None) -> LeasedTensors:
-        """The tensors as CuPy arrays, whatever the runtime makes of them otherwise, of a model or
-        of the only one; zero-copy, and checked as those of :attr:`tensors`. CuPy knows no read-only
-        arrays: writing to one is a fault all the same.
+        """Return the tensors as CuPy arrays, whatever framework the runtime uses.
 
-        Raises StaleView when the lease is not held, ValueError on the host, whose memory CuPy
-        cannot see, and ImportError where CuPy is not installed.
+        Zero-copy, and checked like :attr:`tensors`. CuPy has no read-only arrays, so writing to one
+        faults unless the model is writable.
+
+        Parameters
+        ----------
+        model : Model, optional
+            Required if the lease is on several.
+
+        Raises
+        ------
+        StaleView
+            The lease is not held.
+        ValueError
+            The runtime is on the host, whose memory CuPy cannot see.
+        ImportError
+            CuPy is not installed.
         """
         model = model or self._only_model()
         return self._checked(model, model.tensors("cupy"))
@@ -209,11 +264,11 @@ class Lease:
 
     def _only_model(self) -> Model:
         if len(self._models) != 1:
-            raise ValueError("the lease is on several models: say of which")
+            raise ValueError("the lease is on several models: name one of them")
         return self._models[0]
 
     def _latest(self, what: str, owner: int | None = None) -> _Acquisition:
-        """Of this thread (or the owner) if it has one."""
+        """Return the latest acquisition of the owner (by default this thread), or of all."""
         acquired = tuple(self._acquired)
         if not acquired:
             raise StaleView(f"{what}: the lease is not held")
@@ -223,7 +278,7 @@ class Lease:
     def _leave(self, owner: int) -> None:
         while True:
             mine = self._latest("release()", owner)
-            with suppress(ValueError):  # another thread took it for want of its own
+            with suppress(ValueError):  # another thread without its own removed it
                 self._acquired.remove(mine)
                 break
         _, hold, stream = mine
@@ -235,7 +290,7 @@ class Lease:
 
     def _begin(self, owner: int) -> _native.Hold:
         if self._acquired:
-            with suppress(IndexError, StaleView):  # the last has just let go
+            with suppress(IndexError, StaleView):  # the last acquirer has just released it
                 return self._acquired[-1][1].share(owner)
         models = [model.native for model in self._models]
         return self._native.begin_lease(models, owner, self._layers)

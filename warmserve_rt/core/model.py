@@ -1,4 +1,4 @@
-"""A registered model as Python sees it."""
+"""A registered model: its layout and its tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from .views import Framework, make_tensors
 
 
 class Model:
-    """A registered model: its layout, and its addresses in the arena. Made by
-    :meth:`Runtime.register`."""
+    """A registered model: its layout and its addresses in the arena.
+
+    Made by :meth:`Runtime.register`.
+    """
 
     def __init__(
         self, native: _native.Model, layout: Layout, framework: Framework, origin: Origin
@@ -30,43 +32,51 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The full one, "chat" or "chat@2"."""
+        """The full name, "chat" or "chat@2"."""
         return self.native.name
 
     @property
     def revision(self) -> str | None:
-        """What stands after the "@" of its name."""
+        """The part of the name after the "@", None if it has none."""
         return self.name.partition("@")[2] or None
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        """In execution order."""
+        """The layers, in execution order."""
         return self.layout.layers
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers, without what the last granule of each leaves over."""
+        """Bytes of all layers, without the unused rest of each layer's last granule."""
         return self.layout.nbytes
 
     @property
     def leased(self) -> bool:
-        """Whether leases hold every layer of it now, and all are resident."""
+        """Whether every layer is leased and resident now."""
         return self.native.leased[0]
 
     @property
     def backing_epoch(self) -> int:
-        """Changes whenever the granules behind the model's addresses do. Lock-free."""
+        """A number that changes whenever the granules behind the model's addresses change.
+        Lock-free."""
         return self.native.backing_epoch
 
     def tensors(self, framework: Framework | None = None) -> dict[str, Any]:
-        """Unchecked views of all tensors, at addresses that never change; loads nothing.
+        """Return views of all tensors by name, at addresses that never change. Loads nothing.
 
-        Of the runtime's framework ("torch", ...), or of another, as in ``Runtime(tensors=...)``.
-        Raises ValueError for one that there is not, or that cannot see the device.
+        Meant for binding a module once. The views are unchecked: reading one outside of a lease
+        faults if its layer is not resident. (``print(module)`` of a torch module prints no values,
+        but printing a tensor reads it.)
 
-        For binding a module once. Reading one outside of a lease is a fault when its layer is not
-        resident (``print(module)`` of a torch module prints no values, but printing a tensor reads
-        it).
+        Parameters
+        ----------
+        framework : "torch", "numpy", "cupy" or "dlpack", optional
+            Default: the runtime's framework.
+
+        Raises
+        ------
+        ValueError
+            The framework is unknown or cannot see the device's memory.
         """
         framework = framework or self._framework
         if framework not in self._tensors:

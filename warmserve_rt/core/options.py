@@ -1,4 +1,4 @@
-"""Checks the options of a runtime and makes the native one."""
+"""Check the options of a runtime and create the native runtime."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def open_runtime(
     driver: _native.Driver | None,
     paths: Sequence[Path],
 ) -> tuple[_native.Runtime, str, Framework, int]:
-    """Returns the native runtime, its device's name, and what its tensors are made of. Takes the
-    arguments of :class:`Runtime` and raises as that."""
+    """Return the native runtime, its device's name, its tensors' framework and its granule's bytes.
+
+    Arguments and errors are those of :class:`Runtime`.
+    """
     device = checked_device(device)
     pump, poison = check.flag("pump", pump), check.flag("poison", poison)
     threads = loader_count(loaders, pump=pump)

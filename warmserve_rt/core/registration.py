@@ -1,4 +1,4 @@
-"""What a model is registered from: opened now, and again when it is reloaded."""
+"""The source of a registered model, opened at registration and again when it is reloaded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from warmserve_rt.checkpoint.dtypes import DTypeLike, planned_casts
 from warmserve_rt.checkpoint.layout import Grouping, Layout, build_layout
 
 Verify: TypeAlias = Literal["sampled", "full"]
-# By a layer's name, of each of its granules, as Runtime.digest gives them.
+# For each layer's name, the digests of its granules as Runtime.digest returns them.
 Digests: TypeAlias = Mapping[str, Sequence[int] | npt.NDArray[np.uint64]]
 
-_ONE_IN = 16  # granules that "sampled" checks, beside the first and the last of a layer
+_ONE_IN = 16  # "sampled" checks one granule in 16, and the first and the last of a layer
 
 
 def anchored(source: Source) -> Source:
@@ -33,15 +33,17 @@ def anchored(source: Source) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint as the native runtime takes it."""
+    """An open checkpoint in the form that the native runtime accepts."""
 
     checkpoint: Checkpoint
     layout: Layout
     checks: _native.Checks
 
     def files(self) -> Iterator[_native.FileTuple]:
-        """The files, each closed once the next is asked for: the native runtime duplicates their
-        descriptors, and a process has few."""
+        """Yield the files and close each one when the next is requested.
+
+        The native runtime duplicates the descriptors, and a process has few.
+        """
         for file in self.checkpoint.files:
             i = file.identity
             times = (i.mtime_ns % 2**64, i.ctime_ns % 2**64)
@@ -51,7 +53,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The arguments of a registration that say where a model's bytes come from."""
+    """The arguments of a registration that determine a model's bytes."""
 
     source: Source
     dtype: DTypeLike | Mapping[str, DTypeLike] | None = None
@@ -63,7 +65,8 @@ class Origin:
 
     @contextmanager
     def opened(self, granule_bytes: int, digests: Digests | None) -> Iterator[Opened]:
-        """Open the checkpoint until the end of the block."""
+        """Open the checkpoint and close it at the end of the block. Raises as
+        :meth:`Runtime.register`."""
         if self.verify not in (None, "sampled", "full"):
             raise ValueError(f'verify must be None, "sampled" or "full", got {self.verify!r}')
         with closing(
@@ -82,12 +85,12 @@ class Origin:
 def _checks(
     layout: Layout, granule_bytes: int, verify: Verify | None, digests: Digests | None
 ) -> list[list[tuple[int, int | None]]]:
-    """For each layer, the granules to check and their digests, None for those to take."""
+    """Return for each layer (granule, digest) pairs to check; None: compute it from the files."""
     if verify is None and digests is None:
         return []
     for name in digests or ():
         if name not in layout.index_of:
-            raise ValueError(f"digests of {name!r}, which is no layer")
+            raise ValueError(f"digests must name layers of the model, got {name!r}")
     chosen: list[list[tuple[int, int | None]]] = []
     for layer in layout.layers:
         count = -(-layer.nbytes // granule_bytes)
@@ -107,6 +110,6 @@ def _checks(
 
 
 def _sample(count: int) -> list[int]:
-    """Some of the numbers below `count`, which nobody can foresee."""
+    """Choose some numbers below `count`, unpredictably."""
     some = random.SystemRandom().sample(range(count), -(-count // _ONE_IN))
     return sorted({0, count - 1, *some}) if count else []

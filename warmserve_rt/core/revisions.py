@@ -1,8 +1,8 @@
-"""Models by name, and revisions of one that lie beside each other.
+"""Models by name, and the revisions of a name.
 
 A full name is "chat@2", or "chat" for a revision without a name of its own. The bare name stands
-for one of its revisions. Whoever is bound to it, an engine or an address in it, relies on one
-layout: all revisions of a name have the same.
+for one of its revisions. All revisions of a name have the same layout, because an engine, or an
+address in it, that is bound to the name relies on one layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .model import Model
 
 
 def parse_name(full: str) -> tuple[str, str | None]:
-    """Returns the bare name and the revision, None if it has none. Raises ValueError."""
+    """Return the bare name and the revision, or None. Raises ValueError for an invalid name."""
     name, at, revision = full.partition("@")
     if (at and not (name and revision)) or "@" in revision:
         raise ValueError(f"a model's name must be 'name' or 'name@revision', got {full!r}")
@@ -26,8 +26,10 @@ def parse_name(full: str) -> tuple[str, str | None]:
 
 
 def difference(layout: Layout, other: Layout) -> tuple[str, str] | None:
-    """The first thing in which they differ, as the one and as the other has it. Where the bytes
-    come from is no difference."""
+    """Return the first difference of two layouts as (of layout, of other), or None.
+
+    The files that the bytes are read from are not compared.
+    """
     pairs = zip_longest(_contents(layout), _contents(other), fillvalue="nothing more")
     return next((pair for pair in pairs if pair[0] != pair[1]), None)
 
@@ -40,12 +42,12 @@ def _contents(layout: Layout) -> Iterator[str]:
 
 
 class Revisions:
-    """The registered models of one runtime. Finding one is lock-free; changes take turns."""
+    """The registered models of one runtime. Lookups are lock-free; changes are serialised."""
 
     def __init__(self) -> None:
         self._changes = threading.Lock()
         self._models: dict[str, Model] = {}  # by full name
-        self._current: dict[str, Model] = {}  # what bare names stand for
+        self._current: dict[str, Model] = {}  # by bare name
 
     def values(self) -> ValuesView[Model]:
         return self._models.values()
@@ -56,8 +58,11 @@ class Revisions:
             self._current.clear()
 
     def find(self, model: Model | str) -> Model:
-        """Returns the model of a bare name, of a full one, or itself. Raises ValueError unless it
-        is registered, TypeError for what is neither a name nor a model."""
+        """Return the registered model of a bare or full name, or the model itself.
+
+        Raises ValueError if it is not registered, TypeError if ``model`` is neither a name nor a
+        model.
+        """
         if isinstance(model, str):
             found = (self._models if "@" in model else self._current).get(model)
         elif isinstance(model, Model):
@@ -74,7 +79,7 @@ class Revisions:
         return found
 
     def why_not_leased(self, model: Model) -> str:
-        """Says why what is bound to the model cannot run now, and what to do."""
+        """Return why a module bound to the model cannot run now, and what to do."""
         full = model.name
         if self._models.get(full) is not model:
             return f"{self._unknown(model)}: load the module again"
@@ -92,7 +97,7 @@ class Revisions:
         )
 
     def _unknown(self, model: Model | str) -> str:
-        """Says of a model that cannot be found what is registered instead."""
+        """Return the message for a model that is not found; it says what is registered."""
         if isinstance(model, Model):
             full = model.name
             other = f"; {full!r} is another model now" if full in self._models else ""
@@ -106,20 +111,23 @@ class Revisions:
         said = f"no model {model!r} is registered"
         if revisions := [each for each in registered if parse_name(each)[0] == model]:
             names = ", ".join(map(repr, revisions))
-            return f"{said}: it stands for none of {names} until runtime.promote() chooses one"
+            return f"{said}: the name stands for no revision; promote() one of {names}"
         return said + check.did_you_mean(model, registered)
 
     def add(self, full: str, layout: Layout, make: Callable[[], Model]) -> Model:
-        """Returns the model that `make` registers; the bare name stands for it if for no other.
-        Raises what `make` does, for one a name that is taken; before, ValueError, which names the
-        first difference, if another revision's layout is not this."""
+        """Register the model that ``make`` returns, and return it.
+
+        The bare name stands for it if it stands for no other model. Raises ValueError, which names
+        the first difference, if another revision of the name has a different layout; and what
+        ``make`` raises, for example if the name is registered already.
+        """
         name, _ = parse_name(full)
         with self._changes:
             others = (other for other in self._models.values() if parse_name(other.name)[0] == name)
-            other = next(others, None)  # all are alike
+            other = next(others, None)  # all have the same layout
             if other and full not in self._models and (found := difference(layout, other.layout)):
                 raise ValueError(
-                    f"{full!r} is laid out unlike {other.name!r}: {found[0]}, where that has "
+                    f"{full!r} must have the layout of {other.name!r}, got {found[0]} instead of "
                     f"{found[1]}"
                 )
             made = self._models[full] = make()
@@ -127,22 +135,25 @@ class Revisions:
             return made
 
     def remove(self, model: Model) -> None:
-        """Forgets it; the bare name, if it stood for this model, stands for none."""
+        """Forget the model. If the bare name stood for it, that name stands for no model."""
         name, _ = parse_name(model.name)
         with self._changes:
-            if self._models.get(model.name) is model:  # or it has a successor of its name already
+            if self._models.get(model.name) is model:  # else a new model has its name
                 del self._models[model.name]
             if self._current.get(name) is model:
                 del self._current[name]
 
     def promote(self, model: Model | str) -> Model | None:
-        """Makes the bare name stand for a revision, given by its full name or itself; returns what
-        it stood for before. Raises ValueError unless it is registered."""
+        """Let the bare name stand for a revision, given by its full name or itself.
+
+        Returns the model that it stood for before. Raises ValueError if the revision is not
+        registered.
+        """
         with self._changes:
             found = self._models.get(model) if isinstance(model, str) else self.find(model)
             if found is None:
                 near = check.did_you_mean(model, list(self._models))
-                raise ValueError(f"no model has the full name {model!r}{near}")
+                raise ValueError(f"no model with the full name {model!r} is registered{near}")
             name, _ = parse_name(found.name)
             before = self._current.get(name)
             self._current[name] = found

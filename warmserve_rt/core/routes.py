@@ -1,8 +1,8 @@
-"""The devices a runtime works with: its own, and neighbours whose host links its loads may use.
+"""The devices of a runtime: its own, and neighbours whose host links its loads may use.
 
-A load's chunks go over whichever of these links will have carried them first, at the speed each
-was last measured to have: a slow or busy one takes few. By a neighbour they go to a little of its
-memory and from there peer to peer.
+Each chunk of a load takes the link that would finish it first, at the speed last measured for each
+link. Slow or busy links therefore get few chunks. A chunk that takes a neighbour's link is copied
+to a small buffer in the neighbour's memory, and from there peer to peer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,25 @@ Path: TypeAlias = str | _native.Driver
 def open_devices(
     device: str, own: _native.Driver | None, paths: Sequence[Path], *, pump: bool
 ) -> tuple[_native.Driver, list[_native.Driver]]:
-    """Returns the drivers of the device and of the neighbours named by ``paths``, "cuda:N" each. If
-    the drivers themselves are given, that of the device has let the neighbours in (``peers``).
+    """Return the driver of the device and the drivers of its neighbours.
 
-    Raises ValueError for a path that is no "cuda:N", the device itself or named twice, and for
-    a neighbour that does not reach the device's memory; otherwise as
-    :func:`devices.open_driver`.
+    Parameters
+    ----------
+    device : str
+    own : native driver or None
+        The device's driver. Default: opened here.
+    paths : sequence of "cuda:N" or native drivers
+        The neighbours. If they are drivers, ``own`` must have been opened with them as ``peers``.
+    pump : bool
+        As for :func:`devices.open_driver`.
+
+    Raises
+    ------
+    ValueError
+        A path is not "cuda:N", is the device itself, is named twice, or cannot reach the device's
+        memory.
+
+    Other errors are those of :func:`devices.open_driver`.
     """
     neighbours: list[_native.Driver] = []
     ordinals: list[int] = []

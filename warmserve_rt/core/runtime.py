@@ -34,39 +34,70 @@ _ONE_MODEL = (str, Model)
 class Runtime(Evicting):
     """One device's memory, shared by many models.
 
-    Sizes are bytes, or strings such as "2GiB" (1024s) and "2GB" (1000s).
+    A context manager, also for ``async with``: it closes the runtime at the end of the block.
 
-    ``device``: "host", "cuda" or "cuda:N".
-    ``arena``: bytes of device memory to own, all taken at once; "50%" is of the device's memory. By
-    default 2 GiB, or all that is free beside ``headroom``, if that is given.
-    ``headroom``: bytes of the device's memory, or a share of it, to leave to others (torch's
-    activations, KV caches). The arena is refused, and later not grown back, if less would be free.
-    ``staging``: the most pinned host memory to take, in chunks of ``chunk`` bytes; "5%" is of the
-    machine's memory. Unused if the CPU reaches the device's memory.
-    ``granule``: bytes, a multiple of the device's granularity. A GPU maps one of 8 MiB as fast as
-    one of 2, but every layer takes whole ones.
-    ``loaders``: threads that load; by default one for each CPU but one, at most eight.
-    ``staging_timeout``: seconds that a load waits for a chunk before it fails with StagingTimeout.
-    ``pump``: start no threads; :meth:`step` does the work.
-    ``poison``: evicted addresses read as NaN and do not fault, for debugging.
-    ``background_share``: the share of the bytes that work of priority BACKGROUND or less gets while
-    foreground loads wait: at most that much, and all when nobody else wants it.
-    ``read_bandwidth``: bytes a second (or "1GiB") that all loads together read at most.
-    ``tensors``: what leases hand out: "torch", "numpy" (on the host), "cupy" (on CUDA) or "dlpack"
-    (objects with ``__dlpack__``, ``address`` and ``nbytes``). By default torch if it is installed,
-    else numpy or cupy.
-    ``driver``: the device itself, for tests.
-    ``paths``: neighbours ("cuda:1") whose host links foreground loads may use too; each gives four
-    chunks of its memory (:mod:`warmserve_rt.core.routes`).
+    Parameters
+    ----------
+    device : "host", "cuda" or "cuda:N"
+        The device whose memory holds the models. "cuda" is the first GPU.
+    arena : size, optional
+        Device memory to own, all allocated at once. "50%" is a share of the device's memory.
+        Default: 2 GiB, or, if ``headroom`` is given, all free memory except the headroom.
+    staging : size
+        The most pinned host memory to use, in chunks of ``chunk`` bytes. "5%" is a share of the
+        machine's memory. Unused if the CPU can access the device's memory directly.
+    headroom : size, optional
+        Device memory to leave to others (torch's activations, KV caches), or a share of the
+        device's memory. If less would stay free, the arena is refused, and later not grown back.
+    granule : size
+        A multiple of the device's granularity. Every layer takes whole granules. A GPU maps a
+        granule of 8 MiB as fast as one of 2 MiB.
+    chunk : size
+        Bytes of one copy through the staging memory.
+    loaders : int, optional
+        Threads that load, 1 to 1024. Default: the CPUs that the process may use minus one, at
+        least one and at most eight.
+    staging_timeout : float
+        Seconds that a load waits for a free chunk before it fails with StagingTimeout.
+    pump : bool
+        Start no threads; the caller loads by calling :meth:`step`.
+    poison : bool
+        Let evicted addresses read as NaN instead of faulting, for debugging.
+    background_share : float
+        The most that loads of priority BACKGROUND or lower get while foreground loads wait, as a
+        share of the bytes, 0 to 1. While no foreground load waits they get everything.
+    read_bandwidth : size, optional
+        Limit on what all loads together read, in bytes per second (1e9, "1GiB"). Default: no limit.
+    tensors : "torch", "numpy", "cupy" or "dlpack", optional
+        What leases hand out. "numpy" is for the host, "cupy" for CUDA. "dlpack" gives objects with
+        ``__dlpack__``, ``address`` and ``nbytes``. Default: "torch" if it is installed; otherwise
+        "numpy" on the host, and on CUDA "cupy" if it is installed or else "dlpack".
+    driver : native driver, optional
+        Use this driver instead of opening ``device``, for tests.
+    paths : sequence of "cuda:N"
+        Neighbours whose host links foreground loads may use too. Each neighbour gives four chunks
+        of its memory (:mod:`warmserve_rt.core.routes`).
 
-    Raises ValueError and TypeError (an unknown device, an invalid option), OutOfDeviceMemory, and
-    WarmServeError if the device cannot be used, saying what to do. Once the device is lost (a CUDA
-    context that died), all that needs it raises DeviceLost; releasing, snapshots and :meth:`close`
-    go on working.
+    Raises
+    ------
+    ValueError, TypeError
+        The device is unknown or an option is invalid.
+    OutOfDeviceMemory
+        The device has no room for the arena.
+    WarmServeError
+        The device cannot be used; the message says what to do.
 
-    A context manager, also of ``async with``, that closes the runtime at its end. Thread-safe. Not
-    usable in a forked child: there every method raises WarmServeError, and the models' addresses
-    are not mapped.
+    Notes
+    -----
+    A size is a number of bytes, or a string such as "2GiB" (units of 1024) or "2GB" (units of
+    1000).
+
+    After the device is lost (its CUDA context died), every operation that needs it raises
+    DeviceLost. Releasing leases, snapshots and :meth:`close` still work.
+
+    In a forked child every method raises WarmServeError, and the models' addresses are not mapped.
+
+    Thread-safe.
     """
 
     def __init__(
@@ -129,30 +160,54 @@ class Runtime(Evicting):
         verify: Verify | None = None,
         digests: Digests | None = None,
     ) -> Model:
-        """Makes a model known; loads nothing. Its files stay open until it is unregistered.
+        """Register a model without loading it.
 
-        ``name``: "chat", or "chat@2" for a revision, a model of its own beside the others. The
-        bare name stands for the first registered, until :meth:`promote`.
-        ``checkpoint``: a safetensors file, a Hugging Face directory, a list of files, or the id of
-        a model in the Hugging Face cache ("org/name"), of its ``revision``; by default ``name``,
-        so that ``register("org/name")`` is enough. ``variant``: "fp16" takes a directory's
-        model.fp16.safetensors instead of model.safetensors.
-        ``dtype``: "bfloat16", "float16" or "float32" (or torch's or numpy's dtype), to which plain
-        floating-point weights are cast as they are loaded, or one for each of some tensors by name;
-        quantised tensors, and the floats that belong to them, stay as they are
-        (:func:`dtypes.planned_casts`).
-        ``layers``: how tensors form layers, where their names do not tell; see
-        :func:`layers.build_layout`. ``writable``: in-place writes are allowed and are lost at
-        eviction; otherwise they fault. ``allow_symlinks``: a directory's files may be links that
-        leave it; those of the Hugging Face cache need no leave.
+        Its files stay open until the model is unregistered.
 
-        ``verify``: "full" takes a digest of every granule now, which reads the files, and compares
-        it after each load of a layer; "sampled" does so for some granules of each layer. A mismatch
-        is CorruptCheckpoint, and the layer is not resident. ``digests``: compare these instead of
-        taking them: by a layer's name, what :meth:`digest` gives.
+        Parameters
+        ----------
+        name : str
+            "chat", or "chat@2" for a revision. Revisions are separate models. The bare name stands
+            for the revision registered first, until :meth:`promote`.
+        checkpoint : path, sequence of paths, or str, optional
+            A safetensors file, a list of them, a Hugging Face directory, or the id of a model in
+            the Hugging Face cache ("org/name"). Default: the bare ``name`` with its revision, so
+            that ``register("org/name")`` is enough.
+        dtype : dtype or mapping from tensor names to dtypes, optional
+            "bfloat16", "float16" or "float32", or a dtype of torch or numpy. Plain floating-point
+            weights are cast to it while they are loaded; with a mapping, only the tensors that it
+            names. Quantised tensors, and the floats that belong to them, keep their dtypes
+            (:func:`dtypes.planned_casts`). Default: no casts.
+        layers : grouping, optional
+            How tensors form layers if their names do not tell; see :func:`layout.build_layout`.
+        writable : bool
+            Allow in-place writes to the weights, which eviction discards. Otherwise they fault.
+        allow_symlinks : bool
+            Follow symbolic links that leave the checkpoint's directory. Links of the Hugging Face
+            cache into its own blobs are always followed.
+        variant : str, optional
+            "fp16" takes model.fp16.safetensors of a directory instead of model.safetensors.
+        revision : str, optional
+            Revision of a model in the Hugging Face cache. Default: "main".
+        verify : "full" or "sampled", optional
+            "full" reads the files now to compute a digest of every granule, and compares it after
+            each load of a layer. "sampled" does so for some granules of each layer. After a
+            mismatch the layer is not resident, and loading raises CorruptCheckpoint.
+        digests : mapping, optional
+            For each layer's name, its digests as :meth:`digest` returns them. Compare these instead
+            of computing digests from the files.
 
-        Raises CorruptCheckpoint, FileNotFoundError, ValueError (an invalid or duplicate name, an
-        unknown cast, a layout that is not that of the name's other revisions). Strong.
+        Raises
+        ------
+        CorruptCheckpoint
+            A file is malformed, or files and index disagree.
+        FileNotFoundError
+            The checkpoint does not exist.
+        ValueError
+            The name is invalid or already registered, the cast is not supported, or the layout
+            differs from that of the name's other revisions.
+
+        Guarantee: strong (after an exception nothing has changed).
         """
         native = self.native
         bare, named_revision = parse_name(check.text("name", name))
@@ -191,21 +246,40 @@ class Runtime(Evicting):
         digests: Digests | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Takes a model as its files are now: opens again what it was registered from.
+        """Reopen a model's files after they were replaced, written or touched.
 
-        For a checkpoint that was replaced, written, or touched: until then its loads raise
-        CorruptCheckpoint. The layout must be the same. Addresses, views, keep values and the name
-        stay; resident layers are evicted. Digests are taken anew if the model was registered with
-        ``verify``, or are these ``digests``. Raises as :meth:`register`, Busy while the model is
-        leased, and TimeoutError if streams use it for longer than ``timeout``. Strong, except for
-        what was evicted.
+        Until then loads of the model raise CorruptCheckpoint. The files are those that the model
+        was registered from, and their layout must be the same. Addresses, views, keep values and
+        the name stay; resident layers are evicted.
+
+        Parameters
+        ----------
+        model : Model or str
+        digests : mapping, optional
+            As for :meth:`register`. Default: computed from the new files if the model was
+            registered with ``verify``.
+        timeout : float, optional
+            Seconds to wait for streams that use the model. Default: no limit.
+
+        Raises
+        ------
+        Busy
+            The model is leased.
+        TimeoutError
+            Streams use the model for longer than ``timeout``.
+        ValueError
+            The layout has changed.
+        CorruptCheckpoint, FileNotFoundError
+            As for :meth:`register`.
+
+        Guarantee: strong, except for layers that were evicted.
         """
         found = self.model(model)
         timeout = check.timeout(timeout)
         with found.origin.opened(self._granule_bytes, digests) as opened:
             if differs := difference(opened.layout, found.layout):
                 raise ValueError(
-                    f"{found.name!r} has another layout now: {differs[0]}, and had {differs[1]}; "
+                    f"{found.name!r} has another layout now: {differs[0]} instead of {differs[1]}; "
                     "unregister it and register it again"
                 )
             self.native.reload(
@@ -215,9 +289,27 @@ class Runtime(Evicting):
         log.info("reloaded %r", found.name)
 
     def promote(self, model: Model | str) -> Model | None:
-        """From now on the bare name stands for this revision, given by its full name or itself;
-        returns the model it stood for before. Nothing is loaded or evicted, and leases on the
-        other go on. Atomic. Raises ValueError."""
+        """Let the bare name stand for this revision from now on.
+
+        Loads and evicts nothing. Leases on the other revision stay valid.
+
+        Parameters
+        ----------
+        model : Model or str
+            The revision, or its full name.
+
+        Returns
+        -------
+        Model or None
+            The revision that the bare name stood for before.
+
+        Raises
+        ------
+        ValueError
+            No such revision is registered.
+
+        Guarantee: atomic.
+        """
         before = self._models.promote(model)
         log.info("promoted %r; before: %r", self.model(model).name, before and before.name)
         return before
@@ -230,15 +322,38 @@ class Runtime(Evicting):
         priority: int = BACKGROUND,
         deadline: float | None = None,
     ) -> Ticket:
-        """Begins to load what is not resident of these layers, by default all; returns at once.
+        """Start loading the layers that are not resident, in execution order.
 
-        What has to go is evicted as room is needed, never anything leased. Layers come in execution
-        order. Higher ``priority`` goes first, then the earlier ``deadline``: seconds from now, when
-        what has not arrived is given up and the ticket raises TimeoutError. Raises
-        OutOfDeviceMemory (it could never fit), Busy (not beside what is leased), ValueError
-        (unknown or repeated layers, none at all, a deadline that has passed). The ticket's
-        ``wait(timeout)`` raises what loading raised, ``wait(layer=index)`` waits for one layer, and
-        ``cancel()`` leaves the layers that arrived. Per layer.
+        Returns at once. Layers without leases are evicted as room is needed.
+
+        Parameters
+        ----------
+        model : Model or str
+        layers : int, slice, or indices and names, optional
+            The layers to load; ``4`` means the first four. Default: all.
+        priority : int
+            Loads of higher priority run first, and among equals those with the earlier deadline.
+        deadline : float, optional
+            Seconds from now. Layers that have not arrived by then are cancelled, and the ticket
+            raises TimeoutError. Default: none.
+
+        Returns
+        -------
+        Ticket
+            Its ``wait(timeout)`` raises the error of a failed load, ``wait(layer=index)`` waits for
+            one layer, and ``cancel()`` keeps the layers that have arrived.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            The layers can never fit.
+        Busy
+            The layers do not fit beside those that are leased.
+        ValueError
+            A layer is unknown or repeated, no layer is named, or the deadline has passed.
+
+        Guarantee: per layer (every layer keeps a defined state, and calling again continues from
+        there).
         """
         if deadline is not None and not (deadline := check.seconds("deadline", deadline)):
             raise ValueError("deadline must be more than 0 seconds from now, got 0")
@@ -249,8 +364,27 @@ class Runtime(Evicting):
         return ticket
 
     def swap(self, *, evict: Model | str, load: Model | str, priority: int = FOREGROUND) -> Ticket:
-        """Loads one model in the granules of another, which is absent when the ticket is done.
-        Creates no granules. Raises as :meth:`prewarm`, and Busy while ``evict`` is leased."""
+        """Load one model into the granules of another, without creating granules.
+
+        Parameters
+        ----------
+        evict : Model or str
+            The model to evict. It is absent when the ticket is done.
+        load : Model or str
+        priority : int
+            As for :meth:`prewarm`.
+
+        Returns
+        -------
+        Ticket
+
+        Raises
+        ------
+        Busy
+            ``evict`` is leased, or as for :meth:`prewarm`.
+        OutOfDeviceMemory, ValueError
+            As for :meth:`prewarm`.
+        """
         out, found = self.model(evict), self.model(load)
         ticket = Ticket(self.native.swap(out.native, found.native, _priority(priority)), found)
         debug("%s", ticket)
@@ -264,19 +398,35 @@ class Runtime(Evicting):
         streaming: bool = False,
         timeout: float | None = None,
     ) -> Lease:
-        """A lease on one model, on some ``layers`` of one, or on several models all or nothing; not
-        yet acquired. With ``streaming`` it begins while layers are still on their way:
-        :meth:`Lease.wait` says when each is there. ``timeout`` in seconds, for each acquisition.
-        See :class:`Lease`."""
+        """Return a lease that is not yet acquired. See :class:`Lease`.
+
+        Parameters
+        ----------
+        models : Model, str, or a sequence of them
+            One model, or several that are leased all or nothing.
+        layers : int, slice, or indices and names, optional
+            Some layers of a single model. Default: all.
+        streaming : bool
+            Let the lease begin while layers are still loading. :meth:`Lease.wait` then waits for a
+            layer.
+        timeout : float, optional
+            Seconds that each acquisition waits at most. Default: no limit.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A model or layer is unknown, no model is named, or ``layers`` is given for several
+            models.
+        """
         if isinstance(models, _ONE_MODEL):
             models = (models,)
         elif not isinstance(models, Iterable):
             self.model(models)  # raises TypeError
         wanted = tuple(dict.fromkeys(self.model(model) for model in models))
         if not wanted:
-            raise ValueError("a lease on no model")
+            raise ValueError("a lease needs at least one model")
         if layers is not None and len(wanted) > 1:
-            raise ValueError("layers of several models: lease each model by itself")
+            raise ValueError("layers must be None for several models: lease each model by itself")
         chosen = layer_indices(wanted[0], layers)
         if streaming is not False:
             streaming = check.flag("streaming", streaming)
@@ -287,21 +437,39 @@ class Runtime(Evicting):
     def stamp(
         self, model: Model | str, keep_value: float, *, layer: int | str | None = None
     ) -> None:
-        """How much a model, or one layer of it, is worth keeping: the lowest goes first when room
-        is needed, and of equals (0.0 at first) the least recently used. Wait-free."""
+        """Set how much a model, or one layer of it, is worth keeping.
+
+        When room is needed, layers with the lowest value are evicted first, and among equals the
+        least recently used.
+
+        Parameters
+        ----------
+        model : Model or str
+        keep_value : float
+            Any number, infinities included. At first every layer has 0.0.
+        layer : int or str, optional
+            Index or name. Default: all layers.
+
+        Guarantee: wait-free.
+        """
         found = self.model(model)
         index = None if layer is None else layer_index(found, layer)
         self.native.stamp(found.native, check.number("keep_value", keep_value, finite=False), index)
 
     def trim(self) -> int:
-        """Gives free granules back to the device; they are made again when needed. Returns the
-        bytes given back."""
+        """Give free granules back to the device and return their bytes.
+
+        The runtime creates granules again when it needs them.
+        """
         nbytes = self.native.trim()
         log.info("trimmed %s", format_bytes(nbytes))
         return nbytes
 
     def step(self) -> bool:
-        """With ``pump``: one chunk of one transfer. False when there is nothing to do."""
+        """Load one chunk, or do one step of making room for it; for ``Runtime(pump=True)``.
+
+        Returns False if nothing can be done now. Raises ValueError for a runtime without ``pump``.
+        """
         return self.native.step()
 
 

@@ -1,4 +1,4 @@
-"""Which layers are meant: the first so many, or any set of them by index or name."""
+"""Selections of layers: the first n, or any set of them by index or name."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ Layers: TypeAlias = int | slice | Iterable[int | str]
 def layer_index(model: Model, layer: int | str) -> int:
     """Return the index of a layer that is given by index or name.
 
-    Raises ValueError if there is no such layer, TypeError if ``layer`` is neither an integer (a
-    numpy integer is one) nor a name.
+    Raises ValueError if the model has no such layer, TypeError if ``layer`` is neither an integer
+    (numpy's are accepted) nor a name.
     """
     return index_in(model.layout, model.name, layer)
 
 
 def index_in(layout: Layout, name: str, layer: int | str) -> int:
-    """Return the index of a layer in the layout of a model of that name, as `layer_index` does."""
+    """Return the index of a layer as `layer_index` does; ``name`` is the model's, for messages."""
     count = len(layout)
     if isinstance(layer, str):
         index = layout.index_of.get(layer, count)
     else:
-        index = _integer(layer, "a layer is an index or a name")
+        index = _integer(layer, "layer must be an index or a name")
     if not 0 <= index < count:
-        raise ValueError(f"{name!r} has {count} layers, no layer {layer!r}")
+        raise ValueError(f"{name!r} has no layer {layer!r}: it has {count} layers")
     return index
 
 
 def layer_indices(model: Model, layers: Layers | None) -> list[int] | None:
-    """Return ascending indices; None for None, which means all layers.
+    """Return the indices in ascending order, or None for None, which means all layers.
 
-    Raises ValueError for a layer that is not there or is named twice, and if no layer is named;
-    TypeError for what names no layers.
+    Raises ValueError if a layer is unknown or named twice or if none is named, TypeError if
+    ``layers`` has another type.
     """
     if layers is None:
         return None
     found = _indices(model, layers)
     if not found:
-        raise ValueError(f"no layers of {model.name!r} are named")
+        raise ValueError(f"layers must name at least one layer of {model.name!r}")
     return found
 
 
 def all_but(model: Model, keep: Layers) -> list[int]:
-    """Return the other layers; ``keep`` may name none. Raises as :func:`layer_indices`."""
+    """Return all layers except those of ``keep``, which may be empty. Raises as
+    :func:`layer_indices`."""
     kept = set(_indices(model, keep))
     return [index for index in range(len(model.layout)) if index not in kept]
 
@@ -71,7 +72,7 @@ def _indices(model: Model, layers: Layers) -> list[int]:
     if not isinstance(layers, Iterable) or (isinstance(layers, np.ndarray) and not layers.ndim):
         first = _integer(layers, "layers must be a number, a slice or a list of indices and names")
         if not 0 <= first <= count:
-            raise ValueError(f"the first {first} layers of {model.name!r}, which has {count}")
+            raise ValueError(f"layers of {model.name!r} must be from 0 to {count}, got {first}")
         return list(range(first))
     indices = sorted(layer_index(model, layer) for layer in layers)
     for index, following in pairwise(indices):
@@ -82,10 +83,10 @@ def _indices(model: Model, layers: Layers) -> list[int]:
 
 
 def _integer(value: SupportsIndex, rule: str) -> int:
-    """Return an int or a numpy integer as an int; refuse what is neither, and bools."""
+    """Return an int or a numpy integer as an int; refuse other types and bools."""
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
         raise TypeError(f"{rule}, got {value!r}")
     try:
         return operator.index(value)
-    except TypeError:  # an array of several numbers has the method too
+    except TypeError:  # arrays of several numbers have __index__ too
         raise TypeError(f"{rule}, got {value!r}") from None

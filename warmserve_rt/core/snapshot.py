@@ -1,4 +1,4 @@
-"""What a runtime held at one moment, as plain values: all that a policy may look at."""
+"""The state of a runtime at one moment as plain values, the only input of a policy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from warmserve_rt._units import format_bytes
 if TYPE_CHECKING:
     from warmserve_rt import _native
 
-_SHOWN = 20  # models of a snapshot that its repr shows
+_SHOWN = 20  # models that the repr of a snapshot shows
 
 
 class LayerSnapshot(NamedTuple):
-    """One layer. ``nbytes`` are the tensors', ``granules`` what it occupies when not absent,
-    ``leases`` how many hold it."""
+    """One layer: the bytes of its tensors (``nbytes``), the ``granules`` that it occupies unless it
+    is absent, and how many leases hold it."""
 
     residency: str  # "absent", "filling", "resident" or "draining"
     nbytes: int
@@ -49,19 +49,19 @@ class ModelSnapshot:
 
     @property
     def resident(self) -> bool:
-        """Whether every layer is."""
+        """Whether every layer is resident."""
         return all(layer.residency == "resident" for layer in self.layers)
 
     @property
     def granules(self) -> int:
-        """Granules that its layers occupy now."""
+        """Granules that the model's layers occupy now."""
         return sum(layer.granules for layer in self.layers if layer.residency != "absent")
 
 
 @dataclass(frozen=True, slots=True)
 class PathSnapshot:
-    """A neighbour's link: bytes that came over it, and bytes a second as measured last, 0.0 before.
-    ``error`` says why it carries no more; empty: it does."""
+    """A neighbour's link: the bytes that it has carried, and the bytes per second last measured,
+    0.0 if not yet. ``error`` says why the link is no longer used; it is empty while it is."""
 
     name: str
     nbytes: int
@@ -71,9 +71,13 @@ class PathSnapshot:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
-    """One device. Bytes and counts since the runtime was made; ``driver_calls`` maps a driver
-    primitive to how often it was called and the nanoseconds spent in it. ``headroom_bytes`` of
-    the device's memory are never taken."""
+    """One device.
+
+    ``bytes_loaded``, ``layers_loaded``, ``layers_evicted`` and ``driver_calls`` count since the
+    runtime was made. ``driver_calls`` maps a driver primitive to its number of calls and the
+    nanoseconds spent in them. The runtime never takes the last ``headroom_bytes`` of the device's
+    free memory.
+    """
 
     granule_bytes: int
     granules: int
@@ -91,7 +95,7 @@ class Snapshot:
 
     @property
     def arena_bytes(self) -> int:
-        """The budget."""
+        """Bytes that the arena may use: its budget."""
         return self.granules * self.granule_bytes
 
     @property
@@ -115,7 +119,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, native: _native.Runtime) -> Snapshot:
-        """Reads the runtime's books; wait-free."""
+        """Read the runtime's books. Wait-free."""
         state = native.state()
         return cls(
             granule_bytes=state.granule_bytes,

@@ -1,4 +1,4 @@
-"""Streams of others: torch's, CuPy's and cuda.core's stand for ours wherever one is taken."""
+"""Foreign streams: those of torch, CuPy and cuda.core are accepted wherever ours are."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from warmserve_rt import _arguments as check
 from warmserve_rt import _native
 
 StreamLike: TypeAlias = Any
-"""A stream of ``Runtime.stream()``; of torch (``torch.cuda.current_stream()``), CuPy, or anything
-with ``__cuda_stream__``; or a CUstream as an int."""
+"""A stream of ``Runtime.stream()``, torch (``torch.cuda.current_stream()``) or CuPy, any object
+with ``__cuda_stream__``, or a CUstream as an int."""
 
 
 def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
-    """Returns the stream as the runtime knows it; its owner must keep it alive until the lease that
-    it ends is over. Raises TypeError for what is not a stream, ValueError if the device has no
-    streams but its own.
+    """Return the runtime's object for a stream.
+
+    The owner of a foreign stream must keep it alive until the lease that records it has ended.
+    Raises TypeError if ``stream`` is not a stream, ValueError if the device accepts only its own
+    streams.
     """
     if isinstance(stream, _native.Stream):
         return stream
@@ -26,7 +28,7 @@ def _handle(stream: StreamLike) -> int:
     if hasattr(stream, "__index__") and not isinstance(stream, bool):
         return check.integer("stream", stream, 0, 2**64 - 1)
     protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:  # a method; an attribute in its first version
+    if protocol is not None:  # an attribute in the protocol's first version, else a method
         return int((protocol() if callable(protocol) else protocol)[1])
     for name in ("cuda_stream", "ptr"):  # torch, CuPy
         if hasattr(stream, name):

@@ -1,4 +1,4 @@
-"""Tickets: what a caller holds of a prewarm or a swap in progress."""
+"""Tickets: a caller's handle on a prewarm or a swap in progress."""
 
 from __future__ import annotations
 
@@ -22,45 +22,56 @@ if TYPE_CHECKING:
 
 
 class Progress(NamedTuple):
-    """Bytes that have arrived, and bytes in all."""
+    """Bytes that have arrived, and bytes in total."""
 
     nbytes: int
     total: int
 
     @property
     def fraction(self) -> float:
-        """From 0.0 to 1.0, which is also that of nothing to load."""
+        """Share that has arrived, 0.0 to 1.0; 1.0 if the ticket loads nothing."""
         return self.nbytes / self.total if self.total else 1.0
 
 
 class Ticket:
-    """Tells how far a prewarm or a swap is. Made by :meth:`Runtime.prewarm` and
-    :meth:`Runtime.swap`.
+    """A prewarm or a swap in progress. Made by :meth:`Runtime.prewarm` and :meth:`Runtime.swap`.
 
-    ``await ticket`` and :meth:`wait` end when everything has arrived, and raise what loading
-    raised. Loading goes on when a wait is given up, and when the ticket is dropped: only
+    ``await ticket`` and :meth:`wait` return when everything has arrived, and raise the error of a
+    failed load. A wait that ends early and a ticket that is dropped leave the load running; only
     :meth:`cancel` stops it.
     """
 
     def __init__(self, native: _native.Ticket, model: Model) -> None:
         self._native = native
-        # Not the model, whose addresses would stay reserved as long as the ticket.
+        # Not the model: the ticket would keep its addresses reserved.
         self._layout, self._name = model.layout, model.name
-        self._told = False  # somebody has waited, or looked
+        self._told = False  # the caller has waited, cancelled or taken the descriptor
 
     def wait(self, timeout: float | None = None, *, layer: int | str | None = None) -> None:
-        """Blocks until everything has arrived, or one ``layer``, by index or name.
+        """Block until everything has arrived, or one layer.
 
-        Raises TimeoutError after ``timeout`` seconds, and what loading raised: OutOfDeviceMemory,
-        Busy, CorruptCheckpoint, StagingTimeout, Cancelled, TimeoutError for a deadline that has
-        passed. Raises ValueError for a layer that the ticket does not load.
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds. Default: no limit.
+        layer : int or str, optional
+            Wait for this layer only, by index or name.
+
+        Raises
+        ------
+        TimeoutError
+            ``timeout`` or the ticket's deadline has passed.
+        OutOfDeviceMemory, Busy, CorruptCheckpoint, StagingTimeout, Cancelled
+            Loading failed or was cancelled.
+        ValueError
+            The ticket does not load this layer.
         """
         index = None if layer is None else index_in(self._layout, self._name, layer)
         self._told = True
         self._native.wait(check.timeout(timeout), layer=index)
 
     def __await__(self) -> Generator[object, None, None]:
-        """Waits without blocking the event loop; otherwise as :meth:`wait`."""
+        """Wait as :meth:`wait` does, without blocking the event loop."""
         return self._arrive().__await__()
 
     async def _arrive(self) -> None:
@@ -69,30 +80,32 @@ class Ticket:
         self._native.wait(0)
 
     def cancel(self) -> None:
-        """Stops loading after the chunk that is under way; the layers that arrived stay. Does
-        nothing once the ticket is done. A later wait raises Cancelled."""
+        """Stop loading after the chunk that is in flight; a later wait raises Cancelled.
+
+        Layers that have arrived stay resident. No-op if the ticket is done.
+        """
         self._told = True
         self._native.cancel()
 
     def fileno(self) -> int:
-        """Returns a descriptor that becomes readable when the ticket is done, for select and the
-        like. The ticket owns it: do not close it."""
+        """Return a descriptor that becomes readable when the ticket is done, for example for
+        select. The ticket owns it: do not close it."""
         self._told = True
         return self._native.fileno()
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will happen: all has arrived, or loading failed or was cancelled."""
+        """Whether loading has ended: everything arrived, or loading failed or was cancelled."""
         return self._native.done
 
     @property
     def progress(self) -> Progress:
-        """How many bytes have arrived, of how many: ``progress.fraction``, or unpack the two."""
+        """Bytes that have arrived and bytes in total; a tuple that also has ``fraction``."""
         return Progress(*self._native.progress)
 
     def show(self, timeout: float | None = None) -> None:
-        """Shows a progress bar until the ticket is done, in a notebook or a terminal; otherwise as
-        :meth:`wait`. Needs tqdm."""
+        """Wait as :meth:`wait` does and show a progress bar, in a notebook or a terminal. Needs
+        tqdm."""
         wanted = check.timeout(timeout)
         try:
             from tqdm.auto import tqdm
@@ -106,7 +119,7 @@ class Ticket:
                 left = None if loop_until is None else loop_until - time.monotonic()
                 if left is not None and left <= 0:
                     break
-                with suppress(TimeoutError):  # of this look, or the ticket's own: told below
+                with suppress(TimeoutError):  # the ticket's own is raised by the last wait
                     self.wait(0.1 if left is None else min(left, 0.1))
                 bar.update(self.progress.nbytes - bar.n)
             bar.update(self.progress.nbytes - bar.n)
@@ -133,8 +146,8 @@ class Ticket:
         return "done"
 
     def __del__(self) -> None:
-        """Logs a failure that nobody asked for, as asyncio does of a task."""
-        with suppress(Exception):  # a forked child's
+        """Log a failure that was never asked for, as asyncio does for tasks."""
+        with suppress(Exception):  # in a forked child
             if not getattr(self, "_told", True) and self._native.done:
                 self._warn()
 
@@ -144,5 +157,5 @@ class Ticket:
         except Cancelled:
             pass
         except Exception as error:
-            # Not the error: a handler may keep it, and with it the frames that it was raised in.
-            log.warning("%s failed, and nobody waited for it: %s", self._native.what, str(error))
+            # Not the error: a handler may keep it, and with it the frames of its traceback.
+            log.warning("%s failed and was never waited for: %s", self._native.what, str(error))

@@ -1,6 +1,6 @@
-"""Tensors over a model's addresses: torch or numpy, zero-copy by DLPack.
+"""Zero-copy tensors at a model's addresses, for torch, numpy, CuPy or DLPack.
 
-The dtypes that a framework lacks, or that DLPack cannot name, travel as bytes.
+A tensor whose dtype the framework or DLPack does not support is exposed as bytes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from warmserve_rt.checkpoint import CHUNK, TYPES
 if TYPE_CHECKING:
     from warmserve_rt.checkpoint.layout import Layout, TensorSpec
 
-_CUDA = 2  # of DLPack's device types
-_NUMPY_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "?"}  # by DLPack's type codes
-_NUMPY_NAMES = {  # dtypes that numpy and cupy have
+_CUDA = 2  # DLPack device type
+_NUMPY_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "?"}  # by DLPack type code
+_NUMPY_NAMES = {  # dtypes that numpy and CuPy support
     dtype.name: kind if kind == "?" else f"{kind}{known[1] // 8}"
     for dtype, known in zip(TYPES, _native.dlpack_types(), strict=True)
     if known and (kind := _NUMPY_KINDS.get(known[0]))
@@ -32,8 +32,21 @@ Tensors = Mapping[str, Any]
 
 
 def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
-    """The name, if tensors on the device can be made so; for None, torch where it is installed,
-    else numpy on the host, and on CUDA cupy, if that is installed, or dlpack."""
+    """Return the framework to use.
+
+    Parameters
+    ----------
+    name : framework or None
+        For None: torch if it is installed; otherwise numpy on the host, and on CUDA cupy if it is
+        installed or else dlpack.
+    cuda : bool
+        Whether the device is a CUDA device.
+
+    Raises
+    ------
+    ValueError
+        The framework is unknown or cannot see the device's memory.
+    """
     if name is None:
         fitting: tuple[Framework, ...] = ("torch", "cupy", "dlpack") if cuda else ("torch", "numpy")
         return next(
@@ -41,12 +54,13 @@ def checked_framework(name: Framework | None, *, cuda: bool) -> Framework:
         )
     _maker(name)
     if name == ("numpy" if cuda else "cupy"):
-        raise ValueError(f"tensors as {name!r}: it cannot see this device's memory")
+        raise ValueError(f"tensors must not be {name!r}: it cannot see this device's memory")
     return name
 
 
 def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = False) -> _native.View:
-    """A DLPack producer for one tensor. ``as_bytes``: shape ``(nbytes,)`` of uint8."""
+    """Return a DLPack producer for one tensor, with ``as_bytes`` as uint8 of shape
+    ``(nbytes,)``."""
     return model.tensor(
         spec.layer, spec.offset, spec.shape, spec.nbytes, _NUMBERS[spec.dtype.name], as_bytes
     )
@@ -64,7 +78,7 @@ def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:
     if torch.version.cuda is None and len(layout) and _device_type(model) == _CUDA:
         raise WarmServeError(
             f"torch {torch.__version__} is a build without CUDA and cannot see the device: install "
-            "one with it, or say tensors='cupy' or 'dlpack'"
+            "a build with CUDA, or choose tensors='cupy' or 'dlpack'"
         )
     for layer in range(len(layout)):
         count = layout.native.layer(layer)[2]
@@ -79,13 +93,13 @@ def _numpy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
 
 
 def _cupy_tensor(model: _native.Model, spec: TensorSpec) -> Any:
-    """Over the address itself: what CuPy makes of a DLPack capsule needs a CUDA runtime of its
-    own, and this is the same without."""
+    """Wrap the address itself. CuPy's import of a DLPack capsule needs a CUDA runtime of its own;
+    this gives the same array without one."""
     known = spec.dtype.name in _NUMPY_NAMES
     view = native_view(model, spec, as_bytes=not known)
     kind, ordinal = view.__dlpack_device__()
     if kind != _CUDA:
-        raise ValueError("tensors as 'cupy': it cannot see this device's memory")
+        raise ValueError("tensors must not be 'cupy': it cannot see this device's memory")
     import cupy
 
     memory = cupy.cuda.UnownedMemory(view.address, max(view.nbytes, 1), view, ordinal)
@@ -111,26 +125,26 @@ _MAKERS: dict[Framework, Callable[[_native.Model, Layout], dict[str, Any]]] = {
 
 def _maker(name: Framework) -> Callable[[_native.Model, Layout], dict[str, Any]]:
     if name not in _MAKERS:
-        raise ValueError(f"tensors as {name!r}: choose from {sorted(_MAKERS)}")
+        raise ValueError(f"tensors must be one of {sorted(_MAKERS)}, got {name!r}")
     return _MAKERS[name]
 
 
 def make_tensors(model: _native.Model, layout: Layout, framework: Framework) -> dict[str, Any]:
-    """All tensors of a model, at its addresses, whether or not anything is behind them.
+    """Return all tensors of a model at its addresses, whether or not memory is mapped there.
 
-    Each has its checkpoint's shape and dtype; what the framework cannot express (bf16, fp8, fp4 and
-    fp6 in numpy and cupy; fp6 in torch) is uint8 of shape ``(nbytes,)``. "dlpack": the producers
-    themselves.
+    Each tensor has its checkpoint's shape and dtype. A dtype that the framework does not support
+    (bf16, fp8, fp4 and fp6 in numpy and CuPy; fp6 in torch) becomes uint8 of shape ``(nbytes,)``.
+    "dlpack" returns the DLPack producers themselves.
     """
     return _maker(framework)(model, layout)
 
 
 class LeasedTensors(Mapping[str, Any]):
-    """A model's tensors while a lease holds their layers. Looking one up that is not there raises
-    StaleView: afterwards, of another layer, or before its layer has been waited for.
+    """A model's tensors by name, usable while a lease holds their layers.
 
-    The tensors themselves cannot know: reading one outside of a lease is a fault when its layer is
-    not resident.
+    Looking up a tensor raises StaleView after the release, for a layer outside the lease, and
+    before its layer has been waited for. The tensors themselves are unchecked: reading one outside
+    of a lease faults if its layer is not resident.
     """
 
     __slots__ = ("_held", "_here", "_layout", "_name", "_tensors")
@@ -143,7 +157,7 @@ class LeasedTensors(Mapping[str, Any]):
         held: Callable[[], bool],
         here: Callable[[int], bool] | None,
     ) -> None:
-        """``here``: whether a layer may be used now; None: while it is held, all may."""
+        """``here(layer)``: whether a layer may be used now. None: every layer, while held."""
         self._name = name
         self._layout = layout
         self._tensors = tensors
@@ -160,7 +174,9 @@ class LeasedTensors(Mapping[str, Any]):
         if self._here:
             layer = self._layout.tensors[name].layer
             if not self._here(layer):
-                raise StaleView(f"{name!r}: wait({layer}) on a lease that holds it comes first")
+                raise StaleView(
+                    f"{name!r} may be used after wait({layer}) on a lease that holds it"
+                )
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -309,7 +309,7 @@ def test_without_a_leasing_worker_weights_stay_for_good(
     logging.getLogger("warmserve_rt").propagate = True
     with caplog.at_level(logging.WARNING):
         llm = make(models["tied"], worker="auto", arena="28MiB")
-    assert f"say worker_cls={WORKER!r}" in caplog.text
+    assert f"pass worker_cls={WORKER!r}" in caplog.text
     assert tokens(llm) == wanted["tied"]
     assert runtime().snapshot().leases == 1
     with pytest.raises(OutOfDeviceMemory, match="make the arena larger"):
