@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lib.harness import GIB, MIB, Bench
 from parts.stream.bound import Bound, ninetieth
 from warmserve_rt import Runtime
-from warmserve_rt.engines.torch.gates import gated_parts
+from warmserve_rt.engines.torch.gates import gated_parts, own_layers
 from warmserve_rt.engines.transformers import load
 
 NAME = "smollm2"
@@ -63,12 +63,8 @@ class Engine:
     @contextmanager
     def timed_layers(self) -> Iterator[None]:
         """Record the start time of each layer. The first layer starts with the pass itself."""
-        tensors = self.model.tensors()
-        layer_at = {
-            tensors[name].data_ptr(): spec.layer for name, spec in self.model.layout.tensors.items()
-        }
         begins = {0: self.module}
-        for part, layers in gated_parts(self.module, layer_at).items():
+        for part, layers in gated_parts(self.module, own_layers(self.module, self.model)).items():
             begins.setdefault(layers[0], part)
         hooks = [
             part.register_forward_pre_hook(lambda *_: self._begun.append(perf_counter()))

@@ -69,12 +69,7 @@ class Gates:
         tensors = model.tensors("torch")
         self._device = next((t.device for t in tensors.values()), torch.device("cpu"))
         self.on_cuda = self._device.type == "cuda"
-        layer_at = {
-            tensors[name].data_ptr(): spec.layer
-            for name, spec in model.layout.tensors.items()
-            if spec.nbytes
-        }
-        self._own = {part: _own_layers(part, layer_at) for part in module.modules()}
+        self._own = own_layers(module, model)
         self._layers = gated_parts(module, self._own)
         self._lock = threading.Lock()  # protects the fields below
         self._hooks: dict[nn.Module, RemovableHandle] = {}
@@ -222,7 +217,18 @@ def gated_parts(module: nn.Module, own: Mapping[nn.Module, set[int]]) -> dict[nn
     return {part: sorted(layers) for part, layers in found.items() if layers}
 
 
-def _own_layers(part: nn.Module, layer_at: Mapping[int, int]) -> set[int]:
-    own = (*part._parameters.values(), *part._buffers.values())
-    addresses = (tensor.data_ptr() for tensor in own if tensor is not None)
-    return {layer_at[address] for address in addresses if address in layer_at}
+def own_layers(module: nn.Module, model: Model) -> dict[nn.Module, set[int]]:
+    """Return, for each part of a bound module, the layers of its own tensors, not of its parts'."""
+    tensors = model.tensors("torch")
+    layer_at = {
+        tensors[name].data_ptr(): spec.layer
+        for name, spec in model.layout.tensors.items()
+        if spec.nbytes
+    }
+
+    def own(part: nn.Module) -> set[int]:
+        held = (*part._parameters.values(), *part._buffers.values())
+        addresses = (tensor.data_ptr() for tensor in held if tensor is not None)
+        return {layer_at[address] for address in addresses if address in layer_at}
+
+    return {part: own(part) for part in module.modules()}
