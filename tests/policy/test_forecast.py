@@ -668,7 +668,7 @@ def test_a_bad_call_is_refused_and_teaches_nothing(name: str) -> None:
         ({"period": math.nan}, "nan s is not a whole number of windows"),
         ({"quantile": 0.0}, "quantile must be .* got 0.0"),
         ({"quantile": 1.0}, "quantile must be .* got 1.0"),
-        ({"expert": "oracle"}, "expert must be hedge, .* got 'oracle'"),
+        ({"expert": "oracle"}, "expert must be one of hedge, .* got 'oracle'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], sentence: str) -> None:

@@ -316,7 +316,7 @@ def test_close_calls_off_what_it_loads(world: World) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"runtimes": []}, "has runtimes"),
+        ({"runtimes": []}, "must have runtimes"),
         ({"profiles": []}, "and models"),
         ({"bandwidth": 0.0}, "bandwidth must be positive and finite bytes per second, got 0.0"),
         ({"bandwidth": float("nan")}, "bandwidth must be positive and finite bytes per second, got nan"),

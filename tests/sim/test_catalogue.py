@@ -92,11 +92,15 @@ def test_catalogues_have_names_of_their_own_and_the_stated_widths():
 
 def test_bad_names_and_numbers_are_refused():
     for n in (0, -1):
-        with pytest.raises(ValueError, match=f"a catalogue of {n} models; there is at least one"):
+        with pytest.raises(ValueError, match=f"a catalogue must have at least one model, got {n}"):
             catalogue.mixed(n)
-    with pytest.raises(ValueError, match="'gpt' is no model of the catalogue; there are llama2-7b"):
+    with pytest.raises(
+        ValueError, match="'gpt' is no model of the catalogue: choose one of llama2-7b"
+    ):
         catalogue.model("gpt")
-    with pytest.raises(ValueError, match="no measurements of llama2-70b on 'v100' x 4; there are"):
+    with pytest.raises(
+        ValueError, match="no measurements of llama2-70b on 'v100' x 4: choose one of"
+    ):
         measured_llama2_70b("v100")
 
 

@@ -85,7 +85,7 @@ def trace(path: Path, rows: str, header: str = HEADER) -> str:
         ("--policies nosuch", "unknown policy 'nosuch'"),
         (f"--policies {WARM},{WARM}", "each policy must be given once"),
         ("--models many", "'many'"),
-        ("--models -3", "-3 models"),
+        ("--models -3", "at least one model, got -3"),
         ("--seeds 0", "seeds must be at least 1, got 0"),
         ("--minutes nan", "minutes must be positive and finite, got nan"),
         ("--minutes -1", "minutes must be positive and finite, got -1"),
@@ -138,7 +138,7 @@ def test_a_file_where_the_folder_should_be_is_seen_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(study_module, "perform", None)
     (tmp_path / "out").write_text("mine")
-    refused(command(*SMALL_ARGUMENTS, "--out", str(tmp_path / "out")), "is no folder")
+    refused(command(*SMALL_ARGUMENTS, "--out", str(tmp_path / "out")), "is not a folder")
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -48,19 +48,19 @@ def test_a_file_is_served_as_it_is(tmp_path: Path):
         ("0,0,,1", ":2: column input_tokens: '' is not a whole number"),
         ("0,0,-3,1", ":2: column input_tokens: '-3' is negative"),
         ("0,0,nan,1", ":2: column input_tokens: 'nan' is not a whole number"),
-        ("0,0,1,0", ":2: column output_tokens: '0' is not within 1 and 2147483647"),
-        ("0,0,1,2147483648", ":2: column output_tokens: '2147483648' is not within"),
+        ("0,0,1,0", ":2: column output_tokens: '0' is not between 1 and 2147483647"),
+        ("0,0,1,2147483648", ":2: column output_tokens: '2147483648' is not between"),
         ("soon,0,1,1", ":2: column t_s: 'soon' is not a number"),
         ("nan,0,1,1", ":2: column t_s: 'nan' is not finite"),
         ("inf,0,1,1", ":2: column t_s: 'inf' is not finite"),
         ("-0.5,0,1,1", ":2: column t_s: '-0.5' is negative"),
         ("2,0,1,1\n3,0,1,1\n2.5,0,1,1", ":4: column t_s: '2.5' is before the line above"),
-        ("0,gpt,1,1", ":2: column model: 'gpt' is no model; there are llama2-7b-0, "),
-        ("0,8,1,1", ":2: column model: '8' is no model; there are "),
-        ("0,-1,1,1", ":2: column model: '-1' is no model; there are "),
-        ("0,0,1", ":2: 3 fields, the header has 4"),
-        ("0,0,1,1\n\n1,0,1,1", ":3: 0 fields, the header has 4"),
-        ("", ": a header and no requests"),
+        ("0,gpt,1,1", ":2: column model: 'gpt' is no model: choose one of llama2-7b-0, "),
+        ("0,8,1,1", ":2: column model: '8' is no model: choose one of "),
+        ("0,-1,1,1", ":2: column model: '-1' is no model: choose one of "),
+        ("0,0,1", ":2: 3 fields, but the header has 4"),
+        ("0,0,1,1\n\n1,0,1,1", ":3: 0 fields, but the header has 4"),
+        ("", ": no requests after the header"),
     ],
 )
 def test_a_bad_file_is_refused_by_file_line_column_and_value(tmp_path, rows, message):
@@ -71,9 +71,13 @@ def test_a_bad_file_is_refused_by_file_line_column_and_value(tmp_path, rows, mes
 
 
 def test_files_that_are_no_trace_are_refused(tmp_path: Path):
-    with pytest.raises(TraceError, match=r"trace.csv: empty; a trace starts with the header t_s,"):
+    with pytest.raises(
+        TraceError, match=r"trace.csv: empty: a trace must start with the header t_s,"
+    ):
         read_trace(written(tmp_path, ""), MODELS)
-    with pytest.raises(TraceError, match=r"trace.csv:1: no column input_tokens"):
+    with pytest.raises(
+        TraceError, match=r"trace.csv:1: the header must have a column input_tokens"
+    ):
         read_trace(written(tmp_path, "t_s,model,output_tokens\n0,0,1\n"), MODELS)
     with pytest.raises(TraceError, match=r"trace.csv: .*decode"):
         read_trace(written(tmp_path, b"\xff\xfe\x00\x80" * 9), MODELS)
@@ -84,7 +88,7 @@ def test_files_that_are_no_trace_are_refused(tmp_path: Path):
         read_trace(written(tmp_path, cut, "trace.csv.gz"), MODELS)
     with pytest.raises(OSError, match="missing"):
         read_trace(tmp_path / "missing.csv", MODELS)
-    with pytest.raises(ValueError, match="without models"):
+    with pytest.raises(ValueError, match="at least one model"):
         read_trace(written(tmp_path, HEADER + "0,0,1,1\n"), ())
 
 

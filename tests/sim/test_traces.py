@@ -68,7 +68,7 @@ def test_servegen_models_are_sums_with_gaps_that_are_not_idle_time():
 def test_unknown_services_and_classes_are_named():
     with pytest.raises(ValueError, match="'chat' is no service"):
         traces.azure("chat")
-    with pytest.raises(ValueError, match="'weekly' is no class of clients; there are periodic"):
+    with pytest.raises(ValueError, match="'weekly' is no class of clients: choose one of periodic"):
         traces.servegen().of_class("weekly")
 
 

@@ -200,30 +200,32 @@ def test_concurrency_is_what_a_fleet_without_queues_would_see():
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_arguments_are_refused(name: str):
     for rate in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"a rate of {rate} requests per second"):
+        with pytest.raises(ValueError, match=f"requests per second, got {rate}"):
             parse(name, MODELS, rate, 60, 0)
     for duration in (0, -5, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"a duration of {duration} s"):
+        with pytest.raises(
+            ValueError, match=f"duration must be finite and positive seconds, got {duration}"
+        ):
             parse(name, MODELS, 1, duration, 0)
-    with pytest.raises(ValueError, match="a workload without models"):
+    with pytest.raises(ValueError, match="must have at least one model, got none"):
         parse(name, (), 1, 60, 0)
     with pytest.raises(ValueError, match="two models have the name 'llama2-7b-0'"):
         parse(name, (MODELS[0], MODELS[0]), 1, 60, 0)
 
 
 def test_windows_that_do_not_divide_the_day_are_refused():
-    with pytest.raises(ValueError, match=r"windows of 7\.0 s; a day has a whole number"):
+    with pytest.raises(ValueError, match=r"a whole number of windows, got windows of 7\.0 s"):
         workloads.azure(MODELS, 1, 60, 0, window=7.0)
-    with pytest.raises(ValueError, match="ServeGen's windows are 600 s"):
+    with pytest.raises(ValueError, match="must divide ServeGen's 600 s"):
         workloads.servegen("middle", MODELS, 1, 60, 0, window=400.0)
 
 
 def test_runs_outside_the_record_are_refused():
     for day in (7, 15):
-        with pytest.raises(ValueError, match=f"day {day}; runs start on days 8 to 14"):
+        with pytest.raises(ValueError, match=f"day must be from 8 to 14, got {day}"):
             workloads.servegen("periodic", MODELS, 1, 60, 0, day=day)
     for hour in (-1, 24, float("nan")):
-        with pytest.raises(ValueError, match=f"hour {hour}; it is at least 0 and below 24"):
+        with pytest.raises(ValueError, match=f"hour must be at least 0 and below 24, got {hour}"):
             workloads.servegen("periodic", MODELS, 1, 60, 0, hour=hour)
     with pytest.raises(ValueError, match="past the end of day 14"):
         workloads.servegen("periodic", MODELS, 1, 7200, 0, day=14, hour=23)
@@ -234,7 +236,9 @@ def test_runs_outside_the_record_are_refused():
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match="'azur' is no workload and no file; there are azure,"):
+    with pytest.raises(
+        ValueError, match="'azur' is neither a file nor a workload: choose one of azure,"
+    ):
         parse("azur", MODELS, 1, 60, 0)
 
 

@@ -1,2 +1,3 @@
-"""Which layers of which models stay, and where: pure functions over snapshots. No I/O, no clock,
-and nothing of the runtime."""
+"""Decide which layers of which models stay, and on which devices.
+
+Pure functions over snapshots: no I/O, no clock, and no dependency on the runtime."""

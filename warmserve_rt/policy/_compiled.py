@@ -1,4 +1,4 @@
-"""Compiles the planner's loops with numba, and caches machine code on disk if that is possible."""
+"""Compile the planner's loops with numba, and cache the machine code on disk if possible."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 class _OptionalCache(FunctionCache):
-    """Compiled code on disk. A file that cannot be read is compiled anew, and one that cannot be
-    written (a full disk, a quota, a limit on file sizes) is left out."""
+    """A cache of compiled code on disk that never fails.
+
+    If a file cannot be read, the code is compiled again. If a file cannot be written (a full disk,
+    a quota, a limit on file sizes), the code is not cached.
+    """
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(signature, target_context)  # type: ignore[no-untyped-call]
-        except Exception as error:  # unpickling raises anything
-            LOG.info("compiling again, the cached code is unreadable: %s", error)
+        except Exception as error:  # unpickling can raise any exception
+            LOG.info("cached code is unreadable, compiling again: %s", error)
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
@@ -32,8 +35,8 @@ class _OptionalCache(FunctionCache):
 
 
 def entry(function: _Function) -> _Function:
-    """Compiles at the first call, and caches the code beside the file or in the user's folder.
-    Without a folder that can be written each process compiles for itself."""
+    """Compile a function at its first call, and cache the code beside the file or in the user's
+    folder. If no such folder can be written, each process compiles for itself."""
     compiled: Any = njit(error_model="numpy")(function)
     try:
         compiled._cache = _OptionalCache(function)  # type: ignore[no-untyped-call]
@@ -43,7 +46,7 @@ def entry(function: _Function) -> _Function:
 
 
 def inner(function: _Function) -> _Function:
-    """Compiles into the functions that call it."""
+    """Compile a function that only compiled functions call."""
     options: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
     compiled: Any = njit(**options)
     return compiled(function)  # type: ignore[no-any-return]

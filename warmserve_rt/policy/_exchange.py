@@ -1,4 +1,4 @@
-"""The loops of :mod:`improve`, compiled."""
+"""The compiled loops of :mod:`improve`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from ._greedy import F64, I64
 
 
 class Models(NamedTuple):
-    """``cum`` and ``value`` [points] of each number of layers, from ``begin[m]`` on; ``stops`` from
-    ``stop[m]`` on, the first 0; ``width`` and ``need`` [models]."""
+    """The value curves of all models.
+
+    ``cum`` and ``value`` [points]: bytes and value of each number of layers; those of model m begin
+    at ``begin[m]``. ``stops``: those of model m begin at ``stop[m]``, and the first is 0. ``width``
+    and ``need`` [models].
+    """
 
     begin: I64
     cum: F64
@@ -24,7 +28,11 @@ class Models(NamedTuple):
 
 
 class Offers(NamedTuple):
-    """``row``: of the copy that would grow, or -1 for a new one; ``end``: its layers then."""
+    """Possible gains [offers]: extensions of copies, and new copies.
+
+    ``row``: the copy to extend, or -1 for a new one. ``end``: its layers afterwards. ``gain``:
+    seconds. ``more``: bytes on each device. ``density``: gain per byte of all devices.
+    """
 
     row: I64
     model: I64
@@ -35,7 +43,10 @@ class Offers(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Arrays with room for more; ``model`` -1 marks a free row."""
+    """The held copies [rows], with spare rows. The ``model`` of a free row is -1.
+
+    ``use``: the probability that a start uses the copy. ``before``: the last stop below ``layers``.
+    """
 
     model: I64
     first: I64
@@ -47,6 +58,7 @@ class Copies(NamedTuple):
 
 @jit
 def chance(available: F64, first: int, width: int) -> float:
+    """Return the probability that a start can use all devices of a group."""
     found = 1.0
     for d in range(first, first + width):
         found *= available[d]
@@ -55,22 +67,25 @@ def chance(available: F64, first: int, width: int) -> float:
 
 @jit
 def nbytes(models: Models, m: int, low: int, high: int) -> float:
-    """Of its layers from ``low`` to ``high``, on each device."""
+    """Return the bytes of layers ``low`` to ``high`` on each device."""
     begin = models.begin[m]
     return float(models.cum[begin + high] - models.cum[begin + low])
 
 
 @jit
 def worth_of(models: Models, m: int, low: int, high: int) -> float:
-    """What its layers from ``low`` to ``high`` save, in seconds: of the curve itself, for of a step
-    that is worth something as a whole the hull would have a part cost a part."""
+    """Return the seconds that layers ``low`` to ``high`` save.
+
+    Uses the curve, not its hull: the hull would credit part of a step that has value only as a
+    whole.
+    """
     begin = models.begin[m]
     return float((models.value[begin + high] - models.value[begin + low]) * models.need[m])
 
 
 @jit
 def segment(models: Models, m: int, layers: int) -> int:
-    """The last stop before so many layers."""
+    """Return the last stop below ``layers``."""
     before = 0
     for k in range(models.stop[m], models.stop[m + 1]):
         if models.stops[k] >= layers:
@@ -81,8 +96,8 @@ def segment(models: Models, m: int, layers: int) -> int:
 
 @jit
 def cut(models: Models, m: int, low: int, high: int, lacking: float) -> int:
-    """The most of ``high`` layers without which ``lacking`` bytes on each device are free; ``low``
-    where that is not to be had."""
+    """Return how many of ``high`` layers can stay if ``lacking`` bytes on each device must become
+    free, but at least ``low``, even if that frees fewer bytes."""
     begin = models.begin[m]
     enough = models.cum[begin + high] - lacking
     while low < high:
@@ -96,7 +111,7 @@ def cut(models: Models, m: int, low: int, high: int, lacking: float) -> int:
 
 @jit
 def order(models: Models, copies: Copies, available: F64, m: int) -> float:
-    """Gives each copy of a model its share of the starts; returns the share that finds none."""
+    """Set each copy's share of its model's starts; return the share of starts that find no copy."""
     width = models.width[m]
     rows = np.flatnonzero(copies.model == m)
     rank = np.empty(len(rows))
@@ -126,8 +141,12 @@ def victims(
     rows: I64,
     left: I64,
 ) -> tuple[int, float]:
-    """Tail layers to drop for ``more`` bytes on every device of the group: how many rows of
-    ``rows`` and ``left`` it has written, and the seconds lost; -1 where it costs ``worth``."""
+    """Choose tail layers to drop for ``more`` bytes on every device of a group.
+
+    Write the copies that lose layers to ``rows``, and the layers that they keep to ``left``. Return
+    the number of these copies and the seconds lost. The number is -1 if the loss reaches ``worth``,
+    if too little can be dropped, or if ``rows`` is full.
+    """
     count, lost = 0, 0.0
     for d in range(first, first + width):
         lacking = more - free[d]
@@ -175,6 +194,7 @@ def victims(
 
 @jit
 def spend(free: F64, first: int, width: int, more: float) -> None:
+    """Subtract bytes from each device of a group."""
     for d in range(first, first + width):
         free[d] -= more
 
@@ -183,8 +203,8 @@ def spend(free: F64, first: int, width: int, more: float) -> None:
 def offer(
     models: Models, copies: Copies, r: int, use: float, m: int, offers: Offers, n: int
 ) -> int:
-    """Writes from ``n`` on what it would gain if copy r, or where r is negative a new one, ended at
-    each of the model's later stops; returns how many offers there are then."""
+    """Append to ``offers``, from index ``n`` on, the gain of each later stop for copy r, or for a
+    new copy if r is negative. Return the new number of offers."""
     layers = copies.layers[r] if r >= 0 else 0
     for k in range(models.stop[m], models.stop[m + 1]):
         end = models.stops[k]
@@ -208,9 +228,12 @@ def exchange(
     most: int,
     moves: int,
 ) -> int:
-    """Makes exchanges, at most ``moves``, those of the highest gain for a byte first; returns how
-    many it has made. Gain and loss are of the curves themselves, so that each raises what all that
-    is held is worth, and they come to an end."""
+    """Make at most ``moves`` exchanges, those with the highest gain per byte first. Return their
+    number.
+
+    Gain and loss are taken from the curves, not their hulls. Every exchange therefore raises the
+    total value of the held layers, so that the exchanges terminate.
+    """
     count = len(models.width)
     unserved = np.ones(count)
     for m in range(count):

@@ -1,13 +1,15 @@
-"""The loops of the residency planner, compiled. In one file, for the compiler's cache looks at the
-date of the file of what is called and not at those of its callees.
+"""The compiled loops of the residency planner.
 
-Models are points: those of model m begin at ``begin[m]``, one for each number of leading layers
-from 0 on, with the running bytes on each device (``cum``) and the value of holding them. A kind is
-one of the distinct widths. ``kinds`` [K, 4] has its width, its number of aligned groups, and the
-leaves and the first node of its trees. ``amounts`` [3, D] has the bytes left on each device, those
-reserved, and the availability. ``trees`` [3, nodes] has, for the groups of every kind, maximum
-trees of the least bytes left on any device of the group; of the same less what is reserved; and of
-that times the least availability.
+All loops are in one file, because the compiler's cache checks the date of the file that contains
+the called function, and not those of the functions it calls.
+
+A model is a row of points: those of model m begin at ``begin[m]``, one for each number of leading
+layers from 0 on, with the cumulative bytes on each device (``cum``) and the value of holding them
+(``value``). A kind is one of the distinct widths. ``kinds`` [K, 4] has its width, its number of
+aligned groups, and the number of leaves and the first node of its trees. ``amounts`` [3, D] has the
+bytes left on each device, the reserved bytes, and the availability. ``trees`` [3, nodes] has three
+maximum trees over the groups of each kind: FREE, the fewest bytes left on any device of the group;
+CLEAR, the same without reserved bytes; WANTED, CLEAR times the lowest availability in the group.
 """
 
 from __future__ import annotations
@@ -28,15 +30,16 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 WIDTH, COUNT, LEAVES, FIRST = 0, 1, 2, 3
 LEFT, RESERVED, AVAILABLE = 0, 1, 2
 FREE, CLEAR, WANTED = 0, 1, 2
-_SAME = 1e-9  # relative: slopes nearer than this are one slope, and what differs is rounding
+_SAME = 1e-9  # relative: slopes that differ by less count as equal; the difference is rounding
 _NOTHING = -np.inf
 
 
 @_inner
 def upper_hull(cum: I64, value: F64, out: I64) -> int:
-    """The corners of the least concave function above the points, as indices in ``out``; how many.
+    """Write the corners of the least concave function above the points to ``out``, as indices.
+    Return their number.
 
-    It ends where the value is highest for the first time; equal slopes are merged.
+    The function ends where the value first reaches its maximum. Equal slopes are merged.
     """
     last = len(cum) - 1
     top = value[last] * (1 - 1e-12)
@@ -58,8 +61,11 @@ def upper_hull(cum: I64, value: F64, out: I64) -> int:
 
 @_entry
 def hulls(begin: I64, cum: I64, value: F64, room: F64) -> tuple[I64, I64]:
-    """The corners of every model's hull, over the points with no more bytes than its ``room``: as
-    numbers of layers, one model after another, and where each model's begin."""
+    """Return the corners of every model's hull over the points with at most ``room`` bytes.
+
+    The first array has the corners as numbers of layers, one model after another; the second has
+    the index at which each model's corners begin.
+    """
     knots, ends = np.empty(len(cum), np.int64), np.zeros(len(begin), np.int64)
     for m in range(len(begin) - 1):
         lo, hi, at = begin[m], begin[m + 1], ends[m]
@@ -73,9 +79,12 @@ def hulls(begin: I64, cum: I64, value: F64, room: F64) -> tuple[I64, I64]:
 def relax(
     order: I64, width: I64, nbytes: F64, density: F64, chain: I64, slack: F64
 ) -> tuple[float, F64]:
-    """The linear relaxation: in ``order``, any share of an item (of ``width`` devices, with
-    ``nbytes`` on all of them together) is taken while bytes are left. ``slack``: those for items
-    whose width is a multiple of each of ``chain``; changed. Returns its value and the shares."""
+    """Solve the linear relaxation; return its value and the share of each item.
+
+    In ``order``, any share of an item is taken while bytes are left. An item is ``width`` devices
+    wide and has ``nbytes`` on all of them together. ``slack``: for each width of ``chain``, the
+    bytes left for items whose width is a multiple of it; changed.
+    """
     share = np.zeros(len(width))
     value = 0.0
     for i in order:
@@ -94,7 +103,7 @@ def relax(
 
 @_inner
 def least(amounts: F64, base: int, width: int) -> float:
-    """Bytes left on any device of a group, at the least."""
+    """Return the fewest bytes left on any device of a group."""
     found: float = amounts[LEFT, base]
     for d in range(base + 1, base + width):
         found = min(found, amounts[LEFT, d])
@@ -103,7 +112,7 @@ def least(amounts: F64, base: int, width: int) -> float:
 
 @_inner
 def rise(trees: F64, tree: int, first: int, place: int) -> None:
-    """Corrects what stands above a leaf."""
+    """Update the nodes above a leaf."""
     while place > 1:
         place //= 2
         most = max(trees[tree, first + 2 * place], trees[tree, first + 2 * place + 1])
@@ -114,7 +123,7 @@ def rise(trees: F64, tree: int, first: int, place: int) -> None:
 
 @_inner
 def refresh(kinds: I64, amounts: F64, trees: F64, node: int, base: int, width: int) -> None:
-    """After amounts have changed on these devices of one node."""
+    """Update the trees after amounts have changed on these devices of one node."""
     number, inside = base // node, base % node
     for c in range(len(kinds)):
         w = kinds[c, WIDTH]
@@ -139,7 +148,7 @@ def refresh(kinds: I64, amounts: F64, trees: F64, node: int, base: int, width: i
 
 @_inner
 def best(kinds: I64, trees: F64, tree: int, kind: int) -> int:
-    """The leaf that is highest; of equals the first."""
+    """Return the highest leaf, the first of equals."""
     place, first = 1, int(kinds[kind, FIRST])
     while place < kinds[kind, LEAVES]:
         place *= 2
@@ -161,9 +170,13 @@ def choose(
     group: I64,
     nbytes: float,
 ) -> int:
-    """The first device of the group for a row's first ``nbytes``, or -1: its home if they fit; else
-    a group with room that is not reserved, most by availability or else most of all; else its home,
-    or if it has none what has most room. Never one of its siblings' (other rows of its model)."""
+    """Return the first device of the group for a row's first ``nbytes``, or -1.
+
+    The choice is, in this order: the home if the bytes fit there; a group in which they fit beside
+    reserved bytes, the one with most room by availability or else the one with most room; the home;
+    the group with most room, reserved bytes included. Groups of siblings (other rows of the same
+    model) are excluded.
+    """
     w, per_node = kinds[kind, WIDTH], node // kinds[kind, WIDTH]
     if kinds[kind, COUNT] == 0:
         return -1
@@ -202,8 +215,8 @@ def choose(
 
 @_inner
 def part(cum: I64, value: F64, begin: int, end: int, k: int, left: float) -> tuple[int, float]:
-    """From k layers on, the number that adds most value per byte among those that fit into ``left``
-    bytes of each device, and that value per byte."""
+    """Return the number of layers above k that adds most value per byte within ``left`` bytes of
+    each device, and that value per byte."""
     found, slope = k, 0.0
     for j in range(k + 1, end - begin):
         nbytes = cum[begin + j] - cum[begin + k]
@@ -235,12 +248,12 @@ def walk(
     trees: F64,
     node: int,
 ) -> tuple[I64, I64]:
-    """The greedy, over the items in ``order``: the group (first device or -1) and the layers of
-    each row.
+    """Run the greedy over the items in ``order``; return the group (first device or -1) and the
+    layers of each row.
 
-    A row whose next item does not fit whole is loose from then on: the best part of the rest that
-    does waits in a heap until its value per byte is the highest left. Items that stay (they are
-    there already, and in the relaxation) have their bytes reserved at home until their turn.
+    A row is loose once its next item does not fit as a whole. The best part of the rest that fits
+    then waits in a heap until its value per byte is the highest left. Items that stay (they are
+    held already, and are in the relaxation) have their bytes reserved at home until their turn.
     ``amounts`` and ``trees`` are changed.
     """
     n = len(row_model)
@@ -269,11 +282,11 @@ def walk(
                 amounts[RESERVED, home : home + w] -= item_bytes[i]
                 here = base == home or (base < 0 and newest[m] < 0)
                 if loose[r] or not here or least(amounts, home, w) < item_bytes[i]:
-                    refresh(kinds, amounts, trees, node, home, w)  # else it is done below
+                    refresh(kinds, amounts, trees, node, home, w)  # else refreshed below
             if loose[r]:
                 continue
             stop = item_stop[i]
-        if base < 0:  # what waits is content with a layer
+        if base < 0:  # a waiting row needs room for one layer only
             nbytes = float(cum[lo + (1 if waited else stop)])
             base = choose(kinds, amounts, trees, node, kind, home, newest[m], older, group, nbytes)
         left = _NOTHING if base < 0 else least(amounts, base, w)
@@ -282,7 +295,7 @@ def walk(
             density = slope * row_need[r] / w
             if stop == layers[r]:
                 continue
-            if density < promised * (1 - _SAME):  # room has gone since it was put there
+            if density < promised * (1 - _SAME):  # room was taken since the row was pushed
                 heapq.heappush(waiting, (-density, r))
                 continue
         elif left < cum[lo + stop] - cum[lo + layers[r]]:

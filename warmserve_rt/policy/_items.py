@@ -1,4 +1,4 @@
-"""What the residency planner's loops work on, made from a problem's arrays."""
+"""Make the arrays of the residency planner's loops from those of a problem."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from ._greedy import AVAILABLE, COUNT, F64, FIRST, I64, LEAVES, LEFT, RESERVED, 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The models' concave hulls, in steps: those of model m are ``begin[m]:begin[m+1]``, each from
-    ``start`` to ``stop`` layers, of ``nbytes`` on each device and a value per start and byte (of
-    all devices)."""
+    """The segments of the models' concave hulls.
+
+    Those of model m are ``begin[m]:begin[m+1]``. Each goes from ``start`` to ``stop`` layers, and
+    has ``nbytes`` bytes on each device and ``density``, a value per start and byte (of all
+    devices).
+    """
 
     begin: I64
     start: I64
@@ -23,11 +26,11 @@ class Segments:
 
     @classmethod
     def of(cls, begin: I64, cum: I64, value: F64, width: I64, room: F64) -> Segments:
-        """Over the points with no more than ``room`` [m] bytes on each device."""
+        """Return the segments over the points with at most ``room`` [m] bytes on each device."""
         knots, ends = hulls(begin, cum, value, room)
         counts = np.diff(ends)
         inner = np.ones(len(knots), dtype=np.bool_)
-        inner[ends[:-1]] = False  # a model's first corner begins no step that ends there
+        inner[ends[:-1]] = False  # no segment ends at a model's first corner
         stop = np.flatnonzero(inner)
         model = np.repeat(np.arange(len(counts)), counts - 1)
         low, high = begin[model] + knots[stop - 1], begin[model] + knots[stop]
@@ -39,7 +42,10 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """The segments of all replicas that are needed, cut where what is there already ends."""
+    """The segments of all needed replicas, cut at the last layer that is held already.
+
+    ``there``: whether the layers of the item are held.
+    """
 
     row: I64
     stop: I64
@@ -51,7 +57,7 @@ class Items:
 def make_items(
     segments: Segments, begin: I64, cum: I64, model: I64, need: F64, home: I64, held: I64 | None
 ) -> Items:
-    """Of one row they come in order, so that a stable sort by density leaves them so."""
+    """Return the items, those of one row in order, so that a stable sort by density keeps it."""
     count = np.diff(segments.begin)[model]
     count[need == 0] = 0
     row = np.repeat(np.arange(len(model)), count)
@@ -66,7 +72,7 @@ def make_items(
     if len(cut):
         before = cum[begin[model[row[cut]]] + here[cut]] - cum[begin[model[row[cut]]] + start[cut]]
         nbytes[cut] -= before
-        # In front of the segment whose first part it is.
+        # Each cut-off part is inserted before the rest of its segment.
         row, density = np.insert(row, cut, row[cut]), np.insert(density, cut, density[cut])
         stop, nbytes = np.insert(stop, cut, here[cut]), np.insert(nbytes, cut, before)
         here = np.insert(here, cut, here[cut])
@@ -75,10 +81,11 @@ def make_items(
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
-    """Devices and their groups, as :mod:`_greedy` describes ``kinds``, ``amounts`` and ``trees``.
+    """Devices and their groups. :mod:`_greedy` describes ``kinds``, ``amounts`` and ``trees``.
 
-    ``room`` [K]: the most bytes on each device of any group of a kind. ``chain``: widths each of
-    which divides the next, and ``chain_bytes`` what replicas of a multiple of them have at most.
+    ``room`` [K]: the largest number of bytes that any group of the kind has on each device.
+    ``chain``: widths each of which divides the next. ``chain_bytes``: for each width of the chain,
+    the most bytes that replicas of its multiples can take together.
     """
 
     kinds: I64
@@ -110,7 +117,7 @@ class Fleet:
         return cls(kinds, amounts, trees, room, np.array(chain), np.array(chain_bytes))
 
     def reserve(self, row: I64, nbytes: F64, home: I64, width: I64) -> None:
-        """Sets bytes aside on the home devices of these rows."""
+        """Reserve bytes on the home devices of these rows."""
         places = self.amounts.shape[1] + 1
         edges = np.bincount(home[row], nbytes, places)
         edges -= np.bincount(home[row] + width[row], nbytes, places)
@@ -118,7 +125,7 @@ class Fleet:
 
 
 def _group_least(capacity: F64, node: int, width: int) -> F64:
-    """The least of each aligned group; the last node may be smaller than the others."""
+    """Return the minimum of each aligned group. The last node may be smaller than the others."""
     full = len(capacity) // node * node
     used = node // width * width
     nodes = capacity[:full].reshape(-1, node)[:, :used].reshape(-1, width)

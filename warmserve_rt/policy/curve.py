@@ -1,4 +1,4 @@
-"""What holding the first k layers of a model is worth at its next start."""
+"""Value the first k layers of a model by the seconds that they save at its next start."""
 
 from __future__ import annotations
 
@@ -13,20 +13,35 @@ from ._greedy import F64, I64, hulls
 from .pipeline import Seconds, fewest, first_token_by_prefix
 from .profile import ModelProfile
 
-# Of the weight, what is always left to the mean: where floors are all that counts, memory beyond
-# them should still hold what saves most.
+# The weight that the mean always keeps: if only floors counted, memory beyond the floors would not
+# go to the layers that save most.
 _TIE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class ValueCurve:
-    """The value of each number of held units of one model, in the order in which they are held.
+    """The value of holding the first 0, 1, ..., L units of one model.
 
-    ``nbytes`` [L]: of each unit on each of the ``width`` devices. ``value`` [L+1]: seconds per
-    expected start, from 0 for no unit on, never falling. ``order`` [L]: the model's index of each
-    unit; layers are held from the first on, so it counts up. ``unit``: what one is called.
+    Parameters
+    ----------
+    name
+        The name of the model.
+    width
+        The number of devices of a group.
+    nbytes
+        Bytes of each unit on each device of the group [L], in the order in which units are held.
+    value
+        Seconds saved per expected start [L+1], from 0 for no unit on, never falling.
+    order
+        The model's own index of each unit [L]. Layers are held from the first on, so that it
+        counts up.
+    unit
+        The word for a unit in messages.
 
-    Raises ValueError for sizes and values that are none.
+    Raises
+    ------
+    ValueError
+        If sizes, values or shapes are invalid.
     """
 
     name: str
@@ -38,38 +53,44 @@ class ValueCurve:
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise ValueError(f"{self.name}: a group of {self.width} devices")
+            raise ValueError(f"{self.name}: width must be at least 1 device, got {self.width}")
         if not len(self.nbytes) or (self.nbytes < 1).any():
-            raise ValueError(f"{self.name}: a model has {self.unit}s, and each has bytes")
+            raise ValueError(
+                f"{self.name}: a model must have {self.unit}s, each of at least one byte"
+            )
         shapes = (self.value.shape, self.order.shape)
         if shapes != ((len(self.nbytes) + 1,), (len(self.nbytes),)):
             raise ValueError(
-                f"{self.name}: values, order of shapes {shapes} for {self.nbytes.shape}"
+                f"{self.name}: value must have one entry more than nbytes, and order as many, "
+                f"got shapes {shapes} for {self.nbytes.shape}"
             )
         if (
             self.value[0] != 0
             or not np.isfinite(self.value).all()
             or (np.diff(self.value) < 0).any()
         ):
-            raise ValueError(f"{self.name}: values are finite, begin at 0 and never fall")
+            raise ValueError(f"{self.name}: values must be finite, begin at 0 and never fall")
 
     @cached_property
     def cumulative(self) -> I64:
-        """Bytes on each device of the first 0, 1, ..., L units."""
+        """Return the bytes of the first 0, 1, ..., L units on each device."""
         return np.concatenate(([0], np.cumsum(self.nbytes, dtype=np.int64)))
 
     @cached_property
     def knots(self) -> I64:
-        """Numbers of units at the corners of the concave hull, from 0 to the fewest that are worth
-        as much as all."""
+        """Return the numbers of units at the corners of the concave hull, from 0 to the smallest
+        number that is worth as much as all units."""
         begin = np.array([0, len(self.value)])
         return hulls(begin, self.cumulative, self.value.copy(), np.full(1, np.inf))[0]
 
     @cached_property
     def stops(self) -> I64:
-        """Numbers of units after which the next is worth less for a byte, so that a part of the
-        model ends best there: from 0 to the fewest that are worth as much as all. Of those that
-        add less than a hundredth of all there is only the last."""
+        """Return the numbers of units at which a partially held model ends best: the next unit is
+        worth less per byte there.
+
+        They range from 0 to the smallest number that is worth as much as all units. Stops that add
+        less than 1 % of the value of all units are dropped, except the last.
+        """
         last = int(self.knots[-1])
         slope = np.diff(self.value[: last + 1]) / self.nbytes[:last]
         found, least = [0], self.value[last] / 100
@@ -81,8 +102,8 @@ class ValueCurve:
 
     @cached_property
     def density(self) -> F64:
-        """Of each unit [L]: seconds per expected start and byte (of all devices) of its segment of
-        the hull; falling, and 0 beyond the last knot."""
+        """Return for each unit [L] the slope of its segment of the hull: seconds per expected
+        start and byte (of all devices). It falls, and is 0 beyond the last knot."""
         segment = np.diff(self.value[self.knots]) / np.diff(self.cumulative[self.knots])
         falling = np.zeros(len(self.nbytes))
         falling[: self.knots[-1]] = np.repeat(segment / self.width, np.diff(self.knots))
@@ -90,10 +111,18 @@ class ValueCurve:
 
 
 def objective_weight(objective: float | str) -> float:
-    """0 for ``"mean"``, 1 for ``"slo"``, or a weight between. Raises ValueError for others."""
+    """Return the weight of an objective: 0 for ``"mean"``, 1 for ``"slo"``, or the given weight.
+
+    Raises
+    ------
+    ValueError
+        If the objective is none of these.
+    """
     weight = {"mean": 0.0, "slo": 1.0}.get(objective) if isinstance(objective, str) else objective
     if weight is None or not 0 <= weight <= 1:
-        raise ValueError(f"objective {objective!r}: 'mean', 'slo' or a weight from 0 to 1")
+        raise ValueError(
+            f"objective must be 'mean', 'slo' or a weight in [0, 1], got {objective!r}"
+        )
     return float(weight)
 
 
@@ -105,23 +134,46 @@ def value_curve(
     budget_s: float = math.inf,
     objective: float | str = "mean",
 ) -> ValueCurve:
-    """Of the leading layers of a model whose missing ones stream in while prefill runs.
+    """Return the value curve of a model whose missing layers stream in while prefill runs.
 
-    ``bandwidth``: bytes per second to each device. ``tokens``: of the prompt that starts it, or a
-    sample of prompts whose mean counts. ``budget_s``: until the first token. With the first token
-    T(k) of :mod:`pipeline` and the weight w of the objective (0 the mean, 1 the budget):
+    With the first token T(k) of :mod:`pipeline` and the weight w of the objective (0 for the mean,
+    1 for the budget), the value is
 
         value(k) = (1 - w) (T(0) - T(k)) + w (T(0) - T(L)) [T(k) <= budget < T(0)]
 
-    So a start within the budget counts as much as all the seconds by which a cold start is later
-    than a warm one, and the two ends share one scale. Of w, 0.001 is always left to the mean.
+    A start within the budget therefore counts as much as all the seconds by which a cold start is
+    later than a warm one, and the two objectives share one scale. The mean always has at least
+    the weight 0.001.
+
+    Parameters
+    ----------
+    profile
+        The costs of the model.
+    bandwidth
+        Bytes per second to each device.
+    tokens
+        Tokens of the prompt that starts the model, or a sample of prompts; the value is the mean
+        over the sample.
+    budget_s
+        Seconds until the first token is due.
+    objective
+        "mean", "slo" or a weight in [0, 1] between them.
+
+    Raises
+    ------
+    ValueError
+        If the bandwidth, the prompts, the budget or the objective are invalid.
     """
     weight = min(objective_weight(objective), 1 - _TIE)
     if not 0 < bandwidth < math.inf:
-        raise ValueError(f"{profile.name}: a bandwidth of {bandwidth} bytes per second")
+        raise ValueError(
+            f"{profile.name}: bandwidth must be positive and finite, got {bandwidth} bytes/s"
+        )
     prompts = [tokens] if isinstance(tokens, (int, float)) else list(tokens)
     if not prompts or not all(0 <= prompt < math.inf for prompt in prompts):
-        raise ValueError(f"{profile.name}: prompts of {tokens} tokens")
+        raise ValueError(
+            f"{profile.name}: prompts must have finite token counts of at least 0, got {tokens}"
+        )
     nbytes = np.array(profile.layer_bytes, dtype=np.int64)
     loads = nbytes / bandwidth
     value = np.zeros(len(nbytes) + 1)
@@ -145,21 +197,41 @@ def unit_curve(
     width: int = 1,
     unit: str = "unit",
 ) -> ValueCurve:
-    """Of units that do not wait for each other, such as experts: each saves its ``seconds`` with a
-    ``probability`` of its own that a start needs it, so the densest are held first.
+    """Return the value curve of units that do not wait for each other, such as experts.
 
-    ``nbytes``: of each unit on each device. Raises ValueError for lengths that differ and numbers
-    that are no sizes, times or probabilities.
+    The units that save most per byte are held first.
+
+    Parameters
+    ----------
+    name
+        The name of the model.
+    nbytes
+        Bytes of each unit on each device.
+    seconds
+        Seconds that each unit saves if a start needs it.
+    probability
+        The probability that a start needs the unit; by default 1.
+    width
+        The number of devices of a group.
+    unit
+        The word for a unit in messages.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ, or if a size, a time or a probability is invalid.
     """
     sizes = np.array(nbytes, dtype=np.int64)
     gain = np.array(seconds, dtype=np.float64)
     chance = np.ones(len(gain)) if probability is None else np.array(probability, np.float64)
     if sizes.ndim != 1 or not sizes.shape == gain.shape == chance.shape:
-        raise ValueError(f"{name}: sizes, seconds and probabilities are one each a {unit}")
+        raise ValueError(
+            f"{name}: sizes, seconds and probabilities must be given once for each {unit}"
+        )
     if not (np.isfinite(gain) & (gain >= 0) & (chance >= 0) & (chance <= 1)).all():
-        raise ValueError(f"{name}: seconds are not negative, probabilities from 0 to 1")
+        raise ValueError(f"{name}: seconds must not be negative, probabilities must be in [0, 1]")
     if (sizes < 1).any():
-        raise ValueError(f"{name}: a model has {unit}s, and each has bytes")
+        raise ValueError(f"{name}: a model must have {unit}s, each of at least one byte")
     gain *= chance
     order = np.argsort(-gain / sizes, kind="stable")
     value = np.concatenate(([0.0], np.cumsum(gain[order])))

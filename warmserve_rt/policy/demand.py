@@ -1,4 +1,4 @@
-"""What models are asked for, and what holding their layers is worth for it."""
+"""Track the demand for models, and value their layers by it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,40 @@ from .profile import ModelProfile
 from .rates import RecentRate, start_rates
 from .slo import Slo
 
-MOST_INSTANCES = 4  # of one model, whose starts are counted
-PROMPTS = 64  # recent prompts, of which QUANTILES stand for all
+MOST_INSTANCES = 4  # instances of one model whose starts are counted
+PROMPTS = 64  # recent prompts that are remembered; QUANTILES of them stand for all
 QUANTILES = (np.arange(8) + 0.5) / 8
-TYPICAL = (128, 256, 384, 512, 640, 768, 896, 1024)  # tokens, until prompts have come
-# Within a window of s seconds a forecast h seconds ahead is (1 - h / s) the requests of now, and a
-# model that is asked for once in an hour has none nearly always. Of a window of 300 s, 60 s leave
-# it a fifth of its rate and 120 s two fifths; with 300 s more starts were late where load comes in
-# bursts.
+TYPICAL = (128, 256, 384, 512, 640, 768, 896, 1024)  # prompt tokens assumed before any arrive
+# If h < s, a forecast h seconds ahead in windows of s seconds blends in the current level with the
+# weight 1 - h / s. A model that is requested once an hour is nearly always idle. With s = 300 a
+# forecast of 60 s therefore sees a fifth of its rate, and one of 120 s two fifths. With 300 s more
+# starts were late under bursts of load.
 SHORTEST_FORECAST_S = 120.0
 
 
 class Demand:
-    """Arrivals, prompts and forecasts of some models, and what comes of them.
+    """The arrivals, prompts and forecasts of models, and the rates, curves and needs they imply.
 
-    ``service``: seconds that a request of each model takes. ``bandwidth``: bytes per second to one
-    device, ``delay``: seconds of a start beside loading and computing. ``objective``: see
-    `value_curve`. ``memory``: seconds for which arrivals are recent; ``recent``: their weight
-    beside the forecast's.
+    Parameters
+    ----------
+    profiles
+        The profiles of the models.
+    forecaster
+        The forecaster of the same models, in the same order.
+    service
+        Seconds that a request of each model takes.
+    bandwidth
+        Bytes per second to one device.
+    delay
+        Seconds of a start besides loading and computing.
+    slo
+        The bound on the first token.
+    objective
+        See `value_curve`.
+    memory
+        Seconds over which the rate of recent arrivals decays to 1/e.
+    recent
+        The weight of the recent arrivals in the rates, 0 to 1; the forecast has the rest.
     """
 
     def __init__(
@@ -61,8 +77,18 @@ class Demand:
     def arrange(
         self, profiles: Sequence[ModelProfile], service: Sequence[float], rows: Sequence[int | None]
     ) -> None:
-        """Goes on with these models: the i-th has the past of the one that was ``rows[i]``-th, or
-        none. The forecaster is arranged by name."""
+        """Replace the models. The forecaster is arranged by name.
+
+        Parameters
+        ----------
+        profiles
+            The profiles of the models.
+        service
+            Seconds that a request of each model takes.
+        rows
+            For each model its number before this call, whose history it keeps, or None if the
+            model is new.
+        """
         self.forecaster.arrange([profile.name for profile in profiles])
         self.profiles, self.service = profiles, service
         arrivals, prompts, rates, curves = self.arrivals, self.prompts, self.rates, self.curves
@@ -76,18 +102,22 @@ class Demand:
         self._lose()
 
     def arrived(self, model: int, now: float, concurrent: int, prompt: int) -> None:
-        """A request of ``prompt`` tokens has come, and that many are there now."""
+        """Record that a request of ``prompt`` tokens has arrived, so that the model now has
+        ``concurrent`` requests."""
         self.arrivals[model].arrived(now)
         self.prompts[model].append(prompt)
         self.forecaster.observe(model, now, concurrent)
 
     def finished(self, model: int, now: float, concurrent: int) -> None:
-        """A request has ended, and that many are left."""
+        """Record that a request has ended, so that the model now has ``concurrent`` requests."""
         self.forecaster.observe(model, now, concurrent)
 
     def forecast(self, now: float, horizon: float) -> None:
-        """Renews ``rates``, requests per second of each model: what came lately, and by Little's
-        law the concurrent requests that are forecast."""
+        """Update ``rates``, the requests per second of each model.
+
+        A rate is the weighted mean of the recent arrival rate and the forecast. By Little's law the
+        forecast rate is the forecast of concurrent requests over the service time.
+        """
         average = self.forecaster.forecast(now, max(horizon, SHORTEST_FORECAST_S)).average
         self.rates = [
             self.recent * arrivals.at(now) + (1 - self.recent) * float(expected) / service
@@ -97,8 +127,11 @@ class Demand:
         ]
 
     def value(self) -> None:
-        """Renews ``curves``, and ``lost``: for each model the value that a start forgoes with k of
-        its layers, in seconds, for the prompts that came lately."""
+        """Update ``curves`` and ``lost`` from the recent prompts.
+
+        ``lost``: for each model and each number k of held layers, the seconds that a start loses
+        against a start with all layers.
+        """
         self.curves = [
             self._curve(profile, np.quantile(prompts, QUANTILES))
             for profile, prompts in zip(self.profiles, self.prompts, strict=True)
@@ -122,8 +155,10 @@ class Demand:
         return ValueCurve(profile.name, profile.width, curve.nbytes, value, curve.order)
 
     def need(self, horizon: float) -> F64:
-        """Of each model: starts that are expected within ``horizon`` seconds, each counted with the
-        requests that come while it would load from nothing."""
+        """Return the need of each model: the starts expected within ``horizon`` seconds.
+
+        A start is weighted by one plus the requests that would arrive while it loads from nothing.
+        """
         found = np.zeros(len(self.profiles))
         for model, profile in enumerate(self.profiles):
             rate = self.rates[model]
@@ -134,7 +169,8 @@ class Demand:
         return found
 
     def urgency(self, model: int, running: int, seconds: float) -> float:
-        """The probability that it wants one instance more than ``running`` within that time."""
+        """Return the probability that the model needs one instance more than ``running`` within
+        ``seconds``."""
         rate = self.rates[model]
         if running:
             concurrent, batch = rate * self.service[model], self.profiles[model].batch

@@ -1,5 +1,5 @@
-"""Forecasts of closed windows: several experts, a hedge over them and an upper quantile, for all
-models at once. What is known of time (which window is open, what is a gap) lies in ``forecast``."""
+"""Forecast from closed windows, for all models at once: several experts, a hedge over them and an
+upper quantile. The module ``forecast`` handles time (which window is open, which are gaps)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ AVERAGE, PEAK = 0, 1  # the two channels of a window's values
 ERRORS = 10  # windows whose errors the paper's predictor averages
 RECENT_S = 1200.0  # half-life of the level that `recent` forecasts
 MEMORY_S = 43200.0  # half-life of the experts' losses and of the spread
-STEP = 0.05  # of the upper quantile, in spreads per window
-NEVER = -(2**62)  # the number of no window
+STEP = 0.05  # step of the upper quantile, in spreads per window
+NEVER = -(2**62)  # stands for no window
 
 
 class Experts:
-    """What is learnt from closed windows of ``models`` models, and forecast ``leads`` windows on.
+    """Learn from closed windows of ``models`` models, and forecast the window ``leads`` windows on.
 
     Windows are numbered by time: window n is the n-th since the epoch of the caller's clock, and n
-    modulo ``slots`` its slot in the day. A window's values are [2, models]: average and peak; NaN
-    is unknown. Each expert forecasts both by the same formula, never below zero, from the last
-    known value, the mean m(slot) over past days and the errors e = value - m before it was learnt:
+    modulo ``slots`` is its slot in the day. A window's values are [2, models]: average and peak;
+    NaN is unknown. Each expert forecasts both by the same formula, never below zero, from the last
+    known value, the mean m(slot) over past days and the errors e = value - m, each taken before m
+    learnt the value:
 
     - last: the last value.
     - paper: m(target) + the mean of the last 10 errors, weighted 1, 1/2, 1/4, ..., newest heaviest
@@ -37,19 +38,20 @@ class Experts:
     - daily: m(target).
     - recent: the exponentially weighted mean of the values, with a half-life of 20 minutes.
 
-    Where a slot has no past they forecast the last value. m is the plain mean of the first ``days``
-    days and gives way exponentially from then on.
+    If a slot has no past, experts that use m forecast the last value. m is the plain mean of the
+    first ``days`` days, and an exponentially weighted mean after them.
 
     The hedge weights expert i by L_i^-8, where L_i is the model's discounted sum of absolute errors
     at that lead (half-life 12 h): the inverse-error weights of Bates and Granger (1969), discounted
-    as by Stock and Watson (2004), sharpened. They have no scale: a model of 1 request and one of
-    1000 learn alike. The upper forecast adds q spreads (the discounted mean absolute error) to the
-    average; q follows the quantile's subgradient, q += step * (missed - (1 - quantile)), as in
-    adaptive conformal inference (Gibbs and Candes, 2021). An idle window that was forecast as idle
-    teaches it nothing: or q would sink as long as a model sleeps, and its first burst be missed.
+    as by Stock and Watson (2004), sharpened. The weights have no scale: a model with 1 request and
+    a model with 1000 learn alike. The upper forecast adds q spreads (the discounted mean absolute
+    error) to the average; q follows the quantile's subgradient,
+    q += step * (missed - (1 - quantile)), as in adaptive conformal inference (Gibbs and Candes,
+    2021). An idle window that was forecast as idle does not change q. Otherwise q would sink while
+    a model is idle, and the upper forecast would miss its first burst.
 
-    State is in arrays whose last axis is the models: closing a window is some 50 numpy operations,
-    however many models or past windows there are.
+    The state is in arrays whose last axis is the models. Closing a window takes about 50 numpy
+    operations, whatever the number of models or past windows.
     """
 
     STATE = (
@@ -58,7 +60,7 @@ class Experts:
         "pending_upper", "pending_numbers", "known", "number",
     )  # fmt: skip
 
-    SHARED = ("error_numbers", "pending_numbers", "number")  # without an axis of the models
+    SHARED = ("error_numbers", "pending_numbers", "number")  # arrays without an axis of models
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class Experts:
         self._slots, self._quantile, self._days = slots, quantile, days
         self._only = None if expert == "hedge" else EXPERTS.index(expert)
         self._leads = np.array(leads, dtype=np.int64)
-        self._rows = np.cumsum(self._leads) - self._leads  # where each lead's ring begins
+        self._rows = np.cumsum(self._leads) - self._leads  # first row of each lead's ring
         self._fade = 0.5 ** (window / MEMORY_S)
         self._gain = 1.0 - 0.5 ** (window / RECENT_S)
 
@@ -91,36 +93,38 @@ class Experts:
         self.offset = np.ones(of_lead)  # q
         self.spread = np.zeros(of_lead)
         self.spread_weight = np.zeros(of_lead)
-        # What was forecast and is not yet known, in a ring for each lead.
+        # Forecasts of windows that are not yet known, in one ring for each lead.
         self.pending = np.zeros((rings, len(EXPERTS), 2, models))
         self.pending_average = np.zeros((rings, models))
         self.pending_upper = np.zeros((rings, models))
         self.pending_numbers = np.full(rings, NEVER)
-        self.known = np.zeros(models, dtype=bool)  # has had a window
-        self.number = np.array(NEVER)  # of the latest closed window
+        self.known = np.zeros(models, dtype=bool)  # whether a window of the model was closed
+        self.number = np.array(NEVER)  # the latest closed window
         self._weights = self._weigh()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """What `restore` takes."""
+        """Return the state that `restore` takes."""
         return {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
-        """Goes on from another's state. Raises ValueError for what cannot be one of this shape."""
+        """Continue from a saved state. Raise ValueError if shapes, types or values do not fit."""
         for name in self.STATE:
             mine, other = getattr(self, name), state[name]
             if other.shape != mine.shape or other.dtype != mine.dtype:
                 raise ValueError(
-                    f"{name} is {other.dtype}{other.shape}, not {mine.dtype}{mine.shape}"
+                    f"{name} must be {mine.dtype}{mine.shape}, got {other.dtype}{other.shape}"
                 )
             may_miss = name in ("errors", "anchor", "pending_average")
             if np.isinf(other).any() or (not may_miss and np.isnan(other).any()):
-                raise ValueError(f"{name} is not finite")
+                raise ValueError(f"{name} must be finite")
             setattr(self, name, other.copy())
         self._weights = self._weigh()
 
     def take(self, other: Experts, rows: NDArray[np.int64]) -> None:
-        """Goes on from another's state with other models: model i from its model ``rows[i]``, or
-        from nothing where that is -1."""
+        """Continue from the state of another instance with other models.
+
+        Model i continues from its model ``rows[i]``, or begins without a history if that is -1.
+        """
         kept = np.flatnonzero(rows >= 0)
         for name in self.STATE:
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -132,8 +136,11 @@ class Experts:
         self._weights = self._weigh()
 
     def close(self, number: int, values: Floats) -> None:
-        """Learns the values [2, models] of window ``number``; those of a model are both known or
-        both NaN. Windows left out are unknown; one that comes again is another day of its slot."""
+        """Learn the values [2, models] of window ``number``.
+
+        The two values of a model are both known or both NaN. Windows that are left out are unknown.
+        A number that is closed again counts as another day of its slot.
+        """
         known = ~np.isnan(values[AVERAGE])
         values = np.where(known, values, 0.0)
         self._score(number, values, known)
@@ -146,25 +153,34 @@ class Experts:
         average = (self._weights[:, :, AVERAGE] * predictions[:, :, AVERAGE]).sum(1)
         self.pending[rows] = predictions
         self.pending_average[rows] = average
-        self.pending_upper[rows] = average + self._margin()  # below zero is missed by any load too
+        self.pending_upper[rows] = average + self._margin()  # if negative, any load exceeds it
         self.pending_numbers[rows] = ahead
 
     @property
     def next_number(self) -> int:
-        """Of the window after the latest one that was closed."""
+        """Return the number after that of the latest closed window."""
         return int(self.number) + 1
 
     def forecast(self, number: int, lead: float) -> tuple[Floats, Floats, Floats]:
-        """Average, peak and upper average [models] of the window that ends ``lead`` windows after
-        window ``number``, the latest that has ended. ``lead`` is 1 or more, and need not be whole:
-        then it is the windows it lies in, by overlap. Weights and margins between leads are
-        interpolated, and beyond the last are the last's. A model without a window yet is forecast
-        as 0."""
+        """Return average, peak and upper average [models] of a future window.
+
+        A model without a closed window is forecast as 0.
+
+        Parameters
+        ----------
+        number
+            The latest window that has ended.
+        lead
+            The forecast window ends this many windows after window ``number``; at least 1. If
+            it is not whole, the forecasts of the two windows that it overlaps are mixed by overlap.
+            Weights and margins between learnt leads are interpolated; beyond the last lead, those
+            of the last are used.
+        """
         low = int(lead)
         share = lead - low
         near = self._predict(number + np.array([low, low + 1]))
         predictions = near[0] + share * (near[1] - near[0])
-        lead += max(number + 1 - self.next_number, 0)  # windows in between that were not learnt
+        lead += max(number + 1 - self.next_number, 0)  # plus windows that were not learnt
         above = int(np.searchsorted(self._leads, lead))
         first, second = max(above - 1, 0), min(above, len(self._leads) - 1)
         begin, end = self._leads[first], self._leads[second]
@@ -176,9 +192,9 @@ class Experts:
         return average, np.maximum(peak, average), np.maximum(average + margin, 0.0)
 
     def _score(self, number: int, values: Floats, known: NDArray[np.bool_]) -> None:
-        """What was forecast of this window, against what it was."""
+        """Compare the forecasts of this window with its values, and update losses and margins."""
         rows = self._rows + number % self._leads
-        # No forecast was made of models that came later.
+        # Models that were added later have no forecast of this window.
         forecast = ~np.isnan(self.pending_average[rows])
         scored = (self.pending_numbers[rows] == number)[:, None] & known & forecast
         miss = np.abs(self.pending[rows] - values)
@@ -213,7 +229,7 @@ class Experts:
         self.known |= known
 
     def _predict(self, numbers: NDArray[np.int64]) -> Floats:
-        """Of windows: [windows, experts, 2, models]."""
+        """Return every expert's forecast of these windows: [windows, experts, 2, models]."""
         slots = numbers % self._slots
         has_past = (self.days_seen[slots] > 0)[:, None]
         daily = np.where(has_past, self.mean[slots], self.last)
@@ -224,7 +240,7 @@ class Experts:
         return np.stack((last, paper, seasonal, daily, recent), axis=1)
 
     def _weigh(self) -> Floats:
-        """The weights [leads, experts, 2, models]; those of one model and channel add up to 1."""
+        """Return the weights [leads, experts, 2, models]. Over the experts they add up to 1."""
         if self._only is not None:
             only = np.zeros(self.loss.shape)
             only[:, self._only] = 1.0
@@ -236,5 +252,5 @@ class Experts:
         return weights
 
     def _margin(self) -> Floats:
-        """What the upper forecast adds to the average: [leads, models]."""
+        """Return the distance of the upper forecast from the average: [leads, models]."""
         return self.offset * self.spread / np.maximum(self.spread_weight, 1e-9)

@@ -1,4 +1,4 @@
-"""A plan in sentences: what each replica keeps, why, and what gives way to it."""
+"""Describe a plan in sentences: what each replica keeps and why, and what it displaces."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from .residency import Plan
 
 
 def explain(plan: Plan, row: int) -> str:
-    """One sentence on a replica: what it keeps and where, the starts it is expected to serve, the
-    seconds saved per byte, and what was on its devices (``home`` and ``held`` of the problem) and
-    is not to stay.
+    """Return one sentence about a replica of a plan.
 
-    Raises IndexError for a row that is not there.
+    The sentence names the layers that the replica keeps and their devices, the starts that it is
+    expected to serve, the seconds saved per byte, and the layers that the plan evicts from its
+    devices (compared with ``home`` and ``held`` of the problem).
+
+    Raises
+    ------
+    IndexError
+        If the plan has no such row.
     """
     problem = plan.problem
     curves, model = problem.catalogue.curves, problem.model
@@ -27,8 +32,21 @@ def explain(plan: Plan, row: int) -> str:
 def sentence(
     curve: ValueCurve, need: float, layers: int, first: int, gone: Sequence[tuple[ValueCurve, int]]
 ) -> str:
-    """Of ``layers`` of a model on the devices from ``first`` on, for ``need`` expected starts, and
-    of how many layers of which others are to go for it."""
+    """Return one sentence about a copy of a model.
+
+    Parameters
+    ----------
+    curve
+        The value curve of the model.
+    need
+        The starts that the copy is expected to serve.
+    layers
+        The number of layers that it keeps; 0 if it keeps none.
+    first
+        The first device of its group.
+    gone
+        The models that lose layers to it, with the number of layers lost.
+    """
     starts = f"{need:.2g} expected starts"
     if layers == 0:
         most = 1e9 * need * float(curve.density[0])
@@ -50,7 +68,7 @@ def sentence(
 
 
 def _losers(plan: Plan, row: int) -> list[int]:
-    """Replicas that lose layers they hold on devices of this one's group."""
+    """Return the replicas that lose layers on devices of this replica's group."""
     problem = plan.problem
     if problem.home is None or problem.held is None:
         return []
@@ -64,7 +82,7 @@ def _losers(plan: Plan, row: int) -> list[int]:
 
 
 def _loss(plan: Plan, row: int) -> int:
-    """How many layers it loses."""
+    """Return the number of layers that the replica loses."""
     problem = plan.problem
     assert problem.home is not None
     assert problem.held is not None

@@ -1,4 +1,4 @@
-"""How many requests each model will have at once, seconds to hours from now."""
+"""Forecast each model's concurrent requests, seconds to hours ahead."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 from .ensemble import EXPERTS, Expert, Experts, Floats
 
 _FORMAT = "warmserve_rt forecaster 1"
-_PATIENCE = 3  # windows without a call after which what passed is unknown
+_PATIENCE = 3  # windows without a call after which the load of the gap is unknown
 _OPEN = ("level", "since", "area", "peak")
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of each model, concurrent requests; arrays [models], finite and not negative.
+    """A forecast of concurrent requests; arrays [models], finite and not negative.
 
-    ``average``: the mean over the window that ends at the horizon. ``peak``: the most in it, at
-    least the average. ``upper``: the quantile of the average.
+    ``average``: the mean over the window that ends at the horizon. ``peak``: the maximum in that
+    window, at least the average. ``upper``: the quantile of the average.
     """
 
     average: Floats
@@ -37,27 +37,46 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts the concurrent requests of ``models``: names, or a number of models without names.
+    """A forecaster of concurrent requests that learns online.
 
-    Methods take a model's row, its place in ``names``. :meth:`arrange` changes the models: those
-    that stay keep everything that was learnt about them.
+    Methods take a model's row, its index in ``names``. :meth:`arrange` changes the models; models
+    that stay keep everything that was learnt about them. Times are seconds of any clock.
 
-    Load is learnt in windows of ``window`` seconds that begin at whole multiples of it. Times are
-    seconds of any clock whose ``period`` is a day of the load's; ``horizons``, in seconds, are
-    those that are learnt: others are interpolated. ``quantile`` is that of ``Forecast.upper``.
-    ``expert`` forecasts alone, or the hedge over all (see `Experts` for formulas and sources).
-    ``days``: how many the mean over past days remembers.
+    Parameters
+    ----------
+    models
+        The names of the models, or a number of models without names.
+    window
+        Seconds of a window. The load is learnt in windows that begin at whole multiples of it.
+    horizons
+        The horizons that are learnt, in seconds; others are interpolated.
+    period
+        Seconds of a day of the load, by the clock.
+    quantile
+        The quantile of ``Forecast.upper``.
+    expert
+        One expert that forecasts alone, or "hedge" for the hedge over all. See `Experts` for
+        formulas and sources.
+    days
+        The number of days that the mean over past days remembers.
 
-    Between two calls the number of requests is taken not to have changed, up to the end of a third
-    window; after a longer silence (the process slept, the clock leapt) all of it is unknown, and so
-    is the window that it began in: call `advance` in each window. Of a window that is joined late,
-    the part seen stands for it if that is half of it or more. When the clock is set back into the
-    window before, time stands still until it has caught up; when further, the open window is
-    dropped, and windows that come again count as another day's. What was learnt stays.
+    Raises
+    ------
+    ValueError
+        If a size, a time, a name or the expert is invalid.
 
-    Memory is about 11 KB a model at the defaults. Not for several threads at once.
+    Notes
+    -----
+    Between two calls the number of requests is taken as constant, up to the end of the third
+    window. After a longer silence (the process slept, the clock leapt) the whole gap is unknown,
+    and so is the window in which it began; therefore call `advance` in each window. If a window is
+    joined late, the part that was seen stands for the whole if it is half of the window or more.
 
-    Raises ValueError for sizes, times or names that make no sense.
+    If the clock is set back into the previous window, time stands still until the clock has caught
+    up. If it is set back further, the open window is dropped, and repeated windows count as those
+    of another day. Learnt state stays.
+
+    Memory is about 11 KB per model at the defaults. Not thread-safe.
     """
 
     def __init__(
@@ -76,16 +95,18 @@ class Forecaster:
             self.names = _checked(models)
             models = len(self.names)
         if models < (self.names is None) or days < 1:
-            raise ValueError(f"{models} models, {days} days: at least one of each is needed")
+            raise ValueError(
+                f"models and days must each be at least 1, got {models} models and {days} days"
+            )
         if not 0 < window < math.inf:
-            raise ValueError(f"a window of {window} s: it is finite and positive")
+            raise ValueError(f"window must be positive and finite seconds, got {window}")
         leads = [_windows(horizon, window) for horizon in horizons]
         if not leads or leads != sorted(set(leads)):
-            raise ValueError(f"horizons {tuple(horizons)}: at least one, and each after the other")
+            raise ValueError(f"horizons must be at least one and must rise, got {tuple(horizons)}")
         if not 0 < quantile < 1:
-            raise ValueError(f"a quantile of {quantile}: it lies between 0 and 1")
+            raise ValueError(f"quantile must be between 0 and 1, got {quantile}")
         if expert != "hedge" and expert not in EXPERTS:
-            raise ValueError(f"no expert {expert!r}: hedge, {', '.join(EXPERTS)}")
+            raise ValueError(f"expert must be one of hedge, {', '.join(EXPERTS)}, got {expert!r}")
         self._options: dict[str, Any] = {
             "models": models, "window": window, "horizons": list(horizons), "period": period,
             "quantile": quantile, "expert": expert, "days": days,
@@ -102,27 +123,33 @@ class Forecaster:
         )
         self._experts = self._make_experts(models)
         self._models = models
-        # Lists, for an element of an array costs three times as much to read and write.
+        # Lists, because reading and writing an element of an array costs three times as much.
         self._level = [0.0] * models
-        self._since = [0.0] * models  # the level counts from then on
+        self._since = [0.0] * models  # the time from which the level counts
         self._area = [0.0] * models  # request seconds in the open window, up to `since`
         self._peak = [0.0] * models
-        self._number: int | None = None  # of the open window
-        self._begin = self._end = math.inf  # of the open window: no time lies in it yet
-        self._joined = 0.0  # when it was first seen
+        self._number: int | None = None  # the open window
+        self._begin = self._end = math.inf  # of the open window; infinite while none is open
+        self._joined = 0.0  # the time at which the open window was first seen
 
     def arrange(self, names: Sequence[str]) -> None:
-        """Forecasts these models from now on, row i being the i-th. Models with a name that was
-        known keep what was learnt, others begin without a past, and the rest is forgotten. Models
-        without names get these names, and must be as many.
+        """Replace the models; row i is then the i-th name.
 
-        Raises ValueError for names that repeat or are too many or too few."""
+        Models with a known name keep what was learnt about them, and others begin without a
+        history. Models that are not named again are forgotten. If the models had no names, they get
+        these, which must be as many.
+
+        Raises
+        ------
+        ValueError
+            If a name repeats or is not a string, or if their number does not fit.
+        """
         wanted = _checked(names)
         if self.names is None:
             if len(wanted) != self._models:
                 raise ValueError(
                     f"the forecaster was made for {self._models} models without names and cannot "
-                    f"forecast {len(wanted)}: make it of their names"
+                    f"forecast {len(wanted)}: create it with names"
                 )
             self.names = wanted
         if wanted == self.names:
@@ -140,13 +167,28 @@ class Forecaster:
         self._options["models"] = len(wanted)
 
     def observe(self, model: int, now: float, concurrent: float) -> None:
-        """``model`` has ``concurrent`` requests from ``now`` on. Constant time.
+        """Record that a model has a new number of concurrent requests. Constant time.
 
-        Raises ValueError, having learnt nothing, for a model or a number that cannot be."""
+        Parameters
+        ----------
+        model
+            The row of the model.
+        now
+            The time in seconds.
+        concurrent
+            The number of its requests from ``now`` on.
+
+        Raises
+        ------
+        ValueError
+            If the row, the time or the number is invalid; nothing is learnt then.
+        """
         if not 0 <= model < self._models:
-            raise ValueError(f"no model {model}: there are {self._models}")
+            raise ValueError(f"model must be a row below {self._models}, got {model}")
         if not 0 <= concurrent < math.inf:
-            raise ValueError(f"{concurrent} concurrent requests: finite, and not negative")
+            raise ValueError(
+                f"concurrent requests must be finite and not negative, got {concurrent}"
+            )
         if not self._begin <= now < self._end:
             self.advance(now)
         since = self._since[model]
@@ -158,7 +200,7 @@ class Forecaster:
             self._peak[model] = concurrent
 
     def advance(self, now: float) -> None:
-        """Closes every window that ended by ``now``. Raises ValueError if that is not a time."""
+        """Close every window that ended by ``now``. Raise ValueError if ``now`` is invalid."""
         number = self._at(now)
         if self._number is not None and -1 <= number - self._number <= _PATIENCE:
             while self._number < number:
@@ -167,28 +209,39 @@ class Forecaster:
             self._open(number, now)
 
     def observe_windows(self, start: float, averages: ArrayLike, peaks: ArrayLike) -> None:
-        """History: averages and peaks [windows, models], oldest first; NaN is a gap. The first of
-        them begins at ``start``. What was seen of the open window is dropped.
+        """Learn a history of windows. The observations of the open window are dropped.
 
-        Raises ValueError, having learnt nothing, for other shapes, for what is negative or
-        infinite, and for a start between two windows, before the open one or before history."""
+        Parameters
+        ----------
+        start
+            The time at which the first window of the history begins.
+        averages, peaks
+            The averages and peaks [windows, models], oldest first; NaN is a gap.
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit, if a value is negative or infinite, or if ``start`` lies
+            between two windows, before the open one or before the known history. Nothing is learnt
+            then.
+        """
         both = [np.asarray(each, dtype=np.float64) for each in (averages, peaks)]
         if any(each.ndim != 2 or each.shape != (len(both[0]), self._models) for each in both):
             raise ValueError(
-                f"averages {both[0].shape} and peaks {both[1].shape}: both are "
-                f"[windows, {self._models} models]"
+                f"averages and peaks must both be [windows, {self._models} models], "
+                f"got shapes {both[0].shape} and {both[1].shape}"
             )
         values = np.stack(both, axis=1)
         if (values < 0).any() or np.isinf(values).any():
-            raise ValueError("averages and peaks are finite and not negative, or NaN")
+            raise ValueError("averages and peaks must be finite and not negative, or NaN")
         self._at(start)
         number = round(start / self._window)
         if not math.isclose(number * self._window, start, abs_tol=1e-6 * self._window):
-            raise ValueError(f"{start} s is not where a window of {self._window} s begins")
+            raise ValueError(f"start must begin a window of {self._window} s, got {start} s")
         first = self._experts.next_number if self._number is None else self._number
         if number < first:
             raise ValueError(
-                f"{start} s is before {first * self._window} s, up to which all is known"
+                f"start must be at or after {first * self._window} s, the known end, got {start} s"
             )
         values = np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, values)
         for each in values:
@@ -198,12 +251,18 @@ class Forecaster:
         self._begin = self._end = math.inf
 
     def forecast(self, now: float, horizon: float) -> Forecast:
-        """For ``horizon`` seconds after ``now``, up to which windows are closed.
+        """Close the windows up to ``now``, and return the forecast for ``horizon`` seconds later.
 
-        Below one window the level of now has its share; a model that has had no window yet is
-        forecast to stay at that level. Raises ValueError for a horizon that is not positive."""
+        If the horizon is shorter than one window, the current level is blended in. A model without
+        a closed window is forecast to stay at its current level.
+
+        Raises
+        ------
+        ValueError
+            If the horizon is not positive and finite, or ``now`` is not a valid time.
+        """
         if not 0 < horizon < math.inf:
-            raise ValueError(f"a horizon of {horizon} s: it is finite and positive")
+            raise ValueError(f"horizon must be positive and finite seconds, got {horizon}")
         self._at(now + horizon)
         self.advance(now)
         assert self._number is not None
@@ -218,7 +277,7 @@ class Forecaster:
         return Forecast(average, peak, upper)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to a file, which is whole or as it was before, whatever happens."""
+        """Write the whole state to a file. Atomic: after any failure the old file is unchanged."""
         path = Path(path)
         header = {
             "format": _FORMAT,
@@ -243,10 +302,18 @@ class Forecaster:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Forecaster:
-        """What `save` wrote; it goes on as if it had never stopped, and takes the time in between
-        as any silence. Requests that ended meanwhile must be observed as ended.
+        """Return the forecaster that `save` wrote to a file.
 
-        Raises ValueError if the file is not one, OSError if it cannot be read."""
+        It continues as if it had not stopped, and treats the time in between as any other silence.
+        Requests that ended meanwhile must be observed as ended.
+
+        Raises
+        ------
+        ValueError
+            If the file is not a saved forecaster.
+        OSError
+            If the file cannot be read.
+        """
         refused = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError)
         try:
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -255,7 +322,7 @@ class Forecaster:
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}")
             if state["last"].shape[-1:] != (header["options"]["models"],):
-                raise ValueError("its options are not of its arrays")
+                raise ValueError("its options do not fit its arrays")
             names = header.get("names")
             models = header["options"]["models"] if names is None else names
             loaded = cls(**{**header["options"], "models": models})
@@ -271,18 +338,18 @@ class Forecaster:
         for name in _OPEN:
             values = np.asarray(state[name], dtype=np.float64)
             if values.shape != (self._models,) or not np.isfinite(values).all():
-                raise ValueError(f"{name} is not a number for each model")
+                raise ValueError(f"{name} must have a finite number for each model")
             setattr(self, f"_{name}", values.tolist())
 
     def _at(self, time: float) -> int:
-        """The number of the window in which it lies."""
+        """Return the number of the window that contains this time. Raise ValueError if invalid."""
         number = time / self._window
         if not abs(number) < 2**53:
-            raise ValueError(f"{time} s is not a time")
+            raise ValueError(f"{time} s is not a time: it must be within 2**53 windows of 0")
         return math.floor(number)
 
     def _open(self, number: int, joined: float) -> None:
-        """Begins a window, seen from ``joined`` on. What the one before it had seen is dropped."""
+        """Open a window that is seen from ``joined`` on, and drop earlier observations."""
         self._number = number
         self._begin, self._end = number * self._window, (number + 1) * self._window
         self._joined = joined
@@ -291,7 +358,7 @@ class Forecaster:
         self._peak = self._level.copy()
 
     def _close(self) -> None:
-        """Learns the open window, to whose end the levels have stayed, and opens the next."""
+        """Learn the open window, taking the levels as constant until its end, and open the next."""
         assert self._number is not None
         end, seen = self._end, self._end - self._joined
         if seen >= self._window / 2:
@@ -305,7 +372,7 @@ class Forecaster:
 
 
 def _checked(names: Sequence[str]) -> tuple[str, ...]:
-    """Raises ValueError unless all are names, and each is there once."""
+    """Return the names as a tuple. Raise ValueError unless they are distinct strings."""
     found = set[str]()
     for name in names:
         if not isinstance(name, str) or name in found:
@@ -315,7 +382,7 @@ def _checked(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _windows(seconds: float, window: float) -> int:
-    """How many windows it is."""
+    """Return the number of windows in these seconds. Raise ValueError unless it is whole."""
     count = seconds / window
     if not 1 <= count < 2**31 or abs(count - round(count)) > 1e-9 * count:
         raise ValueError(f"{seconds} s is not a whole number of windows of {window} s")

@@ -1,5 +1,6 @@
-"""From what is held to something better, one exchange at a time: a plan that keeps what it has
-unless something else is worth clearly more."""
+"""Improve on the layers that are held, one exchange at a time.
+
+A layer that is held gives way only to layers that are worth clearly more."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ from .curve import ValueCurve
 
 @dataclass(frozen=True)
 class Copy:
-    """Leading layers of a model on the group of devices from ``first`` on. ``fixed``: an instance
-    has them, and none can go. ``use``: the probability that a start is there."""
+    """Leading layers of a model on the group of devices that begins with device ``first``.
+
+    ``fixed``: whether an instance uses them, so that none may be evicted. ``use``: the probability
+    that a start of the model uses this copy.
+    """
 
     model: int
     first: int
@@ -30,7 +34,7 @@ class Curves:
 
     def __init__(self, curves: Sequence[ValueCurve]) -> None:
         self.begin = np.cumsum([0, *(len(c.value) for c in curves)])
-        # Without models there is nothing to concatenate.
+        # The empty list is for a fleet without models: concatenate needs at least one array.
         self.cum = np.concatenate([[], *(c.cumulative for c in curves)]).astype(np.float64)
         self.value = np.concatenate([[], *(c.value for c in curves)])
         self.stop = np.cumsum([0, *(len(c.stops) for c in curves)])
@@ -40,7 +44,7 @@ class Curves:
         self._sizes = [c.cumulative.tolist() for c in curves]
 
     def nbytes(self, model: int, layers: int) -> float:
-        """Of its leading layers, on each device."""
+        """Return the bytes of a model's leading layers on each device."""
         return float(self._sizes[model][layers])
 
 
@@ -56,12 +60,28 @@ def improve(
     most: int = 6,
     moves: int = 16,
 ) -> list[Copy]:
-    """What should be held in place of ``copies``, after at most ``moves`` exchanges.
+    """Return the copies to hold in place of ``copies``.
 
-    ``need`` [models]: expected starts. ``free`` [devices]: bytes beside the copies; what is taken
-    of them is taken from this array. ``available`` [devices], 0 to 1: whether a start could be
-    there. Groups lie within nodes of ``node`` devices. What comes is worth more than
-    ``1 + margin`` times what goes for it. ``most``: groups that hold a model.
+    Parameters
+    ----------
+    curves
+        The value curves of the models.
+    need
+        Expected starts [models].
+    copies
+        The copies that are held now.
+    free
+        Free bytes beside the copies [devices]. Changed: bytes that the result takes are subtracted.
+    available
+        The probability, 0 to 1, that a start can use the device [devices].
+    node
+        The number of devices of a node. A group lies within one node.
+    margin
+        An exchange must gain more than ``1 + margin`` times the value that it displaces.
+    most
+        The largest number of groups that hold one model.
+    moves
+        The largest number of exchanges.
     """
     room = len(copies) + moves
     model = np.full(room, -1)

@@ -1,15 +1,15 @@
-"""Time to the first token while a part of the layers is still on its way.
+"""Compute the time to the first token while some layers are still being loaded.
 
-Layers arrive one after another over one link, in the order of execution, from the moment of the
-start; prefill computes a layer once it is there and the layer before it is done. With ``l_i``
-the seconds that layer i takes to arrive and ``c_i`` those it takes to compute, missing layer j
-arrives at ``A_j``, the sum of ``l_i`` over the missing layers up to and with j. Unrolling
+From the start on, missing layers arrive one after another over one link, in the order of
+execution. Prefill computes a layer when it is resident and the layer before it is done. Let layer i
+take ``l_i`` seconds to arrive and ``c_i`` seconds to compute. Missing layer j then arrives at
+``A_j``, the sum of ``l_i`` over the missing layers up to and including j. Unrolling
 ``done_i = max(done_{i-1}, A_i) + c_i`` gives
 
     first token = max( sum of all c_i,  max over missing j of (A_j + sum over i >= j of c_i) )
 
-which needs no source but that recurrence. Two times count as equal that differ by less than
-rounding: 1e-12 of the time of loading and computing everything.
+which follows from that recurrence alone. Two times count as equal if they differ by rounding only,
+that is by at most 1e-12 of the time of loading and computing everything.
 """
 
 from __future__ import annotations
@@ -28,21 +28,34 @@ _ROUNDING = 1e-12
 
 
 def first_token(loads: Seconds, computes: Seconds, resident: int | Collection[int]) -> float:
-    """Seconds from the start to the first token.
+    """Return the seconds from the start to the first token.
 
-    ``loads`` and ``computes``: seconds of each layer, in execution order. ``resident``: how many
-    leading layers are there at the start, or the indices of those that are. Raises ValueError for
-    times that are negative or not finite, lengths that differ, and layers that do not exist.
+    Parameters
+    ----------
+    loads, computes
+        Seconds to load and to compute each layer, in execution order.
+    resident
+        The number of leading layers that are resident at the start, or the indices of the resident
+        layers.
+
+    Raises
+    ------
+    ValueError
+        If a time is negative or not finite, if the lengths differ, or if a layer does not exist.
     """
     load, compute = _checked(loads, computes)
     missing = np.ones(len(load), dtype=bool)
     if isinstance(resident, int):
         if not 0 <= resident <= len(load):
-            raise ValueError(f"{resident} resident layers of {len(load)}")
+            raise ValueError(
+                f"the number of resident layers must be in [0, {len(load)}], got {resident}"
+            )
         missing[:resident] = False
     else:
         if any(not 0 <= layer < len(load) for layer in resident):
-            raise ValueError(f"resident layers {sorted(resident)} of {len(load)}")
+            raise ValueError(
+                f"resident layers must be indices below {len(load)}, got {sorted(resident)}"
+            )
         missing[list(resident)] = False
     arrivals = np.cumsum(np.where(missing, load, 0.0))
     rest = _rest(compute)
@@ -50,10 +63,11 @@ def first_token(loads: Seconds, computes: Seconds, resident: int | Collection[in
 
 
 def first_token_by_prefix(loads: Seconds, computes: Seconds) -> Floats:
-    """``first_token`` for 0, 1, ..., L resident leading layers: L+1 seconds, never increasing.
+    """Return ``first_token`` for 0, 1, ..., L resident leading layers.
 
-    In O(L): with P the running sum of ``loads``, A_j is P[j+1] - P[k], so one running maximum from
-    the end serves every k.
+    The L+1 seconds never increase.
+    Takes O(L): with P the running sum of ``loads``, A_j is P[j+1] - P[k], so that one running
+    maximum from the end serves every k.
     """
     load, compute = _checked(loads, computes)
     before = np.concatenate(([0.0], np.cumsum(load)))
@@ -61,26 +75,37 @@ def first_token_by_prefix(loads: Seconds, computes: Seconds) -> Floats:
     latest = np.maximum.accumulate((before[1:] + rest[:-1])[::-1])[::-1]
     times = np.full(len(load) + 1, rest[0])
     times[:-1] = np.maximum(times[:-1], latest - before[:-1])
-    # The differences are rounded one by one: keep what is true of the exact ones.
+    # Each difference is rounded by itself; the exact times never increase.
     return np.minimum.accumulate(times)
 
 
 def floor_layers(loads: Seconds, computes: Seconds, budget_s: float) -> int | None:
-    """The fewest leading layers with which the first token comes within ``budget_s`` seconds.
-
-    None where even a start with every layer resident is later.
+    """Return the smallest number of leading layers with which the first token is within
+    ``budget_s`` seconds, or None if even a start with all layers resident takes longer.
     """
     times = first_token_by_prefix(loads, computes)
     return fewest(times, budget_s, float(np.sum(loads)))
 
 
 def fewest(times: Floats, budget_s: float, loading_s: float) -> int | None:
-    """The first index of ``times`` (never increasing, L+1 seconds) within the budget, or None.
+    """Return the first index of ``times`` that is within the budget, or None.
 
-    ``loading_s``: of all layers, for the tolerance. Raises ValueError for a budget that is NaN.
+    Parameters
+    ----------
+    times
+        L+1 seconds, never increasing.
+    budget_s
+        The budget in seconds; may be infinite.
+    loading_s
+        Seconds to load all layers, for the tolerance.
+
+    Raises
+    ------
+    ValueError
+        If the budget is NaN.
     """
     if math.isnan(budget_s):
-        raise ValueError("the budget is not a number of seconds")
+        raise ValueError("the budget must be a number of seconds, got NaN")
     bound = budget_s + _ROUNDING * (loading_s + float(times[-1]))
     if times[-1] > bound:
         return None
@@ -88,21 +113,26 @@ def fewest(times: Floats, budget_s: float, loading_s: float) -> int | None:
 
 
 def knee(loads: Seconds, computes: Seconds) -> int:
-    """The fewest leading layers with which a start is as fast as with all of them."""
+    """Return the smallest number of leading layers with which a start is as fast as with all."""
     found = floor_layers(loads, computes, float(np.sum(computes)))
-    assert found is not None  # with every layer it is exactly the sum
+    assert found is not None  # with all layers the first token takes exactly the sum
     return found
 
 
 def uniform_first_token(layers: int, load_s: float, compute_s: float, resident: int) -> float:
-    """The closed form for L equal layers: L c, or (L-k) l + c where that is more, or
-    l + (L-k) c where loading is the faster of the two and nothing hides the first missing layer.
+    """Return ``first_token`` for L equal layers in closed form.
 
-    Raises ValueError as ``first_token`` does.
+    It is the largest of L c, of (L-k) l + c, and of l + (L-k) c. The last one decides if loading is
+    faster than computing and no computation hides the load of the first missing layer.
+
+    Raises
+    ------
+    ValueError
+        As ``first_token`` does.
     """
     _checked([load_s], [compute_s])
     if layers < 1 or not 0 <= resident <= layers:
-        raise ValueError(f"{resident} resident layers of {layers}")
+        raise ValueError(f"the number of resident layers must be in [0, {layers}], got {resident}")
     warm = layers * compute_s
     missing = layers - resident
     if missing == 0:
@@ -111,15 +141,20 @@ def uniform_first_token(layers: int, load_s: float, compute_s: float, resident: 
 
 
 def uniform_floor(layers: int, load_s: float, compute_s: float, extra_s: float = 0.0) -> int:
-    """The fewest leading layers of L equal ones with which the first token is at most ``extra_s``
-    later than with all: k_D = ceil(L - ((L-1) c + D) / l), but never 0 where the first layer alone
-    takes longer than D to load, for nothing hides it. With ``extra_s`` 0 it is the knee, k*.
+    """Return the smallest number of leading layers, of L equal ones, with which the first token is
+    at most D = ``extra_s`` seconds later than with all layers.
 
-    Raises ValueError for times that are negative or not finite.
+    It is k_D = ceil(L - ((L-1) c + D) / l), but at least 1 if one layer takes longer than D to
+    load, because no computation hides the load of the first layer. With D = 0 it is the knee, k*.
+
+    Raises
+    ------
+    ValueError
+        If a time is negative or not finite, or ``layers`` is less than 1.
     """
     _checked([load_s, extra_s], [compute_s, 0.0])
     if layers < 1:
-        raise ValueError(f"{layers} layers")
+        raise ValueError(f"the number of layers must be at least 1, got {layers}")
     if load_s == 0:
         return 0
     exact = layers - ((layers - 1) * compute_s + extra_s) / load_s
@@ -127,7 +162,7 @@ def uniform_floor(layers: int, load_s: float, compute_s: float, extra_s: float =
 
 
 def _rest(compute: Floats) -> Floats:
-    """Seconds of computing from layer j on: L+1 of them, the last 0."""
+    """Return the seconds of computing from layer j on [L+1]; the last is 0."""
     return np.concatenate((np.cumsum(compute[::-1])[::-1], [0.0]))
 
 
@@ -136,9 +171,10 @@ def _checked(loads: Seconds, computes: Seconds) -> tuple[Floats, Floats]:
     compute = np.asarray(computes, dtype=np.float64)
     if load.ndim != 1 or load.shape != compute.shape or not len(load):
         raise ValueError(
-            f"loads of shape {load.shape} and computes of shape {compute.shape}: one each a layer"
+            "loads and computes must have one entry for each layer, "
+            f"got shapes {load.shape} and {compute.shape}"
         )
     for name, times in (("load", load), ("compute", compute)):
         if not (np.isfinite(times).all() and (times >= 0).all()):
-            raise ValueError(f"{name} times are finite and not negative: {times.tolist()}")
+            raise ValueError(f"{name} times must be finite and not negative, got {times.tolist()}")
     return load, compute

@@ -1,19 +1,20 @@
-"""Where an instance starts: on the devices whose use costs least, itself and the others."""
+"""Choose the devices on which an instance starts, by the time that the start and other starts
+lose."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Sets of devices are masks: bit d is device d.
+# Sets of devices are bit masks: bit d stands for device d.
 
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a model that will come or may come, with the probability ``need``.
+    """A start of a model that is expected with the probability ``need``.
 
-    Device d can hold the layers of rank ``d % width`` alone, and with those that are there now it
-    is ready in ``seconds[d]``; as any other rank, or with none, in ``cold`` seconds.
+    Device d holds layers of rank ``d % width`` only. As this rank, with its resident layers, it is
+    ready in ``seconds[d]``. As any other rank, or without layers, it is ready in ``cold`` seconds.
     """
 
     need: float
@@ -22,8 +23,19 @@ class Start:
     seconds: Sequence[float]
 
     def cost(self, free: int, node: int, wait: float) -> float:
-        """Of the best start on these free devices of nodes of ``node`` devices, which its slowest
-        device decides; ``wait`` seconds more where they are too few."""
+        """Return the seconds until the best start on these devices is ready.
+
+        The slowest device of a start decides.
+
+        Parameters
+        ----------
+        free
+            The free devices, as a mask.
+        node
+            The number of devices of a node.
+        wait
+            Seconds until other devices become free; added if too few are free.
+        """
         best = self.cold + wait
         every = (1 << node) - 1
         for first in range(0, len(self.seconds), node):
@@ -44,9 +56,12 @@ class Start:
 
 
 def groups(start: Start, free: int, node: int) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """Devices for a start, in the order of their ranks, with the seconds until it is ready: every
-    aligned group that is free, in each node the fastest device of each rank, and, where some rank
-    has none, any that are left for it."""
+    """Yield candidate groups for a start: the seconds until it is ready, and the devices in the
+    order of their ranks.
+
+    The candidates are every free aligned group and, in each node, the fastest free device of each
+    rank. If a rank has no free device, another free device of the node stands in for it.
+    """
     width = start.width
     for first in range(0, len(start.seconds), node):
         inside = [d for d in range(first, first + node) if free >> d & 1]
@@ -79,11 +94,24 @@ def groups(start: Start, free: int, node: int) -> Iterator[tuple[float, tuple[in
 def start_group(
     start: Start, free: int, node: int, rivals: Sequence[Start], wait: float
 ) -> tuple[int, ...] | None:
-    """The devices to take, in the order of their ranks, or None where too few are free.
+    """Return the devices to take, in the order of their ranks, or None if too few are free.
 
-    To the seconds until it is ready comes what the others lose: for each rival, its need times the
-    seconds by which its own start would be later without these devices. Of equals the first.
-    ``wait``: seconds until others become free.
+    The cost of a group is the seconds until the start is ready plus the expected loss of the
+    rivals: for each rival, its need times the seconds by which its own start would be later without
+    these devices. The first group of the lowest cost is chosen.
+
+    Parameters
+    ----------
+    start
+        The start to place.
+    free
+        The free devices, as a mask.
+    node
+        The number of devices of a node.
+    rivals
+        Starts of other models that may need the same devices.
+    wait
+        Seconds until other devices become free.
     """
     before = [rival.cost(free, node, wait) for rival in rivals]
     best, least = None, float("inf")

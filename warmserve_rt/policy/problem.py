@@ -1,4 +1,4 @@
-"""What the residency planner is asked: models, replicas, devices."""
+"""The input of the residency planner: models, replicas, devices."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .curve import ValueCurve
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """The value curves of all models, as arrays. Made once by :meth:`of`, used by many plans.
+    """The value curves of all models, as arrays. :meth:`of` makes it once for many plans.
 
     The points of model m, one for each number of units from 0 on, are ``begin[m]:begin[m+1]`` of
-    ``cum`` (bytes on each device) and ``value``. ``kind`` [m]: the place of its ``width`` among the
-    distinct ``widths``, which rise from 1.
+    ``cum`` (bytes on each device) and ``value``. ``kind[m]`` is the index of ``width[m]`` in
+    ``widths``, the distinct widths in rising order, which begin with 1.
     """
 
     curves: tuple[ValueCurve, ...]
@@ -33,10 +33,10 @@ class Catalogue:
 
     @classmethod
     def of(cls, curves: Iterable[ValueCurve]) -> Catalogue:
-        """Raises ValueError when there is none."""
+        """Return the catalogue of these curves. Raise ValueError if there are no curves."""
         curves = tuple(curves)
         if not curves:
-            raise ValueError("a catalogue has models")
+            raise ValueError("a catalogue must have at least one model")
         width = np.array([curve.width for curve in curves], dtype=np.int64)
         widths = np.unique(np.append(width, 1))
         sizes = [len(curve.value) for curve in curves]
@@ -52,15 +52,34 @@ class Catalogue:
 class Problem:
     """Replicas [n] that could be held, and devices [D] that could hold them.
 
-    ``model``: index into the catalogue. ``need``: expected starts, before the next plan, that this
-    replica would serve. ``home``: first device of the group where its first ``held`` layers are
-    now, or -1. ``capacity``: bytes of each device for prewarming. ``node_devices``: of a node;
-    groups of w devices lie within one, aligned to multiples of w from its start.
-    ``availability`` (0 to 1): preference for devices where the next start can happen; it decides
-    between groups with room, and is no part of the objective. ``margin``: what is there already
-    counts as worth this much more, as a share, because loading costs bandwidth.
+    Parameters
+    ----------
+    catalogue
+        The value curves of the models.
+    model
+        The index of each replica's model in the catalogue [n].
+    need
+        The starts before the next plan that each replica is expected to serve [n].
+    capacity
+        Bytes of each device for prewarming [D].
+    node_devices
+        The number of devices of a node. A group of w devices lies within one node, aligned to
+        multiples of w from its start.
+    home
+        The first device of the group that holds layers of the replica now, or -1 [n].
+    held
+        The number of leading layers that this group holds [n].
+    availability
+        A preference, 0 to 1, for devices on which the next start can happen [D]. It decides between
+        groups with room and is no part of the objective.
+    margin
+        The share by which layers that are held already count as worth more, because loading costs
+        bandwidth.
 
-    Raises ValueError for what is not such a problem.
+    Raises
+    ------
+    ValueError
+        If shapes, types or ranges do not fit each other.
     """
 
     catalogue: Catalogue
@@ -82,18 +101,20 @@ class Problem:
             or not ((self.need >= 0) & (self.need < np.inf)).all()
         ):
             raise ValueError(
-                "need: expected starts of each replica, float64, finite and not negative"
+                "need: must be float64, finite and not negative, one entry for each replica"
             )
         _whole("capacity", self.capacity, devices, 0, 2**62)
         if self.node_devices < 1 or not devices:
-            raise ValueError(f"{devices} devices in nodes of {self.node_devices}")
+            raise ValueError(
+                f"capacity and nodes need devices, got {devices} in nodes of {self.node_devices}"
+            )
         if not 0 <= self.margin < np.inf:
-            raise ValueError(f"a margin of {self.margin}: a share, not negative")
+            raise ValueError(f"margin must be finite and not negative, got {self.margin}")
         share = self.availability
         if share is not None and (
             share.shape != (devices,) or not ((share >= 0) & (share <= 1)).all()
         ):
-            raise ValueError("availability: of each device, from 0 to 1")
+            raise ValueError("availability: must be in [0, 1], one entry for each device")
         if self.catalogue.widths[-1] > self.node_devices:
             wide = int(np.argmax(models.width))
             raise ValueError(
@@ -101,7 +122,7 @@ class Problem:
                 f"node, and a node has {self.node_devices}"
             )
         if (self.home is None) != (self.held is None):
-            raise ValueError("home and held: both or neither")
+            raise ValueError("home and held: give both or neither")
         if self.home is not None and self.held is not None:
             _whole("home", self.home, n, -1, devices - 1)
             _whole("held", self.held, n, 0, None)
@@ -112,12 +133,14 @@ class Problem:
                 row = int(np.argmax(off))
                 raise ValueError(
                     f"replica {row} of {self.catalogue.curves[self.model[row]].name}: device "
-                    f"{self.home[row]} begins no group of {width[row]}"
+                    f"{self.home[row]} is not the first of a group of {width[row]}"
                 )
 
 
 def _whole(name: str, array: npt.NDArray[np.int64], n: int, least: int, most: int | None) -> None:
     if array.shape != (n,) or array.dtype != np.int64:
-        raise ValueError(f"{name}: {n} of int64, not {array.shape} of {array.dtype}")
+        raise ValueError(f"{name}: must be {n} of int64, got {array.shape} of {array.dtype}")
     if n and (array.min() < least or (most is not None and array.max() > most)):
-        raise ValueError(f"{name}: from {least} to {most}, not {array.min()} to {array.max()}")
+        raise ValueError(
+            f"{name}: must be from {least} to {most}, got {array.min()} to {array.max()}"
+        )

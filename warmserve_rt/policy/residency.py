@@ -1,9 +1,9 @@
-"""Which leading layers of which replica to hold on which device group.
+"""Decide which leading layers of which replica to hold on which device group.
 
-The value of a layer is the expected number of starts before the next plan times the seconds it
-saves each. With the concave hull of every
-replica's :class:`~warmserve_rt.policy.curve.ValueCurve` this is a knapsack: greedy by value per
-byte, and the linear relaxation says how far from the best the result can be at most.
+The value of a layer is the expected number of starts before the next plan times the seconds that
+the layer saves at each. With the concave hull of every replica's
+:class:`~warmserve_rt.policy.curve.ValueCurve` this is a knapsack problem. A greedy algorithm takes
+segments by value per byte, and the linear relaxation bounds the distance from the best plan.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from .problem import Catalogue, Problem
 
 __all__ = ["Catalogue", "Plan", "Problem", "plan", "replan"]
 
-_NEAR = 0.002  # of the bound: a plan as near as this is not tried again
-_FIRST = 1e12  # before everything else
-_TRIED = 4000  # segments, over all tries: with more, chance evens out what tries would
+_NEAR = 0.002  # as a share of the bound: a plan this near to it ends the tries
+_FIRST = 1e12  # factor that moves segments before all others
+_TRIED = 4000  # segments over all tries: among more segments tries gain little
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to hold: for each replica its group's first device (-1: nowhere) and how many layers.
+    """A decision which layers to hold.
 
-    ``value``: seconds saved, expected. ``bound``: no plan saves more. A layer that is not in the
-    plan need not be evicted before its room is wanted: :meth:`keep_values` says in what order.
+    ``group``: for each replica the first device of its group, or -1 if it is not held. ``layers``:
+    the number of its leading layers to hold. ``value``: the expected seconds saved. ``bound``: no
+    plan saves more. A layer outside the plan may stay until its room is needed;
+    :meth:`keep_values` gives the order of evictions.
     """
 
     problem: Problem
@@ -39,25 +41,28 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """The share of the bound that is missing; the best plan is at most this much better."""
+        """Return (bound - value) / bound: the best plan is better by at most this share of it."""
         return (self.bound - self.value) / self.bound if self.bound > 0 else 0.0
 
     def keep_values(self, row: int) -> F64:
-        """Stamps for the layers of a replica, by the model's own index: seconds saved per byte
-        (of all devices), falling from layer to layer in the order in which they are held."""
+        """Return the keep values of a replica's layers, by the model's own index.
+
+        They are seconds saved per byte (of all devices), and fall in the order in which layers are
+        held.
+        """
         curve = self.problem.catalogue.curves[self.problem.model[row]]
         stamps = np.empty(len(curve.order))
         stamps[curve.order] = curve.density * self.problem.need[row]
         return stamps
 
     def units(self, row: int) -> I64:
-        """The model's own indices of what a replica holds."""
+        """Return the model's own indices of the units that a replica holds."""
         curve = self.problem.catalogue.curves[self.problem.model[row]]
         held: I64 = curve.order[: self.layers[row]]
         return held
 
     def device_bytes(self) -> I64:
-        """Bytes that the plan holds on each device."""
+        """Return the bytes that the plan holds on each device."""
         models, model = self.problem.catalogue, self.problem.model
         held = models.cum[models.begin[model] + self.layers]
         edges = np.zeros(len(self.problem.capacity) + 1, dtype=np.int64)
@@ -69,40 +74,57 @@ class Plan:
 
 
 def plan(problem: Problem, previous: Plan | None = None, *, tries: int = 16) -> Plan:
-    """Greedy by value per byte, and a bound on what any plan could reach.
+    """Make a plan greedily by value per byte, and bound the value of any plan.
 
-    Segments of all replicas' hulls in order of value per byte; the first that is accepted picks the
-    group: the home if it fits there, else the group with most room (weighted by availability)
-    without what stays of others, and without the same model. Where a segment does not fit whole,
-    the best of its layers that do take their turn by their own value per byte. ``previous``, of the
-    same replicas and devices, says where things are now, in place of ``home`` and ``held``.
+    The greedy takes the segments of all replicas' hulls in order of value per byte. The first
+    segment of a replica that is accepted chooses its group. This is its home if the segment fits
+    there. Otherwise it is the group with most room, weighted by availability, after room is
+    reserved for layers of others that stay; a group that holds the same model is excluded. If a
+    segment does not fit as a whole, the best part of its layers that fits waits for its turn by its
+    own value per byte.
 
-    Where few wide replicas make or break a plan, the order decides how they fit beside each other.
-    So there are up to ``tries`` of them, fewer where segments are many or the gap is small: one in
-    which all that is there comes first, the plain one, and then, each time, the replicas that got
-    less than in the relaxation come earlier, by a factor of at most e (Joslin and Clements,
-    "Squeaky wheel optimization", 1999). The plan of the highest value, bonus included, is returned:
-    so what moves gains more than ``margin`` times its value. With one try (or more than 2000
-    segments) only the plain order is tried, and nothing that such a plan holds moves while needs
-    change by less than ``margin``.
+    If a plan depends on few wide replicas, the order of segments decides how they fit beside each
+    other. Up to ``tries`` orders are therefore tried, and fewer if there are many segments or the
+    gap is small. The first order puts all held layers first, and the second is the plain one. Each
+    further order moves the replicas that got less than in the relaxation forward, by a factor of at
+    most e (Joslin and Clements, "Squeaky wheel optimization", 1999). The plan of the highest value,
+    bonus included, is returned. A layer that moves therefore gains more than ``margin`` times its
+    value. With one try (or more than 2000 segments) only the plain order is tried, and no layer of
+    such a plan moves while needs change by less than ``margin``.
 
     The bound is that of the relaxation in which any share of a segment may be held. A replica's
-    value is at most its hull, and replicas whose width is a multiple of w fill all devices of an
-    aligned group of w alike, so that together they hold at most w times the least device of each
+    value is at most its hull. Replicas whose width is a multiple of w fill all devices of an
+    aligned group of w alike, so that together they hold at most w times the smallest device of each
     group, over all groups of w. These limits (for the widths of a chain 1 | w | w' ...) are nested,
-    and over nested limits taking the densest first is optimal: a laminar polymatroid. Of a model
-    with more replicas than groups the most needed count. The bonus of ``margin`` is in neither
-    value nor bound, so the gap contains what it costs.
+    and over nested limits taking the densest first is optimal: a laminar polymatroid. If a model
+    has more replicas than groups, only its most needed replicas count. The bonus of ``margin`` is
+    in neither value nor bound, so that the gap contains its cost.
+
+    Parameters
+    ----------
+    problem
+        The replicas and devices.
+    previous
+        The plan that is in place, of the same replicas and devices. It replaces ``home`` and
+        ``held`` of the problem.
+    tries
+        The largest number of orders to try.
+
+    Raises
+    ------
+    ValueError
+        If ``tries`` is less than 1, or the previous plan has another number of replicas.
     """
     if tries < 1:
-        raise ValueError(f"{tries} tries: one at least")
+        raise ValueError(f"tries must be at least 1, got {tries}")
     if previous is not None:
         if len(previous.group) != len(problem.model):
             raise ValueError(
-                f"the previous plan has {len(previous.group)} replicas, not {len(problem.model)}"
+                f"the previous plan must have {len(problem.model)} replicas, "
+                f"has {len(previous.group)}"
             )
         problem = replace(problem, home=previous.group, held=previous.layers)
-    # Copies are contiguous and writable: for other arrays the loops would be compiled again.
+    # Copies are contiguous and writable. The loops would be compiled again for other arrays.
     models, model, need = problem.catalogue, problem.model.copy(), problem.need.copy()
     home = np.full(len(model), -1) if problem.home is None else problem.home.copy()
     fleet = Fleet.of(problem.capacity, problem.availability, problem.node_devices, models.widths)
@@ -178,13 +200,13 @@ def _relax(problem: Problem, items: Items, order: I64, fleet: Fleet) -> tuple[fl
 
 
 def replan(previous: Plan, need: F64, *, tries: int = 16) -> Plan:
-    """The plan for other needs of the same replicas, where the previous one is in place."""
+    """Return the plan for other needs of the same replicas while the previous plan is in place."""
     asked = replace(previous.problem, need=need, home=previous.group, held=previous.layers)
     return plan(asked, tries=tries)
 
 
 def _counted(problem: Problem, fleet: Fleet) -> Bools:
-    """Whether the bound counts a replica: no more of a model than it has groups."""
+    """Return which replicas the bound counts: of each model at most as many as it has groups."""
     groups = fleet.kinds[problem.catalogue.kind, 1]
     counted = np.ones(len(problem.model), dtype=np.bool_)
     replicas = np.bincount(problem.model, minlength=len(groups))

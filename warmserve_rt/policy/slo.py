@@ -1,4 +1,4 @@
-"""When a first token is due."""
+"""The bound on the time to the first token."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slo:
-    """``prefills`` times the prefill of its own prompt, and ``seconds`` more, after a request came.
+    """A bound on the time from a request to its first token.
 
-    Raises ValueError for what is no bound."""
+    Parameters
+    ----------
+    prefills
+        Multiples of the prefill time of the request's own prompt.
+    seconds
+        Seconds added to that.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is negative or not finite.
+    """
 
     prefills: float = 5.0
     seconds: float = 0.2
@@ -18,10 +29,10 @@ class Slo:
     def __post_init__(self) -> None:
         if not (0 <= self.prefills < math.inf and 0 <= self.seconds < math.inf):
             raise ValueError(
-                f"an SLO of {self.prefills:g} prefills and {self.seconds:g} s; "
-                "both are finite and not negative"
+                f"an SLO must be finite and not negative, got {self.prefills:g} prefills and "
+                f"{self.seconds:g} s"
             )
 
     def budget(self, prefill: float) -> float:
-        """Seconds to the first token of a prompt with that prefill."""
+        """Return the seconds until the first token is due, for a prompt with this prefill time."""
         return self.prefills * prefill + self.seconds

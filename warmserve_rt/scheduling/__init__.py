@@ -1,1 +1,1 @@
-"""Decides what runtimes hold, from forecasts of policy/, and carries it out."""
+"""Decide from the forecasts of policy/ which layers runtimes hold, and load them."""

@@ -1,4 +1,4 @@
-"""A runtime as a scheduler sees it: what it holds of which models, and what is on its way."""
+"""Show a runtime to a scheduler: the layers that it holds of each model, and those being loaded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from warmserve_rt.core.snapshot import Snapshot
 from warmserve_rt.policy.profile import ModelProfile
 
 Stamps = list[tuple[float, float]]
-BACKOFF_S = 30.0  # after a load that failed, until the model is loaded again
+BACKOFF_S = 30.0  # wait after a failed load before the model is loaded again
 # Relative decrement of a keep value per layer, so that the tail of a model is evicted first.
 SLOPE = 2.0**-20
 
 
 class RuntimeShard:
-    """See ShardView. ``model``: its number."""
+    """Implement ShardView for one model, given by its number."""
 
     __slots__ = ("goal", "layers", "model", "pinned")
 
@@ -30,12 +30,25 @@ class RuntimeShard:
 
 
 class Entry:
-    """One model of a fleet on one device: the registered model that its name stands for now, and
-    what was begun for it. ``rank``: None on devices that hold no shard of it.
+    """The state of one model of a fleet on one device.
 
-    ``tickets``: each with the leading layers it brings. ``keep``: the keep values its layers were
-    stamped with. ``refused``: until when it is not loaded. ``missing``: the last reason told why no
-    model was found.
+    Attributes
+    ----------
+    profile, rank
+        The model's profile, and the rank of its shard on this device. The rank is None on devices
+        that hold no shard of the model.
+    ends
+        Cumulative bytes at the end of each layer.
+    model
+        The registered model that the profile's name stands for now, or None.
+    tickets
+        The tickets of loads in progress, each with the number of leading layers that it loads.
+    keep
+        The keep values with which the layers were stamped last, or None.
+    refused
+        Time until which the model is not loaded.
+    missing
+        The last reported reason why no model was found; empty if the model was found.
     """
 
     __slots__ = ("ends", "keep", "missing", "model", "profile", "rank", "refused", "tickets")
@@ -50,24 +63,54 @@ class Entry:
 
 
 def find_model(runtime: Runtime, device: int, profile: ModelProfile) -> Model:
-    """The model that the profile's name stands for now on this device. Raises ValueError if none is
-    registered, or one with other layers than the profile."""
+    """Return the model that the profile's name stands for now on this device.
+
+    Parameters
+    ----------
+    runtime
+        The runtime to look in.
+    device
+        The index of its device, for messages.
+    profile
+        The profile whose name is looked up.
+
+    Raises
+    ------
+    ValueError
+        If no such model is registered, or if its number of layers differs from the profile's.
+    """
     model = runtime.model(profile.name)
     if len(model.layout) != len(profile.layer_bytes):
         raise ValueError(
             f"{profile.name} has {len(model.layout)} layers on device {device}, and "
-            f"{len(profile.layer_bytes)} in its profile: give the fleet a new one by remove() "
-            "and add()"
+            f"{len(profile.layer_bytes)} in its profile: give the fleet a new profile with "
+            "remove() and add()"
         )
     return model
 
 
 class RuntimeDevice:
-    """See DeviceView. Models are numbered as in the last :meth:`arrange`.
+    """Implement DeviceView for one runtime. Models are numbered as in the last :meth:`arrange`.
 
-    ``exclusive``: a leased model has the device for itself. ``failed`` is told what loading met.
-    Its view is as old as the last :meth:`refresh`, and what was done since; a refresh also finds
-    the models that were promoted, registered or unregistered meanwhile. Not thread-safe.
+    The view shows the state at the last :meth:`refresh` and the loads begun or cancelled since
+    then. A refresh also finds models that were promoted, registered or unregistered meanwhile.
+
+    Parameters
+    ----------
+    index
+        The index of the device in the fleet.
+    runtime
+        The runtime of the device.
+    exclusive
+        Whether a leased model has the device to itself.
+    clock
+        Returns the time in seconds.
+    failed
+        Called with each error of a load or a lookup.
+
+    Notes
+    -----
+    Not thread-safe.
     """
 
     def __init__(
@@ -89,8 +132,18 @@ class RuntimeDevice:
     def arrange(
         self, models: Sequence[tuple[ModelProfile, int | None]], rows: Sequence[int | None]
     ) -> None:
-        """Holds these models from now on, given as profile and rank (None: no shard of it is here).
-        The i-th is the one that was ``rows[i]``-th, or a new one. Others are let go."""
+        """Replace the models of this device.
+
+        The loads of models that are dropped are cancelled, and their layers are evicted first.
+
+        Parameters
+        ----------
+        models
+            The profile and the rank of each model. The rank is None if no shard of the model
+            belongs on this device.
+        rows
+            For each model its number before this call, or None if the model is new.
+        """
         before = self._entries
         self._entries = [
             Entry(*model) if row is None else before[row]
@@ -101,7 +154,7 @@ class RuntimeDevice:
         self.refresh()
 
     def refresh(self) -> None:
-        """What is there from now on is looked up again."""
+        """Discard the view, so that the next access takes a new snapshot."""
         self._seen = None
 
     @property
@@ -126,7 +179,7 @@ class RuntimeDevice:
 
     @property
     def active(self) -> bool:
-        """A model has it for itself."""
+        """Return whether a leased model has the device to itself."""
         return self.exclusive and self.seen.leases > 0
 
     @property
@@ -138,8 +191,11 @@ class RuntimeDevice:
 
     @property
     def room(self) -> float:
-        """The arena, but for what leases hold beside the leading layers, which are counted as such:
-        so there is none beside models that have no profile."""
+        """Return the arena's bytes minus those of leased layers outside the leading layers.
+
+        All leased layers of models without a profile are subtracted. While a leased model has the
+        device to itself, all leased layers are subtracted.
+        """
         seen = self.seen
         leading = {
             registered.name: shard.goal
@@ -157,7 +213,18 @@ class RuntimeDevice:
         return float(seen.arena_bytes - held * seen.granule_bytes)
 
     def stamp(self, model: int, layers: int, stamps: Stamps) -> None:
-        """Gives each leading layer the keep value of its part, and the others none."""
+        """Stamp each leading layer with the keep value of its part, and the others so that they
+        are evicted first.
+
+        Parameters
+        ----------
+        model
+            The number of the model.
+        layers
+            The number of leading layers to keep.
+        stamps
+            For each part of the model: the byte at which the part ends, and its keep value.
+        """
         entry = self._entries[model]
         if entry.model is None:
             return
@@ -171,13 +238,16 @@ class RuntimeDevice:
             for layer, value in enumerate(now):
                 if before is None or before[layer] != value:
                     self.runtime.native.stamp(entry.model.native, value, layer)
-        except ValueError:  # it was unregistered meanwhile, which the next refresh finds
+        except ValueError:  # the model was unregistered meanwhile; the next refresh finds out
             return
         entry.keep = now
 
     def load(self, model: int, layers: int, stamps: Stamps) -> bool:
-        """See FleetView; also returns False if the device is lost, the model's last load failed, or
-        no such model is registered now."""
+        """Begin a background load of leading layers, as :meth:`FleetView.load` does.
+
+        Also return False if the device is lost, if the model's last load failed less than
+        ``BACKOFF_S`` ago, or if no such model is registered now.
+        """
         seen = self.seen
         entry = self._entries[model]
         registered, rank = entry.model, entry.rank
@@ -191,7 +261,7 @@ class RuntimeDevice:
         except (Busy, OutOfDeviceMemory):
             return False
         except Exception as error:
-            if registered in self.runtime.models:  # or it was unregistered meanwhile
+            if registered in self.runtime.models:  # else it was unregistered meanwhile
                 self._refuse(entry, error)
             return False
         entry.tickets.append((ticket, layers))
@@ -200,7 +270,7 @@ class RuntimeDevice:
         return True
 
     def call_off(self, shard: RuntimeShard, layers: int) -> None:
-        """Cancels what brings more than these leading layers."""
+        """Cancel the loads that reach beyond these leading layers."""
         entry, kept = self._entries[shard.model], []
         for ticket, brings in entry.tickets:
             if brings > layers:
@@ -211,15 +281,15 @@ class RuntimeDevice:
         shard.goal = max([shard.layers, *(brings for _, brings in kept)])
 
     def call_all_off(self) -> None:
-        """Cancels everything that it began."""
+        """Cancel all loads that this object began."""
         for entry in self._entries:
             for ticket, _ in entry.tickets:
                 ticket.cancel()
             entry.tickets = []
 
     def _follow(self, entry: Entry) -> None:
-        """Finds the model that the entry's name stands for now. A model that is missing is told
-        once, until it is found again."""
+        """Find the model that the entry's name stands for now. Report a missing model once, until
+        it has been found again."""
         if entry.rank is None:
             return
         try:
@@ -235,7 +305,7 @@ class RuntimeDevice:
             entry.model = found
 
     def _let_go(self, entry: Entry) -> None:
-        """Cancels its loads and lets its layers be evicted first."""
+        """Cancel the entry's loads, and stamp its layers so that they are evicted first."""
         for ticket, _ in entry.tickets:
             ticket.cancel()
         if entry.model and entry.keep:
@@ -259,7 +329,8 @@ class RuntimeDevice:
         return RuntimeShard(number, layers, goal, pinned=state.leases > 0) if goal else None
 
     def _has_room(self, model: int, layers: int, value: float, seen: Snapshot) -> bool:
-        """Whether the layers fit beside all that is worth as much, is leased or on its way."""
+        """Return whether the layers fit beside all layers that are leased, being loaded, or
+        stamped with ``value`` or more."""
         numbers = {e.model.name: number for number, e in enumerate(self._entries) if e.model}
         left = seen.granules_free + seen.granules_trimmed
         for name, state in seen.models.items():
@@ -273,14 +344,14 @@ class RuntimeDevice:
                         left -= layer.granules
                 elif layer.residency == "resident" and not layer.leases:
                     ours = number == model and index < layers
-                    # Its stamp may be later than the snapshot.
+                    # The layer may have been stamped after the snapshot.
                     worth = entry.keep[index] if entry and entry.keep else layer.keep_value
                     if not ours and worth < value:
                         left += layer.granules
         return left >= 0
 
     def _reap(self, entry: Entry) -> None:
-        """Forgets the tickets that are done, and hears what they met."""
+        """Drop the tickets that are done, and report their errors."""
         running = []
         for ticket, layers in entry.tickets:
             if not ticket.done:
@@ -289,7 +360,7 @@ class RuntimeDevice:
             try:
                 ticket.wait(0)
             except (Busy, Cancelled, OutOfDeviceMemory):
-                pass  # a lease came first, or somebody evicted it
+                pass  # a lease took the room, or the layers were evicted by another caller
             except Exception as error:
                 self._refuse(entry, error)
         entry.tickets = running

@@ -1,4 +1,4 @@
-"""Runtimes under a scheduler: its plans become tickets and keep values, and it hears of requests.
+"""Run a scheduler on runtimes: turn its plans into tickets and keep values, and report requests.
 
 with RuntimeFleet([runtime], [profile_of(model, ...)], bandwidth=20e9) as fleet:
     fleet.begin(Scheduler(), Forecaster(1), [seconds_of_a_request])
@@ -35,31 +35,58 @@ from .loop import Loop
 from .scheduler import Scheduler
 
 LOG = logging.getLogger("warmserve_rt")
-ERRORS = 100  # that are remembered
-SERVICE_S = 1.0  # of a request of the first model, if the caller does not say
+ERRORS = 100  # the number of errors that are remembered
+SERVICE_S = 1.0  # seconds of a request of the first model, if the caller gives none
 
 
 class RuntimeFleet:
-    """One device for each runtime, in nodes of ``node_devices`` (by default all in one).
+    """A fleet of runtimes, one for each device, under one scheduler.
 
-    A model is known by its bare name, as traffic knows it: "chat" for "chat@2" too. Each plan uses
-    the revision that the bare name stands for at that time, so the fleet follows
-    :meth:`Runtime.promote`, and a model that is unregistered and registered again. A name that
-    stands for nothing, or for a model with other layers than the profile, is told once and skipped.
+    The fleet knows a model by its bare name, as the traffic does: "chat" also means "chat@2". Each
+    plan uses the revision that the bare name stands for at that time. The fleet therefore follows
+    :meth:`Runtime.promote`, and a model that is unregistered and registered again. If a name
+    stands for no model, or for a model whose number of layers differs from the profile's, the
+    fleet reports it once and skips the model.
 
-    A model is registered on every runtime, one that is w devices wide with the shard of rank r on
-    runtimes whose place is r modulo w; it may be missing on devices of no complete group of w.
-    ``bandwidth``: bytes a second that come to one device. ``switch_s``: seconds from a request to
-    its lease when all is resident. ``exclusive``: a leased model has its device for itself;
-    otherwise any model can be leased at any time. ``clock``: seconds.
+    A model must be registered on every runtime. For a model that is w devices wide, the i-th
+    runtime must hold the shard of rank i modulo w; the model may be omitted on devices that belong
+    to no complete group of w.
 
-    :meth:`arrived`, :meth:`finished`, :meth:`add` and :meth:`remove` may be called by any thread
-    and wait for no plan; the scheduler runs where :meth:`poll` is called, or in the thread of
-    :meth:`start`. ``errors``: the latest that loading or the scheduler met; they are logged too,
-    and stop nothing.
+    Parameters
+    ----------
+    runtimes
+        One runtime for each device.
+    profiles
+        The profiles of the models.
+    bandwidth
+        Bytes per second that one device can load.
+    switch_s
+        Seconds from a request to its lease if all layers are resident.
+    node_devices
+        The number of devices of a node. By default all devices belong to one node.
+    exclusive
+        Whether a leased model has its device to itself. Otherwise any model can be leased at any
+        time.
+    clock
+        Returns the time in seconds.
 
-    Raises ValueError for no runtimes or no models, one model twice, a model that is not registered
-    or has other layers than its profile, or is wider than a node.
+    Attributes
+    ----------
+    errors
+        The latest errors of loads and of the scheduler, at most ``ERRORS``. They are also logged,
+        and do not stop the fleet.
+
+    Raises
+    ------
+    ValueError
+        If there are no runtimes or no models, if a model is given twice, is not registered or is
+        wider than a node, or if its number of layers differs from its profile's.
+
+    Notes
+    -----
+    :meth:`arrived`, :meth:`finished`, :meth:`add` and :meth:`remove` are thread-safe and do not
+    wait for a plan. The scheduler runs in the thread that calls :meth:`poll`, or in the thread of
+    :meth:`start`.
     """
 
     def __init__(
@@ -74,9 +101,11 @@ class RuntimeFleet:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not runtimes or not profiles:
-            raise ValueError("a fleet has runtimes, and models")
+            raise ValueError("a fleet must have runtimes and models, at least one of each")
         if not 0 < bandwidth < math.inf:
-            raise ValueError(f"a bandwidth of {bandwidth} bytes a second")
+            raise ValueError(
+                f"bandwidth must be positive and finite bytes per second, got {bandwidth}"
+            )
         self.bandwidth, self.switch_s = bandwidth, switch_s
         self.node_devices = node_devices or len(runtimes)
         self.errors: deque[Exception] = deque(maxlen=ERRORS)
@@ -85,22 +114,22 @@ class RuntimeFleet:
             for index, each in enumerate(runtimes)
         ]
         self._loop = Loop(clock, self._call_failed)
-        self._call_error = ""  # of the last call of the loop that failed
+        self._call_error = ""  # the error of the loop's last failed call
         self._scheduler: Scheduler | None = None
-        self._events = threading.Lock()  # over the next four and the order of events
+        self._events = threading.Lock()  # guards the next four and the order of events
         self._models: dict[str, ModelProfile] = {}  # by bare name
         self._service: dict[str, float] = {}
-        self._concurrent: dict[str, int] = {}  # also of models that were removed
-        self._changed = True  # since the scheduler's models were arranged
-        # As the scheduler sees them, which runs in one thread at a time.
+        self._concurrent: dict[str, int] = {}  # includes models that were removed
+        self._changed = True  # whether the models changed since the last _arrange
+        # Held while the scheduler runs. Guards the next two, which are the scheduler's view.
         self._plans = threading.RLock()
         self.profiles: Sequence[ModelProfile] = ()
         self._rows: dict[str, int] = {}
         for profile in profiles:
             if bare_name(profile.name) in self._models:
                 raise ValueError(
-                    f"two profiles have one name, {bare_name(profile.name)}: revisions of a model "
-                    "share a profile"
+                    f"two profiles have one name, {bare_name(profile.name)}: give one profile "
+                    "for all revisions of a model"
                 )
             self._models[bare_name(profile.name)] = self._checked(profile)
         self._arrange()
@@ -111,7 +140,7 @@ class RuntimeFleet:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # What an engine does.
+    # Called by an engine.
 
     def begin(
         self,
@@ -119,15 +148,26 @@ class RuntimeFleet:
         forecaster: Forecaster,
         service: Sequence[float] | Mapping[str, float],
     ) -> None:
-        """Makes the scheduler's first plan at once, and others whenever it is polled.
+        """Start a scheduler: make its first plan now, and later plans when the fleet is polled.
 
-        ``service``: seconds of a request of each model, by name or in the order of the models.
-        ``forecaster``: of as many models, or of names; names that it does not know begin without a
-        past, and those that the fleet does not have are forgotten. Raises ValueError if there is a
-        scheduler already, or for other models."""
+        Parameters
+        ----------
+        scheduler
+            The scheduler to start.
+        forecaster
+            A forecaster of as many models as the fleet has, or of named models. Models that it
+            does not know begin without a history, and it forgets models that the fleet lacks.
+        service
+            Seconds that a request of each model takes, by name or in the order of the models.
+
+        Raises
+        ------
+        ValueError
+            If the fleet has a scheduler, or if ``forecaster`` or ``service`` are for other models.
+        """
         with self._plans:
             if self._scheduler:
-                raise ValueError("the fleet has a scheduler")
+                raise ValueError("the fleet has a scheduler already")
             self._arrange()
             names = list(self._rows)
             if not isinstance(service, Mapping) and len(service) == len(names):
@@ -147,16 +187,34 @@ class RuntimeFleet:
     def add(
         self, profile: ModelProfile | Model, *, service: float | None = None, **times: Any
     ) -> None:
-        """Schedules one more model, from its profile, or from the model and the arguments of
-        :func:`profile_of`. ``service``: seconds of one of its requests, by default the mean of the
-        other models'. Forecasts of the others go on.
+        """Add a model to the fleet. The forecasts of the other models continue.
 
-        Raises ValueError for a model that the fleet has or that is not registered, and as the
-        constructor does; TypeError as :func:`profile_of` does."""
+        Parameters
+        ----------
+        profile
+            The profile of the model, or the model itself.
+        service
+            Seconds that one of its requests takes; by default the mean of the other models.
+        times
+            The arguments of :func:`profile_of`, if ``profile`` is a model.
+
+        Raises
+        ------
+        ValueError
+            If the fleet has the model already, if the model is not registered or is wider than a
+            node, if its number of layers differs from the profile's, or if ``service`` is not
+            positive and finite.
+        TypeError
+            If ``times`` are given with a profile, or are not the arguments of :func:`profile_of`.
+
+        Notes
+        -----
+        Thread-safe; does not wait for a plan.
+        """
         if isinstance(profile, Model):
             profile = profile_of(profile, **times)
         elif times:
-            raise TypeError(f"a profile has its own {', '.join(times)}: give either")
+            raise TypeError(f"give either a profile or {', '.join(times)}: a profile has its own")
         if service is not None and not 0 < service < math.inf:
             raise ValueError(f"service must be positive and finite seconds, got {service}")
         checked = self._checked(profile)
@@ -169,9 +227,16 @@ class RuntimeFleet:
             self._change()
 
     def remove(self, model: str) -> None:
-        """Schedules a model no more: its loads are cancelled and its layers are the first to be
-        evicted. It stays registered, and requests that have arrived may still finish. Raises
-        ValueError for a model that the fleet does not have."""
+        """Remove a model from the fleet: cancel its loads and let its layers be evicted first.
+
+        The model stays registered, and requests that have arrived may still finish. Thread-safe;
+        does not wait for a plan.
+
+        Raises
+        ------
+        ValueError
+            If the fleet does not have the model.
+        """
         with self._events:
             name = self._known(model)
             del self._models[name]
@@ -179,7 +244,20 @@ class RuntimeFleet:
             self._change()
 
     def arrived(self, model: str, prompt_tokens: int) -> None:
-        """Tells of a request that has come. Raises ValueError for a model that has no profile."""
+        """Record the arrival of a request. Thread-safe; does not wait for a plan.
+
+        Parameters
+        ----------
+        model
+            The name of the model.
+        prompt_tokens
+            The number of tokens of the request's prompt.
+
+        Raises
+        ------
+        ValueError
+            If the model has no profile.
+        """
         with self._events:
             name = self._known(model)
             count = self._concurrent[name] = self._concurrent.get(name, 0) + 1
@@ -187,13 +265,19 @@ class RuntimeFleet:
             self._loop.post(lambda: self._arrived(name, now, count, prompt_tokens))
 
     def finished(self, model: str) -> None:
-        """Tells of a request that has ended. Raises ValueError if none of that model is left."""
+        """Record the end of a request. Thread-safe; does not wait for a plan.
+
+        Raises
+        ------
+        ValueError
+            If no request of that model is in progress.
+        """
         with self._events:
             name = bare_name(model)
             count = self._concurrent.get(name, 0)
             if not count:
                 self._known(model)
-                raise ValueError(f"{name!r} has no request that could end")
+                raise ValueError(f"{name!r} has no request in progress that could end")
             count -= 1
             self._concurrent[name] = count
             if not count:
@@ -203,25 +287,32 @@ class RuntimeFleet:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of the models that the fleet has now."""
+        """Return the bare names of the fleet's models."""
         with self._events:
             return tuple(self._models)
 
     def poll(self) -> float | None:
-        """Does what is due; returns seconds until there is more, None where nothing is to come."""
+        """Make the calls that are due. Return the seconds until the next call, or None if no call
+        is scheduled."""
         return self._loop.poll()
 
     def start(self) -> None:
-        """A daemon thread does what is due, until :meth:`close`; the clock is to be a real one."""
+        """Start a daemon thread that polls until :meth:`close`. Needs a clock of real time.
+
+        Raises
+        ------
+        ValueError
+            If the thread was started before, or the fleet is closed.
+        """
         self._loop.start()
 
     def close(self) -> None:
-        """Ends the thread and calls off what it was loading; the runtimes stay open. Idempotent."""
+        """Stop the thread and cancel the fleet's loads. The runtimes stay open. Idempotent."""
         self._loop.close()
         for device in self.devices:
             device.call_all_off()
 
-    # What a scheduler sees and does.
+    # Called by a scheduler.
 
     @property
     def now(self) -> float:
@@ -269,11 +360,11 @@ class RuntimeFleet:
         name = bare_name(model)
         if name not in self._models:
             there = ", ".join(self._models) or "none"
-            raise ValueError(f"{name!r} has no profile: there are {there}")
+            raise ValueError(f"{name!r} has no profile: the fleet has {there}")
         return name
 
     def _change(self) -> None:
-        """Has the models arranged before the next event."""
+        """Schedule :meth:`_arrange` before the next event."""
         self._changed = True
         self._loop.post(self._arrange_in_turn)
 
@@ -282,14 +373,14 @@ class RuntimeFleet:
             self._arrange()
 
     def _arrange(self) -> None:
-        """Brings the scheduler and the devices to the models of now."""
+        """Give the current models to the scheduler and the devices."""
         with self._events:
             if not self._changed:
                 return
             self._changed = False
             profiles = tuple(self._models.values())
             services = [self._service.get(profile.name, SERVICE_S) for profile in profiles]
-        # A profile that was removed and added again is another model.
+        # A model that was removed and added again begins anew: its profile is another object.
         before = {profile.name: row for row, profile in enumerate(self.profiles)}
         rows = [
             row if (row := before.get(p.name)) is not None and self.profiles[row] is p else None
@@ -307,14 +398,15 @@ class RuntimeFleet:
         LOG.warning("%s: %s", type(error).__name__, error)
 
     def _call_failed(self, error: Exception) -> None:
-        """The loop repeats a call that failed: the same failure is told once."""
+        """Report an error of the loop once, although the loop repeats the call that failed."""
         told = f"{type(error).__name__}: {error}"
         if told != self._call_error:
             self._call_error = told
             self._failed(error)
 
     def _rank(self, index: int, profile: ModelProfile) -> int | None:
-        """The rank of the shard on the device of that index, None if no group of it lies there."""
+        """Return the rank of the shard that belongs on the device of this index, or None if no
+        complete group of the model includes the device."""
         first = index - index % profile.width
         last = first + profile.width - 1
         if last >= len(self.devices) or first // self.node_devices != last // self.node_devices:
@@ -322,10 +414,10 @@ class RuntimeFleet:
         return index % profile.width
 
     def _checked(self, profile: ModelProfile) -> ModelProfile:
-        """The profile under its bare name. Raises ValueError unless the model is registered where
-        it should be."""
+        """Return the profile under its bare name. Raise ValueError unless the model is registered
+        on every device that needs it."""
         if profile.width > min(self.node_devices, len(self.devices)):
-            raise ValueError(f"{profile.name} wants {profile.width} devices of one node")
+            raise ValueError(f"{profile.name} needs {profile.width} devices of one node")
         found = replace(profile, name=bare_name(profile.name))
         for device in self.devices:
             if self._rank(device.index, found) is not None:
@@ -334,7 +426,7 @@ class RuntimeFleet:
 
 
 def bare_name(model: str) -> str:
-    """The name without a revision. Raises ValueError for one that is no name of a model."""
+    """Return the name without its revision. Raise ValueError if it is not a valid model name."""
     if not isinstance(model, str):
         raise ValueError(f"a model's name must be a string, got {model!r}")
     return parse_name(model)[0]
@@ -353,8 +445,17 @@ def profile_of(
     ends: bool = True,
     granule: int = 2 << 20,
 ) -> ModelProfile:
-    """The profile of a registered model, or of one shard of ``width``, whose layers take whole
-    granules. See ModelProfile for the other arguments and what is raised."""
+    """Return the profile of a registered model.
+
+    Parameters
+    ----------
+    model
+        The registered model, or one of its ``width`` shards.
+    granule
+        Bytes of a granule. The bytes of each layer are rounded up to whole granules.
+    prefill_s, prefill_token_s, decode_s, decode_request_s, width, batch, kv_token_bytes, ends
+        See :class:`ModelProfile`, which also tells the errors.
+    """
     return ModelProfile(
         name=model.name,
         width=width,

@@ -1,4 +1,4 @@
-"""Calls that are due at times of a clock, made one after the other."""
+"""Make calls at given times of a clock, one after the other."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
 
-RETRY_S = 1.0  # until a call that failed is made again
+RETRY_S = 1.0  # wait before a failed call is made again
 
 
 class Loop:
-    """Makes calls when they are due: by :meth:`poll`, or in a thread between :meth:`start` and
-    :meth:`close`. What a call raises goes to ``failed``; one of :meth:`after` is then made again,
-    since it may be what keeps its caller going.
+    """Make calls when they are due: in :meth:`poll`, or in a thread between :meth:`start` and
+    :meth:`close`.
 
-    ``clock``: seconds; for the thread, those of real time. :meth:`after`, :meth:`post` and
-    :meth:`close` may be called by any thread.
+    A failed call of :meth:`after` is made again after ``RETRY_S``, because its caller may depend
+    on the call to go on. A failed call of :meth:`post` is not repeated.
+
+    Parameters
+    ----------
+    clock
+        Returns the time in seconds. The thread needs a clock of real time.
+    failed
+        Called with each exception that a call raises.
+
+    Notes
+    -----
+    :meth:`after`, :meth:`post` and :meth:`close` are thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float], failed: Callable[[Exception], None]) -> None:
@@ -28,15 +38,16 @@ class Loop:
         self._thread: threading.Thread | None = None
 
     def after(self, seconds: float, call: Callable[[], None]) -> None:
-        """The call is due so many seconds from now."""
+        """Schedule a call in this many seconds."""
         self._push(self.clock() + seconds, call, again=True)
 
     def post(self, call: Callable[[], None]) -> None:
-        """The call is due now, behind others that are."""
+        """Schedule a call for now, behind the calls that are already due."""
         self._push(self.clock(), call, again=False)
 
     def poll(self) -> float | None:
-        """Makes the calls that are due; returns seconds until the next, None where none is."""
+        """Make the calls that are due. Return the seconds until the next call, or None if no call
+        is scheduled."""
         while True:
             with self._changed:
                 if not self._due:
@@ -47,20 +58,29 @@ class Loop:
                 _, _, call, again = heappop(self._due)
             try:
                 call()
-            except Exception as error:  # whatever it is, the other calls are still due
+            except Exception as error:  # a failed call must not stop the others
                 self._failed(error)
                 if again:
                     self.after(RETRY_S, call)
 
     def start(self) -> None:
-        """A daemon thread polls from now on. Raises ValueError where one does, or did."""
+        """Start a daemon thread that polls.
+
+        Raises
+        ------
+        ValueError
+            If the loop was started or closed before.
+        """
         if self._thread or self._closed:
             raise ValueError("the loop has been started before")
         self._thread = threading.Thread(target=self._run, name="warmserve-loop", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """No more calls are made, when the one that is being made has ended; idempotent."""
+        """Drop all scheduled calls and stop the thread. Idempotent.
+
+        Waits for the call that the thread is making, unless that call closes the loop itself.
+        """
         with self._changed:
             self._closed = True
             self._due.clear()
@@ -82,7 +102,7 @@ class Loop:
             with self._changed:
                 if self._closed:
                     return
-                # What came since the poll counts too.
+                # Calls may have been scheduled since the poll.
                 left = self._due[0][0] - self.clock() if self._due else None
                 if left is None or left > 0:
                     self._changed.wait(left)

@@ -1,5 +1,5 @@
-"""The loop that turns snapshots into tickets: which leading layers of which models each device
-should hold, what to load for that, and the keep values that say what goes first."""
+"""Turn snapshots into tickets: decide which leading layers of which models each device should
+hold, load the missing ones, and set the keep values that order evictions."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from warmserve_rt.policy.improve import Copy, Curves, improve
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.slo import Slo
 
-Stamps = list[tuple[float, float]]  # bytes of leading layers up to which a keep value holds
-SETTLE_S = 0.05  # after a change, for more of them to come
-START_S = 0.01  # allowed for what no cost model knows
-# A busy device counts for little against what it holds. Its share of time would have everything
-# popular held several times over; held once for each model, and started where it lies, memory saves
-# more (bench/policies.py: 40 % fewer misses with 24 models). What is left over is held twice.
+Stamps = list[tuple[float, float]]  # (byte at which a part ends, keep value of the part)
+SETTLE_S = 0.05  # wait after a change, so that one plan covers several changes
+START_S = 0.01  # allowance for delays that the cost models leave out
+# Weight of a device's busy share in its availability. With weight 1 a plan holds several copies of
+# every popular model. Memory saves more if each model is held once and started on the devices that
+# hold it (bench/policies.py: 40 % fewer misses with 24 models). Second copies take spare memory.
 BUSY_COUNTS = 0.01
-FLEET_PART = 0.7  # of that share, the fleet's mean: one device's own is noise for minutes
-REST = 5  # intervals without a change or an improvement until demand is looked at again
-REVALUE_S = 60.0  # prompts change slowly
+FLEET_PART = 0.7  # weight of the fleet's mean in that share: one device's own is noise for minutes
+REST = 5  # intervals without a change or an improvement until the next plan
+REVALUE_S = 60.0  # seconds between valuations of the curves: prompts change slowly
 
 
 class ShardView(Protocol):
-    """The leading ``layers`` of one rank of a model that a device holds. ``goal``: with those that
-    are on their way; ``pinned``: in use."""
+    """The layers of one rank of a model that a device holds.
+
+    ``layers``: the number of leading layers that are resident. ``goal``: the same, including layers
+    that are being loaded. ``pinned``: whether the shard is in use.
+    """
 
     @property
     def layers(self) -> int: ...
@@ -43,9 +46,12 @@ class ShardView(Protocol):
 
 
 class DeviceView(Protocol):
-    """``occupants``: of each instance on it the model and the first of its devices, and whether it
-    is active, that is has work or loads. ``room``: bytes that layers may take, without those of
-    active instances."""
+    """One device as a scheduler sees it.
+
+    ``shards``: the shard of each (model, rank). ``occupants``: for each instance on the device, its
+    model and the index of its first device, mapped to whether it is active, which means that it
+    works or loads. ``room``: bytes that layers may take, without the memory of active instances.
+    """
 
     index: int
 
@@ -58,8 +64,13 @@ class DeviceView(Protocol):
 
 
 class FleetView(Protocol):
-    """What a scheduler sees, and what it can have done. Layers of rank r of a model w devices wide
-    are useful on devices whose index is r modulo w; groups lie within nodes of ``node_devices``."""
+    """The fleet that a scheduler sees and acts on.
+
+    Layers of rank r of a model that is w devices wide are useful on devices whose index is r
+    modulo w. A group of w devices lies within one node of ``node_devices``. ``bandwidth``: bytes
+    per second to one device. ``switch_s``: seconds from a request to its lease if all layers are
+    resident.
+    """
 
     profiles: Sequence[ModelProfile]
     bandwidth: float
@@ -72,25 +83,46 @@ class FleetView(Protocol):
     def devices(self) -> Sequence[Any]: ...
     def after(self, seconds: float, call: Callable[[], None]) -> None: ...
     def stamp(self, device: Any, shard: Any, layers: int, stamps: Stamps) -> None:
-        """So many leading layers are to stay, with these keep values; the others have none."""
+        """Give these leading layers their keep values, and let the others be evicted first."""
 
     def load(self, device: Any, model: int, rank: int, layers: int, stamps: Stamps) -> bool:
-        """Begins to load what lacks of its leading layers, in the background and in place of what
-        has lower keep values; False where that is not room enough."""
+        """Begin to load the missing ones of these leading layers in the background.
+
+        The load evicts layers with lower keep values. Return False if that makes too little room.
+        """
 
     def call_off(self, device: Any, shard: Any, layers: int) -> None:
-        """Loads no more than its leading layers."""
+        """Cancel the loads that reach beyond these leading layers."""
 
 
 class Scheduler:
-    """Decides which layers are resident where: at every change, every ``interval`` seconds while
-    there is something to improve, and else in every fifth.
+    """Decide which layers are resident on which devices.
 
-    ``objective``: "mean", "slo" or a weight between, see `value_curve`. ``horizon``: seconds for
-    which a plan provides. ``margin``: the share by which something must be better than what it
-    displaces. ``copies``: most groups that hold a model. ``busy_memory``: seconds over which the
-    share is averaged in which a device is not to be had. ``moves``: most exchanges in one plan.
-    ``dry_run``: loads and stamps nothing; :meth:`explain` says what it would do.
+    A new plan is made after every change, every ``interval`` seconds while plans still change
+    something, and otherwise in every fifth interval.
+
+    Parameters
+    ----------
+    objective
+        "mean", "slo", or a weight in [0, 1] between them; see `value_curve`.
+    slo
+        The latency targets of the "slo" objective.
+    horizon
+        Seconds that a plan looks ahead.
+    interval
+        Seconds between plans.
+    margin
+        The share by which a gain must exceed the loss of the layers that it displaces.
+    copies
+        The largest number of groups that hold one model.
+    busy_memory
+        Seconds over which the share of time is averaged in which a device is busy.
+    moves
+        The largest number of exchanges in one plan.
+    dry_run
+        Whether to load and stamp nothing; :meth:`explain` then tells what a plan would change.
+    memory, recent
+        See :class:`Demand`.
     """
 
     def __init__(
@@ -118,7 +150,21 @@ class Scheduler:
         self._planned, self._improving, self._rested = True, False, 0
 
     def begin(self, fleet: FleetView, forecaster: Forecaster, service: Sequence[float]) -> None:
-        """From now on it decides for this fleet. ``service``: seconds of each model's requests."""
+        """Start to schedule this fleet and make the first plan.
+
+        Parameters
+        ----------
+        fleet
+            The fleet to schedule.
+        forecaster
+            The forecaster of the fleet's models, in their order.
+        service
+            Seconds that a request of each model takes.
+
+        Notes
+        -----
+        ``fleet.after`` is called for every later plan.
+        """
         self.fleet = fleet
         self.demand = self.make_demand(fleet, forecaster, service)
         self.busy = np.zeros(len(fleet.devices))
@@ -129,7 +175,7 @@ class Scheduler:
     def make_demand(
         self, fleet: FleetView, forecaster: Forecaster, service: Sequence[float]
     ) -> Demand:
-        """What it knows of the models' demand."""
+        """Return the object that tracks the demand for the models. Subclasses may override it."""
         return Demand(
             fleet.profiles,
             forecaster,
@@ -143,7 +189,7 @@ class Scheduler:
         )
 
     def changed(self) -> None:
-        """What devices do is no longer the same: a new plan follows soon."""
+        """Tell that the state of the fleet has changed. A new plan follows after ``SETTLE_S``."""
         if self._planned:
             self._planned = False
             self.fleet.after(SETTLE_S, self.plan)
@@ -154,8 +200,17 @@ class Scheduler:
         service: Sequence[float],
         rows: Sequence[int | None],
     ) -> None:
-        """The fleet has these models from now on: the i-th is the one that was ``rows[i]``-th, or a
-        new one. A new plan follows soon."""
+        """Replace the fleet's models. A new plan follows after ``SETTLE_S``.
+
+        Parameters
+        ----------
+        profiles
+            The profiles of the models.
+        service
+            Seconds that a request of each model takes.
+        rows
+            For each model its number before this call, or None if the model is new.
+        """
         self.demand.arrange(profiles, service, rows)
         self._use_curves()
         self.before, self.held, self.needed = [], [], np.zeros(len(profiles))
@@ -180,7 +235,7 @@ class Scheduler:
         self.marks = [_marks(curve) for curve in self.demand.curves]
 
     def plan(self) -> None:
-        """Looks at the fleet, improves on what is there, and has it done."""
+        """Take a snapshot of the fleet, compute an improved plan and apply it."""
         self._planned, self._rested = True, 0
         if not self.fleet.profiles:
             self._improving = False
@@ -207,8 +262,8 @@ class Scheduler:
             self.apply(held, need)
 
     def explain(self) -> list[str]:
-        """What the last plan changes, a sentence for each group that gains layers, and for each
-        model that has need and is held nowhere."""
+        """Describe the last plan in sentences: one for each group that gains layers, and one for
+        each model that is needed and held nowhere."""
         before = {(copy.model, copy.first): copy.layers for copy in self.before}
         after = {(copy.model, copy.first): copy.layers for copy in self.held}
         curves, said = self.demand.curves, []
@@ -234,8 +289,11 @@ class Scheduler:
         return said
 
     def snapshot(self) -> tuple[list[Copy], npt.NDArray[np.float64]]:
-        """The complete groups that hold something of a model, and the bytes that are left on each
-        device for more. What an active instance uses is no copy that another start could have."""
+        """Return the complete groups that hold layers of a model, and the bytes that are free on
+        each device.
+
+        A copy that an active instance uses is fixed, because another start cannot use it.
+        """
         fleet = self.fleet
         devices, node = fleet.devices, fleet.node_devices
         free = np.array([device.room for device in devices], np.float64)
@@ -261,7 +319,16 @@ class Scheduler:
         return found, free
 
     def apply(self, held: Sequence[Copy], need: npt.NDArray[np.float64]) -> None:
-        """Stamps what is there, calls off what is no longer wanted, loads what lacks."""
+        """Carry out a plan: stamp resident layers, cancel loads that are no longer wanted, and
+        load missing layers.
+
+        Parameters
+        ----------
+        held
+            The copies of the plan.
+        need
+            The need of each model, as :meth:`Demand.need` returns it.
+        """
         fleet = self.fleet
         wanted: dict[tuple[int, int, int], tuple[int, Stamps]] = {}
         for copy in held:
@@ -283,7 +350,8 @@ class Scheduler:
 
 
 def _marks(curve: ValueCurve) -> Stamps:
-    """Of each segment of a curve's hull: the bytes where it ends, and seconds saved for a byte."""
+    """Return, for each segment of a curve's hull, the byte where it ends and the seconds saved per
+    byte."""
     knots = curve.knots
     return [
         (float(curve.cumulative[end]), float(curve.density[end - 1])) for end in knots[1:].tolist()

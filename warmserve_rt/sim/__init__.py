@@ -1,1 +1,1 @@
-"""The simulator: workloads, costs, and the policies that serve them, in simulated time."""
+"""Simulate a fleet that serves workloads under policies to compare."""

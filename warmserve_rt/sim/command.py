@@ -1,4 +1,4 @@
-"""``warmserve-rt simulate``. What it needs is imported when it runs: other commands do without."""
+"""``warmserve-rt simulate``. It imports its dependencies when it runs; other commands need none."""
 
 from __future__ import annotations
 
@@ -20,41 +20,47 @@ def simulate(
         str, typer.Option(help="azure, mooncake, power-law, servegen-periodic, ... or a CSV file.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for report.html and summary.json.")],
-    gpus: Annotated[int, typer.Option(help="Of the fleet.")] = 16,
-    node_gpus: Annotated[int, typer.Option(help="In a node, at most.")] = 8,
-    models: Annotated[str, typer.Option(help="How many, or 'paper' for the paper's four.")] = "24",
-    policies: Annotated[str, typer.Option(help="'all', or names with commas.")] = "all",
+    gpus: Annotated[int, typer.Option(help="GPUs of the fleet.")] = 16,
+    node_gpus: Annotated[int, typer.Option(help="GPUs of a node, at most.")] = 8,
+    models: Annotated[
+        str, typer.Option(help="Number of models, or 'paper' for the paper's four.")
+    ] = "24",
+    policies: Annotated[str, typer.Option(help="'all', or names separated by commas.")] = "all",
     seeds: Annotated[int, typer.Option(help="Paired runs of each policy; a file has one.")] = 5,
     rate: Annotated[
-        float | None, typer.Option(help=f"Requests per second, in all. ({RATE:g})")
+        float | None, typer.Option(help=f"Requests per second of all models. ({RATE:g})")
     ] = None,
     rates: Annotated[
-        str | None, typer.Option(help=f"Grid on which the highest are sought. ({RATES})")
+        str | None, typer.Option(help=f"Rates among which the highest is sought. ({RATES})")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help=f"In which requests come. ({MINUTES:g})")
+        float | None, typer.Option(help=f"Minutes in which requests arrive. ({MINUTES:g})")
     ] = None,
-    history: Annotated[float, typer.Option(help="First minutes of a file that are its past.")] = 0,
+    history: Annotated[
+        float, typer.Option(help="First minutes of a file that are its history.")
+    ] = 0,
     memory: Annotated[float, typer.Option(help="GB of a GPU for layers and KV caches.")] = 72.0,
     bandwidth: Annotated[float, typer.Option(help="GB/s of a GPU's host link.")] = 25.0,
     multipath: Annotated[int, typer.Option(help="Host links that one load may use.")] = 1,
     interference: Annotated[
-        float, typer.Option(help="How much longer work takes for each busy neighbour on a GPU.")
+        float, typer.Option(help="Relative slowdown of work for each busy neighbour on a GPU.")
     ] = 0.35,
     engine_start: Annotated[
-        float, typer.Option(help="Seconds to start an engine, where a policy has none waiting.")
+        float, typer.Option(help="Seconds to start an engine, for policies without a waiting one.")
     ] = 5.0,
     engine_starts: Annotated[
-        str, typer.Option(help="Seconds to compare with, with commas; '' for none.")
+        str, typer.Option(help="Engine starts to compare, in seconds with commas; '' for none.")
     ] = "0,2,5,10",
-    switch: Annotated[float, typer.Option(help="Seconds that any start takes.")] = 0.01,
-    slo_prefills: Annotated[float, typer.Option(help="A first token is due after these,")] = 5.0,
-    slo_seconds: Annotated[float, typer.Option(help="and so many seconds.")] = 0.2,
+    switch: Annotated[float, typer.Option(help="Seconds that every start takes.")] = 0.01,
+    slo_prefills: Annotated[
+        float, typer.Option(help="Prefill times until a first token is due,")
+    ] = 5.0,
+    slo_seconds: Annotated[float, typer.Option(help="plus these seconds.")] = 0.2,
     jobs: Annotated[
-        int | None, typer.Option(help="Processes, which change no result. (one a CPU)")
+        int | None, typer.Option(help="Number of processes; changes no result. (one per CPU)")
     ] = None,
 ) -> None:
-    """Compare policies on a simulated fleet: a table here, a report and numbers in a folder."""
+    """Compare policies on a simulated fleet; print a table, and write a report and numbers."""
     try:
         from warmserve_rt._terminal import plain
         from warmserve_rt.sim.controllers.policies import POLICIES
@@ -70,7 +76,9 @@ def simulate(
 
     def asked() -> Study:
         if Path(workload).is_file() and not (rate is None and rates is None and minutes is None):
-            raise StudyError(f"{workload} has a rate and a duration of its own")
+            raise StudyError(
+                f"{workload} has its own rate and duration: omit --rate, --rates and --minutes"
+            )
         return Study(
             workload=workload,
             hardware=Hardware(
@@ -117,14 +125,14 @@ def _numbers(option: str, words: str) -> tuple[float, ...]:
     try:
         return tuple(map(float, _words(words)))
     except ValueError:
-        raise ValueError(f"--{option}: numbers with commas between, not {words!r}") from None
+        raise ValueError(f"--{option} must be numbers separated by commas, got {words!r}") from None
 
 
 def _words(words: str) -> list[str]:
-    """Those between commas; none of nothing."""
+    """Return the words between commas; an empty list for an empty text."""
     return [word.strip() for word in words.split(",")] if words.strip() else []
 
 
 def _cpus() -> int:
-    """Those that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))

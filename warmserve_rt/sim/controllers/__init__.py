@@ -1,1 +1,1 @@
-"""What starts instances on a simulated fleet and loads layers."""
+"""The controllers, which start instances on a simulated fleet and load layers."""

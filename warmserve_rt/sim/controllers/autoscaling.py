@@ -1,4 +1,4 @@
-"""When instances start and stop, and on which devices: at the event that calls for it."""
+"""Decide at each event which instances start and stop, and on which devices."""
 
 from __future__ import annotations
 
@@ -12,18 +12,35 @@ from .dispatcher import Dispatcher
 
 
 class Starts(Dispatcher):
-    """Starts an instance when requests wait that no instance has room for, or soon will.
+    """A controller that starts an instance when requests wait for room, or soon will.
 
-    Instances share devices whose memory they fit in together: layers that lie beside a busy
-    neighbour are sooner at work there than loaded elsewhere. An instance without requests gives its
-    memory up at once when another model wants it. Where no devices are to be had, the model waits
-    in line, and an instance whose requests others of its model can take over is drained for it.
+    Instances share devices if they fit into the memory together, because resident layers beside a
+    busy neighbour are usable sooner there than after a load elsewhere. An instance without requests
+    is stopped at once when another model needs its memory. If no devices are free, the model waits
+    in a queue. An instance whose requests the other instances of its model can take over is then
+    drained.
 
-    ``share``: False gives each instance devices of its own. ``crowd``: seconds that a start there
-    loses for each busy neighbour. ``late``: see Dispatcher; a request that waits for that is one
-    that no instance has room for. ``up``: the share of a model's capacity from which on it starts
-    another instance ahead of need, if devices are to be had. ``linger``: seconds that an instance
-    with nothing to do is kept.
+    Parameters
+    ----------
+    scheduler
+        The scheduler that decides which layers are resident.
+    share
+        Whether instances may share devices.
+    crowd
+        Seconds that a start loses for each busy neighbour on a device.
+    late
+        See Dispatcher. A request that waits because of this limit counts as one without room.
+    up
+        The share of a model's capacity above which it starts another instance ahead of need, if
+        devices are free.
+    linger
+        Seconds that an instance without requests is kept.
+    rivalry
+        The weight of the other models' starts in the choice of devices.
+    wait
+        Seconds assumed until other devices become free.
+    occupied
+        Seconds within which a start of another model counts as a rival.
     """
 
     def __init__(
@@ -47,7 +64,7 @@ class Starts(Dispatcher):
 
     def begin(self, fleet: Any) -> None:
         super().begin(fleet)
-        self.waiting: dict[int, None] = {}  # models that found no devices, the first first
+        self.waiting: dict[int, None] = {}  # models that found no devices, in order
         window = fleet.workload.history_window
         forecaster = Forecaster(len(fleet.profiles), window=window)
         averages, peaks = fleet.workload.concurrency_history()
@@ -85,7 +102,7 @@ class Starts(Dispatcher):
         self.demand(instance.model)
 
     def take_back(self, model: int) -> bool:
-        """A draining instance serves again."""
+        """Let a draining instance of the model serve again. Return whether one was found."""
         for instance in self.fleet.instances[model]:
             if instance.draining:
                 instance.draining = False
@@ -109,7 +126,7 @@ class Starts(Dispatcher):
         return True
 
     def free(self, model: int) -> int:
-        """The devices on which it could start, as a mask."""
+        """Return the devices on which the model could start, as a mask."""
         fits = self.fleet.fits
         return sum(
             1 << d.index
@@ -118,7 +135,7 @@ class Starts(Dispatcher):
         )
 
     def possible(self, model: int, need: float) -> Start:
-        """A start of it, with what each device holds of it now."""
+        """Return a start of the model, with the seconds until it is ready on each device."""
         fleet, width = self.fleet, self.fleet.profiles[model].width
         lost = self.scheduler.demand.lost[model]
         seconds = []
@@ -147,7 +164,7 @@ class Starts(Dispatcher):
         return None if found is None else tuple(fleet.devices[d] for d in found)
 
     def relieve(self, model: int) -> None:
-        """Drains an instance whose work the others of its model have room for."""
+        """Drain an instance whose requests the other instances of its model have room for."""
         width = self.fleet.profiles[model].width
         best = None
         for other, instances in enumerate(self.fleet.instances):
@@ -177,7 +194,7 @@ class Starts(Dispatcher):
                 self.demand(model)
 
     def tick(self) -> None:
-        """From time to time: instances that have been idle for long end."""
+        """Stop instances that have been idle for long, once a second."""
         now = self.fleet.now
         for instances in self.fleet.instances:
             for instance in list(instances):

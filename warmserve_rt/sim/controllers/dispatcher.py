@@ -1,6 +1,7 @@
-"""Requests to instances: one line for each model, from which instances take as they have room.
+"""Assign requests to instances: one queue for each model, from which instances with room take.
 
-What every dispatcher shares. When to start and stop instances, and where, its subclasses say.
+All dispatchers share this module. Subclasses decide when and on which devices instances start and
+stop.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from typing import Any
 
 
 class Dispatcher:
-    """Keeps requests in order of arrival for each model and hands them to instances with room.
+    """A queue of requests for each model, in order of arrival, that are assigned to instances.
 
-    An instance has a ``model``, is ``loaded`` and ``draining`` or not, has ``work`` requests and
-    ``backlog(now)`` seconds of prefill before one that comes now, and can ``take(request)``. Its
-    ``devices`` say which ``instances`` there are on them.
+    An instance has a ``model``, may be ``loaded`` and ``draining``, has ``work`` requests and
+    ``backlog(now)`` seconds of prefill before a request that arrives now, and can
+    ``take(request)``. Each of its ``devices`` lists the ``instances`` on it.
 
-    A request that no instance has room for waits in line, so that whichever has room first serves
-    it: that is the instance with the earliest first token, without a guess at when that would be.
-    Among instances with room it is the one with the least ``backlog``; of equals the fullest, so
-    that the others run empty and their devices can serve others. One with a backlog of more than
-    ``late`` seconds has no room.
+    If no instance has room for a request, it waits in the queue until the first instance has room.
+    This instance gives the earliest first token, without an estimate of its time. Among instances
+    with room, the one with the smallest ``backlog`` is chosen. Among equals it is the fullest, so
+    that the others become empty and their devices can serve other models.
+
+    Parameters
+    ----------
+    late
+        Seconds of backlog above which an instance has no room.
     """
 
     def __init__(self, *, late: float = float("inf")) -> None:
@@ -44,7 +49,7 @@ class Dispatcher:
         self.concurrent[instance.model] -= 1
         if self.pending[instance.model]:
             self.assign(instance.model)
-        # What it leaves in memory may be what another model on these devices waits for.
+        # The KV cache of the request may be the memory that a neighbour waits for.
         for device in instance.devices:
             for other in device.instances:
                 if other is not instance and self.pending[other.model]:
@@ -54,18 +59,18 @@ class Dispatcher:
         self.assign(instance.model)
 
     def prefilled(self, instance: Any) -> None:
-        """A first token has come."""
+        """Assign waiting requests after a prefill has ended."""
         if self.pending[instance.model]:
             self.assign(instance.model)
 
     def idle(self, instance: Any) -> None:
-        """An instance that is loaded has nothing to do."""
+        """Called when a loaded instance has no work. Subclasses override it."""
 
     def demand(self, model: int) -> None:
-        """A request has come."""
+        """Called when a request has arrived. Subclasses override it to start instances."""
 
     def assign(self, model: int) -> None:
-        """Gives waiting requests to whoever has room."""
+        """Assign waiting requests to instances with room."""
         line, fleet = self.pending[model], self.fleet
         while line:
             instance = self.route(fleet.instances[model], line[0])
@@ -74,7 +79,7 @@ class Dispatcher:
             instance.take(line.popleft())
 
     def route(self, instances: Sequence[Any], request: int) -> Any:
-        """The instance that should take it, or None while none has room."""
+        """Return the instance that should take the request, or None if no instance has room."""
         fleet = self.fleet
         now = fleet.events.now
         best, best_backlog = None, 0.0

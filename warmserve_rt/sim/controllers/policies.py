@@ -1,4 +1,4 @@
-"""The policies that a simulation compares, a small file each."""
+"""The table of policies that a simulation compares."""
 
 from __future__ import annotations
 
@@ -23,11 +23,27 @@ from .autoscaling import Starts
 
 @dataclass(frozen=True)
 class Policy:
-    """``title``: what a report calls it. ``make`` takes its options by name. ``engine_start``: each
-    start waits for an engine process. ``streaming``, ``elastic_kv``, ``partitioned``: see Fleet.
-    ``polls``: so do the fleet's starts. ``unlimited``: memory holds whatever it wants.
-    ``multipath``: its foreground loads may use idle neighbours' links, where the hardware can.
-    ``bound``: it has or knows what no policy can."""
+    """One policy of a comparison.
+
+    Parameters
+    ----------
+    title
+        Its name in reports.
+    make
+        Makes the controller; takes its options by name.
+    engine_start
+        Whether each start waits for an engine process.
+    streaming, elastic_kv, partitioned
+        See Fleet.
+    polls
+        Whether the starts of the fleet poll.
+    unlimited
+        Whether the memory of devices is unlimited.
+    multipath
+        Whether foreground loads may use idle neighbours' links, if the hardware allows it.
+    bound
+        Whether the policy is a bound: it has memory or knowledge that no real policy has.
+    """
 
     title: str
     make: Callable[..., Controller]
@@ -42,7 +58,7 @@ class Policy:
 
 
 def ours(scheduler: type[Scheduler] = Scheduler, *, share: bool = True, **options: Any) -> Starts:
-    """This project's own, with options of its scheduler; ``share``: see Starts."""
+    """Return this project's own controller. ``options``: its scheduler's; ``share``: see Starts."""
     return Starts(scheduler(**options), share=share)
 
 
@@ -78,7 +94,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
 
 
 def find(name: str) -> Policy:
-    """Raises ValueError for one that is not there."""
+    """Return the policy of this name. Raise ValueError if there is no such policy."""
     if name not in POLICIES:
-        raise ValueError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
+        raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}")
     return POLICIES[name]

@@ -1,1 +1,1 @@
-"""A simulated fleet: events, devices, links, memory, instances."""
+"""The simulated fleet: events, devices, links, memory, instances."""

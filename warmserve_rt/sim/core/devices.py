@@ -1,4 +1,4 @@
-"""Devices and what lies in their memory: shards of models and the KV cache of an instance."""
+"""Devices and the contents of their memory: shards of models and KV caches of instances."""
 
 from __future__ import annotations
 
@@ -19,17 +19,39 @@ KV_STEP = float(1 << 30)  # bytes by which an elastic KV cache grows on each dev
 
 @dataclass(frozen=True)
 class Hardware:
-    """Of a fleet: ``devices`` in nodes of ``node_devices``, each with ``memory`` bytes for layers
-    and KV caches. ``bandwidth``: bytes a second from pinned host memory to one device.
-    ``multipath``: over how many host links at most a foreground load may go, its own and those of
-    idle neighbours. ``switch_devices``: that many devices share one link of ``bandwidth``.
-    ``host_memory``: bytes of a node that keep models; what is not there comes from the node's disk
-    at ``disk_bandwidth``. ``background_share``: what of a link's bytes background loads get while
-    a foreground load wants it. ``interference``: while b other instances work on a device, prefills
-    and steps of each take 1 + ``interference`` b times as long. Assumed: no source gives it for any
-    two models, a comparison should vary it from 0 to 1.
+    """The hardware of a simulated fleet.
 
-    Raises ValueError for what cannot be."""
+    Parameters
+    ----------
+    devices
+        The number of devices.
+    node_devices
+        The number of devices of a node.
+    memory
+        Bytes of each device for layers and KV caches.
+    bandwidth
+        Bytes per second from pinned host memory to one device.
+    multipath
+        The largest number of host links that one foreground load may use: its own, and those of
+        idle neighbours.
+    switch_devices
+        The number of devices that share one link of ``bandwidth``.
+    host_memory
+        Bytes of each node that keep models. Other models are read from the node's disk.
+    disk_bandwidth
+        Bytes per second from the disk of a node.
+    background_share
+        The share of a link that background loads get while a foreground load uses it.
+    interference
+        While b other instances work on a device, prefills and steps of each take
+        1 + ``interference`` b times as long. This value is an assumption: no source gives it for
+        arbitrary pairs of models. A comparison should vary it from 0 to 1.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range, or the devices do not form whole nodes and switches.
+    """
 
     devices: int = 16
     node_devices: int = 8
@@ -44,28 +66,36 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if min(self.devices, self.node_devices) < 1 or self.devices % self.node_devices:
-            raise ValueError(f"{self.devices} devices are no nodes of {self.node_devices}")
+            raise ValueError(
+                "devices must form whole nodes, "
+                f"got {self.devices} devices in nodes of {self.node_devices}"
+            )
         if self.switch_devices < 1 or self.node_devices % self.switch_devices:
-            raise ValueError(f"{self.node_devices} devices do not share {self.switch_devices} each")
+            raise ValueError(
+                f"switch_devices must divide node_devices = {self.node_devices}, "
+                f"got {self.switch_devices}"
+            )
         rates = (self.memory, self.bandwidth, self.disk_bandwidth)
         if not all(0 < each < float("inf") for each in rates) or self.multipath < 1:
-            raise ValueError("memory, bandwidths and paths are positive and finite")
+            raise ValueError("memory, bandwidths and multipath must be positive and finite")
         if not self.host_memory >= 0:
-            raise ValueError(f"a host memory of {self.host_memory} bytes")
+            raise ValueError(f"host_memory must not be negative, got {self.host_memory} bytes")
         if not 0 <= self.background_share < 1:
-            raise ValueError(f"a background share of {self.background_share}")
+            raise ValueError(f"background_share must be in [0, 1), got {self.background_share}")
         if not 0 <= self.interference < float("inf"):
-            raise ValueError(f"an interference of {self.interference}: it is not negative")
+            raise ValueError(
+                f"interference must be finite and not negative, got {self.interference}"
+            )
 
 
 class Shard:
     """The leading layers of one rank of a model on one device.
 
-    ``ends``: cumulative bytes of its layers. ``target``: bytes it has room for, ``resident``: those
-    that had arrived when its flow last settled. ``unused``: those of them that a background load
-    brought and nothing has used.
-    ``stamps``: (bytes, keep value) of its leading parts; the lowest goes first, and ``planned`` are
-    the bytes that are meant to stay.
+    ``ends``: cumulative bytes of its layers. ``target``: bytes of the room that it has.
+    ``resident``: bytes that had arrived when its flow last settled. ``unused``: resident bytes that
+    a background load brought and no instance has used. ``stamps``: for each leading part of the
+    shard the byte at which it ends and its keep value; the lowest value is evicted first.
+    ``planned``: bytes that should stay. ``pinned``: whether an instance uses the shard.
     """
 
     __slots__ = (
@@ -90,8 +120,8 @@ class Shard:
         self.flow: Flow | None = None
 
     def tail(self, target: float) -> tuple[float, float]:
-        """Of its leading ``target`` bytes, the keep value of the last, and where those of a higher
-        one end."""
+        """Return the keep value of the last of its leading ``target`` bytes, and the byte at which
+        the part with a higher value ends."""
         if target > self.planned + 0.5:
             return 0.0, self.planned
         before = 0.0
@@ -99,11 +129,14 @@ class Shard:
             if end >= target - 0.5:
                 return keep, before
             before = end
-        return 0.0, before  # no layer beyond the last stamp saves anything
+        return 0.0, before  # layers beyond the last stamp save no time
 
     @property
     def here(self) -> float:
-        """Bytes of it that are there by now. Asking settles nothing: that would round otherwise."""
+        """Return the bytes that have arrived by now.
+
+        Does not settle the flow, because settling at other times would round differently.
+        """
         flow = self.flow
         if flow is None or flow.rate <= 0:
             return self.resident
@@ -111,18 +144,22 @@ class Shard:
 
     @property
     def goal(self) -> int:
-        """How many of them have room, and are there or on their way."""
+        """Return the number of leading layers that are resident or being loaded."""
         return bisect_right(self.ends, self.target + 0.5)
 
     @property
     def layers(self) -> int:
-        """How many of its leading layers are resident."""
+        """Return the number of leading layers that are resident."""
         return bisect_right(self.ends, self.here + 0.5)
 
 
 class Device:
-    """One device. ``used``: bytes of its shards' targets and of the KV caches ``kv`` of the
-    ``instances`` on it. ``foreground``: what instances wait for, one after the other."""
+    """One device.
+
+    ``used``: bytes of its shards' targets and of its KV caches. ``kv``: bytes of the KV caches of
+    its ``instances``. ``foreground``: the flows that instances wait for, in the order in which they
+    run. ``background``: the other flows, by priority.
+    """
 
     __slots__ = (
         "background",
@@ -146,26 +183,26 @@ class Device:
 
     @property
     def instance(self) -> Instance | None:
-        """The first there is; the only one where a policy has no two of them share a device."""
+        """Return the first instance, or None. It is the only one unless a policy shares devices."""
         return self.instances[0] if self.instances else None
 
     @property
     def occupants(self) -> dict[tuple[int, int], bool]:
-        """Of each instance its model and the first of its devices: whether it is active."""
+        """Return for each instance, by its model and its first device, whether it is active."""
         return {(i.model, i.devices[0].index): i.active for i in self.instances}
 
     @property
     def room(self) -> float:
-        """Bytes for layers, beside the KV caches and the weights of active instances."""
+        """Return the bytes for layers, without KV caches and weights of active instances."""
         active = sum(i.profile.nbytes + KV_STEP for i in self.instances if i.active)
         return max(self.memory - self.kv - active, 0.0)
 
     @property
     def spare(self) -> float:
-        """Bytes that no instance uses."""
+        """Return the bytes that no instance uses."""
         return self.memory - self.kv - sum(i.profile.nbytes for i in self.instances)
 
 
 def layer_ends(profile: ModelProfile) -> tuple[int, ...]:
-    """Cumulative bytes of a model's layers on one device."""
+    """Return the cumulative bytes of a model's layers on one device."""
     return tuple(accumulate(profile.layer_bytes))

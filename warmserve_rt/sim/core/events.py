@@ -1,4 +1,4 @@
-"""The order in which things happen: one heap of what is due, and the time of the last that was."""
+"""Run events in the order of their times: one heap of due events, and the current time."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from heapq import heappop, heappush
 
 
 class Due:
-    """Something that happens at one time, or, rescheduled, at another instead."""
+    """An event that happens at one time. Scheduling it again replaces that time."""
 
     __slots__ = ("due",)
 
     def __init__(self) -> None:
-        self.due = 0  # the number of its entry in the heap; 0: it is not scheduled
+        self.due = 0  # the number of its entry in the heap, or 0 if it is not scheduled
 
     def happen(self) -> None:
         raise NotImplementedError
 
 
 class Timer(Due):
-    """Calls a function."""
+    """An event that calls a function."""
 
     __slots__ = ("call",)
 
@@ -32,7 +32,7 @@ class Timer(Due):
 
 
 class Events:
-    """Events of equal times happen in the order in which they were scheduled."""
+    """The queue of events. Events of equal times happen in the order of their scheduling."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -40,7 +40,8 @@ class Events:
         self._number = 0
 
     def schedule(self, item: Due, time: float) -> None:
-        """At ``time`` seconds, or now if that has passed; instead of when it was scheduled for."""
+        """Schedule an event at ``time`` seconds, or now if that time has passed. Replace the time
+        for which the event was scheduled before."""
         self._number += 1
         item.due = self._number
         now = self.now
@@ -50,7 +51,7 @@ class Events:
         item.due = 0
 
     def run(self, until: float) -> None:
-        """All that is due before ``until``; then it is that time."""
+        """Run all events that are due before ``until``, and set the time to ``until``."""
         heap = self._heap
         while heap and heap[0][0] < until:
             time, number, item = heappop(heap)

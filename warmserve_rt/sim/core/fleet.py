@@ -1,4 +1,4 @@
-"""The simulated fleet: what a controller can see and do, and what comes of it."""
+"""The simulated fleet: the state and the operations of a controller, and the results of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .instance import Instance
 from .links import Flow
 from .memory import Memory
 
-LEAD_S = 60.0  # before the first request, in which layers can be brought in
+LEAD_S = 60.0  # seconds before the first request, in which layers can be loaded
 
 
 class Controller(Protocol):
-    """Who decides. Each is called when it has happened."""
+    """The policy of a fleet. Each method is called after its event has happened."""
 
     def begin(self, fleet: Fleet) -> None: ...
     def arrived(self, request: int, model: int) -> None: ...
@@ -34,15 +34,37 @@ class Controller(Protocol):
 class Fleet(Memory):
     """Devices, links and instances under one controller, serving one workload.
 
-    ``switch_s``: seconds from a start until its layers begin to load or, resident, to be used.
-    ``engine_start_s``: seconds more, where no engine process waits on the devices.
-    ``streaming``: instances prefill behind the layers that come in. ``elastic_kv``: an instance has
-    the KV cache that its requests need and leaves the rest to other models' layers and instances;
-    otherwise it has all that its weights leave. ``partitioned``: each of n instances on a device
-    has an n-th part of it, busy neighbours or not, as percentages of an MPS server divide it. Of a
-    runtime that polls, ``server_poll_s``: how often a started instance is asked whether it is
-    loaded; ``mapping_poll_s``: until the load of missing layers notices that memory is mapped for
-    them.
+    Parameters
+    ----------
+    workload
+        The models and their requests.
+    hardware
+        The devices, links and host memory.
+    controller
+        The policy.
+    switch_s
+        Seconds from a start until missing layers begin to load and resident layers can be used.
+    engine_start_s
+        Seconds that are added to a start if no engine process waits on the devices.
+    streaming
+        Whether instances prefill while layers arrive.
+    elastic_kv
+        Whether an instance takes only the KV cache that its requests need, and leaves the rest to
+        layers of other models and other instances. Otherwise it takes all memory beside its
+        weights.
+    partitioned
+        Whether each of n instances on a device has an n-th part of the device, even if its
+        neighbours are idle, as the percentages of an MPS server divide it.
+    server_poll_s
+        For runtimes that poll: seconds between two checks whether a started instance is loaded.
+    mapping_poll_s
+        For runtimes that poll: seconds until the load of missing layers notices that their memory
+        is mapped.
+
+    Raises
+    ------
+    ValueError
+        If ``switch_s`` or ``engine_start_s`` is negative or not finite.
     """
 
     def __init__(
@@ -60,7 +82,10 @@ class Fleet(Memory):
         mapping_poll_s: float = 0.0,
     ) -> None:
         if not (0 <= switch_s < float("inf") and 0 <= engine_start_s < float("inf")):
-            raise ValueError(f"a start of {switch_s} s and {engine_start_s} s for an engine")
+            raise ValueError(
+                "a start must take finite seconds of at least 0, "
+                f"got {switch_s} s and {engine_start_s} s for an engine"
+            )
         super().__init__(workload.models, hardware)
         self.workload, self.controller = workload, controller
         self.switch_s, self.engine_start_s = switch_s, engine_start_s
@@ -78,26 +103,28 @@ class Fleet(Memory):
         self.finished = np.full(len(workload.time), np.nan)
         self.refused = np.zeros(len(workload.time), bool)
         self.instances: list[list[Instance]] = [[] for _ in self.profiles]
-        self.device_seconds = 0.0  # that have an instance, from the first request on
+        self.device_seconds = 0.0  # seconds of devices with an instance, from the first request on
         self.occupied_since = [0.0] * hardware.devices
         self.starts = 0
         self.start_layers = self.start_hits = 0
 
     def run(self) -> None:
-        """Until every request is served or refused; raises RuntimeError when some never are."""
+        """Run until every request is served or refused. Raise RuntimeError if some never are."""
         events, arrived = self.events, self.controller.arrived
         events.now = -LEAD_S
         self.controller.begin(self)
         for request, (time, model) in enumerate(zip(self.time, self.model_of, strict=True)):
             events.run(time)
             arrived(request, model)
-        # Whoever polls never comes to an end by itself.
+        # The events of a controller that polls never end.
         deadline = events.now + 3600.0
         while (np.isnan(self.finished) & ~self.refused).any():
             events.run(events.now + 10.0)
             if events.now > deadline:
                 left = int((np.isnan(self.finished) & ~self.refused).sum())
-                raise RuntimeError(f"{left} requests were not served an hour after the last came")
+                raise RuntimeError(
+                    f"{left} requests were not served an hour after the last arrived"
+                )
         for device in self.devices:
             if device.instances:
                 self._count(device)
@@ -113,20 +140,31 @@ class Fleet(Memory):
     def after(self, seconds: float, call: Callable[[], None]) -> None:
         self.events.schedule(Timer(call), self.events.now + seconds)
 
-    # What a controller does.
+    # Called by a controller.
 
     def start(
         self, model: int, devices: Sequence[Device], *, drop_others: bool = False
     ) -> Instance:
-        """An instance on these devices of one node, in the order of their ranks.
+        """Start an instance. A load of its layers that is in progress continues.
 
-        ``drop_others``: everything else in their memory goes; otherwise what its weights and its
-        KV cache need, the least valuable first. What is on its way to them goes on. Instances
-        with elastic KV caches may share devices.
+        Instances with elastic KV caches may share devices.
 
-        Raises ValueError for devices that are not as many as the model wants, that are not of one
-        node or have not the memory, and for one that has an instance of the model, or, without
-        elastic KV caches, of any.
+        Parameters
+        ----------
+        model
+            The model.
+        devices
+            Devices of one node, in the order of their ranks.
+        drop_others
+            Whether to drop all layers that no instance uses from these devices. Otherwise only as
+            many are evicted as the weights and the KV cache need, the least valuable first.
+
+        Raises
+        ------
+        ValueError
+            If the number of devices is not the model's width, if the devices are not of one node or
+            have too little memory, or if one of them has an instance of the model. Without elastic
+            KV caches, also if one of them has an instance of any model.
         """
         self._check_start(model, devices)
         profile, ends = self.profiles[model], self.ends[model]
@@ -162,23 +200,25 @@ class Fleet(Memory):
         return instance
 
     def refuse(self, request: int) -> None:
-        """It is never served."""
+        """Record that a request is never served."""
         self.refused[request] = True
 
     def _check_start(self, model: int, devices: Sequence[Device]) -> None:
         profile, indices = self.profiles[model], [device.index for device in devices]
         if len(set(indices)) != profile.width or len(indices) != profile.width:
-            raise ValueError(f"{profile.name} wants {profile.width} devices, not {indices}")
+            raise ValueError(
+                f"{profile.name} needs {profile.width} distinct devices, got {indices}"
+            )
         if len({device.node for device in devices}) > 1:
-            raise ValueError(f"devices {indices} are not of one node")
+            raise ValueError(f"devices must be of one node, got {indices}")
         there = [each for device in devices for each in device.instances]
         if any(not self.elastic_kv or each.model == model for each in there):
-            raise ValueError(f"of devices {indices}, one has an instance")
+            raise ValueError(f"devices {indices} must be free, but one has an instance")
         if any(device.spare < profile.nbytes for device in devices):
-            raise ValueError(f"{profile.name} is larger than what devices {indices} have left")
+            raise ValueError(f"{profile.name} is larger than the free memory of devices {indices}")
 
     def _load(self, instance: Instance) -> None:
-        """What lacks becomes urgent; the rest can be computed with from now on."""
+        """Move the loads of missing layers to the foreground; use resident layers from now on."""
         ends = self.ends[instance.model]
         instance.arrivals = [self.events.now] * len(ends)
         flows = []
@@ -213,10 +253,17 @@ class Fleet(Memory):
         instance.ready()
 
     def stop(self, instance: Instance, *, drop: bool = False) -> None:
-        """Ends an instance without requests that has been loaded; its weights stay where they are,
-        now evictable, or are dropped with it."""
+        """Stop an instance that is loaded and has no requests.
+
+        Its weights stay and become evictable, or are dropped if ``drop`` is set.
+
+        Raises
+        ------
+        ValueError
+            If the instance has requests, is loading or has ended.
+        """
         if instance.ended or instance.work or not instance.loaded:
-            raise ValueError("an instance that has work, loads or has ended is not stopped")
+            raise ValueError("cannot stop an instance that has work, is loading or has ended")
         self.events.cancel(instance)
         instance.ended = True
         self.instances[instance.model].remove(instance)
@@ -232,17 +279,22 @@ class Fleet(Memory):
         self.disturb(instance)
 
     def lend(self, instance: Instance, kv_bytes: float) -> None:
-        """Leaves an instance so many bytes of KV cache on each device, rounded down to a whole
-        number, and the rest to prewarming.
+        """Shrink an instance's KV cache to ``kv_bytes`` on each device, rounded down to whole
+        bytes. The rest becomes free for prewarming.
 
-        Raises ValueError where it has not as many.
+        Raises
+        ------
+        ValueError
+            If the KV cache is smaller than that, or ``kv_bytes`` is negative.
         """
         if not 0 <= kv_bytes <= instance.kv_room:
-            raise ValueError(f"{kv_bytes:g} bytes of KV cache of {instance.kv_room:g}")
+            raise ValueError(
+                f"cannot leave {kv_bytes:g} bytes of KV cache: must be in [0, {instance.kv_room:g}]"
+            )
         self._set_kv(instance, float(math.floor(kv_bytes)))
 
     def reserve(self, instance: Instance, request: int) -> bool:
-        """Whether its KV cache takes this request too; an elastic one grows for it."""
+        """Return whether the instance has room for this request; grow an elastic KV cache."""
         if instance.work >= instance.profile.batch:
             return False
         tokens = instance.kv_tokens + self.tokens[request]
@@ -250,15 +302,15 @@ class Fleet(Memory):
         if need <= instance.kv_room:
             return True
         if not self.elastic_kv:
-            return not instance.work  # a request that is larger than any cache is cut, not stuck
+            return not instance.work  # serve a request that exceeds every cache alone, cut
         if self._grow_kv(instance, _steps(need)) or self._grow_kv(instance, need):
             return True
         alone = min(device.spare + device.kv for device in instance.devices)
         return not instance.work and need > alone
 
     def released(self, instance: Instance) -> None:
-        """A request of it has ended; an elastic KV cache shrinks when much of it is unused, and
-        ends with the last."""
+        """Shrink an elastic KV cache after the end of a request if much of it is unused, and free
+        it after the last request."""
         if self.elastic_kv:
             need = _steps(float(instance.kv_tokens) * instance.profile.kv_token_bytes)
             if not need or instance.kv_room > need + KV_STEP:
@@ -268,7 +320,7 @@ class Fleet(Memory):
         self.controller.idle(instance)
 
     def slowdown(self, instance: Instance) -> float:
-        """So many times as long as alone its work takes now."""
+        """Return the current slowdown factor of the instance relative to running alone."""
         if self.partitioned:
             return float(max(len(device.instances) for device in instance.devices))
         beside = max(
@@ -278,7 +330,7 @@ class Fleet(Memory):
         return 1.0 + self.hardware.interference * beside
 
     def disturb(self, instance: Instance) -> None:
-        """Tells those beside an instance that it begins or ends to work, or to be."""
+        """Tell the instances on the same devices that this one, or its work, starts or stops."""
         for other in {other: None for device in instance.devices for other in device.instances}:
             other.disturbed()
 

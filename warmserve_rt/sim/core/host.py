@@ -1,11 +1,14 @@
-"""A node's host memory: which leading bytes of which shards it keeps, the last used longest."""
+"""Track which leading bytes of which shards a node's host memory keeps (LRU)."""
 
 from __future__ import annotations
 
 
 class HostMemory:
-    """Of ``capacity`` bytes. A model's shards leave it together, whoever was loaded longest ago
-    first; in infinite memory everything lies from the beginning."""
+    """The host memory of one node, of ``capacity`` bytes.
+
+    A model's shards are evicted together, the least recently used model first.
+    Infinite memory holds every model from the beginning.
+    """
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
@@ -15,17 +18,18 @@ class HostMemory:
         return self.capacity == float("inf") or model in self._models
 
     def has(self, model: int, rank: int, nbytes: float) -> bool:
-        """Whether so many leading bytes of a shard are here."""
+        """Return whether this many leading bytes of a shard are in memory."""
         if self.capacity == float("inf"):
             return True
         return self._models.get(model, {}).get(rank, 0.0) >= nbytes
 
     def use(self, model: int) -> None:
+        """Mark the model as the most recently used."""
         if model in self._models:
             self._models[model] = self._models.pop(model)
 
     def bring(self, model: int, rank: int, nbytes: float) -> None:
-        """So many leading bytes of a shard have come from disk."""
+        """Add leading bytes of a shard that were read from disk; evict models beyond capacity."""
         ranks = self._models.pop(model, {})
         self._models[model] = ranks
         ranks[rank] = max(ranks.get(rank, 0.0), nbytes)

@@ -1,8 +1,9 @@
-"""An instance: a group of devices that serves one model, prefills first, decodes in one batch.
+"""Simulate an instance: a group of devices that serves one model, prefills first, and decodes all
+requests in one batch.
 
-Decoding is fluid: with n requests in the batch every one of them gains a token each
-``profile.decode(n)`` seconds, and none while a prefill runs. So one number, the tokens that a
-request in the batch since the beginning would have, says when each is done.
+The model of decoding is fluid: with n requests in the batch, each gains one token every
+``profile.decode(n)`` seconds, and no token while a prefill runs. One number therefore tells when
+each request is done: the tokens of a request that had been in the batch from the beginning.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 
 class Instance(Due):
-    """Loads from its ``start`` on, then serves. ``loaded``: it takes requests; ``running``: it
-    works on them; ``draining``: it takes no more; ``ended``: it is no more.
+    """An instance of a model. It loads from ``start`` on, and then serves.
 
-    ``streaming``: prefill runs behind the layers as they come in, not after them.
-    ``kv_tokens``: of the requests it has, prompt and output; ``kv_room``: bytes on each device.
-    ``working``: it computes; ``slow``: for those that work beside it on the one of its devices
-    where the most do, its prefills and steps take so many times as long as alone.
+    ``loaded``: whether it takes requests. ``running``: whether it works on them. ``draining``:
+    whether it refuses new ones. ``ended``: whether it was stopped. ``streaming``: whether prefill
+    runs while layers arrive, and not after them. ``kv_tokens``: prompt and output tokens of its
+    requests. ``kv_room``: bytes of the KV cache on each device. ``working``: whether it computes.
+    ``slow``: the factor by which its prefills and steps are slower than alone; the device with most
+    working neighbours decides.
     """
 
     __slots__ = (
@@ -76,8 +78,8 @@ class Instance(Due):
         self.slow, self.working = 1.0, False
         self.start = self.since = self.idle_since = fleet.events.now
         self.loaded = self.running = self.draining = self.ended = False
-        self.missing: set[int] = set()  # devices whose layers are not all there
-        self.arrivals: list[float] = []  # when each layer was there on every device
+        self.missing: set[int] = set()  # devices on which layers are missing
+        self.arrivals: list[float] = []  # when each layer was resident on all devices
         self.queue: deque[int] = deque()
         self.queued_prefill = 0.0  # seconds of work
         self.prefilling = -1
@@ -88,10 +90,10 @@ class Instance(Due):
         self.step = profile.decode(0)
         self.kv_tokens = 0
         self.kv_room = 0.0  # bytes on each device
-        self.work = 0  # requests it has
+        self.work = 0  # the number of its requests
 
     def take(self, request: int) -> None:
-        """A request is its to serve."""
+        """Take a request to serve."""
         fleet = self.fleet
         now = fleet.events.now
         self.work += 1
@@ -103,23 +105,23 @@ class Instance(Due):
             self._next(now)
 
     def backlog(self, now: float) -> float:
-        """Seconds until a request that came now could begin its prefill, once it is loaded."""
+        """Return the seconds until a request that arrives now could begin its prefill."""
         running = max(0.0, self.prefill_end - now) if self.prefilling >= 0 else 0.0
         return running + self.queued_prefill * self.slow
 
     @property
     def active(self) -> bool:
-        """It loads or has requests."""
+        """Return whether it loads or has requests."""
         return self.work > 0 or not self.loaded
 
     def disturbed(self) -> None:
-        """Who works beside it has changed, or who is there."""
+        """Adapt its speed after the instances beside it, or their work, have changed."""
         slow = self.fleet.slowdown(self)
         if slow != self.slow:
             self._pace(slow)
 
     def _pace(self, slow: float) -> None:
-        """What it is at takes that much longer, or less."""
+        """Set the slowdown, and reschedule the work in progress."""
         now = self.fleet.events.now
         self._settle(now)
         change, self.slow = slow / self.slow, slow
@@ -133,7 +135,7 @@ class Instance(Due):
             self.fleet.events.schedule(self, now + wait)
 
     def ready(self) -> None:
-        """Every layer is there; it has been given the requests that waited for it, or was ended."""
+        """Begin to work: all layers are resident, and waiting requests have been assigned."""
         if self.ended:
             return
         now = self.fleet.events.now
@@ -147,18 +149,18 @@ class Instance(Due):
             self._next(now)
 
     def _stream(self) -> None:
-        """When the prefills that ran while layers came in are done.
+        """Compute when the prefills that ran while layers arrived are done.
 
-        A layer of a request can be computed from when both are there, earlier requests first. One
-        machine that never waits while it has work ends at the maximum, over the times u at which
-        something came, of u and the work that could not begin before u. Of one request this is
-        policy.pipeline.first_token.
+        A layer of a request can be computed once the layer and the request have arrived, earlier
+        requests first. A machine that never waits while it has work ends at the maximum, over the
+        arrival times u of layers and requests, of u plus the work that could not begin before u.
+        For one request this is policy.pipeline.first_token.
         """
         fleet, profile, come = self.fleet, self.profile, np.array(self.arrivals)
         times = [max(fleet.time[request], self.arrivals[0]) for request in self.queue]
         points = np.concatenate((come, times))
         rest = np.append(np.cumsum(profile.compute(1.0)[::-1])[::-1], 0.0)
-        late = rest[np.searchsorted(come, points)]  # of a forward pass, what comes from then on
+        late = rest[np.searchsorted(come, points)]  # the share of a forward pass from then on
         work = np.zeros(len(points))
         for request, time in zip(self.queue, times, strict=True):
             seconds = profile.prefill(fleet.prompt[request]) * self.slow
@@ -190,7 +192,7 @@ class Instance(Due):
             while decoding and decoding[0][0] <= reached:
                 self._finish(heappop(decoding)[1], now)
             self.step = self.profile.decode(len(decoding)) * self.slow
-        # Whoever heard of a finished request may have given a new one, or ended this instance.
+        # The controller may have assigned a request or stopped this instance in a callback.
         if self.prefilling < 0 and not self.ended:
             self._next(now)
 

@@ -1,4 +1,4 @@
-"""Host links: what is being loaded over them, and at what rate. Fluid: bytes flow evenly."""
+"""Simulate host links: loads and their rates. The model is fluid: bytes flow evenly."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Flow(Due):
-    """The bytes that a shard still lacks, on their way over its device's link.
+    """The load of a shard's missing bytes over its device's link.
 
-    ``priority``: of background flows the highest goes first, alone. ``disk``: host memory lacks
-    some of what the shard is to have, so that all of it comes as fast as the disk. ``done`` is
-    called when all have arrived.
+    ``priority``: a device runs one background flow at a time, the one with the highest priority.
+    ``disk``: host memory lacks some of the bytes, so that the whole flow runs at the speed of the
+    disk. ``done``: called when all bytes have arrived.
     """
 
     __slots__ = (
@@ -45,10 +45,10 @@ class Flow(Due):
         self.rate = 0.0
         self.since = links.events.now
         self.done: Callable[[], None] | None = None
-        self.marks: list[tuple[float, float]] = []  # of the foreground: bytes there, and when
+        self.marks: list[tuple[float, float]] = []  # (bytes resident, time) while in the foreground
 
     def settle(self, now: float) -> None:
-        """Books what has arrived until now."""
+        """Account for the bytes that have arrived until now."""
         if self.rate > 0:
             self.book(min(self.rate * (now - self.since), self.shard.target - self.shard.resident))
         self.since = now
@@ -56,6 +56,7 @@ class Flow(Due):
             self.marks.append((self.shard.resident, now))
 
     def book(self, arrived: float) -> None:
+        """Count bytes that have arrived."""
         shard = self.shard
         shard.resident += arrived
         self.links.loaded += arrived
@@ -63,8 +64,11 @@ class Flow(Due):
             shard.unused += arrived
 
     def arrivals(self, ends: Sequence[float]) -> list[float]:
-        """When each of these leading parts of the shard had come, once the flow is done; the time
-        at which it became the foreground for what was there by then."""
+        """Return the time at which each of these leading parts of the shard had arrived.
+
+        Call it when the flow is done. For parts that were resident when the flow moved to the
+        foreground, the time of that move is returned.
+        """
         times = []
         for end in ends:
             after = bisect_left(self.marks, (end, -math.inf))
@@ -78,17 +82,17 @@ class Flow(Due):
 
 
 class Links:
-    """All flows of a fleet. Of a device's foreground flows one runs, the first that became one."""
+    """All flows of a fleet. A device runs one foreground flow at a time, in order of arrival."""
 
     def __init__(self, events: Events, hardware: Hardware, devices: list[Device]) -> None:
         self.events, self.hardware = events, hardware
-        self.loaded = 0.0  # bytes, in all
+        self.loaded = 0.0  # bytes loaded by all flows
         size = hardware.node_devices
         self.nodes = [devices[i : i + size] for i in range(0, len(devices), size)]
         self.hosted = [HostMemory(hardware.host_memory) for _ in self.nodes]
 
     def load(self, device: Device, shard: Shard, *, priority: float) -> Flow:
-        """Begins to bring a shard up to its target in the background."""
+        """Begin to load a shard up to its target in the background."""
         hosted = self.hosted[device.node]
         hosted.use(shard.model)
         disk = not hosted.has(shard.model, shard.rank, shard.target)
@@ -104,7 +108,7 @@ class Links:
         return flow
 
     def urge(self, flow: Flow, done: Callable[[], None]) -> None:
-        """Makes it the last of the device's foreground flows."""
+        """Move a background flow to the end of its device's foreground flows."""
         flow.settle(self.events.now)
         flow.device.background.remove(flow)
         flow.foreground, flow.done = True, done
@@ -113,13 +117,14 @@ class Links:
         self.balance(flow.device.node)
 
     def stop(self, flow: Flow) -> None:
-        """Calls it off; what has arrived stays."""
+        """Cancel a flow. Bytes that have arrived stay."""
         flow.settle(self.events.now)
         self._leave(flow)
 
     def arrived(self, flow: Flow) -> None:
+        """Finish a flow whose last bytes have arrived."""
         flow.settle(self.events.now)
-        flow.book(flow.shard.target - flow.shard.resident)  # what rounding left
+        flow.book(flow.shard.target - flow.shard.resident)  # bytes that rounding left out
         flow.shard.resident = flow.shard.target
         if flow.foreground:
             flow.marks[-1] = (flow.shard.target, self.events.now)
@@ -137,21 +142,21 @@ class Links:
         queue = device.foreground if flow.foreground else device.background
         first = queue[0] is flow
         queue.remove(flow)
-        if first:  # the others have no rate
+        if first:  # only the first flow of a queue has a rate
             self.balance(device.node)
 
     def balance(self, node: int) -> None:
-        """Shares a node's links anew.
+        """Recompute the rates of a node's flows.
 
-        The devices behind one switch share a link evenly. A foreground flow has its link but for
-        the background's share, and with multipath an even part of the links that no foreground
-        flow claims, again but for the background's share; that part is then lost to the background
-        whether or not the disk is fast enough for it.
+        The devices behind one switch share a link evenly. A foreground flow gets its link minus the
+        background's share. With multipath it also gets an even part of the links that no foreground
+        flow uses, again minus the background's share. The background loses that part even if the
+        disk is too slow to use it.
         """
         hardware, devices = self.hardware, self.nodes[node]
         share, size = hardware.background_share, hardware.switch_devices
         urgent = 0
-        spare = 0.0  # links that no foreground flow claims, but for the background's share
+        spare = 0.0  # links without a foreground flow, minus the background's share
         switches = []
         for first in range(0, len(devices), size):
             group = devices[first : first + size]
@@ -179,7 +184,7 @@ class Links:
         for device in devices:
             for flow in device.background[1:]:
                 if not flow.rate:
-                    break  # only the one that was first before has any
+                    break  # only the flow that was first before has a rate
                 self._set(flow, 0.0)
             for flow in device.foreground[1:]:
                 self._set(flow, 0.0)

@@ -1,4 +1,4 @@
-"""The memory of a fleet's devices: what has room in it, what loads into it, what must leave it."""
+"""Manage the memory of a fleet's devices: reserve room, load layers, evict layers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """Shards come, grow and go by whole layers; ``device.used`` counts what they have room for."""
+    """The memory of all devices. Shards grow and shrink by whole layers, and ``device.used`` counts
+    their targets."""
 
     def __init__(self, profiles: Sequence[ModelProfile], hardware: Hardware) -> None:
         self.profiles, self.hardware = profiles, hardware
         self.ends = [layer_ends(profile) for profile in profiles]
         self.events = Events()
-        memory = float(math.floor(hardware.memory))  # whole bytes: sums of them are exact
+        memory = float(math.floor(hardware.memory))  # whole bytes, so that sums are exact
         self.devices = [
             Device(i, i // hardware.node_devices, memory) for i in range(hardware.devices)
         ]
         self.links = Links(self.events, hardware, self.devices)
-        self.hosted = self.links.hosted  # of each node
-        self.wasted = 0.0  # bytes that came in the background and went unused
+        self.hosted = self.links.hosted  # host memory of each node
+        self.wasted = 0.0  # bytes that background loads brought and no instance used
 
-    # What a controller does.
+    # Called by a controller.
 
     def preload(self, device: Device, model: int, rank: int) -> None:
-        """All of a shard is there, out of nothing. Raises ValueError where there is no room."""
+        """Make a whole shard resident without a load. Raise ValueError if it does not fit."""
         shard, end = device.shards.get((model, rank)), self.ends[model][-1]
         if device.used + end - (shard.target if shard else 0.0) > device.memory:
             raise ValueError(f"device {device.index} has no room for {self.profiles[model].name}")
@@ -48,9 +49,28 @@ class Memory:
     def prewarm(
         self, device: Device, model: int, rank: int, layers: int, *, priority: float = 0.0
     ) -> bool:
-        """Begins to load its leading layers in the room there is; False where there is none.
+        """Begin to load leading layers of a shard into free memory.
 
-        Raises ValueError for layers that there are not.
+        Parameters
+        ----------
+        device
+            The device to load to.
+        model, rank
+            The model and the rank of the shard.
+        layers
+            The number of leading layers.
+        priority
+            The priority among the device's background loads; the highest runs first.
+
+        Returns
+        -------
+        bool
+            False if the free memory is too small; nothing is changed then.
+
+        Raises
+        ------
+        ValueError
+            If the model has fewer layers.
         """
         target = self._bound(model, layers)
         shard = device.shards.get((model, rank))
@@ -69,8 +89,8 @@ class Memory:
     def load(
         self, device: Device, model: int, rank: int, layers: int, stamps: list[tuple[float, float]]
     ) -> bool:
-        """As prewarm, in room that is made of what is worth less; where that is not enough,
-        nothing is evicted."""
+        """Do as :meth:`prewarm`, and evict layers with lower keep values if room is short. Return
+        False and evict no layer if that makes too little room."""
         target = self._bound(model, layers)
         shard = device.shards.get((model, rank))
         value = next((keep for end, keep in stamps if end >= target), 0.0)
@@ -86,28 +106,33 @@ class Memory:
     def stamp(
         self, device: Device, shard: Shard, layers: int, stamps: list[tuple[float, float]]
     ) -> None:
-        """So many leading layers are to stay, with these keep values; the others have none."""
+        """Give these leading layers their keep values, and let the others be evicted first."""
         shard.stamps, shard.planned = stamps, self._bound(shard.model, layers)
 
     def call_off(self, device: Device, shard: Shard, layers: int) -> None:
-        """Loads no more than its leading layers; those that are there stay."""
+        """Cancel loads beyond these leading layers. Resident layers stay."""
         self.keep(device, shard, max(layers, shard.layers))
 
     def keep(self, device: Device, shard: Shard, layers: int) -> None:
-        """Drops all but its leading layers, and calls off what loads the others.
+        """Drop all but these leading layers, and cancel the loads of the others.
 
-        Raises ValueError for a shard that an instance uses, and for layers that there are not.
+        Raises
+        ------
+        ValueError
+            If layers would be dropped that an instance uses, or if the model has fewer layers.
         """
         bound = self._bound(shard.model, layers)
         if bound >= shard.target:
             return
         if shard.pinned:
-            raise ValueError(f"an instance uses {self.profiles[shard.model].name} here")
+            raise ValueError(
+                f"cannot drop layers that an instance uses: {self.profiles[shard.model].name}"
+            )
         flow = shard.flow
         if flow:
             self.links.stop(flow)
         lost = max(0.0, shard.resident - bound)
-        unused = min(lost, shard.unused)  # what came last
+        unused = min(lost, shard.unused)  # the bytes that arrived last
         self.wasted += unused
         shard.unused -= unused
         shard.resident = min(shard.resident, bound)
@@ -118,8 +143,8 @@ class Memory:
             self.links.load(device, shard, priority=flow.priority)
 
     def fits(self, device: Device, model: int) -> bool:
-        """Whether an instance of it could start here beside those that are active, and have some
-        KV cache."""
+        """Return whether an instance of the model could start on the device beside the active ones
+        and have some KV cache."""
         if any(each.model == model for each in device.instances):
             return False
         need = float(self.profiles[model].nbytes)
@@ -127,13 +152,15 @@ class Memory:
             need += KV_STEP
         return need <= device.room
 
-    # The books.
+    # Accounting.
 
     def _bound(self, model: int, layers: int) -> float:
-        """Where these leading layers end."""
+        """Return the byte at which these leading layers end."""
         ends = self.ends[model]
         if not 0 <= layers <= len(ends):
-            raise ValueError(f"{layers} layers of {self.profiles[model].name}'s {len(ends)}")
+            raise ValueError(
+                f"layers of {self.profiles[model].name} must be in [0, {len(ends)}], got {layers}"
+            )
         return float(ends[layers - 1]) if layers else 0.0
 
     def _shard(self, device: Device, model: int, rank: int) -> Shard:
@@ -154,8 +181,8 @@ class Memory:
         spare: Shard | None = None,
         below: float = float("inf"),
     ) -> bool:
-        """Evicts tail layers, those of the lowest keep value first and only what is worth less than
-        ``below``; where that is not enough nothing, and it is False."""
+        """Evict tail layers with keep values less than ``below`` until ``more`` bytes are free, the
+        lowest values first. Return False and evict no layer if that is not enough."""
         lacking = device.used + more - device.memory
         bounds = {s: s.target for s in device.shards.values() if not s.pinned and s is not spare}
         layers: dict[Shard, int] = {}
@@ -164,7 +191,7 @@ class Memory:
             keep, floor, shard = min(tails, key=lambda tail: tail[0], default=(below, 0.0, None))
             if shard is None or keep >= below:
                 return False
-            # At least a byte, so that what rounding lacks is a layer too.
+            # Free at least one byte, so that a shortage by rounding evicts a layer too.
             stay = max(floor + 0.5, bounds[shard] - max(lacking, 1.0))
             layers[shard] = bisect_right(shard.ends, stay)
             bound = self._bound(shard.model, layers[shard])
@@ -176,14 +203,14 @@ class Memory:
         return True
 
     def _set_kv(self, instance: Instance, nbytes: float) -> None:
-        """On each of its devices. A whole number, so that sums of them are exact."""
+        """Set the KV cache on each device of an instance to whole bytes, so that sums are exact."""
         for device in instance.devices:
             device.used += nbytes - instance.kv_room
             device.kv += nbytes - instance.kv_room
         instance.kv_room = nbytes
 
     def _grow_kv(self, instance: Instance, need: float) -> bool:
-        """On each of its devices, to so many bytes; where one has no room for it on none."""
+        """Grow the KV cache to ``need`` bytes on every device, or on none if any lacks room."""
         more = need - instance.kv_room
         if any(device.spare < more for device in instance.devices):
             return False

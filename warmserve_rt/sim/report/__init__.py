@@ -1,1 +1,1 @@
-"""A study's result on the terminal and as HTML."""
+"""Show the result of a study on the terminal and as HTML."""

@@ -1,4 +1,4 @@
-"""Files that come into a folder together or not at all."""
+"""Write files into a folder, all or none."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ from pathlib import Path
 
 
 def put(texts: Mapping[str, str], folder: Path) -> None:
-    """Writes a file of each name into a folder, which is made if it is not there.
+    """Write files into a folder, which is created if it is missing.
 
-    All are written aside first; where that or putting them there fails, the folder is as it was.
-    Raises OSError.
+    The files are first written to a temporary folder, and then moved.
+
+    Parameters
+    ----------
+    texts
+        The content of each file, by name.
+    folder
+        The folder.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
+
+    Notes
+    -----
+    Guarantee: strong. After an exception the folder is unchanged.
     """
     folder = folder.absolute()
     made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -32,10 +47,10 @@ def put(texts: Mapping[str, str], folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OSError where ``put`` could not put anything."""
+    """Raise OSError if ``put`` could not write to this folder."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"{there} is no folder")
+        raise NotADirectoryError(f"{there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{there} is not writable")
 

@@ -1,4 +1,4 @@
-"""Plots as SVG text, drawn by hand so that a report needs nothing else to be seen."""
+"""Draw plots as SVG text without a library, so that a report is self-contained."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from itertools import pairwise
 
 WIDTH = 680
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
-COLOURS = 8  # that the report's style sheet has, as --c0 and on
-# More than colours: a dash alone tells a line, for readers who see few colours apart.
+COLOURS = 8  # the number of colours of the report's style sheet, from --c0 on
+# There are more dashes than colours: a dash alone identifies a line, for colour-blind readers.
 DASHES = (
     "", "9 4", "2 3", "10 3 2 3", "4 4", "16 5", "6 3 2 3 2 3", "1 5", "14 3 5 3", "3 8",
     "12 3 2 3 2 3 2 3", "5 2", "18 3 2 3", "8 2 1 2", "7 7", "20 8",
@@ -20,7 +20,7 @@ DASHES = (
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to pixels. ``shape`` is applied to both ends and to each value."""
+    """A map from values to pixels. ``shape`` is applied to both ends and to each value."""
 
     low: float
     high: float
@@ -30,14 +30,14 @@ class Scale:
     shape: Callable[[float], float] = float
 
     def __call__(self, value: float) -> float:
-        """Values beyond the ends lie on them."""
+        """Return the pixel of a value. Values beyond the ends are moved to the ends."""
         low, high = self.shape(self.low), self.shape(self.high)
         part = (self.shape(min(max(value, self.low), self.high)) - low) / (high - low)
         return self.first + part * (self.last - self.first)
 
 
 def linear(low: float, high: float, first: float, last: float, unit: str = "") -> Scale:
-    """With about five round ticks."""
+    """Return a linear scale with about five round ticks."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
     begin = math.ceil(low / step - 1e-9)
@@ -46,7 +46,7 @@ def linear(low: float, high: float, first: float, last: float, unit: str = "") -
 
 
 def logarithmic(low: float, high: float, first: float, last: float) -> Scale:
-    """Seconds, with a tick at each 1, 2 or 5 of them, as many as are not too many."""
+    """Return a logarithmic scale of seconds. Ticks are at 1, 2 and 5, or over a wide range at 1."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
     values = [d * 10.0**e for e in exponents for d in digits]
@@ -55,7 +55,7 @@ def logarithmic(low: float, high: float, first: float, last: float) -> Scale:
 
 
 def nines(high: float, first: float, last: float) -> Scale:
-    """Shares up to ``high`` < 1: a step up for each ten times fewer that are not among them."""
+    """Return a scale of shares up to ``high`` < 1: each step up leaves a tenth of the rest."""
     known = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 0.999, 0.9999)
     ticks = tuple((share, f"{100 * share:.6g} %") for share in known if share <= high)
     return Scale(0.0, high, first, last, ticks, lambda share: -math.log10(1.0 - share))
@@ -66,7 +66,7 @@ def seconds(value: float) -> str:
 
 
 def svg(height: float, label: str, body: Iterable[str]) -> str:
-    """``label`` is what a screen reader says of it."""
+    """Return an SVG element. ``label``: the text for screen readers."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">'
         + "".join(body)
@@ -84,7 +84,7 @@ def rule(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
 
 
 def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[str]:
-    """Grid and ticks; the title of y stands above its axis, where it is read without a turn."""
+    """Return grid and ticks. The title of y is above its axis, so that it is not rotated."""
     parts = []
     for value, label in y.ticks:
         parts.append(rule(x.first, y(value), x.last, y(value)))
@@ -99,7 +99,7 @@ def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[str]:
 
 
 def line(points: Sequence[tuple[float, float]], place: int, name: str) -> str:
-    """``points`` in pixels; colour and dashes are those of the place."""
+    """Return a line. ``points``: in pixels; ``place``: chooses colour and dashes."""
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     dash = DASHES[place % len(DASHES)]
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
@@ -110,7 +110,7 @@ def line(points: Sequence[tuple[float, float]], place: int, name: str) -> str:
 
 
 def marker(x: float, y: float, place: int, title: str = "") -> str:
-    """A point. Its form tells the place without a colour: six outlines, full and then hollow."""
+    """Return a marker. Its form tells the place without colour: six outlines, full or hollow."""
     outlines = (
         "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
         "M-4 -4H4V4H-4Z",
@@ -134,7 +134,7 @@ def colour(place: int) -> str:
 
 
 def legend(names: Sequence[str], *, markers: bool = False) -> str:
-    """HTML: a sample of each line, with its marker if the plot has them, and its name."""
+    """Return HTML with a sample of each line, its marker if the plot has markers, and its name."""
     items = []
     for place, name in enumerate(names):
         dash = DASHES[place % len(DASHES)]
@@ -148,7 +148,7 @@ def legend(names: Sequence[str], *, markers: bool = False) -> str:
 
 
 def distribution(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """Shares of requests at or below times, of each name."""
+    """Draw for each name the shares of requests at or below times."""
     times = [time for _, points in curves for time, _ in points if time > 0]
     low, high = (min(times), max(times)) if times else (0.01, 1.0)
     low, high = low * 0.9, max(high, 10 * low)
@@ -171,7 +171,7 @@ def attainment(
     curves: Sequence[tuple[str, Sequence[tuple[float, float, float | None, float | None]]]],
     goals: Sequence[float],
 ) -> str:
-    """Shares within the SLO at rates, with the ends of their intervals, of each name."""
+    """Draw for each name the shares within the SLO at rates, with the ends of their intervals."""
     rates = sorted({point[0] for _, points in curves for point in points})
     margin = (rates[-1] - rates[0]) * 0.05 or rates[0] * 0.5
     bottom = 340
@@ -181,7 +181,7 @@ def attainment(
     body = axes(x, y, "requests per second", "share of requests within the SLO")
     body += [rule(x.first, y(goal), x.last, y(goal), "goal") for goal in goals]
     for place, (name, points) in enumerate(curves):
-        # Whiskers beside each other, with room to spare if there is one rate alone.
+        # Whiskers are side by side, wider apart if there is only one rate.
         shift = (2.5 if len(rates) > 1 else 24.0) * (place - (len(curves) - 1) / 2)
         ends = [(x(rate) + shift, y(share)) for rate, share, _, _ in points]
         for (at, _), (_, _, low, high) in zip(ends, points, strict=True):

@@ -1,4 +1,4 @@
-"""A study as one HTML page that needs nothing but itself."""
+"""Render a study as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import charts, sentences, table, time_charts
 
 
 def render(result: Result, data: dict[str, Any]) -> str:
-    """The page; ``data`` is the result's digest."""
+    """Return the HTML page of a result. ``data``: its digest."""
     style = (files("warmserve_rt.sim.report") / "report.css").read_text(encoding="utf-8")
     title = f"{data['workload']['name']} on {data['study']['hardware']['devices']} GPUs"
     body = "\n".join(
@@ -87,8 +87,8 @@ def _cell(cell: table.Cell) -> str:
 
 def _summary(data: dict[str, Any]) -> str:
     note = (
-        "Means over seeds, with half of their 95 % intervals (Student's t). The rates are the "
-        "highest of the grid at which the mean share within the SLO is that high."
+        "Means over seeds, with half of their 95 % intervals (Student's t). A rate is the highest "
+        "of the grid at which the mean share within the SLO reaches the goal."
     )
     return (
         f"<section><h2>Summary</h2>{_table(table.HEADINGS, table.rows(data))}"
@@ -99,8 +99,8 @@ def _summary(data: dict[str, Any]) -> str:
 def _distribution(data: dict[str, Any]) -> str:
     curves = [(name, p["ttft_cdf"]) for name, p in data["policies"].items()]
     caption = (
-        f"All seeds at {data['study']['rate']:.3g} requests per second. Time is on a logarithmic "
-        "axis; each step from 90 % to 99 % and on leaves a tenth of the requests above."
+        f"All seeds at {data['study']['rate']:.3g} requests per second. The time axis is "
+        "logarithmic. Each step from 90 % to 99 % and beyond leaves a tenth of the requests above."
     )
     drawn = charts.distribution(curves)
     return (
@@ -122,7 +122,7 @@ def _attainment(data: dict[str, Any]) -> str:
     )
     drawn = charts.attainment(curves, GOALS)
     return (
-        "<section><h2>How much each policy takes</h2>"
+        "<section><h2>Load that each policy can take</h2>"
         f"{_figure(drawn, caption, charts.legend(list(data['policies']), markers=True))}"
         f"{_paragraphs(sentences.rates(data), 'note')}</section>"
     )
@@ -140,11 +140,11 @@ def _pairs(data: dict[str, Any]) -> str:
         return _table(["", *policies], rows)
 
     return (
-        "<section><h2>Pairs</h2><h3>P99 TTFT, the row's over the column's</h3>"
-        f"{matrix('ttft_p99_ratio')}<h3>Share over the SLO, the row's minus the column's</h3>"
+        "<section><h2>Pairs</h2><h3>P99 TTFT of the row over that of the column</h3>"
+        f"{matrix('ttft_p99_ratio')}<h3>Share over the SLO of the row minus that of the column</h3>"
         f'{matrix("slo_miss_difference")}<p class="note">Every policy serves the same requests of '
-        "a seed, so that ratios (geometric means) and differences are taken seed by seed; below "
-        "each is its 95 % interval.</p></section>"
+        "a seed, so that ratios (geometric means) and differences are taken seed by seed. The 95 % "
+        "interval is below each value.</p></section>"
     )
 
 
@@ -179,7 +179,7 @@ def _engine_starts(data: dict[str, Any]) -> str:
         headings = ("engine start", "P99 (s)", "over SLO")
         drawn = _table([*headings, *(f"P99 over {o}" for o in others)], rows)
     return (
-        "<section><h2>What the engine start accounts for</h2>"
+        "<section><h2>Effect of the engine start</h2>"
         f"{_paragraphs(sentences.engine_start(data), 'text')}{drawn}</section>"
     )
 
@@ -189,7 +189,7 @@ def _watched(result: Result) -> list[tuple[str, Watched]]:
 
 
 def _links(result: Result) -> str:
-    caption = "Bytes loaded over what all host links together could carry; the first seed."
+    caption = "Bytes loaded, as a share of the capacity of all host links; the first seed."
     return (
         "<section><h2>Link use over time</h2>"
         f"{_figure(time_charts.link_use(_watched(result)), caption)}</section>"
@@ -204,10 +204,10 @@ def _memory(result: Result) -> str:
             continue
         opened = " open" if not parts else ""
         above = (
-            "Bytes of each model's layers, strong while it serves and faint while it is only kept; "
-            "the KV cache on top."
+            "Bytes of each model's layers: strong while the model serves, faint while it is only "
+            "kept. The KV cache is on top."
         )
-        below = "How many of each model's leading layers are there: a row is full when all are."
+        below = "The resident leading layers of each model: in a full row all are resident."
         parts.append(
             f"<details{opened}><summary>{escape(policy)}</summary>"
             f"{_figure(time_charts.memory(watched, capacity), above)}"
@@ -215,7 +215,7 @@ def _memory(result: Result) -> str:
         )
     if not parts:
         return ""
-    note = "The GPU of the first seed's run on which the most models served."
+    note = "The GPU on which most models served in the run of the first seed."
     return (
         f'<section><h2>Memory of one GPU over time</h2><p class="note">{note}</p>'
         f"{''.join(parts)}</section>"
@@ -230,9 +230,9 @@ def _method(data: dict[str, Any]) -> str:
         f"Nodes have {hardware['node_devices']} GPUs of {hardware['memory'] / 1e9:g} GB for layers "
         f"and KV caches; {_paths(hardware['multipath'])}.",
         f"A start takes {1000 * study['switch_s']:g} ms before its layers load or are used.",
-        "Layer hits: of the layers that starts needed, those that were there when they began. "
-        "Wasted: loaded in the background and never used. GPU hours: of GPUs that had an instance. "
-        "Quantiles are by nearest rank, in each seed.",
+        "Layer hits: the share of the layers needed by starts that were resident when the start "
+        "began. Wasted: bytes loaded in the background and never used. GPU hours: hours of GPUs "
+        "with an instance. Quantiles are by nearest rank, in each seed.",
         "The same arguments give the same numbers, byte for byte. Made with "
         + sentences.listed([f"{name} {number}" for name, number in data["versions"].items()])
         + ".",
@@ -242,5 +242,7 @@ def _method(data: dict[str, Any]) -> str:
 
 def _paths(multipath: int) -> str:
     if multipath == 1:
-        return "a load has its GPU's own host link"
-    return f"where a policy can use more than its GPU's own host link, a load may take {multipath}"
+        return "a load uses its GPU's own host link"
+    return (
+        f"if a policy can use more than its GPU's own host link, a load may use {multipath} links"
+    )

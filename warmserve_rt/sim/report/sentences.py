@@ -1,4 +1,4 @@
-"""What a study's numbers come to, in sentences."""
+"""Describe the numbers of a study in sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from warmserve_rt.sim.study.intervals import Interval
 
 from .charts import seconds
 
-PAPER_FACTOR = 50.8  # the paper's, of tail TTFT below that of autoscaling
+PAPER_FACTOR = 50.8  # by which the paper's tail TTFT is below that of autoscaling
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -28,7 +28,7 @@ def time(value: float) -> str:
 
 
 def times(each: Interval) -> str:
-    """A ratio, with its interval if it has one. Unbounded times have no ratio."""
+    """Return a ratio as text, with its interval if it has one. Unbounded times have no ratio."""
     if not comparable(each):
         return "not comparable"
     if each.low is None or each.high is None:
@@ -37,7 +37,7 @@ def times(each: Interval) -> str:
 
 
 def comparable(each: Interval) -> bool:
-    """Whether both of a ratio are positive and finite."""
+    """Return whether both values of a ratio are positive and finite."""
     return math.isfinite(each.mean) and each.mean > 0
 
 
@@ -48,7 +48,7 @@ def listed(items: Sequence[str]) -> str:
 
 
 def findings(data: dict[str, Any]) -> list[str]:
-    """Sentences on the policy that waits least, and whether these seeds can tell."""
+    """Return sentences about the policy with the shortest waits, and whether the seeds prove it."""
     policies = data["policies"]
     real = {k: p for k, p in policies.items() if not _is_bound(k, p)} or policies
     order = sorted(real, key=lambda name: _tail(policies[name]).mean)
@@ -62,7 +62,7 @@ def findings(data: dict[str, Any]) -> list[str]:
         said = [f"{best} has a P99 TTFT of {time(tail)} over {_seeds(data)}, with {late}."]
     else:
         said = [
-            f"Of the policies that keep to the memory there is, {best} has the lowest P99 "
+            f"Among the policies other than bounds, {best} has the lowest P99 "
             f"TTFT, {time(tail)} on average over {_seeds(data)}, with {late}."
         ]
         said.append(_next(data, order[1], best))
@@ -78,30 +78,32 @@ def findings(data: dict[str, Any]) -> list[str]:
     lost = [k for k, p in policies.items() if p["metrics"]["unserved"]["mean"] > 0]
     if lost:
         said.append(
-            f"{listed(lost)} left requests without a first token an hour after the last had come; "
+            f"{listed(lost)} left requests without a first token an hour after the last arrival; "
             "their times count as infinite."
         )
     return said
 
 
 def _is_bound(name: str, policy: dict[str, Any]) -> bool:
-    """Whether it has memory or knowledge that no policy can have."""
+    """Return whether a policy has memory or knowledge that no real policy can have."""
     return policy["unlimited_memory"] or (name in POLICIES and POLICIES[name].bound)
 
 
 def _next(data: dict[str, Any], second: str, best: str) -> str:
     apart, tail = _ratio(data, second, best), _tail(data["policies"][second]).mean
     if tail == _tail(data["policies"][best]).mean:
-        return f"That of {second} is the same."
+        return f"{second} has the same P99 TTFT."
     if not comparable(apart):
-        return f"That of the next, {second}, is {'unbounded' if math.isinf(tail) else time(tail)}."
+        return (
+            f"The P99 of the next, {second}, is {'unbounded' if math.isinf(tail) else time(tail)}."
+        )
     sure = apart.low is not None and apart.low > 1
     doubt = "" if sure else ": these seeds do not tell the two apart"
-    return f"That of the next, {second}, is {times(apart)} as long{doubt}."
+    return f"The P99 of the next, {second}, is {times(apart)} as long{doubt}."
 
 
 def _bound(data: dict[str, Any], name: str, best: float) -> str:
-    """What a policy shows that has more than any can have, beside the best of the others."""
+    """Return a sentence that compares a bound with ``best``, the P99 of the best other policy."""
     policy = data["policies"][name]
     tail = _tail(policy).mean
     has = "memory for everything" if policy["unlimited_memory"] else "knowledge of the future"
@@ -111,7 +113,7 @@ def _bound(data: dict[str, Any], name: str, best: float) -> str:
 
 
 def rates(data: dict[str, Any]) -> list[str]:
-    """Sentences on grid rates that fail below one that passes."""
+    """Return sentences about rates of the grid that fail below a rate that passes."""
     said = []
     for name, policy in data["policies"].items():
         for highest in policy["highest_rate"]:
@@ -119,14 +121,14 @@ def rates(data: dict[str, Any]) -> list[str]:
                 missed = listed([f"{rate:.3g}" for rate in highest["failing"]])
                 said.append(
                     f"{name} reaches {100 * highest['goal']:g} % at "
-                    f"{highest['rate']:.3g} requests per second but not at {missed}: where memory "
-                    "is scarce attainment need not fall with the rate."
+                    f"{highest['rate']:.3g} requests per second but not at {missed}: if memory is "
+                    "scarce, attainment need not fall with the rate."
                 )
     return said
 
 
 def engine_start(data: dict[str, Any]) -> list[str]:
-    """Sentences on what a factor between policies owes to starting an engine process."""
+    """Return sentences about the effect of engine starts on the factors between policies."""
     policies = data["policies"]
     paying = [
         k for k, p in policies.items() if any(r["policy"] == k for r in data["engine_starts"])
@@ -139,11 +141,11 @@ def engine_start(data: dict[str, Any]) -> list[str]:
     start = data["study"]["engine_start_s"]
     said = [
         f"The paper reports tail TTFT up to {PAPER_FACTOR}x below that of autoscaling. Such a "
-        f"factor rests on the engine start: {who} {alone} an engine start of {start:g} s in each "
-        "start of an instance; engines of the other policies wait on the devices, ready."
+        f"factor depends on the engine start: {who} {alone} an engine start of {start:g} s at each "
+        "start of an instance. The engines of the other policies wait on the devices."
     ]
     if not quick:
-        return [*said, "None of those is in this study."]
+        return [*said, "This study has none of the other policies."]
     for policy in paying:
         rows = {r["engine_start_s"]: r for r in data["engine_starts"] if r["policy"] == policy}
         said += _owed(policy, start, [(other, _over(rows, other)) for other in quick])
@@ -155,14 +157,17 @@ def _over(rows: dict[float, Any], other: str) -> dict[float, Interval]:
 
 
 def _owed(slow: str, start: float, found: list[tuple[str, dict[float, Interval]]]) -> list[str]:
-    """``found``: of each other policy, how many times its tail that of ``slow`` is, by start."""
+    """Return sentences about one policy that waits for engines.
+
+    ``found``: for each other policy, the ratio of the tail of ``slow`` to its own, by start.
+    """
     unknown = [other for other, over in found if not all(map(comparable, over.values()))]
     known = [(other, over) for other, over in found if other not in unknown]
     said = []
     if unknown:
         said.append(
-            f"The P99 TTFT of {slow} has no ratio to that of {listed(unknown)}: some seed has none "
-            "that is bounded and positive."
+            f"The P99 TTFT of {slow} has no ratio to that of {listed(unknown)}: in some seed one "
+            "of the two is unbounded or zero."
         )
     if not known:
         return said
@@ -170,24 +175,24 @@ def _owed(slow: str, start: float, found: list[tuple[str, dict[float, Interval]]
     with_start = f"With {start:g} s, the P99 TTFT of {slow} is {times(over[start])} that of {first}"
     if 0.0 not in over or start == 0.0:
         said.append(with_start + ("." if start == 0.0 else "; equal starts were not run."))
-        return said + [f"Of {other} it is {times(each[start])}." for other, each in others]
-    said.append(f"{with_start}; with equal starts, of 0 s, it is {times(over[0.0])}.")
+        return said + [f"It is {times(each[start])} that of {other}." for other, each in others]
+    said.append(f"{with_start}; with equal starts of 0 s it is {times(over[0.0])}.")
     said += [
-        f"Of {other} these are {times(each[start])} and {times(each[0.0])}."
+        f"Relative to {other} these factors are {times(each[start])} and {times(each[0.0])}."
         for other, each in others
     ]
-    # The other policies do not change with the engine start: this is the same over each of them.
+    # The other policies do not depend on the engine start, so that this factor is the same for all.
     factor = over[start].mean / over[0.0].mean
     if factor > 1.01:
-        said.append(f"So a factor of {number(factor)} is the engine start's.")
+        said.append(f"The engine start therefore accounts for a factor of {number(factor)}.")
     else:
-        said.append("So the engine start makes no difference here.")
+        said.append("The engine start makes no difference here.")
     return said
 
 
 def ratio_of(data: dict[str, Any], metric: str, ours: str, theirs: str) -> Interval:
-    """Of a pair in either order: the ratio of ours over theirs, or for ``slo_miss_difference`` ours
-    minus theirs."""
+    """Return the interval of a pair in either order: the ratio of ours over theirs, or for
+    ``slo_miss_difference`` ours minus theirs. Raise ValueError if the study lacks the pair."""
     for pair in data["paired"]:
         found = (
             as_interval(pair[metric]) if {pair["policy"], pair["over"]} == {ours, theirs} else None
@@ -199,7 +204,7 @@ def ratio_of(data: dict[str, Any], metric: str, ours: str, theirs: str) -> Inter
         if metric == "slo_miss_difference":
             return _turned(found, lambda value: 0.0 - value)
         return _turned(found, lambda value: 1 / value if value else math.inf)
-    raise ValueError(f"no pair {ours}, {theirs}")
+    raise ValueError(f"the study has no pair of {ours} and {theirs}")
 
 
 def _turned(each: Interval, turn: Any) -> Interval:

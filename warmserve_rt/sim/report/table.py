@@ -1,4 +1,4 @@
-"""The table of a study's policies, for the terminal and the report alike."""
+"""The table of a study's policies, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from warmserve_rt.sim.study.study import GOALS
 
 from .sentences import number
 
-Write = Callable[[float, int], str]  # a value with so many digits
+Write = Callable[[float, int], str]  # formats a value with a number of digits
 
 
 def percent(value: float, digits: int = 3) -> str:
@@ -23,7 +23,7 @@ def _scaled(scale: float) -> Write:
     return lambda value, digits: number(value * scale, digits)
 
 
-# Metric, heading, how its values are written.
+# Metric, heading, format of its values.
 _COLUMNS: tuple[tuple[str, str, Write], ...] = (
     ("ttft_mean", "TTFT mean (s)", number),
     ("ttft_p50", "P50 (s)", number),
@@ -41,12 +41,12 @@ HEADINGS = (
     *(f"rate at {100 * goal:g} %" for goal in GOALS),
     *(heading for _, heading, _ in _COLUMNS[5:]),
 )
-WAITS = 8  # of the columns, those that say how long requests wait; the others, what it takes
-Cell = tuple[str, str]  # what it is, and how far from sure
+WAITS = 8  # the number of columns about the waits of requests; the others are about costs
+Cell = tuple[str, str]  # a value, and its uncertainty
 
 
 def rows(data: dict[str, Any]) -> list[list[Cell]]:
-    """A row for each policy, in the columns of HEADINGS."""
+    """Return a row for each policy, in the columns of HEADINGS."""
     found = []
     for name, policy in data["policies"].items():
         cells = [

@@ -1,4 +1,4 @@
-"""A study on the terminal: its progress, its table."""
+"""Show a study on the terminal: its progress and its tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import sentences, table
 
 
 def run(asked: Study, jobs: int) -> Result:
-    """As study.run does, with a bar on stderr."""
+    """Run a study as study.run does, with a progress bar on stderr."""
     shown = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -28,7 +28,7 @@ def run(asked: Study, jobs: int) -> Result:
     task = progress.add_task("simulating", total=None)
 
     def update(done: int, runs: int) -> None:
-        progress.start()  # not before: what cannot be run is said without a bar
+        progress.start()  # not earlier: a refused study shows no bar
         progress.update(task, completed=done, total=runs)
 
     try:
@@ -39,7 +39,7 @@ def run(asked: Study, jobs: int) -> Result:
 
 
 def show(data: dict[str, Any]) -> None:
-    """The summary of a result's digest, in tables and in words."""
+    """Print the summary of a result's digest, in tables and sentences."""
     described = data["study"]
     console = make_console()
     title = (

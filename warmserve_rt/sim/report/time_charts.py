@@ -1,4 +1,4 @@
-"""Plots over the time of a run: what links carry, and what lies in the memory of one device."""
+"""Draw plots over the time of a run: the use of links and the memory of one device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from warmserve_rt.sim.study.timeline import Track
 
 from .charts import LEFT, RIGHT, TOP, WIDTH, Scale, axes, colour, linear, rule, svg, text
 
-ROW = 17  # pixels of a model's layers
-NAMES = 112  # pixels of their names
+ROW = 17  # height of a model's row in pixels
+NAMES = 112  # width of the column of names in pixels
 
 
 def link_use(runs: Sequence[tuple[str, Watched]]) -> str:
-    """A strip for each name, all of one height for the same use."""
+    """Draw a strip for each name, all on the same scale."""
     height, gap = 54, 38
     most = max((max(watched.link_use) for _, watched in runs), default=0.0)
     most = max(0.05, min(1.0, most * 1.05))
@@ -44,7 +44,7 @@ def link_use(runs: Sequence[tuple[str, Watched]]) -> str:
 
 
 def memory(watched: Watched, capacity: float) -> str:
-    """Bytes of the device, stacked: a band for each model that was there, and the KV cache.
+    """Draw the bytes of a device, stacked: a band for each model that it held, and the KV cache.
 
     Bands are strong while their model serves, and faint while it is only kept.
     """
@@ -82,7 +82,7 @@ def memory(watched: Watched, capacity: float) -> str:
 
 
 def layers(watched: Watched) -> str:
-    """A row for each model: how many of its leading layers are on the device."""
+    """Draw a row for each model: the number of its leading layers that are resident."""
     x = _minutes(watched.times, NAMES + 8)
     columns = [x(time / 60) for time in watched.times]
     body, bottom = [], float(TOP)
@@ -118,7 +118,7 @@ def _name(track: Track) -> str:
 
 
 def _runs(levels: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Begin, end and level of each stretch of equal levels but 0."""
+    """Yield begin, end and level of each stretch of equal levels other than 0."""
     begin = 0
     for i in range(1, len(levels) + 1):
         if i == len(levels) or levels[i] != levels[begin]:
@@ -134,7 +134,7 @@ def _band(
     begin: int,
     end: int,
 ) -> str:
-    """A closed path in steps: each sample holds until the next one."""
+    """Return a closed path in steps, in which each sample holds until the next one."""
     stop = columns[min(end, len(columns) - 1)]
     there = _steps(columns, upper, range(begin, end), stop)
     path = f"M{columns[begin]:.1f} {upper[begin]:.1f}{there}V{lower[end - 1]:.1f}"
@@ -155,7 +155,7 @@ def _steps(columns: Sequence[float], heights: Sequence[float], places: range, st
 def _inscription(
     columns: Sequence[float], lower: Sequence[float], upper: Sequence[float], name: str
 ) -> str:
-    """The name where the band is longest level and thick enough, or nothing."""
+    """Return the name at the longest level and thick part of a band, or an empty text."""
     best, begin = (0.0, 0, 0), 0
     for i in range(1, len(columns) + 1):
         if i == len(columns) or (lower[i], upper[i]) != (lower[begin], upper[begin]):

@@ -1,1 +1,1 @@
-"""Runs of several policies on a workload, and their numbers."""
+"""Run several policies on a workload, and compute the numbers of the runs."""

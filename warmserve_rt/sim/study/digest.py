@@ -1,4 +1,4 @@
-"""A study's result as plain data: what summary.json holds, and the report says."""
+"""Turn a study's result into plain data for summary.json and the report."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ CDF_POINTS = 240
 
 
 def digest(result: Result) -> dict[str, Any]:
-    """JSON-able but for infinite and undefined numbers, see ``to_json``. The same study gives the
-    same data: there are no times of day and no timings in it."""
+    """Return the result as data that JSON can hold, except for infinite and undefined numbers (see
+    ``to_json``).
+
+    The same study always gives the same data, because it has no times of day and no timings.
+    """
     study = result.study
     described = {
         policy: [o for o in result.outcomes if o.run.policy == policy and o.run.detailed]
@@ -60,7 +63,7 @@ def digest(result: Result) -> dict[str, Any]:
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """Infinite numbers are the string "inf", for JSON has none; null is what has no value."""
+    """Return the data as JSON. An infinite number becomes the string "inf", NaN becomes null."""
     return json.dumps(_plain(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -76,7 +79,7 @@ def _plain(value: Any) -> Any:
 
 def _arguments(study: Study) -> dict[str, Any]:
     arguments = asdict(study)
-    # A path is where somebody keeps a file, not what is in it.
+    # The folder of a file is left out: it tells about the machine, not about the study.
     arguments["workload"] = plain(
         study.workload.rsplit("/", 1)[-1] if study.from_file else study.workload
     )
@@ -112,7 +115,7 @@ def _policy(result: Result, policy: str, outcomes: Sequence[Outcome]) -> dict[st
 
 
 def _summaries(result: Result, policy: str, rate: float) -> list[RunSummary]:
-    """By seed."""
+    """Return the summaries of one policy at one rate, by seed."""
     start = result.study.engine_start_s
     return [
         o.summary
@@ -140,8 +143,8 @@ def _paired(
 
 
 def _engine_starts(result: Result, described: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
-    """Tail TTFT of each policy that waits for an engine, by the seconds of that, and how many times
-    as long it is as that of each policy that does not."""
+    """Return the tail TTFT of each policy that waits for an engine, by the seconds of the engine
+    start, and its ratio to that of each policy that does not wait."""
     study, rows = result.study, []
     quick = [p for p in study.policies if not POLICIES[p].engine_start]
     for policy in study.policies:
@@ -170,13 +173,13 @@ def _engine_starts(result: Result, described: dict[str, list[Outcome]]) -> list[
 
 
 def _distribution(times: Sequence[Floats]) -> list[tuple[float, float]]:
-    """Of all seeds: the share of requests at or below some times, denser at the tail."""
+    """Return the share of requests, over all seeds, at or below times; denser at the tail."""
     ascending = np.sort(np.concatenate(times))
     n = len(ascending)
     depth = np.geomspace(1.0, 1.0 / n, CDF_POINTS // 2)
     ranks = np.concatenate([np.linspace(0, 1, CDF_POINTS // 2), 1.0 - depth])
     rows = np.unique(np.clip(np.rint(ranks * n).astype(np.int64), 1, n))
-    # Of equal times the last has the share.
+    # The share of equal times is that of the last of them.
     shares = np.searchsorted(ascending, ascending[rows - 1], side="right") / n
     points = zip(ascending[rows - 1].tolist(), shares.tolist(), strict=True)
     return [(time, share) for time, share in dict(points).items() if math.isfinite(time)]
@@ -190,5 +193,5 @@ def _version() -> str:
 
 
 def as_interval(data: dict[str, Any]) -> Interval:
-    """One that was put down by ``digest``."""
+    """Return an interval that ``digest`` turned into data."""
     return Interval(data["mean"], data["low"], data["high"])

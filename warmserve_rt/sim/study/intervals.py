@@ -1,4 +1,4 @@
-"""What a few paired runs say: means with 95 % intervals, differences, ratios, rates on a grid."""
+"""Evaluate a few paired runs: means with 95 % intervals, differences, ratios, rates on a grid."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval; ``low`` and ``high`` are None where there is none: of a single
-    value, or where a value is not finite."""
+    """A mean with its 95 % interval. ``low`` and ``high`` are None for a single value, or if a
+    value is not finite."""
 
     mean: float
     low: float | None = None
@@ -22,13 +22,19 @@ class Interval:
 
 @lru_cache
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t for which Student's distribution has ``confidence`` within -t and t.
+    """Return the t for which Student's distribution has the probability ``confidence`` in [-t, t].
 
-    Bisects the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4. Raises ValueError for fewer
-    than one degree of freedom or a confidence that is not between 0 and 1.
+    Bisects the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+
+    Raises
+    ------
+    ValueError
+        If there is less than one degree of freedom, or the confidence is not between 0 and 1.
     """
     if degrees < 1 or not 0 < confidence < 1:
-        raise ValueError(f"{degrees} degrees of freedom, a confidence of {confidence}")
+        raise ValueError(
+            f"needs degrees of freedom >= 1 and 0 < confidence < 1, got {degrees} and {confidence}"
+        )
     low, high = 0.0, 1.0
     while _within(high, degrees) < confidence:
         low, high = high, 2 * high
@@ -43,7 +49,7 @@ def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 
 def _within(t: float, degrees: int) -> float:
-    """The probability of -t to t."""
+    """Return the probability of [-t, t]."""
     angle = math.atan(t / math.sqrt(degrees))
     cosine = math.cos(angle)
     odd = degrees % 2
@@ -57,7 +63,7 @@ def _within(t: float, degrees: int) -> float:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of the mean, over seeds: mean -+ t s / sqrt(n). Raises ValueError for no values."""
+    """Return the mean over seeds with mean -+ t s / sqrt(n). Raise ValueError for no values."""
     if not values:
         raise ValueError("no values to take a mean of")
     n = len(values)
@@ -70,20 +76,26 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _sum(values: Sequence[float]) -> float:
-    """Infinite where any value is, unless one is not a number."""
+    """Return the sum: infinite if a value is infinite, NaN if a value is NaN."""
     return sum(values)
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Of the mean of ours minus theirs, seed by seed. Raises ValueError for unequal numbers."""
+    """Return the mean of ours minus theirs, by seed. Raise ValueError if lengths differ."""
     return interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """The geometric mean of ours over theirs, seed by seed, and the interval of its logarithm.
+    """Return the geometric mean of ours over theirs, seed by seed, with the interval of its
+    logarithm.
 
-    NaN without an interval where a value is not positive, or where both of a pair are infinite.
-    Raises ValueError for unequal numbers.
+    The result is NaN without an interval if a value is not positive, or if both of a pair are
+    infinite.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ.
     """
     pairs = list(zip(ours, theirs, strict=True))
     if not all(a > 0 and b > 0 and not (math.isinf(a) and math.isinf(b)) for a, b in pairs):
@@ -104,8 +116,11 @@ def _exp(value: float) -> float:
 
 @dataclass(frozen=True)
 class HighestRate:
-    """``rate``: the highest on the grid whose attainment reaches the goal, None where none does.
-    ``failing``: lower rates that miss it; where memory is scarce attainment is not monotone."""
+    """The highest rate on a grid whose attainment reaches a goal.
+
+    ``rate``: that rate, or None if no rate reaches the goal. ``failing``: lower rates that miss the
+    goal. Some exist because attainment is not monotone if memory is scarce.
+    """
 
     goal: float
     rate: float | None
@@ -113,7 +128,7 @@ class HighestRate:
 
 
 def highest_rate(rates: Sequence[float], attainment: Sequence[float], goal: float) -> HighestRate:
-    """Of a grid of rates and the mean attainment over seeds at each."""
+    """Return the highest rate of a grid. ``attainment``: the mean over seeds at each rate."""
     points = sorted(zip(rates, attainment, strict=True))
     reached = [rate for rate, share in points if share >= goal]
     if not reached:

@@ -1,4 +1,4 @@
-"""What a run came to, in numbers."""
+"""Compute the numbers of a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Floats = NDArray[np.float64]
 
 
 class Slo(policy.Slo):
-    """Of the requests of a workload."""
+    """The bound on the first tokens of a workload's requests."""
 
     def bounds(self, workload: Workload) -> Floats:
-        """Seconds that each request has."""
+        """Return the seconds that each request may take to its first token."""
         return self.prefills * prefills(workload) + self.seconds
 
     def check(self, workload: Workload) -> None:
-        """Raises ValueError for one that a request could not meet with its whole model resident and
-        nobody before it."""
+        """Raise ValueError if some request could not meet the bound even with its whole model
+        resident and no request before it."""
         least, bounds = prefills(workload), self.bounds(workload)
         missed = np.flatnonzero(bounds < least)
         if len(missed):
@@ -38,13 +38,16 @@ class Slo(policy.Slo):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Of one run. Times to first token in seconds, infinite for a request that never had one;
-    quantiles by nearest rank: the least time that this share of requests is at or below.
+    """The numbers of one run.
 
-    ``slo_miss``: share of requests over the SLO. ``hit_share``: of the layers that starts needed,
-    those that were there when they began; NaN without a start. ``wasted_bytes``: loaded in the
-    background and never used. ``gpu_hours``: of devices that had an instance. ``link_use``: bytes
-    loaded over what all host links could have carried until the end of the run.
+    Times to first token are in seconds, and infinite for a request without a first token. Quantiles
+    are by nearest rank: the smallest time such that this share of requests is at or below it.
+
+    ``slo_miss``: the share of requests beyond the SLO. ``hit_share``: the share of the layers
+    needed by starts that were resident when the start began; NaN without a start.
+    ``wasted_bytes``: bytes that were loaded in the background and never used. ``gpu_hours``: hours
+    of devices with an instance. ``link_use``: bytes loaded over the bytes that all host links could
+    have carried until the end of the run.
     """
 
     requests: int
@@ -63,28 +66,28 @@ class RunSummary:
 
 
 def prefills(workload: Workload) -> Floats:
-    """Seconds of each request's prefill, with every layer resident."""
+    """Return the seconds of each request's prefill if all layers are resident."""
     fixed = np.array([model.prefill_s for model in workload.models])
     token = np.array([model.prefill_token_s for model in workload.models])
     return fixed[workload.model] + token[workload.model] * workload.prompt
 
 
 def times_to_first_token(fleet: Fleet) -> Floats:
-    """Of each request, in seconds; infinite where it never came."""
+    """Return each request's time to first token in seconds; infinite without a first token."""
     waits = fleet.first_token - fleet.workload.time
     return np.where(np.isnan(waits), np.inf, waits)
 
 
 def quantile(ascending: Floats, share: float) -> float:
-    """By nearest rank, which infinite values leave defined."""
+    """Return a quantile by nearest rank, which is defined for infinite values too."""
     return float(ascending[max(0, math.ceil(share * len(ascending)) - 1)])
 
 
 def summary(fleet: Fleet, slo: Slo | None = None) -> RunSummary:
-    """Of a fleet that has run. Raises ValueError for a workload without requests."""
+    """Return the numbers of a fleet that has run. Raise ValueError if there were no requests."""
     ttft = times_to_first_token(fleet)
     if not len(ttft):
-        raise ValueError("no requests, no times to first token")
+        raise ValueError("no requests: a summary needs at least one")
     ascending = np.sort(ttft)
     hardware, end = fleet.hardware, fleet.events.now
     missed = ttft > (slo or Slo()).bounds(fleet.workload)

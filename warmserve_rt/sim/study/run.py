@@ -1,4 +1,4 @@
-"""One run: a workload on a fleet under a policy."""
+"""Run one workload on a fleet under a policy."""
 
 from __future__ import annotations
 
@@ -27,13 +27,33 @@ def simulate(
     policy_options: Mapping[str, Any] = MappingProxyType({}),
     observers: Sequence[Callable[[Fleet], None]] = (),
 ) -> Fleet:
-    """The fleet after it has served the workload. ``switch_s``: see Fleet. ``engine_start_s``: of
-    the policies whose starts wait for an engine. ``policy_options``: of its controller, such as the
-    objective of our scheduler. ``observers`` are given the fleet before it runs, and may schedule
-    timers on it.
+    """Serve a workload, and return the fleet afterwards.
 
-    Raises ValueError for an unknown policy and as ``check`` does, TypeError for options that the
-    policy does not have, RuntimeError where requests that nobody refused are never served.
+    Parameters
+    ----------
+    policy
+        The name of the policy.
+    workload
+        The models and their requests.
+    hardware
+        The hardware of the fleet.
+    switch_s
+        See Fleet.
+    engine_start_s
+        Seconds of an engine start, for policies whose starts wait for an engine.
+    policy_options
+        Options of the policy's controller, such as the objective of our scheduler.
+    observers
+        Called with the fleet before it runs; they may schedule timers on it.
+
+    Raises
+    ------
+    ValueError
+        If the policy is unknown, or as ``check`` does.
+    TypeError
+        If the policy does not have one of the options.
+    RuntimeError
+        If requests that were not refused are never served.
     """
     chosen = find(policy)
     check(workload.models, hardware)
@@ -60,11 +80,11 @@ def simulate(
 
 
 def check(models: Sequence[ModelProfile], hardware: Hardware) -> None:
-    """Raises ValueError for a model that no group of devices can hold."""
+    """Raise ValueError if a model fits on no group of devices."""
     for profile in models:
         if profile.width > hardware.node_devices:
             raise ValueError(
-                f"{profile.name} wants {profile.width} devices of one node, which has "
+                f"{profile.name} needs {profile.width} devices of one node, which has "
                 f"{hardware.node_devices}"
             )
         if profile.nbytes > hardware.memory:

@@ -1,4 +1,4 @@
-"""A comparison of policies: every one of them serves the same workloads, over rates and seeds."""
+"""Compare policies: each serves the same workloads, over several rates and seeds."""
 
 from __future__ import annotations
 
@@ -22,25 +22,52 @@ from .run import check, simulate
 from .timeline import DeviceTimeline, Timeline
 
 PAPER = "paper"  # the models of the paper's evaluation
-PATIENCE_S = 3600.0  # after the last request a fleet gives up on those it has not served
-GOALS = (0.99, 0.97)  # attainment of the SLO for which the highest rate is sought
+PATIENCE_S = 3600.0  # seconds after the last request until a fleet gives up on unserved ones
+GOALS = (0.99, 0.97)  # SLO attainments for which the highest rate is sought
 
 
 class StudyError(ValueError):
-    """A study that cannot be made; the message says why in one sentence."""
+    """Raised for a study that cannot be run. The message tells the reason in one sentence."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """``workload``: one of workloads.NAMES or a trace file; a file has a rate, a duration and
-    nothing random of its own, and its first ``history_minutes`` are the past, the rest the run.
-    ``models``: so many of the catalogue's mix, or "paper".
+    """The arguments of a comparison.
 
-    ``rate``: requests per second of the runs that are described in full; ``rates``: of those that
-    say how much a policy can take. ``engine_start_s``: of policies whose starts wait for an engine
-    process; with each of ``engine_starts_s`` they run once more.
+    Parameters
+    ----------
+    workload
+        One of workloads.NAMES, or a trace file. A file has its own rate and duration, and its runs
+        are not random.
+    hardware
+        The hardware of the fleet.
+    models
+        A number of models of the catalogue's mix, or "paper".
+    policies
+        The names of the policies.
+    rate
+        Requests per second of the runs that are described in full.
+    rates
+        Requests per second of further runs, which show how much load a policy can take.
+    seeds
+        The number of paired runs of each policy.
+    minutes
+        Minutes in which requests arrive.
+    history_minutes
+        The first minutes of a file that are history; the rest is the run.
+    switch_s
+        Seconds that every start takes.
+    engine_start_s
+        Seconds of an engine start, for policies whose starts wait for an engine process.
+    engine_starts_s
+        Further seconds of an engine start; these policies run once more with each.
+    slo
+        The bound on the time to first token.
 
-    Raises StudyError for numbers that make no sense.
+    Raises
+    ------
+    StudyError
+        If an argument is invalid.
     """
 
     workload: str
@@ -61,38 +88,45 @@ class Study:
         for rate in (self.rate, *self.rates):
             if not 0 < rate < math.inf:
                 raise StudyError(
-                    f"a rate of {rate:g} requests per second; it is positive and finite"
+                    f"rates must be positive and finite requests per second, got {rate:g}"
                 )
         if not 0 < self.minutes < math.inf:
-            raise StudyError(f"a run of {self.minutes:g} minutes; it is positive and finite")
+            raise StudyError(f"minutes must be positive and finite, got {self.minutes:g}")
         for start in (self.switch_s, self.engine_start_s, *self.engine_starts_s):
             if not 0 <= start < math.inf:
-                raise StudyError(f"a start of {start:g} s; it is finite and not negative")
+                raise StudyError(
+                    f"times of a start must be finite and not negative, got {start:g} s"
+                )
         for size in (self.hardware.memory, self.hardware.bandwidth):
             if not math.isfinite(size):
-                raise StudyError(f"memory and bandwidth are finite numbers of bytes, not {size:g}")
+                raise StudyError(
+                    f"memory and bandwidth must be finite numbers of bytes, got {size:g}"
+                )
         if self.seeds < 1:
-            raise StudyError(f"{self.seeds} seeds; there is at least one")
+            raise StudyError(f"seeds must be at least 1, got {self.seeds}")
         if not self.policies:
-            raise StudyError("no policies to compare; there is at least one")
+            raise StudyError("there must be at least one policy to compare, got none")
         if len(set(self.policies)) < len(self.policies):
-            raise StudyError(f"a policy twice: {', '.join(self.policies)}")
+            raise StudyError(f"each policy must be given once, got {', '.join(self.policies)}")
         for policy in self.policies:
             try:
                 find(policy)
             except ValueError as error:
                 raise StudyError(str(error)) from None
         if isinstance(self.models, str) and self.models != PAPER:
-            raise StudyError(f"models: a number or {PAPER!r}, not {self.models!r}")
+            raise StudyError(f"models must be a number or {PAPER!r}, got {self.models!r}")
 
     @property
     def from_file(self) -> bool:
         return self.workload not in workloads.NAMES
 
     def build(self, rate: float, seed: int) -> Workload:
-        """What every policy serves at this rate, with this seed.
+        """Return the workload that every policy serves at this rate with this seed.
 
-        Raises ValueError and OSError as the workloads do, and for one without requests or history.
+        Raises
+        ------
+        ValueError, OSError
+            As the workloads do, and if the workload has no requests or no history.
         """
         models = (
             catalogue.paper_models()
@@ -103,30 +137,30 @@ class Study:
         if self.from_file:
             built = with_history(built, self.history_minutes * 60)
         if not len(built.history):
-            raise StudyError(f"{self.workload}: no history, from which policies could forecast")
+            raise StudyError(f"{self.workload} has no history from which policies could forecast")
         if not len(built.time):
             raise StudyError(
-                f"{self.workload}: no requests at {rate:g} a second in {self.minutes:g} minutes "
-                f"with seed {seed}; more minutes have some"
+                f"{self.workload} has no requests at {rate:g} per second in {self.minutes:g} "
+                f"minutes with seed {seed}: give more minutes"
             )
         return built
 
 
 @dataclass(frozen=True)
 class Run:
-    """One policy on one workload."""
+    """The arguments of one run: a policy on a workload."""
 
     policy: str
     rate: float
     seed: int
     engine_start_s: float
-    detailed: bool  # with its times to first token
-    watched: bool  # and what it looked like over time
+    detailed: bool  # whether to keep its times to first token
+    watched: bool  # whether to record it over time
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One run over time: the device on which the most models served, and all links together."""
+    """The record of one run over time: the device that served most models, and all links."""
 
     times: list[float]
     link_use: list[float]
@@ -136,7 +170,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run. ``ttft``: see metrics.times_to_first_token; only of detailed runs."""
+    """The results of a run. ``ttft``: see metrics.times_to_first_token; only for detailed runs."""
 
     run: Run
     summary: RunSummary
@@ -146,8 +180,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """``study`` as it was run: a file's is its own rate and duration, and one seed. ``outcomes`` in
-    the order of ``runs(study)``."""
+    """The results of a study.
+
+    ``study``: the study as it was run. For a trace file it has the file's rate and duration, and
+    one seed. ``workload``: the first workload. ``outcomes``: in the order of ``runs(study)``.
+    """
 
     study: Study
     workload: Workload
@@ -155,7 +192,7 @@ class Result:
 
 
 def runs(study: Study) -> list[Run]:
-    """All that a study takes, runs of one workload next to each other."""
+    """Return all runs of a study. Runs of the same workload are adjacent."""
     found = []
     for rate in sorted({study.rate, *study.rates}):
         for seed in range(study.seeds):
@@ -171,13 +208,18 @@ def runs(study: Study) -> list[Run]:
 
 
 def prepare(study: Study) -> tuple[Study, Workload]:
-    """The study as it can be run, and its first workload.
+    """Return the study as it will be run, and its first workload.
 
-    Raises StudyError for whatever makes it impossible, before anything has run.
+    Raises
+    ------
+    StudyError
+        If the study cannot be run. No run has begun then.
     """
     if study.from_file and not Path(study.workload).is_file():
         known = ", ".join(workloads.NAMES)
-        raise StudyError(f"{study.workload!r} is no workload and no file; there are {known}")
+        raise StudyError(
+            f"{study.workload!r} is neither a file nor a workload: choose one of {known}"
+        )
     try:
         workload = study.build(study.rate, 0)
         check(workload.models, study.hardware)
@@ -191,13 +233,25 @@ def prepare(study: Study) -> tuple[Study, Workload]:
 
 
 def run(study: Study, jobs: int, progress: Callable[[int, int], None] | None = None) -> Result:
-    """Every run, in ``jobs`` processes, which change nothing of the result.
+    """Run a whole study.
 
-    ``progress`` is told how many runs of how many are done, and that none is at the beginning.
-    Raises StudyError as ``prepare`` does, and where a seed has no requests.
+    Parameters
+    ----------
+    study
+        The study.
+    jobs
+        The number of processes. It does not change the result.
+    progress
+        Called with the number of runs that are done and the number of all runs, at the beginning
+        and after each run.
+
+    Raises
+    ------
+    StudyError
+        As ``prepare`` does, if a seed has no requests, or if ``jobs`` is less than 1.
     """
     if jobs < 1:
-        raise StudyError(f"{jobs} processes; there is at least one")
+        raise StudyError(f"jobs must be at least 1 process, got {jobs}")
     study, workload = prepare(study)
     todo = runs(study)
     done: dict[int, Outcome] = {}
@@ -211,12 +265,12 @@ def run(study: Study, jobs: int, progress: Callable[[int, int], None] | None = N
 
 
 def _each(study: Study, todo: list[Run], jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Outcomes with their places, as they come."""
+    """Yield the index and the outcome of each run when it is done."""
     if jobs == 1:
         for index, each in enumerate(todo):
             yield index, perform(study, each)
         return
-    # Not forked: the caller's threads may hold locks.
+    # Spawned, not forked: the caller's threads may hold locks.
     spawned = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawned)
     try:
@@ -233,7 +287,7 @@ def _built(study: Study, rate: float, seed: int) -> Workload:
 
 
 def perform(study: Study, each: Run) -> Outcome:
-    """One run. Requests that are never served count as such."""
+    """Perform one run. Requests that are never served are counted as unserved."""
     workload = _built(study, each.rate, each.seed)
     timeline = Timeline(workload.duration)
     fleets: list[Fleet] = []
@@ -249,7 +303,7 @@ def perform(study: Study, each: Run) -> Outcome:
             engine_start_s=each.engine_start_s,
             observers=observers,
         )
-    except RuntimeError:  # some are left, and have no time; anything else is no result
+    except RuntimeError:  # unserved requests are a result; other errors are raised
         if not fleets or fleets[0].events.now <= workload.time[-1] + PATIENCE_S:
             raise
     fleet = fleets[0]

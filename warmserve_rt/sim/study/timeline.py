@@ -1,4 +1,4 @@
-"""What a run looks like over time: the memory of its devices, the use of its links."""
+"""Record a run over time: the memory of its devices and the use of its links."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from warmserve_rt.sim.core.fleet import Fleet
 
 @dataclass
 class Track:
-    """One shard of a model on one device; a value for each sample."""
+    """One shard of a model on one device, with a value for each sample."""
 
     model: str
     rank: int
@@ -24,7 +24,8 @@ class Track:
 
 @dataclass
 class DeviceTimeline:
-    """``kv``: bytes of the KV cache at each sample. ``tracks`` in the order in which they came."""
+    """One device over time. ``kv``: bytes of its KV caches at each sample. ``tracks``: its shards,
+    in the order of their first sample. ``started``: models that were in use on it."""
 
     kv: list[float] = field(default_factory=list)
     tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
@@ -32,10 +33,10 @@ class DeviceTimeline:
 
 
 class Timeline:
-    """Samples a fleet every ``step`` seconds until ``end``; it changes nothing in it.
+    """An observer that samples a fleet at equal steps until ``end``, and does not change it.
 
-    ``link_use``: bytes loaded in the step before each sample, over what all links could have
-    carried, the first 0.
+    ``link_use``: bytes loaded in the step before each sample, over the bytes that all links could
+    have carried. The first value is 0.
     """
 
     def __init__(self, end: float, samples: int = 240) -> None:
@@ -44,7 +45,7 @@ class Timeline:
         self.link_use: list[float] = []
 
     def __call__(self, fleet: Fleet) -> None:
-        """Begins, at the fleet's time 0."""
+        """Begin to sample a fleet at its time 0."""
         self.fleet = fleet
         self.devices = [DeviceTimeline() for _ in fleet.devices]
         self.loaded = 0.0
@@ -85,7 +86,7 @@ class Timeline:
                 timeline.started.add(model)
 
     def busiest(self) -> tuple[int, DeviceTimeline]:
-        """The device on which the most models served, the first of several, padded to the end."""
+        """Return the device that served most models (the first of equals), padded to the end."""
         index = max(range(len(self.devices)), key=lambda i: (len(self.devices[i].started), -i))
         timeline = self.devices[index]
         for track in timeline.tracks.values():
@@ -97,8 +98,11 @@ class Timeline:
 
 
 def arrived(fleet: Fleet, shard: Shard) -> float:
-    """Bytes of it that are there now. To ask the flow to settle would round its bytes otherwise
-    than in a run that nobody watches."""
+    """Return the resident bytes of a shard.
+
+    Does not settle the flow, because its bytes would then be rounded differently than in a run that
+    is not observed.
+    """
     flow = shard.flow
     if flow is None or flow.rate <= 0:
         return shard.resident

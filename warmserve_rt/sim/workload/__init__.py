@@ -1,1 +1,1 @@
-"""Requests to a simulated fleet: recorded, generated, or a file's."""
+"""Requests to a simulated fleet: recorded, generated, or read from a file."""

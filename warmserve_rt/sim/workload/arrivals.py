@@ -1,4 +1,4 @@
-"""How requests of one model are drawn: replays of a trace, and renewal processes."""
+"""Draw the requests of one model: replays of a trace, and renewal processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from .traces import Trace
 
 DAY = 86400.0
 PAST_DAYS = 7
-MAX_CV = 30.0  # beyond, the intervals of a Gamma process underflow
+MAX_CV = 30.0  # the intervals of a Gamma process with a larger cv underflow
 
 Floats = NDArray[np.float64]
 
 
 class Replay:
-    """A trace, over and over, at another rate.
+    """A trace that is repeated at another rate.
 
-    ``copies`` rotations of the trace, each by an offset of its own and each request kept with
-    probability ``keep``, have ``rate`` together: as few rotations as can. Thinning by p turns an
-    index of dispersion D into 1 + p (D - 1), so what bursts goes on bursting.
+    The smallest sufficient number of rotations of the trace (``copies``) is taken, each by its own
+    offset. Each request is kept with the probability ``keep``, so that the rotations have ``rate``
+    together. Thinning by p turns an index of dispersion D into 1 + p (D - 1), so that bursts
+    remain.
+
+    Parameters
+    ----------
+    trace
+        The trace.
+    rate
+        Requests per second.
+    rng
+        The source of offsets and draws.
     """
 
     def __init__(self, trace: Trace, rate: float, rng: np.random.Generator) -> None:
@@ -32,8 +42,8 @@ class Replay:
         self._rng = rng
 
     def run(self, duration: float) -> tuple[Floats, NDArray[np.int64]]:
-        """Times in [0, duration), ascending, and rows of the trace. What was recorded in steps is
-        spread evenly over them."""
+        """Return times in [0, duration), ascending, and the rows of the trace. If the trace was
+        recorded in steps, times are spread evenly over each step."""
         times, rows = [], []
         period = self.trace.duration
         for offset in self._offsets:
@@ -50,8 +60,11 @@ class Replay:
         return time[order], row[order]
 
     def history(self, window: float) -> NDArray[np.int64]:
-        """Requests in the windows of the past days, oldest first. The same rotations, each kept by
-        new draws, give every day from the run's time of day on what the run has from 0 on."""
+        """Return the number of requests in the windows of the past days, oldest first.
+
+        The same rotations are used with new draws. Every past day therefore has, from the run's
+        time of day on, the rates that the run has from 0 on.
+        """
         edges = np.arange(round(DAY / window) + 1) * window
         total = np.zeros((PAST_DAYS, len(edges) - 1), np.int64)
         for offset in self._offsets:
@@ -62,8 +75,8 @@ class Replay:
         return total.ravel()
 
     def dispersion(self, scale: float, window: float) -> float:
-        """Variance over mean of the number of requests in ``scale`` seconds, about the mean of
-        their window."""
+        """Return variance over mean of the number of requests in ``scale`` seconds, relative to
+        the mean of their window."""
         bins = max(1, round(window / scale))
         windows = math.floor(self.trace.duration / window) or 1
         inside = self.trace.time[self.trace.time < windows * window]
@@ -80,11 +93,25 @@ def renewal(
     window: float,
     rng: np.random.Generator,
 ) -> Floats:
-    """Arrivals of a renewal process in consecutive windows, given how many each has: ascending.
+    """Return the arrival times, ascending, of a renewal process in consecutive windows.
 
     The intervals between the ``counts[w]`` arrivals of window w are draws from a Gamma or a Weibull
-    distribution with coefficient of variation ``cvs[w]``, scaled so that they close a circle as
-    long as the window, which is then turned at random: no moment of the window is special.
+    distribution with the coefficient of variation ``cvs[w]``. They are scaled so that they form a
+    circle as long as the window. The circle is then rotated at random, so that no moment of the
+    window is special.
+
+    Parameters
+    ----------
+    counts
+        The number of arrivals of each window.
+    cvs
+        The coefficient of variation of each window.
+    weibull
+        Whether the distribution of each window is Weibull; otherwise it is Gamma.
+    window
+        Seconds of a window.
+    rng
+        The source of draws.
     """
     busy = counts > 0
     counts, cvs, weibull = counts[busy], np.clip(cvs[busy], 0.05, MAX_CV), weibull[busy]
@@ -96,7 +123,7 @@ def renewal(
     gap[~heavy] = rng.standard_gamma(cvs[of[~heavy]] ** -2)
     gap[heavy] = rng.standard_exponential(int(heavy.sum())) ** (1 / _weibull_shape(cvs)[of[heavy]])
     first = np.cumsum(counts) - counts
-    # All may underflow to 0: then one, any one, is the whole circle.
+    # If all intervals underflow to 0, one of them becomes the whole circle.
     empty = np.maximum.reduceat(gap, first) == 0
     gap[first[empty]] = 1.0
     total = np.add.reduceat(gap, first)
@@ -104,7 +131,7 @@ def renewal(
     end = np.cumsum(gap)
     place = end - (end - gap)[first][of] + rng.random(len(counts))[of]
     start = np.flatnonzero(busy) * window
-    # Rounding must not carry an arrival into the window after.
+    # Rounding must not move an arrival into the next window.
     inside = np.minimum(place % 1.0, 1 - 1e-12) * window
     return np.sort(start[of] + inside)
 
@@ -112,10 +139,10 @@ def renewal(
 def divided(
     counts: NDArray[np.int64], cvs: Floats, parts: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Divides each window's requests among ``parts`` equal parts of it: [windows * parts].
+    """Divide the requests of each window among ``parts`` equal parts of it: [windows * parts].
 
-    A renewal process's counts vary by cv^2 times what a Poisson process's do; a Dirichlet
-    multinomial with a total concentration of (n - cv^2) / (cv^2 - 1) has just that variance.
+    The counts of a renewal process vary cv^2 times as much as those of a Poisson process. A
+    Dirichlet multinomial with a total concentration of (n - cv^2) / (cv^2 - 1) has this variance.
     """
     excess = np.maximum(cvs**2 - 1, 1e-6)
     concentration = np.clip((counts - cvs**2) / excess, 1e-2, 1e6) / parts
@@ -125,7 +152,7 @@ def divided(
 
 
 def _weibull_shape(cvs: Floats) -> Floats:
-    """The shape k of a Weibull distribution: cv^2 = Gamma(1 + 2/k) / Gamma(1 + 1/k)^2 - 1."""
+    """Return the shape k of Weibull distributions: cv^2 = Gamma(1 + 2/k) / Gamma(1 + 1/k)^2 - 1."""
     shapes = np.geomspace(0.17, 30, 400)
     squared = [math.exp(math.lgamma(1 + 2 / k) - 2 * math.lgamma(1 + 1 / k)) - 1 for k in shapes]
     known = np.log(np.sqrt(squared))[::-1]

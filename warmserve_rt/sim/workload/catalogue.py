@@ -1,9 +1,9 @@
-"""The models and devices that a simulation may have, and what they cost.
+"""The models and devices of simulations, and their costs.
 
 Bytes and KV sizes follow from the published shapes, in bf16. Times of the Llama-2 models are the
-constants of the WarmServe paper (arXiv 2512.09472). A prefill's dependence on the prompt's length
-is measured (vLLM on an A100, 128 and 512 tokens), scaled to the paper's figure at the mean
-prompt. Times of the other models are derived from those, see `_profile`.
+constants of the WarmServe paper (arXiv 2512.09472). The dependence of a prefill on the prompt's
+length is measured (vLLM on an A100, 128 and 512 tokens) and scaled to the paper's figure at the
+mean prompt. Times of the other models are derived from these, see `_profile`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import MappingProxyType
 from warmserve_rt.policy.profile import ModelProfile
 
 KIB = 1024
-MEAN_PROMPT = 756  # tokens: of the Azure trace, capped at 1,024 as the paper does
-HBM_BYTES_S = 2.039e12  # of an A100 80 GB: what reads the weights in a decode step
+MEAN_PROMPT = 756  # tokens: mean of the Azure trace, capped at 1,024 as in the paper
+HBM_BYTES_S = 2.039e12  # of an A100 80 GB, at which a decode step reads the weights
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in (A100, H100
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a whole model, before it is divided: ``ends`` are the embedding and the head together."""
+    """The sizes of a whole, undivided model. ``ends``: embedding and head together."""
 
     width: int
     layers: int
@@ -46,12 +46,12 @@ class _Shape:
 
     @property
     def inner(self) -> float:
-        """Bytes of the decoder layers on each device."""
+        """Return the bytes of the decoder layers on each device."""
         return self.layers * self.layer / self.width
 
 
 def _llama2(width: int, layers: int, layer: int, total: int, kv_token: int) -> _Shape:
-    """The paper gives totals to the byte: what no layer has is counted with the ends."""
+    """Return a shape from the paper's exact total: bytes outside the layers count as ends."""
     return _Shape(width, layers, layer, total - layers * layer, kv_token)
 
 
@@ -70,9 +70,11 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds: the paper's prefill and decode, and the prefills measured at 128 and 512 tokens.
+    """The paper's prefill and decode times, and the prefills measured at 128 and 512 tokens, in
+    seconds.
 
-    The paper has one prefill time for each model; it is taken for that of the mean prompt."""
+    The paper has one prefill time for each model. It is taken as that of the mean prompt.
+    """
 
     prefill: float
     decode: float
@@ -80,8 +82,8 @@ class _Times:
     at_512: float
 
     def affine(self) -> tuple[float, float]:
-        """Intercept and slope of a prefill: the measured line, scaled to the paper's figure at the
-        mean prompt."""
+        """Return intercept and slope of a prefill: the measured line, scaled to the paper's figure
+        at the mean prompt."""
         slope = (self.at_512 - self.at_128) / 384
         start = self.at_128 - 128 * slope
         scale = self.prefill / (start + MEAN_PROMPT * slope)
@@ -96,9 +98,11 @@ _TIMES = {
 
 
 def _profile(name: str) -> ModelProfile:
-    """A model that the paper does not time is compared with that one of the paper's whose decoder
-    layers have most nearly as many bytes per device. Its prefill is bound by arithmetic and scales
-    with those bytes; its decode step is the other's and the time to read the bytes it has more.
+    """Return the profile of a model.
+
+    If the paper has no times for it, they are derived from the model of the paper whose decoder
+    layers are nearest in bytes per device. The prefill is bound by arithmetic and scales with these
+    bytes. The decode step is that of the other model plus the time to read the additional bytes.
     """
     shape = _SHAPES[name]
     near = min(_TIMES, key=lambda other: abs(_SHAPES[other].inner - shape.inner))
@@ -129,22 +133,30 @@ MODELS: Mapping[str, ModelProfile] = MappingProxyType({name: _profile(name) for 
 
 
 def model(base: str, name: str | None = None) -> ModelProfile:
-    """A model of MODELS, under a name of its own. Raises ValueError for one that is not there."""
+    """Return a model of MODELS under its own name. Raise ValueError if there is no such model."""
     if base not in MODELS:
-        raise ValueError(f"{base!r} is no model of the catalogue; there are {', '.join(MODELS)}")
+        raise ValueError(
+            f"{base!r} is no model of the catalogue: choose one of {', '.join(MODELS)}"
+        )
     return replace(MODELS[base], name=name or base)
 
 
 def paper_models() -> tuple[ModelProfile, ...]:
-    """The four of the paper's evaluation: two copies of the 7B, the 13B and the 70B."""
+    """Return the paper's four models: two copies of the 7B, the 13B and the 70B."""
     return _numbered(["llama2-7b", "llama2-7b", "llama2-13b", "llama2-70b"])
 
 
 def mixed(n: int) -> tuple[ModelProfile, ...]:
-    """n models: of every eight, five are one device wide, two are two and one is four, and those
-    of a width take turns. Raises ValueError if n is not positive."""
+    """Return n models. Among every eight, five are one device wide, two are two devices wide and
+    one is four devices wide. The models of one width take turns.
+
+    Raises
+    ------
+    ValueError
+        If n is not positive.
+    """
     if n < 1:
-        raise ValueError(f"a catalogue of {n} models; there is at least one")
+        raise ValueError(f"a catalogue must have at least one model, got {n}")
     turns = {
         width: cycle([name for name, shape in _SHAPES.items() if shape.width == width])
         for width in (1, 2, 4)
@@ -159,9 +171,12 @@ def _numbered(bases: list[str]) -> tuple[ModelProfile, ...]:
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """Lines through measurements, in seconds: of a prefill by its tokens (128 to 2,048, one
-    request), and of a decode step by its requests (1 to 64, 512 tokens each). ``prefill_error``
-    and ``decode_error``: the largest relative residual."""
+    """Lines through measurements, in seconds.
+
+    A prefill depends on its tokens (128 to 2,048, one request), and a decode step on its requests
+    (1 to 64, 512 tokens each). ``prefill_error`` and ``decode_error``: the largest relative
+    residual.
+    """
 
     prefill_s: float
     prefill_token_s: float
@@ -172,7 +187,7 @@ class MeasuredTimes:
 
 
 # Least squares of the relative residuals of medians of five or more runs. Two devices could not
-# hold 64 requests: there the steps end at 32. Longer prompts take more than the line says: at
+# hold 64 requests, so that their steps end at 32. Longer prompts take more than the line gives: at
 # 8,192 tokens 1.1, 1.5 and 1.7 times as much on two, four and eight A100s, 1.3, 1.6 and 2.4 times
 # on H100s.
 # Source: Splitwise's performance model, Azure/SplitwiseSim (mutinifni/splitwise-sim), MIT licence.
@@ -189,13 +204,19 @@ LLAMA2_70B_MEASURED: Mapping[tuple[str, int], MeasuredTimes] = MappingProxyType(
 
 
 def measured_llama2_70b(gpu: str, width: int = 4, name: str = "llama2-70b") -> ModelProfile:
-    """Llama-2-70B on ``width`` devices with the times that Splitwise measured.
+    """Return Llama-2-70B on ``width`` devices with the times that Splitwise measured.
 
-    Raises ValueError for a device and width that were not measured."""
+    Raises
+    ------
+    ValueError
+        If this device and width were not measured.
+    """
     times = LLAMA2_70B_MEASURED.get((gpu, width))
     if times is None:
         known = ", ".join(f"{each} x {by}" for each, by in LLAMA2_70B_MEASURED)
-        raise ValueError(f"no measurements of llama2-70b on {gpu!r} x {width}; there are {known}")
+        raise ValueError(
+            f"no measurements of llama2-70b on {gpu!r} x {width}: choose one of {known}"
+        )
     whole = MODELS["llama2-70b"]
     share = whole.width / width
     return replace(

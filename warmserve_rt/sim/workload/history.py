@@ -1,4 +1,4 @@
-"""A past for a workload that came without one: its own beginning."""
+"""Use the beginning of a workload without a history as its history."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from .workloads import Workload
 
 
 def with_history(workload: Workload, seconds: float) -> Workload:
-    """Its first ``seconds``, rounded down to whole windows, as history, and the rest as the run.
+    """Return the workload with its first ``seconds`` as history and the rest as the run.
 
-    Dispersion is that of the counts in intervals as long as a request takes alone, over all of the
-    past; Poisson's where that has fewer than two of them or no request. Raises ValueError where the
-    past has no window or the run no request.
+    The history is rounded down to whole windows. The dispersion is that of the counts in intervals
+    as long as a request takes alone, over the whole history. If the history has fewer than two such
+    intervals, or no request, it is that of a Poisson process.
+
+    Raises
+    ------
+    ValueError
+        If the history has no whole window, or the run has no request.
     """
     windows = math.floor(seconds / workload.history_window) if seconds > 0 else 0
     if windows < 1:
         raise ValueError(
-            f"{workload.name} has no history to forecast from: say how many of its first minutes "
-            f"are the past (--history), at least {workload.history_window / 60:g}"
+            f"{workload.name} has no history to forecast from: give the number of first minutes "
+            f"that are history (--history), at least {workload.history_window / 60:g}"
         )
     past = windows * workload.history_window
     begin = int(np.searchsorted(workload.time, past))

@@ -1,4 +1,4 @@
-"""Requests in order of time, and what was known of them before: what a simulation serves."""
+"""The workload of a simulation: requests in order of time, and the history before them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,33 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Requests in order of time, and what was known of them before.
+    """Requests in order of time, and the history before them.
 
-    ``time`` float64[n] seconds in [0, ``duration``), ascending; ``model`` int32[n] indexes
-    ``models``; ``prompt`` and ``output`` int32[n] tokens, the latter at least 1. ``history``
-    float64[windows, models]: requests per second in the windows of ``history_window`` seconds that
-    end at time 0, oldest first, NaN where the recording has a gap; there may be no windows.
-    ``service`` float64[models]: mean seconds of a request served alone, over the source of the
-    requests, not over these. ``dispersion`` float64[windows, models]: variance over mean of the
-    number of requests in intervals about as long as ``service``.
+    Attributes
+    ----------
+    name
+        The name in reports.
+    models
+        The profiles of the models.
+    time
+        Seconds in [0, ``duration``), ascending; float64[n].
+    model
+        The index of each request's model in ``models``; int32[n].
+    prompt, output
+        Tokens of each request, of output at least 1; int32[n].
+    duration
+        Seconds in which requests arrive.
+    history_window
+        Seconds of each window of the history.
+    history
+        Requests per second in the windows that end at time 0, oldest first; float64[windows,
+        models]. NaN marks a gap in the recording. There may be no windows.
+    service
+        Mean seconds of a request that is served alone, over the source of the requests and not over
+        these; float64[models].
+    dispersion
+        Variance over mean of the number of requests in intervals about as long as ``service``;
+        float64[windows, models].
     """
 
     name: str
@@ -42,16 +60,17 @@ class Workload:
     dispersion: Floats
 
     def concurrency_history(self) -> tuple[Floats, Floats]:
-        """Average and peak number of concurrent requests, each [windows, models], NaN in gaps.
+        """Return the average and the peak of concurrent requests, each [windows, models]. NaN
+        marks a gap.
 
-        The average is Little's law: rate times mean service time, a = r s. With unlimited servers
-        and Poisson arrivals the concurrency is Poisson of mean a; a dispersion of D makes its
-        variance D a. It passes a level z standard deviations above the mean upwards as often as a
-        request comes while it is there: (a / s) phi(z) / sqrt(D a) times a second (Rice). The peak
-        of a window of w seconds is the level that it passes once,
-        z = sqrt(2 log(w sqrt(a / D) / (s sqrt(2 pi)))), that is a + z sqrt(D a) and, for the skew
-        of the distribution, D (z^2 - 1) / 6 (Cornish and Fisher). It is at least a, and at most a
-        and all of the window's requests.
+        The average follows from Little's law: rate times mean service time, a = r s. With unlimited
+        servers and Poisson arrivals the concurrency is Poisson with mean a; a dispersion of D makes
+        its variance D a. It crosses a level z standard deviations above the mean upwards as often
+        as a request arrives while it is at that level: (a / s) phi(z) / sqrt(D a) times per second
+        (Rice). The peak of a window of w seconds is the level that it crosses once,
+        z = sqrt(2 log(w sqrt(a / D) / (s sqrt(2 pi)))). This is a + z sqrt(D a) plus, for the skew
+        of the distribution, D (z^2 - 1) / 6 (Cornish and Fisher). The peak is at least a, and at
+        most a plus all requests of the window.
         """
         average = self.history * self.service
         spread = self.dispersion
@@ -81,7 +100,7 @@ def join(
     duration: float,
     window: float,
 ) -> Workload:
-    """The workload of one stream a model."""
+    """Join one stream for each model into a workload. ``window``: seconds of a history window."""
     time = np.concatenate([stream.time for stream in streams])
     order = np.argsort(time, kind="stable")
     model = np.repeat(np.arange(len(streams)), [len(stream.time) for stream in streams])
@@ -103,32 +122,32 @@ def join(
 
 
 def shares(n: int, alpha: float) -> Floats:
-    """Of the total rate, by popularity: (i + 1)^-alpha, divided by their sum."""
+    """Return the models' shares of the total rate: (i + 1)^-alpha, divided by their sum."""
     weights: Floats = np.arange(1.0, n + 1) ** -alpha
     return weights / float(weights.sum())
 
 
 def alone(model: ModelProfile, prompt: float, output: float) -> float:
-    """Seconds of a request of so many tokens, with nobody else on the instance."""
+    """Return the seconds of a request that is alone on its instance."""
     return model.prefill(prompt) + output * model.decode(1)
 
 
 def stream_rng(seed: int, *key: int) -> np.random.Generator:
-    """A generator of one purpose, independent of those of other keys."""
+    """Return the random generator of one purpose, independent of those of other keys."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def check(models: Sequence[ModelProfile], rate: float, duration: float, window: float) -> None:
-    """Raises ValueError for what no workload can be made of."""
+    """Raise ValueError if no workload can be made of these arguments."""
     if not models:
-        raise ValueError("a workload without models; there is at least one")
+        raise ValueError("a workload must have at least one model, got none")
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two models have the name {twice!r}")
+        raise ValueError(f"two models have the name {twice!r}: names must differ")
     if not 0 <= rate < math.inf:
-        raise ValueError(f"a rate of {rate} requests per second; it is finite and not negative")
+        raise ValueError(f"rate must be finite and not negative requests per second, got {rate}")
     if not 0 < duration < math.inf:
-        raise ValueError(f"a duration of {duration} s; it is finite and positive")
+        raise ValueError(f"duration must be finite and positive seconds, got {duration}")
     if not (0 < window <= DAY and (DAY / window).is_integer()):
-        raise ValueError(f"windows of {window} s; a day has a whole number of them")
+        raise ValueError(f"a day must be a whole number of windows, got windows of {window} s")

@@ -1,4 +1,4 @@
-"""Models whose requests come as those of ServeGen's clients do, over days."""
+"""Build workloads whose models have the traffic of ServeGen's clients, over days."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import traces
 from .arrivals import DAY, MAX_CV, PAST_DAYS, Floats, divided, renewal
 from .requests import Stream, Workload, alone, check, join, shares, stream_rng
 
-MIN_ACTIVE = 0.05  # a tenant sends something in at least this part of all windows
+MIN_ACTIVE = 0.05  # a tenant sends requests in at least this share of all windows
 _W = traces.SERVEGEN_WINDOW
 _PER_DAY = round(DAY / _W)
 
@@ -31,22 +31,36 @@ def servegen(
     prompt_cap: int = 8192,
     window: float = 300.0,
 ) -> Workload:
-    """Each model is a client of ServeGen of the class ``mix``: "periodic", "middle", "aperiodic".
+    """Build a workload in which each model has the traffic of one client of ServeGen.
 
     Clients are drawn without replacement (again when all are taken) among those of the class that
     are active in 5 % of the windows: 80, 79 and 38. Model i's mean over the 14 days has the share
-    (i + 1)^-alpha, so that bursts stay bursts; one factor more, the same for all, makes the total
-    of the run ``rate`` on average. Requests of a window with n expected are Poisson of mean n, at
-    the times of a renewal process with the client's cv (at most 30) and family for that window.
-    Tokens are independent draws from the client's quantiles.
+    (i + 1)^-alpha, so that bursts remain. A further factor, the same for all models, makes the mean
+    total of the run ``rate``. If n requests are expected in a window, their number is Poisson with
+    mean n, and their times are those of a renewal process with the client's cv (at most 30) and
+    family for that window. Tokens are independent draws from the client's quantiles.
 
-    The run starts on ``day`` (8 to 14) at ``hour``, rounded down to 10 minutes, or, where either is
-    not given, at a time drawn among those with no gap in the recording whose total is within a
-    factor of two of ``rate`` before that last factor. The history are the seven days before; where
-    its windows divide those of the record, the requests are divided as the renewal process would.
+    The history consists of the seven days before the run. If its windows divide those of the
+    record, the requests are divided as the renewal process would divide them.
 
-    Raises ValueError as ``azure`` does, for another mix, a run past the end of day 14, windows that
-    neither divide 600 s nor are multiples, and a start where every tenant is silent throughout.
+    Parameters
+    ----------
+    mix
+        The class of clients: "periodic", "middle" or "aperiodic".
+    models, rate, duration, seed, alpha, prompt_cap
+        See ``azure``.
+    day, hour
+        The run starts on this day (8 to 14) at this hour, rounded down to 10 minutes. If one is
+        missing, the start is drawn among times without a gap in the recording at which the total,
+        before the last factor, is within a factor of two of ``rate``.
+    window
+        Seconds of a history window; must divide 600 s or be a multiple of it.
+
+    Raises
+    ------
+    ValueError
+        As ``azure`` does, if the mix is unknown, if the run goes past the end of day 14, if the
+        window does not fit, or if every tenant is silent throughout the run.
     """
     check(models, rate, duration, window)
     traffic = traces.servegen()
@@ -102,7 +116,7 @@ def _clients(
 
 
 def _weights(duration: float) -> Floats:
-    """Seconds of each window of the record that a run of this duration has."""
+    """Return the seconds of each window of the record that a run of this duration covers."""
     span = math.ceil(duration / _W)
     weights = np.full(span, _W)
     weights[-1] = duration - (span - 1) * _W
@@ -117,13 +131,13 @@ def _start(
     hour: float | None,
     rng: np.random.Generator,
 ) -> int:
-    """The window of the record in which the run starts."""
+    """Return the window of the record in which the run starts."""
     weights = _weights(duration)
     first, last = PAST_DAYS * _PER_DAY, rates.shape[1] - len(weights)
     if day is not None and not PAST_DAYS < day <= traces.SERVEGEN_DAYS:
-        raise ValueError(f"day {day}; runs start on days {PAST_DAYS + 1} to {traces.SERVEGEN_DAYS}")
+        raise ValueError(f"day must be from {PAST_DAYS + 1} to {traces.SERVEGEN_DAYS}, got {day}")
     if hour is not None and not 0 <= hour < 24:
-        raise ValueError(f"hour {hour}; it is at least 0 and below 24")
+        raise ValueError(f"hour must be at least 0 and below 24, got {hour}")
     starts = np.arange(first, last + 1)
     if day is not None:
         starts = starts[starts // _PER_DAY == day - 1]
@@ -134,17 +148,17 @@ def _start(
     if len(starts) == 1 or rate == 0:
         return int(starts[0])
     views = np.lib.stride_tricks.sliding_window_view(rates.sum(axis=0), len(weights))
-    loads = views[starts] @ weights / (rate * duration)  # NaN where any tenant has a gap
+    loads = views[starts] @ weights / (rate * duration)  # NaN if any tenant has a gap
     drawn = rng.permutation(len(starts))
     fair = drawn[(loads[drawn] > 0.5) & (loads[drawn] < 2)]
     if len(fair):
         return int(starts[fair[0]])
-    # None is: the fullest, since a quiet hour scaled up is not that client any more.
+    # No start is near the rate. Take the fullest: a quiet hour scaled up is no longer that client.
     return int(starts[np.argmax(np.nan_to_num(loads))])
 
 
 def _draw(table: Floats, quantile: Floats) -> NDArray[np.int64]:
-    """Tokens at these quantiles, constant beyond the outermost that the record has."""
+    """Return the tokens at these quantiles, constant beyond the outermost of the record."""
     values = np.interp(quantile, traces.QUANTILES, table)
     return np.maximum(np.rint(values), 1).astype(np.int64)
 
@@ -156,7 +170,7 @@ def _history(
     window: float,
     rng: np.random.Generator,
 ) -> Floats:
-    """Requests per second in windows of another length than the record's."""
+    """Return requests per second in windows of another length than the record's."""
     if window <= _W:
         parts = _parts(_W / window)
         rates: Floats = divided(counts, cvs, parts, rng) / window
@@ -168,8 +182,10 @@ def _history(
 
 
 def _dispersion(cvs: Floats, mean: Floats) -> Floats:
-    """Of the number of requests in intervals that have ``mean`` of them, for a Gamma process: from
-    1 for few to cv^2 for many. The form between is a fit to draws, within 30 % for a cv up to 4.5.
+    """Return the dispersion of the number of requests in intervals with ``mean`` requests.
+
+    For a Gamma process it goes from 1 for few requests to cv^2 for many. The form between is a fit
+    to draws, within 30 % for a cv up to 4.5.
     """
     squared = np.clip(cvs, 1.0, MAX_CV) ** 2
     between: Floats = 1 + (squared - 1) * np.cbrt(mean / (mean + squared / 2))
@@ -185,5 +201,5 @@ def _spread_over(dispersion: Floats, window: float) -> Floats:
 
 def _parts(ratio: float) -> int:
     if not ratio.is_integer():
-        raise ValueError("ServeGen's windows are 600 s: others divide them or are multiples")
+        raise ValueError("windows must divide ServeGen's 600 s or be multiples of them")
     return round(ratio)

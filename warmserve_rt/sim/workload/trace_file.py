@@ -1,4 +1,4 @@
-"""Requests from a file, and what to say of a file that is wrong."""
+"""Read requests from a file, and refuse an invalid file with file, line, column and value."""
 
 from __future__ import annotations
 
@@ -19,35 +19,49 @@ Columns = tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32], NDArr
 
 
 class TraceError(ValueError):
-    """A trace file that cannot be used; the message names file, line, column and value."""
+    """Raised for an invalid trace file. The message names file, line, column and value."""
 
 
 def read_columns(path: str | Path, names: Sequence[str]) -> Columns:
-    """Times, models, prompts and outputs of a CSV file, gzipped if its name ends in .gz.
+    """Return the times, models, prompts and outputs of a CSV file.
 
-    It has the columns of COLUMNS, in any order and among others: seconds that never fall, a model
-    by name or by its place in ``names``, tokens in whole numbers, at least one of them put out.
-    Raises TraceError, and OSError where there is nothing to read.
+    The file must have the columns of COLUMNS, in any order; other columns are ignored. Times are
+    seconds that never fall, and a model is given by its name or by its index in ``names``. Tokens
+    are whole numbers, and each request has at least one token of output.
+
+    Parameters
+    ----------
+    path
+        The file; gzipped if its name ends in .gz.
+    names
+        The names of the models.
+
+    Raises
+    ------
+    TraceError
+        If the file is invalid.
+    OSError
+        If the file cannot be read.
     """
     rows = _rows(Path(path))
     if not rows:
-        raise TraceError(f"{path}: empty; a trace starts with the header {','.join(COLUMNS)}")
+        raise TraceError(f"{path}: empty: a trace must start with the header {','.join(COLUMNS)}")
     header, body = [name.strip() for name in rows[0]], rows[1:]
     for name in COLUMNS:
         if name not in header:
-            raise TraceError(f"{path}:1: no column {name}")
+            raise TraceError(f"{path}:1: the header must have a column {name}")
     if not body:
-        raise TraceError(f"{path}: a header and no requests")
+        raise TraceError(f"{path}: no requests after the header")
     for line, row in enumerate(body, 2):
         if len(row) != len(header):
-            raise TraceError(f"{path}:{line}: {len(row)} fields, the header has {len(header)}")
+            raise TraceError(f"{path}:{line}: {len(row)} fields, but the header has {len(header)}")
     models = {str(index): index for index in range(len(names))}
     models |= {name: index for index, name in enumerate(names)}
 
     def model(text: str) -> int:
         index = models.get(text)
         if index is None:
-            raise ValueError(f"is no model; there are {', '.join(names)}")
+            raise ValueError(f"is no model: choose one of {', '.join(names)}")
         return index
 
     def column(name: str, convert: Callable[[str], float]) -> list[float]:
@@ -55,7 +69,7 @@ def read_columns(path: str | Path, names: Sequence[str]) -> Columns:
         values: list[float] = []
         try:
             for row in body:
-                values.append(convert(row[place]))  # how many there are tells the line
+                values.append(convert(row[place]))  # their number tells the line of an error
         except ValueError as error:
             line, text = len(values) + 2, body[len(values)][place]
             raise TraceError(f"{path}:{line}: column {name}: {text!r} {error}") from None
@@ -113,5 +127,5 @@ def _tokens(text: str, least: int) -> int:
     if not least <= value <= _LARGEST:
         if value < 0:
             raise ValueError("is negative")
-        raise ValueError(f"is not within {least} and {_LARGEST}")
+        raise ValueError(f"is not between {least} and {_LARGEST}")
     return value

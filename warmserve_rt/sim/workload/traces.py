@@ -1,4 +1,4 @@
-"""Recorded traffic that ships with the package. data/README.md gives sources and licences."""
+"""Read the recorded traffic of the package. data/README.md gives sources and licences."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _CV_STEP, _CV_BIAS = 0.01, 600
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Requests in order of time: ``time`` float64[n] in seconds within [0, ``duration``),
-    ``prompt`` and ``output`` int32[n] tokens. Arrays are read-only. Where ``step`` is not 0 the
-    times were recorded in steps of so many seconds."""
+    """A recording of requests in order of time. Arrays are read-only.
+
+    ``time``: seconds in [0, ``duration``), float64[n]. ``prompt`` and ``output``: tokens, int32[n].
+    ``step``: times were recorded in steps of this many seconds; 0 if they are exact.
+    """
 
     name: str
     time: NDArray[np.float64]
@@ -35,7 +37,7 @@ class Trace:
 
     @property
     def rate(self) -> float:
-        """Requests per second."""
+        """Return the mean requests per second."""
         return len(self.time) / self.duration
 
 
@@ -43,12 +45,24 @@ class Trace:
 class ServeGen:
     """313 clients of three models in 2,016 windows of 600 s. Arrays are read-only.
 
-    ``model`` int[clients] indexes SERVEGEN_MODELS, ``client`` is a client's number in the source.
-    ``rates`` float32[clients, windows]: requests per second, 0 where silent, NaN where the model's
-    recording has a gap. ``cvs`` float32 alike: coefficient of variation of the times between
-    arrivals, NaN where the rate is not above 0. ``weibull`` bool alike: their family is Weibull,
-    else Gamma. ``acf_10min``, ``acf_day``, ``acf_week`` float32[clients]: autocorrelation of the
-    rate, NaN where undefined. ``tokens`` float64[clients, 2, 9]: prompt and output at QUANTILES.
+    Attributes
+    ----------
+    model
+        The index of each client's model in SERVEGEN_MODELS; int[clients].
+    client
+        The client's number in the source; int[clients].
+    rates
+        Requests per second; float32[clients, windows]. 0 if the client is silent, NaN if the
+        model's recording has a gap.
+    cvs
+        The coefficient of variation of the times between arrivals; float32[clients, windows]. NaN
+        unless the rate is positive.
+    weibull
+        Whether the family of these times is Weibull, otherwise Gamma; bool[clients, windows].
+    acf_10min, acf_day, acf_week
+        The autocorrelation of the rate; float32[clients]. NaN if it is undefined.
+    tokens
+        Prompt and output tokens at QUANTILES; float64[clients, 2, 9].
     """
 
     model: NDArray[np.int64]
@@ -62,25 +76,35 @@ class ServeGen:
     tokens: NDArray[np.float64]
 
     def of_class(self, name: str) -> NDArray[np.int64]:
-        """Rows of the clients of one of CLASSES: a daily autocorrelation above 0.5, from 0.1 to
-        0.5, below 0.1. The 6 clients without one are in no class.
+        """Return the rows of the clients of one of CLASSES.
 
-        Raises ValueError for another name."""
+        The daily autocorrelation is above 0.5 (periodic), from 0.1 to 0.5 (middle) or below 0.1
+        (aperiodic). The 6 clients for which it is undefined are in no class.
+
+        Raises
+        ------
+        ValueError
+            If there is no such class.
+        """
         day = self.acf_day
         classes = {"periodic": day > 0.5, "aperiodic": day < 0.1}
         classes["middle"] = (day >= 0.1) & (day <= 0.5)
         if name not in classes:
-            raise ValueError(f"{name!r} is no class of clients; there are {', '.join(CLASSES)}")
+            raise ValueError(f"{name!r} is no class of clients: choose one of {', '.join(CLASSES)}")
         return np.flatnonzero(classes[name])
 
 
 @cache
 def azure(service: str | None = None) -> Trace:
-    """The Azure 2023 trace: of the "code" service, of the "conv" service, or of both.
+    """Return the Azure 2023 trace of the "code" service, of the "conv" service, or (None) of both.
 
-    Raises ValueError for another service."""
+    Raises
+    ------
+    ValueError
+        If there is no such service.
+    """
     if service not in ("code", "conv", None):
-        raise ValueError(f"{service!r} is no service of the Azure trace; choose code or conv")
+        raise ValueError(f"{service!r} is no service of the Azure trace: choose code or conv")
     data = _read("azure2023")
     time = np.cumsum(data["gap_ms"].astype(np.int64)) / 1000
     rows = np.ones(len(time), np.bool_)
@@ -93,7 +117,7 @@ def azure(service: str | None = None) -> Trace:
 
 @cache
 def mooncake() -> Trace:
-    """The Mooncake conversation trace; its times are in steps of 3 s."""
+    """Return the Mooncake conversation trace, whose times are in steps of 3 s."""
     data = _read("mooncake")
     time = np.cumsum(data["gap_ms"].astype(np.int64)) / 1000
     return _trace("mooncake", time, data["prompt"], data["output"], 3540.0, 3.0)
@@ -101,7 +125,7 @@ def mooncake() -> Trace:
 
 @cache
 def servegen() -> ServeGen:
-    """The clients of ServeGen's three largest models."""
+    """Return the clients of ServeGen's three largest models."""
     data = _read("servegen")
     windows = round(SERVEGEN_DAYS * 86400 / SERVEGEN_WINDOW)
     active = np.unpackbits(data["active"], axis=1, count=windows).astype(np.bool_)
@@ -123,8 +147,8 @@ def servegen() -> ServeGen:
 
 @cache
 def servegen_models() -> NDArray[np.float32]:
-    """Requests per second of ServeGen's three models, [models, windows]: the sum of their clients,
-    NaN in a gap of the recording."""
+    """Return the requests per second of ServeGen's three models, [models, windows]: the sums over
+    their clients, NaN in a gap of the recording."""
     traffic = servegen()
     sums = [traffic.rates[traffic.model == each].sum(axis=0) for each in range(3)]
     return _frozen(np.stack(sums))
@@ -151,7 +175,7 @@ def _trace(
 
 
 def _join(planes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Low and high bytes as numbers; compressed apart they are a fifth smaller."""
+    """Join low and high bytes into numbers. Compressed apart they are a fifth smaller."""
     numbers = planes.astype(np.int64)
     joined: NDArray[np.int64] = numbers[0] + 256 * numbers[1]
     return joined

@@ -1,7 +1,8 @@
-"""The workloads that a simulation can be asked for, by name or from a file.
+"""Build the workloads of a simulation, by name or from a file.
 
-Every builder is deterministic in its seed. Each model draws from a stream of its own, so that one
-more model leaves the requests of the others as they were, where it leaves their rates.
+Every builder is deterministic in its seed. Each model draws from its own random stream. An
+additional model therefore leaves the requests of the others unchanged if it leaves their rates
+unchanged.
 """
 
 from __future__ import annotations
@@ -45,16 +46,38 @@ def azure(
     window: float = 300.0,
     service: str | None = None,
 ) -> Workload:
-    """Replays of the Azure 2023 trace: of one ``service``, "conv" or "code", of "both" together, or
-    by default of the conversation service for the first model and every second one after, and of
-    the code service, with its long bursts, for the others.
+    """Build a workload of replays of the Azure 2023 trace.
 
-    Model i has the share (i + 1)^-alpha of ``rate`` requests per second. The history are seven
-    days, each of which has the rates of this one and other requests: the trace is an hour, so the
-    hour repeats through the day, and what a forecast can learn from the past days is all there is.
+    Model i has the share (i + 1)^-alpha of the rate. The history has seven days with the rates of
+    this day and other requests. The trace is one hour long, so that the hour repeats through the
+    day; a forecast can learn no more than these days show.
 
-    Raises ValueError for no models, a rate or duration that is negative or not finite, or a window
-    that does not divide the day.
+    Parameters
+    ----------
+    models
+        The profiles of the models.
+    rate
+        Requests per second of all models together.
+    duration
+        Seconds in which requests arrive.
+    seed
+        The seed of all draws.
+    alpha
+        The exponent of the models' shares.
+    prompt_cap
+        The largest number of prompt tokens; longer prompts are cut.
+    window
+        Seconds of a history window; must divide the day.
+    service
+        "conv", "code", or "both" together for all models. By default the first model and every
+        second one after it have the conversation service, and the others the code service with its
+        long bursts.
+
+    Raises
+    ------
+    ValueError
+        If there are no models, if the rate or the duration is negative or not finite, or if the
+        window does not divide the day.
     """
     kinds = [
         traces.azure(None if service == "both" else service or ("code" if i % 2 else "conv"))
@@ -73,8 +96,10 @@ def mooncake(
     prompt_cap: int = 8192,
     window: float = 300.0,
 ) -> Workload:
-    """As ``azure``, from the Mooncake conversation trace: long prompts. Its times are known to 3 s;
-    within those, requests are spread evenly."""
+    """Build a workload as ``azure`` does, from the Mooncake conversation trace with long prompts.
+
+    The times of the trace are known to 3 s; requests are spread evenly within them.
+    """
     kinds = [traces.mooncake()] * len(models)
     return _replayed("mooncake", kinds, models, rate, duration, seed, alpha, prompt_cap, window)
 
@@ -88,8 +113,12 @@ def power_law(
     prompt_cap: int = 1024,
     window: float = 300.0,
 ) -> Workload:
-    """Stationary Poisson arrivals of which model i has the share (i + 1)^-alpha, with tokens from
-    the conversations of the Azure trace. Raises as ``azure`` does."""
+    """Build a workload of stationary Poisson arrivals, of which model i has the share
+    (i + 1)^-alpha.
+
+    Tokens are drawn from the conversations of the Azure trace. Parameters and errors are those of
+    ``azure``.
+    """
     check(models, rate, duration, window)
     source = traces.azure("conv")
     streams = []
@@ -113,11 +142,25 @@ def power_law(
 
 
 def read_trace(path: str | Path, models: Sequence[ModelProfile]) -> Workload:
-    """The requests of a file of columns t_s, model, input_tokens and output_tokens, as they are,
-    and no history; the duration is the last request's time, rounded up to a second.
+    """Return the requests of a file as a workload without a history.
 
-    Raises TraceError (a ValueError) for whatever is wrong with it, see ``read_columns``; OSError
-    where it cannot be read; ValueError for no models.
+    The duration is the time of the last request, rounded up to the next whole second.
+
+    Parameters
+    ----------
+    path
+        A file with columns t_s, model, input_tokens and output_tokens; see ``read_columns``.
+    models
+        The profiles of the models.
+
+    Raises
+    ------
+    TraceError
+        If the file is invalid. A subclass of ValueError.
+    OSError
+        If the file cannot be read.
+    ValueError
+        If there are no models.
     """
     check(models, 0.0, 1.0, 300.0)
     time, model, prompt, output = read_columns(path, [each.name for each in models])
@@ -147,8 +190,20 @@ def parse(
     seed: int,
     alpha: float = 0.5,
 ) -> Workload:
-    """A workload by one of NAMES, or from the file of that path, whose rate and duration are its
-    own. Raises ValueError for what is neither, and what the builders raise."""
+    """Build a workload by name or from a file.
+
+    Parameters
+    ----------
+    spec
+        One of NAMES, or the path of a file. A file has its own rate and duration.
+    models, rate, duration, seed, alpha
+        See ``azure``.
+
+    Raises
+    ------
+    ValueError
+        If ``spec`` is neither, or as the builders do.
+    """
     builders: dict[str, Callable[..., Workload]] = {
         "azure": azure,
         "azure-conv": partial(azure, service="conv"),
@@ -162,7 +217,7 @@ def parse(
         return servegen(mix, models, rate, duration, seed, alpha=alpha)
     if Path(spec).is_file():
         return read_trace(spec, models)
-    raise ValueError(f"{spec!r} is no workload and no file; there are {', '.join(NAMES)}")
+    raise ValueError(f"{spec!r} is neither a file nor a workload: choose one of {', '.join(NAMES)}")
 
 
 def _replayed(

@@ -1,1 +1,1 @@
-"""Other policies, and bounds, to compare this project's with."""
+"""Other policies and bounds, with which this project's policy is compared."""

@@ -1,4 +1,4 @@
-"""When the baselines start and stop instances, as WarmServe's prototype does (PAPER, Constants)."""
+"""Start and stop the baselines' instances as WarmServe's prototype does (PAPER, Constants)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from warmserve_rt.sim.core.devices import Device
 from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.core.instance import Instance
 
-UP, DOWN = 0.8, 0.5  # of capacity
+UP, DOWN = 0.8, 0.5  # shares of capacity
 AVERAGED_S = 5.0  # seconds over which load is averaged
-YOUNGEST_S = 5.0  # an instance younger than that is not stopped
+YOUNGEST_S = 5.0  # age in seconds below which an instance is not stopped
 CONTROL_S = 0.5  # seconds between two turns of the control loop
-ASK_AGAIN_S = 1.0  # a request that finds no instance asks again after that
-SERVER_POLL_S = 0.05  # a new server is asked whether it is ready
-MAPPING_POLL_S = 0.01  # the loader asks whether memory is mapped
+ASK_AGAIN_S = 1.0  # seconds after which a request that finds no instance asks again
+SERVER_POLL_S = 0.05  # seconds between two checks whether a new server is ready
+MAPPING_POLL_S = 0.01  # seconds between two checks whether memory is mapped
 
 
 class Load:
-    """The number of concurrent requests of one model, averaged over the last ``seconds``."""
+    """The concurrent requests of one model, averaged over the last ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -47,15 +47,25 @@ class Load:
 
 
 class Autoscaler(Dispatcher):
-    """Scales each model by itself. Subclasses say where.
+    """A controller that scales each model separately. Subclasses choose the devices.
 
-    ``polls``: as the prototype's loops do. Instances start at turns of the control loop, and a
-    request that finds none of its model asks again a second later; one that finds them full waits
-    in line, as without polls. Otherwise an instance starts at the request that wants it, and every
-    request that waits is served as soon as an instance has room. The two polls of a start are the
-    fleet's. ``up``, ``down``: the shares of capacity above and below which it scales;
-    ``averaged_s``: seconds over which it averages load. Raises ValueError for thresholds or a time
-    that are none.
+    Parameters
+    ----------
+    polls
+        Whether to poll as the prototype's loops do. Instances then start at turns of the control
+        loop, and a request that finds no instance of its model asks again a second later. A request
+        that finds all instances full waits in the queue, as without polls. Without polls, an
+        instance starts at the request that needs it, and every waiting request is served as soon as
+        an instance has room. The fleet makes the two polls of a start.
+    up, down
+        The shares of capacity above and below which a model is scaled up and down.
+    averaged_s
+        Seconds over which the load is averaged.
+
+    Raises
+    ------
+    ValueError
+        If a threshold or the time is invalid.
     """
 
     drop_others = True
@@ -71,15 +81,17 @@ class Autoscaler(Dispatcher):
     ) -> None:
         super().__init__()
         if not 0 < down <= up < math.inf:
-            raise ValueError(f"scaled up above {up} and down below {down} of capacity")
+            raise ValueError(
+                f"shares of capacity must be 0 < down <= up < inf, got up {up} and down {down}"
+            )
         if not 0 < averaged_s < math.inf:
-            raise ValueError(f"load averaged over {averaged_s} seconds")
+            raise ValueError(f"averaged_s must be positive and finite seconds, got {averaged_s}")
         self.polls, self.up, self.down, self.averaged_s = polls, up, down, averaged_s
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
         self.load = [Load(self.averaged_s) for _ in fleet.profiles]
-        self.waiting: dict[int, None] = {}  # models that want an instance and found no devices
+        self.waiting: dict[int, None] = {}  # models that need an instance and found no devices
         self.asking = [0] * len(fleet.profiles)  # requests that will ask again
         fleet.after(CONTROL_S, self.control)
 
@@ -144,13 +156,13 @@ class Autoscaler(Dispatcher):
                 self.start(model, devices)
 
     def scale_down(self, model: int) -> None:
-        """The one with the least work drains; the last one only when nothing has come for long."""
+        """Drain the instance with least work. Drain the last one only after a time without load."""
         now, serving = self.fleet.events.now, self.serving(model)
         load, batch = self.load[model].mean(now), self.fleet.profiles[model].batch
         if not serving or load >= self.down * batch * len(serving):
             return
         if len(serving) > 1 and load >= self.up * batch * (len(serving) - 1):
-            return  # the others would want it back at once
+            return  # the others would be scaled up again at once
         if len(serving) == 1 and (load > 0 or self.concurrent[model]):
             return
         old = [i for i in serving if i.loaded and now - i.start >= YOUNGEST_S]
@@ -165,7 +177,7 @@ class Autoscaler(Dispatcher):
         self.fleet.start(model, devices, drop_others=self.drop_others)
 
     def drain(self, instance: Instance) -> None:
-        """It takes no more requests."""
+        """Called when an instance begins to drain. Subclasses override it."""
 
     def stop(self, instance: Instance) -> None:
         self.fleet.stop(instance)
@@ -175,7 +187,7 @@ class Autoscaler(Dispatcher):
         raise NotImplementedError
 
     def free_groups(self, width: int) -> list[tuple[Device, ...]]:
-        """Of free devices of one node: aligned ones, or, where there are none, any."""
+        """Return the free aligned groups, or loose groups of free devices if no aligned is free."""
         groups = [
             tuple(node[i : i + width])
             for node in self.fleet.links.nodes
@@ -185,6 +197,6 @@ class Autoscaler(Dispatcher):
         return free or self.loose_groups(width)
 
     def loose_groups(self, width: int) -> list[tuple[Device, ...]]:
-        """Of each node the first free devices there are."""
+        """Return for each node its first free devices, if they are enough."""
         free = ([d for d in node if d.instance is None] for node in self.fleet.links.nodes)
         return [tuple(devices[:width]) for devices in free if len(devices) >= width]

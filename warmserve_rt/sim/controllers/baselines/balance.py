@@ -1,4 +1,4 @@
-"""Which models share which devices, once and for all: greedy load balancing."""
+"""Decide statically which models share which devices: greedy load balancing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.sim.core.devices import Hardware
 
-KV_TOKENS = 1024  # of a request, in the KV cache that a placement counts on
-FULL = 0.5  # of an instance's batch: with more at the peak a model gets another copy
+KV_TOKENS = 1024  # tokens of a request in the KV cache that a placement assumes
+FULL = 0.5  # share of a batch: with more requests at its peak a model gets another copy
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Of one model: mean and peak of the concurrent requests, and requests per second."""
+    """The demand for one model: mean and peak concurrent requests, and requests per second."""
 
     profile: ModelProfile
     average: float
@@ -23,19 +23,19 @@ class Demand:
     rate: float
 
     def busy(self, copies: int) -> float:
-        """The part of the time for which one of so many copies has a request, for Poisson
-        arrivals divided evenly."""
+        """Return the share of time in which one of ``copies`` has a request, for Poisson arrivals
+        that are divided evenly."""
         return 1 - math.exp(-self.average / copies)
 
     def memory(self, copies: int) -> float:
-        """Bytes on each device of one of so many copies, with the requests of its peak."""
+        """Return the bytes of one of ``copies`` on each device, with the requests of its peak."""
         requests = min(max(self.peak / copies, 1.0), self.profile.batch)
         return self.profile.nbytes + requests * KV_TOKENS * self.profile.kv_token_bytes
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A copy on ``width`` devices from ``first`` on."""
+    """A copy of a model on ``width`` devices from ``first`` on."""
 
     model: int
     first: int
@@ -43,12 +43,13 @@ class Placed:
 
 
 def balance(demands: Sequence[Demand], hardware: Hardware) -> list[Placed]:
-    """Copies of models on aligned groups of devices, several to a device.
+    """Place copies of models on aligned groups of devices; several may share a device.
 
-    First one copy of each, with memory for one request: by load; or by bytes, or by requests per
-    byte, where that leaves requests of a lower rate without a place. Then copies, while there is
-    room for the peaks of all who share the devices, of the model whose copies are fullest at its
-    peak. Each goes to the group whose busiest device is the least busy.
+    First one copy of each model is placed, with memory for one request. The models are ordered by
+    load, by bytes or by requests per byte, whichever order leaves the lowest rate of requests
+    without a place. Then further copies are placed while there is room for the peaks of all models
+    on the devices. Each is a copy of the model whose copies are fullest at its peak. A copy goes to
+    the group whose busiest device is least busy.
     """
 
     def load(m: int) -> float:
@@ -84,7 +85,7 @@ def balance(demands: Sequence[Demand], hardware: Hardware) -> list[Placed]:
 def _once(
     demands: Sequence[Demand], hardware: Hardware, key: Callable[[int], float]
 ) -> list[Placed]:
-    """One copy of each that finds a place, those of the highest key first."""
+    """Place one copy of each model that fits, in falling order of the key."""
     placed: list[Placed] = []
     for model in sorted(range(len(demands)), key=key, reverse=True):
         found = _best(demands, hardware, placed, model, peaks=False)
@@ -108,7 +109,7 @@ def _best(
     *,
     peaks: bool,
 ) -> Placed | None:
-    """The least busy group with room for one copy more that has none of the model's."""
+    """Return a copy on the least busy group that has room for it and no copy of the model."""
     copies = _copies(placed)
     copies[model] = copies.get(model, 0) + 1
     used, busy = [0.0] * hardware.devices, [0.0] * hardware.devices

@@ -1,9 +1,9 @@
-"""Serving while loading, in the manner of BlitzScale: a started instance prefills behind the layers
-that come in.
+"""Serve while loading, in the manner of BlitzScale: a started instance prefills while its layers
+arrive.
 
-BlitzScale multicasts them from instances that run, over the network or NVLink. Here they come from
-host memory over the device's own link, taken to be as fast: that helps nodes without a copy and
-does not model a faster network.
+BlitzScale multicasts layers from running instances over the network or NVLink. Here they are loaded
+from host memory over the device's own link, which is assumed to be as fast. That favours nodes
+without a copy, and does not model a faster network.
 """
 
 from __future__ import annotations
@@ -12,4 +12,4 @@ from .serverless import Autoscaling
 
 
 class BlitzScale(Autoscaling):
-    """What sets it apart is its Policy: streaming, no engine start."""
+    """A controller that differs from Autoscaling in its Policy: streaming, no engine start."""

@@ -1,4 +1,4 @@
-"""h1: residency alone knows the future, the requests of the next two minutes; all else is ours."""
+"""h1: our controller with a residency that knows the requests of the next two minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOON_S = 20.0
 
 
 class KnownDemand(Demand):
-    """Counts the requests to come where others forecast them."""
+    """A demand that counts future requests in place of a forecast."""
 
     fleet: Fleet
     arrivals_to_come: list[Any]
@@ -32,7 +32,7 @@ class KnownDemand(Demand):
             self.next.append(float(times[begin]) - now if begin < end else math.inf)
 
     def need(self, horizon: float) -> Any:
-        """As of a known rate, or more where nothing runs that could take the next request."""
+        """Return the need at the known rate, or more if no instance could take the next request."""
         found = super().need(horizon)
         for model, wait in enumerate(self.next):
             if not any(i.work or not i.loaded for i in self.fleet.instances[model]):
@@ -41,8 +41,11 @@ class KnownDemand(Demand):
 
 
 class Clairvoyant(Scheduler):
-    """Ours with a wider margin: what it knows of the next two minutes changes at every request, and
-    as a bound it is given what serves it best (bench/policies.py: 0.95 % late instead of 1.4 %)."""
+    """Our scheduler with known demand and a wider margin.
+
+    The known requests of the next two minutes change at every request. As this is a bound, it gets
+    the margin that serves it best (bench/policies.py: 0.95 % late instead of 1.4 %).
+    """
 
     def __init__(self, *, margin: float = 1.0, **options: Any) -> None:
         super().__init__(margin=margin, **options)

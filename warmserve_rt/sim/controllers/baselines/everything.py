@@ -1,4 +1,4 @@
-"""h0: every layer of every model is resident on every device; starts are those of the baseline."""
+"""h0: all layers of all models are resident on all devices; starts are those of the baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .autoscaler import Autoscaler
 
 
 class Everything(Autoscaler):
-    """Its memory is not that of the hardware: what models take of it is not counted."""
+    """A bound with unlimited memory: the bytes of models are not counted against the hardware."""
 
     drop_others = False
 

@@ -1,4 +1,4 @@
-"""Whole-model LRU: a device keeps what it has served until another model needs the room."""
+"""Whole-model LRU: a device keeps models that it has served until another needs the room."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from warmserve_rt.sim.core.instance import Instance
 
 from .autoscaler import Autoscaler
 
-KV_TOKENS = 1024  # of a request, in the KV cache of a full batch that a start makes room for
+KV_TOKENS = 1024  # tokens of a request in the KV cache of a full batch, for which a start evicts
 
 
 @dataclass(eq=False)
 class Kept:
-    """A model that has been served on these devices and lies there still."""
+    """A model that was served on these devices and is still resident on them."""
 
     model: int
     devices: tuple[Device, ...]
-    used: float  # when it was served last
+    used: float  # the time at which it was served last
 
 
 class Lru(Autoscaler):
-    """No forecast and no streaming: only what an instance that stopped has left can be warm.
+    """A controller without forecast and streaming: only models of stopped instances can be warm.
 
-    A start evicts, whole and least recently used first, until its weights and the KV cache of a
-    full batch have room; what is left beyond that is KV cache too.
+    A start evicts whole models, the least recently used first, until its weights and the KV cache
+    of a full batch have room. Memory beyond that becomes KV cache too.
     """
 
     drop_others = False
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        self.kept: list[Kept] = []  # the least recently used first
+        self.kept: list[Kept] = []  # in order of use, the least recently used first
 
     def choose(self, model: int) -> tuple[Device, ...] | None:
-        """Where it lies, the last used of several; else where what must go was used longest ago."""
+        """Return the devices that hold the model, the last used ones if several do; otherwise those
+        whose evicted models were used longest ago."""
         for kept in reversed(self.kept):
             if kept.model == model and all(d.instance is None for d in kept.devices):
                 return kept.devices
@@ -48,7 +49,7 @@ class Lru(Autoscaler):
         return max((kept.used for kept in self.lost(model, devices)), default=-math.inf)
 
     def lost(self, model: int, devices: tuple[Device, ...]) -> list[Kept]:
-        """What a start there evicts."""
+        """Return the models that a start on these devices evicts."""
         profile = self.fleet.profiles[model]
         want = float(profile.batch * KV_TOKENS * profile.kv_token_bytes)
         room = {d.index: self.fleet.hardware.memory - d.used - want for d in devices}

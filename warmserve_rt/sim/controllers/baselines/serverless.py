@@ -1,6 +1,7 @@
-"""Autoscaling with a host-memory tier, in the manner of ServerlessLLM: no layers are kept on
-devices for a start to come, checkpoints lie in the nodes' host memory, and a start goes where the
-estimated start-up is shortest (its locality-aware placement)."""
+"""Autoscaling with a host-memory tier, in the manner of ServerlessLLM.
+
+Devices keep no layers for later starts, and the host memory of nodes keeps checkpoints. A start
+uses the devices with the shortest estimated start-up (its locality-aware placement)."""
 
 from __future__ import annotations
 

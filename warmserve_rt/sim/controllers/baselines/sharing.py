@@ -1,8 +1,8 @@
-"""Static sharing, in the manner of MuxServe: models placed once and for all, several to a device.
+"""Static sharing, in the manner of MuxServe: models are placed once, several to a device.
 
-Nothing ever starts or stops. Which models share devices is decided before the first request, from
-the history of their load; `Hardware` says how they slow each other down. MuxServe's own estimator
-and its split of the cache between models are not reproduced: the cache goes to whoever asks first.
+No instance starts or stops later. The placement is decided before the first request from the
+history of the load; `Hardware` tells how neighbours slow each other down. MuxServe's own estimator
+and its split of the cache between models are not reproduced: the first request gets the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .balance import Demand, Placed, balance
 
 
 class Sharing(Dispatcher):
-    """Models for which there is no room are refused."""
+    """A controller that places models once. It refuses the requests of models without room."""
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
@@ -33,14 +33,14 @@ class Sharing(Dispatcher):
             self.fleet.refuse(request)
 
     def route(self, instances: Any, request: int) -> Any:
-        """With the least to do before it; of equals the fullest, so that fewer disturb others."""
+        """Return the instance with the smallest backlog, the fullest of equals: fewer then work."""
         now = self.fleet.now
         able = [i for i in instances if i.loaded and self.fleet.reserve(i, request)]
         return min(able, key=lambda i: (i.backlog(now), -i.work), default=None)
 
 
 def demands(fleet: Fleet) -> list[Demand]:
-    """What the history says of each model; without one, that all are alike."""
+    """Return the demand for each model in the history, or equal demands without a history."""
     models = len(fleet.profiles)
     averages, peaks = fleet.workload.concurrency_history()
     if not len(averages):

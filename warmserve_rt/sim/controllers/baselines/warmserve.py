@@ -1,7 +1,7 @@
-"""WarmServe as its paper has it (PAPER): whole replicas prewarmed by forecast, in groups that nest.
+"""WarmServe as in its paper (PAPER): whole replicas are prewarmed by forecast, in nested groups.
 
-Where the paper is silent, or its formula has no value, what serves it best is taken; each such
-place says so.
+If the paper does not specify a step, or its formula is undefined, the choice that serves WarmServe
+best is taken. The comments mark each such choice.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .autoscaler import Autoscaler
 
 WINDOW_S = 300.0
 SCORE_BANDWIDTH = 32 * 2**30
-MOST_MODELS = 30  # on one device
+MOST_MODELS = 30  # the largest number of models on one device
 
 
 @dataclass(eq=False)
 class Replica:
-    """A whole model on devices that no instance has to itself, in the order of its ranks."""
+    """A whole prewarmed model. ``devices``: in the order of its ranks; no instance owns them."""
 
     model: int
     devices: tuple[Device, ...]
@@ -37,20 +37,31 @@ class Replica:
         return not set(self.devices).isdisjoint(devices)
 
     def nests(self, devices: tuple[Device, ...]) -> bool:
-        """Whether they are the same set, or one contains the other, or they have none in common."""
+        """Return whether the sets of devices are equal, contain each other or are disjoint."""
         mine, others = set(self.devices), set(devices)
         return mine <= others or mine >= others or mine.isdisjoint(others)
 
 
 class WarmServe(Autoscaler):
-    """Prewarms for the coming window on devices that serve nobody and in what draining instances
-    lend. ``window``: seconds of the windows that it forecasts; ``begin`` raises ValueError for a
-    workload whose history has others. ``scaling``: see Autoscaler.
+    """A controller that prewarms for the coming window, on devices without instances and in memory
+    that draining instances lend.
 
-    The rest take a part of it away, to see what that part is worth. ``prewarm=False``: nothing
-    loads before its start, and the weights of an instance go when it stops. ``placement=False``: a
-    replica goes to the first devices with room, whatever is there, and need not nest with it.
-    ``lending=False``: a draining instance keeps its KV cache whole.
+    ``prewarm``, ``placement`` and ``lending`` switch off parts of it, to measure their worth.
+
+    Parameters
+    ----------
+    window
+        Seconds of the windows that are forecast. ``begin`` raises ValueError if the history of the
+        workload has other windows.
+    prewarm
+        If False, layers are loaded by starts only, and the weights of an instance are dropped when
+        it stops.
+    placement
+        If False, a replica goes to the first devices with room, and need not nest with others.
+    lending
+        If False, a draining instance keeps its whole KV cache.
+    scaling
+        See Autoscaler.
     """
 
     def __init__(
@@ -80,12 +91,12 @@ class WarmServe(Autoscaler):
             history_window = fleet.workload.history_window
             if history_window != self.window:
                 raise ValueError(
-                    f"a history in windows of {history_window:g} s, and {self.window:g} s are "
-                    "forecast: they are to be the same"
+                    f"the windows of the history ({history_window:g} s) must be those of the "
+                    f"forecast ({self.window:g} s)"
                 )
             self.forecaster.observe_windows(-self.window * len(averages), averages, peaks)
-        self.replicas: list[Replica] = []  # the first prewarmed first
-        self.whole_kv: dict[Instance, float] = {}  # of draining ones, before they lent any
+        self.replicas: list[Replica] = []  # in the order of prewarming
+        self.whole_kv: dict[Instance, float] = {}  # of draining instances, before they lent any
         self.place()
 
     def arrived(self, request: int, model: int) -> None:
@@ -105,16 +116,18 @@ class WarmServe(Autoscaler):
         super().control()
         self.place()
 
-    # How many replicas, and their scores.
+    # The number of replicas, and their scores.
 
     def wanted(self) -> list[Replica]:
-        """New replicas, the highest score first. Those that are there count as the first of their
-        model, and get the scores of these; one more than are wanted has score 0.
+        """Return new replicas, the highest score first, and score the existing ones again.
 
-        The paper forecasts windows; the window here begins now, which at a window's beginning is
-        the same. It divides by an average that may be 0; then a burst's factor is 1.
-        That replicas which are there are scored again, it does not say: they give way to better
-        ones the sooner.
+        Existing replicas count as the first of their model and get the scores of the first.
+        Replicas beyond the wanted number have score 0.
+
+        The paper forecasts windows. The window here begins now, which is the same at the beginning
+        of a window. The paper divides by an average that may be 0; the factor of a burst is then 1.
+        The paper does not specify that existing replicas are scored again; with it they give way
+        to better ones earlier.
         """
         forecast = self.forecaster.forecast(self.fleet.now, self.window)
         found = []
@@ -138,7 +151,7 @@ class WarmServe(Autoscaler):
     # Placement.
 
     def place(self) -> None:
-        """One that fits nowhere is skipped; nothing is evicted to make room."""
+        """Prewarm the wanted replicas. Skip those that do not fit; evict no layer for them."""
         if not self.prewarm:
             return
         for replica in self.wanted():
@@ -152,10 +165,11 @@ class WarmServe(Autoscaler):
             self.replicas.append(replica)
 
     def group_for(self, new: Replica) -> tuple[Device, ...] | None:
-        """Of the groups with room that nest with all that is there, one on which the new replica
-        scores above all that it overlaps, with the least sum of theirs; else the least sum.
+        """Return the group for a new replica among those with room that nest with all others.
 
-        Of equals an aligned one, which whatever comes later nests with: the paper does not say.
+        A group on which the new replica scores above all replicas that it overlaps is preferred;
+        then the group with the smallest sum of overlapped scores. Among equals an aligned group is
+        taken, because later replicas nest with it; the paper does not specify this.
         """
         profile = self.fleet.profiles[new.model]
         best, best_rank = None, (True, math.inf, True)
@@ -174,7 +188,7 @@ class WarmServe(Autoscaler):
         return best
 
     def first_fit(self, new: Replica) -> tuple[Device, ...] | None:
-        """The first devices of a node that have room."""
+        """Return the first devices of a node with room."""
         profile = self.fleet.profiles[new.model]
         for node in self.fleet.links.nodes:
             room = [device for device in node if self.fits(device, new.model, profile.nbytes)]
@@ -192,11 +206,11 @@ class WarmServe(Autoscaler):
     # Starting an instance.
 
     def choose(self, model: int) -> tuple[Device, ...] | None:
-        """The first prewarmed group that is free, a loaded one before one that loads; else the free
-        devices that the fewest replicas overlap.
+        """Return the first free prewarmed group, a loaded one before a loading one; otherwise the
+        free devices that the fewest replicas overlap.
 
-        Of the latter aligned groups come first, so that what is prewarmed later finds groups too;
-        the paper looks at all sets alike.
+        Aligned groups are preferred among the latter, so that later replicas find groups; the paper
+        treats all sets alike.
         """
         loading = None
         for replica in self.replicas:
@@ -210,7 +224,7 @@ class WarmServe(Autoscaler):
         return min(self.free_groups(self.fleet.profiles[model].width), key=self.loss, default=None)
 
     def loss(self, devices: tuple[Device, ...]) -> int:
-        """Replicas that a start there destroys."""
+        """Return the number of replicas that a start on these devices destroys."""
         return sum(replica.overlaps(devices) for replica in self.replicas)
 
     def loose_groups(self, width: int) -> list[tuple[Device, ...]]:
@@ -218,8 +232,8 @@ class WarmServe(Autoscaler):
         return [group for devices in free for group in combinations(devices, width)]
 
     def start(self, model: int, devices: tuple[Device, ...]) -> None:
-        """Whatever else is prewarmed there is lost, on all devices of each such replica; the rest
-        of the memory becomes KV cache."""
+        """Start an instance. Replicas that overlap its devices are dropped from all their devices,
+        and the rest of the memory becomes KV cache."""
         for replica in [r for r in self.replicas if r.overlaps(devices)]:
             self.replicas.remove(replica)
             if replica.model == model and replica.devices == devices:
@@ -236,8 +250,8 @@ class WarmServe(Autoscaler):
             self.lend(instance)
 
     def lend(self, instance: Instance) -> None:
-        """A draining instance keeps C Q / 32 blocks of its KV cache of C, for Q requests, and never
-        less than those have."""
+        """Lend KV cache of a draining instance: with Q requests it keeps C Q / 32 of its C blocks,
+        and never less than the requests use."""
         used = instance.kv_tokens * instance.profile.kv_token_bytes
         share = self.whole_kv[instance] * instance.work / instance.profile.batch
         keep = min(instance.kv_room, max(used, share))
@@ -245,8 +259,8 @@ class WarmServe(Autoscaler):
             self.fleet.lend(instance, keep)
 
     def stop(self, instance: Instance) -> None:
-        """Its weights stay where they are, as a replica, if they nest with the others: the paper
-        does not say, and it costs nothing."""
+        """Stop an instance. Its weights stay as a replica if they nest with the others; the paper
+        does not specify this, and it costs nothing."""
         self.whole_kv.pop(instance)
         keep = self.prewarm and self.keeps(instance)
         if keep:
@@ -256,7 +270,7 @@ class WarmServe(Autoscaler):
         self.place()
 
     def keeps(self, instance: Instance) -> bool:
-        """Whether its weights can stay as a replica."""
+        """Return whether the weights of an instance can stay as a replica."""
         others = [replica for replica in self.replicas if replica.overlaps(instance.devices)]
         return all(
             other.model != instance.model and (other.nests(instance.devices) or not self.placement)
@@ -265,6 +279,6 @@ class WarmServe(Autoscaler):
 
 
 def aligned(group: tuple[Device, ...]) -> bool:
-    """Whether it is one of those into which a node divides evenly."""
+    """Return whether a group is one of those into which a node divides evenly."""
     first = group[0].index
     return not first % len(group) and group[-1].index == first + len(group) - 1
