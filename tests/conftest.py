@@ -1,4 +1,4 @@
-"""The devices every test of the runtime runs on, each under the checking driver."""
+"""Fixtures: the devices that every runtime test runs on, each under the checking driver."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from hypothesis import Phase, settings
 from warmserve_rt import Model, Runtime, _native, testing
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
-# Engines are tested where they are installed, by `.ci/engine_tests`.
+# Tests with vLLM are collected only if vLLM is installed; `.ci/engine_tests` runs them.
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["engines/with_vllm/*"]
 
-# Where these are set pytest writes out differences whole: hours, for a layer's bytes.
+# If these variables are set, pytest prints differences in full, which takes hours for the bytes of
+# a layer.
 for name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(name, None)
 
@@ -34,15 +35,17 @@ settings.register_profile("first-failure", phases=[Phase.explicit, Phase.reuse, 
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_there_stays() -> None:
-    """What the tests import, and what those of earlier files left (compilers leave millions of
-    objects), stays to the end: gc.collect() need not look at it each time."""
+    """Freeze all objects alive before a test file, so that gc.collect() does not scan them.
+
+    They live to the end of the run: imported modules, and the objects that earlier test files
+    left. Compilers leave millions.
+    """
     gc.collect()
     gc.freeze()
 
 
 def bytes_of(runtime: Runtime, model: Model | str, tensor: str) -> bytes:
-    """What the device holds of a tensor: through its view where the CPU can read it, else copied
-    back."""
+    """Return a tensor's bytes on the device: by its view if the CPU can read it, else a copy."""
     model = runtime.model(model)
     view = runtime.tensors(model)[tensor]
     if isinstance(view, np.ndarray):
@@ -57,13 +60,13 @@ def address_of(tensor: Any) -> int:
 
 
 class Device:
-    """Makes runtimes on one kind of device, and at the end holds them to its contracts."""
+    """A factory of runtimes on one kind of device; finish() checks the driver's contracts."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.host_view = name == "host"
-        self.cuda = name in ("simcuda", "cuda:0")  # addresses are no CPU's
-        self.steps = not self.cuda  # streams of a pump move when they are stepped
+        self.cuda = name in ("simcuda", "cuda:0")  # the CPU cannot read device addresses
+        self.steps = not self.cuda  # with pump=True, streams advance only when stepped
         self.tensors = "dlpack" if self.cuda else "numpy"
         self.simulation: dict[str, Any] = {}  # options of simulated_cuda
         self.simulated: SimulatedCuda | None = None
@@ -75,7 +78,7 @@ class Device:
             return testing.watch("cuda:0")
         if self.name != "simcuda":
             return testing.watch(pump=pump, host_view=self.host_view)
-        if not self.simulated:  # without threads it is deterministic
+        if not self.simulated:  # a pumped runtime has no threads: a virtual clock is deterministic
             clock = "virtual" if pump else "real"
             options = {"clock": clock, **self.simulation}
             self.simulated = self._open.enter_context(testing.simulated_cuda(**options))
@@ -95,7 +98,7 @@ class Device:
         return runtime, watched
 
     def pinned(self, nbytes: int) -> Any:
-        """Host memory that copies may write while the caller goes on; it lasts as the device."""
+        """Return host memory that asynchronous copies can write. It lives as long as the device."""
         if not self.cuda:
             return np.zeros(nbytes, np.uint8)
         raw = Cuda(self.simulated.library if self.simulated else "libcuda.so.1").start()
@@ -105,7 +108,7 @@ class Device:
         return memory.view
 
     def hold_up(self, stream: _native.Stream) -> None:
-        """On a GPU, which would be done at once: what comes next in a stream waits for a second."""
+        """On a real GPU, delay the following work of a stream by a second; else do nothing."""
         if self.name == "cuda:0":
             Cuda("libcuda.so.1").sleep(stream.handle, 1_000_000)
 
@@ -125,13 +128,15 @@ class Device:
             self.simulated = None
 
 
-# For what reads tensors with the CPU.
+# For tests that read tensors with the CPU.
 on_the_host = pytest.mark.parametrize("device", ["host", "host-staged"], indirect=True)
 
 
 def _gpu() -> list[str]:
-    """A real GPU, where there is one. Looked for in another process: CUDA that has begun here would
-    be in the way of tests that fork."""
+    """Return the name of a real GPU in a list, or an empty list if none is found.
+
+    Another process looks for it, because tests fork and CUDA must not be initialised before a fork.
+    """
     look = "from warmserve_rt import _native; _native.cuda_driver()"
     found = subprocess.run([sys.executable, "-c", look], capture_output=True, cwd="/")
     return [] if found.returncode else ["cuda:0"]
@@ -152,5 +157,5 @@ def cuda() -> Iterator[SimulatedCuda]:
 
 @pytest.fixture
 def two_files(tmp_path: Path) -> dict[str, Path]:
-    """Checkpoints of two models of the sizes of cuda_runtime.SIZES."""
+    """Return the checkpoints of two models, each with layers of cuda_runtime.SIZES."""
     return {name: write_model(tmp_path / name, name, SIZES) for name in "ab"}

@@ -1,9 +1,10 @@
-"""Whether the tests would notice: breaks one line at a time and runs the test that must fail.
+"""Break one line of the sources at a time and run the test that must fail because of it.
 
     python tests/mutations.py [NAME ...]
 
-Each in its own copy of a tree that is built, so that only what it changes is compiled; as many at
-once as there are CPUs. Exit status 1 if a mutant survives or no longer applies.
+Each mutant runs in its own copy of a built tree, so that only the files it changes are compiled
+again. As many mutants run at once as the process has CPUs. The exit status is 1 if a mutant
+survives or no longer applies.
 """
 
 from __future__ import annotations
@@ -32,28 +33,28 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
-        "a fence is not waited for",
+        "an eviction does not wait for the fences of its layers",
         "csrc/model/backing.cpp",
         "for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);",
         "",
         "runtime/test_leases.py::test_work_on_a_stream_outlives_the_release",
     ),
     Mutation(
-        "the backing epoch stands still",
+        "the backing epoch does not advance",
         "csrc/model/residency.cpp",
         "layer.model->backing_epoch.fetch_add(1, std::memory_order_release);",
         "{}",
         "runtime/test_leases.py::test_the_backing_epoch_tells_that_granules_changed",
     ),
     Mutation(
-        "an unregistered model keeps the streams that used it",
+        "an unregistered model keeps the streams that used its layers",
         "csrc/runtime/eviction.cpp",
         "return {std::move(model.reservation), std::exchange(model.uses, {})};",
         "return {std::move(model.reservation), {}};",
         "runtime/test_streaming_leases.py::test_what_is_unregistered_keeps_no_stream[host]",
     ),
     Mutation(
-        "ids claimed for a failed start are lost",
+        "granule ids claimed by a fill that fails to start are lost",
         "csrc/load/transfer.cpp",
         "arena.return_uncreated(fresh);",
         "",
@@ -61,7 +62,7 @@ MUTATIONS = [
         "test_a_failing_driver_call_loses_nothing[host-grow_again-once]",
     ),
     Mutation(
-        "granules taken for a failed start are lost",
+        "granules taken by a fill that fails to start are lost",
         "csrc/load/transfer.cpp",
         "arena.give(granules);",
         "",
@@ -69,7 +70,7 @@ MUTATIONS = [
         "test_a_failing_driver_call_loses_nothing[host-lease_that_evicts-once]",
     ),
     Mutation(
-        "refused releases are forgotten",
+        "a release that the driver refused is not tried again",
         "csrc/memory/vmm.cpp",
         "refused_.emplace_back(primitive, std::move(release));",
         "",
@@ -77,14 +78,14 @@ MUTATIONS = [
         "test_a_close_that_fails_goes_on_when_called_again[host-staged-once]",
     ),
     Mutation(
-        "held models are victims",
+        "the layers of held models are evicted to make room",
         "csrc/model/eviction_order.cpp",
         "if (model->whole_holds || spared.whole_model(*model)) continue;",
         "if (spared.whole_model(*model)) continue;",
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
-        "a pass goes on without the weights of a lease that ends",
+        "a pass does not hold the layers of its lease",
         "csrc/runtime/lease.cpp",
         "pass->depth = 1;",
         "pass->depth = 1; return pass;",
@@ -105,77 +106,77 @@ MUTATIONS = [
         "engines/test_passes.py::test_a_thread_cannot_wait_for_its_own_pass",
     ),
     Mutation(
-        "victims go in another order",
+        "the layers of a model are evicted from the first to the last",
         "csrc/model/eviction_order.cpp",
         "-static_cast<std::int64_t>(layer.index)};",
         "static_cast<std::int64_t>(layer.index)};",
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
-        "a staging chunk is reused before its copy is over",
+        "a staging chunk is reused before its copy is complete",
         "csrc/load/uploads.cpp",
         "if (event->complete()) return Copies::over;",
         "return Copies::over;",
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host-staged]",
     ),
     Mutation(
-        "a chunk goes over two links",
+        "a chunk is copied over two links",
         "csrc/load/uploads_links.cpp",
         "lane->flights.push_back(flight);",
         "lane->flights.push_back(flight);\n    begin_on_own_link(flight);",
         "runtime/test_paths.py::test_a_load_goes_over_both_links",
     ),
     Mutation(
-        "what a path has lost is taken for there",
+        "a copy that failed on a route is taken for complete",
         "csrc/load/uploads.cpp",
         "case Crossing::State::failed: return Copies::failed;",
         "case Crossing::State::failed: return Copies::over;",
         "runtime/test_paths.py::test_a_neighbour_whose_context_dies_costs_no_bytes",
     ),
     Mutation(
-        "the background borrows links",
+        "background copies use the links of neighbours",
         "csrc/load/uploads_links.cpp",
         "if (flight->urgent && lanes_.size() > 1)",
         "if (lanes_.size() > 1)",
         "runtime/test_paths.py::test_what_is_in_the_background_borrows_nobody_s_link",
     ),
     Mutation(
-        "leases pass those in line",
+        "a lease that fits is admitted ahead of the line",
         "csrc/runtime/lease.cpp",
         "if (!(line_.empty() && fits(lock, *hold)) && !nested(*hold)) return false;",
         "if (!fits(lock, *hold) && !nested(*hold)) return false;",
         "runtime/test_leases.py::test_leases_are_served_in_order_of_arrival",
     ),
     Mutation(
-        "leases wait for each other",
+        "two leases may wait for each other for ever",
         "csrc/runtime/lease.cpp",
         "if (granules > books_.arena.capacity()) return true;",
         "",
         "runtime/test_leases.py::test_two_leases_that_would_wait_for_each_other",
     ),
     Mutation(
-        "a stream is not put behind the copies of its layer",
+        "a stream does not wait for the copies of its layer",
         "csrc/runtime/leases.cpp",
         "for (const auto& event : *copies) stream->wait_for(*event);",
         "",
         "runtime/test_streaming_leases.py::test_it_is_the_stream_that_waits[simcuda]",
     ),
     Mutation(
-        "who leases a model records for layers that are not leased",
+        "recording a stream for a model also covers layers that no lease holds",
         "csrc/runtime/leases.cpp",
         "    if (layer.held()) leased.insert(layer.index);",
         "    leased.insert(layer.index);",
         "runtime/test_streaming_leases.py::test_whoever_leases_a_model_may_record_for_it[simcuda]",
     ),
     Mutation(
-        "a layer that has to wait is shown",
+        "a lease shows tensors of layers that have not arrived",
         "warmserve_rt/core/views.py",
         "if not self._here(layer):",
         "if False:",
         "runtime/test_streaming_leases.py::test_a_lease_begins_before_its_layers_are_there[host]",
     ),
     Mutation(
-        "who joins a lease waits in line",
+        "a thread that joins a lease waits in line",
         "csrc/runtime/leases.cpp",
         "  desk_.admit(lock, shared);\n",
         "  if (!desk_.try_admit(lock, shared)) throw Error(ErrorKind::busy, {});\n",
@@ -189,14 +190,14 @@ MUTATIONS = [
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
-        "the layers of a lease come in the order of a prewarm",
+        "a layer that an earlier prewarm wanted keeps its place in the queue under a lease",
         "csrc/load/fill_queue.cpp",
         "if (rank < fill.rank) rank.sequence = sequence_++;",
         "",
         "runtime/test_partial_residency.py::test_the_layers_of_a_lease_come_in_order[host]",
     ),
     Mutation(
-        "the background takes what it wants",
+        "background bytes are counted as foreground bytes",
         "csrc/load/fill_queue.cpp",
         "(fill.foreground() ? foreground_bytes_ : background_bytes_) +=",
         "(fill.foreground() ? foreground_bytes_ : foreground_bytes_) +=",
@@ -204,7 +205,7 @@ MUTATIONS = [
         "test_the_background_keeps_its_share_and_no_more[host-0.25]",
     ),
     Mutation(
-        "a deadline passes unheard",
+        "tickets do not expire at their deadlines",
         "csrc/load/transfer.cpp",
         "queue_.expire(lock);",
         "",
@@ -226,14 +227,14 @@ MUTATIONS = [
         "test_what_no_time_stamp_shows_is_found_by_its_digest[host]",
     ),
     Mutation(
-        "the digests of a load that failed are added to the next",
+        "a restarted load keeps the digests of its failed attempt",
         "csrc/load/transfer_end.cpp",
         "fill.sums.clear();",
         "",
         "checkpoint/test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
     ),
     Mutation(
-        "a link out of the directory is followed",
+        "a symbolic link out of the directory is followed",
         "warmserve_rt/checkpoint/directory.py",
         "return open_path(part, folder=folders[-1], follow=False)",
         "return open_path(part, folder=folders[-1], follow=True)",
@@ -247,49 +248,49 @@ MUTATIONS = [
         "runtime/test_views.py::test_read_back_is_what_the_device_has",
     ),
     Mutation(
-        "each block of a cast begins with the slice again",
+        "every block of a cast reads the start of the slice",
         "csrc/model/source.cpp",
         "source += elements * width.from;",
         "",
         "checkpoint/test_dtype.py::test_tensors_are_cast_as_torch_does[host-float32-8MiB]",
     ),
     Mutation(
-        "floats beside a packed tensor are cast",
+        "floats in the module of a packed tensor are cast",
         "warmserve_rt/checkpoint/dtypes.py",
         "if below or _module(name) in modules:",
         "if below:",
         "checkpoint/test_dtype.py::test_quantised_layers_stay_exact",
     ),
     Mutation(
-        "a name goes on standing for a model that is gone",
+        "a name still stands for a model after it is unregistered",
         "warmserve_rt/core/revisions.py",
         "if self._current.get(name) is model:",
         "if False:",
         "runtime/test_revisions.py::test_a_name_whose_revision_is_gone_is_unknown[host]",
     ),
     Mutation(
-        "weights are writable",
+        "weights are mapped as writable",
         "csrc/model/backing.cpp",
         "layer.model->writable ? Access::read_write : Access::read",
         "Access::read_write",
         "runtime/test_bad_input.py::test_an_in_place_write_to_weights_faults",
     ),
     Mutation(
-        "a child inherits the weights",
+        "a forked child inherits the weights",
         "csrc/driver/host/host.cpp",
         "return ::madvise(memory, bytes, MADV_DONTFORK);",
         "return 0 * (memory != nullptr) * (bytes != 0);",
         "runtime/test_bad_input.py::test_fork_gives_the_child_an_error_and_spares_the_parent",
     ),
     Mutation(
-        "signals wait until a fence is reached",
+        "a wait for a fence does not poll for signals",
         "csrc/memory/vmm.cpp",
         "if (poll) poll();",
         "(void)poll;",
         "runtime/test_leases.py::test_signals_are_seen_in_every_wait[host-evict]",
     ),
     Mutation(
-        "a layer that failed is kept as if it were complete",
+        "a layer whose load failed is not marked as torn",
         "csrc/load/transfer_end.cpp",
         "layer.torn = true;",
         "",
@@ -297,21 +298,21 @@ MUTATIONS = [
         "test_a_failing_driver_call_loses_nothing[host-step_by_step-and-in-rollback]",
     ),
     Mutation(
-        "a checked accessor does not check",
+        "a checked accessor does not check that its lease is held",
         "warmserve_rt/core/views.py",
         "if not self._held():",
         "if False:",
         "runtime/test_leases.py::test_checked_accessors_refuse_when_the_lease_is_over",
     ),
     Mutation(
-        "the simulator sees no race of a read after a write",
+        "the simulator does not report a read that races with an earlier write",
         "csrc/simcuda/shadow.cpp",
         "if (overlaps && !before && (write || earlier.write)) race = true;",
         "if (overlaps && !before && write) race = true;",
         "simcuda/test_simcuda_races.py::test_timing_does_not_matter[0]",
     ),
     Mutation(
-        "the simulator lets memory be unmapped in use",
+        "the simulator does not report memory that is unmapped while in use",
         "csrc/simcuda/api_vmm.cpp",
         'call.sim->detector.take_away(mapping->uses, "unmapped", "cuMemUnmap", call.number);',
         "",
@@ -341,7 +342,7 @@ MUTATIONS = [
         "test_access_that_changes_under_a_copy_kills_it[virtual]",
     ),
     Mutation(
-        "unregistering waits for nothing",
+        "the simulator unregisters host memory without waiting for the context's work",
         "csrc/simcuda/api_memory.cpp",
         'take_away(pinned->uses, "unregistered", "cuMemHostUnregister", call.number);\n'
         "  const CUresult state = call.sim->drain_context(call.lock, call.context);",
@@ -350,21 +351,21 @@ MUTATIONS = [
         "simcuda/test_simcuda_behaviour.py::test_unregistering_waits_for_all_work[virtual]",
     ),
     Mutation(
-        "a forbidden call spares the capture it disturbs",
+        "the simulator does not invalidate a capture that a forbidden call disturbs",
         "csrc/simcuda/capture.cpp",
         "    capture->invalid = true;\n    result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;",
         "    result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;",
         "simcuda/test_simcuda_capture.py::test_a_call_of_another_thread[allocate-0-0-True]",
     ),
     Mutation(
-        "loading breaks a capture elsewhere",
+        "loading breaks a stream capture of another thread",
         "csrc/driver/cuda/context.cpp",
         "cuda.cuThreadExchangeStreamCaptureMode(&mode_));",
         "cuda.cuThreadExchangeStreamCaptureMode(&(mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL)));",
         "cuda/test_cuda_neighbours.py::test_a_capture_elsewhere_is_not_broken_by_loading",
     ),
     Mutation(
-        "the thread's context is not put back",
+        "the calling thread's current context is not restored",
         "csrc/driver/cuda/context.cpp",
         "if (switched_) cuda.cuCtxSetCurrent(before_);",
         "",
@@ -372,14 +373,14 @@ MUTATIONS = [
         "test_the_thread_s_context_and_capture_mode_are_left_as_they_were",
     ),
     Mutation(
-        "a context that died is called again",
+        "a lost context is called again",
         "csrc/driver/cuda/context.cpp",
         "lost_.compare_exchange_strong(none, result);  // only the first error is kept",
         "static_cast<void>(none);",
         "cuda/test_cuda_device.py::test_a_lost_device_says_so_at_every_later_call",
     ),
     Mutation(
-        "what a failed map leaves mapped is forgotten",
+        "mappings that a failed map could not undo are forgotten",
         "csrc/driver/cuda/cuda.cpp",
         "stuck_[address] = mapped;",
         "",
@@ -394,7 +395,7 @@ MUTATIONS = [
         "cuda/test_cuda_device.py::test_the_headroom_is_left_alone_and_reported",
     ),
     Mutation(
-        "gates that went with one lease stay away under another",
+        "gates removed under one lease are not installed again under another",
         "warmserve_rt/engines/torch/gates.py",
         "if epoch != self._epoch:",
         "if not self._epoch:",
@@ -419,21 +420,21 @@ def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def build(tree: Path) -> None:
     done = run(tree, "setup.py", "-q", "build_ext", "--inplace")
     if done.returncode:
-        raise SystemExit(f"the tree does not build:\n{done.stderr}")
+        raise SystemExit(f"the build failed:\n{done.stderr}")
 
 
 def failure(tree: Path, *names: str) -> str | None:
-    """Returns the output of tests that do not all pass; a hang or a crash is a failure."""
+    """Run tests and return their output if one fails, else None. A hang or crash is a failure."""
     options = ("-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=first-failure")
     try:
         done = run(tree, "-m", "pytest", *options, *(f"tests/{name}" for name in names))
     except subprocess.TimeoutExpired:
-        return "it hangs"
+        return "the tests did not end within 300 seconds"
     return f"{done.stdout}{done.stderr}" if done.returncode else None
 
 
 def survives(built: Path, tree: Path, mutation: Mutation) -> bool:
-    shutil.copytree(built, tree)  # with the times of files, so that nothing else is compiled
+    shutil.copytree(built, tree)  # keeps file times, so that only the mutated file is compiled
     path = tree / mutation.file
     path.write_text(path.read_text().replace(mutation.line, mutation.instead))
     build(tree)
@@ -446,7 +447,7 @@ def main(names: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not names or m.name in names]
     for mutation in chosen:
         if (ROOT / mutation.file).read_text().count(mutation.line) != 1:
-            raise SystemExit(f"{mutation.name}: its line is not once in {mutation.file}")
+            raise SystemExit(f"{mutation.name}: its line must occur once in {mutation.file}")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "built")
@@ -464,7 +465,8 @@ def main(names: list[str]) -> int:
         workers = len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(workers) as pool:
             needed = sorted({mutation.test for mutation in chosen})
-            # A few processes for all of them: most of a test's time is its interpreter's start.
+            # One process per CPU runs its share of the tests, because starting an interpreter
+            # takes most of a test's time.
             shares = [share for n in range(workers) if (share := needed[n::workers])]
             for said in pool.map(lambda share: failure(built, *share), shares):
                 if said:

@@ -1,4 +1,4 @@
-"""Risk: a checkpoint that changes under a model is served mixed, or makes it useless for good."""
+"""Risk: after its checkpoint changes, a model serves mixed bytes, or can never be used again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ SIZES = [5 * GRANULE + 3, 7, GRANULE]
 
 @pytest.fixture(params=["host", "staged", "cuda"])
 def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
-    """The CPU writes granules, or copies come by way of staging; chunks cut granules."""
+    """Yield a runtime on one of three devices, filled by the CPU or by staged copies.
+
+    A chunk is half a granule.
+    """
     options: dict[str, Any] = {"arena": "32MiB", "tensors": "numpy", "chunk": "1MiB", "loaders": 2}
     if request.param == "cuda":
         with testing.simulated_cuda(memory="1GiB") as cuda:
@@ -126,7 +129,7 @@ def test_a_write_or_a_touch_is_refused_until_reload(path: Path, verify: Any) -> 
 
 
 def write_unseen(path: Path, offset: int, data: bytes) -> None:
-    """Writes and sets the time stamp back."""
+    """Write to a file and restore its time stamps."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
@@ -143,9 +146,9 @@ def test_what_no_time_stamp_shows_is_found_by_its_digest(runtime: Runtime, path:
     with pytest.raises(CorruptCheckpoint, match=r"m.safetensors: granule 3 of layer 0 of 'm'"):
         runtime.prewarm("m").wait(30)
     assert runtime.snapshot().models["m"].layers[0].residency != "resident"
-    runtime.evict("m", layers=[0])  # waits until the loader has let go of it
+    runtime.evict("m", layers=[0])  # waits until the loader is done with the layer
     assert runtime.snapshot().models["m"].layers[0].residency == "absent"
-    for layer in (1, 2):  # which are as they were
+    for layer in (1, 2):  # the unchanged layers
         runtime.prewarm("m", layers=[layer]).wait(30)
         assert runtime.read_back("m", layer).tobytes() == CONTENT[layer]
     runtime.reload("m")
@@ -157,7 +160,7 @@ def test_what_no_time_stamp_shows_is_found_by_its_digest(runtime: Runtime, path:
 
 def test_a_writer_through_a_mapping_is_found(runtime: Runtime, path: Path) -> None:
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        mapped[-1:] = mapped[-1:]  # the page is dirty from now on
+        mapped[-1:] = mapped[-1:]  # makes the page dirty
         runtime.register("m", path, verify="sampled")
         mapped[-1:] = bytes([mapped[-1] ^ 1])
         with pytest.raises(CorruptCheckpoint, match="granule 0 of layer 2"):
@@ -165,7 +168,7 @@ def test_a_writer_through_a_mapping_is_found(runtime: Runtime, path: Path) -> No
 
 
 def test_a_load_that_starts_again_has_new_digests(path: Path) -> None:
-    """A load that gives way to a more urgent one when it is half done begins again."""
+    """A half-done load that a more urgent load preempts starts again from its first byte."""
     granules = sum(-(-nbytes // GRANULE) for nbytes in SIZES)
     with Runtime(arena=granules * GRANULE, tensors="numpy", chunk="1MiB", pump=True) as runtime:
         runtime.register("m", path, verify="full")

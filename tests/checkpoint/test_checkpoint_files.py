@@ -1,4 +1,4 @@
-"""Risk: a directory gives other files than the model's, or leads out of itself."""
+"""Risk: other files of a directory are loaded than the model's, or files outside the directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def write(path: Path, *tensors: str) -> Path:
-    """A file with these tensors, a byte each."""
+    """Write a file with these tensors, one byte each, and return its path."""
     header = {
         name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}
         for i, name in enumerate(tensors)
@@ -42,7 +42,7 @@ FP16 = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safe
 OLD_FP16 = ["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"]
 CONSOLIDATED = [name.replace("model", "consolidated") for name in SHARDS]
 UNET = "diffusion_pytorch_model"
-# Names of a directory, the variant, and what is its model: an index, or files.
+# Each case: the names in a directory, the variant, and the model found: an index or files.
 CHOICES: list[tuple[Sequence[str], str | None, str | Sequence[str]]] = [
     (["model.safetensors", "consolidated.safetensors"], None, ["model.safetensors"]),
     (["model.safetensors", INDEX, *SHARDS], None, ["model.safetensors"]),
@@ -155,7 +155,7 @@ def test_a_variant_is_for_directories(tmp_path: Path) -> None:
 
 
 def snapshot(cache: Path, repo: str = "org/name", commit: str = "0" * 40) -> Path:
-    """A snapshot of a model as the hub's library lays it out, with a file of tensor "t"."""
+    """Write a snapshot as the hub's library lays it out, with one file that holds tensor "t"."""
     root = cache / f"models--{repo.replace('/', '--')}"
     folder = root / "snapshots" / commit
     write(root / "blobs" / f"blob{commit}", "t")
@@ -169,7 +169,7 @@ def snapshot(cache: Path, repo: str = "org/name", commit: str = "0" * 40) -> Pat
 def test_links_into_the_blobs_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> None:
     folder = snapshot(tmp_path)
     assert opened(folder) == ["t"]
-    (tmp_path / "link").symlink_to(folder)  # a link that the caller spells out
+    (tmp_path / "link").symlink_to(folder)  # the caller names this link itself
     assert opened(tmp_path / "link") == ["t"]
     root = folder.parent.parent
     write(root / "blobs" / "shard", "u")
@@ -179,7 +179,7 @@ def test_links_into_the_blobs_of_the_hugging_face_cache_are_followed(tmp_path: P
     (folder / "sub").mkdir()
     (folder / "sub" / "1.safetensors").symlink_to("../../../blobs/shard")
     assert opened(folder) == ["u"]
-    (folder / "sub" / "model.safetensors").symlink_to(root / "blobs" / "shard")  # an absolute one
+    (folder / "sub" / "model.safetensors").symlink_to(root / "blobs" / "shard")  # absolute target
     assert opened(folder / "sub") == ["u"]
 
 
@@ -282,7 +282,7 @@ def test_links_out_of_a_directory_are_refused(tmp_path: Path, target: str) -> No
 
 @pytest.mark.parametrize("what", ["a file", "a shard", "an index", "a folder", "a blob"])
 def test_a_link_exchanged_at_any_moment_does_not_lead_out(tmp_path: Path, what: str) -> None:
-    """Another process exchanges a name of the directory for a link out of it, all the time."""
+    """Another process keeps exchanging a name in the directory for a link that leads out of it."""
     inside = tmp_path / "models--a--b" / "snapshots" / "c"
     for folder, secret in ((inside, "inside"), (tmp_path / "out", "secret")):
         write(folder / "sub" / "1.safetensors", secret)
@@ -296,7 +296,7 @@ def test_a_link_exchanged_at_any_moment_does_not_lead_out(tmp_path: Path, what: 
         what, "model.safetensors"
     )
     outside = tmp_path / "out" / name
-    if what == "an index":  # names the shard by another tensor, which would be found out
+    if what == "an index":  # the index must match the shard inside, or its mismatch is an error
         outside.write_text(json.dumps({"weight_map": {"inside": "sub/1.safetensors"}, "x": 1}))
     spare, here = inside / "spare", inside / name
     if pid := os.fork():
@@ -320,7 +320,7 @@ def test_a_link_exchanged_at_any_moment_does_not_lead_out(tmp_path: Path, what: 
             link.symlink_to("../../blobs/b" if what == "a blob" else outside)
             os.rename(here, spare)
             os.rename(link, here)
-            if what == "a blob":  # the same name, now to another place
+            if what == "a blob":  # replaces the link to the blob by a link that leads out
                 link.symlink_to(outside)
                 os.rename(link, here)
             os.unlink(here)

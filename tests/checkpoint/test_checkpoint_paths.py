@@ -1,4 +1,5 @@
-"""Risk: a path, a limit or a file of another kind gives an error that names the wrong cause."""
+"""Risk: for an unusual path, a system limit or a file of another kind, the error names the wrong
+cause."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from test_checkpoint_files import opened, write
 from warmserve_rt import CorruptCheckpoint, Runtime
 from warmserve_rt.checkpoint import files, open_checkpoint
 
-SETLEASE = 1024  # F_SETLEASE, which the module fcntl has only since Python 3.9 on some systems
+SETLEASE = 1024  # F_SETLEASE, which fcntl defines only from Python 3.9 on some systems
 
 
 def bytes_of(path: Path) -> bytes:
@@ -133,7 +134,7 @@ def test_time_stamps_of_any_year_are_compared(tmp_path: Path, seconds: int) -> N
         try:
             os.utime(path, ns=(0, seconds * 10**9 + 999_999_999))
         except OSError:
-            pytest.skip("the file system has no such time")
+            pytest.skip("the file system cannot store this time stamp")
         runtime.register("m", path)
         runtime.prewarm("m").wait(30)
         runtime.evict("m")
@@ -143,16 +144,16 @@ def test_time_stamps_of_any_year_are_compared(tmp_path: Path, seconds: int) -> N
 
 
 def open_below(folder: Path) -> int:
-    """Returns how many files of a folder are open."""
+    """Return how many files of a folder are open."""
     found = 0
     for fd in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the one that lists them
+        with suppress(OSError):  # the descriptor of listdir() itself is closed by now
             found += os.readlink(f"/proc/self/fd/{fd}").startswith(f"{folder}/")
     return found
 
 
 def limit_that_leaves(count: int) -> int:
-    """Returns the limit of descriptors under which so many more can be opened."""
+    """Return the descriptor limit that allows ``count`` more files to be opened."""
     taken = {int(fd) for fd in os.listdir("/proc/self/fd")}
     free = (number for number in itertools.count() if number not in taken)
     return next(itertools.islice(free, count - 1, None)) + 1

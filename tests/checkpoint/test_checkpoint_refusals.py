@@ -1,4 +1,4 @@
-"""A bad checkpoint is refused by a typed error that says which file and what, and costs nothing."""
+"""Risk: a bad checkpoint is accepted, leaks a descriptor, or its error lacks the file or cause."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def tensor(begin: int = 0, end: int = 4, **fields: object) -> dict[str, object]:
-    """A header's entry, of bytes unless the fields say otherwise."""
+    """Return a header's entry, of bytes unless the fields say otherwise."""
     return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end], **fields}
 
 
 def write(path: Path, header: object, nbytes: int = 4) -> Path:
-    """A file with a header (an object, or its bytes) and `nbytes` bytes of data."""
+    """Write a file with a header (an object, or its bytes) and `nbytes` bytes of data."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(nbytes))
     return path
@@ -48,7 +48,7 @@ def opened(source: Any, **options: bool) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """After each test a good checkpoint opens, and no descriptor is left."""
+    """Check after each test that a good checkpoint opens and that no descriptor leaked."""
     good = write(tmp_path_factory.mktemp("good") / "model.safetensors", {"t": tensor()})
     before = len(os.listdir("/proc/self/fd"))
     yield
@@ -61,7 +61,7 @@ def bad(tmp_path: Path) -> Path:
     return tmp_path / "bad.safetensors"
 
 
-# One line per refusal: what is wrong, the header, words of the message, bytes of data.
+# One line per refusal: the defect, the header, words of the message, bytes of data (default 4).
 T = json.dumps(tensor())
 BAD_HEADERS: dict[str, tuple[Any, list[str]] | tuple[Any, list[str], int]] = {
     "truncated in the data": ({"t": tensor()}, ["truncated"], 3),
@@ -212,7 +212,7 @@ def test_socket_in_place_of_a_file(bad: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A directory of two files, and a third beside it."""
+    """Return a directory with two files; a third file lies beside the directory."""
     (tmp_path / "model").mkdir()
     write(tmp_path / "outside.safetensors", {"t": tensor()})
     write(tmp_path / "model" / "1.safetensors", {"t": tensor()})

@@ -1,6 +1,6 @@
-"""Risk: a cast on the way in changes what a model says, or touches what it must not.
+"""Risk: a cast during loading computes wrong values, or changes tensors that must stay exact.
 
-Contents are compared to the byte with torch's own casts, on every device.
+Contents are compared byte for byte with torch's own casts, on every device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def tensors_of(dtypes: Mapping[str, tuple[str, list[int]]]) -> Tensors:
-    """Numbers of every size where a dtype has them; else any bytes."""
+    """Return tensors of random content: numbers of all magnitudes for floats, else random bytes."""
     generator = torch.Generator().manual_seed(len(dtypes))
     made: Tensors = {}
     for name, (dtype, shape) in dtypes.items():
@@ -49,7 +49,7 @@ def tensors_of(dtypes: Mapping[str, tuple[str, list[int]]]) -> Tensors:
 
 
 def cast(dtype: str, data: bytes, target: str) -> bytes:
-    """As torch does it."""
+    """Cast as torch does."""
     values = torch.frombuffer(bytearray(data), dtype=FLOATS[dtype]) if data else torch.empty(0)
     return raw(values.to(FLOATS[target]))
 
@@ -62,21 +62,21 @@ def layout_of(path: Path, dtype: str) -> Layout:
 MIXED = {
     "model.embed.weight": ("F32", [3, 5]),
     "model.layers.0.up.bias": ("F16", [7]),
-    "model.layers.0.up.weight": ("F32", [1_100_003]),  # granules and chunks end within it
+    "model.layers.0.up.weight": ("F32", [1_100_003]),  # granules and chunks end inside it
     "model.layers.0.down.weight": ("BF16", [777, 1001]),
     "model.layers.0.empty": ("F32", [0, 4]),
     "model.layers.0.mask": ("BOOL", [13]),
     "model.layers.0.seen": ("I64", []),
     "model.layers.0.phase": ("C64", [3]),
     "model.layers.0.scalar": ("F32", []),
-    "model.layers.0.norm_a": ("F32", [256]),  # neighbours in file and layer
+    "model.layers.0.norm_a": ("F32", [256]),  # norm_a and norm_b are adjacent in file and layer
     "model.layers.0.norm_b": ("F32", [256]),
     "model.layers.1.half": ("F16", [600_001]),
     "lm_head.weight": ("BF16", [3, 3]),
 }
 
 
-@pytest.mark.parametrize("chunk", ["4KiB", "2MiB", "8MiB"])  # less than a granule, one, several
+@pytest.mark.parametrize("chunk", ["4KiB", "2MiB", "8MiB"])  # below a granule, one, several
 @pytest.mark.parametrize("dtype", TARGETS)
 def test_tensors_are_cast_as_torch_does(
     device: Device, tmp_path: Path, dtype: str, chunk: str
@@ -93,7 +93,7 @@ def test_tensors_are_cast_as_torch_does(
             assert bytes_of(runtime, "m", name) == wanted, name
             assert spec.dtype.name == (target if was in FLOATS else was)
             assert (list(spec.shape), spec.nbytes) == (shape, len(wanted))
-        for layer in model.layers:  # what lies between tensors is zero
+        for layer in model.layers:  # all bytes between tensors are zero
             memory = runtime.read_back("m", layer.index)
             for spec in layer.tensors:
                 memory[spec.offset : spec.offset + spec.nbytes] = 0
@@ -102,7 +102,7 @@ def test_tensors_are_cast_as_torch_does(
 
 
 def test_values_that_do_not_fit_and_those_that_are_none(device: Device, tmp_path: Path) -> None:
-    """Of all f16 and bf16, and of f32 around them; NaNs stay NaNs."""
+    """Cast all f16 and bf16 values, and f32 values around those of bf16; NaNs must stay NaNs."""
     words = np.arange(1 << 16, dtype=np.uint16)
     wide = np.concatenate([words.astype(np.uint32) << 16 | low for low in (0, 0x7FFF, 0x8000)])
     tensors: Tensors = {
@@ -126,7 +126,7 @@ def test_values_that_do_not_fit_and_those_that_are_none(device: Device, tmp_path
 
 
 def test_narrowed_layers_take_fewer_granules(device: Device, tmp_path: Path) -> None:
-    """And the bytes that move to the device are those of the target."""
+    """Only the bytes of the target dtype are copied to the device."""
     path = write_safetensors(
         tmp_path / "m", tensors_of({f"h.{i}.w": ("F32", [1 << 20]) for i in range(3)})
     )
@@ -137,7 +137,7 @@ def test_narrowed_layers_take_fewer_granules(device: Device, tmp_path: Path) -> 
     assert runtime.snapshot().models["m"].granules == 3
 
 
-# What quantisers write for one linear layer.
+# The tensors that quantisers write for one linear layer.
 QUANTISED = {
     "gptq": {
         "qweight": ("I32", [8, 16]),
@@ -170,7 +170,7 @@ def test_quantised_layers_stay_exact(
     linear = {f"{block}.mlp.up.{name}": entry for name, entry in QUANTISED[scheme].items()}
     plain = {
         f"{block}.norm.weight": ("F32", [16]),
-        f"{block}.mlp.up_proj.weight": ("F16", [4, 4]),  # whose module only begins alike
+        f"{block}.mlp.up_proj.weight": ("F16", [4, 4]),  # another module with the same prefix
         f"{block}.mlp.weight": ("BF16", [5]),
     }
     tensors = tensors_of({**linear, **plain})
@@ -194,13 +194,16 @@ def test_without_a_dtype_nothing_is_cast(device: Device, tmp_path: Path) -> None
 
 
 def test_neighbours_are_one_run_only_where_they_are_cast_alike(tmp_path: Path) -> None:
-    """Runs are of the layer's bytes; F32 of half as many bytes as alignment asks for are none."""
+    """Adjacent tensors form one run only if their target bytes are adjacent in the layer.
+
+    A tensor whose target has fewer bytes than the alignment is followed by a gap.
+    """
     names = {
         "a": ("F32", [128]),  # 256 bytes as bf16
         "b": ("F32", [256]),
-        "c": ("BF16", [128]),  # as it is
+        "c": ("BF16", [128]),  # not cast
         "d": ("BF16", [128]),
-        "e": ("F32", [64]),  # 128 bytes, and then a gap
+        "e": ("F32", [64]),  # 128 bytes as bf16, and then a gap
         "f": ("F32", [64]),
     }
     path = write_safetensors(tmp_path / "m", tensors_of(names))
@@ -277,7 +280,7 @@ PACKED = {name for name in DTYPES if name[:3] in ("U8", "I8", "U16", "I16", "U32
 
 @given(st.dictionaries(NAMES, FOREIGN, max_size=8), st.sampled_from(sorted(TARGETS)))
 def test_the_rule(dtypes: dict[str, str], dtype: str) -> None:
-    """Said again, for each pair of tensors."""
+    """Compare the planned casts with the rule written anew, for each pair of tensors."""
     target = TARGETS[dtype]
     entries = {
         name: TensorEntry(name, DTYPES[found], (), 0, 0, 0) for name, found in dtypes.items()

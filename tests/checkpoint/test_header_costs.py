@@ -1,4 +1,5 @@
-"""Risk: a small hostile file costs minutes, or a set of layers costs the square of its size."""
+"""Risk: a small hostile file costs minutes, or the cost of choosing layers is quadratic in their
+number."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ ENTRY = '"%s":{"dtype":"%s","shape":[0],"data_offsets":[0,0]}'
 
 
 def write(path: Path, names: list[str]) -> Path:
-    """A file of empty tensors."""
+    """Write a file of empty tensors and return its path."""
     raw = ("{" + ",".join(ENTRY % (name, "U8") for name in names) + "}").encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw)
     return path
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Count the calls, of Python and of C, that the work makes."""
+    """Count the calls and returns, of Python and of C functions, that the work makes."""
     count = 0
 
     def see(frame: object, event: str, argument: object) -> None:
@@ -69,7 +70,7 @@ def test_twice_the_layers_cost_twice_the_operations(
     models: list[Model], work: Callable[[Model], object]
 ) -> None:
     for model in models:
-        work(model)  # what is made once
+        work(model)  # builds the caches that are built once
     small, large = (operations(lambda m=model: work(m)) for model in models)
     assert large <= 2.2 * small + 50
 

@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint has one place: names to layers, layers to offsets and copies."""
+"""Risk: in the layers built from tensor names, a byte of the checkpoint is missing or misplaced."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]  # name -> dtype, shape
 
 
 def write(path: Path, tensors: Tensors, content: Callable[[int], bytes] = os.urandom) -> Path:
-    """A file with these tensors, in this order."""
+    """Write a file with these tensors, in this order, and return its path."""
     header, data = {}, b""
     for name, (dtype, shape) in tensors.items():
         bits = DTYPES[dtype].bits
@@ -47,7 +47,7 @@ def write(path: Path, tensors: Tensors, content: Callable[[int], bytes] = os.ura
     return path
 
 
-# A family: its embedding, the prefix of its blocks, what is in a block, its head.
+# By family: the embedding, the prefix of the blocks, the modules of a block, the head.
 FAMILIES = {
     "llama": ("model.embed_tokens", "model.layers", "mlp.up_proj", "model.norm lm_head"),
     "meta's llama": ("tok_embeddings", "layers", "attention.wq ffn_norm", "norm output rope.freqs"),
@@ -85,7 +85,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("step", [1, -1], ids=["sorted", "reversed"])
 def test_layers_of_families(family: str, step: int) -> None:
-    """Whatever the order in the file; with twelve blocks, so that 10 must come after 9."""
+    """The order in the file does not matter. With twelve blocks, block 10 must follow block 9."""
     embedding, prefix, block, head = FAMILIES[family]
     expected = {
         "embedding": {f"{name}.weight" for name in embedding.split()},
@@ -103,7 +103,7 @@ def test_layers_of_families(family: str, step: int) -> None:
 
 
 def test_layers_of_t5() -> None:
-    """Two stacks: the encoder runs first, and what ends it is not the model's head."""
+    """A model with two stacks: the encoder runs first, and its last norm is not the head."""
     names = ["shared.weight", "lm_head.weight"]
     for stack, parts in (("decoder", 3), ("encoder", 2)):
         names += [f"{stack}.embed_tokens.weight", f"{stack}.final_layer_norm.weight"]
@@ -120,7 +120,7 @@ def test_layers_of_t5() -> None:
 
 
 def test_layers_of_multimodal_gemma() -> None:
-    """The stack with the most bytes is the main one, and not that with the most tensors."""
+    """The stack with the most bytes is the main one, not the stack with the most tensors."""
     vision = "vision_tower.vision_model"
     sizes = {
         "language_model.lm_head.weight": 9,
@@ -151,13 +151,13 @@ Tensor = tuple[str, tuple[int, ...], bytes]  # dtype, shape, content
 
 
 def reference(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as safetensors itself reads them."""
+    """Return the tensors of a file as safetensors itself reads them."""
     tensors = safetensors.deserialize(path.read_bytes())
     return {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in tensors}
 
 
 def assembled(checkpoint: Checkpoint, layout: Layout) -> dict[str, Tensor]:
-    """The tensors of a layout after the copies into its layers, all checked on the way."""
+    """Copy a checkpoint into the layers of a layout, check each copy, and return the tensors."""
     found = {}
     assert layout.nbytes == sum(layer.nbytes for layer in layout.layers)
     for index, layer in enumerate(layout.layers):
@@ -240,7 +240,7 @@ IN_FILE_ORDER = ["h.0.scalar", "h.0.empty", "h.0.a", "h.0.b", "h.0.c"]
 
 
 def test_offsets_and_copies(checkpoint: Checkpoint) -> None:
-    """Scalars and sub-byte tensors take whole bytes, empty ones no room; neighbours merge."""
+    """Scalars and sub-byte tensors take whole bytes, empty tensors none; adjacent copies merge."""
     layout = build_layout(checkpoint)
     start = checkpoint.tensors["h.1.w"].offset
     assert_layers(
@@ -286,7 +286,10 @@ def test_layers_given_as_a_function(checkpoint: Checkpoint) -> None:
 
 
 def test_experts_are_layers_after_the_rest_of_their_block(tmp_path: Path) -> None:
-    """In the order of their numbers, whatever the file's; shared experts stay with the block."""
+    """Experts are ordered by number, whatever their order in the file.
+
+    Shared experts stay with their block.
+    """
     names = [
         "lm_head.w",
         *(f"layers.{block}.mlp.experts.{n}.w" for block in (1, 0) for n in (10, 2)),

@@ -1,4 +1,4 @@
-"""The weight kernels' CPU bodies against torch, numpy and models written anew."""
+"""Compare the weight kernels' CPU bodies with torch, numpy and independent Python models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TYPES = {
     "f8_e5m2_to_bf16": (E5M2, torch.bfloat16),
 }
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}  # what NaNs become
+NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}  # the bits that every NaN is cast to
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,13 +36,13 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_of(dtype: torch.dtype) -> torch.Tensor:
-    """All values of a type; for f32 those near each value of the narrower types, and others."""
+    """Return all values of a type; for f32, the values near each bf16 and f16, and random ones."""
     if dtype.itemsize == 1:
         return torch.arange(256).to(torch.uint8).view(dtype)
     if dtype.itemsize == 2:
         return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     words = np.arange(1 << 16, dtype=np.uint32) << 16
-    # Around what bf16 and f16 can hold, and half-way between two: the last places of either.
+    # Values around each bf16 and f16 value, and around the midpoints at which rounding changes.
     near = [words + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
     near += [words | (low << 12) for low in range(16)]
     near += [(words | (low << 12)) + one for low in (1, 3, 9) for one in (1, 0xFFFFFFFF)]
@@ -127,7 +127,7 @@ def test_fp8_with_one_scale_takes_all_values() -> None:
             expect(out, (source.float() * torch.from_numpy(factor)).bfloat16())
 
 
-# (rows, row_bytes, pitch, offset); the last ones are large enough to be written past the cache
+# (rows, row_bytes, pitch, offset). The last five are so large that stores bypass the cache.
 GATHERS = [
     (rows, row_bytes, row_bytes * parts + extra, offset)
     for rows in (0, 1, 7)
@@ -167,7 +167,7 @@ def test_gather_makes_a_column_parallel_shard() -> None:
 
 
 def digest_model(data: bytes) -> int:
-    """The formula of weight_kernels.inl, in Python's own integers."""
+    """Compute the formula of weight_kernels.inl with Python's own integers."""
     full = 1 << 64
     total = len(data) * 0x9E3779B97F4A7C15
     for i in range(0, len(data), 4):
@@ -232,7 +232,7 @@ def test_zeros_at_the_end_change_the_digest(data: bytes, zeros: int) -> None:
 
 @pytest.mark.parametrize("distance", [1, 1 << 10, 1 << 16, 1 << 19])
 def test_exchanged_blocks_change_the_digest(distance: int) -> None:
-    """Of bf16 noise; of the same words in another order; of words that differ in their signs."""
+    """Exchange two blocks: bf16 noise, a block and its permutation, words with other signs."""
     random = np.random.default_rng(distance)
     noise = torch.randn(4 * distance, generator=torch.Generator().manual_seed(distance)).bfloat16()
     words = noise.view(torch.uint8).numpy().view(np.uint32)
@@ -306,13 +306,13 @@ def test_buffers_of_any_kind_are_taken() -> None:
 def test_the_fatbin_is_one_where_there_is_one() -> None:
     path = kernels.fatbin_path()
     if path is None:
-        pytest.skip("this installation has no kernels for GPUs")
+        pytest.skip("this installation has no GPU kernels")
     assert path.read_bytes()[:4] == bytes.fromhex("50ed55ba")  # a fatbin's magic
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_nvcc_makes_the_kernels_of_the_same_source(tmp_path: Path) -> None:
-    """What their threads do, tests/native/kernel_threads.cpp checks without a GPU."""
+    """Compile the kernels; tests/native/kernel_threads.cpp checks their threads without a GPU."""
     ptx = tmp_path / "kernels.ptx"
     source = CSRC / "kernels" / "weight_kernels.cu"
     command = ["nvcc", "-ptx", "-std=c++20", "-arch=compute_80", f"-I{CSRC}", source, "-o", ptx]

@@ -1,4 +1,4 @@
-"""Risk: a task that waits costs a descriptor, is woken never, or loses its cancellation."""
+"""Risk: a waiting task costs a descriptor, is never woken, or loses its cancellation."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_each_loop_is_woken_in_its_own_thread(runtime: Runtime) -> None:
 
 
 def test_a_task_that_is_cancelled_as_its_lease_arrives_stays_cancelled(runtime: Runtime) -> None:
-    """At each moment, the one included where both happen before the task runs again."""
+    """Cancel at each moment, including between the lease's arrival and the task's next turn."""
 
     async def main() -> None:
         for turns in range(6):
@@ -143,14 +143,14 @@ def test_a_ticket_can_be_awaited_by_many(runtime: Runtime) -> None:
 
         await asyncio.gather(*(use() for _ in range(50)))
         assert ticket.done
-        await ticket  # at once
+        await ticket  # returns at once
         assert descriptors() == before
 
     asyncio.run(main())
 
 
 def test_a_wait_whose_time_runs_out_says_so(runtime: Runtime) -> None:
-    # Another task holds "a": a task that waits for itself is refused.
+    # Another task holds "a", because a task that would wait for itself is refused.
     async def apart() -> None:
         entered, leave = asyncio.Event(), asyncio.Event()
 

@@ -1,7 +1,8 @@
-"""Risk: bad input, or a bad moment, takes something else down with it.
+"""Risk: bad input, or a call at a bad moment, harms other models or the runtime.
 
-Malformed checkpoint files are in test_checkpoint_refusals.py; this is what only a runtime can meet.
-After each refusal the books are in order, others serve, and a retry with good input works.
+test_checkpoint_refusals.py covers malformed checkpoint files; this file covers the cases that need
+a runtime. After each refusal the invariants hold, other models serve, and a retry with good input
+works.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def test_a_file_that_changes_during_a_load(
             states = {layer.residency for layer in runtime.snapshot().models["m"].layers}
             assert states <= {"absent", "resident"}
             refused = steps
-        else:  # all was read before
+        else:  # the load had read the whole file before the change
             assert_serves(runtime, "m")
             break
         runtime.check_invariants()
@@ -128,7 +129,7 @@ def test_a_replaced_file_never_mixes_with_what_is_resident(runtime: Runtime, mod
     runtime.register("m", model)
     runtime.prewarm("m").wait()
     replace(model)
-    assert_serves(runtime, "m")  # resident bytes are the old file's, all of them
+    assert_serves(runtime, "m")  # all resident bytes are those of the old file
 
 
 def test_a_model_larger_than_the_arena(runtime: Runtime, tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_unknown_and_repeated_names(runtime: Runtime, model: Path) -> None:
         runtime.prewarm(made)
     runtime.register("m", model)
     with pytest.raises(ValueError, match="no model"):
-        runtime.prewarm(made)  # of the earlier registration
+        runtime.prewarm(made)  # the model of the earlier registration
     assert_serves(runtime, "m")
 
 
@@ -251,10 +252,10 @@ def test_use_after_close(device: Device, model: Path) -> None:
 
 
 def test_copies_that_cannot_be_waited_for_keep_their_chunk(device: Device, model: Path) -> None:
-    """The load fails, the only chunk is not lent again too early, and the next load goes well."""
+    """The load fails, its only chunk is not reused too early, and the next load succeeds."""
     if device.host_view:
         pytest.skip("this device needs no staging")
-    device.simulation["h2d"] = 1e9  # no copy is over before it is waited for
+    device.simulation["h2d"] = 1e9  # no copy is complete before the runtime waits for it
     runtime, watched = device.watched_runtime(
         staging="2MiB", chunk="2MiB", staging_timeout=2.0, pump=True
     )
@@ -282,7 +283,7 @@ def test_tickets(runtime: Runtime, model: Path) -> None:
     assert select.select([ticket.fileno()], [], [], 20)[0]
     assert ticket.done
     assert ticket.progress == (3 * GRANULE, 3 * GRANULE)
-    ticket.cancel()  # of a done ticket: nothing
+    ticket.cancel()  # does nothing, because the ticket is done
     ticket.wait(0)
     with pytest.raises(ValueError, match="nan"):
         ticket.wait(float("nan"))
@@ -307,7 +308,7 @@ def test_a_ticket_that_takes_too_long(device: Device, model: Path) -> None:
     ticket = runtime.prewarm("m")
     with pytest.raises(TimeoutError, match=r"did not finish in time: \d(\.5)? (MiB|B) of 6 MiB"):
         ticket.wait(0.01)
-    ticket.wait(20)  # the work went on
+    ticket.wait(20)  # the load continued after the timeout
 
 
 PREAMBLE = """
@@ -326,7 +327,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=Path(str(arguments[0])).parent,  # not the source tree, which shadows what is installed
+        cwd=Path(str(arguments[0])).parent,  # the source tree would shadow the installed package
     )
 
 
@@ -447,7 +448,7 @@ def test_the_interpreter_exits_cleanly_whatever_is_open(model: Path, how: str) -
 
 
 def test_no_descriptors_left(runtime: Runtime, model: Path) -> None:
-    """The file can be opened, and its descriptor not be duplicated for the runtime."""
+    """The limit allows the runtime to open the file, but not to duplicate its descriptor."""
     probe = os.dup(0)
     os.close(probe)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,8 +1,9 @@
-"""Risk: a driver call fails, and something is lost, torn or unusable afterwards.
+"""Risk: a driver call fails, and afterwards memory is lost, a layer torn, or the runtime unusable.
 
-Every public operation is run with its first driver call failing, then its second, ... until it
-completes without a fault: once each, then from that call on, then again inside the rollback. After
-each run the books are in order, others serve, a retry succeeds, and nothing is left at the end.
+Every public operation runs with its first driver call failing, then with its second, and so on,
+until it completes without a fault. Four modes say which calls fail: that call alone, that call and
+all later ones, or that call and one inside the rollback. After each run the invariants hold, other
+models serve and a retry succeeds. At the end no resource is left.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def check_content(runtime: Runtime, name: str) -> None:
 
 
 def check_residents(runtime: Runtime) -> None:
-    """What calls itself resident is complete."""
+    """Check that every resident layer is complete."""
     for name, model in runtime.snapshot().models.items():
         for index, layer in enumerate(model.layers):
             if layer.residency == "resident":
@@ -99,7 +100,7 @@ def lease_on_a_stream(runtime: Runtime) -> None:
     assert out.tobytes() == content("one", 1, 100)
 
 
-kept: list[object] = []  # what copies write that nobody could wait for
+kept: list[object] = []  # targets of copies that a failed call left running
 
 
 def stream_in(runtime: Runtime) -> None:
@@ -167,7 +168,7 @@ def cancel(runtime: Runtime) -> None:
 
 
 def step_by_step(runtime: Runtime) -> None:
-    """The steps go on, and fail, when the ticket has failed."""
+    """Step on after the ticket has failed, so that later steps meet the faults as well."""
     ticket = runtime.prewarm("two")
     while runtime.step():
         pass
@@ -195,13 +196,13 @@ OPERATIONS = [
 def attempt(
     watched: testing.Watched, ranges: list[tuple[int, int | None]], run: Callable[[], None]
 ) -> bool:
-    """Runs with these faults; whether any was injected."""
+    """Run with these faults; return whether one was injected."""
     faults = watched.finest_faults
     faults.arm(ranges)
     try:
         run()
     except WarmServeError:
-        assert faults.injected, "failed without a fault"
+        assert faults.injected, "the operation failed without an injected fault"
     injected = faults.injected > 0
     faults.disarm()
     return injected
@@ -238,9 +239,9 @@ def test_a_failing_driver_call_loses_nothing(
         gc.collect()
         watched.check()
         if not injected:
-            assert call > 1, "the operation calls no driver"
+            assert call > 1, "the operation makes no driver call"
             return
-    raise AssertionError("the walk does not end")
+    raise AssertionError("the operation meets faults even after its 499th driver call")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -256,12 +257,13 @@ def test_a_runtime_that_cannot_be_made_leaves_nothing(
         except WarmServeError:
             watched.finest_faults.disarm()
             gc.collect()
-            watched.check(closed=mode != "from-then-on")  # when the driver took nothing back
+            # In the mode from-then-on the driver refused the releases, so its objects remain.
+            watched.check(closed=mode != "from-then-on")
             continue
         watched.finest_faults.disarm()
         made.close()
         return
-    raise AssertionError("the walk does not end")
+    raise AssertionError("making a runtime meets faults even after its 499th driver call")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -281,7 +283,7 @@ def test_a_close_that_fails_goes_on_when_called_again(
         watched.check()
         if not injected:
             return
-    raise AssertionError("the walk does not end")
+    raise AssertionError("close() meets faults even after its 499th driver call")
 
 
 def test_the_walk_leaves_no_descriptors_and_no_mappings(

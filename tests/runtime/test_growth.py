@@ -1,4 +1,4 @@
-"""Risk: what an operation costs grows with the square of the number of layers."""
+"""Risk: the cost of an operation grows with the square of the number of layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GRANULE = 64 << 10
 
 
 def _operations(runtime: Runtime) -> int:
-    """Calls of the driver, and layers that were looked at to find room or work: no clock."""
+    """Return the driver calls plus the layers examined to find room or work; no clock is used."""
     calls = sum(count for count, _ in runtime.native.driver_calls().values())
     return calls + runtime.native.state().layers_examined
 
@@ -29,21 +29,21 @@ def _swap(runtime: Runtime) -> None:
 
 
 def _replace(runtime: Runtime) -> None:
-    """Room is made layer by layer, in the order of eviction."""
+    """Make room layer by layer, in the order of eviction."""
     runtime.prewarm("a").wait()
     with runtime.lease("b"):
         pass
 
 
 def _replace_what_is_kept(runtime: Runtime) -> None:
-    """Other layers come first in the order of eviction, and may not be taken."""
+    """Load a model whose own layers come first in the order of eviction but must be kept."""
     runtime.prewarm("b").wait()
     runtime.stamp("a", -1.0)
     runtime.prewarm("a").wait()
 
 
 def _lease_in_parts(runtime: Runtime) -> None:
-    """One layer after the other, each in the room of one before."""
+    """Lease one layer after the other; each takes the room of an earlier one."""
     for layer in range(len(runtime.model("a").layers)):
         with runtime.lease("a", layers=[layer]):
             pass
@@ -63,7 +63,7 @@ def _load_beside_background(runtime: Runtime) -> None:
 
 
 def _load_instead_of_background(runtime: Runtime) -> None:
-    """The background has all the room when the foreground comes."""
+    """Let background loads take all the room before a foreground load begins."""
     background = runtime.prewarm("b")
     while runtime.snapshot().bytes_loaded < 256 * 10:
         runtime.step()

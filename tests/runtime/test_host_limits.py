@@ -1,4 +1,4 @@
-"""Risk: a limit of the system kills the process, or the error does not say which limit it was."""
+"""Risk: a system limit kills the process, or the error does not name the limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def _run(code: str, *arguments: object) -> str:
-    """What a program printed that began with the host runtime at hand and `limit` to set one."""
+    """Run a program in another process, with helpers such as `limit`; return its output."""
     begin = """
 import resource, signal, sys
 from warmserve_rt import *
@@ -129,7 +129,7 @@ def _machine(root: Path, available: int) -> None:
 
 
 def _group(root: Path, version: int, limits: list[tuple[str, int, int]]) -> None:
-    """Control groups, from the outermost: name, limit and use."""
+    """Write nested control groups, outermost first, each as (name, limit, use) in bytes."""
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     folder = root / "sys/fs/cgroup/memory"
     if version == 2:
@@ -149,17 +149,17 @@ def _group(root: Path, version: int, limits: list[tuple[str, int, int]]) -> None
 def test_what_trim_gave_back_is_taken_again_only_where_there_is_memory(
     tmp_path: Path, version: int, model: Path
 ) -> None:
-    """Version 0: no groups, and the machine itself has too little."""
+    """Version 0 has no control groups: the machine itself has too little memory."""
     root = tmp_path / "root"
 
     def leave(nbytes: int) -> None:
         _machine(root, nbytes if version == 0 else 1 << 40)
         if version == 0:
             (root / "proc/self/cgroup").write_text("0::/\n")
-        else:  # the outer of two groups is the tighter
+        else:  # the outer of the two groups has the tighter limit
             limits = [("outer", 1 << 30, (1 << 30) - nbytes), ("inner", 1 << 40, 0)]
             _group(root, version, limits)
-        time.sleep(0.1)  # a look lasts for a moment
+        time.sleep(0.1)  # the driver reuses a reading for a moment
 
     leave(256 * MIB)
     driver = _native.host_driver(root=str(root))
@@ -189,7 +189,7 @@ def _real_group() -> Path | None:
 
 
 def test_the_kernel_kills_no_process_that_loads_after_trim(tmp_path: Path) -> None:
-    """In a real control group where one can be made, else in none: the test above is the same."""
+    """Use a real control group if one can be made, else none; the test above simulates groups."""
     model = write_model(tmp_path / "m.safetensors", "m", [20 * MIB] * 5)
     group = _real_group()
     join = ""

@@ -1,5 +1,5 @@
-"""Risk: some order of prewarms, evictions, leases and cancellations hands out other bytes than the
-leased layer's, refuses what fits, or never ends."""
+"""Risk: some order of prewarms, evictions, leases and cancellations hands out wrong bytes for a
+leased layer, refuses layers that fit, or never ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from layer_programs import REACHED, run, run_threads
 from layer_world import GRANULES, Contents, WrongBytes
 
-STAGED_ONLY = {"copies behind a layer that still fills"}
+STAGED_ONLY = {"copies ordered behind a layer that is still filling"}
 Program = Callable[[int, Contents], Counter[str]]
 
 
@@ -33,7 +33,7 @@ def test_one_thread_that_steps(contents: Contents) -> None:
 def test_several_threads(contents: Contents) -> None:
     counts = total(run_threads, 10, contents)
     assert counts["leases, complete"]
-    assert counts["leases, streaming, a layer not there"]
+    assert counts["leases, streaming, a layer missing"]
 
 
 @pytest.mark.parametrize("program", [run, run_threads])

@@ -1,6 +1,6 @@
 """Risk: a layout whose sizes overflow is mapped over another tenant, or kills the process.
 
-``python tests/support/layout_fuzz.py --layouts 100000 --seed 1`` tries more.
+``python tests/support/layout_fuzz.py --layouts 100000 --seed 1`` tries more layouts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def test_every_layout_is_loaded_right_or_refused_as_a_plain_model_says(device: s
 def test_a_model_of_2_to_the_32_granules_takes_no_address_of_another(
     device: str, extra: int
 ) -> None:
-    """Its layers once lay over each other, because granules were summed in 32 bits."""
+    """Such layers once overlapped, because granules were summed in 32 bits."""
     sizes = [4, *[2**40] * 8191, 2**40 - GRANULE, *[4] * extra]
     with fuzzer(device, SparseFile()) as made:
         model = made.runtime.register(

@@ -1,4 +1,4 @@
-"""Risk: weights go while somebody uses them, or somebody waits for ever."""
+"""Risk: weights are evicted while a lease or a stream uses them, or a waiter waits for ever."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_checked_accessors_refuse_when_the_lease_is_over(runtime: Runtime) -> No
     with pytest.raises(StaleView, match="released"):
         list(tensors)
     with lease, pytest.raises(StaleView, match="released"):
-        tensors["model.layers.0.weight"]  # of the earlier acquisition
+        tensors["model.layers.0.weight"]  # tensors of the earlier acquisition
     for misuse in (lease.release, lambda: lease.record(runtime.stream())):
         with pytest.raises(StaleView, match="not held"):
             misuse()
@@ -143,7 +143,7 @@ def test_a_thread_that_would_wait_for_itself_is_refused(runtime: Runtime) -> Non
 
 
 def test_two_leases_that_would_wait_for_each_other(runtime: Runtime) -> None:
-    """One of the two is refused at once; the other is served when the first lets go."""
+    """One of the two is refused at once; the other is served when the first releases its lease."""
     outcomes: list[str] = []
     both = threading.Barrier(2)
 
@@ -167,14 +167,14 @@ def test_two_leases_that_would_wait_for_each_other(runtime: Runtime) -> None:
 
 
 def runtime_file(runtime: Runtime, name: str) -> Path:
-    """A second model with the content of `name`."""
+    """Write a second checkpoint with the content of `name` and return its path."""
     import tempfile
 
     return write_model(Path(tempfile.mkdtemp()) / "copy", name, SIZES[name])
 
 
 def test_leases_are_served_in_order_of_arrival(runtime: Runtime) -> None:
-    """A lease that fits waits behind one that does not: else the large one would starve."""
+    """A lease that fits waits behind a larger one that does not, which would otherwise starve."""
     order: list[str] = []
     holder = runtime.lease("a").acquire()
 
@@ -208,7 +208,7 @@ def test_a_lease_that_times_out_holds_nothing(runtime: Runtime) -> None:
     holding.wait(10)
     with pytest.raises(TimeoutError, match=r"'a' \d+ \w+ \(leased\).*free and"):
         runtime.lease("c", timeout=0.05).acquire()
-    with runtime.lease("b", timeout=20):  # nothing is left in line
+    with runtime.lease("b", timeout=20):  # the line is empty
         pass
     leave.set()
     thread.join(20)
@@ -284,10 +284,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def busy_stream(device: Device, runtime: Runtime, name: str) -> Iterator[None]:
-    """A stream that uses a model for a second or so after its lease is over."""
+    """Keep a stream using a model for about a second after its lease ends."""
     stream = runtime.stream()
     nbytes = SIZES[name][0]
-    out = device.pinned(nbytes)  # or CUDA would wait for each copy
+    out = device.pinned(nbytes)  # CUDA would wait for each copy to pageable memory
     view = runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
     lease = runtime.lease(name)
     lease.acquire(stream)
@@ -304,7 +304,7 @@ def busy_stream(device: Device, runtime: Runtime, name: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("what", ["lease", "ticket", "evict", "unregister"])
 def test_signals_are_seen_in_every_wait(device: Device, files: dict[str, Path], what: str) -> None:
-    """As Ctrl-C would be: the wait ends, and what it waited for is left in order."""
+    """A signal such as that of Ctrl-C ends the wait, and the runtime's state stays consistent."""
     runtime, watched = device.watched_runtime(arena=CAPACITY * GRANULE)
     for name, path in files.items():
         runtime.register(name, path)
@@ -326,7 +326,7 @@ def test_signals_are_seen_in_every_wait(device: Device, files: dict[str, Path], 
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(Interrupted):
                 waits[what]()
-            states = runtime.snapshot().models  # the wait ended before what it waited for
+            states = runtime.snapshot().models  # the wait ended before the operation was done
             assert states["a"].resident or what == "lease"
             assert not states["c" if what == "lease" else "b"].resident
     finally:

@@ -1,4 +1,4 @@
-"""Risk: what takes a model out gives up too early, waits for ever, or holds up an event loop."""
+"""Risk: evict, unregister or close gives up too early, waits for ever, or blocks an event loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from warmserve_rt import Busy, Runtime, StaleView, WarmServeError
 
 pytestmark = on_the_host
 
-# Each takes "a" out, or everything.
+# Each call removes the model "a", or all models.
 CALLS: dict[str, Callable[..., None]] = {
     "evict": lambda runtime, **options: runtime.evict("a", **options),
     "unregister": lambda runtime, **options: runtime.unregister("a", **options),
@@ -41,7 +41,7 @@ def runtime(device: Device, two_files: dict[str, Path]) -> Iterator[Runtime]:
 
 @contextmanager
 def leased(runtime: Runtime) -> Iterator[Callable[[], None]]:
-    """Another thread leases "a" until the call, or the end."""
+    """Let another thread lease "a" until the yielded function is called or the block ends."""
     holding, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -60,7 +60,7 @@ def leased(runtime: Runtime) -> Iterator[Callable[[], None]]:
 
 
 def gone(runtime: Runtime, name: str) -> bool:
-    """Whether the call of that name has done its work."""
+    """Return whether the call of that name has done its work."""
     if "close" in name:
         return "closed" in repr(runtime)
     if "unregister" in name:
@@ -76,7 +76,7 @@ def test_a_lease_makes_it_busy_unless_it_is_to_wait(
     with leased(runtime), pytest.raises(Busy, match="'a' is leased"):
         CALLS[name](runtime, **options)
     runtime.check_invariants()
-    with runtime.lease("a"):  # nothing has changed
+    with runtime.lease("a"):  # the refused call has changed nothing
         pass
 
 
@@ -118,7 +118,7 @@ def test_other_words_and_times_are_refused(runtime: Runtime, name: str) -> None:
 
 
 def test_a_stream_in_use_makes_it_busy_or_late(device: Device, two_files: dict[str, Path]) -> None:
-    runtime = device.runtime(arena="32MiB", pump=True)  # a stream moves when it is stepped
+    runtime = device.runtime(arena="32MiB", pump=True)  # a stream advances only when stepped
     runtime.register("a", two_files["a"])
     stream = runtime.stream()
     with runtime.lease("a") as lease:
@@ -161,7 +161,7 @@ def test_the_event_loop_runs_on_while_one_waits(runtime: Runtime, name: str) -> 
 
 @pytest.mark.parametrize("name", ASYNC)
 def test_many_wait_beside_a_full_executor(runtime: Runtime, name: str) -> None:
-    """The threads of the loop's executor compute; what waits may not need one of them."""
+    """All threads of the loop's executor are busy; a wait must not need one of them."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -189,10 +189,10 @@ def test_a_cancelled_task_ends_the_wait(runtime: Runtime, name: str) -> None:
     before = threading.active_count()
     with leased(runtime):
         asyncio.run(main())
-        deadline = time.monotonic() + 20  # a thread ends a moment after its last word
+        deadline = time.monotonic() + 20  # a thread ends a moment after its result is known
         while threading.active_count() > before + 1 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert threading.active_count() <= before + 1  # the lease's
+        assert threading.active_count() <= before + 1  # one thread still holds the lease
     assert not gone(runtime, name)
     runtime.check_invariants()
 

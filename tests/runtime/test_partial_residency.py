@@ -1,4 +1,4 @@
-"""Risk: a part of a model is taken for the whole, or the whole goes where a part was meant."""
+"""Risk: a part of a model is taken for the whole, or an operation on a part affects the whole."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def runtime(device: Device, files: dict[str, Path]) -> Runtime:
-    """One that does nothing by itself, with room for six granules."""
+    """Return a pumped runtime, which does nothing by itself, with room for six granules."""
     made = device.runtime(arena=6 * GRANULE, chunk=GRANULE, staging=2 * GRANULE, pump=True)
     for name, path in files.items():
         made.register(name, path)
@@ -41,7 +41,7 @@ def runtime(device: Device, files: dict[str, Path]) -> Runtime:
 
 
 def resident(runtime: Runtime, name: str) -> list[int]:
-    """Its layers that are here, each with the model's own bytes."""
+    """Return the resident layers of a model, after checking the bytes of each."""
     found = []
     for index, layer in enumerate(runtime.snapshot().models[name].layers):
         if layer.residency == "resident":
@@ -148,7 +148,7 @@ def test_a_ticket_tells_of_each_layer(runtime: Runtime) -> None:
 
 
 def test_layers_of_one_model_make_room_for_each_other(runtime: Runtime) -> None:
-    """What a ticket wants stays; what else there is of the model may go for it."""
+    """The layers that a ticket wants stay; other layers of the same model may be evicted."""
     runtime.prewarm("b").wait(20)
     runtime.prewarm("c", layers=[0, 1, 2]).wait(20)
     assert resident(runtime, "c") == [0, 1, 2]
@@ -202,7 +202,7 @@ def test_a_cancelled_load_leaves_what_arrived(runtime: Runtime) -> None:
     ticket = runtime.prewarm("a")
     ticket.wait(20, layer=1)
     ticket.cancel()
-    ticket.cancel()  # again: nothing
+    ticket.cancel()  # a second cancellation does nothing
     run(runtime)
     assert resident(runtime, "a") == [0, 1]
     with runtime.lease("a", layers=2):
@@ -231,7 +231,7 @@ def test_a_deadline_in_the_past(runtime: Runtime, deadline: float) -> None:
 
 
 def test_what_is_late_is_given_up(device: Device, files: dict[str, Path]) -> None:
-    """By whoever would have done it next, or by the thread that has nothing else to do."""
+    """A loader cancels a late ticket before its next step, or when it has no other work."""
     runtime, watched = device.watched_runtime(loaders=1)
     runtime.register("a", files["a"])
     watched.faults.delay("map", 0.2)
@@ -263,7 +263,7 @@ def test_the_earlier_deadline_goes_first_among_equals(runtime: Runtime) -> None:
 
 
 def test_the_layers_of_a_lease_come_in_order(runtime: Runtime) -> None:
-    """Also where a prewarm had asked for the last of them first."""
+    """A prewarm that asked for the last layer first does not change the order."""
     background = runtime.prewarm("a", layers=[3])
     lease = runtime.lease("a", streaming=True)
     with lease:
@@ -362,7 +362,7 @@ def test_an_eviction_that_waits_for_nothing_spares_what_a_stream_uses(
     device: Device, files: dict[str, Path]
 ) -> None:
     if not device.steps:
-        device.simulation["d2h"] = 1e6  # the stream takes seconds, of a clock that stands still
+        device.simulation["d2h"] = 1e6  # the copy takes seconds, but the clock stands still
     runtime = device.runtime(pump=True)
     runtime.register("a", files["a"])
     stream = runtime.stream()
@@ -375,7 +375,7 @@ def test_an_eviction_that_waits_for_nothing_spares_what_a_stream_uses(
         runtime.evict("a", wait="nothing")
     with runtime.lease("a", layers=1):
         pass
-    runtime.evict("a", layers=[1, 2], wait="nothing")  # which it does not use
+    runtime.evict("a", layers=[1, 2], wait="nothing")  # layers that the stream does not use
     stream.synchronize()
     assert np.array_equal(np.frombuffer(content("a", 0, GRANULE), np.uint8), out)
     runtime.evict("a", wait="nothing")

@@ -1,5 +1,5 @@
-"""Risk: a load that goes over a neighbour's host link too brings other bytes than the file's, loses
-some when the neighbour fails, or is no faster."""
+"""Risk: a load that also uses a neighbour's host link loads wrong bytes, loses bytes when the
+neighbour fails, or is no faster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOST = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    """A checkpoint of LAYERS layers, and what each of them holds."""
+    """Return the path of a checkpoint of LAYERS layers, and the bytes of each layer."""
     random = np.random.default_rng(1)
     layers = [random.bytes(LAYER) for _ in range(LAYERS)]
     path = tmp_path_factory.mktemp("paths") / "model.safetensors"
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
 def make(
     cuda: SimulatedCuda, path: Path, *, ordinal: int = 0, paths: bool = True, **options: object
 ) -> Runtime:
-    """A runtime on one of two devices, with the other as its path."""
+    """Return a runtime on one of two devices; with ``paths``, the other device is a route to it."""
     other = 1 - ordinal
     runtime = Runtime(
         driver=testing.cuda_driver(cuda, ordinal, peers=[other] if paths else []),
@@ -50,7 +50,7 @@ def make(
 
 
 def load(runtime: Runtime, layers: list[bytes], *, priority: int = FOREGROUND) -> float:
-    """Seconds that it took; the bytes are checked."""
+    """Load the model, check its bytes, and return the seconds that the load took."""
     runtime.evict("m")
     begin = time.perf_counter()
     runtime.prewarm("m", priority=priority).wait(60)
@@ -76,7 +76,7 @@ def test_a_load_goes_over_both_links(model: tuple[Path, list[bytes]]) -> None:
 
 
 def test_two_links_of_one_speed_nearly_halve_the_time(model: tuple[Path, list[bytes]]) -> None:
-    """The best of three, for others use the machine too."""
+    """Take the best of three loads, because other work shares the machine."""
     path, layers = model
     seconds = {}
     for paths in (False, True):
@@ -84,7 +84,7 @@ def test_two_links_of_one_speed_nearly_halve_the_time(model: tuple[Path, list[by
             testing.simulated_cuda(devices=2, peers=True, h2d=200e6, d2d=5e9) as cuda,
             make(cuda, path, paths=paths, loaders=2) as runtime,
         ):
-            load(runtime, layers)  # speeds are known from here on
+            load(runtime, layers)  # measures the speeds of the links
             seconds[paths] = min(load(runtime, layers) for _ in range(3))
     assert seconds[False] / seconds[True] > 1.5
 
@@ -98,7 +98,7 @@ def test_what_is_in_the_background_borrows_nobody_s_link(model: tuple[Path, list
 
 def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[bytes]]) -> None:
     path, layers = model
-    with (  # its first piece takes a second, so that it dies with one under way
+    with (  # the neighbour's first piece takes a second, so it dies with a copy in progress
         testing.simulated_cuda(devices=2, peers=True, h2d=400e6, d2d=2e6) as cuda,
         make(cuda, path, ordinal=1) as runtime,
     ):
@@ -106,7 +106,7 @@ def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[b
         ticket = runtime.prewarm("m", priority=FOREGROUND)
         while not ticket.progress[0]:
             time.sleep(0.001)
-        cuda.break_context(LOST)  # of device 0, the neighbour
+        cuda.break_context(LOST)  # breaks the context of device 0, the neighbour
         ticket.wait(60)
         for index, content in enumerate(layers):
             assert runtime.read_back("m", index).tobytes() == content
@@ -119,12 +119,15 @@ def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[b
 def test_a_call_on_the_way_that_fails_costs_no_bytes(
     model: tuple[Path, list[bytes]], function: str, status: str
 ) -> None:
-    """Calls of both devices are counted; a load that the own link's error ends is begun again."""
+    """A load that an error on the device's own link ends is repeated.
+
+    The fault injector counts the calls of both devices.
+    """
     path, layers = model
     with testing.simulated_cuda(devices=2, peers=True) as cuda, make(cuda, path) as runtime:
         for call in (1, 2, 5):
             cuda.faults.arm([(call, call)], only=function, status=status)
-            if function == "cuMemcpyDtoDAsync_v2":  # only paths call it
+            if function == "cuMemcpyDtoDAsync_v2":  # only routes call this function
                 load(runtime, layers)
                 break
             try:
@@ -166,7 +169,7 @@ def test_a_path_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[by
         runtime.native.drop_route("cuda:1 (Simulated CUDA)")
         assert runtime.snapshot().paths == ()
         ticket.wait(60)
-        del ticket  # it keeps the runtime
+        del ticket  # a ticket keeps its runtime alive
         load(runtime, layers)
         with pytest.raises(ValueError, match="unknown route"):
             runtime.native.drop_route("cuda:1 (Simulated CUDA)")

@@ -1,4 +1,4 @@
-"""Risk: a name moves to other weights under somebody who uses them, or to a model that is gone."""
+"""Risk: a name moves to other weights under a user of the old ones, or to an unregistered model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def runtime(device: Device) -> Iterator[Runtime]:
 
 
 def serves(runtime: Runtime, name: str) -> int:
-    """Which of the revisions the name stands for, by the bytes that a lease on it has."""
+    """Return the revision that a name stands for, found by the bytes under a lease on the name."""
     with runtime.lease(name) as lease:
         found = bytes_of(runtime, lease.models[0], TENSOR)
     return next(n for n in range(3) if found == content("chat", 0, SIZES[0], n))
@@ -95,12 +95,12 @@ def test_one_without_a_revision_is_reached_by_itself(runtime: Runtime, paths: li
     assert serves(runtime, "chat") == 1
     with runtime.lease(plain):
         assert bytes_of(runtime, plain, TENSOR) == content("chat", 0, SIZES[0], 0)
-    assert runtime.promote("chat") is not plain  # its full name
+    assert runtime.promote("chat") is not plain  # "chat" is the full name of the plain model
     assert runtime.model("chat") is plain
     runtime.promote("chat@1")
     runtime.unregister(plain)
     assert serves(runtime, "chat") == 1
-    later = runtime.register("chat", paths[2])  # a revision like any other
+    later = runtime.register("chat", paths[2])  # a later plain model is a revision like any other
     assert serves(runtime, "chat") == 1
     runtime.promote(later)
     assert serves(runtime, "chat") == 2
@@ -189,17 +189,17 @@ def test_revisions_laid_out_differently_are_refused(
     assert str(raised.value) == f"'chat@2' must have the layout of 'chat@1', got {message}"
     assert [model.name for model in runtime.models] == ["chat@1"]
     assert runtime.snapshot().models.keys() == {"chat@1"}
-    runtime.register("other@2", tmp_path / "2")  # another name may be
+    runtime.register("other@2", tmp_path / "2")  # another name may have another layout
     with pytest.raises(ValueError, match="'chat@1' is registered already"):
         runtime.register("chat@1", tmp_path / "2")
     runtime.unregister("chat@1")
-    runtime.register("chat@2", tmp_path / "2")  # nobody relies on the old layout any more
+    runtime.register("chat@2", tmp_path / "2")  # no registered revision has the old layout now
 
 
 def test_where_bytes_lie_and_what_they_were_is_no_difference(
     runtime: Runtime, tmp_path: Path
 ) -> None:
-    """A shard more, other metadata, a cast."""
+    """Revisions may differ in shards, in metadata, and in dtypes that a cast makes equal."""
     runtime.register("chat@1", shaped(tmp_path / "1", {**BASE, "h.1.a": ("BF16", [5])}))
     head = {name: entry for name, entry in BASE.items() if name != "h.1.a"}
     split = [shaped(tmp_path / "2", head), shaped(tmp_path / "3", {"h.1.a": ("BF16", [5])})]
@@ -217,7 +217,7 @@ def test_where_bytes_lie_and_what_they_were_is_no_difference(
 
 
 def test_promotions_and_finds_by_many_threads(runtime: Runtime, paths: list[Path]) -> None:
-    """What each promotion returns is what another had put there, and no find comes to nothing."""
+    """Each promotion returns the model that another one promoted, and every look-up succeeds."""
     models = [runtime.register(f"chat@{n}", path) for n, path in enumerate(paths)]
     befores: list[object] = []
     stop = threading.Event()
@@ -244,7 +244,7 @@ def test_promotions_and_finds_by_many_threads(runtime: Runtime, paths: list[Path
 
 
 def test_revisions_registered_at_once_have_one_layout(runtime: Runtime, tmp_path: Path) -> None:
-    """Those that come too late with another are refused."""
+    """Registrations with another layout than the first are refused."""
     shapes = [shaped(tmp_path / str(n), {"w": ("U8", [1 + n % 2])}) for n in range(8)]
     refused: list[str] = []
 

@@ -1,6 +1,6 @@
-"""Risk: some interleaving of operations loses a granule, tears a model or forgets a rule.
+"""Risk: some interleaving of operations loses a granule, tears a model or breaks a rule.
 
-Hypothesis picks operations and steps; the plain Python model says what must come of each.
+Hypothesis chooses operations and steps; the plain Python model says the result that each must have.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from reference_parts import Hold, Refused, Ticket
 import warmserve_rt
 from warmserve_rt import Runtime
 
-# Layer sizes in bytes; 0 is a layer of empty tensors, and "e" exceeds the arena.
+# Layer sizes in bytes. 0 is a layer of empty tensors. "e" is larger than the arena.
 SIZES = {
     "a": [1000, 0, GRANULE + 8],
     "b": [GRANULE, 300, GRANULE // 2],
@@ -42,11 +42,11 @@ CAPACITY = 8
 SHARE = 0.3
 NAMES = st.sampled_from(sorted(SIZES))
 PRIORITIES = st.sampled_from([0, 50, 100])
-LAYERS = st.one_of(st.none(), st.sets(st.integers(0, 2), min_size=1))  # none: all
+LAYERS = st.one_of(st.none(), st.sets(st.integers(0, 2), min_size=1))  # None: all layers
 
 
 def some(name: str, layers: set[int] | None) -> list[int] | None:
-    """Those of the layers that the model has; at least its first."""
+    """Return the layers that the model has, or its first if it has none of them."""
     return layers and ([layer for layer in layers if layer < len(SIZES[name])] or [0])
 
 
@@ -78,8 +78,8 @@ class Machine(RuleBasedStateMachine):
             tensors=self.device.tensors,
             driver=self.watched.driver,
         )
-        # Staged copies arrive later than the plain model has them: there only contents,
-        # invariants and the end of all work are compared.
+        # Staged copies arrive later than in the plain model. For them, only contents, invariants
+        # and the end of all work are compared.
         self.exact = self.device.host_view
         self.reference = Reference(CAPACITY, SHARE)
         self.revision = dict.fromkeys(SIZES, 0)
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
         self.reference.register(name, [-(-size // GRANULE) for size in SIZES[name]])
 
     def both(self, real: Any, model: Any) -> tuple[Any, Any] | None:
-        """Runs one operation on both; they must refuse alike. None when refused."""
+        """Run one operation on runtime and model, which must refuse alike; None if refused."""
         try:
             expected, refusal = model(), None
         except Refused as error:
@@ -154,7 +154,11 @@ class Machine(RuleBasedStateMachine):
         layers=LAYERS,
     )
     def keep_house(self, name: str, what: str, value: float, layers: set[int] | None) -> None:
-        """One rule, so that what empties the arena does not crowd out what fills it."""
+        """Stamp, trim, evict or register anew.
+
+        These operations share one rule, so that operations that empty the arena are not chosen
+        more often than operations that fill it.
+        """
         if what == "stamp":
             self.runtime.stamp(name, value)
             for layer in self.reference.models[name].layers:
@@ -169,7 +173,7 @@ class Machine(RuleBasedStateMachine):
                 lambda: self.reference.evict(name, chosen),
             )
         elif any(name in (m.name for m in hold.models) for hold in self.reference.line):
-            pass  # a lease in line keeps the old model, which the plain model does not
+            pass  # a lease in line keeps the old model alive; the plain model cannot
         elif self.both(
             lambda: self.runtime.unregister(name) or True,
             lambda: self.reference.unregister(name),
@@ -210,18 +214,18 @@ class Machine(RuleBasedStateMachine):
         return pair
 
     def granted(self, hold: tuple[Any, Hold] | None) -> Hold | None:
-        """The plain model's side of a hold that may be used now."""
+        """Return the plain model's side of a hold that may be used now, else None."""
         try:
             if not hold or not hold[0].ready():
                 return None
             hold[0].wait(0)
-        except warmserve_rt.WarmServeError:  # released, or its load failed
+        except warmserve_rt.WarmServeError:  # the hold was released, or its load failed
             return None
         return hold[1]
 
     @rule(hold=holds)
     def use(self, hold: tuple[Any, Hold] | None) -> None:
-        """What is leased is complete, and the model's own."""
+        """Check that leased layers are resident and have the model's bytes."""
         expected = self.granted(hold)
         if not expected:
             return
@@ -237,7 +241,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(hold=holds, data=st.data())
     def stream_in(self, hold: tuple[Any, Hold] | None, data: st.DataObject) -> None:
-        """A layer of a lease that is still loading is waited for, read by a stream, compared."""
+        """Wait for a layer of a lease that is still loading, read it on a stream, compare it."""
         if not (hold and hold[1].admitted and hold[1].layers):
             return
         real, layer = hold[0], data.draw(st.sampled_from(hold[1].layers))
@@ -253,13 +257,13 @@ class Machine(RuleBasedStateMachine):
         self.fenced.append((out, self.expected(name, index)))
 
     def catch_up(self, until: Callable[[], bool]) -> None:
-        """Steps the plain model as the wait of the real one did."""
+        """Step the plain model as often as the runtime's wait stepped."""
         while self.exact and not until():
             assert self.reference.step()
 
     @rule(hold=holds)
     def copy_on_a_stream(self, hold: tuple[Any, Hold] | None) -> None:
-        """A copy enqueued under a lease, run later, still reads the leased bytes."""
+        """Enqueue a copy under a lease; it must read the leased bytes whenever it runs."""
         expected = self.granted(hold)
         if not (hold and expected):
             return
@@ -338,7 +342,7 @@ class Machine(RuleBasedStateMachine):
             if not self.runtime.step():
                 break
         else:
-            raise AssertionError("the work does not end")
+            raise AssertionError("the runtime still has work after 500 steps")
         self.stream.synchronize()
         for out, wanted in self.fenced:
             assert out.tobytes() == wanted

@@ -1,4 +1,4 @@
-"""Risk: computing begins on a layer that is not there, or one that is there goes unused."""
+"""Risk: a computation uses a layer that has not arrived, or waits for a layer that has."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_a_lease_begins_before_its_layers_are_there(device: Device, files: dict[
 
 
 def test_it_is_the_stream_that_waits(device: Device, files: dict[str, Path]) -> None:
-    """On a device with streams of its own the caller goes on while the copies still run."""
+    """On a device with its own streams, the caller continues while the copies still run."""
     if not device.cuda:
-        pytest.skip("on the host there are no copies to wait for but those that are over")
+        pytest.skip("on the host every copy is complete when the wait returns")
     device.simulation["h2d"] = 1e9
     runtime = make(device, files, pump=True)
     stream = runtime.stream()
@@ -90,7 +90,7 @@ def test_it_is_the_stream_that_waits(device: Device, files: dict[str, Path]) -> 
 
 
 def test_a_wait_with_threads(device: Device, runtime: Runtime) -> None:
-    """Every order of waits, with loaders beside it."""
+    """Layers are waited for in several orders while loader threads load them."""
     stream = runtime.stream()
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
         runtime.evict("a", wait="leases")
@@ -156,7 +156,10 @@ def test_a_wait_that_is_too_short(device: Device, files: dict[str, Path]) -> Non
 
 
 def test_a_load_that_fails_under_a_streaming_lease(device: Device, files: dict[str, Path]) -> None:
-    """What had arrived can be used to the end; what had not says why, and can be tried again."""
+    """Layers that had arrived stay usable to the end of the lease.
+
+    A wait for another layer raises the reason, and the load can be tried again.
+    """
     runtime = make(device, files, pump=True)
     runtime.prewarm("a", layers=[0, 2]).wait(20)
     status = files["a"].stat()
@@ -188,13 +191,13 @@ def test_a_lease_that_ends_early_gives_up_the_rest(device: Device, files: dict[s
 
 
 def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, Path]) -> None:
-    """A stream that was recorded for a whole lease, of which one model never came."""
+    """The stream was recorded for a whole lease, of which one model never arrived."""
     runtime, watched = device.watched_runtime(
         arena=CAPACITY * GRANULE, chunk=GRANULE, staging=2 * GRANULE, pump=True
     )
     for name in "ab":
         runtime.register(name, files[name])
-    ticket = runtime.prewarm("a")  # who has it has the model
+    ticket = runtime.prewarm("a")  # a ticket keeps its model alive
     ticket.cancel()
     stream = runtime.stream()
     hold = runtime.native.begin_lease([runtime.model(name).native for name in "ba"], 0)
@@ -215,9 +218,9 @@ def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, P
 
 
 def test_whoever_leases_a_model_may_record_for_it(device: Device, files: dict[str, Path]) -> None:
-    """As an engine does that is given the model and not the lease."""
+    """An engine may have the model but not the lease."""
     if not device.steps:
-        device.simulation["d2h"] = 1e6  # the stream takes seconds, of a clock that stands still
+        device.simulation["d2h"] = 1e6  # the copy takes seconds, but the clock stands still
     runtime = device.runtime(pump=True)
     model = runtime.register("a", files["a"])
     stream, out = runtime.stream(), device.pinned(GRANULE)
@@ -230,7 +233,7 @@ def test_whoever_leases_a_model_may_record_for_it(device: Device, files: dict[st
     with pytest.raises(Busy, match="a stream still uses 'a'"):
         runtime.evict("a", wait="nothing")
     runtime.prewarm("a").wait()
-    runtime.evict("a", layers=[2, 3], wait="nothing")  # which were not leased
+    runtime.evict("a", layers=[2, 3], wait="nothing")  # layers that were not leased
     stream.synchronize()
     runtime.evict("a", wait="nothing")
     with pytest.raises(StaleView, match="'a' is not leased"):
@@ -274,7 +277,7 @@ def test_an_async_lease_streams_too(device: Device, runtime: Runtime) -> None:
 
 
 def test_a_shared_lease_is_joined_past_the_line(runtime: Runtime) -> None:
-    """A thread that joins takes nothing new: were it to wait in line, everybody would."""
+    """A thread that joins needs no more room; if it waited in line, all threads would wait."""
     lease = runtime.lease("a", timeout=20).acquire()
     waiting, served = threading.Event(), threading.Event()
 
@@ -291,7 +294,7 @@ def test_a_shared_lease_is_joined_past_the_line(runtime: Runtime) -> None:
     with ThreadPoolExecutor() as threads:
         other = threads.submit(stranger)
         assert waiting.wait(20)
-        time.sleep(0.1)  # it is in line
+        time.sleep(0.1)  # until the other thread waits in line
         for each in [threads.submit(friend) for _ in range(4)]:
             each.result(20)
         assert lease.held
@@ -302,7 +305,7 @@ def test_a_shared_lease_is_joined_past_the_line(runtime: Runtime) -> None:
 
 @contextmanager
 def joined(lease: Lease, then: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """For the time of the block another thread has joined the lease."""
+    """Let another thread join the lease for the duration of the block."""
     entered, leave = threading.Event(), threading.Event()
 
     def join() -> None:
@@ -338,7 +341,7 @@ def test_a_shared_lease_outlives_who_began_it(runtime: Runtime) -> None:
 
 
 def test_sharers_that_would_wait_for_each_other_are_refused(runtime: Runtime) -> None:
-    """Each sharer is known by its own thread: the lease ends only with the last."""
+    """Each acquisition belongs to its own thread, and the lease ends with the last of them."""
     lease = runtime.lease("a", timeout=20).acquire()
 
     def wait_for_myself() -> None:
@@ -346,7 +349,7 @@ def test_sharers_that_would_wait_for_each_other_are_refused(runtime: Runtime) ->
             runtime.lease("c", timeout=20).acquire()
 
     with joined(lease, wait_for_myself):
-        lease.release()  # of this thread; the other is left
+        lease.release()  # the acquisition of this thread; the other thread's remains
     assert not lease.held
 
 

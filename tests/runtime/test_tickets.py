@@ -1,4 +1,4 @@
-"""Risk: a person at a prompt cannot see what a runtime does, or what to do when it refuses."""
+"""Risk: a user at a prompt cannot see the state of a runtime, or the remedy for a refusal."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_log_says_what_came_and_went(
     runtime.promote("a@2")
     with runtime.lease("a"):
         pass
-    with runtime.lease("a"):  # waits for nothing, so it says nothing
+    with runtime.lease("a"):  # logs nothing, because it does not wait
         pass
     runtime.evict("a")
     runtime.unregister("a@2")
@@ -233,6 +233,6 @@ def test_the_version_is_that_of_the_package(device: Device) -> None:
         [sys.executable, "-m", "warmserve_rt", "--version"],
         capture_output=True,
         text=True,
-        cwd="/",  # not the source tree, which shadows what is installed
+        cwd="/",  # the source tree would shadow the installed package
     )
     assert done.stdout == f"warmserve-rt {warmserve_rt.__version__}\n"

@@ -1,4 +1,4 @@
-"""Risk: a view shows bytes that are not the checkpoint's, or lets somebody change them."""
+"""Risk: a view shows other bytes than the checkpoint's, or allows a caller to change them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BITS = {name: dtype.bits for name, dtype in DTYPES.items()}
 
 
 def shape_for(name: str, rows: int, columns: int) -> list[int]:
-    """A shape that fills whole bytes."""
+    """Return a shape whose elements fill whole bytes."""
     return [rows, columns * {4: 2, 6: 4}.get(BITS[name], 1)]
 
 
@@ -156,7 +156,7 @@ def test_the_dlpack_protocol(floats: tuple[Runtime, np.ndarray[Any, Any]]) -> No
 def test_views_keep_the_addresses_and_nothing_else(
     floats: tuple[Runtime, np.ndarray[Any, Any]],
 ) -> None:
-    """After unregister a view's address is not handed to another model."""
+    """After unregister, a live view's address is not given to another model."""
     runtime, _ = floats
     view = runtime.tensors("f")["h.0.w"]
     runtime.unregister("f")
@@ -214,7 +214,7 @@ print("fine")
         [sys.executable, "-c", script, str(tmp_path / "f")],
         capture_output=True,
         text=True,
-        cwd=tmp_path,  # not the source tree, which shadows what is installed
+        cwd=tmp_path,  # the source tree would shadow the installed package
     )
     assert done.stdout == "fine\n", done.stderr
 
@@ -233,7 +233,7 @@ def test_read_back_is_what_the_device_has(device: Device, tmp_path: Path) -> Non
         expected = bytearray(layer.nbytes)
         for spec in layer.tensors:
             expected[spec.offset : spec.offset + spec.nbytes] = tensors[spec.name][2]
-        assert read.tobytes() == bytes(expected)  # and zeros between
+        assert read.tobytes() == bytes(expected)  # with zeros between tensors
 
 
 def test_layers_named_by_the_caller(device: Device, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints whose every granule says whose it is."""
+"""Checkpoints in which every granule has bytes unique to its model, layer and revision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRANULE = 2 << 20
 
 @lru_cache(64)
 def content(model: str, layer: int, nbytes: int, revision: int = 0) -> bytes:
-    """Bytes unique to (model, layer, granule, revision)."""
+    """Return a layer's bytes; each granule is unique to (model, layer, granule, revision)."""
     out = bytearray()
     for granule in range(-(-nbytes // GRANULE)):
         seed = [*model.encode(), layer, granule, revision]
@@ -27,7 +27,7 @@ def content(model: str, layer: int, nbytes: int, revision: int = 0) -> bytes:
 def write_safetensors(
     path: Path, tensors: dict[str, tuple[str, list[int], bytes]], metadata: object = None
 ) -> Path:
-    """Writes (dtype, shape, data) by name, in order, as the format lays them out."""
+    """Write a safetensors file with tensors (dtype, shape, data) by name, in the given order."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for name, (dtype, shape, data) in tensors.items():
@@ -42,7 +42,10 @@ def write_safetensors(
 
 
 def write_model(path: Path, name: str, layers: Sequence[int], revision: int = 0) -> Path:
-    """A model of uint8 layers of these sizes, in bytes; names as a decoder's blocks."""
+    """Write a model with one uint8 tensor per layer, of these sizes in bytes, and return its path.
+
+    The tensors are named like a decoder's blocks.
+    """
     return write_safetensors(
         path,
         {

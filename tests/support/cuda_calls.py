@@ -1,5 +1,8 @@
-"""The CUDA driver API for tests, called through ctypes and by nothing of ours: one method a call,
-handles and addresses as ints, a failure as a CudaError with its number."""
+"""The CUDA driver API for tests, called through ctypes, independent of our own code.
+
+Each method makes one call. Handles and addresses are ints. A failed call raises CudaError with the
+number of its error.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ u32, u64, size_t, i32 = ctypes.c_uint, ctypes.c_ulonglong, ctypes.c_size_t, ctyp
 pointer = ctypes.c_void_p
 
 NONE, READ, READ_WRITE = 0, 1, 3
-DEVICE, HOST_NUMA = 1, 3  # locations
-BLOCKING, NON_BLOCKING = 0, 1  # streams
-LEGACY = 1  # the stream's handle
-GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # capture
+DEVICE, HOST_NUMA = 1, 3  # location types
+BLOCKING, NON_BLOCKING = 0, 1  # stream flags
+LEGACY = 1  # handle of the legacy stream
+GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # capture modes
 PAGE = mmap.PAGESIZE
 
 
@@ -26,7 +29,7 @@ class Location(ctypes.Structure):
 
 
 class Prop(ctypes.Structure):
-    """CUmemAllocationProp; by default of memory of device 0."""
+    """CUmemAllocationProp; the default describes memory of device 0."""
 
     _fields_ = [
         ("type", i32),
@@ -44,7 +47,7 @@ class Access(ctypes.Structure):
     _fields_ = [("location", Location), ("flags", i32)]
 
 
-# What a call takes; an "out" is a pointer to what it returns.
+# The argument types of each call.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (u32,),
     "cuDriverGetVersion": (pointer,),
@@ -114,7 +117,7 @@ class CudaError(Exception):
 
 
 def code(call: Callable[..., object], *arguments: Any, **options: Any) -> int:
-    """What a call returned: 0, or the number of its error."""
+    """Make a call and return 0 or the number of its error."""
     try:
         call(*arguments, **options)
     except CudaError as error:
@@ -123,12 +126,15 @@ def code(call: Callable[..., object], *arguments: Any, **options: Any) -> int:
 
 
 class Pinned:
-    """Page-aligned memory of this process, registered or not. Given back with the object, and not
-    while the driver has it registered, for which a pointer into it is enough."""
+    """Page-aligned memory of this process, which may be registered with the driver.
+
+    It is freed with the object, but never while the driver has it registered. Registering any
+    address inside the memory is enough to keep it.
+    """
 
     made: ClassVar[weakref.WeakSet[Pinned]] = weakref.WeakSet()
-    # By library and address, those that are registered: kept when whoever registered them is gone,
-    # as a driver that outlives the test has them still.
+    # Registered memory by library and address. An entry outlives the object that registered it,
+    # because a driver that outlives the test still has the memory registered.
     registered: ClassVar[dict[str, dict[int, Pinned]]] = {}
 
     def __init__(self, nbytes: int) -> None:
@@ -153,7 +159,7 @@ class Pinned:
 class Cuda:
     def __init__(self, library: Path | str) -> None:
         self._library = ctypes.CDLL(str(library))
-        for path in list(Pinned.registered):  # a simulated driver is gone with its folder
+        for path in list(Pinned.registered):  # a simulated driver ends when its folder is deleted
             if Path(path).is_absolute() and not Path(path).exists():
                 del Pinned.registered[path]
         self._registered = Pinned.registered.setdefault(str(library), {})
@@ -166,7 +172,7 @@ class Cuda:
             raise CudaError(name, result)
 
     def out(self, name: str, *arguments: Any, type: Any = u64) -> int:
-        """For calls whose result is written to their first argument."""
+        """Make a call that writes its result to its first argument; return the result."""
         result = type()
         self.call(name, ctypes.byref(result), *arguments)
         return int(result.value or 0)
@@ -198,7 +204,7 @@ class Cuda:
         self.call("cuCtxSetCurrent", context)
 
     def start(self, device: int = 0) -> Cuda:
-        """Initialised, with the device's primary context current on this thread."""
+        """Initialise CUDA and make the device's primary context current on this thread."""
         self.init()
         self.set_current(self.retain_primary(self.device(device)))
         return self
@@ -209,7 +215,7 @@ class Cuda:
     # Memory of the device
 
     def memory(self) -> tuple[int, int]:
-        """Free bytes, and all."""
+        """Return the free and the total bytes."""
         free, total = size_t(), size_t()
         self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
@@ -243,7 +249,7 @@ class Cuda:
         self.call("cuMemSetAccess", address, nbytes, ctypes.byref(description), 1)
 
     def share(self, address: int, nbytes: int, cpu: int, device: int = READ_WRITE) -> None:
-        """Access for both the CPU and the device."""
+        """Set the access of both the CPU and the device."""
         wanted = (Access * 2)(
             Access(Location(DEVICE, 0), device), Access(Location(HOST_NUMA, 0), cpu)
         )
@@ -259,7 +265,7 @@ class Cuda:
         return self.out("cuPointerGetAttribute", attribute, address, type=type)
 
     def mapped(self, nbytes: int, access: int = READ_WRITE) -> int:
-        """Addresses with one allocation behind them, which lives until it is unmapped."""
+        """Reserve addresses and map one allocation there, which lives until it is unmapped."""
         address, handle = self.reserve(nbytes), self.create(nbytes)
         self.map(address, nbytes, handle)
         self.release(handle)
@@ -307,7 +313,7 @@ class Cuda:
         self.call("cuStreamSynchronize", stream)
 
     def sleep(self, stream: int, microseconds: int) -> None:
-        """What comes next in the stream waits so long, whether the device is fast or not."""
+        """Delay the following work of a stream by this time, however fast the device is."""
         self.call("cuLaunchHostFunc", stream, ctypes.CDLL(None).usleep, pointer(microseconds))
 
     def wait(self, stream: int, event: int) -> None:
@@ -326,14 +332,14 @@ class Cuda:
         self.call("cuEventSynchronize", event)
 
     def done(self, event: int) -> bool:
-        """Whether an event is complete."""
+        """Return whether an event is complete."""
         result = code(self.call, "cuEventQuery", event)
         if result not in (0, 600):
             raise CudaError("cuEventQuery", result)
         return result == 0
 
     def htod(self, to: int, host: int, nbytes: int, stream: int | None = None) -> None:
-        """On a stream, or, without one, waited for."""
+        """Copy host memory to the device. Without a stream, wait for the copy."""
         if stream is None:
             self.call("cuMemcpyHtoD_v2", to, host, nbytes)
         else:
@@ -368,7 +374,7 @@ class Cuda:
         return graph.value
 
     def instantiate(self, graph: int) -> int:
-        """What can be launched; the graph itself is destroyed."""
+        """Return an executable graph that can be launched, and destroy the graph."""
         made = self.out("cuGraphInstantiateWithFlags", graph, 0)
         self.call("cuGraphDestroy", graph)
         return made
@@ -377,7 +383,7 @@ class Cuda:
         self.call("cuGraphLaunch", graph, stream)
 
     def exchange_mode(self, mode: int) -> int:
-        """Of this thread; the one it had."""
+        """Set the capture mode of this thread and return its previous mode."""
         value = i32(mode)
         self.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(value))
         return value.value

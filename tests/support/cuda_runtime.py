@@ -1,4 +1,4 @@
-"""Runtimes on the simulated driver, without wrappers: for what the CUDA driver itself does."""
+"""Runtimes directly on the simulated CUDA, without checking wrappers, to test the CUDA driver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from checkpoints import GRANULE
 from warmserve_rt import Runtime, testing
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
-SIZES = [2 * GRANULE, 5]  # of the models "a" and "b" of the fixture `two_files`
+SIZES = [2 * GRANULE, 5]  # bytes per layer of the models "a" and "b" of the fixture `two_files`
 WEIGHT = "model.layers.0.weight"
 
 

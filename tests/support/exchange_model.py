@@ -1,4 +1,4 @@
-"""The exchanges of policy/improve.py, in plain Python and without haste."""
+"""A reference model of the exchanges of policy/improve.py, in plain Python, clear and slow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Market:
         most: int,
     ) -> None:
         self.curves, self.need, self.free = curves, need, free
-        self.slots: list[Held | None] = [*held]  # what comes takes the first free one
+        self.slots: list[Held | None] = [*held]  # a new copy takes the first free slot
         self.available, self.node, self.margin, self.most = available, node, margin, most
         for model in range(len(curves)):
             self.order(model)
@@ -53,7 +53,10 @@ class Market:
         return prod(self.available[first : first + width])
 
     def order(self, model: int) -> float:
-        """Shares out the starts; what is left finds no group that holds something."""
+        """Divide a model's starts among its copies, and return the share that finds none available.
+
+        The copy with the most expected layers (layers times availability) serves starts first.
+        """
         mine = [h for h in self.held if h.model == model]
         width, left = self.curves[model].width, 1.0
         for held in sorted(mine, key=lambda h: -h.layers * self.chance(h.first, width)):
@@ -62,17 +65,20 @@ class Market:
         return left
 
     def worth(self, model: int, low: int, high: int) -> float:
-        """Seconds that its layers from ``low`` to ``high`` save."""
+        """Return the seconds that a model's layers from ``low`` to ``high`` save."""
         value = self.curves[model].value
         return float(value[high] - value[low]) * self.need[model]
 
     def value(self) -> float:
-        """Seconds saved by all that is held."""
+        """Return the seconds that all held layers save."""
         return sum(self.worth(h.model, 0, h.layers) * h.use for h in self.held)
 
     def cut(self, held: Held, layers: int, lacking: float) -> int:
-        """The most of so many layers that leave room for ``lacking`` bytes on each device, but no
-        fewer than the last stop before them."""
+        """Return how many of the first ``layers`` layers to keep to free ``lacking`` bytes.
+
+        The bytes are per device. The result is the largest such number, but at least the last stop
+        below ``layers``.
+        """
         stops = self.curves[held.model].stops.tolist()
         stop = max([0, *(stop for stop in stops if stop < layers)])
         keep = layers
@@ -81,8 +87,11 @@ class Market:
         return keep
 
     def price(self, held: Held, layers: int, lacking: float) -> tuple[float, float, int]:
-        """Of dropping its tail for that many bytes: seconds lost for each that is wanted, in all,
-        and the layers that are left."""
+        """Return the price of dropping a copy's tail to free ``lacking`` bytes.
+
+        The result is the seconds lost per wanted byte, the seconds lost in all, and the number of
+        layers left.
+        """
         left = self.cut(held, layers, lacking)
         gone = self.worth(held.model, left, layers) * held.use
         return gone / min(self.size(held.model, left, layers), lacking), gone, left
@@ -123,7 +132,11 @@ class Market:
             self.free[device] -= more
 
     def offers(self) -> list[tuple[float, float, float, int, Held | None, int]]:
-        """Density, gain, bytes, model, what grows (or None: a new copy), layers then."""
+        """Return the possible growths, densest first.
+
+        Each is (gain per byte and device, gain, bytes per device, model, the copy that grows or
+        None for a new copy, layers after the growth).
+        """
         found: list[tuple[float, float, float, int, Held | None, int]] = []
         growing: list[tuple[int, int, float, Held | None]] = [
             (h.model, h.layers, h.use, h) for h in self.held if not h.fixed

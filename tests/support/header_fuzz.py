@@ -1,9 +1,10 @@
-"""Mutates headers of checkpoints and compares native code with a plain model of the format.
+"""Mutate headers of checkpoints and compare native code with a plain model of the format.
 
     python tests/support/header_fuzz.py --runs 1000000 --seed 1
 
-No mutation may crash or hang, and each is read alike or refused by a ValueError. What native code
-reads the format's own library reads alike.
+No mutation may crash or hang native code. Native code and the model must read a header alike, or
+both refuse it with a ValueError. The format's own library must agree on every header that native
+code reads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import safetensors
 from warmserve_rt import _native
 from warmserve_rt.checkpoint import DTYPES, TYPES
 
-Answer = dict[str, tuple[str, tuple[int, ...], int, int]]  # dtype, shape, begin and end by name
+Answer = dict[str, tuple[str, tuple[int, ...], int, int]]  # by name: dtype, shape, begin, end
 
 _TOKENS = [
     *(
@@ -78,11 +79,11 @@ class _Refused(ValueError):
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> Any:
-    return tuple(pairs)  # an object; arrays are lists
+    return tuple(pairs)  # a tuple stands for an object, because arrays are lists
 
 
 def _strict(text: str) -> Any:
-    """JSON with the objects as tuples of pairs; refuses what Python's reader is lenient about."""
+    """Parse JSON with objects as tuples of pairs, but more strictly than Python's own reader."""
 
     def refuse(word: str) -> None:
         raise _Refused(word)
@@ -112,7 +113,7 @@ def _strict(text: str) -> Any:
         for each in levels:
             keys = [key for key, _ in each] if isinstance(each, tuple) else []
             for string in [*keys, each if isinstance(each, str) else ""]:
-                string.encode()  # a UnicodeError for half of a pair
+                string.encode()  # raises UnicodeError for half of a surrogate pair
         levels = [
             inner[1] if isinstance(each, tuple) else inner
             for each in levels
@@ -124,14 +125,14 @@ def _strict(text: str) -> Any:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, tuple) or len({key for key, _ in value}) != len(value):
-        raise _Refused("no object, or a name twice")
+        raise _Refused("not an object, or a duplicate name")
     return dict(value)
 
 
 def modelled(raw: bytes, size: int) -> Answer:
     """Read a header as the format says. Raises ValueError."""
     if not raw.startswith(b"{"):
-        raise _Refused("no object")
+        raise _Refused("not an object")
     header = _object(_strict(raw.decode()))
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not all(isinstance(v, str) for v in _object(metadata).values()):
@@ -139,7 +140,7 @@ def modelled(raw: bytes, size: int) -> Answer:
     found: Answer = {}
     for name, value in header.items():
         if not isinstance(value, tuple):
-            raise _Refused("no object")
+            raise _Refused("not an object")
         known = [pair for pair in value if pair[0] in ("dtype", "shape", "data_offsets")]
         entry = _object(tuple(known))
         dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -196,7 +197,7 @@ def check(raw: bytes, size: int) -> bool:
 
 
 def fuzz(runs: int, seed: int) -> int:
-    """Check so many mutations; return how many were read."""
+    """Check ``runs`` mutated headers and return how many were read."""
     source = random.Random(seed)
     accepted = 0
     for _ in range(runs):

@@ -1,5 +1,7 @@
-"""One thread of a random program of layers, and what it does with leases. A refusal is right only
-where the operation says so; anything else that is raised is a failure."""
+"""One thread of a random program of layers, and its operations on leases.
+
+Each operation names the refusals that it may meet. Any other exception is a failure.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class Use:
 
 @dataclass(eq=False)
 class Line:
-    """A lease of somebody else's, who may have to wait for it in line."""
+    """A lease of another owner, which may wait in line."""
 
     hold: Any
     wants: Wants
@@ -73,12 +75,12 @@ class Actor:
     def attempt(
         self, refusals: Refusals, call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """What it returns, or True for nothing; None where it was refused, as it may be."""
+        """Call and return the result (True in place of None), or None after an allowed refusal."""
         try:
             result = call(*args, **kwargs)
         except refusals as error:
             refused = type(error).__name__
-        except ValueError as error:  # some other thread may unregister any model at any time
+        except ValueError as error:  # another thread may unregister any model at any time
             if self.world.pump or "registered" not in str(error):
                 raise
             refused = "unregistered"
@@ -92,7 +94,7 @@ class Actor:
         return self.world.entries[self.rng.choice(self.world.names)]
 
     def some(self, entry: Entry) -> tuple[Any, list[int]]:
-        """Layers of a model, said in one of the ways there are, and which they are."""
+        """Choose layers of a model; return them in one of the accepted forms and as indices."""
         every = list(range(len(entry.layers)))
         if self.rng.random() < 0.4:
             return None, every
@@ -136,10 +138,10 @@ class Actor:
     def acquire(self, use: Use) -> None:
         self.say(f"{'streaming ' if use.streaming else ''}{use} {use.timeout}:")
         refusals = NO_ROOM
-        if self.world.pump:  # exact, where nobody waits in line
+        if self.world.pump:  # without a line, whether the lease fits is known exactly
             refusals = NO_ROOM if self.lines or not self.world.fits(use.wants) else ()
         else:
-            refusals += (Cancelled,)  # unregistered while it waited
+            refusals += (Cancelled,)  # another thread unregistered a model during the wait
         if use.timeout is not None:
             refusals += (TimeoutError,)
         if not self.attempt(refusals, use.lease.acquire, use.tape and use.tape.stream):
@@ -151,13 +153,15 @@ class Actor:
                 self.read(use, entry, layer)
             return
         missing = any(self.world.states(entry, [i]) != ["resident"] for entry, i in use.wants)
-        self.world.count(f"leases, streaming, {'a layer not there' if missing else 'all there'}")
+        self.world.count(
+            f"leases, streaming, {'a layer missing' if missing else 'all layers resident'}"
+        )
         if self.rng.random() < 0.5:
             for entry, layer in use.wants:
                 self.read(use, entry, layer)
 
     def read(self, use: Use, entry: Entry, layer: int) -> None:
-        """Waits for a layer of a lease, on the host or on a stream, and compares its bytes."""
+        """Wait for a layer of a lease, on the host or on a stream, and compare its bytes."""
         said = self.rng.choice([layer, entry.model.layers[layer].name])
         ways = ["now", "host", "stream", "any lease"]
         way = self.rng.choices(ways, [0 if use.streaming else 2, 2, 4, 1])[0]
@@ -175,13 +179,13 @@ class Actor:
         else:
             entry.model.native.wait(layer, tape.stream)
         if self.filling([(entry, layer)]):
-            self.world.count("copies behind a layer that still fills")
+            self.world.count("copies ordered behind a layer that is still filling")
         tape.copy(entry, layer)
         if tape is not use.tape or self.rng.random() < 0.1:
             use.lease.record(tape.stream)
 
     def join(self) -> None:
-        """Acquires again what this thread holds, or what any thread may hold."""
+        """Acquire again a lease of this thread, or a lease that all threads share."""
         if not self.world.pump and self.rng.random() < 0.6:
             entry = self.entry()
             wants = [(entry, i) for i in range(len(entry.layers))]
@@ -199,15 +203,15 @@ class Actor:
         if not self.uses:
             return
         lease = self.rng.choice(self.uses).lease
-        use = [each for each in self.uses if each.lease is lease][-1]  # as the lease counts
+        use = [each for each in self.uses if each.lease is lease][-1]  # a lease releases the latest
         self.say(str(use))
         if self.filling(use.wants):
-            self.world.count("leases released in mid-fill")
+            self.world.count("leases released during a fill")
         self.uses.remove(use)
         lease.release()
 
     def line(self) -> None:
-        """Others lease, and wait in line, while this thread, who alone steps, goes on."""
+        """Begin or end a lease of another owner, which waits in line while this thread steps."""
         if len(self.lines) < 3 and self.rng.random() < 0.5:
             entry, owner = self.entry(), self.rng.randint(1, 3)
             layers, chosen = self.some(entry)
@@ -234,7 +238,7 @@ class Actor:
         line.hold.release()
 
     def intrude(self) -> None:
-        """Uses, without holding it, a lease that others may hold and let go of meanwhile."""
+        """Use a shared lease without holding it, while others may acquire or release it."""
         entry = self.entry()
         if self.rng.random() < 0.5:
             self.attempt((StaleView,), entry.common.record, self.rng.choice(self.tapes).stream)

@@ -1,4 +1,4 @@
-"""What one thread of a random program of layers does besides leasing, and how often."""
+"""The operations of one thread of a random program of layers besides leases, and their weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUMP = {
     "step": 14,
     "synchronize": 1,
 }
-OUTCOMES = (Busy, Cancelled, TimeoutError)  # of tickets; the last is of a deadline or the wait
+OUTCOMES = (Busy, Cancelled, TimeoutError)  # of tickets; TimeoutError: the deadline or the wait
 THREADED = {**PUMP, "line": 0, "intrude": 3, "release": 16, "step": 4}
 
 
@@ -57,13 +57,13 @@ class Operations(Actor):
         self.request(self.rng.choice([None, None, 1000, 2000]))
 
     def late(self) -> None:
-        """A deadline that passes, perhaps in mid-fill."""
+        """Request layers with a deadline that passes, perhaps during a fill."""
         ticket = self.request(0.003)
         self.go_on(self.rng.randint(0, 2))
         time.sleep(0.004)
         self.go_on(1)
         if ticket and self.world.pump and not ticket.done:
-            raise Failed("a ticket outlives its deadline")
+            raise Failed("a ticket is not done after its deadline")
 
     def cancel(self) -> None:
         if not self.tickets:
@@ -72,11 +72,11 @@ class Operations(Actor):
         ticket, wants = self.tickets[at] if self.rng.random() < 0.3 else self.tickets.pop(at)
         self.say(f"{wants[0][0]}")
         if not ticket.done and self.filling(wants):
-            self.world.count("tickets cancelled in mid-fill")
+            self.world.count("tickets cancelled during a fill")
         for _ in range(self.rng.randint(1, 2)):
             ticket.cancel()
         if not ticket.done:
-            raise Failed("a ticket that was cancelled is not done")
+            raise Failed("a cancelled ticket is not done")
 
     def outcome(self) -> None:
         if not self.tickets:
@@ -101,7 +101,7 @@ class Operations(Actor):
         if self.world.pump and self.rng.random() < 0.4 and self.attempt(OUTCOMES, ticket.wait):
             left = set(self.world.states(old, list(range(len(old.layers))))) - {"absent"}
             if left:
-                raise Failed(f"a swap is done, and of what it swaps out something is {left}")
+                raise Failed(f"a swap is done, but layers of the model swapped out are {left}")
 
     def evict(self) -> None:
         entry, keep = self.entry(), None
@@ -110,28 +110,29 @@ class Operations(Actor):
             layers, keep = None, layers
             chosen = [i for i in range(len(entry.layers)) if i not in chosen]
         wait = self.rng.choice(["nothing", "streams", "leases"])
-        # Two threads that wait so for each other's leases are not told.
+        # Two threads that wait for each other's leases in evict() deadlock undetected, so they need
+        # a timeout.
         timeout = 0.01 if wait == "leases" and not self.world.pump else None
         self.say(f"{entry} {chosen} {wait=}")
         if self.filling([(entry, i) for i in chosen]):
-            self.world.count("evictions that hit fills")
+            self.world.count("evictions of filling layers")
         refusals = (Busy,) if timeout is None else (Busy, TimeoutError)
         evict = self.world.runtime.evict
         evicted = self.attempt(
             refusals, evict, entry.model, layers=layers, keep=keep, wait=wait, timeout=timeout
         )
         if evicted and self.world.pump and set(self.world.states(entry, chosen)) - {"absent"}:
-            raise Failed("what was evicted is there")
+            raise Failed("a layer is not absent after its eviction")
 
     def replace(self) -> None:
-        """Other content by the same name."""
+        """Unregister a model and register other content under its name."""
         entry = self.entry()
         self.say(f"{entry}")
         if self.attempt((Busy,), self.world.runtime.unregister, entry.model):
             self.attempt((), self.world.register, entry.model.name, 1 - entry.revision)
 
     def peek(self) -> None:
-        """Reads a layer that nobody need have leased: it is right, or refused."""
+        """Read a layer that need not be leased: the bytes are right, or the read is refused."""
         entry = self.entry()
         layer = self.rng.randrange(len(entry.layers))
         self.say(f"{entry}/{layer}")

@@ -1,10 +1,10 @@
-"""Random programs over all that can be done to layers, whose every leased byte is compared.
+"""Random programs of all operations on layers, in which every leased byte is compared.
 
     python tests/support/layer_programs.py --programs 1000 --threaded 100 --device simcuda
 
-A program is named by its seed: with one thread, and the runtime pumped, it runs the same way each
-time, and what fails is shrunk to the fewest operations that do. With several threads the seed says
-what each does, and the machine when.
+A seed names a program. With one thread and a pumped runtime, the program runs the same way each
+time, and a failing program is shrunk to a small set of its operations that still fails. With
+several threads, the seed determines the operations of each thread, and the machine their timing.
 """
 
 from __future__ import annotations
@@ -25,22 +25,41 @@ from layer_world import GRANULES, Contents, Failed, World, WrongBytes, world
 
 REACHED = (
     "leases, complete",
-    "leases, streaming, a layer not there",
-    "copies behind a layer that still fills",
-    "leases released in mid-fill",
-    "tickets cancelled in mid-fill",
-    "evictions that hit fills",
+    "leases, streaming, a layer missing",
+    "copies ordered behind a layer that is still filling",
+    "leases released during a fill",
+    "tickets cancelled during a fill",
+    "evictions of filling layers",
     "refused: Busy",
 )
 
 
 class Hung(Failed):
-    """Threads that are still there: no other program can run beside them."""
+    """Threads of a program did not end. No other program can run beside them."""
 
 
 def run(seed: int, contents: Contents, only: Collection[int] | None = None) -> Counter[str]:
-    """One thread, which steps the runtime; of its operations ``only`` those. How often each of
-    the places that matter was reached. Raises Failed."""
+    """Run a program of one thread, which steps the runtime.
+
+    Parameters
+    ----------
+    seed : int
+        Names the program.
+    contents : Contents
+        The checkpoints, and the device to run on.
+    only : collection of int, optional
+        Indices of the operations to run; None: all.
+
+    Returns
+    -------
+    Counter of str
+        How often the program reached each interesting situation, such as those of REACHED.
+
+    Raises
+    ------
+    Failed
+        With the trace of the program.
+    """
     rng = random.Random(f"program {seed}")
     trace: list[str] = []
     try:
@@ -52,7 +71,7 @@ def run(seed: int, contents: Contents, only: Collection[int] | None = None) -> C
                         actor.perform(kind, random.Random(f"{seed} {i}"))
             finally:
                 actor.release_all()
-            if rng.random() < 0.7:  # else it is closed with work under way
+            if rng.random() < 0.7:  # else the runtime is closed while work is in progress
                 _run_until_idle(made, actor)
             actor.tickets.clear()
     except Exception as error:
@@ -65,15 +84,36 @@ def _run_until_idle(made: World, actor: Operations) -> None:
         if not made.runtime.step():
             break
     else:
-        raise Failed("the work does not end")
+        raise Failed("the runtime still has work after 3000 steps")
     if not all(ticket.done for ticket, _ in actor.tickets):
-        raise Failed("the work has ended, and a ticket has not")
+        raise Failed("the runtime has no more work, but a ticket is not done")
     made.check()
 
 
 def run_threads(seed: int, contents: Contents, timeout: float = 60) -> Counter[str]:
-    """Three or four threads, each with a program of its own, on one runtime with loaders. Raises
-    Failed; Hung, after the stacks of all threads, when they do not end in time."""
+    """Run three or four threads, each with its own program, on one runtime with loader threads.
+
+    Parameters
+    ----------
+    seed : int
+        Names the programs.
+    contents : Contents
+        The checkpoints, and the device to run on.
+    timeout : float
+        Seconds in which all threads must end.
+
+    Returns
+    -------
+    Counter of str
+        How often the programs reached each interesting situation.
+
+    Raises
+    ------
+    Failed
+        The first failure, with the trace of its thread.
+    Hung
+        A thread did not end in time. The stacks of all threads are printed before.
+    """
     count = random.Random(f"threads {seed}").randint(3, 4)
     where = f"threaded seed {seed} on {contents.device}"
     failures: list[Failed] = []
@@ -112,7 +152,7 @@ def run_threads(seed: int, contents: Contents, timeout: float = 60) -> Counter[s
                 raise failures[0]
             known = {model.name for model in made.runtime.models}
             if known != set(made.runtime.snapshot().models):
-                raise Failed(f"the runtime knows {sorted(known)}, the device has others")
+                raise Failed(f"the snapshot has other models than the runtime's {sorted(known)}")
             made.check()
     except Failed:
         raise
@@ -131,7 +171,7 @@ def _named(error: Exception, where: str, trace: list[str]) -> Failed:
 
 
 def shrink(seed: int, contents: Contents) -> Failed | None:
-    """What the shortest failing part of a program fails with; None where it does not fail."""
+    """Shrink a program and return the failure of its shortest failing part found, or None."""
     kept = list(range(60))
     found: Failed | None = None
     size = 32
@@ -153,7 +193,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=1000)
     parser.add_argument("--threaded", type=int, default=100)
     parser.add_argument("--device", choices=GRANULES, default="host")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
     args = parser.parse_args()
     faulthandler.enable()
     counts: Counter[str] = Counter()
@@ -171,7 +211,7 @@ def main() -> None:
                     print(shorter or error, flush=True)
                     if isinstance(error, Hung):
                         raise
-            print(f"{number} in {time.perf_counter() - begin:.1f} s", flush=True)
+            print(f"{number} programs in {time.perf_counter() - begin:.1f} s", flush=True)
     for what, times in sorted(counts.items()):
         print(f"{times:8} {what}")
     print(f"{failed:8} failed")

@@ -1,5 +1,5 @@
-"""What random programs of layers run on: one runtime under the checking driver, the bytes that
-each layer must have, and the comparison of the two."""
+"""The world of a random program of layers: a runtime under the checking driver, the bytes that
+each layer must have, and their comparison."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from warmserve_rt import Model, Runtime, WarmServeError, testing
 
 Bytes = npt.NDArray[np.uint8]
 KIB = 1 << 10
-# The simulated device has small granules, which cost little: more programs a second.
+# The simulated device has small granules, so that more programs run per second.
 GRANULES = {"host": 2048 * KIB, "host-staged": 2048 * KIB, "simcuda": 64 * KIB}
-SHAPES = {  # layers, in granules; "e" exceeds some arenas
+SHAPES = {  # granules per layer; "e" is larger than some arenas
     "a": (0.3, 0, 1.4),
     "b": (1, 0.001, 0.6),
     "c": (2.1, 1),
     "d": (0, 1.7),
     "e": (2.5, 0, 1.3, 2),
 }
-SLAB = 12  # granules of memory that a stream copies to
+SLAB = 12  # granules of host memory that a stream copies to
 
 
 class Failed(AssertionError):
-    """A program came out wrong."""
+    """A program had a wrong result."""
 
 
 class WrongBytes(Failed):
-    """A layer was leased and is not the model's."""
+    """A leased layer has other bytes than the model's."""
 
     def __init__(self, where: str, count: int, first: int) -> None:
         super().__init__(f"{count} wrong bytes, the first at {first:#x}: {where}")
@@ -52,7 +52,7 @@ def compare(where: str, found: Bytes, wanted: Bytes) -> None:
 
 
 class Contents:
-    """Checkpoints for one device, in two revisions; no two stretches of bytes are alike."""
+    """Checkpoints for one device, in two revisions. All layers have different random bytes."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device, self.granule = device, GRANULES[device]
@@ -74,7 +74,7 @@ def tensor(layer: int) -> str:
 
 
 class Tape:
-    """A stream, what was copied on it, and what that must be once the stream has come so far."""
+    """A stream, the copies made on it, and the bytes that they must have once they have run."""
 
     def __init__(self, stream: Any, memory: Bytes) -> None:
         self.stream = stream
@@ -82,7 +82,10 @@ class Tape:
         self._copies: list[tuple[str, Bytes, Bytes]] = []
 
     def copy(self, entry: Entry, layer: int) -> None:
-        """Pre-condition: the stream is behind the layer's arrival, in a lease that records it."""
+        """Copy a layer on the stream.
+
+        Pre-condition: the stream waits for the layer, under a lease that will record the stream.
+        """
         wanted = entry.layers[layer]
         nbytes = len(wanted)
         if self._used + nbytes > len(self._memory):
@@ -112,7 +115,7 @@ class Entry:
 
     @property
     def streaming(self) -> bool:
-        """Whether the common lease is."""
+        """Return whether the common lease is a streaming one."""
         return self.revision == 1
 
     def __str__(self) -> str:
@@ -128,14 +131,14 @@ class World:
     names: list[str]
     tapes: list[Tape]
     entries: dict[str, Entry] = field(default_factory=dict)
-    forgotten: list[Entry] = field(default_factory=list)  # in the end: all there ever were
+    forgotten: list[Entry] = field(default_factory=list)  # every entry that was ever registered
     counts: Counter[str] = field(default_factory=Counter)
     failed: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def stepped(self) -> bool:
-        """Streams move only when they are stepped, or waited for."""
+        """Return whether streams advance only when they are stepped or waited for."""
         return self.pump and self.contents.device != "simcuda"
 
     def count(self, what: str, times: int = 1) -> None:
@@ -151,19 +154,19 @@ class World:
         return entry
 
     def forget(self) -> None:
-        """What is held on to here would keep addresses, and streams, for ever."""
+        """Drop models, leases and streams, which would keep addresses and streams alive."""
         for entry in self.forgotten:
             del entry.model, entry.common
         for tape in self.tapes:
             del tape.stream
 
     def states(self, entry: Entry, layers: list[int]) -> list[str]:
-        """Of layers, by their residency; none, where the model was unregistered."""
+        """Return the residency of layers, or an empty list if the model was unregistered."""
         found = self.runtime.snapshot().models.get(entry.model.name)
         return [found.layers[i].residency for i in layers] if found else []
 
     def fits(self, wants: list[tuple[Entry, int]]) -> bool:
-        """Whether the arena has room for these layers beside what is leased."""
+        """Return whether the arena has room for these layers beside all leased layers."""
         snapshot = self.runtime.snapshot()
         wanted = {(entry.model.name, i) for entry, i in wants}
         held = (
@@ -175,7 +178,7 @@ class World:
         return sum(held) <= snapshot.granules
 
     def read(self, entry: Entry, layer: int) -> None:
-        """Pre-condition: the layer is resident, and leased."""
+        """Compare the bytes of a layer. Pre-condition: the layer is resident and leased."""
         view = entry.model.tensors()[tensor(layer)]
         if not isinstance(view, np.ndarray):
             view = self.runtime.read_back(entry.model, layer)
@@ -192,7 +195,7 @@ class World:
 
 @contextmanager
 def world(seed: int, contents: Contents, *, pump: bool, tapes: int) -> Iterator[World]:
-    """At a clean exit everything is closed, and the device held to its contracts."""
+    """Yield a world named by a seed; on a clean exit close it and check the driver's contracts."""
     rng = random.Random(f"world {seed}")
     granule = contents.granule
     chunk = granule * rng.choice([1, 1, 2, 4, 8]) // 4
@@ -238,7 +241,7 @@ def world(seed: int, contents: Contents, *, pump: bool, tapes: int) -> Iterator[
             for tape in made.tapes:
                 tape.check()
             runtime.close()
-        finally:  # also after a failure: the next program has a simulated driver of its own
+        finally:  # also after a failure, because the next program starts its own simulated driver
             with suppress(WarmServeError):
                 runtime.close()
             made.forget()
@@ -250,7 +253,7 @@ def _slab(stack: ExitStack, granule: int, cuda: testing.SimulatedCuda | None) ->
     if not cuda:
         return np.empty(SLAB * granule, np.uint8)
     raw = Cuda(cuda.library).start()
-    memory = raw.pinned(SLAB * granule)  # or each copy would be waited for
+    memory = raw.pinned(SLAB * granule)  # copies to pageable memory would block
     stack.callback(raw.release_primary)
     stack.callback(raw.unregister, memory.address)
     return np.frombuffer(memory.view, np.uint8)

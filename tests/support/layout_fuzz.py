@@ -1,7 +1,7 @@
-"""Layouts with sizes, sums and counts near every power of two, and what becomes of each.
+"""Fuzz layouts with sizes, sums and counts near every power of two.
 
-The native runtime is given layers of one sparse file. A plain model in Python says which layouts
-must be refused, and with which error. What is accepted is loaded and compared with the file.
+The native runtime registers layers of one sparse file. A plain model in Python says which layouts
+it must refuse, and with which error. Accepted layouts are loaded and compared with the file.
 
     python tests/support/layout_fuzz.py --layouts 100000 --seed 1
 """
@@ -27,7 +27,7 @@ ARENA = 4  # granules
 MOST = 2**63 - 1
 DEVICES = ("host", "staged", "cuda")
 
-# Addresses: fewer can always be reserved, and more never.
+# Bytes of addresses: a reservation of at most the first succeeds, of more than the second fails.
 SURELY_RESERVED, NEVER_RESERVED = 2**44, 2**47
 
 WIDTHS = {"f16_to_f32": (2, 4), "f32_to_f16": (4, 2), "bf16_to_f32": (2, 4), "f32_to_bf16": (4, 2)}
@@ -39,7 +39,7 @@ Layer = tuple[int, list[Segment]]
 
 
 class SparseFile:
-    """As long as a file can be, zero but for pages near the offsets that layouts use."""
+    """A file of the greatest length, all zeros except pages near the offsets that layouts use."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("layout-fuzz")
@@ -57,7 +57,7 @@ class SparseFile:
 
 
 def expected_bytes(file: SparseFile, layer: Layer) -> bytes:
-    """What the runtime must hold of a layer, read and cast here."""
+    """Return the bytes that the runtime must hold for a layer."""
     nbytes, segments = layer
     out = bytearray(nbytes)
     for _, offset, at, count, cast in segments:
@@ -68,7 +68,7 @@ def expected_bytes(file: SparseFile, layer: Layer) -> bytes:
 
 
 def _cast(raw: bytes, cast: str) -> bytes:
-    """The same through the package's own reference kernel, which its tests compare with torch."""
+    """Cast with the package's own reference kernel, which other tests compare with torch."""
     source, target = WIDTHS[cast]
     out = bytearray(len(raw) // source * target)
     _native.cast(cast, raw, out)
@@ -76,7 +76,7 @@ def _cast(raw: bytes, cast: str) -> bytes:
 
 
 def refusal(layers: list[Layer]) -> type[Exception] | None:
-    """The error that registering these layers must raise; None: they are accepted."""
+    """Return the error that registering these layers must raise, or None if it must succeed."""
     for nbytes, segments in layers:
         for file, *numbers, _ in segments:
             if not 0 <= file < 2**32 or not all(0 <= number < 2**64 for number in numbers):
@@ -102,13 +102,13 @@ def refusal(layers: list[Layer]) -> type[Exception] | None:
 
 
 def _near(random: random.Random, *, granules: bool = False) -> int:
-    """A number near a power of two, or near a power of two of granules."""
+    """Return a number near a power of two, or near a power of two of granules."""
     unit = GRANULE if granules else 1
     return max(-1, unit * 2 ** random.choice(_POWERS) + random.choice(_NEAR))
 
 
 def _small(random: random.Random) -> int:
-    """The bytes of a layer that the arena can hold."""
+    """Return the size in bytes of a layer that the arena can hold."""
     return random.choice([0, 1, 255, 4096, CHUNK, GRANULE, random.randrange(1, ARENA * GRANULE)])
 
 
@@ -118,7 +118,7 @@ def random_layout(random: random.Random, file: SparseFile) -> list[Layer]:
     if kind < 0.35:
         sizes.insert(random.randrange(len(sizes) + 1), _near(random))
     elif kind < 0.7:
-        # The sum of granules comes near a power of two, from layers that are each much smaller.
+        # The layers' sum of granules is near a power of two, but each layer is much smaller.
         target = 2 ** random.choice([p for p in _POWERS if 31 <= p <= 52])
         target += random.choice([-1, 0, 1, 2, ARENA])
         left = max(1, target - sum(-(-size // GRANULE) for size in sizes))
@@ -149,7 +149,7 @@ def _segments(random: random.Random, file: SparseFile, nbytes: int) -> Iterator[
 
 
 def _spoil(random: random.Random, layers: list[Layer]) -> None:
-    """Makes one number of one segment, or one size, anything."""
+    """Set one number of one segment, or the size of one layer, to an arbitrary value."""
     index = random.randrange(len(layers))
     segments = layers[index][1]
     if not segments or random.random() < 0.3:
@@ -162,7 +162,7 @@ def _spoil(random: random.Random, layers: list[Layer]) -> None:
 
 
 class Fuzzer:
-    """One runtime with a tenant that is leased all the time, and layouts that come and go."""
+    """One runtime with a tenant that stays leased, beside which layouts are tried in turn."""
 
     def __init__(self, runtime: _native.Runtime, file: SparseFile, *, digests: bool) -> None:
         self.runtime, self.file, self.digests = runtime, file, digests
@@ -188,10 +188,10 @@ class Fuzzer:
             model = self.runtime.register("m", [self.file.native], layers, writable=False)
         except (TypeError, ValueError) as error:
             if type(error) is not expected:
-                raise AssertionError(f"{layers}: not {expected}") from error
+                raise AssertionError(f"{layers}: the error must be {expected}") from error
             self.outcomes[f"{type(error).__name__} at registration"] += 1
             return
-        assert expected is None, f"{layers} was accepted, and not refused with {expected}"
+        assert expected is None, f"{layers} was accepted instead of refused with {expected}"
         try:
             self.use(random, model, layers)
         finally:
@@ -203,7 +203,7 @@ class Fuzzer:
         chosen = sorted(random.sample(range(len(layers)), random.randrange(1, len(layers) + 1)))
         fits = sum(granules[index] for index in chosen) <= ARENA - 1
         try:
-            # What fits, but not beside the tenant, would be waited for by a lease.
+            # A lease would wait for layers that fit the arena, but not beside the tenant.
             if random.random() < 0.3 or sum(granules[index] for index in chosen) == ARENA:
                 self.runtime.prewarm(model, chosen, 0, None).wait()
                 hold = None
@@ -211,23 +211,23 @@ class Fuzzer:
                 hold = self.runtime.begin_lease([model], 2, chosen)
                 hold.wait()
         except OutOfDeviceMemory:
-            assert not fits or addresses > SURELY_RESERVED, f"{layers}, {chosen}: refused"
+            assert not fits or addresses > SURELY_RESERVED, f"{layers}, {chosen}: wrongly refused"
             self.outcomes["OutOfDeviceMemory"] += 1
             return
         except Busy:
-            # It fits the arena, but not beside the tenant.
+            # The layers fit the arena, but not beside the tenant.
             assert sum(granules[index] for index in chosen) == ARENA
             self.outcomes["Busy"] += 1
             return
-        assert fits, f"{layers}, {chosen}: not refused"
-        assert addresses <= NEVER_RESERVED, f"{layers}: addresses were reserved"
+        assert fits, f"{layers}, {chosen}: loaded, but must be refused"
+        assert addresses <= NEVER_RESERVED, f"{layers}: more addresses reserved than exist"
         for index in chosen:
             self.compare(model, index, layers[index])
         absent = [index for index in range(len(layers)) if index not in chosen and granules[index]]
         if absent and self.digests:
             try:
                 self.runtime.digest(model, absent[0])
-                raise AssertionError("a digest of an absent layer")
+                raise AssertionError("digest() of an absent layer was not refused")
             except StaleView:
                 pass
         if hold is not None:
@@ -237,7 +237,7 @@ class Fuzzer:
 
 @contextmanager
 def fuzzer(device: str, file: SparseFile) -> Iterator[Fuzzer]:
-    """A fuzzer on a device under the strict driver, which must have seen no contract broken."""
+    """Yield a fuzzer on a device under the strict driver; at exit check the driver's contracts."""
     if device == "cuda":
         with testing.simulated_cuda() as cuda, _on(testing.watch(cuda=cuda), file, False) as made:
             yield made
@@ -272,7 +272,7 @@ def _on(watched: testing.Watched, file: SparseFile, digests: bool) -> Iterator[F
 
 
 def run(device: str, layouts: int, seed: int, file: SparseFile) -> Counter[str]:
-    """Tries so many layouts on a device. Raises AssertionError with the layout that is wrong."""
+    """Try ``layouts`` random layouts on a device. Raises AssertionError with the wrong layout."""
     numbers = random.Random(seed)
     with fuzzer(device, file) as made:
         for number in range(layouts):
@@ -284,7 +284,7 @@ def run(device: str, layouts: int, seed: int, file: SparseFile) -> Counter[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layouts", type=int, default=1000, help="in all, over the devices")
+    parser.add_argument("--layouts", type=int, default=1000, help="total over all devices")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=DEVICES)
     options = parser.parse_args()

@@ -1,5 +1,8 @@
-"""The runtime in plain Python, for a device the CPU fills directly: what the native one must do,
-step for step, under ``pump``. No memory, no threads; sizes in granules."""
+"""A reference model of the runtime in plain Python, for a device that the CPU fills directly.
+
+The native runtime must do the same, step for step, under ``pump``. The model has no memory and no
+threads; sizes are in granules.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ class Reference:
             assert model is not None
             filling = [layer.fill for layer in model.layers if layer.state == "filling"]
             if any(fill and not fill.tickets for fill in filling):
-                continue  # called off, and there yet
+                continue  # a cancelled fill of the layer is not undone yet
             self.swapping.remove(ticket)
             for layer in model.layers:
                 if layer.state == "resident" and not layer.holds:
@@ -134,7 +137,7 @@ class Reference:
     # Parts.
 
     def _pass(self, foreground_copies: bool, background_works: bool) -> bool:
-        """Whether something was done for the first fill for which something can be."""
+        """Do one step for the first fill that allows a step; return whether one was done."""
         for fill in sorted(self.fills, key=lambda fill: (-fill.priority, fill.serial)):
             unwanted = fill.give_way or not fill.tickets
             if not (fill.foreground or background_works or unwanted):
@@ -158,7 +161,7 @@ class Reference:
         return False
 
     def _start(self, fill: Fill) -> bool:
-        """Makes room and begins, or fails; False where there will be room later."""
+        """Make room and begin, or fail the ticket; return False if there will be room later."""
 
         urgent = max(fill.tickets, key=lambda ticket: ticket.priority)
 
@@ -335,7 +338,8 @@ class Reference:
             hold.ticket = self._request(Ticket(FOREGROUND, hold.layers))
 
     def _stuck(self) -> bool:
-        """Whether the head of the line is never served, though all that can release do."""
+        """Return whether a lease in line can never be served, even if owners not in line release
+        all that they hold."""
         line = list(self.line)
         holds = list(self.admitted)
         while line:

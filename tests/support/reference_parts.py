@@ -1,4 +1,4 @@
-"""What the plain model of the runtime is made of."""
+"""The classes of the plain model of the runtime."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BACKGROUND, FOREGROUND = 0, 100
 
 
 class Refused(Exception):
-    """Carries the name of the exception that the runtime raises."""
+    """The plain model refuses; carries the name of the exception that the runtime must raise."""
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Fill:
     tickets: list[Ticket] = field(default_factory=list)
     copying: bool = False
     give_way: bool = False
-    chunks: int = 0  # done; a chunk is a granule here
+    chunks: int = 0  # chunks copied; here a chunk is a granule
 
     @property
     def foreground(self) -> bool:

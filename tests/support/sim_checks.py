@@ -1,4 +1,4 @@
-"""What must hold of a simulated fleet at every event, and workloads that one can follow."""
+"""Invariants of a simulated fleet, checked at every event, and small scripted workloads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from warmserve_rt.sim.core.instance import Instance
 from warmserve_rt.sim.core.links import Flow
 from warmserve_rt.sim.workload.workloads import Workload
 
-BYTE = 1.0  # what sums of byte counts may be off by
+BYTE = 1.0  # tolerance of sums of byte counts
 
 
 SMALL = ModelProfile("small", 1, (3, 5, 5, 5, 4), 2, 0.05, 0.001, 0.01, batch=4)
 
 
 def tiny(width: int = 1, layers: tuple[int, ...] = (40, 70, 70, 70, 50), **more: Any) -> Any:
-    """A model of some hundred bytes."""
+    """Return the profile of a model of a few hundred bytes."""
     values: dict[str, Any] = {"kv_token_bytes": 1, "batch": 4, "decode_request_s": 0.001, **more}
     return ModelProfile("tiny", width, layers, prefill_s=0.05, prefill_token_s=0.001,
                         decode_s=0.01, **values)  # fmt: skip
@@ -31,7 +31,7 @@ def tiny(width: int = 1, layers: tuple[int, ...] = (40, 70, 70, 70, 50), **more:
 def workload(
     models: Sequence[ModelProfile], requests: Sequence[tuple[float, int, int, int]]
 ) -> Workload:
-    """Of (time, model, prompt, output), in order of their times."""
+    """Return a workload of requests (time, model, prompt, output), ordered by time."""
     columns = list(zip(*requests, strict=True)) or [(), (), (), ()]
     return Workload(
         name="scripted",
@@ -49,8 +49,10 @@ def workload(
 
 
 class Scripted:
-    """A controller that does what its script says at given times, and gives each request to the
-    first instance of its model that takes it."""
+    """A controller that runs scripted steps at given times.
+
+    It gives each request to the first instance of its model that takes it.
+    """
 
     def __init__(self, *steps: tuple[float, Callable[[Fleet], object]]) -> None:
         self.steps = steps
@@ -89,13 +91,13 @@ class Scripted:
 
 
 class Books:
-    """An observer: checks a fleet after every event, and keeps accounts of its own."""
+    """An observer that checks a fleet after every event and keeps its own accounts."""
 
     def __init__(self, *, capacity: bool = True) -> None:
         self.capacity = capacity
         self.carried = 0.0  # bytes: the integral of the rates of all flows
         self.busy = 0.0  # device-seconds: the integral of devices that have an instance
-        self.dropped = self.given = 0.0  # bytes that left, and that were there out of nothing
+        self.dropped = self.given = 0.0  # bytes evicted, and bytes that preload() made resident
         self.events = 0
 
     def __call__(self, fleet: Fleet) -> None:
@@ -104,7 +106,7 @@ class Books:
         controller = fleet.controller
 
         def run(until: float) -> None:
-            """One due thing at a time."""
+            """Run one due event at a time and check the fleet after each."""
             heap = fleet.events._heap
             while heap and heap[0][0] < until:
                 self.passes(fleet.events.now, heap[0][0])
@@ -139,7 +141,7 @@ class Books:
         for device in self.fleet.devices:
             for flow in flows(device):
                 self.carried += flow.rate * (then - now)
-            if device.instances:  # they count from the first request on
+            if device.instances:  # device-seconds count from time 0 on
                 self.busy += max(then, 0.0) - max(now, 0.0)
 
     def check(self) -> None:
@@ -186,7 +188,7 @@ class Books:
             assert shard.pinned == (len(used) == 1)
             assert not (used and shard.unused)
             if shard.flow is None:
-                # What lacks is on its way, but while an instance switches.
+                # Missing bytes have a flow, except in the delay before an instance starts to load.
                 assert shard.resident == shard.target or (used and not used[0].arrivals)
             else:
                 assert shard.flow.shard is shard
@@ -225,7 +227,7 @@ class Books:
                 assert sum(flow.rate for flow in behind) <= hardware.bandwidth * near
 
     def close(self) -> None:
-        """Everything adds up at the end."""
+        """Check the totals at the end of the run."""
         fleet, requests = self.fleet, self.fleet.workload
         served = ~fleet.refused
         assert (np.isfinite(fleet.first_token) == served).all()
@@ -235,7 +237,7 @@ class Books:
         least = [m.prefill(p) for m, p in zip(models, fleet.prompt, strict=True)]
         assert (wait >= np.array(least) - 1e-9)[served].all()
         decode = np.array([m.decode(1) for m in models])
-        # The fluid counts a token as come 1e-6 of a step before.
+        # The fluid model counts a token as done 1e-6 of a step early.
         decoding = (requests.output - 1 - 1e-5) * decode - 1e-9
         assert (fleet.finished - fleet.first_token >= decoding)[served].all()
         assert math.isclose(fleet.links.loaded, self.carried, rel_tol=1e-9, abs_tol=100 * BYTE)
@@ -257,7 +259,7 @@ def run(
     observe: bool = True,
     **arguments: Any,
 ) -> tuple[Fleet, Books]:
-    """A fleet that has run, with its books checked at every event."""
+    """Run a fleet, checking its books at every event, and return both."""
     fleet = Fleet(requests, hardware, controller, **arguments)
     books = Books()
     if observe:

@@ -1,12 +1,14 @@
-"""Random programs of streams, events and copies, and who races in them, worked out from CUDA's
-documented ordering alone: no clocks, only a graph and all its paths.
+"""Random programs of streams, events and copies, and the operations that race in them.
+
+The expected races follow from CUDA's documented ordering alone: there are no clocks, only a graph
+and all its paths.
 
     cuda = SimulatedCuda of testing.simulated_cuda(...)
     program = generate(seed)
     observed = observed_races(cuda, program)
     assert observed.races == expected_races(program, observed.completed)
 
-An operation's place in ``Program.ops`` names it, in the expected set and in the observed one.
+Both the expected and the observed set name an operation by its index in ``Program.ops``.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ class Access(NamedTuple):
 class Op:
     """One call. ``to`` and ``at`` are device offsets in one of two aliases of the same granules."""
 
-    kind: str  # of WORK, where "now" has the host wait for it, in the legacy stream; record, wait;
-    # and by the host alone: sync_event, sync_stream, sync_all, query
+    # One of WORK ("now": in the legacy stream, and the host waits for it), or record or wait, or an
+    # operation of the host alone: sync_event, sync_stream, sync_all, query.
+    kind: str
     stream: int = 0
     event: int = 0
     alias: int = 0
-    to: int = 0  # written: on the device, or for dtoh in pinned memory
-    at: int = 0  # read: on the device, or for htod in pinned memory
+    to: int = 0  # offset written: on the device, for dtoh in pinned memory
+    at: int = 0  # offset read: on the device, for htod in pinned memory
     nbytes: int = 0
 
     @property
@@ -66,7 +69,7 @@ class Op:
         return found
 
     def _memory(self, memory: str, begin: int, write: bool) -> Iterator[Access]:
-        """In physical memory: the second alias has the granules the other way round."""
+        """Yield the accesses in physical memory: the second alias maps the granules reversed."""
         end = begin + self.nbytes
         if memory == "pinned" or self.alias == 0:
             yield Access(memory, begin, end, write)
@@ -84,7 +87,7 @@ class Program:
 
 
 def generate(seed: int | random.Random, length: int = 40, *, race_free: bool = False) -> Program:
-    """``race_free`` orders what would race, by one of the ways there are to do so."""
+    """Return a random program; with ``race_free``, calls are added that order racing operations."""
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     kinds = ("blocking", "non-blocking")
     streams = ("legacy", *(rng.choice(kinds) for _ in range(rng.randint(1, 4))))
@@ -112,9 +115,10 @@ def _random_op(rng: random.Random, program: Program) -> Op:
     if kind.endswith("_now"):
         stream = 0
     if kind == "sync_stream" and stream == 0:
-        kind = "sync_event"  # whether the legacy stream's waiting is a use of it, none documents
+        kind = "sync_event"  # CUDA does not document whether this is an operation in that stream
     nbytes = rng.choice([1, 2, 7, 16, 33, 64])
-    hot = [0, 40, GRANULE - 64, GRANULE - 8, GRANULE, GRANULE + 24, DEVICE - 128]  # few places meet
+    # Few offsets, so that accesses often overlap.
+    hot = [0, 40, GRANULE - 64, GRANULE - 8, GRANULE, GRANULE + 24, DEVICE - 128]
     place = [rng.choice(hot) + rng.choice([0, 0, 1, 13, 32]) for _ in range(2)]
     if kind in FROM_PINNED:
         place[1] = rng.randrange(128)
@@ -126,7 +130,7 @@ def _random_op(rng: random.Random, program: Program) -> Op:
 
 
 def _ordering(rng: random.Random, program: Program, op: Op) -> list[Op]:
-    """Calls after which ``op`` cannot race with the last operation that it would race with."""
+    """Return calls after which ``op`` no longer races with the last operation it raced with."""
     together = _with(program, op)
     racers = [i for i, j in racing_pairs(together) if j == len(program.ops)]
     stream, event = program.ops[racers[-1]].stream, rng.randrange(program.events)
@@ -138,16 +142,19 @@ def _ordering(rng: random.Random, program: Program, op: Op) -> list[Op]:
 
 
 def predecessors(program: Program, completed: Sequence[int] = ()) -> list[int]:
-    """For each operation the set, as bits, of those that CUDA orders before it. ``completed`` are
-    the queries that said so: their caller knows the event to be over."""
+    """Return for each operation the set, as bits, of the operations that CUDA orders before it.
+
+    ``completed`` lists the queries that found their event complete: the host then knows that the
+    event's work is over.
+    """
     before: list[int] = []
     recorded: dict[int, int] = {}  # event: the call that recorded it last
-    nothing = set()  # waits for events that were never recorded: documented to do nothing
+    nothing = set()  # waits for events that were never recorded, which CUDA documents as no-ops
     for i, op in enumerate(program.ops):
-        # The host makes its calls in order: what follows comes after what it has waited for.
+        # The host makes its calls in order, so all later calls follow what it has waited for.
         edges = {j for j in range(i) if program.ops[j].host_waits}
         if op.kind == "wait" and op.event not in recorded:
-            nothing.add(i)  # not even a place in the stream, for a synchronise to wait for
+            nothing.add(i)  # has no place in the stream that a synchronise could wait for
             before.append(0)
             continue
         if op.kind in ("wait", "sync_event") or i in completed:
@@ -193,13 +200,15 @@ def _conflict(first: Sequence[Access], second: Sequence[Access]) -> bool:
 
 
 def expected_races(program: Program, completed: Sequence[int] = ()) -> set[int]:
-    """The later operation of every pair that touches the same bytes unordered, one writing."""
+    """Return the later operation of each unordered pair that shares bytes, if one writes."""
     return {j for _, j in racing_pairs(program, completed)}
 
 
 def plant(program: Program, seed: int | random.Random) -> Program | None:
-    """A race-free program less one call that orders, so that it races; None if it has none that
-    it needs."""
+    """Return a race-free program without one of its ordering calls, so that it races.
+
+    Return None if no single ordering call is needed.
+    """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     ordering = [i for i, op in enumerate(program.ops) if op.kind not in (*WORK, "query")]
     rng.shuffle(ordering)
@@ -212,12 +221,12 @@ def plant(program: Program, seed: int | random.Random) -> Program | None:
 
 class Observed(NamedTuple):
     races: set[int]
-    completed: tuple[int, ...]  # the queries whose event was over
+    completed: tuple[int, ...]  # the queries that found their event complete
     others: list[str]  # violations of other kinds
 
 
 def observed_races(simulated: SimulatedCuda, program: Program) -> Observed:
-    """Runs the program on a simulated driver that was begun for it."""
+    """Run the program on a simulated driver that was started for it."""
     cuda = Cuda(simulated.library).start()
     aliases = [cuda.reserve(DEVICE), cuda.reserve(DEVICE)]
     handles = [cuda.create(GRANULE), cuda.create(GRANULE)]
@@ -229,7 +238,7 @@ def observed_races(simulated: SimulatedCuda, program: Program) -> Observed:
     flags = {"blocking": BLOCKING, "non-blocking": NON_BLOCKING}
     streams = [LEGACY, *(cuda.stream(flags[kind]) for kind in program.streams[1:])]
     events = [cuda.event() for _ in range(program.events)]
-    cuda.memset(aliases[0], 1, DEVICE, streams[-1])  # so that nothing is read that is not there
+    cuda.memset(aliases[0], 1, DEVICE, streams[-1])  # so that no read finds uninitialised memory
     cuda.synchronize(streams[-1])
 
     calls_before = sum(simulated.calls.values())

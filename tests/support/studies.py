@@ -1,4 +1,4 @@
-"""A small study, and two of its policies by what they are."""
+"""A small study, and two of its policies, chosen by their properties."""
 
 from __future__ import annotations
 

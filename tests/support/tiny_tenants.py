@@ -1,4 +1,4 @@
-"""The demo's tenants in small: random models, and a tokenizer that knows the demo's words."""
+"""Tiny versions of the demo's tenants: random models, and a tokenizer with the demo's words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def tiny(seed: int) -> tuple[Any, Any]:
-    """A random model and a tokenizer whose words are the questions'."""
+    """Return a random model and a tokenizer whose words are those of the questions."""
     words = sorted({word for question in QUESTIONS for word in question.split()})
     words += [f"w{i}" for i in range(96 - 4 - len(words))]
     vocabulary = {word: number for number, word in enumerate(["<p>", "<b>", "<e>", "<u>", *words])}
@@ -50,7 +50,7 @@ def tiny(seed: int) -> tuple[Any, Any]:
 
 
 def cast_for(monkeypatch: pytest.MonkeyPatch, root: Path) -> dict[str, Path]:
-    """Five tiny tenants in place of the demo's; B differs from A in its last block alone."""
+    """Replace the demo's tenants by five tiny ones. B differs from A only in its last block."""
     paths: dict[str, Path] = {}
     for seed, name in enumerate(NAMES):
         model, tokenizer = tiny(0 if name == "B" else seed)

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' families, and what transformers computes with them."""
+"""Tiny random models of the families of transformers, and the results of transformers for them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-# Experts of 40 columns: vector loops of any processor leave a tail, which other code rounds.
+# Experts of 40 columns: vector loops leave a tail on any processor, and other code computes the
+# tail, with other rounding.
 _ROUTED = {**LLAMA, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
-MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {  # besides Mixtral
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {  # mixtures of experts besides Mixtral
     "qwen2_moe": (
         "qwen2_moe",
         {**_ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 32},
@@ -77,12 +78,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save(path: Path, family: str, seed: int = 0, dtype: Any = torch.float32, **kwargs: Any) -> Path:
-    """A checkpoint of a tiny random model."""
+    """Write the checkpoint of a tiny random model and return its path."""
     kind, settings = FAMILIES[family]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **COMMON, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():  # or biases and norms would be all the same
+    for parameter in model.parameters():  # by default all biases, and all norms, are equal
         nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(path, **{"save_original_format": False, **kwargs})
     return path
@@ -102,7 +103,7 @@ def assert_rounded_alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def plain(path: Path, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """A model that transformers loads by itself.
+    """Return a model that transformers loads by itself.
 
     Its weights are cloned off the mapped file. Kernels give equal bits for equal operations only
     on memory that is aligned to 64 bytes, as clones and the arena's tensors are.

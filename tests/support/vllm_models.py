@@ -1,4 +1,4 @@
-"""vLLM engines in this process or another, and small models for them."""
+"""vLLM engines and small models for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before vLLM is imported
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # must be set before vLLM is imported
 os.environ.update(
     OMP_NUM_THREADS="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -24,7 +24,7 @@ from vllm import LLM, SamplingParams
 from warmserve_rt.engines.vllm import WORKER
 
 # vLLM collects garbage four times in an engine's life, over all objects that its imports made, and
-# undoes a freeze at the engine's end. These objects stay frozen here: 0.6 s of CPU for each time.
+# unfreezes them at the engine's end. Here they stay frozen: 0.6 s of CPU less per collection.
 gc.collect()
 gc.freeze()
 gc.freeze = gc.unfreeze = lambda: None
@@ -33,7 +33,7 @@ PROMPTS = [[5, 9, 200, 31], [7], [100, 101, 102, 103, 104, 105, 106], [250, 3]]
 
 
 def write_llama(path: Path, seed: int, *, tied: bool = False, **config: Any) -> Path:
-    """A Llama of random weights, about 8 MB, that answers differently for each seed."""
+    """Write a Llama of random weights, about 8 MB, that answers differently for each seed."""
     torch.manual_seed(seed)
     settings = LlamaConfig(
         vocab_size=512,
@@ -55,7 +55,7 @@ def write_llama(path: Path, seed: int, *, tied: bool = False, **config: Any) -> 
 
 
 def plain_engine(model: Path, **options: Any) -> Any:
-    """An LLM of vLLM's own, on one thread."""
+    """Return an LLM that vLLM loads by itself, on one thread."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -70,7 +70,10 @@ def plain_engine(model: Path, **options: Any) -> Any:
 
 
 def engine(model: Path, cache: Path, *, worker: str = WORKER, **options: Any) -> Any:
-    """An LLM of load format warmserve. Options of the loader go by their names."""
+    """Return an LLM with load format warmserve.
+
+    The options arena, gated and device are passed to the loader, all others to vLLM.
+    """
     extra = {name: options.pop(name) for name in ("arena", "gated", "device") if name in options}
     return plain_engine(
         model,
@@ -84,14 +87,14 @@ def engine(model: Path, cache: Path, *, worker: str = WORKER, **options: Any) ->
 def tokens(
     llm: Any, prompts: Sequence[Sequence[int]] = PROMPTS, count: int = 16
 ) -> list[list[int]]:
-    """What it answers, greedily."""
+    """Return the tokens of greedy answers."""
     how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     inputs = [{"prompt_token_ids": [*prompt]} for prompt in prompts]
     return [[*each.outputs[0].token_ids] for each in llm.generate(inputs, how, use_tqdm=False)]
 
 
 def worker_of(llm: Any) -> Any:
-    """The worker of an engine in this process."""
+    """Return the worker of an engine that runs in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
