@@ -1,6 +1,6 @@
-"""Risk: the CUDA device is missing, old, taken, dying or shared, and says so badly or too late.
+"""Risk: the CUDA device is missing, old, full, failing or shared, and the error is unclear or late.
 
-On the simulated driver; what a GPU alone can tell is measured by bench/gpu.sh.
+The tests run on the simulated driver. bench/gpu.sh measures the facts that only a GPU can show.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def test_names_that_are_no_device(name: str) -> None:
 
 
 def script(text: str, cuda: SimulatedCuda, *arguments: object, **environment: str) -> str:
-    """What it prints, run by an interpreter that finds the simulated driver by its name."""
+    """Run ``text`` in an interpreter that finds the simulated driver by name; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=cuda.library.parent,  # not the source tree, which shadows what is installed
+        cwd=cuda.library.parent,  # outside the source tree, which would shadow the package
         env={**cuda.environment, **environment},
     )
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
@@ -126,7 +126,7 @@ def test_the_device_is_found_by_its_name(two_files: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("last", ["once", "from-then-on"])
 def test_opening_a_device_with_each_call_failing(last: str) -> None:
-    """It opens or says why; what it says names the call."""
+    """Opening either succeeds or fails with an error that names the call."""
     for call in range(1, 100):
         with testing.simulated_cuda() as cuda:
             cuda.faults.arm([(call, call if last == "once" else None)])
@@ -187,7 +187,7 @@ def test_the_headroom_is_left_alone_and_reported(
         assert (snapshot.arena_bytes, snapshot.headroom_bytes) == (56 << 20, 8 << 20)
         assert runtime.device_memory() == (8 << 20, 64 << 20)
         runtime.trim()
-        cuda.others_hold("54MiB")  # 10 are left, of which 8 are not ours
+        cuda.others_hold("54MiB")  # 10 MiB are left, and 8 MiB of them are headroom
         with pytest.raises(OutOfDeviceMemory, match="a granule beside a headroom of 8 MiB"):
             runtime.prewarm("a").wait()
         cuda.others_hold(0)
@@ -195,7 +195,7 @@ def test_the_headroom_is_left_alone_and_reported(
 
 
 def test_granules_are_made_shareable_where_the_device_can(cuda: SimulatedCuda) -> None:
-    """Neither can be added to a granule later."""
+    """POSIX file descriptors and RDMA must be enabled when a granule is created, not later."""
     posix_fd, rdma = 1, 15
     with make(cuda, {}) as runtime:
         path = cuda.library.parent / "m"
@@ -211,7 +211,7 @@ def test_granules_are_made_shareable_where_the_device_can(cuda: SimulatedCuda) -
 
 @pytest.fixture
 def integrated() -> Iterator[SimulatedCuda]:
-    """A device that has no memory but the CPU's."""
+    """Yield a device whose only memory is the CPU's."""
     with testing.simulated_cuda(memory="64MiB", integrated=True) as simulated:
         yield simulated
 
@@ -257,7 +257,7 @@ def test_on_a_device_with_the_cpu_s_memory_a_failing_call_loses_nothing(
     raise AssertionError("the walk does not end")
 
 
-# What dies
+# Lost devices, forks and exits
 
 
 @pytest.mark.parametrize("how", ["an illegal access elsewhere", "a context destroyed by others"])
@@ -286,7 +286,7 @@ def test_a_lost_device_says_so_at_every_later_call(two_files: dict[str, Path], h
         ):
             with pytest.raises(DeviceLost, match=said):
                 later()
-        assert runtime.snapshot().models["a"].leases == 1  # looking and letting go still work
+        assert runtime.snapshot().models["a"].leases == 1  # snapshots and releases still work
         runtime.check_invariants()
         lease.release()
         runtime.close()
@@ -301,13 +301,14 @@ def test_a_device_lost_while_loading(two_files: dict[str, Path]) -> None:
 
             def load(runtime: Runtime = runtime) -> None:
                 runtime.prewarm("a").wait()
-                for _ in range(9):  # a loader's last calls may come after the ticket is done
+                for _ in range(9):  # a loader may make its last calls after the ticket is done
                     runtime.prewarm("b").wait()
                     runtime.evict("b")
 
             try:
                 load()
-                # Leaving a call is no part of it: what fails there is told by the next, if at all.
+                # The fault hit a restoration of the thread's context or capture mode, at the end
+                # of a call. That call succeeds; a later call may report the failure.
                 assert cuda.faults.last in ("cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode")
             except DeviceLost:
                 pass
@@ -380,7 +381,7 @@ def test_the_interpreter_exits_with_work_in_flight(two_files: dict[str, Path], h
     assert printed == "bye\n"
 
 
-# Content without copying back
+# Checking content without copying it back
 
 
 def test_digests_are_of_the_content_on_the_device(device: object, tmp_path: Path) -> None:

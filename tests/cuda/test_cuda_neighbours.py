@@ -1,5 +1,5 @@
-"""Risk: the device and the rest of the process get in each other's way: torch's streams, somebody's
-capture or context, a graph that outlives a lease, a framework that cannot see the memory."""
+"""Risk: the runtime and the rest of the process disturb each other: torch's streams, a capture or
+context of other code, a graph that outlives a lease, a framework that cannot see the memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_thread_s_context_and_capture_mode_are_left_as_they_were(
 
 
 def test_streams_of_others_are_waited_for(two_files: dict[str, Path]) -> None:
-    """As a torch stream is: the lease ends, the work does not, and nothing is unmapped under it."""
+    """Use a stream as torch does: the lease ends before the work, but no memory is unmapped."""
 
     class TorchStream:
         cuda_stream = 0
@@ -103,7 +103,7 @@ def test_streams_of_others_on_the_host(two_files: dict[str, Path]) -> None:
 
 
 def test_a_graph_is_replayed_only_under_a_lease(two_files: dict[str, Path]) -> None:
-    """It keeps addresses, not granules: under a new lease it reads what is there by then."""
+    """A graph keeps addresses, not granules: under a new lease it reads the data mapped by then."""
     with testing.simulated_cuda(check=False) as cuda:
         raw = Cuda(cuda.library).start()
         runtime = make(cuda, two_files, arena="6MiB")
@@ -127,7 +127,7 @@ def test_a_graph_is_replayed_only_under_a_lease(two_files: dict[str, Path]) -> N
             assert out[0:GRANULE] == wanted
         assert not cuda.violations
         runtime.swap(evict="a", load="b").wait()
-        with suppress(Exception):  # refused at the launch, or when it runs
+        with suppress(Exception):  # either the launch or the run is refused
             assert replay() == 719
         assert out[0:GRANULE] != wanted
         assert "use-while-unmapped" in {violation.kind for violation in cuda.violations}
@@ -147,7 +147,7 @@ def test_frameworks_that_cannot_see_the_device(
             import torch
 
             if torch.backends.cuda.is_built():
-                pytest.skip("torch is a build with CUDA, and the simulated device is not for it")
+                pytest.skip("this torch is built with CUDA and cannot use the simulated device")
             with pytest.raises(WarmServeError, match="a build without CUDA"):
                 _ = lease.tensors
 
@@ -178,7 +178,7 @@ def test_capsules_name_the_device(two_files: dict[str, Path]) -> None:
 
 
 def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None:
-    """Shape, dtype and address; CuPy itself copies nothing, for libcudart cannot run here."""
+    """Check shape, dtype and address only: CuPy copies with libcudart, which cannot run here."""
     import cupy
 
     wanted = np.arange(6, dtype=np.float32).reshape(2, 3)

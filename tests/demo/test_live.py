@@ -1,5 +1,5 @@
 """Risk: the live run flatters: it compares nothing, cannot fail, or serves other requests than the
-simulator is asked about."""
+simulator predicts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_runs_that_make_no_sense(options: dict[str, Any]) -> None:
 
 
 def test_the_trace_is_only_compressed() -> None:
-    """Twice as fast: the same requests, at half the time."""
+    """A trace replayed twice as fast has the same requests, at half the times."""
     slow, fast = asked(seconds=60.0), asked(seconds=30.0)
     assert np.allclose(slow.workload.time, 2 * fast.workload.time)
     assert [r.tenant for r in slow.requests] == [r.tenant for r in fast.requests]
@@ -105,14 +105,14 @@ def outcome(arena: int, bandwidth: float = 1e9) -> Any:
 def test_with_room_for_all_everything_is_loaded_once() -> None:
     everything = 5 * 5 * LAYER
     out = outcome(everything)
-    assert out.hits > 0.9  # each first start finds those that save seconds
+    assert out.hits > 0.9  # first starts find the layers that save time
     assert out.loaded == pytest.approx(everything, rel=0.01)
 
 
 def test_with_room_for_one_a_change_of_model_loads_it() -> None:
-    """However far the simulation's steps of KV cache exceed the arena."""
+    """This holds however far the simulation's steps of KV cache exceed the arena."""
     workload = asked().workload
-    out = outcome(5 * LAYER, bandwidth=20e6)  # 2.5 s for a model: nothing hides behind a prefill
+    out = outcome(5 * LAYER, bandwidth=20e6)  # 2.5 s for a model: no prefill hides it
     assert len(np.unique(workload.model)) * 5 * LAYER <= out.loaded
     assert out.hits < 0.9
     assert (out.ttft > 0).all()

@@ -15,7 +15,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench" / "hangup.py"
 
 
 def test_clients_that_hang_up_break_nothing(tmp_path: Path) -> None:
-    """The bench, with fewer clients; its server is a process of its own."""
+    """Run the bench with fewer clients; its server is a separate process."""
     report = tmp_path / "report.json"
     command = [sys.executable, str(BENCH), "--hang-ups", "60", "--json", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Risk: weights go while a module computes with them, or an eviction waits for ever."""
+"""Risk: weights are evicted while a module computes with them, or an eviction waits for ever."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
-    with Runtime(arena="12MiB", staging="16MiB") as runtime:  # of 5 layers each: one of two fits
+    with Runtime(arena="12MiB", staging="16MiB") as runtime:  # 5 layers each: one of two fits
         yield runtime
 
 
 class Pass:
-    """A pass of a module in a thread of its own, which stops at a part of it until `go`."""
+    """A pass of a module in a separate thread, which stops at a part of the module until `end`."""
 
     def __init__(self, module: Any, part: Any) -> None:
         self.inside, self.may_go = threading.Event(), threading.Event()
@@ -70,7 +70,7 @@ class Pass:
 
 @contextmanager
 def pass_beyond_its_lease(runtime: Runtime, module: Any) -> Iterator[Pass]:
-    """Under way at the second block, when the lease under which it began has ended."""
+    """Yield a pass that has reached the second block and whose lease has ended."""
     with runtime.lease(module.warmserve_model):
         under_way = Pass(module, module.model.layers[1])
     try:
@@ -108,7 +108,7 @@ def test_a_lease_that_ends_leaves_its_pass_the_weights(
 
 
 def test_the_next_pass_is_refused(runtime: Runtime, files: dict[str, Path]) -> None:
-    """Also if another thread's pass still holds the weights."""
+    """The pass is refused even if another thread's pass still holds the weights."""
     a = load(runtime, files["a"], name="a")
     with pass_beyond_its_lease(runtime, a):
         with pytest.raises(StaleView, match="'a' is not leased"):
@@ -186,7 +186,7 @@ def test_a_thread_cannot_wait_for_its_own_pass(runtime: Runtime, files: dict[str
             with pytest.raises(Busy) as error:
                 wait()
             refused.append(str(error.value))
-        with runtime.lease("a"):  # it holds that already
+        with runtime.lease("a"):  # the pass holds it already
             pass
 
     a.model.layers[1].register_forward_pre_hook(inside)
@@ -201,7 +201,7 @@ def test_a_thread_cannot_wait_for_its_own_pass(runtime: Runtime, files: dict[str
 def test_a_pass_that_fails_lets_go(
     runtime: Runtime, files: dict[str, Path], error: type[BaseException]
 ) -> None:
-    """torch runs no hooks after an interrupt; a pass must end all the same."""
+    """torch runs no hooks after an interrupt; the pass must still end."""
     a = load(runtime, files["a"], name="a")
 
     def fail(*_: Any) -> None:
@@ -218,7 +218,7 @@ def test_a_pass_that_fails_lets_go(
 
 
 def test_a_pass_within_a_pass_outlives_the_lease(runtime: Runtime, files: dict[str, Path]) -> None:
-    """The base model is an entry too; a module may also call itself."""
+    """The base model is also an entry point, and a module may call itself."""
     a = load(runtime, files["a"], name="a")
     lease = runtime.lease("a").acquire()
     again: list[Any] = []
@@ -227,7 +227,7 @@ def test_a_pass_within_a_pass_outlives_the_lease(runtime: Runtime, files: dict[s
         hook.remove()
         lease.release()
         again.append(a(PROMPT).logits)
-        with pytest.raises(Busy):  # the outer one goes on
+        with pytest.raises(Busy):  # the outer pass goes on
             runtime.evict("a", wait="nothing")
 
     hook = a.model.layers[1].register_forward_pre_hook(recurse)
@@ -246,7 +246,7 @@ def test_a_pass_holds_what_was_leased_and_no_more(runtime: Runtime, files: dict[
     with pytest.raises(Busy):
         runtime.evict("a", layers=[2], wait="nothing")
     with runtime.lease("a", layers=[4]), pytest.raises(StaleView):
-        a(PROMPT)  # holds the last layer alone, whatever the other pass holds
+        a(PROMPT)  # holds only the last layer; the other pass does not count
     with pytest.raises(StaleView, match="layer 3 of 'a' is not leased"):
         under_way.end()
     runtime.evict("a", wait="nothing")
@@ -268,7 +268,7 @@ def test_a_pass_takes_layers_that_are_leased_while_it_runs(
 def test_gates_of_one_pass_stay_while_another_needs_none(
     runtime: Runtime, files: dict[str, Path]
 ) -> None:
-    """The first holds some layers; the second holds all, and removes no gate that it needs."""
+    """The first pass holds some layers. The second holds all and removes no gate of the first."""
     a = load(runtime, files["a"], name="a")
     with runtime.lease("a", layers=3):
         under_way = Pass(a, a.model.layers[1])

@@ -68,7 +68,7 @@ def test_tokens_are_those_of_transformers(
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes, so that most characters take several."""
+    """A tokenizer whose tokens are bytes, so that most characters take several tokens."""
 
     def __init__(self, text: str) -> None:
         self.text = text.encode()

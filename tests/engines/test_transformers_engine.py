@@ -1,4 +1,4 @@
-"""Risk: a transformers module in the arena computes anything else than transformers itself."""
+"""Risk: a transformers module in the arena computes other results than transformers itself."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_logits_equal_in_bfloat16_and_over_several_files(runtime: Runtime, tmp_p
 def test_logits_equal_in_another_dtype(
     runtime: Runtime, tmp_path: Path, family: str, dtype: str
 ) -> None:
-    """Than the checkpoint's, which transformers would cast by itself."""
+    """The dtype differs from the checkpoint's, which transformers casts by itself."""
     path = save(tmp_path / "model", family)
     module = load(runtime, path, dtype=dtype)
     assert module.dtype is getattr(torch, dtype)
@@ -140,7 +140,7 @@ def test_names_without_the_base_models_prefix(runtime: Runtime, tmp_path: Path) 
     path = save(tmp_path / "model", "gpt2")
     tensors = load_file(path / "model.safetensors")
     short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    short["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # old checkpoints have their masks in them
+    short["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # old checkpoints contain their masks
     save_file(short, path / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(leased_logits(runtime, load(runtime, path)), plain_logits(path))
 
@@ -178,7 +178,7 @@ def check_refusal(runtime: Runtime, path: Path, *words: str) -> None:
 def test_experts_that_cannot_be_apart_are_refused(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As are those of a family that puts more than an activation between their products."""
+    """Families with more than an activation between the products of an expert are refused too."""
     path = save(tmp_path / "model", "mixtral", save_original_format=True)
     monkeypatch.setattr(MixtralExperts, "_apply_gate", lambda self, gate_up: gate_up)
     check_refusal(runtime, path, "block_sparse_moe.experts.0.w1.weight", "save_original_format")
@@ -207,7 +207,10 @@ def test_checkpoints_that_do_not_fit_the_module_are_refused(
 
 
 class WithBuffers(transformers.LlamaForCausalLM):
-    """Has a buffer in its checkpoint, one that is initialised and one that is forgotten."""
+    """A model with a buffer in its checkpoint, an initialised buffer, and optional flaws.
+
+    ``forget`` adds a buffer that is never initialised, ``hide`` a tensor that is no buffer.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -257,7 +260,7 @@ def test_a_module_can_be_bound_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral", "opt"])
 def test_the_first_pass_streams_in(tmp_path: Path, family: str) -> None:
-    """Every layer is waited for before it computes, and none before its turn."""
+    """The pass waits for each layer before the layer computes, and not before its turn."""
     path = save(tmp_path / "model", family)
     with Runtime(arena="96MiB", staging="16MiB", pump=True) as runtime:
         module = load(runtime, path, name="chat")
@@ -268,7 +271,7 @@ def test_the_first_pass_streams_in(tmp_path: Path, family: str) -> None:
             logits = module(PROMPT).logits
         assert torch.equal(logits, plain_logits(path))
         assert here == sorted(here)
-        assert 0 < here[0] < here[-1]  # the first parts were done before the last layers came
+        assert 0 < here[0] < here[-1]  # the first parts ran before the last layers arrived
         assert torch.equal(leased_logits(runtime, module), logits)
 
 
@@ -287,7 +290,7 @@ def test_gates_are_there_only_while_something_is_missing(runtime: Runtime, tmp_p
     with runtime.lease("chat", layers=3, streaming=True):
         with pytest.raises(StaleView, match="layer 3 of 'chat' is not leased"):
             module(PROMPT)
-        assert hooks() == 3  # of the last block, the norm and the head
+        assert hooks() == 3  # on the last block, the norm and the head
     leased_logits(runtime, module)
     assert hooks() == 0
 
@@ -306,7 +309,7 @@ def test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases(
         with runtime.lease("chat", layers=2), pytest.raises(StaleView, match="layer 3"):
             module(PROMPT)  # two leases hold the first layers
     with runtime.lease("chat", layers=2), pytest.raises(StaleView, match="layer 2"):
-        module(PROMPT)  # what went with the first lease is not there for another
+        module(PROMPT)  # gates that went under the first lease are back
     assert gated() == [False, True, True]
 
 
@@ -382,7 +385,7 @@ def test_configurations_are_forgotten_in_time() -> None:
     for config in configs:
         find(config)
     assert len(blueprints._kept) == KEPT
-    find(configs[0])  # forgotten: it is only remembered again
+    find(configs[0])  # forgotten: this counts as its first use again
     find(configs[0])
     assert made == [*range(1, KEPT + 2), 1, 1]
 
@@ -402,7 +405,7 @@ def test_a_load_that_fails_stops_the_pass_at_its_layer(runtime: Runtime, tmp_pat
 
 
 def test_which_parts_wait_for_which_layers() -> None:
-    """As large as they can be; never a container that is not called."""
+    """Gated parts are as large as possible, but never a container that is not called."""
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Risk: a family of transformers models has something that binding, gates or generate() forget.
+"""Risk: a family of transformers models has a feature that binding, gates or generate() miss.
 
-Each family that is named, at a small random size, and the real SmolLM2: tokens of batches while the
-tail streams in, experts as layers of their own, two stacks, and what is refused.
+The tests use each named family at a small random size, and the real SmolLM2. They check tokens of
+batches while the tail streams in, experts as separate layers, two stacks, and refusals.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from warmserve_rt.demo.tenants import make_tenants  # noqa: E402
 from warmserve_rt.engines.transformers import load  # noqa: E402
 from warmserve_rt.engines.transformers.moe import Expert  # noqa: E402
 
-# Two prompts, the shorter of which is padded on the left, and a third of another length.
+# Three prompts of different lengths; the two shorter ones are padded on the left.
 BATCH = {
     "input_ids": torch.tensor(
         [[0, 0, 0, 7, 3, 55], [20, 9, 41, 6, 30, 12], [0, 77, 14, 8, 61, 33]]
@@ -44,7 +44,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample":
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Two that wait for each other on a busy machine take far longer than one."""
+    """Use one thread: on a busy machine, two that wait for each other take far longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,10 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
-    """Moves a chunk at a time, and only while something waits: what is there is no accident."""
+    """Yield a runtime that moves one chunk at a time, and only while something waits.
+
+    The residency of layers is therefore deterministic.
+    """
     with Runtime(device="host", arena="96MiB", staging="16MiB", pump=True) as runtime:
         yield runtime
 
@@ -82,7 +85,7 @@ def test_batches_are_generated_while_the_tail_streams_in(
     wanted = plain(path).generate(**BATCH, **GREEDY).tolist()
     module = load(runtime, path, name="chat", layers="experts" if apart else None)
     layers = len(module.warmserve_model.layers)
-    for kept in (0, layers // 2, layers):  # at first all is to come, then the tail, then nothing
+    for kept in (0, layers // 2, layers):  # missing: everything, the tail, nothing
         runtime.evict("chat", keep=kept)
         with runtime.lease("chat", streaming=True):
             assert [*residency(runtime).values()].count("resident") == kept
@@ -92,7 +95,7 @@ def test_batches_are_generated_while_the_tail_streams_in(
 def test_gpt2_s_transposed_matrices_and_tied_head_are_views(
     runtime: Runtime, tmp_path: Path
 ) -> None:
-    """GPT-2 keeps its matrices the other way round, and its head is its embedding."""
+    """GPT-2 stores its matrices transposed, and its head is its embedding."""
     module = load(runtime, save(tmp_path / "model", "gpt2"), name="chat")
     tensors = runtime.tensors("chat")
     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
@@ -126,7 +129,7 @@ def test_experts_apart_compute_as_transformers_does_up_to_rounding(
     runtime: Runtime, tmp_path: Path, family: str, layers: Any, dtype: str
 ) -> None:
     path = save(tmp_path / "model", family, save_original_format=True)
-    for _ in range(3):  # the third is built like the others, and not anew
+    for _ in range(3):  # the third is a copy, not a new build
         module = load(runtime, path, name="chat", layers=layers, dtype=dtype)
         with runtime.lease("chat"), torch.no_grad():
             logits = module(PROMPT).logits
@@ -164,7 +167,7 @@ def test_a_pass_needs_the_experts_alone_that_the_router_chose(
     with runtime.lease("chat"), torch.no_grad():
         wanted = module(one).logits
     chosen = list(ran)
-    assert len(chosen) == 3 * 2  # of four in each block
+    assert len(chosen) == 3 * 2  # two of four in each block
     names = [layer.name for layer in module.warmserve_model.layers]
     needed = [name for name in names if "experts" not in name or name in chosen]
 
@@ -227,7 +230,7 @@ def test_two_stacks_stream_in_the_encoder_first(runtime: Runtime, t5: Path) -> N
     with runtime.lease("chat", streaming=True):
         assert module.generate(**BATCH, **GREEDY).tolist() == wanted
     assert seen[:4] == ["resident"] * 4
-    assert seen.count("resident") < len(seen)  # the encoder was done before the decoder was there
+    assert seen.count("resident") < len(seen)  # the encoder did not wait for the decoder
 
 
 def test_two_stacks_where_one_is_wanted_are_refused(runtime: Runtime, t5: Path) -> None:
@@ -237,7 +240,7 @@ def test_two_stacks_where_one_is_wanted_are_refused(runtime: Runtime, t5: Path) 
 
 
 def test_an_encoder_called_by_itself_must_be_leased(runtime: Runtime, t5: Path) -> None:
-    """As generate() calls it, past the forward pass of the whole."""
+    """generate() calls the encoder directly, not through the forward pass of the whole module."""
     module = load(runtime, t5, name="chat", auto_class=AutoModelForSeq2SeqLM)
     with pytest.raises(StaleView, match="'chat' is not leased"):
         module.generate(PROMPT, max_new_tokens=2)
@@ -246,7 +249,7 @@ def test_an_encoder_called_by_itself_must_be_leased(runtime: Runtime, t5: Path) 
 
 
 def test_an_encoder_that_is_no_layer_of_its_own_is_waited_for(t5: Path) -> None:
-    """All is one layer, for which the whole module waits; but the encoder is called by itself."""
+    """The whole module waits for the one layer, but here the encoder is called by itself."""
     names = [*load_file(t5 / "model.safetensors")]
     with Runtime(arena="96MiB", staging="16MiB", pump=True, poison=True) as runtime:
         module = load(runtime, t5, layers=[names], auto_class=AutoModelForSeq2SeqLM)
@@ -257,7 +260,7 @@ def test_an_encoder_that_is_no_layer_of_its_own_is_waited_for(t5: Path) -> None:
     assert torch.equal(states, theirs)
 
 
-# What is refused or caught
+# Refusals
 
 
 def test_a_base_model_called_by_itself_must_be_leased(runtime: Runtime, tmp_path: Path) -> None:
@@ -284,7 +287,7 @@ def test_a_model_that_would_write_to_its_weights_is_refused(
 def test_quantized_models_are_refused_by_their_method(
     runtime: Runtime, tmp_path: Path, method: str, part: str | None
 ) -> None:
-    kind = "llama" if part is None else "llava"  # one of several models in one
+    kind = "llama" if part is None else "llava"  # llava combines several models
     config = AutoConfig.for_model(kind).to_dict()
     (config if part is None else config[part])["quantization_config"] = {"quant_method": method}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -293,7 +296,7 @@ def test_quantized_models_are_refused_by_their_method(
     assert not runtime.snapshot().models
 
 
-# The real one
+# The real SmolLM2
 
 
 def test_smollm2(tmp_path: Path) -> None:

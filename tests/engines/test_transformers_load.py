@@ -31,7 +31,7 @@ def rewrite(path: Path, change: Any) -> None:
     save_file({k: change(k, v) for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
-# What goes wrong late
+# Late failures
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def rewrite(path: Path, change: Any) -> None:
 def test_a_generation_config_is_read_as_transformers_reads_it(
     runtime: Runtime, tmp_path: Path, content: Any
 ) -> None:
-    """Where from_pretrained survives it, load does; where it raises, nothing is registered."""
+    """If from_pretrained accepts the file, load does too; if it raises, nothing is registered."""
     path = save(tmp_path / "model", "llama")
     file = path / "generation_config.json"
     file.unlink()

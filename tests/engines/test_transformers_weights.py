@@ -1,4 +1,4 @@
-"""Risk: an ordinary call on a bound module kills the process, or leaves the arena in silence."""
+"""Risk: an ordinary call on a bound module kills the process, or silently leaves the arena."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def addresses(module: Any) -> dict[str, Any]:
 
 
 def merge(module: Any) -> None:
-    """As PEFT's merge_and_unload does."""
+    """Change weights as PEFT's merge_and_unload does."""
     weight = module.lm_head.weight
     weight.data += torch.ones_like(weight.data)
 
@@ -84,7 +84,7 @@ def test_a_change_is_refused_before_it_faults_or_leaves_the_arena(
         if leased:
             with runtime.lease("m"), pytest.raises(TypeError, match=r"weights of 'm'.*deepcopy"):
                 CHANGES[change](module)
-        elif change != "safe merge":  # it reads the weights first
+        elif change != "safe merge":  # a safe merge reads the weights first
             with pytest.raises(TypeError, match=r"weights of 'm'.*deepcopy"):
                 CHANGES[change](module)
     assert addresses(module) == before

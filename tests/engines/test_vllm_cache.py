@@ -1,6 +1,6 @@
 """Risk: an engine serves weights that are half written, damaged or of another model.
 
-No vLLM is needed here.
+These tests do not need vLLM.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MIB = 1 << 20
 
 
 def state_of(seed: int, layers: int = 2, mib: int = 1) -> State:
-    """Layers of so many MiB, each of random numbers."""
+    """Return a state with layers of ``mib`` MiB each, filled with random numbers."""
     made = torch.Generator().manual_seed(seed)
     return State(
         parameters={
@@ -170,11 +170,11 @@ class TestCache:
         old = cache.write(KEY, state_of(1))
         child = subprocess.Popen(
             [sys.executable, "-c", SLOW_WRITER, str(tmp_path), *IMPORTED_FROM],
-            cwd=tmp_path,  # not where a folder has the package's name
+            cwd=tmp_path,  # no folder here has the package's name
         )
         try:
             deadline = time.monotonic() + 60
-            while len(list(old.folder.glob("weights-*"))) < 2:  # it has begun
+            while len(list(old.folder.glob("weights-*"))) < 2:  # the writer has begun
                 assert time.monotonic() < deadline
                 assert child.poll() is None
                 time.sleep(0.01)
@@ -184,7 +184,7 @@ class TestCache:
         assert cache.find(KEY) == old
         assert len(list(old.folder.glob("weights-*"))) == 2
         new = cache.write(Key(KEY.name, KEY.place, {"vLLM": "0.33.0"}), state_of(3))
-        assert [*old.folder.glob("weights-*")] == [new.weights]  # and what it left is gone
+        assert [*old.folder.glob("weights-*")] == [new.weights]  # the killed writer's file is gone
 
     def test_two_processes_that_write_at_once_end_with_one_entry(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -211,7 +211,7 @@ def write_it(root: Path, seed: int) -> str:
     return str(Cache(root).write(KEY, state_of(seed)).weights)
 
 
-# Where another process finds what this file imports, and this file.
+# Folders in which another process finds this file and its imports.
 TESTS = Path(__file__).resolve().parents[1]
 IMPORTED_FROM = [str(TESTS / "engines"), str(TESTS), str(TESTS / "support")]
 
@@ -268,7 +268,7 @@ class TestState:
         assert torch.equal(other.first.weight, module.first.weight)
         assert torch.equal(other.second.table, module.first.table)
         assert other.second.scale == 2
-        other.first.scale += 1  # memory of its own
+        other.first.scale += 1  # this tensor is not shared
         assert module.first.scale == 2
 
     def test_the_order_of_axes_in_memory_is_kept(self) -> None:
@@ -357,7 +357,7 @@ class TestArenas:
             assert arenas.obtain("host", None).runtime is runtime  # type: ignore[union-attr]
             with pytest.raises(ValueError, match="already has an arena on 'host'"):
                 engine.use(runtime)
-        assert arenas.find("host") is None  # closed
+        assert arenas.find("host") is None  # its runtime is closed
 
     def test_engines_with_the_same_weights_share_them(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
@@ -384,7 +384,7 @@ class TestArenas:
         arena.add(one)
         with pytest.raises(OutOfDeviceMemory, match="the largest of the others needs"):
             arena.add(two, kept=True)
-        arena.add(two).close()  # they may take turns
+        arena.add(two).close()  # the two may take turns
 
     def test_what_arrived_is_compared_with_what_was_written(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
@@ -445,11 +445,11 @@ class TestArenas:
         weights.wake()
         weights.wake()
         other.sleep()
-        assert resident()  # it is awake, however often it was woken
+        assert resident()  # `weights` is awake, however often it was woken
         with arena.runtime.lease(weights.model), pytest.raises(Busy):
             weights.sleep()
         other.sleep()
-        assert resident()  # it was refused its sleep
+        assert resident()  # its sleep was refused
         weights.sleep()
         assert not resident()
 

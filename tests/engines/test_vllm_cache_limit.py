@@ -1,4 +1,4 @@
-"""Risk: the cache of processed weights fills the disk, loses what is in use, or fails obscurely."""
+"""Risk: the cache of processed weights fills the disk, loses entries in use, or fails obscurely."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from warmserve_rt.engines.vllm.entries import (  # noqa: E402
     stored,
 )
 
-PER_ENTRY = 2 * MIB + 3 * 4096  # of the weights, and less than this of everything else
+PER_ENTRY = 2 * MIB + 3 * 4096  # the weights, and a bound on the rest
 
 
 def key_of(name: str, model: str = "/models/a") -> Key:
@@ -39,7 +39,7 @@ def key_of(name: str, model: str = "/models/a") -> Key:
 
 
 def write(root: Path, names: str, limit: int | None = None) -> dict[str, Entry]:
-    """Entries of 2 MiB, each last used a minute after the one before it."""
+    """Write entries of 2 MiB, each last used a minute after the one before it."""
     made = {}
     for age, name in enumerate(names):
         made[name] = Cache(root, limit).write(key_of(name), state_of(age))
@@ -115,7 +115,7 @@ print(Cache(Path({str(tmp_path)!r})).write(key_of("a"), state_of(7)).weights.nam
         )
         assert child.stdout
         assert child.stdout.readline() == "waits\n"
-        time.sleep(0.3)  # it has, or will find, the lock that is removed now
+        time.sleep(0.3)  # the child has opened, or will open, the lock removed now
         for path in sorted(entry.folder.iterdir()):
             path.unlink()
         entry.folder.rmdir()

@@ -1,4 +1,4 @@
-"""Risk: a mistake in vLLM's options is taken for a default, or fails far from where it was made."""
+"""Risk: a mistake in vLLM's options is taken for a default, or fails far from its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Risk: a runtime is handed to vLLM in one process while its engines run in another, in silence."""
+"""Risk: a runtime is silently given to vLLM in one process while its engines run in another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 
 def start_an_engine(device: str = "host") -> str:
-    """What an engine does first in its process."""
+    """Do what an engine does first in its process; return "started" or the error."""
     processes.forget_strangers()
     try:
         arena = arenas.obtain(device, "4MiB")
@@ -42,7 +42,7 @@ def start_an_engine(device: str = "host") -> str:
 
 
 def start_a_worker() -> str:
-    """A worker is started by the engine's process."""
+    """Start a worker from this process, as an engine's process does; return its answer."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(start_an_engine)
 
@@ -91,7 +91,7 @@ def test_a_plain_fork_refuses_too(handed_over: Runtime) -> None:
 
 
 def test_another_program_that_is_started_has_engines_of_its_own(handed_over: Runtime) -> None:
-    """A server that was started by a process with a runtime is not one of its engines."""
+    """A server started by a process with a runtime is not one of that process's engines."""
     script = "import test_vllm_processes as t; print(t.start_an_engine(), t.start_a_worker())"
     done = subprocess.run(
         [sys.executable, "-c", script],

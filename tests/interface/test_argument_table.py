@@ -1,5 +1,5 @@
-"""Risk: a public call hands an ordinary argument to the native code unchecked, which fails in words
-that nobody but its author understands."""
+"""Risk: a public call hands an ordinary argument to the native code unchecked, and the native code
+fails with a message that only its author understands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def runtime(path: Path) -> Iterator[Runtime]:
 
 
 def made(**options: Any) -> Call:
-    """Makes a runtime with these options, and closes it."""
+    """Return a call that makes a runtime with these options and closes it."""
 
     def call(runtime: Runtime, path: Path) -> None:
         Runtime(**{"arena": "8MiB", "tensors": "numpy", **options}).close()

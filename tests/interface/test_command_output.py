@@ -1,5 +1,5 @@
-"""Risk: a name from a file is taken for markup or moves the cursor, a terminal that is narrow or
-ASCII cuts figures or ends in a traceback, or a wrong argument is not told."""
+"""Risk: a name from a file is taken for markup or moves the cursor, a narrow or ASCII terminal cuts
+figures or causes a traceback, or a wrong argument is not reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def write(path: Path, tensors: dict[str, tuple[str, int]]) -> Path:
-    """A checkpoint of tensors with a dtype of one byte each, all zero."""
+    """Write a checkpoint of tensors whose dtypes take one byte, all zero; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header, at = {}, 0
     for name, (dtype, nbytes) in tensors.items():
@@ -35,7 +35,7 @@ def write(path: Path, tensors: dict[str, tuple[str, int]]) -> Path:
 def command(
     *arguments: str | Path, block: Iterable[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, without the modules to ``block``."""
+    """Run the command in a separate process, without the modules in ``block``."""
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in block)
     clean = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     return subprocess.run(
@@ -46,7 +46,7 @@ def command(
             *arguments,
         ],
         env=clean | environment,
-        cwd="/",  # not the source tree, which shadows what is installed
+        cwd="/",  # outside the source tree, which would shadow the package
         capture_output=True,
         text=True,
         errors="surrogateescape",

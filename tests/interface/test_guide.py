@@ -1,4 +1,4 @@
-"""Risk: what the guide tells a server's author to write does not work."""
+"""Risk: code that the guide tells a server's author to write does not work."""
 
 from __future__ import annotations
 

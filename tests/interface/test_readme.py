@@ -47,8 +47,10 @@ def test_the_example_of_the_scheduler_runs(tmp_path: Path) -> None:
 
 
 def test_the_example_of_other_frameworks_runs(tmp_path: Path) -> None:
-    """In a process that takes the simulated driver for the system's; CuPy computes nothing there:
-    libcudart does not run on it."""
+    """Run the example in a process that takes the simulated driver for the system's.
+
+    CuPy computes nothing there, because libcudart does not run on the simulated driver.
+    """
     pytest.importorskip("cupy")
     pytest.importorskip("numba_cuda")
     found = re.search(r"<!-- frameworks-example -->\n```python\n(.*?)```", README, re.DOTALL)

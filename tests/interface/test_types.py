@@ -1,4 +1,4 @@
-"""Risk: a type checker refuses what the documentation says, or accepts what fails at run time."""
+"""Risk: a type checker refuses documented code, or accepts code that fails at run time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 import warmserve_rt
 
-# Where a checker finds this package if it was not installed but is used as it lies.
+# A checker finds the package here if it is used from its source tree and not installed.
 ROOT = Path(warmserve_rt.__file__).resolve().parents[1]
 SEARCH = {} if ROOT.name == "site-packages" else {"MYPYPATH": str(ROOT)}
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
-# What the README's lines take as given.
+# Names that the README's lines assume.
 GIVEN = """
 from typing import Any
 from warmserve_rt import Lease, Runtime
@@ -33,12 +33,12 @@ model: Any
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With one cache for all: most of the time goes into reading torch once."""
+    """Return a folder with one cache for all tests: reading torch, once, takes most of the time."""
     return tmp_path_factory.mktemp("typed")
 
 
 def problems(folder: Path, *sources: str) -> list[str]:
-    """Returns the errors of mypy --strict in these programs, without this package's own."""
+    """Return the errors of mypy --strict in these programs, without this package's own."""
     programs = [folder / f"program{number}.py" for number in range(len(sources))]
     for program, source in zip(programs, sources, strict=True):
         program.write_text(source)
@@ -112,7 +112,7 @@ warmserve_rt.nothing_of_that_name
 
 
 def test_the_lines_of_the_readme_are_strictly_typed(folder: Path) -> None:
-    """Inside of an async function if they await."""
+    """Lines that await are checked inside an async function."""
     programs = []
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         if "await " in block or "async " in block:

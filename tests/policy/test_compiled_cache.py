@@ -14,7 +14,7 @@ import warmserve_rt
 
 pytest.importorskip("numba")
 
-PACKAGE = Path(warmserve_rt.__file__).parent  # as it is installed
+PACKAGE = Path(warmserve_rt.__file__).parent  # the installed package
 PROGRAM = """
 import resource, sys
 if sys.argv[1:] == ["small"]:
@@ -29,7 +29,7 @@ print(chance(np.array([0.5, 0.5, 1.0]), 0, 2))
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A copy of the package in a folder of its own, with the files that planning needs."""
+    """Return a copy of the package in a separate folder, with the files that planning needs."""
     site = tmp_path / "site"
     shutil.copytree(
         PACKAGE, site / "warmserve_rt", ignore=shutil.ignore_patterns("__pycache__", "sim", "demo")
@@ -38,7 +38,7 @@ def installed(tmp_path: Path) -> Path:
 
 
 def compute(site: Path, *arguments: str, **environment: str) -> str:
-    """The output of a compiled function in a new process that uses no cache but that of `site`."""
+    """Run a compiled function in a new process with only the cache of `site`; return its output."""
     paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "PYTHON", "XDG"))}
     done = subprocess.run(
@@ -60,7 +60,7 @@ def caches(site: Path) -> list[Path]:
 def test_a_scheduler_plans_where_neither_installation_nor_home_can_be_written(
     installed: Path,
 ) -> None:
-    # A file where the folder would be stops root too.
+    # A file in place of the folder stops root too.
     (installed / "warmserve_rt/policy/__pycache__").write_text("")
     assert compute(installed, HOME="/dev/null", XDG_CACHE_HOME="/dev/null") == "0.25"
     assert caches(installed) == []

@@ -1,4 +1,4 @@
-"""The load forecast: its formulas, and what time, gaps, restarts and bad input may do to it."""
+"""Check the load forecast: its formulas, and the effects of time, gaps, restarts and bad input."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ histories = st.lists(st.tuples(loads, loads), min_size=1, max_size=40)
 
 
 def small(models: int = 1, **options: object) -> Forecaster:
-    """With days of six windows."""
+    """Return a forecaster whose days have six windows."""
     given: dict[str, object] = {"window": WINDOW, "horizons": HORIZONS, "period": PERIOD}
     return Forecaster(models, **{**given, **options})  # type: ignore[arg-type]
 
 
 def learn(forecaster: Forecaster, values: Array, start: float = 0.0) -> float:
-    """Teaches windows [windows, models], whose peaks are twice the averages; returns their end."""
+    """Teach windows [windows, models] with peaks of twice the averages; return their end (s)."""
     forecaster.observe_windows(start, values, 2 * values)
     return start + len(values) * WINDOW
 
@@ -46,7 +46,7 @@ def same(one: Forecast, other: Forecast) -> bool:
 
 
 def is_sane(made: Forecast) -> bool:
-    """Finite, not negative, and no average above its peak."""
+    """Return whether all values are finite and not negative, and no average is above its peak."""
     values = np.stack([made.average, made.peak, made.upper])
     return bool(np.isfinite(values).all() and (values >= 0).all()) and bool(
         (made.average <= made.peak).all()
@@ -54,7 +54,7 @@ def is_sane(made: Forecast) -> bool:
 
 
 def papers(values: list[float], ahead: int) -> float:
-    """The paper's predictor as its text has it, one window after the other."""
+    """Return the forecast of the paper's predictor, as its text states it, window by window."""
     past: dict[int, list[float]] = {}
     errors: list[float] = []
     last = 0.0
@@ -89,7 +89,7 @@ def test_the_papers_predictor_is_the_papers_formula(
     forecaster.observe_windows(0.0, averages, peaks)
     made = forecaster.forecast(len(history) * WINDOW, ahead * WINDOW)
     if known.count(unknown) == len(known):
-        assert made.average[0] == made.peak[0] == 0  # the level, for want of any window
+        assert made.average[0] == made.peak[0] == 0  # the level, because no window is known
         return
     average, peak = (papers([pair[i] for pair in known], ahead) for i in (0, 1))
     assert made.average[0] == pytest.approx(average, abs=1e-9)
@@ -160,7 +160,7 @@ def test_events_make_the_windows_that_a_step_signal_has(
             for window in range(windows):
                 low, high = window * WINDOW, (window + 1) * WINDOW
                 averages[window, model] += level * max(min(end, high) - max(begin, low), 0) / WINDOW
-                if begin < high and end >= low:  # that it begins with, or has for an instant
+                if begin < high and end >= low:  # also at its first instant
                     peaks[window, model] = max(peaks[window, model], level)
     told = small(2)
     told.observe_windows(0.0, averages, peaks)
@@ -236,7 +236,7 @@ def test_a_forecast_does_not_leap_where_a_window_or_a_learnt_horizon_ends() -> N
         before, after = (forecaster.forecast(now, end + step) for step in (-1e-6, 1e-6))
         for name in ("average", "peak", "upper"):
             assert getattr(before, name) == pytest.approx(getattr(after, name), abs=1e-4)
-    late = forecaster.forecast(now + WINDOW - 1e-6, WINDOW)  # in the middle of a window too
+    late = forecaster.forecast(now + WINDOW - 1e-6, WINDOW)  # also in the middle of a window
     assert late.average[0] == pytest.approx(
         forecaster.forecast(now, 2 * WINDOW).average[0], abs=1e-4
     )
@@ -246,7 +246,7 @@ def test_history_may_begin_where_a_window_does_but_for_rounding() -> None:
     forecaster = Forecaster(1, window=0.1, horizons=(0.1,), period=0.6, expert="daily")
     forecaster.observe_windows(0.3, [[float(slot)] for slot in range(6)], np.zeros((6, 1)))
     made = [forecaster.forecast(0.9, 0.1 * ahead).average[0] for ahead in range(1, 7)]
-    assert made == pytest.approx([0, 1, 2, 3, 4, 5], abs=1e-6)  # 0.3 / 0.1 is below 3
+    assert made == pytest.approx([0, 1, 2, 3, 4, 5], abs=1e-6)  # as a float, 0.3 / 0.1 is below 3
 
 
 def test_a_gap_in_history_teaches_nothing() -> None:
@@ -264,7 +264,7 @@ def test_a_long_silence_is_unknown_and_costs_no_more_than_a_short_one(windows: i
     now = learn(forecaster, np.full((SLOTS, 1), 6.0))
     forecaster.observe(0, now, 0)
     now += windows * WINDOW
-    forecaster.advance(now)  # would take days, a window at a time
+    forecaster.advance(now)  # window by window, this would take days
     for ahead in range(SLOTS):
         made = forecaster.forecast(now, (ahead + 1) * WINDOW)
         assert made.average[0] == pytest.approx(6.0)
@@ -339,7 +339,7 @@ def test_a_clock_set_back_a_little_counts_no_time_twice() -> None:
     forecaster.observe(0, 150.0, 8)  # 50 s back
     forecaster.observe(0, 200.0, 4)
     forecaster.advance(WINDOW)
-    forecaster.observe(0, WINDOW - 1, 4)  # into a window that is closed
+    forecaster.observe(0, WINDOW - 1, 4)  # in a window that has closed
     made = forecaster.forecast(WINDOW, WINDOW)
     assert made.average[0] == pytest.approx((200 * 10 + 100 * 4) / 300)
     assert made.peak[0] == 10
@@ -361,7 +361,7 @@ def test_a_clock_set_back_by_hours_keeps_what_was_learnt_and_the_time_of_day() -
     forecaster.advance(back + WINDOW)
     forecaster.observe(0, back + WINDOW, 0)
     made = [forecaster.forecast(back + WINDOW, 6 * WINDOW).average[0]]
-    assert made == pytest.approx([(3.0 + 3.0 + 9.0) / 3])  # one more day of that slot
+    assert made == pytest.approx([(3.0 + 3.0 + 9.0) / 3])  # the slot has one more day
 
 
 times = st.floats(-1e9, 1e9)
@@ -428,8 +428,10 @@ def test_the_mean_over_past_days_remembers_as_many_as_it_is_told() -> None:
 
 
 def series(*, seasonal: bool) -> Array:
-    """Twelve days of load [half hours, 20 models]: Poisson counts around a daily wave, or around a
-    random walk."""
+    """Return twelve days of load [half hours, 20 models].
+
+    The load has Poisson counts around a daily wave, or around a random walk.
+    """
     random = np.random.default_rng(1)
     time = np.arange(12 * 48)[:, None]
     if seasonal:
@@ -467,7 +469,7 @@ def test_the_hedge_is_near_the_best_expert_and_the_upper_forecast_is_calibrated(
     for ahead in (1, 3):
         best = min(errors[ahead, expert] for expert in EXPERTS)
         assert errors[ahead, "hedge"] <= 1.05 * best
-        assert max(errors[ahead, expert] for expert in EXPERTS) > 1.2 * best  # there is a choice
+        assert max(errors[ahead, expert] for expert in EXPERTS) > 1.2 * best  # the experts differ
 
 
 def test_a_saved_forecaster_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_exchanges_are_those_of_a_plain_model(
         for model, first, layers in group:
             for device in range(first, first + curves[model].width):
                 after[device] += sign * float(curves[model].cumulative[layers])
-    assert min(after) >= 0 or min(after) >= min(free)  # never more than there is
+    assert min(after) >= 0 or min(after) >= min(free)  # never overfills a device further
     kept = {(c.model, c.first): c.layers for c in found}
     assert all(kept[c.model, c.first] == c.layers for c in copies if c.fixed)
 
@@ -91,7 +91,7 @@ def found_of(copies: list[Copy]) -> list[tuple[int, int, int]]:
 def test_each_exchange_is_a_gain(
     market: tuple[list[ValueCurve], list[float], list[Copy], list[float], list[float]], most: int
 ) -> None:
-    """Or plans would go round in circles."""
+    """Otherwise plans would repeat in a cycle."""
     curves, need, copies, free, _ = market
     available = [0.9] * DEVICES
     arrays = Curves(curves)
@@ -124,14 +124,14 @@ def test_each_exchange_is_a_gain(
 
 
 def steps(count: int) -> list[ValueCurve]:
-    """Models of which eight layers are worth as much as all, and seven as little as none."""
+    """Return models of eight layers that are worth 1 together, and 0 if a layer is missing."""
     value = np.array([0.0] * 8 + [1.0])
     nbytes = np.full(8, 1_000_000, np.int64)
     return [ValueCurve(f"m{i}", 1, nbytes, value, np.arange(8)) for i in range(count)]
 
 
 def test_a_part_of_a_step_is_not_sold_for_its_share() -> None:
-    """On the hull three of A's eight layers are worth less than all of B's."""
+    """By the hull, three of the eight layers of m0 would be worth less than all layers of m1."""
     found = improve(
         Curves(steps(2)),
         np.array([1.0, 1.0]),
@@ -170,14 +170,16 @@ def test_a_curve_stops_where_a_unit_more_is_worth_less() -> None:
     assert curve.stops.tolist() == [0, 2, 4, 5]
     value = np.array([0.0, 1.0, 1.001, 1.002, 2.0, 2.001, 2.002])
     small = ValueCurve("m", 1, nbytes, value, np.arange(6))
-    assert small.stops.tolist() == [0, 1, 4, 6]  # what adds next to nothing is none, but the last
+    assert small.stops.tolist() == [0, 1, 4, 6]  # tiny gains are no stops, except the last
     nothing = ValueCurve("m", 1, nbytes, np.zeros(7), np.arange(6))
     assert nothing.stops.tolist() == [0]
 
 
 def test_what_does_not_fit_whole_comes_in_part() -> None:
-    """The part that is the best for its bytes is too large: a smaller one stops where a unit more
-    is worth less."""
+    """The part with the most value per byte does not fit.
+
+    The plan holds a smaller part, up to the stop after which another unit is worth less.
+    """
     nbytes = np.full(4, 1_000_000, np.int64)
     value = np.array([0.0, 0.2, 0.4, 0.4, 1.2])
     found = improve(

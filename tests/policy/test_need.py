@@ -1,4 +1,4 @@
-"""Starts that are not foreseen are cold; starts that never come waste memory."""
+"""Starts that are not predicted are cold; predicted starts that never happen waste memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from warmserve_rt.policy.rates import RecentRate, start_rates
 
 
 def counted(rate: float, service: float, batch: int, most: int) -> list[float]:
-    """Steps beyond 0, 1, ... batches of concurrent requests, a second, by simulation."""
+    """Simulate, and return the steps per second beyond 0, 1, ... batches of concurrent requests."""
     random_ = random.Random(1)
     ends: list[float] = []
     steps, now, horizon = [0] * most, 0.0, 40_000.0

@@ -1,4 +1,4 @@
-"""Risk: a start is promised sooner than its bytes can come, or later than it is."""
+"""Risk: a start is predicted earlier than its bytes can arrive, or later than it happens."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ TIMES = st.lists(
 
 
 def stepped(loads: list[int], computes: list[int], resident: set[int]) -> int:
-    """The pipeline, one tick at a time: a link that fetches what is missing in order, and a device
-    that computes one layer at a time once it is there."""
+    """Simulate the pipeline tick by tick, and return the time of the first token.
+
+    A link fetches the missing layers in order. A device computes the layers one by one, each once
+    it is resident.
+    """
     here = set(resident)
     queue = [[layer, loads[layer]] for layer in range(len(loads)) if layer not in resident]
     layer, left, now = 0, computes[0], 0
     while True:
-        while queue and queue[0][1] == 0:  # what takes no time has no tick
+        while queue and queue[0][1] == 0:  # a finished load takes no more ticks
             here.add(queue.pop(0)[0])
         while layer < len(loads) and layer in here and left == 0:
             layer += 1
@@ -114,7 +117,10 @@ def test_what_is_known_of_llamas(
     at_100: int,
     at_300: int,
 ) -> None:
-    """Prefill of 512 (8x512, 512, 2048, 2048) tokens, links of 25 and 52 GB/s; by hand."""
+    """Values computed by hand.
+
+    Prefill of 512 (8x512, 512, 2048, 2048) tokens, links of 25 and 52 GB/s.
+    """
     loads, computes = [load_ms] * layers, [prefill_ms / layers] * layers
     assert first_token(loads, computes, 0) - prefill_ms == pytest.approx(cold_extra_ms, rel=0.01)
     for extra, expected in ((0, at_knee), (100, at_100), (300, at_300)):

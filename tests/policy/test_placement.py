@@ -1,4 +1,4 @@
-"""A start on the wrong devices is late itself, or makes others late."""
+"""A start on the wrong devices is late itself, or delays other starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def starts(draw: st.DrawFn, need: float | None = None) -> Start:
 
 
 def ready(start: Start, group: tuple[int, ...]) -> float:
-    """The slowest of the devices, each useful as the rank that its index is."""
+    """Return the seconds of the slowest device.
+
+    The layers on device d help only as rank ``d % start.width``; as any other rank it starts cold.
+    """
     return max(
         start.seconds[d] if d % start.width == rank else start.cold for rank, d in enumerate(group)
     )
@@ -90,7 +93,7 @@ def test_a_start_leaves_others_what_they_have() -> None:
 
 def test_any_devices_are_better_than_none() -> None:
     start = Start(1.0, 2, 1.0, [0.0] * NODE)
-    found = start_group(start, 0b1010, NODE, [], WAIT)  # both would be the second rank
+    found = start_group(start, 0b1010, NODE, [], WAIT)  # both help only as the second rank
     assert found is not None
     assert sorted(found) == [1, 3]
     assert start_group(start, 0b0010, NODE, [], WAIT) is None

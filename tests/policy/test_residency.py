@@ -1,4 +1,4 @@
-"""Risk: memory holds what is not needed, more than there is, or something else at every plan."""
+"""Risk: a plan holds layers without need, exceeds the memory, or differs from plan to plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def curve(name: str, nbytes: list[int], gains: list[float], width: int = 1) -> V
 def problem(
     curves: list[ValueCurve], need: list[float], capacity: list[int], node: int = 8, **more: Any
 ) -> Problem:
-    """One replica of each, or those of ``model``."""
+    """Return a problem with one replica of each model, or with the replicas in ``model``."""
     model = np.array(more.pop("model", range(len(curves))), dtype=np.int64)
     arrays = {name: np.array(value) for name, value in more.items() if isinstance(value, list)}
     return Problem(
@@ -40,7 +40,7 @@ def problem(
 
 
 def best_value(asked: Problem) -> float:
-    """Of every way to give each replica a group and a number of layers."""
+    """Return the best value over all ways to give each replica a group and a number of layers."""
     curves = [asked.catalogue.curves[m] for m in asked.model]
     n, node = len(asked.capacity), asked.node_devices
 
@@ -63,7 +63,7 @@ def best_value(asked: Problem) -> float:
 
 
 def check(found: Plan) -> None:
-    """What holds of every plan."""
+    """Check the properties that every plan must have."""
     asked = found.problem
     curves = [asked.catalogue.curves[m] for m in asked.model]
     used = np.zeros(len(asked.capacity), dtype=np.int64)
@@ -116,7 +116,7 @@ def test_one_device_is_within_one_item_of_the_best(
 
 @st.composite
 def fleets(draw: st.DrawFn) -> Problem:
-    """Up to four replicas of up to three models on up to four devices."""
+    """Draw up to three replicas of up to three models on up to four devices."""
     layers = draw(st.lists(LAYERS, min_size=1, max_size=3))
     node = draw(st.sampled_from([2, 3, 4]))
     widths = [draw(st.sampled_from([w for w in (1, 2, 3) if w <= node])) for _ in layers]
@@ -166,7 +166,7 @@ def test_what_moves_gains_more_than_the_margin(asked: Problem, data: st.DataObje
 @given(fleets(), st.data())
 @settings(max_examples=100, deadline=None)
 def test_any_state_can_be_planned_from(asked: Problem, data: st.DataObject) -> None:
-    """Whatever is said to be there: too much, two replicas in one place, needs that are new."""
+    """The state may hold more than fits, two replicas in one place, or layers unrelated to need."""
     width, node, n = asked.catalogue.width[asked.model], asked.node_devices, len(asked.capacity)
     home = [
         data.draw(
@@ -195,14 +195,14 @@ def test_more_than_the_margin_moves_what_is_there() -> None:
 
 
 def test_what_stays_is_not_displaced_by_what_is_new() -> None:
-    """The newcomer is worth most, and goes where nothing that stays is."""
+    """The new replica is worth most, and takes the device that holds no staying replica."""
     curves = [curve(name, [4], [1.0]) for name in "abc"]
     asked = problem(curves, [1.0, 1.0, 5.0], [4, 4, 4], home=[0, 2, -1], held=[1, 1, 0])
     assert plan(asked).group.tolist() == [0, 2, 1]
 
 
 def test_more_tries_are_never_worse() -> None:
-    """Two of width 1 that are worth a little more per byte break the only group of four."""
+    """Two models of width 1 with slightly more value per byte break up the only group of four."""
     curves = [curve("n", [6], [6.0])] * 2 + [curve("w", [5], [19.0], 4)]
     asked = problem(curves, [1.0] * 3, [9] * 4, node=4)
     once, often = plan(asked, tries=1), plan(asked)
@@ -222,7 +222,7 @@ def test_replicas_of_one_model_never_meet() -> None:
     found = plan(asked)
     check(found)
     assert sorted(found.group.tolist()) == [-1, 0, 1]
-    assert found.gap == 0  # for the bound knows that the third has no device
+    assert found.gap == 0  # the bound knows that the third has no device
 
 
 def test_nothing_to_hold_is_a_plan() -> None:
@@ -253,7 +253,7 @@ def test_wide_models_fill_groups_within_a_node() -> None:
     assert found.group.tolist() == [3, 0]
 
 
-# What a curve is worth
+# Value curves
 
 
 def test_the_mean_is_the_seconds_saved() -> None:
@@ -279,13 +279,13 @@ def test_the_budget_is_a_step() -> None:
     step = half.value - 0.5 * mean.value
     assert step[:floor] == pytest.approx(0)
     assert step[floor:] == pytest.approx(0.5 * whole)
-    for budget in (0.0, 10.0):  # out of reach, and met by a cold start: nothing to win
+    for budget in (0.0, 10.0):  # unreachable, and met by a cold start: nothing to gain
         none = value_curve(CHAT, 10e9, 500, budget_s=budget, objective="slo")
         assert none.value == pytest.approx(1e-3 * mean.value)
 
 
 def test_the_ends_of_the_objective() -> None:
-    """Room for one knee or for both floors: the mean takes the first, the budget the second."""
+    """With room for one knee or both floors, the mean takes the knee and the budget the floors."""
     profiles = [replace(CHAT, name=name) for name in ("often", "seldom")]
     need, found = [4.0, 1.0], {}
     for objective in ("mean", "slo"):
@@ -319,7 +319,7 @@ def test_stamps_fall_along_the_layers_and_add_up(layers: list[tuple[int, int]], 
     assert float(stamps @ made.nbytes) * width == pytest.approx(0.5 * made.value[-1])
 
 
-# Words
+# Explanations
 
 
 def test_a_plan_explains_itself() -> None:

@@ -1,5 +1,5 @@
-"""Risk: models that are promoted, unregistered, added or removed stop a fleet, or it keeps memory
-for a model that traffic no longer uses."""
+"""Risk: promoting, unregistering, adding or removing a model stops a fleet, or the fleet keeps
+memory for a model that traffic no longer uses."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_fleet_of_a_revision_knows_it_by_its_bare_name(world: World, tmp_path:
     assert profile.name == "chat@1"
     world.fleet.add(profile)
     world.begin(recent=1.0, memory=1e6, models=4)
-    for name in ("chat", "chat@1", "chat@2"):  # each is traffic of the one model
+    for name in ("chat", "chat@1", "chat@2"):  # each name is traffic of one model
         world.ask(name, 4)
     world.settle()
     assert world.held() == {"chat@1": ALL}
@@ -107,7 +107,7 @@ def test_a_model_that_is_registered_again_is_loaded_again(world: World, tmp_path
     world.begin(recent=1.0, memory=1e6)
     world.ask("a", 8)
     world.settle()
-    for told in (1, 2):  # a second time it is told again
+    for told in (1, 2):  # the error is reported each time
         world.runtimes[0].unregister("a")
         world.settle()
         world.ask("b", 1)
@@ -174,7 +174,7 @@ def test_removing_a_model_keeps_the_demand_of_the_others(world: World) -> None:
     for _ in range(5):
         world.fleet.finished("c")
     world.settle()
-    assert world.held() == {"a": [0, 1], "c": ALL}  # nothing else has need of the room
+    assert world.held() == {"a": [0, 1], "c": ALL}  # no other model needs the room
 
 
 def test_requests_of_a_removed_model_may_finish(world: World) -> None:
@@ -236,7 +236,7 @@ def test_services_that_are_not_of_the_models_are_refused(world: World) -> None:
 
 
 def test_models_come_and_go_in_many_threads_while_plans_are_made(tmp_path: Path) -> None:
-    """A real loop, and four threads that add, remove and ask; then what is left is served."""
+    """Run a real loop and four threads that add, remove and ask; then serve the models left."""
     from warmserve_rt import Runtime
 
     with Runtime(arena=6 * GRANULE, tensors="numpy") as runtime:

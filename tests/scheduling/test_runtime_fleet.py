@@ -1,5 +1,5 @@
-"""Risk: a plan is not what is done: other layers come or go, a failure ends the planning, or the
-scheduler does not see what the runtime holds."""
+"""Risk: a plan is not carried out: other layers are loaded or evicted, a failure ends the planning,
+or the scheduler does not see what the runtime holds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Clock:
 
 
 class World:
-    """Runtimes of six granules without threads, three models of four, and a clock set by hand."""
+    """Hold runtimes of six granules without threads, three models of four, and a manual clock."""
 
     def __init__(self, folder: Path, count: int = 1, *, width: int = 1, **options: Any) -> None:
         self.clock = Clock()
@@ -83,20 +83,20 @@ class World:
             self.fleet.finished(model)
 
     def plan(self, seconds: float = 1.0) -> None:
-        """Lets time pass, in which rates are renewed, and then a plan be made."""
+        """Let time pass, so that the fleet updates its rates and then makes a plan."""
         for passed in (0.0, seconds, 2 * SETTLE_S):
             self.clock.now += passed
             self.fleet.poll()
 
     def settle(self, seconds: float = 1.0) -> None:
-        """And the runtimes load what they were told to."""
+        """Plan, and let the runtimes finish their loads."""
         self.plan(seconds)
         for runtime in self.runtimes:
             while runtime.step():
                 pass
 
     def held(self, device: int = 0) -> dict[str, list[int]]:
-        """The resident layers of each model that has any."""
+        """Return the resident layers of each model that has any."""
         models = self.runtimes[device].snapshot().models
         found = {
             name: [i for i, layer in enumerate(state.layers) if layer.residency == "resident"]
@@ -122,7 +122,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_what_is_asked_for_more_is_resident(world: World) -> None:
     world.begin()
     world.settle()
-    assert world.held() == {}  # nothing is asked for, nothing is loaded
+    assert world.held() == {}  # no requests, no loads
     world.ask("a", 8)
     world.ask("b", 2)
     world.settle()
@@ -145,7 +145,7 @@ def test_when_demand_changes_what_is_worth_less_gives_way(world: World) -> None:
 
 
 def test_layers_beyond_the_plan_go_first(world: World) -> None:
-    """Also of a model that nobody asks for, whose first layers are of use longer."""
+    """This holds also for a model without requests, whose first layers stay useful longer."""
     world.runtimes[0].prewarm("b").wait(5)
     world.begin()
     world.settle()
@@ -162,7 +162,7 @@ def test_a_lease_is_never_planned_away(world: World) -> None:
     with world.runtimes[0].lease("b"):
         world.ask("a", 50)
         world.settle()
-        # Two granules are left beside the lease; nothing was tried that cannot be.
+        # The lease leaves two granules, and the scheduler plans no more than that.
         assert world.held() == {"a": [0, 1], "b": [0, 1, 2, 3]}
         assert {(copy.model, copy.layers) for copy in scheduler.held} == {(0, 2), (1, 4)}
     world.settle()
@@ -184,7 +184,7 @@ def test_what_is_on_its_way_counts_once(world: World) -> None:
     world.begin()
     world.ask("a", 8)
     world.plan()
-    assert world.runtimes[0].step()  # the first chunk, with nearly all still to come
+    assert world.runtimes[0].step()  # the first chunk; nearly all bytes are still missing
     device = world.fleet.devices[0]
     device.refresh()
     shard = device.shards[0, 0]
@@ -263,7 +263,7 @@ def test_a_load_that_fails_is_told_and_tried_again_later(world: World) -> None:
     world.settle()
     world.settle(1.0)
     assert world.held() == {}
-    assert len(world.fleet.errors) == 1  # and not one for each plan
+    assert len(world.fleet.errors) == 1  # not one error for each plan
     world.watched[0].faults.disarm()
     world.settle(BACKOFF_S + 1.0)
     world.settle(1.0)
@@ -319,7 +319,10 @@ def test_close_calls_off_what_it_loads(world: World) -> None:
         ({"runtimes": []}, "must have runtimes"),
         ({"profiles": []}, "and models"),
         ({"bandwidth": 0.0}, "bandwidth must be positive and finite bytes per second, got 0.0"),
-        ({"bandwidth": float("nan")}, "bandwidth must be positive and finite bytes per second, got nan"),
+        (
+            {"bandwidth": float("nan")},
+            "bandwidth must be positive and finite bytes per second, got nan",
+        ),
         ({"profiles": ["a", "a"]}, "one name"),
         ({"width": 2}, "a needs 2 devices"),
         ({"rename": "z"}, "'z'"),
@@ -397,7 +400,7 @@ def test_the_thread_wakes_for_what_is_due_sooner_and_ends() -> None:
 
 
 def test_a_thread_of_its_own_prewarms(device: Device, tmp_path: Path) -> None:
-    """On every kind of device, with the runtime's own loaders."""
+    """Use every kind of device, with the runtime's own loaders."""
     runtime = device.runtime(arena=6 * GRANULE)
     for name, sizes in SIZES.items():
         runtime.register(name, write_model(tmp_path / name, name, sizes))

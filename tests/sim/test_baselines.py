@@ -36,7 +36,7 @@ def small() -> Workload:
 
 
 def requests(models: Sequence[ModelProfile], rows: Sequence[tuple[float, int, int, int]]) -> Any:
-    """Of (time, model, prompt, output), with no history."""
+    """Return a workload of (time, model, prompt, output) rows, without history."""
     time, model, prompt, output = zip(*rows, strict=True)
     return Workload(
         name="some",
@@ -54,7 +54,7 @@ def requests(models: Sequence[ModelProfile], rows: Sequence[tuple[float, int, in
 
 
 def toy(name: str, *, nbytes: int = 10, prefill: float = 0.2, batch: int = 32) -> ModelProfile:
-    """Of so many GB in ten layers."""
+    """Return a model of ``nbytes`` GB in ten layers."""
     layers = (nbytes * 10**8,) * 10
     return ModelProfile(name, 1, layers, 1000, prefill, 0.0, 0.01, batch=batch, ends=False)
 
@@ -63,7 +63,7 @@ def ttft(fleet: Fleet) -> np.ndarray[Any, Any]:
     return np.asarray(fleet.first_token - fleet.workload.time)
 
 
-# All of them.
+# All policies.
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
@@ -136,7 +136,7 @@ def test_options_a_policy_does_not_have_are_refused(small: Workload) -> None:
 def test_another_instance_starts_once_load_has_been_high_for_long_enough(
     policy: str, scaling: dict[str, float], second: float
 ) -> None:
-    """An instance has all that it takes from 0.25 s on; twice a second it is looked at."""
+    """From 0.25 s on, an instance has all the work that it takes; the check runs twice a second."""
     rows = [(0.25, 0, 9, 2000)] * 4
     instances = []
 
@@ -158,7 +158,7 @@ def test_scaling_that_makes_no_sense_is_refused(small: Workload, scaling: dict[s
         simulate("warmserve", small, EIGHT, policy_options=scaling)
 
 
-# A cold start, and polls.
+# Cold starts and polls.
 
 
 @pytest.mark.parametrize(("base", "seconds"), [("llama2-7b", 0.392), ("llama2-70b", 1.004)])
@@ -174,7 +174,7 @@ def test_a_cold_start_takes_what_its_bytes_take_and_polls_no_less(
         return float(ttft(fleet)[0]) - model.prefill(512)
 
     assert cold("autoscaling") == pytest.approx(seconds, abs=5e-4)
-    # The control loop turns 0.4 s later; of the requests' asking only whole seconds count.
+    # The control loop runs 0.4 s later. Requests poll once a second, so their wait is rounded up.
     ready = 0.4 + 0.01 + seconds
     assert cold("autoscaling-polls") == pytest.approx(np.ceil(ready))
 
@@ -214,7 +214,7 @@ def test_what_was_used_lately_is_kept() -> None:
     rows = [(20.0 * i, "abc".index(name), 9, 9) for i, name in enumerate(turns)]
     fleet = simulate("lru", requests(models, rows), hardware)
     warm = models[0].prefill(9) + 0.01
-    # b goes for c, and c for b: a was used after each of them.
+    # c evicts b, and b evicts c: a was used after each of them.
     expected = [warm + (0.0 if hit == "+" else 1.0) for hit in "--+-+-++"]
     assert ttft(fleet) == pytest.approx(expected)
 
@@ -250,7 +250,7 @@ def test_neighbours_slow_each_other_while_both_work(interference: float) -> None
 
     assert run((0.0, 0, 9, 1)) == pytest.approx([0.2])
     assert run((0.0, 0, 9, 1), (0.0, 1, 9, 1)) == pytest.approx([0.2 * (1 + interference)] * 2)
-    # The second comes when half of the first is done, and does its own half with nobody beside it.
+    # The second arrives when the first is half done, and runs its own last half alone.
     both = 0.1 + 0.1 * (1 + interference)
     assert run((0.0, 0, 9, 1), (0.1, 1, 9, 1)) == pytest.approx([both] * 2)
 
@@ -259,7 +259,7 @@ def test_decoding_is_slowed_too() -> None:
     one = Hardware(devices=1, node_devices=1, interference=1.0)
     workload = requests([toy("a"), toy("b")], [(0.0, 0, 9, 101), (0.5, 1, 9, 1)])
     fleet = simulate("sharing", workload, one)
-    # 0.2 s of prefill and 1 s of decoding, of which 0.4 s beside a prefill went half as fast.
+    # 0.2 s of prefill and 1 s of decoding; for 0.4 s, beside a prefill, decoding was half as fast.
     assert fleet.finished[0] == pytest.approx(0.2 + 1.0 + 0.2)
 
 
@@ -292,8 +292,10 @@ def test_models_without_a_place_are_refused_and_the_run_ends(policy: str) -> Non
 
 @pytest.mark.parametrize("policy", STATIC)
 def test_a_cache_is_for_whoever_asks_and_waits_for_room(policy: str) -> None:
-    """One request fills the device's cache; the other model's waits until it is done, and one that
-    is larger than the cache is served nevertheless."""
+    """One request fills the device's cache; a request of the other model waits until it is done.
+
+    A request that is larger than the cache is still served.
+    """
     models = [toy("a"), toy("b")]
     one = Hardware(devices=1, node_devices=1, memory=20e9 + 3e6)  # 3,000 tokens
     rows = [(0.0, 0, 2000, 500), (0.1, 1, 1000, 10), (60.0, 1, 5000, 10)]
@@ -343,7 +345,7 @@ def test_a_placement_fits_and_leaves_out_only_what_does_not(demands: list[Demand
         width = demands[model].profile.width
         groups = [used[i : i + width] for i in range(0, EIGHT.devices, width)]
         copies = Counter(each.model for each in placed)
-        if max(copies.values(), default=0) <= 1:  # copies may have taken the room since
+        if max(copies.values(), default=0) <= 1:  # later copies may have taken the room
             assert all(max(group) + bytes_of(model) > EIGHT.memory for group in groups)
 
 
@@ -387,7 +389,7 @@ def test_a_replica_goes_to_any_devices_on_which_it_nests_aligned_ones_first() ->
     assert place(6) == [0, 2, 3, 4]
     warmserve.replicas = [Replica(0, (fleet.devices[2], fleet.devices[5]), 0.5)]
     assert place(-1) == [0, 3, 4, 7]
-    assert place(0) == [2, 3, 4, 5]  # with one of the two alone it would cross them
+    assert place(0) == [2, 3, 4, 5]  # with only 2 or only 5 it would cross the replica
     assert place(5) is None
 
 

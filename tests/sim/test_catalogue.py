@@ -1,4 +1,4 @@
-"""Costs that are not the published ones would make every simulated figure fiction."""
+"""Costs that differ from the published ones would make every simulated figure fiction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAPER = {  # bytes, width, prefill of the mean prompt, decode step, KV bytes of 
     "llama2-13b": (26_032_558_080, 2, 0.070, 0.020, 800 * 1024),
     "llama2-70b": (137_961_209_856, 4, 0.100, 0.030, 320 * 1024),
 }
-TABLE = {  # layers, MB of one, MB of embedding and head, GB, KV KiB of a token
+TABLE = {  # layers, MB of a layer, MB of embedding and head, GB, KV KiB of a token
     "llama2-7b": (32, 404.8, 524, 13.48, 512),
     "llama2-13b": (40, 634.4, 655, 26.03, 800),
     "llama2-70b": (80, 1711.3, 1049, 137.95, 320),
@@ -55,7 +55,7 @@ def test_sizes_are_the_published_ones(name: str):
     first, *inner, last = model.layer_bytes
     assert len(inner) == layers
     assert inner[0] * model.width == pytest.approx(layer * 1e6, rel=2e-4)
-    # The paper's totals have up to 8 MB that no table of shapes has.
+    # The paper's totals include up to 8 MB that no table of shapes accounts for.
     assert (first + last) * model.width == pytest.approx(ends * 1e6, abs=9e6)
     assert abs(first - last) <= 1
     assert model.nbytes * model.width == pytest.approx(total * 1e9, abs=2e7)

@@ -1,8 +1,8 @@
-"""Risk: a part of WarmServe does not do in the simulator what it is there for.
+"""Risk: a part of WarmServe does not do its job in the simulator.
 
-Each test takes one part away and serves the same requests of the paper's four models. The paper's
-two nodes have 15 to 25 requests a second; one node here has half of that. Margins are what seeds 1
-to 8 showed, all of them or their mean, as each test says; fewer run here, to be quick.
+Each test removes one part and serves the same requests of the paper's four models. The paper's two
+nodes have 15 to 25 requests a second; one node here has half of that. The margins come from seeds 1
+to 8, from all of them or from their mean, as each test says. Fewer seeds run here, to be quick.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ MINUTE = 60.0
 
 @cache
 def served(hardware: Hardware, rate: float, seed: int, **options: float) -> RunSummary:
-    """Five minutes under WarmServe with these options. The history is in windows as long as those
-    that are forecast, which leaves the requests as they are."""
+    """Return the summary of five minutes under WarmServe with these options.
+
+    Windows of the history are as long as the forecast windows. This does not change the requests.
+    """
     window = options.get("window", 5 * MINUTE)
     requests = azure(paper_models(), rate, 5 * MINUTE, seed, service="conv", window=window)
     return summary(simulate("warmserve", requests, hardware, policy_options=options))
@@ -34,9 +36,12 @@ def served(hardware: Hardware, rate: float, seed: int, **options: float) -> RunS
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_prewarming_is_far_worse_than_no_placement_and_that_than_both(seed: int) -> None:
-    """Each of the eight seeds shows all of it: the mean is 1.008 to 1.04 times as long without
-    placement and 1.027 to 1.063 times without prewarming, and late first tokens none, 0.08 to 0.3 %
-    and 1.6 to 4.5 times as many."""
+    """Each of the eight seeds shows all of these relations.
+
+    The mean TTFT is 1.008 to 1.04 times as long without placement, and 1.027 to 1.063 times as long
+    without prewarming. With both, no first token is late. Without placement 0.08 to 0.3 % are late,
+    and without prewarming 1.6 to 4.5 times as many.
+    """
     full = served(ONE_NODE, 10.0, seed)
     unplaced = served(ONE_NODE, 10.0, seed, placement=False)
     cold = served(ONE_NODE, 10.0, seed, prewarm=False)
@@ -47,8 +52,10 @@ def test_no_prewarming_is_far_worse_than_no_placement_and_that_than_both(seed: i
 
 
 def test_lending_kv_lets_starts_find_more_and_is_no_worse() -> None:
-    """In single seeds the mean is 0.90 to 1.24 times as long without lending, 1.02 in the mean of
-    eight: too few instances drain to tell it from chance. What starts find falls from 0.94 to 0.90.
+    """Without lending, the share of layers that starts find resident falls from 0.94 to 0.90.
+
+    The mean TTFT of single seeds is then 0.90 to 1.24 times as long, and that of eight seeds 1.02
+    times. Too few instances drain to distinguish this from chance.
     """
     seeds = range(1, 6)
     lent = [served(TWO_NODES, 20.0, seed) for seed in seeds]
@@ -58,10 +65,12 @@ def test_lending_kv_lets_starts_find_more_and_is_no_worse() -> None:
 
 
 def test_windows_of_five_minutes_beat_forty_where_memory_is_short_and_equal_three() -> None:
-    """A long window has a high peak, and the replicas for it take the place of better ones: no seed
-    of eight is better with 40 minutes, the mean is 0.6 % worse. (Where there is room for all, on
-    two nodes, more replicas cost nothing, and 40 minutes are 1 to 2 % better.) With 3 minutes the
-    mean is 0.6 % better here, and the same on two nodes."""
+    """A long window has a high peak, and its replicas displace better ones.
+
+    With 40 minutes, none of eight seeds is better, and the mean is 0.6 % worse. (Two nodes have
+    room for all, so that more replicas cost nothing, and 40 minutes are 1 to 2 % better.) With 3
+    minutes the mean is 0.6 % better here, and the same on two nodes.
+    """
     means = {
         minutes: [served(ONE_NODE, 12.0, seed, window=minutes * MINUTE).ttft_mean for seed in SEEDS]
         for minutes in (3, 5, 40)

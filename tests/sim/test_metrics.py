@@ -46,7 +46,7 @@ def workload(time: list[float], model: list[int], prompt: list[int]) -> Workload
 
 
 def fleet(first_token: list[float], **changes: Any) -> Any:
-    """What a fleet looks like after four requests, at 0, 1, 2 and 3 s."""
+    """Return a stand-in for a fleet after four requests, at 0, 1, 2 and 3 s."""
     served = {
         "workload": workload([0, 1, 2, 3], [0, 0, 1, 1], [80, 180, 5, 5]),
         "first_token": np.array(first_token),
@@ -146,7 +146,7 @@ def test_what_has_no_interval_has_none(values: list[float]) -> None:
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=8), st.floats(0.1, 10))
 def test_pairing_removes_what_seeds_share(values: list[float], factor: float) -> None:
-    """A policy that is always so many times slower is known to be, however seeds differ."""
+    """A policy that is always ``factor`` times slower shows exactly that, however seeds differ."""
     found = ratio([value * factor for value in values], values)
     assert found.mean == pytest.approx(factor)
     assert found.low == pytest.approx(factor, rel=1e-6)
@@ -174,7 +174,7 @@ def test_the_highest_rate_passes_over_a_lower_one_that_fails() -> None:
 
 def test_a_traces_beginning_becomes_the_past_and_no_request_is_in_both() -> None:
     whole = workload([0, 1, 4.9, 5, 9], [0, 0, 1, 1, 0], [1, 2, 3, 4, 5])
-    cut = with_history(whole, 9.0)  # one window of 5 s, and not two
+    cut = with_history(whole, 9.0)  # one whole window of 5 s
     assert cut.history.tolist() == [[2 / 5, 1 / 5]]
     assert cut.time.tolist() == [0, 4]
     assert cut.prompt.tolist() == [4, 5]

@@ -1,4 +1,4 @@
-"""Risk: a report says what was not run, or cannot be read where it is opened."""
+"""Risk: a report shows results that were not run, or cannot be read where it is opened."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_best_policy_that_seeds_cannot_tell_apart_is_not_called_sure(
 
 
 class Tags(HTMLParser):
-    """Fails at a tag that closes another than the last opened."""
+    """A parser that fails at a closing tag that does not match the last open tag."""
 
     VOID = frozenset({"meta", "br"})
 
@@ -163,7 +163,7 @@ def test_the_report_follows_the_readers_colours_and_screen(page: str) -> None:
 
 
 def test_colours_can_be_read_on_either_ground() -> None:
-    """Contrast of text at least 4.5, of lines and bands at least 3 (WCAG 2.1, 1.4.3 and 1.4.11)."""
+    """Text has a contrast of at least 4.5, lines and bands of 3 (WCAG 2.1, 1.4.3 and 1.4.11)."""
     style = (Path(table.__file__).parent / "report.css").read_text()
     grounds = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(grounds) == 2
@@ -193,7 +193,7 @@ def test_every_policy_is_in_every_part_of_the_report(page: str) -> None:
 
 
 def strokes(page: str) -> dict[str, tuple[str, str]]:
-    """The colour and the dashes of each name in the legend."""
+    """Return the colour and the dashes of each name in the legend."""
     keys = re.findall(
         r"style=\"stroke:([^\"]*)\"(?: stroke-dasharray=\"([^\"]*)\")?/>"
         r"(?:<path[^>]*></path>)?</svg>([^<]*)<",
@@ -203,7 +203,7 @@ def strokes(page: str) -> dict[str, tuple[str, str]]:
 
 
 def test_every_policy_has_dashes_of_its_own(page: str) -> None:
-    """Also for a reader who sees no colours."""
+    """A reader who sees no colours can tell the policies apart too."""
     found = strokes(page)
     assert set(found) == set(POLICIES)
     assert len({dash for _, dash in found.values()}) == len(POLICIES)
@@ -223,7 +223,7 @@ def test_every_policy_has_a_marker_of_its_own(page: str) -> None:
 
 
 def told(numbers: dict[str, Any], tails: dict[str, float], ratio: float = 2.0) -> str:
-    """The findings of policies with these P99s."""
+    """Return the findings for policies with these P99s."""
     policies = {name: dict(numbers["policies"][name]) for name in tails}
     for name, seconds in tails.items():
         tail = {"mean": seconds, "low": None, "high": None}

@@ -19,7 +19,7 @@ TIMES: dict[str, Any] = {"switch_s": 0.0, "elastic_kv": True}
 
 
 def model(name: str, *, layers: int = 4, prefill: float = 0.2, **more: Any) -> ModelProfile:
-    """Of 10 GB: it loads in a second."""
+    """Return a model of 10 GB, which loads in a second."""
     nbytes = (10 * GB // layers,) * layers
     values = {"kv_token_bytes": 1, "decode_s": 0.01, "decode_request_s": 0.0, "batch": 8, **more}
     return ModelProfile(name, 1, nbytes, prefill_s=prefill, prefill_token_s=0.0, **values)
@@ -41,9 +41,11 @@ def test_loads_of_one_device_come_one_after_the_other() -> None:
 
 
 def test_layers_stream_in_behind_a_neighbour_s_load() -> None:
-    """Two blocks of a second each, the first there half a second into a load. The second load
-    begins when the first ends; its blocks are slowed by the neighbour, and from when they are seen
-    to run, at 3.0, what is left of the neighbour's by them."""
+    """Each model has two blocks of a second each; the first arrives half a second into the load.
+
+    The second load begins when the first ends. The neighbour slows its blocks. From 3.0 s on, when
+    these blocks are seen to run, they slow the rest of the neighbour's blocks.
+    """
     models = [model("a", prefill=2.0), model("b", prefill=2.0)]
     requests = workload(models, [(1.0, 0, 9, 900), (1.0, 1, 9, 1)])
     script = Scripted(start(1.0, 0), start(1.0, 1))
@@ -57,7 +59,7 @@ def test_a_neighbour_slows_prefills_and_steps_while_it_works() -> None:
     rows = [(5.0, 0, 9, 101), (5.7, 1, 9, 1)]
     fleet, _ = run(workload(models, rows), ONE, Scripted(start(0.0, 0), start(0.0, 1)), **TIMES)
     assert waits(fleet) == pytest.approx([0.2, 0.2 * 1.5])
-    # A second of steps; beside the prefill of 0.3 s they were half as fast again.
+    # A second of steps: the 0.3 s beside the prefill did only 0.2 s of work.
     assert fleet.finished[0] == pytest.approx(5.2 + 1.0 + 0.3 - 0.2)
 
 
@@ -68,12 +70,12 @@ def test_a_neighbour_that_comes_or_goes_slows_partitions_alone() -> None:
     )
     rows = [(5.0, 0, 9, 1)]
     fleet, _ = run(workload(models, rows), ONE, script, partitioned=True, **TIMES)
-    # A quarter of the prefill at half the speed, the rest alone.
+    # A quarter of the prefill ran at half the speed, the rest alone.
     assert waits(fleet) == pytest.approx([0.1 + 0.15])
 
 
 def test_what_shares_a_device_shares_its_memory() -> None:
-    """Room for the caches of two requests beside the weights: the third waits for one to end."""
+    """Memory holds the weights and the caches of two requests: the third waits until one ends."""
     token = KV_STEP / 100
     models = [model("a", kv_token_bytes=token), model("b", kv_token_bytes=token)]
     hardware = Hardware(1, 1, 20.0 * GB + 2 * KV_STEP, 10.0 * GB, interference=0.0)
@@ -104,12 +106,12 @@ def test_instances_with_fixed_caches_share_nothing() -> None:
         fleet.start(1, fleet.devices)
 
 
-# What ours makes of it.
+# Our own autoscaler.
 
 
 def ours(rows: list[tuple[float, int, int, int]], models: list[ModelProfile], hardware: Hardware,
          **options: Any) -> list[float]:  # fmt: skip
-    """The waits where every layer is there from the beginning."""
+    """Return the waits when every layer is resident from the beginning."""
 
     def resident(fleet: Fleet) -> None:
         for device in fleet.devices:
@@ -140,8 +142,11 @@ def test_ours_prefers_a_free_device_where_both_hold_as_much() -> None:
 
 
 def test_ours_starts_another_where_prefills_queue() -> None:
-    """Twenty at nearly once, 0.2 s each: on one instance the last waits for nearly four seconds,
-    though its batch is not full; on two for half of that."""
+    """Twenty requests of 0.2 s each arrive at nearly the same time.
+
+    On one instance the last waits for nearly four seconds, though the batch is not full; on two
+    instances it waits for half of that.
+    """
     rows = [(5.0 + i / 100, 0, 9, 2) for i in range(20)]
     models = [model("a", batch=32)]
     queued, spread = ours(rows, models, TWO, late=1e9), ours(rows, models, TWO)

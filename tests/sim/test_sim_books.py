@@ -1,4 +1,4 @@
-"""Risk: a simulated account does not add up: memory, bytes or requests come out of nothing."""
+"""Risk: a simulated account does not add up: memory, bytes or requests appear from nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.study.run import simulate
 from warmserve_rt.sim.workload import catalogue, workloads
 
-# (e) Conservation, whoever decides.
+# (e) Conservation under every policy.
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
@@ -39,9 +39,9 @@ def test_books_add_up_under_every_policy(policy: str, hardware: Hardware) -> Non
     assert not any(fleet.instances[m][0].work for m in range(6) if fleet.instances[m])
 
 
-# (e) Conservation, whatever is done.
+# (e) Conservation under random operations.
 
-SCALE = 10**7  # a KV cache grows by a hundred of these
+SCALE = 10**7  # a KV cache grows in steps of a hundred of these
 MODELS = tuple(
     replace(m, layer_bytes=tuple(SCALE * n for n in m.layer_bytes), kv_token_bytes=SCALE * k)
     for m, k in [(tiny(), 1), (tiny(2), 1), (tiny(layers=(90, 20, 60, 10)), 3), (tiny(4), 2)]
@@ -50,7 +50,7 @@ OPERATIONS = ("start", "stop", "drop", "drain", "prewarm", "load", "keep", "call
 
 
 class Chance(Scripted):
-    """A controller that does what chance says, and serves what it can."""
+    """A controller that takes random actions and serves the requests that it can."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Chance(Scripted):
             name = self.rng.choice(OPERATIONS)
             if getattr(self, name)():
                 self.counts[name] = self.counts.get(name, 0) + 1
-        for _, model in self.waiting:  # all are served in the end
+        for _, model in self.waiting:  # so that all are served in the end
             if not any(not i.draining for i in self.fleet.instances[model]):
                 self.start(model)
         self.assign()
@@ -99,7 +99,7 @@ class Chance(Scripted):
             free = [device for device in node if not device.instances]
         if len(free) < width:
             for instance in {each for device in node for each in device.instances}:
-                instance.draining = instance.loaded  # nobody waits in vain for one that loads
+                instance.draining = instance.loaded  # requests may wait for a loading one
                 if instance.loaded and not instance.work:
                     self.fleet.stop(instance)
             return False
@@ -139,7 +139,7 @@ class Chance(Scripted):
         stamps = [(float(ends[layers // 2]), values[0]), (float(ends[-1]), values[1])]
         before = {s: s.target for s in device.shards.values()}
         loaded = self.fleet.load(device, model, rank, layers, stamps)
-        if not loaded:  # in vain, and nothing is lost for it
+        if not loaded:  # a refused load evicts nothing
             assert before == {s: s.target for s in device.shards.values()}
         return loaded
 
@@ -213,7 +213,7 @@ def test_chance_does_all_there_is() -> None:
     assert set(chance.counts) == set(OPERATIONS)
 
 
-# (f) The same again.
+# (f) Repeatability.
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))

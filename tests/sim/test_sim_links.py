@@ -1,5 +1,5 @@
-"""Risk: bytes come faster than the host links carry them, or those that nobody waits for hold up
-those that somebody does."""
+"""Risk: bytes arrive faster than the host links carry them, or background loads delay loads that a
+request waits for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODELS = [ModelProfile(f"m{i}", 1, LAYERS, 1, 0.0, 0.0, 0.01) for i in range(4)]
 
 
 def fleet_of(devices: int = 4, **hardware: Any) -> Fleet:
-    """Links of 100 bytes a second, of which nothing is the background's but where it is said."""
+    """Return a fleet with links of 100 bytes a second; by default the background has no share."""
     hardware = {"background_share": 0.0, "memory": 1e5, "bandwidth": 100.0, **hardware}
     fleet = Fleet(
         workload(MODELS, []), Hardware(devices, devices, **hardware), Scripted(), switch_s=0.0
@@ -67,13 +67,13 @@ def test_the_background_keeps_its_share_and_no_more() -> None:
     urgent = foreground(fleet, 0, 1)
     assert (urgent.rate, waiting.rate) == pytest.approx((95.0, 5.0))
     alone = foreground(fleet, 1, 0)
-    assert alone.rate == 100.0  # nobody else wants it
+    assert alone.rate == 100.0  # its link has no other load
 
 
 def test_the_highest_priority_loads_first_and_alone() -> None:
     fleet = fleet_of()
     low, middle = background(fleet, 0, 0, 1.0), background(fleet, 0, 1, 2.0)
-    same = background(fleet, 0, 2, 2.0)  # the first of equals goes first
+    same = background(fleet, 0, 2, 2.0)  # equal priorities load in order
     assert [low.rate, middle.rate, same.rate] == [0.0, 100.0, 0.0]
     fleet.events.run(5.0)
     high = background(fleet, 0, 3, 3.0)
@@ -91,7 +91,7 @@ def test_what_has_come_stays_when_loading_stops_and_is_not_loaded_again() -> Non
     device = fleet.devices[0]
     background(fleet, 0, 0)
     fleet.events.run(5.5)
-    fleet.call_off(device, device.shards[0, 0], 2)  # five layers are there, and half a one
+    fleet.call_off(device, device.shards[0, 0], 2)  # five and a half layers have arrived
     assert here(device, 0) == 500 == device.used
     assert not device.background
     fleet.events.run(9.0)
@@ -134,7 +134,7 @@ def test_helping_takes_from_the_neighbours_background_all_but_its_share() -> Non
     fleet = fleet_of(multipath=3, background_share=0.1)
     waiting = background(fleet, 1, 0)
     urgent = foreground(fleet, 0, 0)
-    # Two links' worth of the 2.9 that three idle devices can spare.
+    # Two links' worth of the 2.9 that three devices without urgent loads can spare.
     assert urgent.rate == pytest.approx(300)
     assert waiting.rate == pytest.approx(100 * (1 - 0.9 * 2 / 2.9))
     fleet = fleet_of(multipath=8, background_share=0.1)
@@ -152,7 +152,7 @@ def test_devices_behind_a_switch_share_its_link_and_help_only_others() -> None:
     third, fourth = background(fleet, 2, 0), background(fleet, 3, 0)
     assert (third.rate, fourth.rate) == (50, 50)
     fleet = fleet_of(switch_devices=2, multipath=4)
-    assert foreground(fleet, 0, 0).rate == 200  # two links are all there are
+    assert foreground(fleet, 0, 0).rate == 200  # the node has only two links
     fleet = fleet_of(switch_devices=2, multipath=4)
     flows = [foreground(fleet, device, 0) for device in (0, 2)]
     assert [flow.rate for flow in flows] == [100, 100]
@@ -171,7 +171,7 @@ def test_what_host_memory_lacks_comes_as_fast_as_the_disk() -> None:
     fleet = fleet_of(host_memory=2500.0, disk_bandwidth=60.0)
     first = foreground(fleet, 0, 0)
     assert first.rate == 60
-    second = foreground(fleet, 1, 0)  # what is still being read is not there yet
+    second = foreground(fleet, 1, 0)  # still being read, so not in host memory yet
     assert (first.rate, second.rate) == (30, 30)
     fleet.events.run(40.0)
     again = foreground(fleet, 2, 0)
@@ -194,7 +194,7 @@ def test_every_rank_comes_from_disk_and_does_so_when_its_load_is_begun_again() -
     device = fleet.devices[1]
     fleet.events.run(6.0)
     fleet.keep(device, device.shards[0, 1], 0)
-    assert fleet.prewarm(device, 0, 1, 2)  # of which 180 bytes had been read
+    assert fleet.prewarm(device, 0, 1, 2)  # 180 of its bytes had been read
     assert device.background[0].rate == 30
     fleet.events.run(7.0)
     assert fleet.prewarm(device, 0, 1, 3)
@@ -213,9 +213,9 @@ def test_host_memory_keeps_what_was_used_last() -> None:
     memory.bring(0, 1, 400)
     assert memory.has(0, 0, 1000)
     assert not memory.has(0, 1, 401)
-    memory.bring(2, 0, 200)  # less of it is no news
+    memory.bring(2, 0, 200)  # fewer bytes change nothing
     assert memory.has(2, 0, 1000)
-    memory.bring(3, 0, 3000)  # larger than it is
+    memory.bring(3, 0, 3000)  # larger than host memory
     assert [model in memory for model in range(4)] == [False] * 4
 
 
@@ -246,12 +246,12 @@ def test_room_is_made_of_what_is_worth_least_tail_layers_first_and_only_if_it_is
     def targets() -> list[float]:
         return [device.shards[m, 0].target for m in range(4) if (m, 0) in device.shards]
 
-    assert not fleet.load(device, 2, 0, 10, [(1000.0, 1.0)])  # of equal worth
+    assert not fleet.load(device, 2, 0, 10, [(1000.0, 1.0)])  # of equal value
     assert targets() == [1000, 1000]
     assert fleet.load(device, 2, 0, 10, [(1000.0, 1.5)])
     assert targets() == [1000, 500, 1000]
     assert fleet.wasted == 500
-    assert not fleet.load(device, 3, 0, 10, [(1000.0, 1.2)])  # 200 bytes are worth less
+    assert not fleet.load(device, 3, 0, 10, [(1000.0, 1.2)])  # only 200 bytes are worth less
     assert targets() == [1000, 500, 1000]
     assert fleet.load(device, 3, 0, 10, [(1000.0, 3.0)])
     assert targets() == [1000, 300, 200, 1000]

@@ -1,4 +1,4 @@
-"""Risk: a simulation of what cannot be runs, and says something."""
+"""Risk: a simulation of an impossible setup runs and reports results."""
 
 from __future__ import annotations
 

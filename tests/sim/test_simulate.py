@@ -1,5 +1,5 @@
-"""Risk: a comparison says what was not run, changes from one time to the next, or leaves half of
-itself behind."""
+"""Risk: a comparison shows results that were not run, changes from run to run, or leaves half of
+its files behind."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-# The same again.
+# Repeatability.
 
 
 def test_processes_and_repetition_change_no_byte(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_who_watches_changes_nothing(policy: str) -> None:
     assert replace(summary(seen), link_use=0.0) == replace(summary(unseen), link_use=0.0)
 
 
-# What was run.
+# Runs.
 
 
 def test_every_policy_serves_the_same_requests(small: Result) -> None:
@@ -215,7 +215,7 @@ def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
     for policy, known in POLICIES.items():
         timeline = Timeline(workload.duration, samples=200)
         fleet = simulate(policy, workload, SMALL.hardware, observers=[timeline])
-        assert len(timeline.times) > 190  # the fleet may be done before
+        assert len(timeline.times) > 190  # the fleet may finish earlier
         assert max(timeline.link_use) <= 1 + 1e-9
         could = SMALL.hardware.bandwidth * SMALL.hardware.devices * timeline.step
         assert sum(timeline.link_use) * could <= fleet.links.loaded * (1 + 1e-9)
@@ -257,7 +257,7 @@ def test_requests_never_served_are_counted_and_a_fault_is_no_result(
         with_controller(Broken)
 
 
-# What is written.
+# Output files.
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])

@@ -1,5 +1,5 @@
-"""Risk: the simulator flatters a policy: first tokens before the bytes can be there, or before the
-prefills and decode steps that they take."""
+"""Risk: the simulator flatters a policy: first tokens come before their bytes can arrive, or before
+the prefills and decode steps that they need."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from warmserve_rt.sim.workload import catalogue
 ONE = Hardware(devices=1, node_devices=1, background_share=0.0)
 
 
-# (a) What streams.
+# (a) Streaming starts.
 
 
 def stepped(loads: list[float], computes: list[float], resident: int) -> float:
-    """A start's first token, layer by layer."""
+    """Return the time of a start's first token, computed layer by layer."""
     link = done = 0.0
     for layer, (load, compute) in enumerate(zip(loads, computes, strict=True)):
         if layer >= resident:
@@ -72,7 +72,7 @@ def test_a_streaming_start_is_the_pipeline(
     script = Scripted((-50.0, prewarm), (begin, lambda fleet: fleet.start(0, fleet.devices)))
     fleet, _ = run(workload([profile], [(begin, 0, prompt, 1)]), hardware, script,
                    streaming=True, elastic_kv=True, switch_s=switch)  # fmt: skip
-    # The layers that no device lacks are there; the slowest device has the fewest.
+    # Only layers on every device count as resident: the slowest device has the fewest.
     loads, computes = (
         [size / bandwidth for size in layers],
         profile.compute(profile.prefill(prompt)),
@@ -93,8 +93,10 @@ def test_a_streaming_start_is_the_pipeline(
 def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
     layers: list[int], requests: list[tuple[int, int]], resident: int
 ) -> None:
-    """Against a device that takes a tick of the earliest request that has one whose layer is
-    there. Bytes come at one a tick, and each layer of a request takes whole ticks."""
+    """Compare with a device that gives each tick to the first request with work on a loaded layer.
+
+    One byte arrives each tick, and each layer of a request takes whole ticks.
+    """
     requests.sort()
     resident = min(resident, len(layers))
     profile = ModelProfile("m", 1, tuple(layers), 0, 0.0, float(len(layers)), 1.0, ends=False)
@@ -127,7 +129,7 @@ def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
             if time <= now and layer is not None and come[layer] <= now:
                 left[i][layer] -= 1
                 break
-    # Requests are told of in order.
+    # First tokens are reported in the order of requests.
     ordered = list(itertools.accumulate(ends, max))  # type: ignore[arg-type]
     assert fleet.first_token == pytest.approx(ordered)
 
@@ -167,7 +169,7 @@ def test_a_start_with_all_layers_takes_the_switch_and_the_prefill(streaming: boo
 
 
 def test_a_start_takes_over_what_is_loading() -> None:
-    """No byte arrives sooner than the link carries it, none twice, and none counts as wasted."""
+    """No byte arrives sooner than the link carries it, arrives twice, or counts as wasted."""
     model = tiny(layers=(100,) * 10)
     script = Scripted(
         (0.0, lambda fleet: fleet.prewarm(fleet.devices[0], 0, 0, 4)),
@@ -178,7 +180,7 @@ def test_a_start_takes_over_what_is_loading() -> None:
     fleet, books = run(workload([model], [(2.5, 0, 10, 1), (40.0, 0, 1, 1)]), hardware,
                        and_again(script, 40.0), switch_s=0.25)  # fmt: skip
     assert fleet.first_token[0] == pytest.approx(10.0 + model.prefill(10))
-    assert fleet.start_hits == 2 + 10  # two and a half layers were there
+    assert fleet.start_hits == 2 + 10  # two and a half layers had arrived
     assert fleet.links.loaded == pytest.approx(1000)
     assert fleet.wasted == 0
     assert books.busy == pytest.approx(27.5 + fleet.now - 40.0)
@@ -192,10 +194,12 @@ def and_again(script: Scripted, time: float) -> Scripted:
 
 
 def test_fluid_decoding_is_decoding_in_steps_within_one_step() -> None:
-    """A prefill does not wait here for the end of a decode step, so it comes up to one step
-    earlier; the work of the two is the same, so the difference does not add up. Where the one
-    comes to a last token just before a prefill and the other just after it, that prefill is
-    between them as well."""
+    """The fluid simulation starts a prefill up to one step earlier than the stepwise one.
+
+    A fluid prefill does not wait for the end of a decode step. Both simulations do the same work,
+    so the differences do not add up. If one reaches a last token just before a prefill and the
+    other just after it, their times also differ by that prefill.
+    """
     rng = np.random.default_rng(5)
     model = replace(catalogue.model("llama2-7b"), decode_request_s=2e-4, batch=1000)
     times = np.cumsum(rng.exponential(0.35, 1000))
@@ -205,7 +209,7 @@ def test_fluid_decoding_is_decoding_in_steps_within_one_step() -> None:
     fleet, _ = run(workload([model], rows), hardware, script, observe=False)
     seconds = np.array([model.prefill(prompt) for _, _, prompt, _ in rows])
     first, finished, longest, largest = in_steps(model, rows)
-    assert largest > 12  # it was not just one at a time
+    assert largest > 12  # decoding was batched
     late = first - fleet.first_token
     assert late.min() >= -1e-9
     assert late.max() <= longest
@@ -218,7 +222,10 @@ def test_fluid_decoding_is_decoding_in_steps_within_one_step() -> None:
 
 
 def in_steps(model: ModelProfile, rows: list[Any]) -> tuple[Any, Any, float, int]:
-    """Prefills first, one at a time; then a step that gives each request of the batch a token."""
+    """Simulate stepwise: prefills first, one by one; then a step with a token for each request.
+
+    Return the times of first and last tokens, the longest step and the largest batch.
+    """
     coming, queue, now = deque(enumerate(rows)), deque[int](), 0.0
     left: dict[int, int] = {}
     first, finished = np.zeros(len(rows)), np.zeros(len(rows))

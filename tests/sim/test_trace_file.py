@@ -1,4 +1,4 @@
-"""A bad trace file that is read, or that is refused without saying where, costs somebody a day."""
+"""A bad trace file that is accepted, or refused without a location, costs its user a day."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded traffic that is misread, or drawn with bursts of its own, misleads every forecast."""
+"""Recorded traffic that is misread, or replayed with artificial bursts, misleads every forecast."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_servegen_is_the_recorded_one():
     assert np.array_equal(np.isnan(traffic.cvs), ~active)
     assert np.nanmedian(traffic.cvs) == pytest.approx(1.230, rel=0.005)
     assert [len(traffic.of_class(name)) for name in traces.CLASSES] == [80, 89, 138]
-    # m-large's first two clients, as the record describes them.
+    # The first two clients of m-large, as the record describes them.
     assert traffic.rates[:2].mean(axis=1) == pytest.approx([0.5584, 0.2990], rel=1e-3)
     assert traffic.rates[:2].max(axis=1) == pytest.approx([4.79, 8.087], rel=5e-3)
     assert traffic.acf_day[:2] == pytest.approx([0.286, 0.633])
@@ -99,7 +99,7 @@ def test_a_renewal_process_has_its_cv(cv: float, weibull: bool):
 
 
 def test_no_moment_of_a_window_is_special():
-    """Clumps that fell on the windows' edges would make all tenants burst together."""
+    """Clumps at the edges of windows would make all tenants burst together."""
     n = np.full(4000, 10)
     rng = np.random.default_rng(2)
     time = renewal(n, np.full(4000, 6.0), np.zeros(4000, bool), 600.0, rng)

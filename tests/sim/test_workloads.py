@@ -1,4 +1,4 @@
-"""A workload that is not what it says makes every comparison on it wrong."""
+"""A workload that differs from its description makes every comparison on it wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def arrays(workload: Workload) -> list[np.ndarray]:
 
 
 def scatter(time: np.ndarray, width: float, duration: float) -> float:
-    """Variance over mean of the number of requests in intervals of this width."""
+    """Return variance over mean of the number of requests in intervals of ``width`` seconds."""
     counts = np.bincount((time / width).astype(int), minlength=round(duration / width))
     return float(counts.var() / counts.mean())
 
@@ -55,7 +55,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_total_rate_is_what_was_asked_for(name: str):
-    # A trace is replayed for as long as it is: shorter runs have the rate of their part of it.
+    # The rate holds for the whole trace; a shorter run has the rate of its part of the trace.
     workload = parse(name, MODELS, 30, 3540, seed=1)
     assert len(workload.time) / 3540 == pytest.approx(30, rel=0.03)
 
@@ -72,7 +72,7 @@ def test_popularity_follows_the_law(name: str, alpha: float):
 
 @pytest.mark.parametrize("mix", traces.CLASSES)
 def test_tenants_have_their_share_over_days(mix: str):
-    """Of the history, not of the run: in the run a tenant is as busy as it was in those hours."""
+    """This holds for the history only: in the run a tenant is as busy as it was in those hours."""
     whole = [workloads.servegen(mix, MODELS[:2], 10, 600, seed, alpha=1.0) for seed in range(24)]
     first, second = (np.mean([np.nanmean(w.history[:, i]) for w in whole]) for i in (0, 1))
     assert first > second > 0
@@ -92,7 +92,7 @@ def test_one_more_tenant_leaves_the_others_theirs():
     few = workloads.servegen("periodic", MODELS[:3], 10, 600, 4, day=9, hour=10)
     more = workloads.servegen("periodic", MODELS[:4], 10, 600, 4, day=9, hour=10)
     ratio = np.nanmean(more.history, axis=0)[:3] / np.nanmean(few.history, axis=0)
-    assert ratio == pytest.approx(ratio[0], rel=0.1), "other clients than before"
+    assert ratio == pytest.approx(ratio[0], rel=0.1), "the clients differ from before"
     assert ratio.max() < 1
 
 
@@ -100,7 +100,7 @@ def test_one_more_tenant_leaves_the_others_theirs():
 
 
 def test_thinning_keeps_bursts():
-    """The code service at a quarter of its rate: far from Poisson still."""
+    """The code service at a quarter of its rate is still far from Poisson."""
     workload = workloads.azure(MODELS[:2], 1.5, 3500, seed=1, alpha=0.0)
     code = workload.time[workload.model == 1]
     assert len(code) / 3500 == pytest.approx(0.75, rel=0.15)
@@ -115,13 +115,13 @@ def test_superposition_takes_no_more_copies_than_the_rate_needs():
 
 
 def test_the_steps_of_a_recording_are_no_bursts():
-    """Mooncake's clock ticks every 3 s: ten requests at once are ten in 3 s."""
+    """Mooncake's clock ticks every 3 s: ten requests at one tick are ten requests in 3 s."""
     workload = workloads.mooncake(MODELS[:1], 3, 3500, seed=1)
     assert len(np.unique(workload.time)) == len(workload.time)
     assert scatter(workload.time, 0.5, 3500) < 2
 
 
-# What was known before.
+# History.
 
 
 @pytest.mark.parametrize("name", ["azure", "mooncake", "power-law"])
@@ -132,7 +132,7 @@ def test_the_past_days_are_like_the_run(name: str):
     run = np.zeros((12, 8))
     np.add.at(run, (windows, workload.model), 1 / 300)
     past = days[:, :12].mean(axis=0)
-    # Poisson noise of one count of the run and of seven.
+    # Poisson noise of one count of the run and seven of the past.
     noise = np.sqrt(past * 300 * (1 + 1 / 7)) / 300
     assert (np.abs(run - past) / noise < 5).all()
     assert not np.array_equal(days[0], days[1])
@@ -140,7 +140,7 @@ def test_the_past_days_are_like_the_run(name: str):
 
 
 def test_the_hour_before_a_tenants_run_is_the_last_of_its_history():
-    """The same client at the same scale: two runs an hour apart see that hour from both sides."""
+    """At the same scale, two runs of one client an hour apart see that hour from both sides."""
     early, late = (
         workloads.servegen("periodic", MODELS[:1], 20, 3600, 27, day=10, hour=hour)
         for hour in (9, 10)
@@ -168,11 +168,11 @@ def test_gaps_in_the_recording_are_gaps_in_the_history():
     seen = [workloads.servegen("periodic", MODELS, 10, 600, seed) for seed in range(4)]
     assert any(np.isnan(workload.history).any() for workload in seen)
     for workload in seen:
-        assert not np.isnan(workload.history).all(axis=1).any(), "no model has them all"
+        assert not np.isnan(workload.history).all(axis=1).any(), "no model has data in some window"
 
 
 def test_concurrency_is_what_a_fleet_without_queues_would_see():
-    """Against the requests themselves, served alone by unlimited servers."""
+    """Compare with the requests themselves, each served alone by unlimited servers."""
     for name, tolerance in (("power-law", 0.12), ("azure", 0.25)):
         workload = parse(name, MODELS[:4], 20, 3600, seed=9)
         average, peak = (x.reshape(7, 288, 4)[:, :12] for x in workload.concurrency_history())

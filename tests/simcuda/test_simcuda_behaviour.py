@@ -1,5 +1,5 @@
-"""Risk: a program passes on the simulated driver because that is kinder than a GPU is: it reads a
-source early, waits where CUDA does not, lets the CPU at device memory, or forgets an error."""
+"""Risk: a program passes on the simulated driver because it is kinder than a GPU: the driver reads
+a source early, waits when CUDA does not, lets the CPU access device memory, or forgets an error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SLOW = G / 0.05  # bytes per second: a granule takes 50 ms
 
 @pytest.fixture(params=["real", "virtual"])
 def simulated(request: pytest.FixtureRequest) -> Iterator[SimulatedCuda]:
-    """With copies to the device that are still under way when the next call is made."""
+    """Yield a driver whose copies to the device are still in progress at the next call."""
     with simulated_cuda(memory="64MiB", clock=request.param, h2d=SLOW, check=False) as made:
         yield made
 
@@ -50,13 +50,15 @@ def kinds(simulated: SimulatedCuda) -> list[str]:
 
 
 def busy(cuda: Cuda, stream: int) -> None:
-    """So that what is enqueued next waits for a while."""
+    """Keep the stream busy, so that the next work on it waits for a while."""
     cuda.htod(cuda.mapped(G), cuda.pinned(G).address, G, stream)
 
 
 def dies(simulated: SimulatedCuda, body: str) -> bool:
-    """Whether the last line of a program that has a ``cuda`` and a ``G``, and no other, gets
-    SIGSEGV."""
+    """Return whether the last line of a program, and no earlier line, gets SIGSEGV.
+
+    The program may use ``cuda`` and ``G``.
+    """
     lines = textwrap.dedent(body).strip().splitlines()
     script = f"""
 import ctypes, sys
@@ -123,12 +125,13 @@ def test_the_cpu_and_the_device_see_the_same_bytes(option: str) -> None:
         free, _ = cuda.memory()
         fence, stream, host = cuda.create(G), cuda.stream(), cuda.pinned(2 * G)
         handles = [cuda.create(G, prop), cuda.create(G, prop)]
-        held = 3 * G if option == "integrated" else G  # a device with memory of its own has it all
+        # Granules in host memory count only if the device has no memory of its own.
+        held = 3 * G if option == "integrated" else G
         assert cuda.memory()[0] == free - held
         view, address = cuda.reserve(2 * G), cuda.reserve(2 * G)
         for i, handle in enumerate(handles):
             cuda.map(view + i * G, G, handle)
-            cuda.map(address + (1 - i) * G, G, handle)  # in the other order
+            cuda.map(address + (1 - i) * G, G, handle)  # in reverse order
             cuda.release(handle)
         cuda.share(view, 2 * G, READ_WRITE)
         cuda.set_access(address, 2 * G)
@@ -138,7 +141,7 @@ def test_the_cpu_and_the_device_see_the_same_bytes(option: str) -> None:
         ctypes.memmove(view + G - 3, b"across", 6)
         cuda.dtoh(host.address, view + G - 3, 6, stream)
         cuda.dtoh(host.address + 6, address + 2 * G - 3, 3, stream)
-        cuda.dtoh(host.address + 9, address + 100, 4, stream)  # nobody wrote these
+        cuda.dtoh(host.address + 9, address + 100, 4, stream)  # these bytes were never written
         cuda.synchronize(stream)
         assert host[:9] == b"acrossacr"
         cuda.htod(address + 7, host.address, 6, stream)
@@ -149,9 +152,9 @@ def test_the_cpu_and_the_device_see_the_same_bytes(option: str) -> None:
         assert cuda.get_access(view, 0, HOST_NUMA) == READ
         assert ctypes.string_at(view + G + 7, 6) == b"across"
         cuda.unmap(view, 2 * G)
-        cuda.map(view, G, fence)  # memory of the device: none of the CPU's
+        cuda.map(view, G, fence)  # device memory: the CPU has no access
         assert code(cuda.share, view, G, READ) == 1
-        assert cuda.get_access(view) == 0  # a call that fails has done nothing
+        assert cuda.get_access(view) == 0  # a failed call changes nothing
         assert cuda.get_access(view, 0, HOST_NUMA) == 0
         assert code(cuda.create, G, Prop(location=HOST_NUMA, id=1)) == 1
         assert code(cuda.get_access, view, 1, HOST_NUMA) == 1
@@ -167,7 +170,7 @@ def test_the_cpu_and_the_device_see_the_same_bytes(option: str) -> None:
 
 
 def test_the_device_races_with_itself_in_memory_of_the_host() -> None:
-    # With threads the work may also run after the unmap, which is said once more.
+    # With the real clock, the work may also run after the unmap, which adds another violation.
     with simulated_cuda(integrated=True, clock="virtual", check=False) as simulated:
         cuda = Cuda(simulated.library).start()
         address = cuda.reserve(G)
@@ -189,7 +192,7 @@ def test_a_device_without_memory_of_the_host(cuda: Cuda) -> None:
 
 @pytest.mark.parametrize("registered", [True, False])
 def test_when_a_source_is_read(simulated: SimulatedCuda, cuda: Cuda, registered: bool) -> None:
-    """Pinned memory when the copy runs, pageable memory before the call returns."""
+    """Pinned memory is read when the copy runs, pageable memory before the call returns."""
     stream, address = cuda.stream(), cuda.mapped(G)
     source = cuda.pinned(PAGE, b"early") if registered else Pinned(PAGE)
     source[:5] = b"early"
@@ -222,12 +225,12 @@ def test_unmap_does_not_wait_and_what_is_pending_dies(simulated: SimulatedCuda, 
     assert "use-while-unmapped" in kinds(simulated)
     assert code(cuda.synchronize, stream) == 719
     survivor = code(cuda.memset, cuda.reserve(G), 0, 1, other)
-    assert survivor == 719  # sticky: all work says so
+    assert survivor == 719  # sticky: all later work returns it
     assert code(cuda.context_synchronize) == 719
 
 
 def test_unregistering_waits_for_all_work(simulated: SimulatedCuda, cuda: Cuda) -> None:
-    """Also for what does not touch the memory."""
+    """Unregistering waits even for work that does not touch the memory."""
     stream, event, host = cuda.stream(), cuda.event(), cuda.pinned(PAGE)
     busy(cuda, stream)
     cuda.record(event, stream)
@@ -238,7 +241,7 @@ def test_unregistering_waits_for_all_work(simulated: SimulatedCuda, cuda: Cuda) 
 
 
 def test_addresses_are_looked_up_when_the_copy_runs(simulated: SimulatedCuda, cuda: Cuda) -> None:
-    """Another granule behind the same addresses, mapped too early, gets the bytes."""
+    """If another granule is mapped too early at the same addresses, it receives the bytes."""
     stream, address, host = cuda.stream(), cuda.reserve(G), cuda.pinned(PAGE, b"bytes")
     first, second = cuda.create(G), cuda.create(G)
     cuda.map(address, G, first)
@@ -281,7 +284,7 @@ def test_the_stream_that_waits_is_not_the_host_that_waits(
 def test_a_copy_that_was_only_staged_is_not_over(
     simulated: SimulatedCuda, cuda: Cuda, registered: bool, found: list[str]
 ) -> None:
-    """What comes back from a synchronous copy out of pageable memory is the source, no more."""
+    """When a synchronous copy from pageable memory returns, only its source may be reused."""
     stream, first, second = cuda.stream(), cuda.mapped(G), cuda.mapped(G)
     source = cuda.pinned(PAGE) if registered else Pinned(PAGE)
     cuda.htod(first, source.address, 10)
@@ -372,7 +375,7 @@ def test_what_pointers_say_of_themselves(cuda: Cuda) -> None:
     assert cuda.pointer_attribute(12, inside) == 3 * G
     begin, nbytes = ctypes.c_ulonglong(), ctypes.c_size_t()
     cuda.call("cuMemGetAddressRange_v2", ctypes.byref(begin), ctypes.byref(nbytes), inside)
-    assert (begin.value, nbytes.value) == (address + G, G)  # and this is the mapping
+    assert (begin.value, nbytes.value) == (address + G, G)  # this range is the mapping
 
 
 def test_a_pointer_that_is_none_of_the_drivers_has_no_attributes(cuda: Cuda) -> None:
@@ -381,7 +384,7 @@ def test_a_pointer_that_is_none_of_the_drivers_has_no_attributes(cuda: Cuda) -> 
     data = (ctypes.c_void_p * 2)(*map(ctypes.addressof, values))
     cuda.call("cuPointerGetAttributes", 2, names, data, Pinned(PAGE).address)
     assert values[0].value == 0
-    assert values[1].value in (0, -2)  # documented as 0; a device of 0 would be one
+    assert values[1].value in (0, -2)  # documented as 0, though 0 is also a device
 
 
 @pytest.mark.parametrize("recorded_again", [False, True])
@@ -399,7 +402,7 @@ def test_a_wait_is_for_the_event_as_it_was(
     if recorded_again:
         late = cuda.stream()
         cuda.wait(late, event)
-        cuda.memset(address, 3, 8, late)  # the event stands for another stream by now
+        cuda.memset(address, 3, 8, late)  # the event now stands for another stream
     cuda.context_synchronize()
     assert kinds(simulated) == ["race"] * recorded_again
 
@@ -441,7 +444,7 @@ def test_a_dead_context_does_nothing_more(simulated: SimulatedCuda, cuda: Cuda) 
     cuda.htod(address, host.address, 3, stream)
     simulated.break_context(719)
     assert code(cuda.context_synchronize) == 719
-    time.sleep(0.1)  # the copy would be over by then
+    time.sleep(0.1)  # the copy would have finished by then
     assert simulated.peek(address, 3) == b"ooo"
 
 
@@ -453,7 +456,7 @@ def test_what_a_dead_context_would_have_done_needs_no_waiting(
     cuda.htod(address, host.address, 10, stream)
     simulated.break_context(719)
     assert code(cuda.synchronize, stream) == 719
-    code(cuda.unmap, address, G)  # what these return then, nobody has said
+    code(cuda.unmap, address, G)  # CUDA does not document what these return here
     code(cuda.unregister, host.address)
     assert not simulated.violations
 

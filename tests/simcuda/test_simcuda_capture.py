@@ -1,7 +1,7 @@
-"""Risk: a graph is being captured somewhere in the process, and a call of ours fails, or kills it.
+"""Risk: while other code in the process captures a graph, our calls fail or invalidate the capture.
 
-The codes are documented with each error in cuda.h; that a forbidden call of another thread also
-invalidates the capture was observed.
+cuda.h documents the codes with each error. A forbidden call from another thread also invalidates
+the capture; this was observed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def cuda() -> Iterator[Cuda]:
 
 
 def in_thread(cuda: Cuda, mode: int, call: Callable[[], object]) -> int:
-    """What the call returns in another thread of that capture mode."""
+    """Return the result of the call in another thread with that capture mode."""
     result = []
 
     def body() -> None:
@@ -104,7 +104,7 @@ def test_a_relaxed_thread_may_while_it_captures(cuda: Cuda) -> None:
 
 
 def test_memory_management_is_no_forbidden_call(cuda: Cuda) -> None:
-    """Known indirectly alone: PyTorch guards its allocations, and not its expandable segments."""
+    """Known only indirectly: PyTorch guards its allocations, but not its expandable segments."""
     stream = cuda.stream()
     cuda.begin_capture(stream, GLOBAL)
     address = cuda.mapped(G)

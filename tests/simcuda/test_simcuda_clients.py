@@ -1,6 +1,7 @@
-"""Risk: the simulated driver suits its author's idea of CUDA, and nobody else's.
+"""Risk: the simulated driver fits its author's idea of CUDA, but no other program's.
 
-Clients that know nothing of it, each in a process of its own, find it as ``libcuda.so.1``.
+Clients that know nothing of the simulator run in separate processes and find it as
+``libcuda.so.1``.
 """
 
 from __future__ import annotations
@@ -28,4 +29,4 @@ def test_a_client_that_knows_nothing_of_the_simulator(client: str, tmp_path: Pat
             env={**cuda.environment, "CUPY_CACHE_DIR": str(tmp_path)},
         )
         assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
-        assert not cuda.calls  # the client's driver is its own
+        assert not cuda.calls  # the client's process has its own driver

@@ -1,5 +1,5 @@
-"""Risk: a test of ours says what the simulated driver was never asked: its clock, its faults, its
-counts or its options are not what they claim."""
+"""Risk: our tests draw wrong conclusions, because the simulated driver's clock, faults, counts or
+options are not what they claim."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_copies_take_their_time() -> None:
         seconds = G / RATE
         assert elapsed(simulated, copies(("h2d", one))) == pytest.approx(seconds, rel=1e-6)
         assert elapsed(simulated, copies(("d2h", one))) == pytest.approx(2 * seconds, rel=1e-6)
-        # One engine for each direction: they run beside each other, and not beside themselves.
+        # Each direction has one engine: copies overlap across directions, not within one.
         assert elapsed(simulated, copies(("h2d", one), ("d2h", two))) == pytest.approx(
             2 * seconds, rel=1e-6
         )
@@ -91,7 +91,7 @@ def test_calls_cost_what_was_said() -> None:
         expected = {
             "map": 2.75e-6,
             "map more": 1.75e-6,
-            "access": 75e-6,  # of two mappings
+            "access": 75e-6,  # for two mappings
             "unmap": 52e-6,
             "free": 0.0,
         }
@@ -196,7 +196,7 @@ def test_faults() -> None:
         faults.arm([(2, 3), (5, None)], only="cuMemUnmap", status="out_of_memory")
         results = []
         for _ in range(6):
-            cuda.map(address, G, handle)  # what failed has done nothing, what did not has
+            cuda.map(address, G, handle)  # works only if the unmap before it did
             results.append(code(cuda.unmap, address, G))
             if results[-1]:
                 assert code(cuda.map, address, G, handle) == 1
@@ -211,7 +211,7 @@ def test_faults() -> None:
         assert code(cuda.memory) == 700
         faults.disarm()
         assert faults.calls == 0
-        assert code(cuda.memory) == 700  # the context has died of it
+        assert code(cuda.memory) == 700  # the context stays dead
         with pytest.raises(ValueError, match="status must be one of failed, out_of_memory"):
             faults.arm([], status="bad")
         with pytest.raises(ValueError, match="unknown function 'cuMemPonder'"):

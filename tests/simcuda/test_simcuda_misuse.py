@@ -1,9 +1,9 @@
-"""Risk: the simulated driver allows what CUDA forbids, so that code which passes here fails there;
-or answers with another error, so that code which handles errors was tested against nothing.
+"""Risk: the simulated driver allows what CUDA forbids, so that code passes here and fails on a GPU;
+or it returns another error, so that error handling is tested against an error that never occurs.
 
-One row for each misuse, and for what looks like misuse and is legal. The last column says how the
-answer is known: D, documented; O, observed on GPUs by others; M, measured on an H200; guess, none
-of these. An H200 gave each of these answers, but for those rows that say a device is lenient.
+Each row is a misuse, or a legal call that looks like misuse. The last column gives the source of
+the answer: D, documented; O, observed on GPUs by others; M, measured on an H200; guess, none of
+these. An H200 gave each of these answers, except in rows that call a device lenient.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ OK = ""
 class Row(NamedTuple):
     name: str
     calls: Callable[[Cuda], object]
-    function: str  # that fails; OK: none does
+    function: str  # the function that fails; OK if none fails
     error: int
     source: str
-    lenient: bool = False  # a device lets it pass; documented as forbidden, it is refused here
+    lenient: bool = False  # documented as forbidden and refused here, but a GPU allows it
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def check(row: Row, cuda: Cuda) -> None:
         row.calls(cuda)
     except CudaError as error:
         failed = (error.function, error.code)
-    assert failed == (row.function, row.error), f"known by: {row.source}"
+    assert failed == (row.function, row.error), f"source of the expected answer: {row.source}"
 
 
 def parametrized(rows: list[Row]) -> pytest.MarkDecorator:
@@ -67,7 +67,7 @@ def parametrized(rows: list[Row]) -> pytest.MarkDecorator:
 
 
 def two_mappings(c: Cuda, gap: int = 0) -> int:
-    """Addresses of two granules, each mapped by itself, ``gap`` between them."""
+    """Map two granules one by one, ``gap`` bytes apart; return the address of the first."""
     address = c.reserve(4 * G)
     for at in (address, address + G + gap):
         c.map(at, G, c.create(G))
@@ -233,7 +233,7 @@ def no_context(c: Cuda, call: Callable[[], object]) -> None:
 
 
 LOAD = "cuModuleLoadData"
-PTX = b".version 7.0\n.target sm_75\n.address_size 64\n"  # of no function
+PTX = b".version 7.0\n.target sm_75\n.address_size 64\n"  # an image without functions
 WORK = [
     Row("event of another context", event_of_another_context, "cuEventRecord", 400, D),
     Row("query of nothing", lambda c: c.done(0), "cuEventQuery", 400, GUESS),

@@ -1,7 +1,7 @@
-"""Risk: the simulated driver calls a race what CUDA orders, or misses one.
+"""Risk: the simulated driver reports a race where CUDA orders the work, or misses a race.
 
 Each program is judged twice: by stream_programs.py, from the documented ordering and all paths
-through it, and by the simulator. The sets of offending calls have to be the same ones.
+through it, and by the simulator. Both must find the same set of offending calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from warmserve_rt.testing import simulated_cuda
 
 
 def judge(program: Program, clock: str = "virtual", **options: float) -> set[int]:
-    """The races of a program, found by both."""
+    """Return the races of a program, after a check that both judges agree."""
     with simulated_cuda(clock=clock, memory="64MiB", check=False, **options) as simulated:  # type: ignore[arg-type]
         observed = observed_races(simulated, program)
     expected = expected_races(program, observed.completed)
@@ -60,7 +60,7 @@ NON_BLOCKING, BLOCKING = (("legacy", kind, kind) for kind in ("non-blocking", "b
         (NON_BLOCKING, [A, LEGACY, B], {1, 2}),
         (BLOCKING, [A, LEGACY, B], set()),
         (BLOCKING, [A, Op("record", 0), B], set()),  # any use of the legacy stream orders
-        (BLOCKING, [A, Op("wait", 0), B], {2}),  # except for what does nothing
+        (BLOCKING, [A, Op("wait", 0), B], {2}),  # except a call without effect
         (BLOCKING, [A, Op("sync_all"), B], set()),
         (NON_BLOCKING, [A, Op("htod_now", 0, to=8, nbytes=1), B], {1, 2}),
         (BLOCKING, [A, Op("htod_now", 0, to=8, nbytes=1), B], set()),
@@ -74,7 +74,7 @@ def test_what_is_known(
 
 
 def test_random_programs() -> None:
-    paced = {"h2d": 1e5, "d2h": 1e4, "d2d": 1e6}  # so that queries find work under way
+    paced = {"h2d": 1e5, "d2h": 1e4, "d2d": 1e6}  # so slow that queries find work in progress
     racy = sum(bool(judge(generate(seed), **(paced if seed % 2 else {}))) for seed in range(300))
     assert 200 < racy < 300  # both kinds occur
 
@@ -93,7 +93,7 @@ def test_ordered_programs_and_the_same_with_one_call_missing() -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_timing_does_not_matter(seed: int) -> None:
     program = generate(seed)
-    queries = any(op.kind == "query" for op in program.ops)  # whose answers are the timing's
+    queries = any(op.kind == "query" for op in program.ops)  # their answers depend on timing
     found = [
         judge(program, "real"),
         judge(program, "virtual"),

@@ -1,4 +1,4 @@
-"""vLLM, unpatched, on weights in an arena."""
+"""Check unpatched vLLM with weights in an arena."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def wanted(models: dict[str, Path]) -> dict[str, list[list[int]]]:
-    """What vLLM's own loader answers."""
+    """Return the tokens that models answer with vLLM's own loader."""
     answers = {}
     for name, path in models.items():
         llm = plain_engine(path)
@@ -49,7 +49,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(cache: Path) -> Iterator[Make]:
-    """Makes engines; afterwards they and the arena are gone, and nothing was left leased."""
+    """Yield a maker of engines; afterwards close them and the arena, and check for leftovers."""
     made: list[Any] = []
 
     def one(model: Path, into: Path = cache, **options: Any) -> Any:
@@ -106,7 +106,7 @@ def test_tokens_are_those_of_plain_vllm(
     shared = make(models[name], tmp_path)
     loaded = runtime().snapshot().bytes_loaded
     assert tokens(shared) == tokens(cached) == wanted[name]
-    assert runtime().snapshot().bytes_loaded == loaded  # the second read nothing
+    assert runtime().snapshot().bytes_loaded == loaded  # the second engine read nothing
 
 
 def test_every_parameter_is_in_the_arena_and_shared(make: Make, models: dict[str, Path]) -> None:
@@ -121,7 +121,7 @@ def test_every_parameter_is_in_the_arena_and_shared(make: Make, models: dict[str
 def test_a_plain_engine_beside_it_stays_right(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
-    """Nothing that vLLM shares between models is left without memory."""
+    """Everything that vLLM shares between models keeps its memory."""
     ours = make(models["tied"], tmp_path)
     plain = plain_engine(models["tied"])
     assert tokens(plain) == wanted["tied"] == tokens(ours)
@@ -214,7 +214,7 @@ def test_pages_of_a_host_tensor_are_given_back() -> None:
 def test_a_gated_start_computes_while_the_tail_is_loaded(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
 ) -> None:
-    close(make(models["other"]))  # so that it is in the cache
+    close(make(models["other"]))  # so that the cache has it
     runtime().close()
     with Runtime(arena="32MiB", read_bandwidth="1MiB", tensors="torch") as slow:
         use(slow)
@@ -246,7 +246,7 @@ def test_bytes_that_changed_in_the_cache_are_never_served(
         file.seek(weights.stat().st_size // 2)
         file.write(b"\x7f" * 64)
     llm = make(models["other"], tmp_path, gated=gated)
-    if gated:  # no time to look before the first step, but before its token
+    if gated:  # checked after the first step starts, but before its token
         with pytest.raises(Exception, match="is not as it was written"):
             tokens(llm)
         close(llm)
@@ -264,7 +264,7 @@ def test_weights_that_changed_are_processed_again(
     write_llama(tmp_path / "m", 2)
     second = make(path, tmp_path / "cache", arena=None)
     assert tokens(second) == wanted["other"] != answers
-    assert tokens(first) == answers  # it still has its own
+    assert tokens(first) == answers  # it still has its own weights
     assert len([*(tmp_path / "cache").glob("*/weights-*")]) == 2  # one is in use, one is served
 
 
@@ -400,7 +400,7 @@ def test_vllm_accounts_for_the_arena(make: Make, models: dict[str, Path]) -> Non
 
 
 class Rest:
-    """What vLLM's own backend looks after."""
+    """A stand-in for vLLM's own backend, which records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[object] = []
@@ -426,7 +426,7 @@ def test_the_sleep_mode_backend_of_cuda(make: Make, models: dict[str, Path]) -> 
     assert not resident(llm)
     assert backend.state() == "SUSPENDED"
     backend.weights[0].prewarm().wait()
-    backend.suspend()  # told again it sleeps again
+    backend.suspend()  # a second call evicts again
     assert not resident(llm)
     backend.resume(["kv_cache"])
     assert not resident(llm)

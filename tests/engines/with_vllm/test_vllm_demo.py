@@ -1,4 +1,4 @@
-"""Risk: the demo with vLLM compares nothing, or says that a request found what it did not."""
+"""Risk: the demo with vLLM compares nothing, or claims that a request found missing weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rows_answer_as_plain_vllm_and_notice_a_swapped_granule(
         assert row.ready("A")
         assert not row.ready("C")
         with row.serving("A") as say:
-            assert row.bytes_match("A")  # nobody else was there to swap with
+            assert row.bytes_match("A")  # no other model was resident to swap with
             assert [*say(PROMPT, 6, END)] == wanted["A"]
             row.look_ahead(["C"], ["A", "C"])
             row.settle()

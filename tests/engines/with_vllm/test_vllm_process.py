@@ -1,4 +1,4 @@
-"""Risk: an engine that starts in a process of its own ignores the runtime that it was given."""
+"""Risk: an engine that starts in a separate process ignores the runtime that it was given."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_an_engine_in_another_process_says_that_it_cannot_use_the_runtime(
         with pytest.raises(Exception, match="initialization failed"):
             engine(model, tmp_path / "cache")
         assert runtime.models == ()
-    told = capfd.readouterr()  # vLLM's processes log to either
+    told = capfd.readouterr()  # vLLM's processes log to either stream
     assert "set VLLM_ENABLE_V1_MULTIPROCESSING=0" in told.out + told.err
-    assert not [*(tmp_path / "cache").glob("*/weights-*")]  # it was refused before all work
+    assert not [*(tmp_path / "cache").glob("*/weights-*")]  # refused before any work

@@ -1,4 +1,4 @@
-"""Risk: the README's `vllm serve` does not start where vLLM is installed as the README says."""
+"""Risk: the README's `vllm serve` does not start when vLLM is installed as the README says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def command(model: Path) -> list[str]:
-    """The line that README.md shows, for a model and with the command of this environment."""
+    """Return the command that README.md shows, for this model and this environment's executable."""
     readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
     (line,) = re.findall(r"^vllm serve path/to/model .*$", readme, re.MULTILINE)
     words = shlex.split(line.replace("path/to/model", str(model)))
@@ -42,7 +42,7 @@ def command(model: Path) -> list[str]:
 
 @contextmanager
 def serve(model: Path, cache: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server that is up, by its address and its process; afterwards it is gone."""
+    """Yield the address and the process of a running server; afterwards stop the server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def serve(model: Path, cache: Path, log: Path) -> Iterator[tuple[str, subprocess
         *("--kv-cache-memory-bytes", str(1 << 24)),
     ]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # for /sleep and /wake_up
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as a shell has it
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as in a shell
     with open(log, "w") as out:
         server = subprocess.Popen(
             [*command(model), *arguments],
@@ -100,7 +100,7 @@ def answer_a_hundred_times(url: str) -> None:
 
 
 def hang_up(url: str, after: int) -> None:
-    """Asks for a stream of tokens and leaves after some of its lines."""
+    """Ask for a stream of tokens, and hang up after ``after`` of its lines."""
     body = {"model": "chat", "prompt": PROMPTS[0], "max_tokens": 100, "temperature": 0}
     body |= {"ignore_eos": True, "detokenize": False, "return_token_ids": True, "stream": True}
     request = Request(
@@ -112,7 +112,7 @@ def hang_up(url: str, after: int) -> None:
 
 
 def kill_engine(server: subprocess.Popen[bytes]) -> None:
-    """Kills the processes that the server has started, in one of which weights are used."""
+    """Kill the processes that the server has started; one of them uses the weights."""
     children = psutil.Process(server.pid).children(recursive=True)
     assert children
     for each in children:
@@ -123,7 +123,7 @@ def kill_engine(server: subprocess.Popen[bytes]) -> None:
 def test_the_readme_s_server_answers_sleeps_and_survives_clients_but_not_its_engine(
     tmp_path: Path,
 ) -> None:
-    """One server for all of this: to start one takes longer than everything else here."""
+    """One server does all of this, because its start takes longer than everything else here."""
     model = write_llama(tmp_path / "model", 1, tied=True)
     plain = plain_engine(model)
     wanted = tokens(plain)
@@ -133,7 +133,7 @@ def test_the_readme_s_server_answers_sleeps_and_survives_clients_but_not_its_eng
         for after in (1, 2, 5, 20):
             hang_up(url, after)
         assert answers(url) == wanted
-        for _ in range(2):  # told twice
+        for _ in range(2):  # a second call must do no harm
             ask(f"{url}/sleep?level=1", {})
         for _ in range(2):
             ask(f"{url}/wake_up", {})
@@ -143,7 +143,7 @@ def test_the_readme_s_server_answers_sleeps_and_survives_clients_but_not_its_eng
             answer_a_hundred_times(url)
     assert "stays in the arena until its engine ends" not in (tmp_path / "log").read_text()
 
-    again = engine(model, tmp_path / "cache")  # what the killed one wrote and locked is of use
+    again = engine(model, tmp_path / "cache")  # uses what the killed engine wrote and locked
     assert tokens(again) == wanted
     assert len([*(tmp_path / "cache").glob("*/weights-*")]) == 1
     close(again)

@@ -1,4 +1,4 @@
-"""NVIDIA's own Python bindings: granules mapped in a reservation, and a copy there and back."""
+"""Check NVIDIA's Python bindings: map granules in a reservation, and copy data there and back."""
 
 import ctypes
 import mmap

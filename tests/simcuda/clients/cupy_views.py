@@ -1,5 +1,7 @@
-"""CuPy: arrays over addresses that are somebody else's. It copies by libcudart, which does not run
-on a simulated driver; its arrays do."""
+"""Check CuPy arrays over addresses that CuPy does not own.
+
+CuPy copies with libcudart, which does not run on a simulated driver, so nothing is copied here.
+"""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""Numba's CUDA target: finds the device, and takes an array there and back."""
+"""Check Numba's CUDA target: find the device, and copy an array there and back."""
 
 import numpy as np
 from numba import cuda
 
-assert len(cuda.gpus) == 1  # cuda.is_available() asks for a compiler, too
+assert len(cuda.gpus) == 1  # cuda.is_available() would also need a compiler
 device = cuda.get_current_device()
 assert device.compute_capability == (9, 0), device.compute_capability
 assert b"Simulated" in device.name if isinstance(device.name, bytes) else "Simulated" in device.name
