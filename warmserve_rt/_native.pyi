@@ -166,10 +166,10 @@ class Model:
         type: int,  # of element_types()
         as_bytes: bool,
     ) -> View: ...
-    # Of the layer's tensors from number first to last: name, versioned DLPack capsule.
+    # Of the layer's tensors from number first to last: names, and a versioned DLPack capsule each.
     def capsules(
         self, layout: Layout, layer: int, first: int, last: int
-    ) -> list[tuple[str, CapsuleType]]: ...
+    ) -> tuple[list[str], list[CapsuleType]]: ...
 
 class Waker:
     def fileno(self) -> int: ...  # readable while there are tokens to take; the waker's

@@ -69,8 +69,8 @@ def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:
     for layer in range(len(layout)):
         count = layout.native.layer(layer)[2]
         for first in range(0, count, CHUNK):
-            capsules = model.capsules(layout.native, layer, first, first + CHUNK)
-            tensors.update((name, from_dlpack(capsule)) for name, capsule in capsules)
+            names, capsules = model.capsules(layout.native, layer, first, first + CHUNK)
+            tensors.update(zip(names, map(from_dlpack, capsules), strict=True))
     return tensors
 
 

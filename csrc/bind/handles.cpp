@@ -47,15 +47,16 @@ dlpack::View tensor(const PyModel& self, std::uint32_t layer, std::uint64_t offs
   return made;
 }
 
-// The tensors of a layer from number `first` to `last` as (name, capsule): thousands of views, each
-// made by a call from Python, would take as long as a load.
-py::list capsules(const PyModel& self, const Layout& layout, std::uint32_t layer, std::size_t first,
-                  std::size_t last) {
+// The tensors of a layer from number `first` to `last`, as their names and a capsule for each.
+// Thousands of views, each made by a call from Python, would take as long as a load; and tuples of
+// both would be as many objects for Python's collector to look at.
+std::pair<py::list, py::list> capsules(const PyModel& self, const Layout& layout,
+                                       std::uint32_t layer, std::size_t first, std::size_t last) {
   if (layer >= layout.bytes.size()) throw py::index_error("no such layer");
   const ReservationPtr reservation = self.runtime->reservation(self.model);
   const auto members = layout.members_of(layer);
   const py::none none;
-  py::list found;
+  py::list names, capsules;
   for (std::size_t i = first; i < std::min(last, members.size()); ++i) {
     const std::uint32_t number = members[i];
     const Layout::Place& place = layout.places[number];
@@ -63,10 +64,10 @@ py::list capsules(const PyModel& self, const Layout& layout, std::uint32_t layer
     const std::string_view name = layout.table->names[number];
     dlpack::View made = bytes_at(self, reservation, layer, place.offset, place.bytes);
     made.set_elements(layout.types[number], {shape.begin(), shape.end()}, false);
-    found.append(py::make_tuple(py::str(name.data(), name.size()),
-                                made.export_capsule(none, none, none, none)));
+    names.append(py::str(name.data(), name.size()));
+    capsules.append(made.export_capsule(none, none, none, none));
   }
-  return found;
+  return {names, capsules};
 }
 
 }  // namespace
