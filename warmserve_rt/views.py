@@ -6,6 +6,7 @@ The dtypes that a framework lacks, or that DLPack cannot name, travel as bytes.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -67,10 +68,12 @@ def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:
             "one with it, or say tensors='cupy' or 'dlpack'"
         )
     for layer in range(len(layout)):
-        count = layout.native.layer(layer)[2]
-        for first in range(0, count, CHUNK):
+        for first in itertools.count(0, CHUNK):
             names, capsules = model.capsules(layout.native, layer, first, first + CHUNK)
-            tensors.update(zip(names, map(from_dlpack, capsules), strict=True))
+            for name, capsule in zip(names, capsules, strict=True):
+                tensors[name] = from_dlpack(capsule)
+            if len(names) < CHUNK:
+                break
     return tensors
 
 
