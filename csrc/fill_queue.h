@@ -83,8 +83,8 @@ class FillQueue {
   void expire(const Lock& lock);
   Deadline next_deadline() const { return deadlines_.empty() ? kNever : deadlines_.begin()->first; }
 
-  // Enters the fill where it belongs now. Whoever changes what next() depends on calls this before
-  // the lock is dropped.
+  // Moves the fill to the list for its next(). A caller that changes the fill's phase, bytes, flags
+  // or tickets must call this before it drops the lock.
   void relist(const Lock&, Fill& fill);
 
   void handed_out(const Lock&, const Fill& fill, std::uint64_t bytes);

@@ -63,7 +63,8 @@ void Transfer::complete(const Lock& lock, Fill& fill) {
   }
 }
 
-// What was copied is not used. The fill is undone once nobody is at it.
+// Marks the copied bytes as unusable. A loader undoes the fill once no copy or loader is at work on
+// it.
 void Transfer::give_up(const Lock& lock, Fill& fill) {
   fill.failed = true;
   queue_.relist(lock, fill);
