@@ -42,8 +42,9 @@ class Detector {
     if (on_) host.join(clock);
   }
 
-  // An operation is enqueued by `agent`, ordered after `clock`, to which it is added.
-  void observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
+  // Records that `agent` enqueues an operation ordered after `clock`, and adds it to that clock.
+  // Returns whether the operation races with an earlier one.
+  bool observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
                std::uint64_t call, const char* function);
   // Something is taken away that was used so.
   void take_away(Uses& uses, const char* what, const char* function, std::uint64_t call);

@@ -56,6 +56,7 @@ struct Operation {
   std::vector<std::shared_ptr<Operation>> after;  // besides what is before it in its stream
   std::uint64_t sequence = 0;
   Nanoseconds end = 0;  // when it is done; virtual clock: known from the start
+  bool races = false;   // with an earlier one, as the detector found
   bool done = false;
 };
 using OperationPtr = std::shared_ptr<Operation>;
