@@ -12,11 +12,11 @@ ENTRY = '"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 
 
 def _filled(size: int, member: Callable[[int], str], before: str = "{", after: str = "}") -> str:
-    """Return a JSON object with as many members as fit into `size` characters."""
+    """Return a JSON object with as many members as fit into `size` bytes."""
     parts, length, number = [before], len(before) + len(after), 0
     while True:
         part = member(number)
-        length += len(part) + 1
+        length += len(part.encode()) + 1
         if length > size:
             return "".join([parts[0], ",".join(parts[1:]), after])
         parts.append(part)

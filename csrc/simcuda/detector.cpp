@@ -29,9 +29,9 @@ Agent Detector::add_agent() {
   return static_cast<Agent>(ticks_.size() - 1);
 }
 
-void Detector::observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
+bool Detector::observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
                        std::uint64_t call, const char* function) {
-  if (!on_) return;
+  if (!on_) return false;
   touches_.clear();
   touches(work, &touches_);
   const std::uint64_t tick = ++ticks_[agent];
@@ -72,6 +72,7 @@ void Detector::observe(Memory& memory, const Work& work, Agent agent, VectorCloc
     violation("race", text_of(function, *race, "is not ordered after an earlier access"), call);
   if (unwritten && !said("uninitialised-read", call))
     violation("uninitialised-read", text_of(function, *unwritten, "that were never written"), call);
+  return race != nullptr;
 }
 
 // Returns whether this violation was reported for the call. A graph launch is one call with many

@@ -48,7 +48,8 @@ class Detector {
   }
 
   // Checks an operation that `agent` enqueues, ordered after `clock`, and adds it to `clock`.
-  void observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
+  // Returns whether the operation races with an earlier one.
+  bool observe(Memory& memory, const Work& work, Agent agent, VectorClock* clock,
                std::uint64_t call, const char* function);
   // Checks the release of memory that had these uses.
   void take_away(Uses& uses, const char* what, const char* function, std::uint64_t call);

@@ -105,8 +105,16 @@ void Simulator::move_bytes(const std::vector<Span>& to, const std::vector<Span>&
   }
 }
 
+// Runs `move`, which accesses the operation's memory, without the lock. An operation that races
+// runs with the lock and while no other one moves bytes: the race is the program's, and the
+// simulator reports it without having one itself.
 template <class Move>
-void Simulator::unlocked(Lock& lock, Move move) {
+void Simulator::access_memory(Lock& lock, const Operation& operation, Move move) {
+  if (operation.races) {
+    settle(lock);
+    move();
+    return;
+  }
   ++moving_;
   lock.unlock();
   move();
@@ -132,7 +140,7 @@ CUresult Simulator::copy(Lock& lock, Operation& operation, const Copy& copy) {
   if (result == CUDA_SUCCESS)
     result = resolve(operation, copy.to, copy.bytes, copy.to_place, true, &to, &pinned);
   if (result == CUDA_SUCCESS) {
-    unlocked(lock, [&] { move_bytes(to, from); });
+    access_memory(lock, operation, [&] { move_bytes(to, from); });
     copied[static_cast<std::size_t>(copy.engine())] += copy.bytes;
   }
   for (Physical* const physical : pinned) memory.unpin(physical);
@@ -157,7 +165,7 @@ CUresult Simulator::fill(Lock& lock, Operation& operation, const Fill& fill) {
       done += span.bytes;
     }
   };
-  if (result == CUDA_SUCCESS) unlocked(lock, write);
+  if (result == CUDA_SUCCESS) access_memory(lock, operation, write);
   for (Physical* const physical : pinned) memory.unpin(physical);
   return result;
 }
@@ -204,7 +212,7 @@ CUresult Simulator::launch(Lock& lock, Operation& operation, const Launch& launc
       if (ranges[i].write && !resolved[i].buffer.empty())
         move_bytes(resolved[i].spans, {{resolved[i].buffer.data(), resolved[i].buffer.size()}});
   };
-  if (result == CUDA_SUCCESS) unlocked(lock, run);
+  if (result == CUDA_SUCCESS) access_memory(lock, operation, run);
   for (Physical* const physical : pinned) memory.unpin(physical);
   if (!options.virtual_clock && options.launch > 0) pause(lock, began + options.launch);
   return result;

@@ -214,9 +214,9 @@ class Simulator {
   CUresult resolve(const Operation& operation, Address address, std::uint64_t bytes, Place place,
                    bool write, std::vector<Span>* out, std::vector<Physical*>* pinned);
   static void move_bytes(const std::vector<Span>& to, const std::vector<Span>& from);
-  // Runs `move` with the lock released.
+  // Runs `move` with the lock released, unless the operation races.
   template <class Move>
-  void unlocked(Lock& lock, Move move);
+  void access_memory(Lock& lock, const Operation& operation, Move move);
   void pause(Lock& lock, Nanoseconds until);  // real clock: sleeps with the lock released
   Nanoseconds duration(const Work& work) const;
   Nanoseconds reserve_engine(int device, Engine engine, Nanoseconds ready, Nanoseconds duration);

@@ -44,8 +44,8 @@ CUresult Simulator::enqueue(Stream& stream, Work work, const Origin& origin, Ope
   order(stream, &operation->after);
   add(&operation->after, also_after);
   if (!std::holds_alternative<Marker>(operation->work))
-    detector.observe(memory, operation->work, stream.agent, &stream.clock, origin.call,
-                     name_of(origin.function));
+    operation->races = detector.observe(memory, operation->work, stream.agent, &stream.clock,
+                                        origin.call, name_of(origin.function));
   schedule(stream, operation);
   if (out) *out = std::move(operation);
   return CUDA_SUCCESS;
@@ -70,6 +70,7 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
   order(stream, &first);
   add(&first, exec.last);
   std::vector<bool> is_leaf(graph.nodes.size(), true);
+  bool races = false;
   std::vector<VectorClock> clocks(detector.on() ? graph.nodes.size() : 0);
   VectorClock base = stream.clock, end = stream.clock;
   base.join(exec.clock);
@@ -80,8 +81,8 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
     if (!detector.on()) continue;
     clocks[i] = base;
     for (const std::uint32_t before : node.after) clocks[i].join(clocks[before]);
-    detector.observe(memory, node.work, exec.agents[node.chain], &clocks[i], origin.call,
-                     name_of(origin.function));
+    races |= detector.observe(memory, node.work, exec.agents[node.chain], &clocks[i], origin.call,
+                              name_of(origin.function));
     end.join(clocks[i]);
   }
   std::vector<OperationPtr> leaves;
@@ -94,6 +95,7 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
       operation->context = stream.context;
       operation->call = origin.call;
       operation->after = first;
+      operation->races = races;
       for (const std::uint32_t before : graph.nodes[i].after)
         operation->after.push_back(made[before]);
       schedule_virtual(operation, now());
@@ -105,6 +107,7 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
   if (!options.virtual_clock) last->work = GraphRun{exec.graph};
   last->context = stream.context;
   last->call = origin.call;
+  last->races = races;
   last->after = std::move(first);
   last->after.insert(last->after.end(), leaves.begin(), leaves.end());
   schedule(stream, last);

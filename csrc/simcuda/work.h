@@ -57,6 +57,7 @@ struct Operation {
       after;  // in addition to the operations before it in its stream
   std::uint64_t sequence = 0;
   Nanoseconds end = 0;  // time of completion; virtual clock: known from the start
+  bool races = false;   // with an earlier operation, as the detector found
   bool done = false;
 };
 using OperationPtr = std::shared_ptr<Operation>;

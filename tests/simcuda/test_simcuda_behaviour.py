@@ -295,6 +295,19 @@ def test_a_copy_that_was_only_staged_is_not_over(
     assert kinds(simulated) == found + ["use-while-unmapped"] * (not registered)
 
 
+def test_operations_that_race_run_one_after_the_other(
+    simulated: SimulatedCuda, cuda: Cuda
+) -> None:
+    """The race is reported, and the simulator's own threads do not race (ThreadSanitizer looks)."""
+    first, second, address = cuda.stream(), cuda.stream(), cuda.mapped(8 * G)
+    for _ in range(10):
+        cuda.memset(address, 1, 8 * G, first)
+        cuda.memset(address, 2, 8 * G, second)
+        cuda.context_synchronize()
+        assert simulated.peek(address, 8 * G) in (bytes([1]) * 8 * G, bytes([2]) * 8 * G)
+    assert kinds(simulated) == ["race"] * 10
+
+
 def test_a_staged_copy_waits_for_what_is_before_it(simulated: SimulatedCuda, cuda: Cuda) -> None:
     blocking, stream, address = cuda.stream(BLOCKING), cuda.stream(), cuda.mapped(G)
     source = Pinned(PAGE)

@@ -84,7 +84,8 @@ def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:
         count = layout.native.layer(layer)[2]
         for first in range(0, count, CHUNK):
             names, capsules = model.capsules(layout.native, layer, first, first + CHUNK)
-            tensors.update(zip(names, map(from_dlpack, capsules), strict=True))
+            for name, capsule in zip(names, capsules, strict=True):
+                tensors[name] = from_dlpack(capsule)
     return tensors
 
 
