@@ -295,9 +295,7 @@ def test_a_copy_that_was_only_staged_is_not_over(
     assert kinds(simulated) == found + ["use-while-unmapped"] * (not registered)
 
 
-def test_operations_that_race_run_one_after_the_other(
-    simulated: SimulatedCuda, cuda: Cuda
-) -> None:
+def test_operations_that_race_run_one_after_the_other(simulated: SimulatedCuda, cuda: Cuda) -> None:
     """The race is reported, and the simulator's own threads do not race (ThreadSanitizer looks)."""
     first, second, address = cuda.stream(), cuda.stream(), cuda.mapped(8 * G)
     for _ in range(10):
