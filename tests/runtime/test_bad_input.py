@@ -179,7 +179,7 @@ def test_an_arena_larger_than_memory() -> None:
         ({"chunk": 1000}, "not a positive multiple of 4 KiB"),
         ({"chunk": 0}, "not a positive multiple of 4 KiB"),
         ({"granule": "1MiB"}, "not a positive multiple of the device's 2 MiB"),
-        ({"granule": 0}, "not a multiple"),
+        ({"granule": 0}, "not a positive multiple"),
         ({"arena": 5}, "holds no whole granule"),
         ({"arena": -1}, "arena must be a whole number of bytes"),
         ({"arena": "2 parsecs"}, "arena must be a whole number of bytes"),
@@ -207,7 +207,7 @@ def test_unknown_and_repeated_names(runtime: Runtime, model: Path) -> None:
         runtime.stamp("m", float("nan"))
     with pytest.raises(ValueError, match="no model 'x'"):
         runtime.prewarm("x")
-    with pytest.raises(ValueError, match="no model"):
+    with pytest.raises(ValueError, match="at least one model"):
         runtime.lease([])
     with pytest.raises(ValueError, match="itself"):
         runtime.swap(evict="m", load="m")

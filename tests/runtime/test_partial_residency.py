@@ -136,7 +136,7 @@ def test_a_ticket_tells_of_each_layer(runtime: Runtime) -> None:
     ticket = runtime.prewarm("a", layers=[0, 2])
     ticket.wait(20, layer=0)
     assert resident(runtime, "a") == [0]
-    with pytest.raises(ValueError, match="not for layer 1 of 'a'"):
+    with pytest.raises(ValueError, match="does not include layer 1 of 'a'"):
         ticket.wait(20, layer=1)
     with pytest.raises(ValueError, match="no layer 4"):
         ticket.wait(20, layer=4)
