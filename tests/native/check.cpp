@@ -28,10 +28,13 @@ std::vector<Named>& tests() {
 }
 
 const char* simulator_path = nullptr;
+bool is_thorough = false;
 
 }  // namespace
 
 const char* simulator() { return simulator_path; }
+
+bool thorough() { return is_thorough; }
 
 Test::Test(const char* name, void (*body)()) { tests().push_back({name, body}); }
 
@@ -45,8 +48,12 @@ void fail(const char* file, int line, const std::string& what) {
 int main(int argc, char** argv) {
   using Clock = std::chrono::steady_clock;
   std::vector<std::string> chosen(argv + 1, argv + argc);
+  if (!chosen.empty() && chosen[0] == "--thorough") {
+    check::is_thorough = true;
+    chosen.erase(chosen.begin());
+  }
   if (chosen.size() >= 2 && chosen[0] == "--simcuda") {
-    check::simulator_path = argv[2];
+    check::simulator_path = argv[argc - chosen.size() + 1];
     std::printf("on a simulated CUDA device:\n");
     chosen.erase(chosen.begin(), chosen.begin() + 2);
   }

@@ -10,6 +10,9 @@ namespace check {
 // Returns the path of the simulated driver to make devices of (`--simcuda PATH`), or null.
 const char* simulator();
 
+// Returns whether random and repeated tests run at full length (`--thorough`).
+bool thorough();
+
 [[noreturn]] void fail(const char* file, int line, const std::string& what);
 
 // A test. main() runs the tests in the order of the file; the command line can select tests by

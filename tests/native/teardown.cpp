@@ -202,7 +202,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
       stream->synchronize();
     });
     std::this_thread::sleep_for(kSoon);
-    for (int i = 0; i < 10; ++i) {
+    for (int i = 0; i < (check::thorough() ? 10 : 3); ++i) {
       HoldPtr hold = runtime->begin_lease({a}, 2);
       runtime->await_lease(hold, in(kLong), nullptr);
       const TicketPtr ticket = runtime->prewarm(a, kBackground);

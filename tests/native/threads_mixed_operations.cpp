@@ -11,7 +11,10 @@ namespace {
 
 constexpr std::uint64_t kThreads = 8;
 // The simulated driver checks every byte: 250 rounds take it up to a minute under ASan.
-std::uint64_t rounds() { return check::simulator() ? 60 : 250; }
+std::uint64_t rounds() {
+  if (check::thorough()) return check::simulator() ? 60 : 250;
+  return check::simulator() ? 20 : 60;
+}
 // Four granules per model: layers of exactly one granule, more than one, and less than one.
 const std::vector<std::uint64_t> kLayers{kGranule, kGranule + 700'001, 300'000};
 
