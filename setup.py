@@ -1,12 +1,20 @@
-"""Builds the native module, the simulated CUDA driver and, where there is a compiler for them, the
+"""Builds the native module, the simulated CUDA driver and, if a compiler for them is found, the
 weight kernels for GPUs. Everything else is in pyproject.toml.
 
-WARMSERVE_KERNELS says where nvcc comes from: "system" (CUDA_HOME or PATH), "pypi" (packages in the
-build's own environment), "none" (no kernels for GPUs), or "auto", the default: the system's; else
-PyPI's where there is an NVIDIA device; else none. If nvcc was not asked for by name and fails, the
-package is built without. WARMSERVE_SANITIZE is what to pass to -fsanitize, for the tests of the
-native code under pytest, and WARMSERVE_OBJECTS a folder with what tests/native has compiled so
-already; WARMSERVE_BUILD_JOBS how many compilers run at once.
+Environment variables:
+
+WARMSERVE_KERNELS
+    Where nvcc is taken from: "system" (CUDA_HOME or PATH), "pypi" (packages in the build's own
+    environment), "none" (no kernels for GPUs), or "auto", the default: the system's nvcc, else
+    PyPI's if the machine has an NVIDIA device, else none. If nvcc was chosen by "auto" and fails,
+    the package is built without kernels for GPUs.
+WARMSERVE_BUILD_JOBS
+    How many compilers run at once.
+WARMSERVE_SANITIZE
+    The argument of -fsanitize, for running the suite on instrumented native code.
+WARMSERVE_OBJECTS
+    A folder of objects that tests/native has compiled in the same way; they are linked instead of
+    compiling again.
 """
 
 import os
@@ -20,13 +28,13 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-HEADERS = [str(path) for path in Path("csrc").rglob("*.h")]
-# The weight kernels become vector code at -O3, and branches with floating point in them only where
-# nobody traps its exceptions.
+HEADERS = [str(path) for end in ("h", "inl") for path in Path("csrc").rglob(f"*.{end}")]
+# At -O3 the compiler vectorizes the weight kernels. It vectorizes branches with floating point in
+# them only if floating-point exceptions do not trap.
 FLAGS = ["-O3", "-fno-trapping-math", "-g0", "-Wall", "-Wextra"]
 SANITIZE = os.environ.get("WARMSERVE_SANITIZE")
 if SANITIZE:
-    optimise = "-O1" if SANITIZE == "thread" else "-Og"  # as tests/native/Makefile does, and why
+    optimise = "-O1" if SANITIZE == "thread" else "-Og"  # tests/native/Makefile says why
     FLAGS = [f"-fsanitize={SANITIZE}", optimise, "-g1", "-fno-omit-frame-pointer"]
 OBJECTS = os.environ.get("WARMSERVE_OBJECTS")
 LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
@@ -36,8 +44,8 @@ SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
 LAYERS = ("runtime", "load", "checkpoint", "model", "memory", "driver", "kernels", "base")
 KERNELS = "csrc/kernels/weight_kernels.cu"
 FATBIN = "warmserve_rt/weight_kernels.fatbin"
-ARCHITECTURES = (80, 90, 100)  # those of them that nvcc knows, and PTX of the first
-TOOLKIT = [  # later ones write PTX that fewer drivers understand
+ARCHITECTURES = (80, 90, 100)  # built if nvcc knows them; PTX is built for the first
+TOOLKIT = [  # later versions write PTX that fewer drivers understand
     f"nvidia-{part}==13.0.*"
     for part in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "cuda-cccl", "nvvm")
 ]
@@ -48,8 +56,8 @@ def sources(*folders: str) -> list[str]:
 
 
 def parts(*folders: str, beside: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """What is in these folders, as sources, or as objects where there are some; and the sources
-    that are in those ``beside``."""
+    """Return the arguments of Extension for these folders: their sources, or their objects if
+    WARMSERVE_OBJECTS is set, and always the sources of the folders `beside`."""
     if OBJECTS is None:
         return {"sources": sources(*folders, *beside)}
     made = [Path(OBJECTS, each).with_suffix(".o") for each in sources(*folders)]
@@ -57,7 +65,7 @@ def parts(*folders: str, beside: tuple[str, ...] = ()) -> dict[str, list[str]]:
 
 
 def is_older(built: str, source: str) -> bool:
-    """Whether an object is older than its source or any header."""
+    """Return whether an object is older than its source or any header."""
     if not os.path.exists(built):
         return True
     return os.path.getmtime(built) < max(map(os.path.getmtime, [source, *HEADERS]))
@@ -77,10 +85,10 @@ def pypi_nvcc() -> str | None:
 
 
 def kernels_from() -> str:
-    """ "system", "pypi" or "none"."""
+    """Return "system", "pypi" or "none"."""
     choice = os.environ.get("WARMSERVE_KERNELS", "auto")
     if choice not in ("system", "pypi", "none", "auto"):
-        sys.exit(f"WARMSERVE_KERNELS is {choice!r}: choose system, pypi, none or auto")
+        sys.exit(f"WARMSERVE_KERNELS must be system, pypi, none or auto, got {choice!r}")
     if choice != "auto":
         return choice
     if system_nvcc():
@@ -106,8 +114,8 @@ def compile_kernels(nvcc: str, output: Path) -> None:
 
 
 class Build(build_ext):
-    """The simulator is a library that programs open by its name, and no Python module; the kernels
-    are data.
+    """Builds the simulator as a plain library, because programs open it by its name, and the
+    kernels for GPUs as a data file.
     """
 
     def run(self) -> None:
@@ -120,7 +128,7 @@ class Build(build_ext):
         try:
             nvcc = system_nvcc() if source == "system" else pypi_nvcc()
             if nvcc is None:
-                raise RuntimeError(f"WARMSERVE_KERNELS is {source!r}, and there is no such nvcc")
+                raise RuntimeError(f"WARMSERVE_KERNELS is {source!r}, but no such nvcc was found")
             compile_kernels(nvcc, output)
         except (RuntimeError, OSError) as error:
             output.unlink(missing_ok=True)
@@ -146,7 +154,7 @@ setup(
         Pybind11Extension(
             "warmserve_rt._native",
             **parts(*LAYERS, beside=("bind",)),
-            depends=HEADERS,
+            depends=[*HEADERS, KERNELS],  # a source distribution holds what is listed here
             include_dirs=["csrc"],
             cxx_std=20,
             extra_compile_args=FLAGS,
