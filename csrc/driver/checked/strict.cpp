@@ -163,7 +163,7 @@ Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
   if (status != Status::ok) return status;
   for (auto mapping = range->first; mapping != range->second; ++mapping) {
     GranuleState& granule = granules_[mapping->second.granule];
-    // At most the window that the granule is filled through still maps it: its contents are void.
+    // The contents are void: only the window through which the granule is filled may still map it.
     if (--granule.mappings <= 1) granule.written.clear();
     forget_if_dead(mapping->second.granule);
   }
@@ -394,7 +394,7 @@ Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t
              [&] { return Interposer::copy_from_device(to, from, bytes, stream); });
 }
 
-// Checks the read only. The other device's StrictDriver learns of the write from peer_wrote.
+// Checks only the read. The other device's StrictDriver learns of the write from peer_wrote.
 Status StrictDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
   const Guard guard(mutex_);
   return use("copy_to_peer", std::vector<Touched>{{from, bytes, false}}, stream,
