@@ -222,9 +222,9 @@ def rates(bench: Bench, seeds: range) -> None:
 
 def ablations(bench: Bench, seeds: range) -> None:
     """Measure misses of our policy's ablations: with exclusive devices, with unlimited memory, with
-    four links, and with neighbours that slow each other not at all or by a factor of two; and a
-    lower bound on late starts of the 40 models for any static choice of resident layers in a given
-    number of GB."""
+    four links, and with neighbours that do not slow each other or slow each other by a factor of
+    two; and a lower bound on late starts of the 40 models for any static choice of resident layers
+    in a given number of GB."""
     ways: dict[str, dict[str, Any]] = {
         "": {},
         "_exclusive": {"options": (("share", False),)},

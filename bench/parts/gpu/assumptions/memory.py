@@ -103,7 +103,7 @@ def _(cuda: Gpu) -> None:
     expect(content(cuda, address + GRANULE - 2), b"both", "content")
 
 
-@assumed("memory in use falls by what is created", "by exactly its bytes", GUESS, alone=True)
+@assumed("creating granules reduces the free memory", "by exactly their bytes", GUESS, alone=True)
 def _(cuda: Gpu) -> None:
     free = cuda.memory()[0]
     handles = [cuda.create(GRANULE) for _ in range(16)]

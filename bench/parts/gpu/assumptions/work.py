@@ -147,7 +147,7 @@ def _(cuda: Gpu) -> None:
 
 
 def _beside(name: str, call: Callable[[Gpu], Callable[[], object]], waits: bool) -> None:
-    """Add rows for a memory call during work of another stream on other memory."""
+    """Add rows for a memory call made while another stream works on other memory."""
     verb, source = ("waits", MEASURED) if waits else ("does not wait", OBSERVED)
 
     @assumed(f"{name} beside a blocked stream", f"{verb} for it", source)
