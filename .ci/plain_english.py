@@ -22,10 +22,10 @@ OF_BAD_SENTENCES = (".ci/plain_english.py", "tests/interface/test_plain_english.
 NOT_A_QUESTION = r"(?!.*\?)"
 THINGS = r"(byte|chunk|copy|copie|granule|layer|load|model|piece|request|tensor)s?"
 PATTERNS = {
-    rf"^What\b{NOT_A_QUESTION}": "begin with a noun, or with the verb of a docstring",
+    rf"^What\b(?! (\w+ )?to\b){NOT_A_QUESTION}": "begin with a noun or a verb",
     r"^(All|Nobody|None|Nothing|That) (that|which|who)\b": "begin with a noun",
     r"^Of\b": "begin with the subject",
-    rf"^Where\b{NOT_A_QUESTION}": "write if or when, or name the place",
+    r"^Where (a|an|it|no|one|the|they)\b[^,?]*, (?!and|for)": "write if or when",
     rf"\bwhere there (is|are|was|were)\b{NOT_A_QUESTION}": "write if or when",
     r"\b([Ww]hom?(so)?ever|([Aa]ny|[Ee]very|[Nn]o|[Ss]ome)body)\b": "name it: caller, owner",
     r", for (he|it|there|they|we|you)\b": "write because",
@@ -36,7 +36,7 @@ PATTERNS = {
     r"\bwhat there (is|are)\b|\bthat there (is|are) not\b": "name the thing",
     rf"\b{THINGS} (came|come|comes)\b(?! (after|before|first|from|last))": "write arrives",
     rf"\b{THINGS} (go|goes|gone|went)\b(?! (by|from|into|over|through|to))": "write is evicted",
-    r"\bso (many|much)\b(?!.* that\b)": "write this number, or at most",
+    rf"\bso many {THINGS}\b(?!.* that\b)": "write this number, or at most",
     r"\b(lacked|lacking|lacks)\b": "write has no, without or is missing",
     r"\b(are|is|its) no more(?=[.,:;]|$)|\bno more than (so|that|this)\b": "write at most",
     r"\bsuch (as|that) (are|is)\b": "name the thing",
@@ -53,7 +53,7 @@ EXCEPTIONS: dict[str, str] = {
 CPP = re.compile(
     r"//(?P<comment>[^\n]*(?:\n[ \t]*//[^\n]*)*)|/\*(?P<block>.*?)\*/"
     r'|R"\((?P<raw>.*?)\)"|(?P<string>"(?:\\.|[^"\\\n])*"(?:\s*"(?:\\.|[^"\\\n])*")*)'
-    r"|'(?:\\.|[^'\\\n])+'",
+    r"|'(?:\\[^'\n]*|[^'\\\n])'",  # no comment begins in a character or a string
     re.DOTALL,
 )
 

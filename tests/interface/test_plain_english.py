@@ -16,10 +16,10 @@ spec.loader.exec_module(plain_english)
 
 # An unclear sentence for each pattern, in their order, and a plain one with the same words.
 SENTENCES = [
-    ("What is urgent runs first.", "What does a swap cost?"),
+    ("What is urgent runs first.", "What to wait for. What does a swap cost?"),
     ("Nothing that waits is lost.", "Nothing is lost, and that holds after a fork."),
     ("Of two copies the urgent one runs.", "The urgent one of two copies runs."),
-    ("Where the file is short, it is refused.", "Where is the file?"),
+    ("Where the file is short, it is refused.", "Where the file is, and how long"),
     ("Wait where there is no room.", "The file ends where the last slot ends."),
     ("Whoever waits is woken.", "The waiter is woken, however long it waited."),
     ("The copy waits, for it has no room.", "The copy waits, for example for its turn."),
