@@ -165,8 +165,8 @@ TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
         bench.neighbour.driver->arm({{1, last}}, call, status);
         bench.load();
         const bool hit = bench.neighbour.driver->injected() > 0;
-        // A copy that is already complete is not waited for, and a copy whose wait failed at its
-        // timeout may be complete at the next query, so a fault of a wait may go unnoticed.
+        // A copy that is found complete is not waited for; and after a wait that failed at its
+        // timeout, the next look may find the copy complete.
         const bool sure = call != event_wait;
         CHECK(hit || !sure);
         if (sure && (last > 1 || status == Status::device_lost))
