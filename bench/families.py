@@ -26,7 +26,7 @@ from warmserve_rt.engines.transformers import load
 PROMPT = torch.tensor([[7, 3, 55, 20, 9, 41, 6, 30, 12]])
 LARGEST = 30_000_000  # parameters
 SETTINGS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rescale_every": 0}
-# The families' names of their sizes. A configuration gets those that it has.
+# The names that families give to their sizes. A configuration gets those that it has.
 SIZES = {
     96: "vocab_size intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff ffn_hidden_size",
     64: "hidden_size n_embd d_model embedding_size attention_hidden_size word_embed_proj_dim "

@@ -2,7 +2,7 @@
 
 A child process loads a checkpoint, leases it, reads all of it through its tensors, evicts it and
 loads it again, while this process watches its proportional set size. Everything beyond the arena
-and the pinned memory counts: interpreter, numpy, libraries, books.
+and the pinned memory counts: interpreter, numpy, libraries, bookkeeping.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def over(seeds: range, of: Callable[[Sequence[int]], float]) -> tuple[float, Int
 
 
 def claim(bench: Bench, seeds: range) -> None:
-    """The paper's claim: P99 of autoscaling relative to WarmServe, on the paper's four models."""
+    """Compare autoscaling with WarmServe by P99 on the paper's four models: the paper's claim."""
     cases = PAPER[1:]
     runs = [Run(case, THEIRS, seed) for case in cases for seed in seeds]
     runs += [
@@ -83,7 +83,7 @@ def claim(bench: Bench, seeds: range) -> None:
 
 
 def cases(bench: Bench, seeds: range) -> None:
-    """Ours compared with WarmServe, if memory leaves head-room, and with the bounds h0 and h1."""
+    """Compare ours with WarmServe if memory leaves head-room, and with the bounds h0 and h1."""
     fast = [replace(case, bandwidth=52.0) for case in (*PAPER, *SCARCE)]
     every = [*PAPER, *SCARCE, *fast]
     runs = [
@@ -163,7 +163,7 @@ def cases(bench: Bench, seeds: range) -> None:
 
 
 def rates(bench: Bench, seeds: range) -> None:
-    """The highest rate of a grid at which 99 % of requests meet their SLO."""
+    """Find the highest rate of a grid at which 99 % of requests meet their SLO."""
     policies = (OURS, THEIRS, "h0")
     runs = [Run(case, policy, 0) for case, _ in GRIDS for policy in policies]
     for case, _ in SHARED:
@@ -221,10 +221,10 @@ def rates(bench: Bench, seeds: range) -> None:
 
 
 def ablations(bench: Bench, seeds: range) -> None:
-    """Ablations of our policy: misses with exclusive devices, with unlimited memory, with four
-    links, and with neighbours that slow each other not at all or by a factor of two; and a lower
-    bound on late starts of the 40 models for any static choice of resident layers in a given
-    number of GB."""
+    """Measure misses of our policy's ablations: with exclusive devices, with unlimited memory, with
+    four links, and with neighbours that do not slow each other or slow each other by a factor of
+    two; and a lower bound on late starts of the 40 models for any static choice of resident layers
+    in a given number of GB."""
     ways: dict[str, dict[str, Any]] = {
         "": {},
         "_exclusive": {"options": (("share", False),)},
@@ -251,9 +251,9 @@ def ablations(bench: Bench, seeds: range) -> None:
 
 
 def scaling(bench: Bench, seeds: range) -> None:
-    """How the paper's claim depends on the number of GPUs and on when instances start: autoscaling
-    with an engine start of 5 s, WarmServe and h0, on 16 and on 32 GPUs, scaled up as in the
-    prototype or at half of capacity averaged over one second."""
+    """Measure how the paper's claim depends on the number of GPUs and on when instances start:
+    autoscaling with an engine start of 5 s, WarmServe and h0, on 16 and on 32 GPUs, scaled up as in
+    the prototype or at half of capacity averaged over one second."""
     sooner = (("up", 0.5), ("down", 0.3), ("averaged_s", 1.0))
     ways: dict[str, dict[str, Any]] = {
         "": {},

@@ -42,7 +42,7 @@ def register(runtime: Runtime, path: Path, shapes: dict[str, tuple[int, ...]]) -
 
 
 def layers(count: int, granules: int) -> dict[str, tuple[int, ...]]:
-    """Return tensors that make `count` layers of `granules` granules each."""
+    """Return tensors that form `count` layers of `granules` granules each."""
     return {f"layers.{i}.weight": (granules * GRANULE // 2,) for i in range(count)}
 
 

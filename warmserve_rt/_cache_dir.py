@@ -12,7 +12,8 @@ from pathlib import Path
 def cache_dir() -> Path:
     """Return this package's folder in `$XDG_CACHE_HOME` or in `~/.cache`.
 
-    Raises OSError if neither is known, as for a container's user without an entry in /etc/passwd.
+    Raises OSError if neither is known. A container's user, for example, may have no entry in
+    /etc/passwd.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):

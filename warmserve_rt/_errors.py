@@ -27,7 +27,7 @@ class CorruptCheckpoint(WarmServeError, ValueError):
 
 
 class StaleView(WarmServeError):
-    """The bytes behind a view are not, or no longer, guaranteed to be the model's."""
+    """The bytes behind a view are not guaranteed to be the model's."""
 
 
 class DeviceLost(WarmServeError):

@@ -22,14 +22,14 @@ _UNLIMITED = 10_000  # columns, for a pipe
 
 
 def replace_unencodable() -> None:
-    """Let stdout and stderr write characters that they cannot encode as backslash escapes."""
+    """Let stdout and stderr write backslash escapes for characters that they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def plain(text: object) -> str:
-    """Return plain text as :func:`_text.plain` does; escape what stdout cannot encode too."""
+    """Return plain text as :func:`_text.plain` does; also escape what stdout cannot encode."""
     return "".join(c if _encodable(c) else _text.escaped(c) for c in _text.plain(text))
 
 

@@ -209,7 +209,7 @@ def _mib(nbytes: int) -> str:
 
 
 def main() -> None:
-    """Entry point of ``warmserve-rt``."""
+    """Run the ``warmserve-rt`` command."""
     try:
         from ._terminal import replace_unencodable
 

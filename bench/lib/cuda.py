@@ -93,8 +93,8 @@ class Gpu(Cuda):
     def pinned(self, nbytes: int, content: bytes = b"") -> Pinned:
         """Return pinned memory that lives as long as the device.
 
-        It stays registered that long. Memory that is freed earlier would leave the driver with
-        freed pages.
+        It stays registered that long: if it were freed earlier, the driver would still refer to
+        the freed pages.
         """
         made = super().pinned(nbytes, content)
         self._kept.append(made)

@@ -32,7 +32,7 @@ std::string shown(std::string_view text) {
   return std::string(text.substr(0, end)) + "...";
 }
 
-// The integers of a list; keeps the first kMaxRank + 1.
+// The integers of a list, of which only the first kMaxRank + 1 are kept.
 struct Numbers {
   std::size_t count = 0;  // the list's length
   std::array<std::int64_t, kMaxRank + 1> values;

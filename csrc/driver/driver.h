@@ -114,7 +114,7 @@ class Driver {
   // every use of them.
   virtual Status unmap(Address address, std::uint64_t bytes) = 0;
   // Sets the access to mappings.
-  // Precondition: the range consists of one or more whole mappings, and their access is none.
+  // Precondition: the range consists of one or more whole mappings with Access::none.
   virtual Status set_access(Address address, std::uint64_t bytes, Access access) = 0;
 
   // Pinned host memory.
@@ -199,7 +199,7 @@ struct CudaOptions {
   std::vector<int> peers{};  // ordinals of devices that may write this device's memory
 };
 // Throws general, with a sentence that says what to do, if the driver is missing or older
-// than 12.0, or if the device lacks virtual memory management or refuses a context;
+// than 12.0, or if the device has no virtual memory management or refuses a context;
 // invalid_argument for an unknown ordinal and for a peer that cannot access the device's memory.
 std::shared_ptr<Driver> make_cuda_driver(const CudaOptions& options);
 

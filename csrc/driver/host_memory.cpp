@@ -21,7 +21,7 @@ constexpr int kPopulateWrite = 23;  // the C library's headers may be too old fo
 constexpr std::uint64_t kPerThread = 64 * kMiB;
 constexpr std::uint64_t kMostThreads = 8;
 
-// Commits the memory. Old kernels lack the request (EINVAL); there the first use commits it.
+// Commits the memory. Old kernels do not know the request (EINVAL): there the first use commits it.
 bool touch(std::byte* memory, std::uint64_t bytes) noexcept {
   return ::madvise(memory, bytes, kPopulateWrite) == 0 || errno == EINVAL;
 }

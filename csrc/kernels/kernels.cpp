@@ -263,21 +263,21 @@ Misuse misuse(const KernelCall& call) noexcept {
 const char* text_of(Misuse misuse) noexcept {
   switch (misuse) {
     case Misuse::none: return "nothing";
-    case Misuse::empty_granules: return "granules of no bytes";
+    case Misuse::empty_granules: return "granules of 0 bytes";
     case Misuse::digest_too_long: return "a digest of more than 16 GiB";
     case Misuse::misaligned_digests:
-      return "digests are written to an address that is no multiple of 8";
+      return "digests are written to an address that is not a multiple of 8";
     case Misuse::too_many_bytes: return "too many bytes";
     case Misuse::no_such_cast: return "no such cast";
     case Misuse::too_many_elements: return "too many elements";
     case Misuse::missing_scales: return "the shape of scales, but no scales";
     case Misuse::needless_scales: return "only fp8 has scales";
-    case Misuse::misaligned_scales: return "scales at an address that is no multiple of 4";
+    case Misuse::misaligned_scales: return "scales at an address that is not a multiple of 4";
     case Misuse::empty_blocks: return "scales for rows or blocks without elements";
-    case Misuse::cut_rows: return "the elements are no whole number of rows";
+    case Misuse::cut_rows: return "the elements do not fill whole rows";
     case Misuse::short_pitch: return "rows that overlap: the pitch is less than a row";
     case Misuse::past_the_end: return "past the end of all addresses";
-    case Misuse::overlap: return "what is written overlaps with what is read";
+    case Misuse::overlap: return "the bytes written overlap the bytes read";
   }
   return "";
 }

@@ -27,8 +27,8 @@ class GranulePool {
   void give(std::span<const GranuleId> ids) noexcept;
 
  private:
-  // A node of a binary tree over the granules: the lengths of the free runs at the begin and at the
-  // end of its range, and of its longest free run. Node i has the children 2 i and 2 i + 1.
+  // A node of a binary tree over the granules: the lengths of the free runs at the beginning and at
+  // the end of its range, and of its longest free run. Node i has the children 2 i and 2 i + 1.
   struct Node {
     std::uint32_t prefix = 0, suffix = 0, longest = 0;
   };

@@ -125,7 +125,7 @@ bool capture_record(Stream& stream, Event& event, CUresult* result) {
   return true;
 }
 
-// Adds the nodes of a graph that is launched during a capture to the capture.
+// If a graph is launched during a capture, adds its nodes to the capture.
 CUresult capture_graph(Stream& stream, const Graph& graph) {
   Capture& capture = *stream.capture;
   if (capture.invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;

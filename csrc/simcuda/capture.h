@@ -1,5 +1,5 @@
 // Stream capture: operations become nodes of a graph, and calls that could disturb a capture are
-// refused, which ends the capture [D, O: CUDA.md section 2].
+// refused, which ends the capture [D h:15480, O cccl#11360].
 #pragma once
 
 #include "simcuda/call.h"

@@ -16,7 +16,7 @@
 //   for its source to be read, but not for the write to the device;
 // - the legacy stream: each of its operations, including event records and waits, follows all
 //   operations enqueued before in blocking streams, and precedes all operations enqueued later in
-//   them. To synchronise with it means to synchronise with the blocking streams too;
+//   them. A wait for it is also a wait for the blocking streams;
 // - the edges of a graph; and each launch of a graph follows the launch before it.
 // The host is one agent; the order among its threads is checked by ThreadSanitizer instead.
 #pragma once

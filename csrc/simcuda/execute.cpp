@@ -106,8 +106,8 @@ void Simulator::move_bytes(const std::vector<Span>& to, const std::vector<Span>&
 }
 
 // Runs `move`, which accesses the operation's memory, without the lock. An operation that races
-// runs with the lock and while no other one moves bytes: the race is the program's, and the
-// simulator reports it without having one itself.
+// keeps the lock and runs while no other operation moves bytes: the simulator reports the program's
+// race and must not have a data race of its own.
 template <class Move>
 void Simulator::access_memory(Lock& lock, const Operation& operation, Move move) {
   if (operation.races) {

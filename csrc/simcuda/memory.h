@@ -129,7 +129,7 @@ class Memory {
   // Returns an address at which the bytes of a pinned range can be accessed now; null if the
   // program has unmapped them.
   std::byte* reach(const Pinned& pinned, Address address, std::uint64_t bytes) const;
-  // Frees the memory that cuMemAlloc and the pinning calls made in a context that ends.
+  // When a context ends, frees the memory that cuMemAlloc and the pinning calls made in it.
   void free_all_of(CUcontext context);
   void free_plain(Reservation* reservation);
   Place place(Address address, std::uint64_t bytes);

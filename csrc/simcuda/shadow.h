@@ -94,7 +94,7 @@ class Shadow {
     std::uint32_t begin, end;
   };
   struct Page {
-    // Accesses that the host has not waited for, without those that a later access replaces.
+    // Accesses that the host has not waited for and that no later access replaces.
     std::vector<Access> accesses;
     std::vector<Range> written;  // ascending, neither overlapping nor adjacent
   };

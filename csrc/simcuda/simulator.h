@@ -146,8 +146,8 @@ class Simulator {
   Context* create_context(int device, bool primary, unsigned flags);
   // Waits for the context's work, or drops it with `drop_work`, and destroys all its objects.
   void destroy_context(Lock& lock, Context* context, bool drop_work);
-  // Sets the context's sticky error. The pending work of its streams will not access memory any
-  // more; for the detector the host has waited for all of it.
+  // Sets the context's sticky error. The pending work of its streams never accesses memory again,
+  // so the detector treats it as work that the host has waited for.
   void kill_context(Context& context, CUresult error);
   Stream* per_thread_stream(Context* context);
   StreamPtr add_stream(Context* context, unsigned flags, int priority);

@@ -1,4 +1,4 @@
-// The host driver refuses calls that break the contract of driver.h, also without the strict driver
+// The host driver refuses calls that break the contract of driver.h, even without the strict driver
 // above it. A refused call changes nothing.
 #include <array>
 #include <cstring>

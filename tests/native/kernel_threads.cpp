@@ -1,6 +1,7 @@
-// The kernels' code for many GPU threads, run on one CPU thread: the bodies that nvcc compiles,
-// with a grid's vector accesses and division of labour, one simulated thread after the other. Each
-// result must be equal, to the bit, to that of the single-threaded CPU code.
+// The kernels' code for many GPU threads, run on one CPU thread. It consists of the bodies that
+// nvcc compiles, with the vector accesses and the division of labour of a grid; the simulated
+// threads run one after the other. Each result must be equal, to the bit, to that of the
+// single-threaded CPU code.
 #include <algorithm>
 #include <cstring>
 #include <random>

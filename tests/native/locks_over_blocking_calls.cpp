@@ -31,7 +31,7 @@ class Probe final : public Interposer {
 
 void live_a_little(Runtime& runtime, const ModelPtr& a, const ModelPtr& b) {
   std::vector<std::byte> bytes(kGranule);
-  for (int i = 0; i < 12; ++i) {  // more fences than are kept without a check for completion
+  for (int i = 0; i < 12; ++i) {  // more fences than are kept before completed ones are dropped
     const Leased leased(runtime, {a});
     const auto stream = std::make_shared<Stream>(runtime.device());
     stream->copy_from_device(bytes.data(), runtime.reservation(a)->address(), kGranule);

@@ -60,7 +60,7 @@ inline void map(CUdeviceptr address, CUmemGenericAllocationHandle handle,
   OK(set_access(address, bytes));
 }
 
-// Reserves addresses and maps memory there that is freed when it is unmapped.
+// Reserves addresses and maps memory there. Unmapping it frees the memory.
 inline CUdeviceptr mapped(std::size_t bytes = kGranule) {
   const CUdeviceptr address = reserve(bytes);
   const auto handle = create(bytes);

@@ -22,7 +22,7 @@ struct Bench {
   }
 };
 
-// A thread that waits in line. Only a wait calls the poll, so the first poll shows that it waits.
+// A thread that waits in line. Only a waiting thread polls, so its first poll shows that it waits.
 class Waiter {
  public:
   Waiter(StagingPool& pool, std::function<void()> served)

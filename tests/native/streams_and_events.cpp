@@ -224,7 +224,7 @@ TEST(many_threads_on_shared_streams) {
   }
 }
 
-// The destructor of a driver whose user did not wait for its work must not access freed memory.
+// Even if the user did not wait for the work, the driver's destructor must not access freed memory.
 TEST(a_driver_destroyed_with_work_under_way) {
   for (const bool threads : {true, false}) {
     std::vector<std::byte> from(16 * kMiB), to(16 * kMiB);

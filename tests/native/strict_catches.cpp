@@ -201,7 +201,7 @@ const Breach kBreaches[] = {
        x.lawful(x.fill(x.a));
        return x.fill(x.b);
      }},
-    {"copying bytes that were never written to a peer",
+    {"copying to a peer bytes that were never written",
      [](Bench& x) { return x.strict.copy_to_peer(x.address + kMiB, x.address, kPinned, x.a); }},
     {"unmapping memory that is still being copied to a peer",
      [](Bench& x) {

@@ -22,8 +22,8 @@ class Directory:
     Every name is resolved here, component by component. Each component is opened relative to the
     one before it, and never through a link. A link is read, and its text is resolved in the same
     way. So no time passes between a check and its use, and no link leaves the directory, even if
-    another process moves or exchanges names meanwhile. A link into the blobs of the Hugging Face
-    cache of which the directory is a snapshot counts as inside.
+    another process moves or exchanges names meanwhile. If the directory is a model's
+    snapshot in the Hugging Face cache, a link into that model's blobs counts as inside.
     """
 
     def __init__(self, path: str, fd: int, *, allow_symlinks: bool) -> None:

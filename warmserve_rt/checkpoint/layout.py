@@ -23,7 +23,7 @@ from . import CHUNK, TYPES, Checkpoint, DType, Tensors
 
 _Row = TypeVar("_Row")
 
-ALIGNMENT = 256  # bytes, of each tensor in its layer, as with device allocators
+ALIGNMENT = 256  # bytes, of each tensor's offset in its layer, as in device allocators
 
 Grouping: TypeAlias = (
     Literal["experts"]
@@ -243,8 +243,8 @@ def group_by_name(sizes: Mapping[str, int]) -> list[tuple[str, list[str]]]:
     blocks. The stack with the most bytes is the main stack. The others (an encoder, a vision tower)
     execute before it. A tensor without a number belongs to the layer "embedding" if it has one of
     the common names of embeddings. Otherwise it executes after the stack with which it shares the
-    longest prefix, or the main stack if in doubt. After the main stack that is the layer "head";
-    after another stack it is that stack's last block.
+    longest prefix, or after the main stack if it shares none. After the main stack it belongs to
+    the layer "head", after another stack to that stack's last block.
     """
     return _native.TensorTable([*sizes], [*sizes.values()]).groups()
 

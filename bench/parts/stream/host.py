@@ -107,7 +107,7 @@ def ttft_on_the_host(
 ) -> None:
     """Measure times to first token on the host device.
 
-    Measures every ratio of load time to compute time, and every number of layers kept in steps of
+    Measures every ratio of load time to compute time, each with numbers of kept layers in steps of
     `every`.
     """
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 // The part of the CUDA driver API that this project uses or simulates, written by hand: types,
 // values and signatures as drivers from 12.0 on export them. Building therefore needs no toolkit.
 // Each name below is the exported symbol itself and ignores the renames of later headers (cuda.h 13
-// turns cuCtxCreate into a version that 12.x drivers lack). A test compares this file with cuda.h
-// if a toolkit is installed.
+// turns cuCtxCreate into a version that 12.x drivers do not have). A test compares this file with
+// cuda.h if a toolkit is installed.
 #pragma once
 
 #include <cstddef>

@@ -5,7 +5,7 @@
 namespace warmserve::cuda {
 namespace {
 
-// The call that failed last on this thread, in any context: callers ask for it at once.
+// The call that failed last on this thread. All contexts share it, because callers ask at once.
 thread_local const char* failed_call = nullptr;
 thread_local CUresult failed_with = CUDA_SUCCESS;
 

@@ -39,7 +39,7 @@ Library::Library(const std::string& name) {
   }
   const auto version_of =
       reinterpret_cast<CUresult (*)(int*)>(::dlsym(library, "cuDriverGetVersion"));
-  if (!version_of) throw unusable(name + " is not a CUDA driver: it lacks cuDriverGetVersion");
+  if (!version_of) throw unusable(name + " is not a CUDA driver: it has no cuDriverGetVersion");
   require_started("cuDriverGetVersion", version_of(&version));
   if (version < kLeastVersion)
     throw unusable("the CUDA driver " + name + " has version " + version_text(version) +

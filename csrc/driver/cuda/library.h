@@ -19,7 +19,7 @@ struct Library {
 #undef X
 };
 
-// Returns "CUDA_ERROR_ILLEGAL_ADDRESS (700)", or only the number if abi.h lacks the error.
+// Returns "CUDA_ERROR_ILLEGAL_ADDRESS (700)", or only the number if abi.h has no name for it.
 std::string describe(CUresult result);
 // Returns whether a context that returned this error is unusable (cuda.h: "the process must be
 // terminated and relaunched") or destroyed.

@@ -197,7 +197,8 @@ class HostDriver final : public Driver {
       return refuse(error == ENOMEM ? Status::out_of_mappings : Status::failed,
                     os_failure("mprotect of granules", error, OsLimit::addresses));
     }
-    // Avoids page faults on first use. Old kernels cannot, which is not an error: the pages exist.
+    // Avoids page faults on first use. Old kernels cannot do this; that is not an error, because
+    // the pages exist.
     if (access != Access::none)
       ::madvise(pointer(address), bytes, write ? kPopulateWrite : kPopulateRead);
     return Status::ok;

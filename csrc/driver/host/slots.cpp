@@ -23,7 +23,7 @@ constexpr int kPopulateWrite = 23, kCollapse = 25;
 constexpr std::uint64_t kBytesPerLook = 32 * kMiB;
 constexpr auto kLookLasts = std::chrono::milliseconds(50);
 
-// An extent may exceed the need by a sixteenth of the mapped bytes, but by no more than this.
+// An extent may exceed the need by a sixteenth of the mapped bytes, at most by this.
 constexpr std::uint64_t kLargestStep = kGiB;
 
 }  // namespace

@@ -34,7 +34,7 @@ class HostSlots {
   // Allocates memory and touches it. Checks the available memory first, because the kernel kills a
   // process that touches more. On failure sets `why`. Blocks.
   Status create(std::uint64_t bytes, std::uint64_t* offset, std::string* why);
-  // Gives the memory to the kernel and makes the offset reusable. Returns false on failure.
+  // Returns the memory to the kernel and makes the offset reusable. Returns false on failure.
   bool recycle(std::uint64_t offset, std::uint64_t bytes);
   // Returns the address at which the CPU writes a slot.
   std::byte* view(std::uint64_t offset) const;

@@ -23,7 +23,7 @@ def die(cuda: Gpu) -> int:
     return code(cuda.synchronize, stream)
 
 
-@assumed("unmapping what a copy is still to use", "does not wait, and the copy fails with 719",
+@assumed("unmapping memory of a pending copy", "does not wait, and the copy fails with 719",
          MEASURED, alone=True)  # fmt: skip
 def _(cuda: Gpu) -> None:
     expect(die(cuda), 719)
@@ -94,7 +94,7 @@ def _(cuda: Gpu) -> None:
         raise Refuted("no digest")
 
 
-@assumed("a kernel that loads from nothing", "fails with 700", DOCUMENTED, alone=True)
+@assumed("a kernel that loads from an unmapped address", "fails with 700", DOCUMENTED, alone=True)
 def _(cuda: Gpu) -> None:
     function = cuda.function(cuda.module(cuda.kernel_image()), "ws_granule_digest")
     address, stream, out = cuda.reserve(GRANULE), cuda.stream(), cuda.pinned(PAGE)

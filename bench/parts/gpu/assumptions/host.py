@@ -64,7 +64,7 @@ def _(cuda: Gpu) -> None:
     pins(cuda, address, _NBYTES)
 
 
-@assumed("pinning memory that nobody touched", "works, and populates it", GUESS)
+@assumed("pinning memory that was never touched", "works, and populates it", GUESS)
 def _(cuda: Gpu) -> None:
     pins(cuda, mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), _NBYTES)
 
@@ -100,7 +100,7 @@ def _(cuda: Gpu) -> None:
         pins(cuda, address, _NBYTES, _READ_ONLY)
 
 
-@assumed("pinning what cannot be written", "1 without READ_ONLY", DOCUMENTED)
+@assumed("pinning memory that cannot be written", "1 without READ_ONLY", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     with memfd(PAGE) as fd:
         address = mapped(PAGE, mmap.MAP_SHARED, fd, mmap.PROT_READ)

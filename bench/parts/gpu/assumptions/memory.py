@@ -86,7 +86,7 @@ def _(cuda: Gpu) -> None:
     expect((result, code(cuda.synchronize, stream)), (1, 0), "call, wait:")
 
 
-@assumed("an asynchronous copy to nothing", "1 at the call", GUESS, alone=True)
+@assumed("an asynchronous copy to an unmapped address", "1 at the call", GUESS, alone=True)
 def _(cuda: Gpu) -> None:
     address, host, stream = cuda.reserve(GRANULE), cuda.pinned(PAGE), cuda.stream()
     result = code(cuda.htod, address, host.address, 4, stream)
@@ -103,7 +103,7 @@ def _(cuda: Gpu) -> None:
     expect(content(cuda, address + GRANULE - 2), b"both", "content")
 
 
-@assumed("memory in use falls by what is created", "by exactly its bytes", GUESS, alone=True)
+@assumed("creating granules reduces the free memory", "by exactly their bytes", GUESS, alone=True)
 def _(cuda: Gpu) -> None:
     free = cuda.memory()[0]
     handles = [cuda.create(GRANULE) for _ in range(16)]
@@ -229,7 +229,7 @@ def _(cuda: Gpu) -> None:
     expect(code(cuda.call, "cuMemGetAddressRange_v2", *outs, begin), 500)
 
 
-@assumed("attributes of what is not the device's", "no error, and zeros", DOCUMENTED)
+@assumed("attributes of an address unknown to CUDA", "no error, and zeros", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     kinds = (i32 * 2)(2, 9)
     values = [i32(7), i32(7)]

@@ -147,10 +147,10 @@ def _(cuda: Gpu) -> None:
 
 
 def _beside(name: str, call: Callable[[Gpu], Callable[[], object]], waits: bool) -> None:
-    """Add rows for a memory call during work of another stream on other memory."""
+    """Add rows for a memory call made while another stream works on other memory."""
     verb, source = ("waits", MEASURED) if waits else ("does not wait", OBSERVED)
 
-    @assumed(f"{name} beside a stream that is held up", f"{verb} for it", source)
+    @assumed(f"{name} beside a blocked stream", f"{verb} for it", source)
     def _(cuda: Gpu) -> str:
         ready = call(cuda)
         with Gate(cuda, cuda.stream()) as gate:
@@ -226,7 +226,7 @@ for _name, _call in {
     _beside(_name, _call, waits=_call is _unregister)
 
 
-@assumed("copies of two streams", "one held up does not hold up the other", DOCUMENTED)
+@assumed("copies of two streams", "a blocked stream does not block the other", DOCUMENTED)
 def _(cuda: Gpu) -> None:
     if cuda.attribute(40) < 1:
         raise NotRun("no copy engine beside the kernels (attribute 40)")
