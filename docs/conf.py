@@ -50,7 +50,7 @@ class _Mocked(type):
 with mock(autodoc_mock_imports):
     import torch
 
-    torch.Tensor = _Mocked("Tensor", (), {})  # engines/transformers/weights.py derives from it
+    torch.Tensor = _Mocked("Tensor", (), {})  # the engine derives classes from it
     import warmserve_rt.engines.transformers  # noqa: F401
 autodoc_typehints = "none"  # the docstrings give types
 autodoc_member_order = "bysource"

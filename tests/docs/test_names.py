@@ -15,6 +15,7 @@ from warmserve_rt.scheduling.scheduler import Scheduler
 # Temporary: names that the documents have already, and the tree gets with the renames of the core
 # and of the Python interface. Remove both tables with those renames.
 COMING_FILES = {
+    "csrc/load/README.md": "csrc/README.md",
     "csrc/load/loader.cpp": "csrc/load/transfer.cpp",
     "csrc/load/loader_end.cpp": "csrc/load/transfer_end.cpp",
     "csrc/load/load_queue.h": "csrc/load/fill_queue.h",
