@@ -12,8 +12,8 @@ import warmserve_rt
 from warmserve_rt.scheduling.fleet import RuntimeFleet
 from warmserve_rt.scheduling.scheduler import Scheduler
 
-# Temporary: names that the documents have already, and the tree gets with the renames of the core
-# and of the Python interface. Remove both tables with those renames.
+# Temporary: names that the documents have already and the tree gets with the renames of the core
+# and of the Python interface, with the old names. Remove both tables after those renames.
 COMING_FILES = {
     "csrc/load/README.md": "csrc/README.md",
     "csrc/load/loader.cpp": "csrc/load/transfer.cpp",
@@ -57,8 +57,8 @@ def test_files_and_folders_exist() -> None:
     short = re.findall(r"(?<!/)\b((?:policy|scheduling)/\w+\.py)", whole)
     paths |= {f"warmserve_rt/{each}" for each in short}
     assert len(paths) > 60
-    missing = {path for path in paths if not (ROOT / COMING_FILES.get(path, path)).exists()}
-    assert missing == set()
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert {each for each in missing if not (ROOT / COMING_FILES.get(each, each)).exists()} == set()
 
 
 def test_methods_exist() -> None:
@@ -67,8 +67,8 @@ def test_methods_exist() -> None:
         for name, method in re.findall(r"\b(\w+)(?:\(\w*=?\w*\))?\.(\w+)\(", code):
             if name in OBJECTS:
                 found += 1
-                method = COMING_METHODS.get(method, method)
-                assert hasattr(OBJECTS[name], method), f"{page}: {code}"
+                names = {method, COMING_METHODS.get(method, method)}
+                assert any(hasattr(OBJECTS[name], each) for each in names), f"{page}: {code}"
     assert found > 20
 
 
