@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from documents import blocks
 
 import warmserve_rt
 
@@ -17,17 +18,19 @@ import warmserve_rt
 ROOT = Path(warmserve_rt.__file__).resolve().parents[1]
 SEARCH = {} if ROOT.name == "site-packages" else {"MYPYPATH": str(ROOT)}
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-
-# Names that the README's lines assume.
+# Names that the documents' lines assume.
 GIVEN = """
 from typing import Any
-from warmserve_rt import Lease, Runtime
+from warmserve_rt import Forecaster, Lease, Runtime, RuntimeFleet, Scheduler, testing
+from warmserve_rt.policy.profile import ModelProfile
 runtime: Runtime
 path: str
 inputs: Any
+prompt: Any
 torch: Any
 model: Any
+llm: Any
+profiles: list[ModelProfile]
 """
 
 
@@ -111,16 +114,17 @@ warmserve_rt.nothing_of_that_name
     assert lines == [5, 6, 7, 8, 9, 10, 11], found
 
 
-def test_the_lines_of_the_readme_are_strictly_typed(folder: Path) -> None:
-    """Lines that await are checked inside an async function."""
+def test_the_lines_of_the_documents_are_strictly_typed(folder: Path) -> None:
+    """The blocks on asyncio are left out: their functions have no types, to be short."""
     programs = []
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        if "await " in block or "async " in block:
-            block = "async def main() -> None:\n" + textwrap.indent(block, "    ")
+    for block in blocks("python"):
+        if block.marker.startswith("asyncio-"):
+            continue
         given = "\n".join(
             line
             for line in GIVEN.splitlines()
-            if not re.search(rf"^{line.split(':')[0]} = ", block, re.M)
+            if not re.search(rf"^{line.split(':')[0]} = ", block.code, re.M)
         )
-        programs.append(f"{given}\n{block}")
+        programs.append(f"{given}\n{block.code}")
+    assert len(programs) > 20
     assert problems(folder, *programs) == []

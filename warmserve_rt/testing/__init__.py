@@ -1,18 +1,18 @@
-"""Drivers for tests of this library and of engines that use it: checked, and with injected faults.
+"""Drivers for tests of this library and of engines that use it: checked, and with injected faults::
 
-watched = testing.watch(pump=True)
-with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
-    watched.faults.arm([(3, 3)])          # the third driver call fails
-    ...
-watched.check()                           # no contract was broken, no object was leaked
-
-On a simulated CUDA device, without a GPU (see :mod:`warmserve_rt.testing.simcuda`):
-
-with testing.simulated_cuda(clock="virtual") as cuda:
-    watched = testing.watch(cuda=cuda)
+    watched = testing.watch(pump=True)
     with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+        watched.faults.arm([(3, 3)])          # the third driver call fails
         ...
-    watched.check()
+    watched.check()                           # no contract was broken, no object was leaked
+
+On a simulated CUDA device, without a GPU (see :mod:`warmserve_rt.testing.simcuda`)::
+
+    with testing.simulated_cuda(clock="virtual") as cuda:
+        watched = testing.watch(cuda=cuda)
+        with Runtime(arena="64MiB", pump=True, driver=watched.driver) as runtime:
+            ...
+        watched.check()
 """
 
 from __future__ import annotations
