@@ -18,10 +18,10 @@ from time import perf_counter
 
 import numpy as np
 
+from bounds.residency import Catalogue, Plan, Problem, plan, replan
 from lib.harness import Bench, seconds
 from warmserve_rt.policy.curve import ValueCurve, value_curve
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.policy.residency import Catalogue, Plan, Problem, plan, replan
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.study.run import simulate
 from warmserve_rt.sim.workload.catalogue import paper_models

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._compiled import entry as jit
-from ._greedy import F64, I64
+from ._arrays import F64, I64
+from ._compiled import jit
 
 
 class Models(NamedTuple):

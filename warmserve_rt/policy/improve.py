@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ._arrays import F64
 from ._exchange import Copies, Models, exchange
-from ._greedy import F64
 from .curve import ValueCurve
 
 

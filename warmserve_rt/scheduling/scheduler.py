@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from warmserve_rt.policy._arrays import F64
 from warmserve_rt.policy.curve import ValueCurve
 from warmserve_rt.policy.demand import Demand
 from warmserve_rt.policy.explain import sentence
@@ -208,12 +208,13 @@ class Scheduler:
         self.demand.forecast(self.fleet.now, self.horizon)
         need = self.demand.need(self.horizon)
         copies, free = self.snapshot()
+        busy = FLEET_PART * self.busy.mean() + (1 - FLEET_PART) * self.busy
         held = improve(
             self.curves,
             need,
             copies,
             free,
-            1.0 - BUSY_COUNTS * (FLEET_PART * self.busy.mean() + (1 - FLEET_PART) * self.busy),
+            1.0 - BUSY_COUNTS * busy,
             self.fleet.node_devices,
             margin=self.margin,
             most=self.copies,
@@ -253,7 +254,7 @@ class Scheduler:
         ]
         return said
 
-    def snapshot(self) -> tuple[list[Copy], npt.NDArray[np.float64]]:
+    def snapshot(self) -> tuple[list[Copy], F64]:
         """Return the complete groups that hold layers of a model, and the bytes that are free on
         each device.
 
@@ -283,7 +284,7 @@ class Scheduler:
                 found.append(Copy(model, first, layers, fixed=fixed))
         return found, free
 
-    def apply(self, held: Sequence[Copy], need: npt.NDArray[np.float64]) -> None:
+    def apply(self, held: Sequence[Copy], need: F64) -> None:
         """Carry out a plan: set the keep values of resident layers, cancel loads that are no longer
         wanted, and load missing layers.
 
