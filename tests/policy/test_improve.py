@@ -224,6 +224,25 @@ def test_a_plan_that_is_in_place_moves_nothing() -> None:
     assert found_of(again) == found_of(first)
 
 
+def test_one_copy_can_take_the_room_of_a_hundred() -> None:
+    """They are more than the number of exchanges and of devices."""
+    small = [
+        ValueCurve(f"s{i}", 1, np.array([1_000_000]), np.array([0.0, 0.01])) for i in range(100)
+    ]
+    large = ValueCurve("large", 1, np.array([100_000_000]), np.array([0.0, 10.0]))
+    found = improve(
+        Curves([*small, large]),
+        np.ones(101),
+        [Copy(model, 0, 1) for model in range(100)],
+        np.array([0.0]),
+        np.array([1.0]),
+        1,
+        margin=0.5,
+        moves=1,
+    )
+    assert found_of(found) == [(100, 0, 1)]
+
+
 def test_what_an_instance_uses_is_no_victim() -> None:
     found = improve(
         Curves(two_models(100.0)),
