@@ -34,9 +34,16 @@ ORDER = {
         "_errors",
     ],
     "sim": ["command", "report", "study", "controllers", "core", "workload", "__init__"],
-    "sim.controllers": ["policies", "baselines", "autoscaling", "dispatcher", "__init__"],
+    "sim.controllers": [
+        "policies",
+        "baselines",
+        "autoscaling",
+        "scheduled",
+        "dispatcher",
+        "__init__",
+    ],
     "engines": ["vllm", "transformers", "torch", "__init__"],
-    "scheduling": ["fleet", "device", "loop", "scheduler", "__init__"],
+    "scheduling": ["fleet", "device", "loop", "scheduler", "protocols", "__init__"],
     "core": [
         "runtime",
         "_at_exit",

@@ -6,10 +6,11 @@ import numpy as np
 
 from warmserve_rt.policy.curve import ValueCurve
 from warmserve_rt.policy.pipeline import first_token_by_prefix
-from warmserve_rt.policy.residency import Catalogue, Problem, plan
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.study.metrics import Slo
 from warmserve_rt.sim.workload.workloads import Workload
+
+from .residency import Catalogue, Problem, plan
 
 SWITCH_S = 0.01  # seconds of a start besides loading and computing; the same as in `simulate`
 
@@ -41,11 +42,7 @@ def late_at_least(workload: Workload, hardware: Hardware, slo: Slo) -> float:
             times = first_token_by_prefix(nbytes / hardware.bandwidth, profile.compute(prefill))
             in_time += (times + SWITCH_S <= slo.budget(prefill)) / len(prompts)
         anyway += need[model] * in_time[0]
-        curves.append(
-            ValueCurve(
-                profile.name, profile.width, nbytes, in_time - in_time[0], np.arange(len(nbytes))
-            )
-        )
+        curves.append(ValueCurve(profile.name, profile.width, nbytes, in_time - in_time[0]))
     problem = Problem(
         Catalogue.of(curves),
         np.arange(len(curves)),

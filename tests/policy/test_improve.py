@@ -21,7 +21,7 @@ def curve(draw: st.DrawFn, name: str) -> ValueCurve:
     width = draw(st.sampled_from([1, 1, 2, 4]))
     nbytes = np.array([draw(st.integers(1, 9)) for _ in range(layers)], np.int64) * 1_000_003
     value = np.cumsum([0.0, *(draw(st.floats(0.0, 1.0)) for _ in range(layers))])
-    return ValueCurve(name, width, nbytes, value, np.arange(layers))
+    return ValueCurve(name, width, nbytes, value)
 
 
 @st.composite
@@ -127,7 +127,7 @@ def steps(count: int) -> list[ValueCurve]:
     """Return models of eight layers that are worth 1 together, and 0 if a layer is missing."""
     value = np.array([0.0] * 8 + [1.0])
     nbytes = np.full(8, 1_000_000, np.int64)
-    return [ValueCurve(f"m{i}", 1, nbytes, value, np.arange(8)) for i in range(count)]
+    return [ValueCurve(f"m{i}", 1, nbytes, value) for i in range(count)]
 
 
 def test_a_part_of_a_step_is_not_sold_for_its_share() -> None:
@@ -165,13 +165,13 @@ def test_a_fleet_of_floors_is_filled() -> None:
 def test_a_curve_stops_where_a_unit_more_is_worth_less() -> None:
     nbytes = np.array([1, 1, 2, 1, 1, 1], np.int64) * 1_000_000
     value = np.array([0.0, 1.0, 2.0, 2.0, 5.0, 5.01, 5.01])
-    curve = ValueCurve("m", 1, nbytes, value, np.arange(6))
+    curve = ValueCurve("m", 1, nbytes, value)
     assert curve.knots.tolist() == [0, 4, 5]
     assert curve.stops.tolist() == [0, 2, 4, 5]
     value = np.array([0.0, 1.0, 1.001, 1.002, 2.0, 2.001, 2.002])
-    small = ValueCurve("m", 1, nbytes, value, np.arange(6))
+    small = ValueCurve("m", 1, nbytes, value)
     assert small.stops.tolist() == [0, 1, 4, 6]  # tiny gains are no stops, except the last
-    nothing = ValueCurve("m", 1, nbytes, np.zeros(7), np.arange(6))
+    nothing = ValueCurve("m", 1, nbytes, np.zeros(7))
     assert nothing.stops.tolist() == [0]
 
 
@@ -183,7 +183,7 @@ def test_what_does_not_fit_whole_comes_in_part() -> None:
     nbytes = np.full(4, 1_000_000, np.int64)
     value = np.array([0.0, 0.2, 0.4, 0.4, 1.2])
     found = improve(
-        Curves([ValueCurve("m", 1, nbytes, value, np.arange(4))]),
+        Curves([ValueCurve("m", 1, nbytes, value)]),
         np.array([1.0]),
         [],
         np.array([3e6]),
@@ -197,8 +197,8 @@ def test_what_does_not_fit_whole_comes_in_part() -> None:
 def two_models(value: float) -> list[ValueCurve]:
     nbytes = np.array([10_000_000], np.int64)
     return [
-        ValueCurve("held", 1, nbytes, np.array([0.0, 1.0]), np.arange(1)),
-        ValueCurve("new", 1, nbytes, np.array([0.0, value]), np.arange(1)),
+        ValueCurve("held", 1, nbytes, np.array([0.0, 1.0])),
+        ValueCurve("new", 1, nbytes, np.array([0.0, value])),
     ]
 
 
@@ -222,6 +222,25 @@ def test_a_plan_that_is_in_place_moves_nothing() -> None:
     first = improve(curves, arguments[0], [], np.array([15e6, 15e6]), *arguments[1:], margin=0.0)
     again = improve(curves, arguments[0], first, np.array([5e6, 5e6]), *arguments[1:], margin=0.0)
     assert found_of(again) == found_of(first)
+
+
+def test_one_copy_can_take_the_room_of_a_hundred() -> None:
+    """They are more than the number of exchanges and of devices."""
+    small = [
+        ValueCurve(f"s{i}", 1, np.array([1_000_000]), np.array([0.0, 0.01])) for i in range(100)
+    ]
+    large = ValueCurve("large", 1, np.array([100_000_000]), np.array([0.0, 10.0]))
+    found = improve(
+        Curves([*small, large]),
+        np.ones(101),
+        [Copy(model, 0, 1) for model in range(100)],
+        np.array([0.0]),
+        np.array([1.0]),
+        1,
+        margin=0.5,
+        moves=1,
+    )
+    assert found_of(found) == [(100, 0, 1)]
 
 
 def test_what_an_instance_uses_is_no_victim() -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from warmserve_rt.scheduling.scheduler import Scheduler
 from warmserve_rt.sim.controllers.autoscaling import Starts
 from warmserve_rt.sim.controllers.dispatcher import Dispatcher
+from warmserve_rt.sim.controllers.scheduled import ScheduledFleet
 from warmserve_rt.sim.core.devices import KV_STEP, Hardware
 from warmserve_rt.sim.core.fleet import LEAD_S, Fleet
 from warmserve_rt.sim.study.metrics import times_to_first_token
@@ -68,7 +69,7 @@ class InProcess(Starts):
         workload = fleet.workload
 
         def begin() -> None:
-            self.scheduler.begin(fleet, forecaster(workload), workload.service)
+            self.scheduler.begin(ScheduledFleet(fleet), forecaster(workload), workload.service)
 
         fleet.after(LEAD_S - BEFORE_S, begin)
         fleet.after(LEAD_S, self.tick)

@@ -34,7 +34,7 @@ class _OptionalCache(FunctionCache):
             LOG.info("compiled code is not cached: %s", error)
 
 
-def entry(function: _Function) -> _Function:
+def jit(function: _Function) -> _Function:
     """Compile a function at its first call, and cache the code beside the file or in the user's
     folder. If no such folder can be written, each process compiles for itself."""
     compiled: Any = njit(error_model="numpy")(function)
@@ -45,7 +45,7 @@ def entry(function: _Function) -> _Function:
     return compiled  # type: ignore[no-any-return]
 
 
-def inner(function: _Function) -> _Function:
+def jit_inner(function: _Function) -> _Function:
     """Compile a function that only compiled functions call."""
     options: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
     compiled: Any = njit(**options)

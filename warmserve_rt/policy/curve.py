@@ -9,8 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ._greedy import F64, I64, hulls
-from .pipeline import Seconds, fewest, first_token_by_prefix
+from ._arrays import F64, I64
+from ._hulls import hulls
+from .pipeline import fewest, first_token_by_prefix
 from .profile import ModelProfile
 
 # The weight that the mean always keeps: if only floors counted, memory beyond the floors would not
@@ -20,7 +21,7 @@ _TIE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class ValueCurve:
-    """The value of holding the first 0, 1, ..., L units of one model.
+    """The value of holding the first 0, 1, ..., L layers of one model.
 
     Parameters
     ----------
@@ -29,14 +30,9 @@ class ValueCurve:
     width
         The number of devices of a group.
     nbytes
-        Bytes of each unit on each device of the group [L], in the order in which units are held.
+        Bytes of each layer on each device of the group [L].
     value
-        Seconds saved per expected start [L+1], from 0 for no unit on, never falling.
-    order
-        The model's own index of each unit [L]. Layers are held from the first on, so that it
-        counts up.
-    unit
-        The word for a unit in messages.
+        Seconds saved per expected start [L+1], from 0 for no layer on, never falling.
 
     Raises
     ------
@@ -48,21 +44,16 @@ class ValueCurve:
     width: int
     nbytes: I64
     value: F64
-    order: I64
-    unit: str = "layer"
 
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"{self.name}: width must be at least 1 device, got {self.width}")
         if not len(self.nbytes) or (self.nbytes < 1).any():
+            raise ValueError(f"{self.name}: a model must have layers, each of at least one byte")
+        if self.value.shape != (len(self.nbytes) + 1,):
             raise ValueError(
-                f"{self.name}: a model must have {self.unit}s, each of at least one byte"
-            )
-        shapes = (self.value.shape, self.order.shape)
-        if shapes != ((len(self.nbytes) + 1,), (len(self.nbytes),)):
-            raise ValueError(
-                f"{self.name}: value must have one entry more than nbytes, and order as many, "
-                f"got shapes {shapes} for {self.nbytes.shape}"
+                f"{self.name}: value must have one entry more than nbytes, "
+                f"got shape {self.value.shape} for {self.nbytes.shape}"
             )
         if (
             self.value[0] != 0
@@ -73,23 +64,23 @@ class ValueCurve:
 
     @cached_property
     def cumulative(self) -> I64:
-        """Return the bytes of the first 0, 1, ..., L units on each device."""
+        """Return the bytes of the first 0, 1, ..., L layers on each device."""
         return np.concatenate(([0], np.cumsum(self.nbytes, dtype=np.int64)))
 
     @cached_property
     def knots(self) -> I64:
-        """Return the numbers of units at the corners of the concave hull, from 0 to the smallest
-        number that is worth as much as all units."""
+        """Return the numbers of layers at the corners of the concave hull, from 0 to the smallest
+        number that is worth as much as all layers."""
         begin = np.array([0, len(self.value)])
         return hulls(begin, self.cumulative, self.value.copy(), np.full(1, np.inf))[0]
 
     @cached_property
     def stops(self) -> I64:
-        """Return the numbers of units at which a partially held model ends best: the next unit is
-        worth less per byte there.
+        """Return the numbers of layers at which a partially held model ends best: the next layer
+        is worth less per byte there.
 
-        They range from 0 to the smallest number that is worth as much as all units. Stops that add
-        less than 1 % of the value of all units are dropped, except the last.
+        They range from 0 to the smallest number that is worth as much as all layers. Stops that add
+        less than 1 % of the value of all layers are dropped, except the last.
         """
         last = int(self.knots[-1])
         slope = np.diff(self.value[: last + 1]) / self.nbytes[:last]
@@ -102,7 +93,7 @@ class ValueCurve:
 
     @cached_property
     def density(self) -> F64:
-        """Return for each unit [L] the slope of its segment of the hull: seconds per expected
+        """Return for each layer [L] the slope of its segment of the hull: seconds per expected
         start and byte (of all devices). It falls, and is 0 beyond the last knot."""
         segment = np.diff(self.value[self.knots]) / np.diff(self.cumulative[self.knots])
         falling = np.zeros(len(self.nbytes))
@@ -183,56 +174,4 @@ def value_curve(
         floor = fewest(times, budget_s, float(loads.sum()))
         if floor is not None and floor > 0:
             value[floor:] += weight * (times[0] - times[-1])
-    return ValueCurve(
-        profile.name, profile.width, nbytes, value / len(prompts), np.arange(len(nbytes))
-    )
-
-
-def unit_curve(
-    name: str,
-    nbytes: Sequence[int],
-    seconds: Seconds,
-    probability: Seconds | None = None,
-    *,
-    width: int = 1,
-    unit: str = "unit",
-) -> ValueCurve:
-    """Return the value curve of units that do not wait for each other, such as experts.
-
-    The units that save most per byte are held first.
-
-    Parameters
-    ----------
-    name
-        The name of the model.
-    nbytes
-        Bytes of each unit on each device.
-    seconds
-        Seconds that each unit saves if a start needs it.
-    probability
-        The probability that a start needs the unit; by default 1.
-    width
-        The number of devices of a group.
-    unit
-        The word for a unit in messages.
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ, or if a size, a time or a probability is invalid.
-    """
-    sizes = np.array(nbytes, dtype=np.int64)
-    gain = np.array(seconds, dtype=np.float64)
-    chance = np.ones(len(gain)) if probability is None else np.array(probability, np.float64)
-    if sizes.ndim != 1 or not sizes.shape == gain.shape == chance.shape:
-        raise ValueError(
-            f"{name}: sizes, seconds and probabilities must be given once for each {unit}"
-        )
-    if not (np.isfinite(gain) & (gain >= 0) & (chance >= 0) & (chance <= 1)).all():
-        raise ValueError(f"{name}: seconds must not be negative, probabilities must be in [0, 1]")
-    if (sizes < 1).any():
-        raise ValueError(f"{name}: a model must have {unit}s, each of at least one byte")
-    gain *= chance
-    order = np.argsort(-gain / sizes, kind="stable")
-    value = np.concatenate(([0.0], np.cumsum(gain[order])))
-    return ValueCurve(name, width, sizes[order], value, order, unit)
+    return ValueCurve(profile.name, profile.width, nbytes, value / len(prompts))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ._greedy import F64
+from ._arrays import F64
 from .curve import ValueCurve, value_curve
 from .forecast import Forecaster
 from .profile import ModelProfile
@@ -152,7 +152,7 @@ class Demand:
                 objective=self.objective,
             )
             value += curve.value / len(prompts)
-        return ValueCurve(profile.name, profile.width, curve.nbytes, value, curve.order)
+        return ValueCurve(profile.name, profile.width, curve.nbytes, value)
 
     def need(self, horizon: float) -> F64:
         """Return the need of each model: the starts expected within ``horizon`` seconds.

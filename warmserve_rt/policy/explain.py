@@ -1,32 +1,10 @@
-"""Describe a plan in sentences: what each replica keeps and why, and what it displaces."""
+"""Describe in a sentence which layers a copy of a model keeps, why, and what it displaces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from .curve import ValueCurve
-from .residency import Plan
-
-
-def explain(plan: Plan, row: int) -> str:
-    """Return one sentence about a replica of a plan.
-
-    The sentence names the layers that the replica keeps and their devices, the starts that it is
-    expected to serve, the seconds saved per byte, and the layers that the plan evicts from its
-    devices (compared with ``home`` and ``held`` of the problem).
-
-    Raises
-    ------
-    IndexError
-        If the plan has no such row.
-    """
-    problem = plan.problem
-    curves, model = problem.catalogue.curves, problem.model
-    gone = [(curves[model[other]], _loss(plan, other)) for other in _losers(plan, row)]
-    layers, group = int(plan.layers[row]), int(plan.group[row])
-    return sentence(curves[model[row]], float(problem.need[row]), layers, group, gone)
 
 
 def sentence(
@@ -51,7 +29,7 @@ def sentence(
     if layers == 0:
         most = 1e9 * need * float(curve.density[0])
         return (
-            f"keeps nothing of {curve.name}: {starts}, its first {curve.unit}s would save "
+            f"keeps nothing of {curve.name}: {starts}, its first layers would save "
             f"{most:.2g} ms per MB"
         )
     nbytes = int(curve.cumulative[layers]) * curve.width
@@ -60,31 +38,8 @@ def sentence(
         f"device {first}" if curve.width == 1 else f"devices {first}-{first + curve.width - 1}"
     )
     said = (
-        f"keeps {layers} of {len(curve.nbytes)} {curve.unit}s of {curve.name} on {devices}: "
+        f"keeps {layers} of {len(curve.nbytes)} layers of {curve.name} on {devices}: "
         f"{starts}, {saved:.2g} ms saved per MB"
     )
-    lost = [f"{layers} {other.unit}s of {other.name}" for other, layers in gone]
+    lost = [f"{layers} layers of {other.name}" for other, layers in gone]
     return said + ("; evicts " + ", ".join(lost) if lost else "")
-
-
-def _losers(plan: Plan, row: int) -> list[int]:
-    """Return the replicas that lose layers on devices of this replica's group."""
-    problem = plan.problem
-    if problem.home is None or problem.held is None:
-        return []
-    width = problem.catalogue.width[problem.model]
-    begin, end = plan.group[row], plan.group[row] + width[row]
-    overlap = (problem.home >= 0) & (problem.home < end) & (problem.home + width > begin)
-    less = (plan.group != problem.home) | (plan.layers < problem.held)
-    losers = overlap & less & (problem.held > 0)
-    losers[row] = False
-    return [int(other) for other in np.flatnonzero(losers)]
-
-
-def _loss(plan: Plan, row: int) -> int:
-    """Return the number of layers that the replica loses."""
-    problem = plan.problem
-    assert problem.home is not None
-    assert problem.held is not None
-    stays = int(plan.layers[row]) if plan.group[row] == problem.home[row] else 0
-    return int(problem.held[row]) - stays

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._exchange import Copies, Models, exchange
-from ._greedy import F64
+from ._arrays import F64
+from ._exchange import Copies, Devices, Models, exchange
 from .curve import ValueCurve
 
 
@@ -83,18 +83,40 @@ def improve(
     moves
         The largest number of exchanges.
     """
-    room = len(copies) + moves
-    model = np.full(room, -1)
-    first, layers = np.zeros(room, np.int64), np.zeros(room, np.int64)
-    fixed, before = np.zeros(room, np.int64), np.zeros(room, np.int64)
-    use = np.zeros(room)
+    rows = len(copies) + moves
+    model = np.full(rows, -1)
+    first, layers, fixed = (np.zeros(rows, np.int64) for _ in range(3))
+    use = np.zeros(rows)
+    on_device = np.zeros(len(free) + 1, np.int64)  # the changes of their number along the devices
     for i, copy in enumerate(copies):
         model[i], first[i], layers[i], fixed[i] = copy.model, copy.first, copy.layers, copy.fixed
+        on_device[copy.first] += 1
+        on_device[copy.first + curves.width[copy.model]] -= 1
     models = Models(
         curves.begin, curves.cum, curves.value, curves.stop, curves.stops, curves.width, need
     )
-    state = Copies(model, first, layers, fixed, use, before)
-    exchange(models, state, free, available, node, margin, most, moves)
+    state = Copies(
+        model,
+        first,
+        layers,
+        fixed,
+        use,
+        before=np.zeros(rows, np.int64),
+        cheapest=np.full(rows, np.inf),
+        next=np.full(rows, -1),
+        head=np.full(len(curves.width), -1),
+        slot=np.full(rows, -1),
+    )
+    most_on_one = int(np.cumsum(on_device).max(initial=0))
+    devices = Devices(
+        free,
+        available,
+        rows=np.zeros((len(free), most_on_one + moves), np.int64),
+        filled=np.zeros(len(free), np.int64),
+        cheapest=np.full(len(free), np.inf),
+        changed=np.zeros(len(free), np.int64),
+    )
+    exchange(models, state, devices, node, margin, most, moves)
     return [
         Copy(int(model[i]), int(first[i]), int(layers[i]), bool(fixed[i]), use=float(use[i]))
         for i in np.flatnonzero(model >= 0)

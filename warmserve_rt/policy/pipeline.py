@@ -19,10 +19,10 @@ from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Seconds: TypeAlias = Sequence[float] | npt.NDArray[np.float64]
+from ._arrays import F64
+
+Seconds: TypeAlias = Sequence[float] | F64
 
 _ROUNDING = 1e-12
 
@@ -62,7 +62,7 @@ def first_token(loads: Seconds, computes: Seconds, resident: int | Collection[in
     return float(np.max(np.where(missing, arrivals + rest[:-1], 0.0), initial=rest[0]))
 
 
-def first_token_by_prefix(loads: Seconds, computes: Seconds) -> Floats:
+def first_token_by_prefix(loads: Seconds, computes: Seconds) -> F64:
     """Return ``first_token`` for 0, 1, ..., L resident leading layers.
 
     The L+1 seconds never increase.
@@ -79,15 +79,7 @@ def first_token_by_prefix(loads: Seconds, computes: Seconds) -> Floats:
     return np.minimum.accumulate(times)
 
 
-def floor_layers(loads: Seconds, computes: Seconds, budget_s: float) -> int | None:
-    """Return the smallest number of leading layers with which the first token is within
-    ``budget_s`` seconds, or None if even a start with all layers resident takes longer.
-    """
-    times = first_token_by_prefix(loads, computes)
-    return fewest(times, budget_s, float(np.sum(loads)))
-
-
-def fewest(times: Floats, budget_s: float, loading_s: float) -> int | None:
+def fewest(times: F64, budget_s: float, loading_s: float) -> int | None:
     """Return the first index of ``times`` that is within the budget, or None.
 
     Parameters
@@ -112,61 +104,12 @@ def fewest(times: Floats, budget_s: float, loading_s: float) -> int | None:
     return int(np.argmax(times <= bound))
 
 
-def knee(loads: Seconds, computes: Seconds) -> int:
-    """Return the smallest number of leading layers with which a start is as fast as with all."""
-    found = floor_layers(loads, computes, float(np.sum(computes)))
-    assert found is not None  # with all layers the first token takes exactly the sum
-    return found
-
-
-def uniform_first_token(layers: int, load_s: float, compute_s: float, resident: int) -> float:
-    """Return ``first_token`` for L equal layers in closed form.
-
-    It is the largest of L c, of (L-k) l + c, and of l + (L-k) c. The last one decides if loading is
-    faster than computing and no computation hides the load of the first missing layer.
-
-    Raises
-    ------
-    ValueError
-        As ``first_token`` does.
-    """
-    _checked([load_s], [compute_s])
-    if layers < 1 or not 0 <= resident <= layers:
-        raise ValueError(f"the number of resident layers must be in [0, {layers}], got {resident}")
-    warm = layers * compute_s
-    missing = layers - resident
-    if missing == 0:
-        return warm
-    return max(warm, missing * load_s + compute_s, load_s + missing * compute_s)
-
-
-def uniform_floor(layers: int, load_s: float, compute_s: float, extra_s: float = 0.0) -> int:
-    """Return the smallest number of leading layers, of L equal ones, with which the first token is
-    at most D = ``extra_s`` seconds later than with all layers.
-
-    It is k_D = ceil(L - ((L-1) c + D) / l), but at least 1 if one layer takes longer than D to
-    load, because no computation hides the load of the first layer. With D = 0 it is the knee, k*.
-
-    Raises
-    ------
-    ValueError
-        If a time is negative or not finite, or ``layers`` is less than 1.
-    """
-    _checked([load_s, extra_s], [compute_s, 0.0])
-    if layers < 1:
-        raise ValueError(f"the number of layers must be at least 1, got {layers}")
-    if load_s == 0:
-        return 0
-    exact = layers - ((layers - 1) * compute_s + extra_s) / load_s
-    return max(int(load_s > extra_s), math.ceil(exact - _ROUNDING * (layers + abs(exact))))
-
-
-def _rest(compute: Floats) -> Floats:
+def _rest(compute: F64) -> F64:
     """Return the seconds of computing from layer j on [L+1]; the last is 0."""
     return np.concatenate((np.cumsum(compute[::-1])[::-1], [0.0]))
 
 
-def _checked(loads: Seconds, computes: Seconds) -> tuple[Floats, Floats]:
+def _checked(loads: Seconds, computes: Seconds) -> tuple[F64, F64]:
     load = np.asarray(loads, dtype=np.float64)
     compute = np.asarray(computes, dtype=np.float64)
     if load.ndim != 1 or load.shape != compute.shape or not len(load):

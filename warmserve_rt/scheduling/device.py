@@ -14,19 +14,20 @@ from warmserve_rt.core.runtime import BACKGROUND, Runtime, Ticket
 from warmserve_rt.core.snapshot import Snapshot
 from warmserve_rt.policy.profile import ModelProfile
 
-Stamps = list[tuple[float, float]]
+from .protocols import KeepValues
+
 BACKOFF_S = 30.0  # wait after a failed load before the model is loaded again
 # Relative decrement of a keep value per layer, so that the tail of a model is evicted first.
 SLOPE = 2.0**-20
 
 
 class RuntimeShard:
-    """Implement ShardView for one model, given by its number."""
+    """Implement :class:`~.protocols.Shard`."""
 
-    __slots__ = ("goal", "layers", "model", "pinned")
+    __slots__ = ("goal", "layers", "pinned")
 
-    def __init__(self, model: int, layers: int, goal: int, *, pinned: bool) -> None:
-        self.model, self.layers, self.goal, self.pinned = model, layers, goal, pinned
+    def __init__(self, layers: int, goal: int, *, pinned: bool) -> None:
+        self.layers, self.goal, self.pinned = layers, goal, pinned
 
 
 class Entry:
@@ -44,7 +45,7 @@ class Entry:
     tickets
         The tickets of loads in progress, each with the number of leading layers that it loads.
     keep
-        The keep values with which the layers were stamped last, or None.
+        The keep values that the layers were given last, or None.
     refused
         Time until which the model is not loaded.
     missing
@@ -90,8 +91,9 @@ def find_model(runtime: Runtime, device: int, profile: ModelProfile) -> Model:
 
 
 class RuntimeDevice:
-    """Implement DeviceView for one runtime. Models are numbered as in the last :meth:`arrange`.
+    """Implement :class:`~.protocols.Device` for one runtime.
 
+    Models are numbered as in the last :meth:`arrange`.
     The view shows the state at the last :meth:`refresh` and the loads begun or cancelled since
     then. A refresh also finds models that were promoted, registered or unregistered meanwhile.
 
@@ -166,7 +168,7 @@ class RuntimeDevice:
             seen = self.runtime.snapshot()
             self._shards = {}
             for number, entry in enumerate(self._entries):
-                shard = self._shard(number, entry, seen)
+                shard = self._shard(entry, seen)
                 if shard and entry.rank is not None:
                     self._shards[number, entry.rank] = shard
             self._seen = seen
@@ -212,48 +214,45 @@ class RuntimeDevice:
         )
         return float(seen.arena_bytes - held * seen.granule_bytes)
 
-    def stamp(self, model: int, layers: int, stamps: Stamps) -> None:
-        """Stamp each leading layer with the keep value of its part, and the others so that they
-        are evicted first.
+    def set_keep_values(self, model: int, rank: int, layers: int, values: KeepValues) -> None:
+        """Give each leading layer the keep value of its part, and let the others be evicted first.
 
         Parameters
         ----------
-        model
-            The number of the model.
+        model, rank
+            The number of the model. A device has one rank of each model, so that ``rank`` tells
+            nothing more.
         layers
             The number of leading layers to keep.
-        stamps
-            For each part of the model: the byte at which the part ends, and its keep value.
+        values
+            The keep values of the model's parts.
         """
         entry = self._entries[model]
         if entry.model is None:
             return
-        ends = [end + 0.5 for end, _ in stamps]
-        before, now = entry.keep, []
+        ends = [end + 0.5 for end, _ in values]
+        keep = []
         for layer, end in enumerate(entry.ends):
-            part = bisect_left(ends, end) if layer < layers else len(stamps)
-            value = stamps[part][1] if part < len(stamps) else 0.0
-            now.append(value * (1 - layer * SLOPE) if value > 0 else -layer * SLOPE**2)
-        try:
-            for layer, value in enumerate(now):
-                if before is None or before[layer] != value:
-                    self.runtime.native.stamp(entry.model.native, value, layer)
-        except ValueError:  # the model was unregistered meanwhile; the next refresh finds out
-            return
-        entry.keep = now
+            part = bisect_left(ends, end) if layer < layers else len(values)
+            value = values[part][1] if part < len(values) else 0.0
+            keep.append(value * (1 - layer * SLOPE) if value > 0 else -layer * SLOPE**2)
+        # If the model was unregistered meanwhile, the next refresh finds out.
+        with suppress(ValueError):
+            self._give(entry.model, keep, entry.keep)
+            entry.keep = keep
 
-    def load(self, model: int, layers: int, stamps: Stamps) -> bool:
-        """Begin a background load of leading layers, as :meth:`FleetView.load` does.
+    def load(self, model: int, rank: int, layers: int, values: KeepValues) -> bool:
+        """Begin a background load of leading layers, as :meth:`.protocols.Device.load` does.
 
         Also return False if the device is lost, if the model's last load failed less than
         ``BACKOFF_S`` ago, or if no such model is registered now.
         """
         seen = self.seen
         entry = self._entries[model]
-        registered, rank = entry.model, entry.rank
-        if registered is None or rank is None or self.lost or self._clock() < entry.refused:
+        registered = entry.model
+        if registered is None or entry.rank is None or self.lost or self._clock() < entry.refused:
             return False
-        self.stamp(model, layers, stamps)
+        self.set_keep_values(model, rank, layers, values)
         if entry.keep is None or not self._has_room(model, layers, entry.keep[layers - 1], seen):
             return False
         try:
@@ -265,13 +264,14 @@ class RuntimeDevice:
                 self._refuse(entry, error)
             return False
         entry.tickets.append((ticket, layers))
-        shard = self._shards.setdefault((model, rank), RuntimeShard(model, 0, 0, pinned=False))
+        shard = self._shards.setdefault((model, rank), RuntimeShard(0, 0, pinned=False))
         shard.goal = max(shard.goal, layers)
         return True
 
-    def call_off(self, shard: RuntimeShard, layers: int) -> None:
-        """Cancel the loads that reach beyond these leading layers."""
-        entry, kept = self._entries[shard.model], []
+    def cancel(self, model: int, rank: int, layers: int) -> None:
+        """Cancel the loads of a shard that reach beyond these leading layers."""
+        shard = self.shards[model, rank]
+        entry, kept = self._entries[model], []
         for ticket, brings in entry.tickets:
             if brings > layers:
                 ticket.cancel()
@@ -280,7 +280,7 @@ class RuntimeDevice:
         entry.tickets = kept
         shard.goal = max([shard.layers, *(brings for _, brings in kept)])
 
-    def call_all_off(self) -> None:
+    def cancel_all(self) -> None:
         """Cancel all loads that this object began."""
         for entry in self._entries:
             for ticket, _ in entry.tickets:
@@ -305,16 +305,25 @@ class RuntimeDevice:
             entry.model = found
 
     def _let_go(self, entry: Entry) -> None:
-        """Cancel the entry's loads, and stamp its layers so that they are evicted first."""
+        """Cancel the entry's loads, and let its layers be evicted first."""
         for ticket, _ in entry.tickets:
             ticket.cancel()
         if entry.model and entry.keep:
             with suppress(ValueError, WarmServeError):  # unregistered, or the runtime is closed
-                for layer in range(len(entry.keep)):
-                    self.runtime.native.stamp(entry.model.native, -layer * SLOPE**2, layer)
+                last = [-layer * SLOPE**2 for layer in range(len(entry.keep))]
+                self._give(entry.model, last, None)
         entry.model, entry.tickets, entry.keep, entry.refused = None, [], None, -math.inf
 
-    def _shard(self, number: int, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
+    def _give(self, model: Model, values: Sequence[float], before: Sequence[float] | None) -> None:
+        """Set the keep value of every layer that differs from ``before``.
+
+        The only place that sets keep values. Raise ValueError if the model is not registered.
+        """
+        for layer, value in enumerate(values):
+            if before is None or before[layer] != value:
+                self.runtime.native.stamp(model.native, value, layer)
+
+    def _shard(self, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
         state = seen.models.get(entry.model.name) if entry.model else None
         if state is None:
             return None
@@ -326,11 +335,11 @@ class RuntimeDevice:
                 break
             layers += here and layers == goal
             goal += 1
-        return RuntimeShard(number, layers, goal, pinned=state.leases > 0) if goal else None
+        return RuntimeShard(layers, goal, pinned=state.leases > 0) if goal else None
 
     def _has_room(self, model: int, layers: int, value: float, seen: Snapshot) -> bool:
-        """Return whether the layers fit beside all layers that are leased, being loaded, or
-        stamped with ``value`` or more."""
+        """Return whether the layers fit beside all layers that are leased, being loaded, or of a
+        keep value of ``value`` or more."""
         numbers = {e.model.name: number for number, e in enumerate(self._entries) if e.model}
         left = seen.granules_free + seen.granules_trimmed
         for name, state in seen.models.items():
@@ -344,7 +353,7 @@ class RuntimeDevice:
                         left -= layer.granules
                 elif layer.residency == "resident" and not layer.leases:
                     ours = number == model and index < layers
-                    # The layer may have been stamped after the snapshot.
+                    # The layer may have got another value after the snapshot.
                     worth = entry.keep[index] if entry and entry.keep else layer.keep_value
                     if not ours and worth < value:
                         left += layer.granules

@@ -30,7 +30,7 @@ from warmserve_rt.core.runtime import Runtime
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.policy.profile import ModelProfile
 
-from .device import RuntimeDevice, RuntimeShard, Stamps, find_model
+from .device import RuntimeDevice, find_model
 from .loop import Loop
 from .scheduler import Scheduler
 
@@ -310,7 +310,7 @@ class RuntimeFleet:
         """Stop the thread and cancel the fleet's loads. The runtimes stay open. Idempotent."""
         self._loop.close()
         for device in self.devices:
-            device.call_all_off()
+            device.cancel_all()
 
     # Called by a scheduler.
 
@@ -329,31 +329,18 @@ class RuntimeFleet:
 
         self._loop.after(seconds, look_and_call)
 
-    def stamp(
-        self, device: RuntimeDevice, shard: RuntimeShard, layers: int, stamps: Stamps
-    ) -> None:
-        device.stamp(shard.model, layers, stamps)
-
-    def load(
-        self, device: RuntimeDevice, model: int, rank: int, layers: int, stamps: Stamps
-    ) -> bool:
-        return device.load(model, layers, stamps)
-
-    def call_off(self, device: RuntimeDevice, shard: RuntimeShard, layers: int) -> None:
-        device.call_off(shard, layers)
-
     def _arrived(self, name: str, at: float, concurrent: int, prompt: int) -> None:
         with self._plans:
             self._arrange()
             if self._scheduler and name in self._rows:
-                self._scheduler.demand.arrived(self._rows[name], at, concurrent, prompt)
+                self._scheduler.arrived(self._rows[name], at, concurrent, prompt)
                 self._scheduler.changed()
 
     def _finished(self, name: str, at: float, concurrent: int) -> None:
         with self._plans:
             self._arrange()
             if self._scheduler and name in self._rows:
-                self._scheduler.demand.finished(self._rows[name], at, concurrent)
+                self._scheduler.finished(self._rows[name], at, concurrent)
                 self._scheduler.changed()
 
     def _known(self, model: str) -> str:

@@ -4,12 +4,11 @@ hold, load the missing ones, and set the keep values that order evictions."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from warmserve_rt.policy._arrays import F64
 from warmserve_rt.policy.curve import ValueCurve
 from warmserve_rt.policy.demand import Demand
 from warmserve_rt.policy.explain import sentence
@@ -18,7 +17,8 @@ from warmserve_rt.policy.improve import Copy, Curves, improve
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.slo import Slo
 
-Stamps = list[tuple[float, float]]  # (byte at which a part ends, keep value of the part)
+from .protocols import Fleet, KeepValues
+
 SETTLE_S = 0.05  # wait after a change, so that one plan covers several changes
 START_S = 0.01  # allowance for delays that the cost models leave out
 # Weight of a device's busy share in its availability. With weight 1 a plan holds several copies of
@@ -28,71 +28,6 @@ BUSY_COUNTS = 0.01
 FLEET_PART = 0.7  # weight of the fleet's mean in that share: one device's own is noise for minutes
 REST = 5  # intervals without a change or an improvement until the next plan
 REVALUE_S = 60.0  # seconds between valuations of the curves: prompts change slowly
-
-
-class ShardView(Protocol):
-    """The layers of one rank of a model that a device holds.
-
-    ``layers``: the number of leading layers that are resident. ``goal``: the same, including layers
-    that are being loaded. ``pinned``: whether the shard is in use.
-    """
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def goal(self) -> int: ...
-    @property
-    def pinned(self) -> bool: ...
-
-
-class DeviceView(Protocol):
-    """One device as a scheduler sees it.
-
-    ``shards``: the shard of each (model, rank). ``occupants``: for each instance on the device, its
-    model and the index of its first device, mapped to whether it is active, which means that it
-    works or loads. ``room``: bytes that layers may take, without the memory of active instances.
-    """
-
-    index: int
-
-    @property
-    def shards(self) -> Mapping[tuple[int, int], ShardView]: ...
-    @property
-    def occupants(self) -> Mapping[tuple[int, int], bool]: ...
-    @property
-    def room(self) -> float: ...
-
-
-class FleetView(Protocol):
-    """The fleet that a scheduler sees and acts on.
-
-    Layers of rank r of a model that is w devices wide are useful on devices whose index is r
-    modulo w. A group of w devices lies within one node of ``node_devices``. ``bandwidth``: bytes
-    per second to one device. ``switch_s``: seconds from a request to its lease if all layers are
-    resident.
-    """
-
-    profiles: Sequence[ModelProfile]
-    bandwidth: float
-    switch_s: float
-    node_devices: int
-
-    @property
-    def now(self) -> float: ...
-    @property
-    def devices(self) -> Sequence[Any]: ...
-    def after(self, seconds: float, call: Callable[[], None]) -> None: ...
-    def stamp(self, device: Any, shard: Any, layers: int, stamps: Stamps) -> None:
-        """Give these leading layers their keep values, and let the others be evicted first."""
-
-    def load(self, device: Any, model: int, rank: int, layers: int, stamps: Stamps) -> bool:
-        """Begin to load the missing ones of these leading layers in the background.
-
-        The load evicts layers with lower keep values. Return False if that makes too little room.
-        """
-
-    def call_off(self, device: Any, shard: Any, layers: int) -> None:
-        """Cancel the loads that reach beyond these leading layers."""
 
 
 class Scheduler:
@@ -120,7 +55,8 @@ class Scheduler:
     moves
         The largest number of exchanges in one plan.
     dry_run
-        Whether to load and stamp nothing; :meth:`explain` then tells what a plan would change.
+        Whether to load nothing and set no keep value; :meth:`explain` then tells what a plan would
+        change.
     memory, recent
         See :class:`Demand`.
     """
@@ -149,7 +85,7 @@ class Scheduler:
         self.held: list[Copy] = []
         self._planned, self._improving, self._rested = True, False, 0
 
-    def begin(self, fleet: FleetView, forecaster: Forecaster, service: Sequence[float]) -> None:
+    def begin(self, fleet: Fleet, forecaster: Forecaster, service: Sequence[float]) -> None:
         """Start to schedule this fleet and make the first plan.
 
         Parameters
@@ -172,9 +108,7 @@ class Scheduler:
         self.plan()
         fleet.after(self.interval, self._tick)
 
-    def make_demand(
-        self, fleet: FleetView, forecaster: Forecaster, service: Sequence[float]
-    ) -> Demand:
+    def make_demand(self, fleet: Fleet, forecaster: Forecaster, service: Sequence[float]) -> Demand:
         """Return the object that tracks the demand for the models. Subclasses may override it."""
         return Demand(
             fleet.profiles,
@@ -187,6 +121,37 @@ class Scheduler:
             memory=self.memory,
             recent=self.recent,
         )
+
+    def arrived(self, model: int, now: float, concurrent: int, prompt: int) -> None:
+        """Record that a request has arrived. This is not a change of the fleet's state.
+
+        Parameters
+        ----------
+        model
+            The number of the model.
+        now
+            The time of the arrival in seconds.
+        concurrent
+            The number of requests that the model has now.
+        prompt
+            The number of tokens of the request's prompt.
+        """
+        self.demand.arrived(model, now, concurrent, prompt)
+
+    def finished(self, model: int, now: float, concurrent: int) -> None:
+        """Record that a request has ended at ``now``, so that the model has ``concurrent`` requests
+        left."""
+        self.demand.finished(model, now, concurrent)
+
+    def lost(self, model: int) -> Sequence[float]:
+        """Return, for each number of held layers, the seconds that a start of the model loses
+        against a start with all layers."""
+        return self.demand.lost[model]
+
+    def urgency(self, model: int, running: int, seconds: float) -> float:
+        """Return the probability that the model needs one instance more than ``running`` within
+        ``seconds``."""
+        return self.demand.urgency(model, running, seconds)
 
     def changed(self) -> None:
         """Tell that the state of the fleet has changed. A new plan follows after ``SETTLE_S``."""
@@ -232,7 +197,7 @@ class Scheduler:
 
     def _use_curves(self) -> None:
         self.curves = Curves(self.demand.curves)
-        self.marks = [_marks(curve) for curve in self.demand.curves]
+        self.densities = [_densities(curve) for curve in self.demand.curves]
 
     def plan(self) -> None:
         """Take a snapshot of the fleet, compute an improved plan and apply it."""
@@ -243,12 +208,13 @@ class Scheduler:
         self.demand.forecast(self.fleet.now, self.horizon)
         need = self.demand.need(self.horizon)
         copies, free = self.snapshot()
+        busy = FLEET_PART * self.busy.mean() + (1 - FLEET_PART) * self.busy
         held = improve(
             self.curves,
             need,
             copies,
             free,
-            1.0 - BUSY_COUNTS * (FLEET_PART * self.busy.mean() + (1 - FLEET_PART) * self.busy),
+            1.0 - BUSY_COUNTS * busy,
             self.fleet.node_devices,
             margin=self.margin,
             most=self.copies,
@@ -288,7 +254,7 @@ class Scheduler:
         ]
         return said
 
-    def snapshot(self) -> tuple[list[Copy], npt.NDArray[np.float64]]:
+    def snapshot(self) -> tuple[list[Copy], F64]:
         """Return the complete groups that hold layers of a model, and the bytes that are free on
         each device.
 
@@ -318,9 +284,9 @@ class Scheduler:
                 found.append(Copy(model, first, layers, fixed=fixed))
         return found, free
 
-    def apply(self, held: Sequence[Copy], need: npt.NDArray[np.float64]) -> None:
-        """Carry out a plan: stamp resident layers, cancel loads that are no longer wanted, and
-        load missing layers.
+    def apply(self, held: Sequence[Copy], need: F64) -> None:
+        """Carry out a plan: set the keep values of resident layers, cancel loads that are no longer
+        wanted, and load missing layers.
 
         Parameters
         ----------
@@ -330,26 +296,26 @@ class Scheduler:
             The need of each model, as :meth:`Demand.need` returns it.
         """
         fleet = self.fleet
-        wanted: dict[tuple[int, int, int], tuple[int, Stamps]] = {}
+        wanted: dict[tuple[int, int, int], tuple[int, KeepValues]] = {}
         for copy in held:
             weight = float(need[copy.model]) * copy.use
-            stamps = [(end, weight * density) for end, density in self.marks[copy.model]]
+            values = [(end, weight * density) for end, density in self.densities[copy.model]]
             for rank in range(fleet.profiles[copy.model].width):
-                wanted[copy.first + rank, copy.model, rank] = (copy.layers, stamps)
+                wanted[copy.first + rank, copy.model, rank] = (copy.layers, values)
         for device in fleet.devices:
             for (model, rank), shard in list(device.shards.items()):
-                layers, stamps = wanted.get((device.index, model, rank), (0, []))
-                fleet.stamp(device, shard, layers, stamps)
+                layers, values = wanted.get((device.index, model, rank), (0, []))
+                device.set_keep_values(model, rank, layers, values)
                 if not shard.pinned and shard.goal > max(layers, shard.layers):
-                    fleet.call_off(device, shard, max(layers, shard.layers))
-        for (index, model, rank), (layers, stamps) in wanted.items():
+                    device.cancel(model, rank, max(layers, shard.layers))
+        for (index, model, rank), (layers, values) in wanted.items():
             device = fleet.devices[index]
-            there = device.shards.get((model, rank))
-            if there is None or there.goal < layers:
-                fleet.load(device, model, rank, layers, stamps)
+            held_now = device.shards.get((model, rank))
+            if held_now is None or held_now.goal < layers:
+                device.load(model, rank, layers, values)
 
 
-def _marks(curve: ValueCurve) -> Stamps:
+def _densities(curve: ValueCurve) -> KeepValues:
     """Return, for each segment of a curve's hull, the byte where it ends and the seconds saved per
     byte."""
     knots = curve.knots

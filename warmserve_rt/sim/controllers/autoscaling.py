@@ -9,6 +9,7 @@ from warmserve_rt.policy.placement import Start, start_group
 from warmserve_rt.scheduling.scheduler import Scheduler
 
 from .dispatcher import Dispatcher
+from .scheduled import ScheduledFleet
 
 
 class Starts(Dispatcher):
@@ -70,20 +71,18 @@ class Starts(Dispatcher):
         averages, peaks = fleet.workload.concurrency_history()
         if len(averages):
             forecaster.observe_windows(-window * len(averages), averages, peaks)
-        self.scheduler.begin(fleet, forecaster, fleet.workload.service)
+        self.scheduler.begin(ScheduledFleet(fleet), forecaster, fleet.workload.service)
         fleet.after(1.0, self.tick)
 
     def arrived(self, request: int, model: int) -> None:
-        self.scheduler.demand.arrived(
+        self.scheduler.arrived(
             model, self.fleet.now, self.concurrent[model] + 1, self.fleet.prompt[request]
         )
         super().arrived(request, model)
 
     def finished(self, instance: Any, request: int) -> None:
         super().finished(instance, request)
-        self.scheduler.demand.finished(
-            instance.model, self.fleet.now, self.concurrent[instance.model]
-        )
+        self.scheduler.finished(instance.model, self.fleet.now, self.concurrent[instance.model])
 
     def demand(self, model: int) -> None:
         instances = self.fleet.instances[model]
@@ -137,7 +136,7 @@ class Starts(Dispatcher):
     def possible(self, model: int, need: float) -> Start:
         """Return a start of the model, with the seconds until it is ready on each device."""
         fleet, width = self.fleet, self.fleet.profiles[model].width
-        lost = self.scheduler.demand.lost[model]
+        lost = self.scheduler.lost(model)
         seconds = []
         for device in fleet.devices:
             shard = device.shards.get((model, device.index % width))
@@ -151,7 +150,7 @@ class Starts(Dispatcher):
         for other in range(len(fleet.profiles)):
             if other != model:
                 running = sum(i.active for i in fleet.instances[other])
-                need = self.scheduler.demand.urgency(other, running, self.occupied) * self.rivalry
+                need = self.scheduler.urgency(other, running, self.occupied) * self.rivalry
                 if need > 1e-3:
                     rivals.append(self.possible(other, need))
         found = start_group(

@@ -60,8 +60,8 @@ class Clairvoyant(Scheduler):
             slo=self.slo,
             objective=self.objective,
         )
-        known.fleet = fleet
-        workload = fleet.workload
+        known.fleet = fleet.simulated
+        workload = known.fleet.workload
         known.arrivals_to_come = [
             workload.time[workload.model == model] for model in range(len(fleet.profiles))
         ]

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ._greedy import F64, I64
-from ._items import Segments
-from .curve import ValueCurve
+from warmserve_rt.policy._arrays import F64, I64
+from warmserve_rt.policy.curve import ValueCurve
+
+from .items import Segments
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     """The value curves of all models, as arrays. :meth:`of` makes it once for many plans.
 
-    The points of model m, one for each number of units from 0 on, are ``begin[m]:begin[m+1]`` of
+    The points of model m, one for each number of layers from 0 on, are ``begin[m]:begin[m+1]`` of
     ``cum`` (bytes on each device) and ``value``. ``kind[m]`` is the index of ``width[m]`` in
     ``widths``, the distinct widths in rising order, which begin with 1.
     """
@@ -141,6 +142,5 @@ def _whole(name: str, array: npt.NDArray[np.int64], n: int, least: int, most: in
     if array.shape != (n,) or array.dtype != np.int64:
         raise ValueError(f"{name}: must be {n} of int64, got {array.shape} of {array.dtype}")
     if n and (array.min() < least or (most is not None and array.max() > most)):
-        raise ValueError(
-            f"{name}: must be from {least} to {most}, got {array.min()} to {array.max()}"
-        )
+        accepted = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: must be {accepted}, got {array.min()} to {array.max()}")

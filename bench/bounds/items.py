@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._greedy import AVAILABLE, COUNT, F64, FIRST, I64, LEAVES, LEFT, RESERVED, WIDTH, Bools, hulls
+from warmserve_rt.policy._arrays import F64, I64
+from warmserve_rt.policy._hulls import hulls
+
+from .greedy import AVAILABLE, COUNT, FIRST, LEAVES, LEFT, RESERVED, WIDTH, Items
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +43,6 @@ class Segments:
         return cls(steps, knots[stop - 1], knots[stop], nbytes, density)
 
 
-@dataclass(frozen=True, eq=False)
-class Items:
-    """The segments of all needed replicas, cut at the last layer that is held already.
-
-    ``there``: whether the layers of the item are held.
-    """
-
-    row: I64
-    stop: I64
-    nbytes: F64
-    density: F64
-    there: Bools
-
-
 def make_items(
     segments: Segments, begin: I64, cum: I64, model: I64, need: F64, home: I64, held: I64 | None
 ) -> Items:
@@ -80,9 +69,10 @@ def make_items(
 
 
 @dataclass(frozen=True, eq=False)
-class Fleet:
-    """Devices and their groups. :mod:`_greedy` describes ``kinds``, ``amounts`` and ``trees``.
+class Groups:
+    """Devices and their groups.
 
+    :class:`.greedy.Forest` describes ``kinds``, ``amounts`` and ``trees``.
     ``room`` [K]: the largest number of bytes that any group of the kind has on each device.
     ``chain``: widths each of which divides the next. ``chain_bytes``: for each width of the chain,
     the most bytes that replicas of its multiples can take together.
@@ -96,7 +86,7 @@ class Fleet:
     chain_bytes: F64
 
     @classmethod
-    def of(cls, capacity: I64, availability: F64 | None, node: int, widths: I64) -> Fleet:
+    def of(cls, capacity: I64, availability: F64 | None, node: int, widths: I64) -> Groups:
         amounts = np.zeros((3, len(capacity)))
         amounts[LEFT] = capacity
         amounts[AVAILABLE] = 1 if availability is None else availability

@@ -2,30 +2,72 @@
 
 All loops are in one file, because the compiler's cache checks the date of the file that contains
 the called function, and not those of the functions it calls.
-
-A model is a row of points: those of model m begin at ``begin[m]``, one for each number of leading
-layers from 0 on, with the cumulative bytes on each device (``cum``) and the value of holding them
-(``value``). A kind is one of the distinct widths. ``kinds`` [K, 4] has its width, its number of
-aligned groups, and the number of leaves and the first node of its trees. ``amounts`` [3, D] has the
-bytes left on each device, the reserved bytes, and the availability. ``trees`` [3, nodes] has three
-maximum trees over the groups of each kind: FREE, the fewest bytes left on any device of the group;
-CLEAR, the same without reserved bytes; WANTED, CLEAR times the lowest availability in the group.
 """
 
 from __future__ import annotations
 
 import heapq
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ._compiled import entry as _entry
-from ._compiled import inner as _inner
+from warmserve_rt.policy._arrays import F64, I64, Bools
+from warmserve_rt.policy._compiled import jit, jit_inner
 
-I64: TypeAlias = npt.NDArray[np.int64]
-F64: TypeAlias = npt.NDArray[np.float64]
-Bools: TypeAlias = npt.NDArray[np.bool_]
+
+class Points(NamedTuple):
+    """The value curves of all models, point by point.
+
+    Those of model m begin at ``begin[m]``, one for each number of leading layers from 0 on, with
+    the cumulative bytes on each device (``cum``) and the value of holding them (``value``).
+    ``kind`` [models]: the index of the model's width in ``kinds``.
+    """
+
+    begin: I64
+    cum: I64
+    value: F64
+    kind: I64
+
+
+class Items(NamedTuple):
+    """The segments of all needed replicas, cut at the last layer that is held already.
+
+    ``row``: the replica. ``stop``: its layers with this segment. ``nbytes``: bytes on each device.
+    ``density``: value per byte of all devices. ``there``: whether the layers are held.
+    """
+
+    row: I64
+    stop: I64
+    nbytes: F64
+    density: F64
+    there: Bools
+
+
+class Replicas(NamedTuple):
+    """Replicas [n]: ``model``, ``need``, and the first device of the group that holds layers of the
+    replica now, or -1 (``home``)."""
+
+    model: I64
+    need: F64
+    home: I64
+
+
+class Forest(NamedTuple):
+    """What is left on the devices, and where most is left.
+
+    A kind is one of the distinct widths. ``kinds`` [K, 4] has its width, its number of aligned
+    groups, and the number of leaves and the first node of its trees. ``amounts`` [3, D] has the
+    bytes left on each device, the reserved bytes, and the availability. ``trees`` [3, nodes] has
+    three maximum trees over the groups of each kind: FREE, the fewest bytes left on any device of
+    the group; CLEAR, the same without reserved bytes; WANTED, CLEAR times the lowest availability
+    in the group. ``node``: the number of devices of a node.
+    """
+
+    kinds: I64
+    amounts: F64
+    trees: F64
+    node: int
+
 
 WIDTH, COUNT, LEAVES, FIRST = 0, 1, 2, 3
 LEFT, RESERVED, AVAILABLE = 0, 1, 2
@@ -34,48 +76,7 @@ _SAME = 1e-9  # relative: slopes that differ by less count as equal; the differe
 _NOTHING = -np.inf
 
 
-@_inner
-def upper_hull(cum: I64, value: F64, out: I64) -> int:
-    """Write the corners of the least concave function above the points to ``out``, as indices.
-    Return their number.
-
-    The function ends where the value first reaches its maximum. Equal slopes are merged.
-    """
-    last = len(cum) - 1
-    top = value[last] * (1 - 1e-12)
-    while last > 0 and value[last - 1] >= top:
-        last -= 1
-    count = 0
-    for k in range(last + 1):
-        while count >= 2:
-            a, b = out[count - 2], out[count - 1]
-            before = (value[b] - value[a]) / (cum[b] - cum[a])
-            after = (value[k] - value[b]) / (cum[k] - cum[b])
-            if before > after * (1 + _SAME):
-                break
-            count -= 1
-        out[count] = k
-        count += 1
-    return count
-
-
-@_entry
-def hulls(begin: I64, cum: I64, value: F64, room: F64) -> tuple[I64, I64]:
-    """Return the corners of every model's hull over the points with at most ``room`` bytes.
-
-    The first array has the corners as numbers of layers, one model after another; the second has
-    the index at which each model's corners begin.
-    """
-    knots, ends = np.empty(len(cum), np.int64), np.zeros(len(begin), np.int64)
-    for m in range(len(begin) - 1):
-        lo, hi, at = begin[m], begin[m + 1], ends[m]
-        while cum[hi - 1] > room[m]:
-            hi -= 1
-        ends[m + 1] = at + upper_hull(cum[lo:hi], value[lo:hi], knots[at:])
-    return knots[: ends[-1]].copy(), ends
-
-
-@_entry
+@jit
 def relax(
     order: I64, width: I64, nbytes: F64, density: F64, chain: I64, slack: F64
 ) -> tuple[float, F64]:
@@ -101,7 +102,7 @@ def relax(
     return value, share
 
 
-@_inner
+@jit_inner
 def least(amounts: F64, base: int, width: int) -> float:
     """Return the fewest bytes left on any device of a group."""
     found: float = amounts[LEFT, base]
@@ -110,7 +111,7 @@ def least(amounts: F64, base: int, width: int) -> float:
     return found
 
 
-@_inner
+@jit_inner
 def rise(trees: F64, tree: int, first: int, place: int) -> None:
     """Update the nodes above a leaf."""
     while place > 1:
@@ -121,7 +122,7 @@ def rise(trees: F64, tree: int, first: int, place: int) -> None:
         trees[tree, first + place] = most
 
 
-@_inner
+@jit_inner
 def refresh(kinds: I64, amounts: F64, trees: F64, node: int, base: int, width: int) -> None:
     """Update the trees after amounts have changed on these devices of one node."""
     number, inside = base // node, base % node
@@ -146,7 +147,7 @@ def refresh(kinds: I64, amounts: F64, trees: F64, node: int, base: int, width: i
                 rise(trees, tree, first, place)
 
 
-@_inner
+@jit_inner
 def best(kinds: I64, trees: F64, tree: int, kind: int) -> int:
     """Return the highest leaf, the first of equals."""
     place, first = 1, int(kinds[kind, FIRST])
@@ -157,7 +158,7 @@ def best(kinds: I64, trees: F64, tree: int, kind: int) -> int:
     return first + place
 
 
-@_inner
+@jit_inner
 def choose(
     kinds: I64,
     amounts: F64,
@@ -213,7 +214,7 @@ def choose(
     return base
 
 
-@_inner
+@jit_inner
 def part(cum: I64, value: F64, begin: int, end: int, k: int, left: float) -> tuple[int, float]:
     """Return the number of layers above k that adds most value per byte within ``left`` bytes of
     each device, and that value per byte."""
@@ -228,25 +229,9 @@ def part(cum: I64, value: F64, begin: int, end: int, k: int, left: float) -> tup
     return found, slope
 
 
-@_entry
+@jit
 def walk(
-    order: I64,
-    item_row: I64,
-    item_stop: I64,
-    item_bytes: F64,
-    item_density: F64,
-    item_stays: Bools,
-    row_model: I64,
-    row_need: F64,
-    row_home: I64,
-    begin: I64,
-    cum: I64,
-    value: F64,
-    model_kind: I64,
-    kinds: I64,
-    amounts: F64,
-    trees: F64,
-    node: int,
+    order: I64, density: F64, stays: Bools, items: Items, rows: Replicas, points: Points, on: Forest
 ) -> tuple[I64, I64]:
     """Run the greedy over the items in ``order``; return the group (first device or -1) and the
     layers of each row.
@@ -254,11 +239,13 @@ def walk(
     A row is loose once its next item does not fit as a whole. The best part of the rest that fits
     then waits in a heap until its value per byte is the highest left. Items that stay (they are
     held already, and are in the relaxation) have their bytes reserved at home until their turn.
-    ``amounts`` and ``trees`` are changed.
+    ``density``: the value per byte by which items are compared. The forest is changed.
     """
-    n = len(row_model)
+    begin, cum, value = points.begin, points.cum, points.value
+    kinds, amounts, trees, node = on.kinds, on.amounts, on.trees, on.node
+    n = len(rows.model)
     group, layers, older = np.full(n, -1), np.zeros(n, np.int64), np.full(n, -1)
-    newest = np.full(len(model_kind), -1)
+    newest = np.full(len(points.kind), -1)
     loose = np.zeros(n, np.bool_)
     waiting = [(0.0, 0)]
     waiting.pop()
@@ -267,40 +254,40 @@ def walk(
     at = 0
     while at < len(order) or len(waiting) > 0:
         waited, promised, i = False, 0.0, 0
-        if len(waiting) > 0 and (at == len(order) or -waiting[0][0] >= item_density[order[at]]):
+        if len(waiting) > 0 and (at == len(order) or -waiting[0][0] >= density[order[at]]):
             key, r = heapq.heappop(waiting)
             waited, promised = True, -key
         else:
             i = order[at]
             at += 1
-            r = item_row[i]
-        m = row_model[r]
-        lo, hi, kind, home, base = begin[m], begin[m + 1], model_kind[m], row_home[r], group[r]
+            r = items.row[i]
+        m = rows.model[r]
+        lo, hi, kind, home, base = begin[m], begin[m + 1], points.kind[m], rows.home[r], group[r]
         w, stop = kinds[kind, WIDTH], layers[r]
         if not waited:
-            if item_stays[i]:
-                amounts[RESERVED, home : home + w] -= item_bytes[i]
+            if stays[i]:
+                amounts[RESERVED, home : home + w] -= items.nbytes[i]
                 here = base == home or (base < 0 and newest[m] < 0)
-                if loose[r] or not here or least(amounts, home, w) < item_bytes[i]:
+                if loose[r] or not here or least(amounts, home, w) < items.nbytes[i]:
                     refresh(kinds, amounts, trees, node, home, w)  # else refreshed below
             if loose[r]:
                 continue
-            stop = item_stop[i]
+            stop = items.stop[i]
         if base < 0:  # a waiting row needs room for one layer only
             nbytes = float(cum[lo + (1 if waited else stop)])
             base = choose(kinds, amounts, trees, node, kind, home, newest[m], older, group, nbytes)
         left = _NOTHING if base < 0 else least(amounts, base, w)
         if waited:
             stop, slope = part(cum, value, lo, hi, layers[r], left)
-            density = slope * row_need[r] / w
+            worth = slope * rows.need[r] / w
             if stop == layers[r]:
                 continue
-            if density < promised * (1 - _SAME):  # room was taken since the row was pushed
-                heapq.heappush(waiting, (-density, r))
+            if worth < promised * (1 - _SAME):  # room was taken since the row was pushed
+                heapq.heappush(waiting, (-worth, r))
                 continue
         elif left < cum[lo + stop] - cum[lo + layers[r]]:
             loose[r] = True
-            heapq.heappush(waiting, (-item_density[i], r))
+            heapq.heappush(waiting, (-density[i], r))
             continue
         amounts[LEFT, base : base + w] -= cum[lo + stop] - cum[lo + layers[r]]
         layers[r] = stop
@@ -310,5 +297,5 @@ def walk(
         if waited:
             _, slope = part(cum, value, lo, hi, stop, least(amounts, base, w))
             if slope > 0.0:
-                heapq.heappush(waiting, (-slope * row_need[r] / w, r))
+                heapq.heappush(waiting, (-slope * rows.need[r] / w, r))
     return group, layers

@@ -1,0 +1,89 @@
+"""A fleet as a scheduler sees it and acts on it.
+
+``fleet.py`` and ``device.py`` implement these protocols for runtimes. The simulator implements them
+for simulated devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from warmserve_rt.policy.profile import ModelProfile
+
+# For each part of a model, in the order of its layers: the byte at which the part ends, and the
+# keep value of its layers.
+KeepValues: TypeAlias = list[tuple[float, float]]
+
+
+class Shard(Protocol):
+    """The layers of one rank of a model that a device holds.
+
+    ``layers``: the number of leading layers that are resident. ``goal``: the same, including layers
+    that are being loaded. ``pinned``: whether the shard is in use.
+    """
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def goal(self) -> int: ...
+    @property
+    def pinned(self) -> bool: ...
+
+
+class Device(Protocol):
+    """One device.
+
+    ``shards``: the shard of each (model, rank). ``occupants``: for each instance on the device, its
+    model and the index of its first device, mapped to whether it is active, which means that it
+    works or loads. ``room``: bytes that layers may take, without the memory of active instances.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def shards(self) -> Mapping[tuple[int, int], Shard]: ...
+    @property
+    def occupants(self) -> Mapping[tuple[int, int], bool]: ...
+    @property
+    def room(self) -> float: ...
+
+    def set_keep_values(self, model: int, rank: int, layers: int, values: KeepValues) -> None:
+        """Give these leading layers of a shard their keep values, and let the others be evicted
+        first."""
+
+    def load(self, model: int, rank: int, layers: int, values: KeepValues) -> bool:
+        """Begin to load the missing ones of these leading layers in the background.
+
+        The load evicts layers with lower keep values. Return False if that makes too little room;
+        the load has not begun then.
+        """
+
+    def cancel(self, model: int, rank: int, layers: int) -> None:
+        """Cancel the loads of a shard that reach beyond these leading layers."""
+
+
+class Fleet(Protocol):
+    """All devices, and the models that they can hold.
+
+    Layers of rank r of a model that is w devices wide are useful on devices whose index is r
+    modulo w. A group of w devices lies within one node of ``node_devices``. ``bandwidth``: bytes
+    per second to one device. ``switch_s``: seconds from a request to its lease if all layers are
+    resident.
+    """
+
+    @property
+    def profiles(self) -> Sequence[ModelProfile]: ...
+    @property
+    def bandwidth(self) -> float: ...
+    @property
+    def switch_s(self) -> float: ...
+    @property
+    def node_devices(self) -> int: ...
+    @property
+    def now(self) -> float: ...
+    @property
+    def devices(self) -> Sequence[Device]: ...
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Make a call in this many seconds, in the thread of the scheduler."""

@@ -1,0 +1,58 @@
+"""Show a simulated fleet to a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from warmserve_rt.policy.profile import ModelProfile
+from warmserve_rt.scheduling.protocols import KeepValues
+from warmserve_rt.sim.core.devices import Device, Shard
+from warmserve_rt.sim.core.fleet import Fleet
+
+
+class ScheduledDevice:
+    """Implement :class:`warmserve_rt.scheduling.protocols.Device` for one simulated device."""
+
+    __slots__ = ("device", "fleet", "index")
+
+    def __init__(self, fleet: Fleet, device: Device) -> None:
+        self.fleet, self.device, self.index = fleet, device, device.index
+
+    @property
+    def shards(self) -> Mapping[tuple[int, int], Shard]:
+        return self.device.shards
+
+    @property
+    def occupants(self) -> Mapping[tuple[int, int], bool]:
+        return self.device.occupants
+
+    @property
+    def room(self) -> float:
+        return self.device.room
+
+    def set_keep_values(self, model: int, rank: int, layers: int, values: KeepValues) -> None:
+        self.fleet.stamp(self.device, self.device.shards[model, rank], layers, values)
+
+    def load(self, model: int, rank: int, layers: int, values: KeepValues) -> bool:
+        return self.fleet.load(self.device, model, rank, layers, values)
+
+    def cancel(self, model: int, rank: int, layers: int) -> None:
+        self.fleet.call_off(self.device, self.device.shards[model, rank], layers)
+
+
+class ScheduledFleet:
+    """Implement :class:`warmserve_rt.scheduling.protocols.Fleet` for a simulated fleet."""
+
+    def __init__(self, simulated: Fleet) -> None:
+        self.simulated = simulated
+        self.profiles: Sequence[ModelProfile] = simulated.profiles
+        self.bandwidth, self.switch_s = simulated.bandwidth, simulated.switch_s
+        self.node_devices = simulated.node_devices
+        self.devices = [ScheduledDevice(simulated, device) for device in simulated.devices]
+
+    @property
+    def now(self) -> float:
+        return self.simulated.now
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        self.simulated.after(seconds, call)
