@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from warmserve_rt.policy.pipeline import first_token
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim.controllers.baselines.balance import KV_TOKENS, Demand, balance
+from warmserve_rt.sim.controllers.baselines.balance import KV_TOKENS, ModelLoad, place_copies
 from warmserve_rt.sim.controllers.baselines.warmserve import Replica
 from warmserve_rt.sim.controllers.policies import POLICIES
-from warmserve_rt.sim.core import events
+from warmserve_rt.sim.core import clock
 from warmserve_rt.sim.core.devices import Device, Hardware
 from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.core.instance import Instance
@@ -78,9 +78,9 @@ def test_every_request_is_served_once(
         assert self.model == small.model[request]
         take(self, request)
 
-    def counted_finish(self: Instance, request: int, now: float) -> None:
+    def counted_finish(self: Instance, request: int) -> None:
         finished[request] += 1
-        finish(self, request, now)
+        finish(self, request)
 
     monkeypatch.setattr(Instance, "take", counted_take)
     monkeypatch.setattr(Instance, "_finish", counted_finish)
@@ -92,12 +92,12 @@ def test_every_request_is_served_once(
     assert not fleet.refused.any()
 
 
-@pytest.mark.parametrize("policy", [name for name, p in POLICIES.items() if not p.unlimited])
+@pytest.mark.parametrize("policy", [name for name, p in POLICIES.items() if not p.unlimited_memory])
 def test_memory_is_within_its_bounds_after_each_event(
     policy: str, small: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleets: list[Fleet] = []
-    pop, checked = events.heappop, 0
+    pop, checked = clock.heappop, 0
 
     def checked_pop(heap: Any) -> Any:
         nonlocal checked
@@ -108,7 +108,7 @@ def test_memory_is_within_its_bounds_after_each_event(
         checked += 1
         return pop(heap)
 
-    monkeypatch.setattr(events, "heappop", checked_pop)
+    monkeypatch.setattr(clock, "heappop", checked_pop)
     simulate(policy, small, EIGHT, observers=[fleets.append])
     assert checked > 2 * len(small.time)
 
@@ -131,7 +131,11 @@ def test_options_a_policy_does_not_have_are_refused(small: Workload) -> None:
 
 @pytest.mark.parametrize("policy", ["autoscaling", "blitzscale", "lru", "warmserve", "h0"])
 @pytest.mark.parametrize(
-    ("scaling", "second"), [({}, 4.5), ({"up": 0.5, "down": 0.3, "averaged_s": 1.0}, 1.0)]
+    ("scaling", "second"),
+    [
+        ({}, 4.5),
+        ({"scale_up_threshold": 0.5, "scale_down_threshold": 0.3, "load_window_s": 1.0}, 1.0),
+    ],
 )
 def test_another_instance_starts_once_load_has_been_high_for_long_enough(
     policy: str, scaling: dict[str, float], second: float
@@ -151,7 +155,13 @@ def test_another_instance_starts_once_load_has_been_high_for_long_enough(
 
 @pytest.mark.parametrize(
     "scaling",
-    [{"up": 0.4}, {"down": 0.0}, {"up": float("nan")}, {"averaged_s": 0.0}, {"averaged_s": -1.0}],
+    [
+        {"scale_up_threshold": 0.4},
+        {"scale_down_threshold": 0.0},
+        {"scale_up_threshold": float("nan")},
+        {"load_window_s": 0.0},
+        {"load_window_s": -1.0},
+    ],
 )
 def test_scaling_that_makes_no_sense_is_refused(small: Workload, scaling: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"of capacity|seconds"):
@@ -228,8 +238,8 @@ def test_what_must_go_goes_whole_and_from_all_its_devices() -> None:
 
     def watch(fleet: Fleet) -> None:
         for at in (20.0, 40.0):
-            fleet.events.schedule(
-                events.Timer(lambda: seen.append(sum(len(d.shards) for d in fleet.devices))), at
+            fleet.clock.after(
+                at - fleet.now, lambda: seen.append(sum(len(d.shards) for d in fleet.devices))
             )
 
     fleet = simulate("lru", requests(models, rows), hardware, observers=[watch])
@@ -305,9 +315,9 @@ def test_a_cache_is_for_whoever_asks_and_waits_for_room(policy: str) -> None:
     assert ttft(fleet)[2] == pytest.approx(0.2 * slow)
 
 
-DEMANDS = st.lists(
+LOADS = st.lists(
     st.builds(
-        lambda width, nbytes, load, burst: Demand(
+        lambda width, nbytes, load, burst: ModelLoad(
             ModelProfile("m", width, (nbytes * 10**9,), 10**5, 0.1, 0.0, 0.01, ends=False),
             load,
             load * burst,
@@ -323,26 +333,26 @@ DEMANDS = st.lists(
 )
 
 
-@given(demands=DEMANDS)
+@given(loads=LOADS)
 @settings(max_examples=100, deadline=None)
-def test_a_placement_fits_and_leaves_out_only_what_does_not(demands: list[Demand]) -> None:
-    placed = balance(demands, EIGHT)
+def test_a_placement_fits_and_leaves_out_only_what_does_not(loads: list[ModelLoad]) -> None:
+    placed = place_copies(loads, EIGHT)
     on: list[list[int]] = [[] for _ in range(EIGHT.devices)]
     for each in placed:
-        assert each.width == demands[each.model].profile.width
+        assert each.width == loads[each.model].profile.width
         assert each.first % each.width == 0
         for device in range(each.first, each.first + each.width):
             on[device].append(each.model)
 
     def bytes_of(model: int) -> float:
-        profile = demands[model].profile
+        profile = loads[model].profile
         return profile.nbytes + KV_TOKENS * profile.kv_token_bytes
 
     used = [sum(map(bytes_of, models)) for models in on]
     assert all(len(set(models)) == len(models) for models in on)
     assert max(used) <= EIGHT.memory
-    for model in set(range(len(demands))) - {each.model for each in placed}:
-        width = demands[model].profile.width
+    for model in set(range(len(loads))) - {each.model for each in placed}:
+        width = loads[model].profile.width
         groups = [used[i : i + width] for i in range(0, EIGHT.devices, width)]
         copies = Counter(each.model for each in placed)
         if max(copies.values(), default=0) <= 1:  # later copies may have taken the room
@@ -351,16 +361,16 @@ def test_a_placement_fits_and_leaves_out_only_what_does_not(demands: list[Demand
 
 def test_copies_go_to_the_model_that_is_fullest() -> None:
     profile = toy("a")
-    demands = [Demand(profile, 60.0, 90.0, 9.0), Demand(profile, 5.0, 10.0, 1.0)]
-    copies = Counter(each.model for each in balance(demands, EIGHT))
+    loads = [ModelLoad(profile, 60.0, 90.0, 9.0), ModelLoad(profile, 5.0, 10.0, 1.0)]
+    copies = Counter(each.model for each in place_copies(loads, EIGHT))
     assert copies == {0: 6, 1: 1}
 
 
 def test_a_large_model_that_few_want_does_not_crowd_out_many_small_ones() -> None:
     large = ModelProfile("large", 4, (60 * 10**9,), 1000, 0.1, 0.0, 0.01, ends=False)
-    demands = [Demand(large, 1.0, 2.0, 0.1)]
-    demands += [Demand(toy("small", nbytes=30), 0.5, 1.0, 1.0)] * 16
-    assert {each.model for each in balance(demands, EIGHT)} == set(range(1, 17))
+    loads = [ModelLoad(large, 1.0, 2.0, 0.1)]
+    loads += [ModelLoad(toy("small", nbytes=30), 0.5, 1.0, 1.0)] * 16
+    assert {each.model for each in place_copies(loads, EIGHT)} == set(range(1, 17))
 
 
 # WarmServe.
@@ -402,7 +412,7 @@ def test_a_draining_instance_lends_in_proportion_to_what_it_serves() -> None:
     assert instance.kv_room == 60e9
     instance.draining = True
     for work, kept in ((32, 1.0), (16, 0.5), (4, 0.125), (0, 0.0)):
-        instance.work = work
+        instance.request_count = work
         (warmserve.drain if work == 32 else warmserve.lend)(instance)
         assert instance.kv_room == 60e9 * kept
         assert fleet.devices[0].used == 12e9 + 60e9 * kept

@@ -189,7 +189,7 @@ def test_every_policy_is_in_every_part_of_the_report(page: str) -> None:
     for name, policy in POLICIES.items():
         assert page.count(f"</svg>{name}</li>") == 2
         assert policy.title in page
-        assert (f"<summary>{name}</summary>" in page) is not policy.unlimited
+        assert (f"<summary>{name}</summary>" in page) is not policy.unlimited_memory
 
 
 def strokes(page: str) -> dict[str, tuple[str, str]]:

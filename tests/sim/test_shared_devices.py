@@ -9,7 +9,7 @@ from sim_checks import Scripted, run, tiny, workload
 
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.scheduling.scheduler import Scheduler
-from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.controllers.autoscaling import SharedDeviceAutoscaler
 from warmserve_rt.sim.core.devices import KV_STEP, Hardware
 from warmserve_rt.sim.core.fleet import Fleet
 
@@ -116,10 +116,10 @@ def ours(rows: list[tuple[float, int, int, int]], models: list[ModelProfile], ha
     def resident(fleet: Fleet) -> None:
         for device in fleet.devices:
             for each in range(len(models)):
-                fleet.preload(device, each, 0)
+                fleet.memory.preload(device, each, 0)
 
-    starts = Starts(Scheduler(), **options)
-    fleet = Fleet(workload(models, rows), hardware, starts, streaming=True, **TIMES)
+    controller = SharedDeviceAutoscaler(Scheduler(), **options)
+    fleet = Fleet(workload(models, rows), hardware, controller, streaming=True, **TIMES)
     resident(fleet)
     fleet.run()
     return waits(fleet)
@@ -149,6 +149,6 @@ def test_ours_starts_another_where_prefills_queue() -> None:
     """
     rows = [(5.0 + i / 100, 0, 9, 2) for i in range(20)]
     models = [model("a", batch=32)]
-    queued, spread = ours(rows, models, TWO, late=1e9), ours(rows, models, TWO)
+    queued, spread = ours(rows, models, TWO, backlog_limit_s=1e9), ours(rows, models, TWO)
     assert max(queued) == pytest.approx(20 * 0.2 - 0.19, abs=0.05)
     assert max(spread) == pytest.approx(max(queued) / 2, rel=0.15)

@@ -32,11 +32,11 @@ from warmserve_rt.sim.workload import catalogue, workloads
 def test_books_add_up_under_every_policy(policy: str, hardware: Hardware) -> None:
     models = catalogue.mixed(6)
     requests = workloads.power_law(models, 2.0, 60.0, 3)
-    books = Books(capacity=not POLICIES[policy].unlimited)
+    books = Books(capacity=not POLICIES[policy].unlimited_memory)
     fleet = simulate(policy, requests, hardware, observers=[books])
     books.close()
     assert books.events > len(requests.time)
-    assert not any(fleet.instances[m][0].work for m in range(6) if fleet.instances[m])
+    assert not any(fleet.instances[m][0].request_count for m in range(6) if fleet.instances[m])
 
 
 # (e) Conservation under random operations.
@@ -93,14 +93,14 @@ class Chance(Scripted):
         model = int(self.rng.integers(len(MODELS))) if model is None else model
         width = MODELS[model].width
         node = self.some(self.fleet.links.nodes)
-        if self.fleet.elastic_kv and self.rng.random() < 0.5:
-            free = [device for device in node if self.fleet.fits(device, model)]
+        if self.fleet.kv_caches.elastic and self.rng.random() < 0.5:
+            free = [device for device in node if self.fleet.memory.fits(device, model)]
         else:
             free = [device for device in node if not device.instances]
         if len(free) < width:
             for instance in {each for device in node for each in device.instances}:
                 instance.draining = instance.loaded  # requests may wait for a loading one
-                if instance.loaded and not instance.work:
+                if instance.loaded and not instance.request_count:
                     self.fleet.stop(instance)
             return False
         self.rng.shuffle(free)
@@ -111,7 +111,7 @@ class Chance(Scripted):
 
     def stop(self, drop: bool = False) -> bool:
         instance = self.some(
-            i for each in self.fleet.instances for i in each if i.loaded and not i.work
+            i for each in self.fleet.instances for i in each if i.loaded and not i.request_count
         )
         if instance:
             self.fleet.stop(instance, drop=drop)
@@ -128,14 +128,15 @@ class Chance(Scripted):
 
     def prewarm(self) -> bool:
         device, model, rank, layers = self.target()
-        return self.fleet.prewarm(device, model, rank, min(layers, len(MODELS[model].layer_bytes)),
-                                  priority=float(self.rng.integers(4)))  # fmt: skip
+        layers = min(layers, len(MODELS[model].layer_bytes))
+        priority = float(self.rng.integers(4))
+        return self.fleet.memory.prewarm(device, model, rank, layers, priority=priority)
 
     def load(self) -> bool:
         device, model, rank, layers = self.target()
         layers = min(layers, len(MODELS[model].layer_bytes))
         values = sorted(self.rng.integers(0, 9, 2).tolist(), reverse=True)
-        ends = self.fleet.ends[model]
+        ends = self.fleet.memory.ends[model]
         stamps = [(float(ends[layers // 2]), values[0]), (float(ends[-1]), values[1])]
         before = {s: s.target for s in device.shards.values()}
         loaded = self.fleet.load(device, model, rank, layers, stamps)
@@ -146,7 +147,7 @@ class Chance(Scripted):
     def keep(self) -> bool:
         device, shard = self.shard()
         if shard:
-            self.fleet.keep(device, shard, int(self.rng.integers(0, 5)) % len(shard.ends))
+            self.fleet.memory.keep(device, shard, int(self.rng.integers(0, 5)) % len(shard.ends))
         return shard is not None
 
     def call_off(self) -> bool:
@@ -164,7 +165,7 @@ class Chance(Scripted):
         used = instance.kv_tokens * instance.profile.kv_token_bytes
         if used < instance.kv_room:
             share = float(self.rng.random())
-            self.fleet.lend(instance, used + share * (instance.kv_room - used))
+            self.fleet.kv_caches.lend(instance, used + share * (instance.kv_room - used))
         return used < instance.kv_room
 
 
@@ -221,7 +222,12 @@ def test_the_same_seed_is_the_same_run_to_the_byte(policy: str) -> None:
     def once() -> bytes:
         requests = workloads.power_law(catalogue.mixed(4), 1.0, 60.0, 7)
         fleet = simulate(policy, requests, Hardware(4, 4))
-        numbers = [fleet.links.loaded, fleet.wasted, fleet.device_seconds, float(fleet.starts)]
+        numbers = [
+            fleet.links.loaded_bytes,
+            fleet.memory.wasted_bytes,
+            fleet.device_seconds,
+            float(fleet.starts),
+        ]
         return fleet.first_token.tobytes() + fleet.finished.tobytes() + np.array(numbers).tobytes()
 
     assert once() == once()

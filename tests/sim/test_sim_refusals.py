@@ -80,20 +80,20 @@ def test_what_a_controller_may_not_do_is_refused_and_changes_nothing() -> None:
         ("one has an instance", lambda: fleet.start(0, [a])),
         ("is larger than the free memory", lambda: fleet.start(2, [d])),
         ("cannot stop an instance", lambda: fleet.stop(instance)),
-        ("an instance uses", lambda: fleet.keep(a, shard, 0)),
-        (r"layers of small must be in \[0, 5\], got 6", lambda: fleet.prewarm(b, 0, 0, 6)),
-        ("got -1", lambda: fleet.prewarm(b, 0, 0, -1)),
-        ("no room", lambda: fleet.preload(b, 2, 0)),
-        ("bytes of KV cache", lambda: fleet.lend(instance, kv + 1)),
-        ("bytes of KV cache", lambda: fleet.lend(instance, -1.0)),
-        ("bytes of KV cache", lambda: fleet.lend(instance, math.nan)),
+        ("an instance uses", lambda: fleet.memory.keep(a, shard, 0)),
+        (r"layers of small must be in \[0, 5\], got 6", lambda: fleet.memory.prewarm(b, 0, 0, 6)),
+        ("got -1", lambda: fleet.memory.prewarm(b, 0, 0, -1)),
+        ("no room", lambda: fleet.memory.preload(b, 2, 0)),
+        ("bytes of KV cache", lambda: fleet.kv_caches.lend(instance, kv + 1)),
+        ("bytes of KV cache", lambda: fleet.kv_caches.lend(instance, -1.0)),
+        ("bytes of KV cache", lambda: fleet.kv_caches.lend(instance, math.nan)),
     ]:
         with pytest.raises(ValueError, match=said):
             wrong()
     assert [len(device.shards) for device in fleet.devices] == [1, 0, 0, 0]
     assert fleet.starts == 1
     assert instance.kv_room == kv
-    fleet.events.run(fleet.now + 1000)
+    fleet.clock.run(fleet.now + 1000)
     fleet.stop(instance)
     with pytest.raises(ValueError, match="has ended"):
         fleet.stop(instance)

@@ -186,7 +186,7 @@ def test_who_watches_changes_nothing(policy: str) -> None:
     seen = simulate(policy, workload, SMALL.hardware, observers=[timeline])
     unseen = simulate(policy, workload, SMALL.hardware)
     assert np.array_equal(seen.first_token, unseen.first_token)
-    assert seen.links.loaded == unseen.links.loaded
+    assert seen.links.loaded_bytes == unseen.links.loaded_bytes
     assert replace(summary(seen), link_use=0.0) == replace(summary(unseen), link_use=0.0)
 
 
@@ -218,9 +218,9 @@ def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
         assert len(timeline.times) > 190  # the fleet may finish earlier
         assert max(timeline.link_use) <= 1 + 1e-9
         could = SMALL.hardware.bandwidth * SMALL.hardware.devices * timeline.step
-        assert sum(timeline.link_use) * could <= fleet.links.loaded * (1 + 1e-9)
-        if not known.unlimited:
-            assert fleet.links.loaded > 0
+        assert sum(timeline.link_use) * could <= fleet.links.loaded_bytes * (1 + 1e-9)
+        if not known.unlimited_memory:
+            assert fleet.links.loaded_bytes > 0
             for device in timeline.devices:
                 tracks = device.tracks.values()
                 for i, kv in enumerate(device.kv):

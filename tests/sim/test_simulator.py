@@ -66,7 +66,7 @@ def test_a_streaming_start_is_the_pipeline(
     def prewarm(fleet: Fleet) -> None:
         for rank, (device, count) in enumerate(zip(fleet.devices, held, strict=True)):
             if count:
-                assert fleet.prewarm(device, 0, rank, count)
+                assert fleet.memory.prewarm(device, 0, rank, count)
 
     begin = sum(layers) / bandwidth + 1.0
     script = Scripted((-50.0, prewarm), (begin, lambda fleet: fleet.start(0, fleet.devices)))
@@ -108,8 +108,8 @@ def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
 
     def prepare(fleet: Fleet) -> None:
         if resident:
-            shard = fleet._shard(fleet.devices[0], 0, 0)
-            fleet._resize(fleet.devices[0], shard, fleet.ends[0][resident - 1])
+            shard = fleet.memory._shard(fleet.devices[0], 0, 0)
+            fleet.memory._resize(fleet.devices[0], shard, fleet.memory.ends[0][resident - 1])
             shard.resident = shard.target
 
     script = Scripted((-1.0, prepare), (0.0, lambda fleet: fleet.start(0, fleet.devices)))
@@ -147,8 +147,8 @@ def test_cold_starts_take_their_bytes_over_the_bandwidth(name: str, seconds: flo
     fleet, _ = run(workload([model], [(0.0, 0, 500, 20)]), hardware, script, switch_s=0.01)
     assert fleet.first_token[0] == pytest.approx(seconds + 0.01 + model.prefill(500), abs=2e-3)
     assert fleet.finished[0] - fleet.first_token[0] == pytest.approx(19 * model.decode(1), rel=1e-6)
-    assert fleet.start_hits == fleet.wasted == 0
-    assert fleet.links.loaded == pytest.approx(model.nbytes * model.width)
+    assert fleet.start_hits == fleet.memory.wasted_bytes == 0
+    assert fleet.links.loaded_bytes == pytest.approx(model.nbytes * model.width)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -158,21 +158,21 @@ def test_a_start_with_all_layers_takes_the_switch_and_the_prefill(streaming: boo
 
     def prewarm(fleet: Fleet) -> None:
         for rank, device in enumerate(fleet.devices):
-            assert fleet.prewarm(device, 0, rank, layers)
+            assert fleet.memory.prewarm(device, 0, rank, layers)
 
     script = Scripted((-50.0, prewarm), (5.0, lambda fleet: fleet.start(0, fleet.devices)))
     fleet, _ = run(workload([model], [(5.0, 0, 500, 2)]), Hardware(4, 4), script,
                    streaming=streaming, switch_s=0.01, engine_start_s=0.5)  # fmt: skip
     assert fleet.first_token[0] == pytest.approx(5.0 + 0.51 + model.prefill(500), rel=1e-12)
     assert fleet.start_hits == fleet.start_layers == 4 * layers
-    assert fleet.wasted == 0
+    assert fleet.memory.wasted_bytes == 0
 
 
 def test_a_start_takes_over_what_is_loading() -> None:
     """No byte arrives sooner than the link carries it, arrives twice, or counts as wasted."""
     model = tiny(layers=(100,) * 10)
     script = Scripted(
-        (0.0, lambda fleet: fleet.prewarm(fleet.devices[0], 0, 0, 4)),
+        (0.0, lambda fleet: fleet.memory.prewarm(fleet.devices[0], 0, 0, 4)),
         (2.5, lambda fleet: fleet.start(0, fleet.devices)),
         (30.0, lambda fleet: fleet.stop(fleet.instances[0][0])),
     )
@@ -181,8 +181,8 @@ def test_a_start_takes_over_what_is_loading() -> None:
                        and_again(script, 40.0), switch_s=0.25)  # fmt: skip
     assert fleet.first_token[0] == pytest.approx(10.0 + model.prefill(10))
     assert fleet.start_hits == 2 + 10  # two and a half layers had arrived
-    assert fleet.links.loaded == pytest.approx(1000)
-    assert fleet.wasted == 0
+    assert fleet.links.loaded_bytes == pytest.approx(1000)
+    assert fleet.memory.wasted_bytes == 0
     assert books.busy == pytest.approx(27.5 + fleet.now - 40.0)
 
 
@@ -258,11 +258,11 @@ def test_an_instance_that_is_stopped_by_who_hears_of_it_is_heard_of_no_more() ->
 
         def loaded(self, instance: Any) -> None:
             super().loaded(instance)
-            if not instance.work:
+            if not instance.request_count:
                 self.fleet.stop(instance)
 
         def finished(self, instance: Any, request: int) -> None:
-            if not instance.work:
+            if not instance.request_count:
                 self.fleet.stop(instance)
 
         def idle(self, instance: Any) -> None:
@@ -286,6 +286,6 @@ def test_events_of_one_time_happen_in_the_order_in_which_they_were_scheduled() -
     seen: list[int] = []
     for i in range(50):
         fleet.after(1.0 if i % 2 else 0.5, lambda i=i: seen.append(i))  # type: ignore[misc]
-    fleet.events.run(2.0)
+    fleet.clock.run(2.0)
     assert seen == [*range(0, 50, 2), *range(1, 50, 2)]
-    assert heapq.nsmallest(1, fleet.events._heap) == []
+    assert heapq.nsmallest(1, fleet.clock._heap) == []

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 
 class HostMemory:
-    """The host memory of one node, of ``capacity`` bytes.
+    """The host memory of one node.
 
     A model's shards are evicted together, the least recently used model first.
     Infinite memory holds every model from the beginning.
+
+    Parameters
+    ----------
+    capacity
+        Bytes; may be infinite.
     """
 
     def __init__(self, capacity: float) -> None:
@@ -23,12 +28,12 @@ class HostMemory:
             return True
         return self._models.get(model, {}).get(rank, 0.0) >= nbytes
 
-    def use(self, model: int) -> None:
+    def touch(self, model: int) -> None:
         """Mark the model as the most recently used."""
         if model in self._models:
             self._models[model] = self._models.pop(model)
 
-    def bring(self, model: int, rank: int, nbytes: float) -> None:
+    def add(self, model: int, rank: int, nbytes: float) -> None:
         """Add leading bytes of a shard that were read from disk; evict models beyond capacity."""
         ranks = self._models.pop(model, {})
         self._models[model] = ranks

@@ -200,7 +200,7 @@ def _memory(result: Result) -> str:
     capacity = result.study.hardware.memory
     parts = list[str]()
     for policy, watched in _watched(result):
-        if POLICIES[policy].unlimited:
+        if POLICIES[policy].unlimited_memory:
             continue
         opened = " open" if not parts else ""
         above = (

@@ -96,7 +96,7 @@ def _policy(result: Result, policy: str, outcomes: Sequence[Outcome]) -> dict[st
     return {
         "title": known.title,
         "engine_start_s": study.engine_start_s if known.engine_start else 0.0,
-        "unlimited_memory": known.unlimited,
+        "unlimited_memory": known.unlimited_memory,
         "metrics": {
             name: {
                 **asdict(interval(_values(outcomes, name))),

@@ -89,7 +89,7 @@ def summary(fleet: Fleet, slo: Slo | None = None) -> RunSummary:
     if not len(ttft):
         raise ValueError("no requests: a summary needs at least one")
     ascending = np.sort(ttft)
-    hardware, end = fleet.hardware, fleet.events.now
+    hardware, end = fleet.hardware, fleet.clock.now
     missed = ttft > (slo or Slo()).bounds(fleet.workload)
     return RunSummary(
         requests=len(ttft),
@@ -100,9 +100,9 @@ def summary(fleet: Fleet, slo: Slo | None = None) -> RunSummary:
         ttft_p99=quantile(ascending, 0.99),
         slo_miss=float(missed.mean()),
         hit_share=fleet.start_hits / fleet.start_layers if fleet.start_layers else math.nan,
-        loaded_bytes=float(fleet.links.loaded),
-        wasted_bytes=float(fleet.wasted),
+        loaded_bytes=float(fleet.links.loaded_bytes),
+        wasted_bytes=float(fleet.memory.wasted_bytes),
         gpu_hours=fleet.device_seconds / 3600,
         starts=fleet.starts,
-        link_use=fleet.links.loaded / (hardware.bandwidth * hardware.devices * end),
+        link_use=fleet.links.loaded_bytes / (hardware.bandwidth * hardware.devices * end),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from warmserve_rt.sim.controllers.policies import POLICIES, find
+from warmserve_rt.sim.controllers.policies import POLICIES, find_policy
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.workload import catalogue, workloads
@@ -110,7 +110,7 @@ class Study:
             raise StudyError(f"each policy must be given once, got {', '.join(self.policies)}")
         for policy in self.policies:
             try:
-                find(policy)
+                find_policy(policy)
             except ValueError as error:
                 raise StudyError(str(error)) from None
         if isinstance(self.models, str) and self.models != PAPER:
@@ -304,7 +304,7 @@ def perform(study: Study, each: Run) -> Outcome:
             observers=observers,
         )
     except RuntimeError:  # unserved requests are a result; other errors are raised
-        if not fleets or fleets[0].events.now <= workload.time[-1] + PATIENCE_S:
+        if not fleets or fleets[0].now <= workload.time[-1] + PATIENCE_S:
             raise
     fleet = fleets[0]
     ttft = times_to_first_token(fleet) if each.detailed else None
