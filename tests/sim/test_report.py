@@ -19,7 +19,7 @@ from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.report import sentences, table, terminal
 from warmserve_rt.sim.report.report import render
 from warmserve_rt.sim.study.digest import as_interval, digest, to_json
-from warmserve_rt.sim.study.study import Result, run
+from warmserve_rt.sim.study.runner import Result, run
 
 ASKED_FOR = (
     *("ttft_mean", "ttft_p50", "ttft_p95", "ttft_p99", "slo_miss", "hit_share"),

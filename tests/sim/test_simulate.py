@@ -27,11 +27,12 @@ from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.report import atomic_output as folder_module
 from warmserve_rt.sim.report import sentences
 from warmserve_rt.sim.report.report import render
-from warmserve_rt.sim.study import study as study_module
+from warmserve_rt.sim.study import runner
 from warmserve_rt.sim.study.digest import digest, to_json
 from warmserve_rt.sim.study.metrics import summary
 from warmserve_rt.sim.study.run import simulate
-from warmserve_rt.sim.study.study import Result, StudyError, run, runs
+from warmserve_rt.sim.study.runner import Result, run, runs
+from warmserve_rt.sim.study.study import StudyError
 from warmserve_rt.sim.study.timeline import Timeline
 
 SMALL_ARGUMENTS = (
@@ -136,7 +137,7 @@ def test_a_trace_is_not_given_another_rate(tmp_path: Path) -> None:
 def test_a_file_where_the_folder_should_be_is_seen_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module, "perform", None)
+    monkeypatch.setattr(runner, "perform", None)
     (tmp_path / "out").write_text("mine")
     refused(command(*SMALL_ARGUMENTS, "--out", str(tmp_path / "out")), "is not a folder")
     assert (tmp_path / "out").read_text() == "mine"
@@ -293,7 +294,7 @@ def test_a_failing_write_leaves_no_folder_that_was_not_there(tmp_path: Path) -> 
 def test_a_study_that_fails_halfway_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = study_module.perform, []
+    real, calls = runner.perform, []
 
     def perform(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -301,6 +302,6 @@ def test_a_study_that_fails_halfway_writes_nothing(
             raise StudyError("halfway")
         return real(*arguments)
 
-    monkeypatch.setattr(study_module, "perform", perform)
+    monkeypatch.setattr(runner, "perform", perform)
     refused(command(*SMALL_ARGUMENTS, "--jobs", "1", "--out", str(tmp_path / "out")), "halfway")
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,8 @@ from warmserve_rt.sim.controllers.policies import POLICIES
 
 from .intervals import Interval, difference, highest_rate, interval, ratio
 from .metrics import Floats, RunSummary
-from .study import GOALS, Outcome, Result, Study
+from .runner import Outcome, Result
+from .study import GOALS, Study
 
 METRICS = tuple(field.name for field in fields(RunSummary))
 RATIOS = ("ttft_mean", "ttft_p99")
