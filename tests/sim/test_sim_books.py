@@ -29,7 +29,7 @@ from warmserve_rt.sim.workload import catalogue, workloads
         Hardware(8, 4, 40e9, multipath=4, switch_devices=2, host_memory=60e9),
     ],
 )
-def test_books_add_up_under_every_policy(policy: str, hardware: Hardware) -> None:
+def test_accounts_balance_under_every_policy(policy: str, hardware: Hardware) -> None:
     models = catalogue.mixed(6)
     requests = workloads.power_law(models, 2.0, 60.0, 3)
     books = Books(capacity=not POLICIES[policy].unlimited_memory)
@@ -180,7 +180,7 @@ class Chance(Scripted):
     switch_devices=st.sampled_from([1, 2, 4]),
     share=st.sampled_from([0.0, 0.05, 0.5]),
 )
-def test_books_add_up_whatever_a_controller_does(
+def test_accounts_balance_under_random_operations(
     seed: int,
     elastic: bool,
     streaming: bool,
@@ -202,7 +202,7 @@ def test_books_add_up_whatever_a_controller_does(
     run(workload(MODELS, rows), hardware, chance, streaming=streaming, elastic_kv=elastic)
 
 
-def test_chance_does_all_there_is() -> None:
+def test_the_random_controller_performs_every_operation() -> None:
     rows = [(float(i), i % 4, 20, 20) for i in range(40)]
     chance = Chance(1)
     run(
@@ -218,7 +218,7 @@ def test_chance_does_all_there_is() -> None:
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_the_same_seed_is_the_same_run_to_the_byte(policy: str) -> None:
+def test_the_same_seed_gives_identical_bytes(policy: str) -> None:
     def once() -> bytes:
         requests = workloads.power_law(catalogue.mixed(4), 1.0, 60.0, 7)
         fleet = simulate(policy, requests, Hardware(4, 4))

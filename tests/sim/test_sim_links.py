@@ -45,7 +45,7 @@ def here(device: Device, model: int) -> float:
     return device.shards[model, 0].resident_now
 
 
-def test_the_background_waits_for_the_foreground_and_goes_on_where_it_was() -> None:
+def test_background_loads_pause_for_foreground_loads_and_resume() -> None:
     fleet = fleet_of()
     device = fleet.devices[0]
     waiting = background(fleet, 0, 0)
@@ -61,7 +61,7 @@ def test_the_background_waits_for_the_foreground_and_goes_on_where_it_was() -> N
     assert waiting.rate == 100.0
 
 
-def test_the_background_keeps_its_share_and_no_more() -> None:
+def test_background_loads_keep_exactly_their_share() -> None:
     fleet = fleet_of(background_share=0.05)
     waiting = background(fleet, 0, 0)
     urgent = foreground(fleet, 0, 1)
@@ -70,7 +70,7 @@ def test_the_background_keeps_its_share_and_no_more() -> None:
     assert alone.rate == 100.0  # its link has no other load
 
 
-def test_the_highest_priority_loads_first_and_alone() -> None:
+def test_the_load_of_the_highest_priority_runs_alone() -> None:
     fleet = fleet_of()
     low, middle = background(fleet, 0, 0, 1.0), background(fleet, 0, 1, 2.0)
     same = background(fleet, 0, 2, 2.0)  # equal priorities load in order
@@ -86,7 +86,7 @@ def test_the_highest_priority_loads_first_and_alone() -> None:
     assert ends[1::2] == [[True] * i + [False] * (4 - i) for i in range(1, 5)]
 
 
-def test_what_has_come_stays_when_loading_stops_and_is_not_loaded_again() -> None:
+def test_arrived_layers_stay_when_a_load_is_cancelled() -> None:
     fleet = fleet_of()
     device = fleet.devices[0]
     background(fleet, 0, 0)
@@ -103,7 +103,7 @@ def test_what_has_come_stays_when_loading_stops_and_is_not_loaded_again() -> Non
     assert fleet.memory.wasted_bytes == pytest.approx(50)
 
 
-def test_more_layers_of_what_loads_take_their_own_time() -> None:
+def test_extending_a_load_takes_the_time_of_the_added_layers() -> None:
     fleet = fleet_of()
     device = fleet.devices[0]
     assert fleet.memory.prewarm(device, 0, 0, 4)
@@ -122,15 +122,13 @@ def test_more_layers_of_what_loads_take_their_own_time() -> None:
     [(1, 1, 100), (2, 1, 200), (4, 1, 400), (9, 1, 400), (4, 2, 200), (2, 2, 200), (4, 3, 400 / 3),
      (4, 4, 100)],
 )  # fmt: skip
-def test_idle_neighbours_help_and_busy_ones_do_not(
-    multipath: int, urgent: int, rate: float
-) -> None:
+def test_a_load_uses_the_links_of_idle_peers_only(multipath: int, urgent: int, rate: float) -> None:
     fleet = fleet_of(multipath=multipath)
     flows = [foreground(fleet, device, 0) for device in range(urgent)]
     assert [flow.rate for flow in flows] == pytest.approx([rate] * urgent)
 
 
-def test_helping_takes_from_the_neighbours_background_all_but_its_share() -> None:
+def test_multipath_leaves_peers_background_loads_their_share() -> None:
     fleet = fleet_of(multipath=3, background_share=0.1)
     waiting = background(fleet, 1, 0)
     urgent = foreground(fleet, 0, 0)
@@ -143,7 +141,7 @@ def test_helping_takes_from_the_neighbours_background_all_but_its_share() -> Non
     assert (urgent.rate, waiting.rate) == pytest.approx((390, 10))
 
 
-def test_devices_behind_a_switch_share_its_link_and_help_only_others() -> None:
+def test_devices_behind_a_switch_share_its_link() -> None:
     fleet = fleet_of(switch_devices=2)
     first = foreground(fleet, 0, 0)
     assert first.rate == 100
@@ -158,7 +156,7 @@ def test_devices_behind_a_switch_share_its_link_and_help_only_others() -> None:
     assert [flow.rate for flow in flows] == [100, 100]
 
 
-def test_nodes_do_not_help_each_other() -> None:
+def test_a_load_uses_no_links_of_other_nodes() -> None:
     fleet = Fleet(workload(MODELS, []), Hardware(4, 2, 1e5, 100.0, 4), Scripted(), switch_s=0.0)
     fleet.controller.begin(fleet)
     assert foreground(fleet, 0, 0).rate == 200
@@ -167,7 +165,7 @@ def test_nodes_do_not_help_each_other() -> None:
 # Disk and host memory.
 
 
-def test_what_host_memory_lacks_comes_as_fast_as_the_disk() -> None:
+def test_layers_outside_host_memory_load_at_disk_speed() -> None:
     fleet = fleet_of(host_memory=2500.0, disk_bandwidth=60.0)
     first = foreground(fleet, 0, 0)
     assert first.rate == 60
@@ -180,7 +178,7 @@ def test_what_host_memory_lacks_comes_as_fast_as_the_disk() -> None:
     assert 1 not in fleet.links.host_memories[0]
 
 
-def test_every_rank_comes_from_disk_and_does_so_when_its_load_is_begun_again() -> None:
+def test_every_rank_loads_from_disk_and_again_after_a_restart() -> None:
     wide = ModelProfile("wide", 2, LAYERS, 1, 0.0, 0.0, 0.01)
     hardware = Hardware(2, 2, 1e5, 100.0, host_memory=1e4, disk_bandwidth=60.0)
     fleet = Fleet(workload([wide], []), hardware, Scripted())
@@ -203,7 +201,7 @@ def test_every_rank_comes_from_disk_and_does_so_when_its_load_is_begun_again() -
     assert device.background[0].rate == 100
 
 
-def test_host_memory_keeps_what_was_used_last() -> None:
+def test_host_memory_evicts_the_least_recently_used_model() -> None:
     memory = HostMemory(2500)
     for model in (0, 1):
         memory.add(model, 0, 1000)
@@ -219,7 +217,7 @@ def test_host_memory_keeps_what_was_used_last() -> None:
     assert [model in memory for model in range(4)] == [False] * 4
 
 
-def test_infinite_host_memory_has_everything() -> None:
+def test_infinite_host_memory_holds_every_model() -> None:
     fleet = fleet_of(disk_bandwidth=1.0)
     assert foreground(fleet, 0, 0).rate == 100
     assert 3 in fleet.links.host_memories[0]
@@ -228,14 +226,14 @@ def test_infinite_host_memory_has_everything() -> None:
 # Room.
 
 
-def test_room_that_lacks_less_than_a_byte_is_made_of_a_layer() -> None:
+def test_a_shortage_of_less_than_a_byte_evicts_a_layer() -> None:
     fleet = fleet_of(1, memory=1999.75)
     background(fleet, 0, 0)
     assert fleet.load(fleet.devices[0], 1, 0, 10, [(1000.0, 1.0)])
     assert fleet.devices[0].shards[0, 0].target == 900
 
 
-def test_room_is_made_of_what_is_worth_least_tail_layers_first_and_only_if_it_is_enough() -> None:
+def test_eviction_takes_the_least_valuable_tail_layers_only_if_they_suffice() -> None:
     fleet = fleet_of(1, memory=2500.0)
     device = fleet.devices[0]
     assert fleet.load(device, 0, 0, 10, [(400.0, 5.0), (1000.0, 2.0)])

@@ -39,7 +39,7 @@ from warmserve_rt.sim.workload import catalogue, workloads
         ({"interference": math.nan}, "interference must be .* got nan"),
     ],
 )
-def test_hardware_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) -> None:
+def test_invalid_hardware_is_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Hardware(**wrong)
 
@@ -56,7 +56,7 @@ def test_hardware_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) ->
         ("autoscaling", Hardware(), {"engine_start_s": math.inf}, "inf s for an engine"),
     ],
 )
-def test_runs_that_cannot_be_are_refused(
+def test_impossible_runs_are_refused(
     policy: str, hardware: Hardware, times: dict[str, float], said: str
 ) -> None:
     requests = workloads.power_law(catalogue.paper_models(), 1.0, 10.0, 0)
@@ -64,7 +64,7 @@ def test_runs_that_cannot_be_are_refused(
         simulate(policy, requests, hardware, **times)
 
 
-def test_what_a_controller_may_not_do_is_refused_and_changes_nothing() -> None:
+def test_forbidden_operations_of_a_controller_are_refused_and_change_nothing() -> None:
     wide = tiny(2)
     fleet = Fleet(workload([SMALL, wide, tiny(layers=(900, 900, 900))], []),
                   Hardware(4, 2, 1000.0, 1.0), Scripted())  # fmt: skip

@@ -97,7 +97,7 @@ def trace(path: Path, rows: str, header: str = HEADER) -> str:
         ("--workload nosuch", "'nosuch' is neither a file nor a workload"),
     ],
 )
-def test_bad_arguments_are_one_sentence_and_nothing_is_written(
+def test_invalid_arguments_give_one_sentence_and_write_nothing(
     arguments: str, said: str, tmp_path: Path
 ) -> None:
     given = arguments.split()
@@ -122,19 +122,19 @@ def test_bad_arguments_are_one_sentence_and_nothing_is_written(
         ("400,0,5,5\n700,0,5,5\n", "no history"),
     ],
 )
-def test_bad_traces_are_told_by_line_column_and_value(rows: str, said: str, tmp_path: Path) -> None:
+def test_errors_in_traces_name_line_column_and_value(rows: str, said: str, tmp_path: Path) -> None:
     path = trace(tmp_path / "trace.csv", rows)
     refused(command("--workload", path, "--out", str(tmp_path / "out")), said)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trace_is_not_given_another_rate(tmp_path: Path) -> None:
+def test_a_rate_beside_a_trace_is_refused(tmp_path: Path) -> None:
     path = trace(tmp_path / "trace.csv", "0,0,5,5\n400,0,5,5\n")
     out = str(tmp_path / "out")
     refused(command("--workload", path, "--history", "5", "--rate", "2", "--out", out), "its own")
 
 
-def test_a_file_where_the_folder_should_be_is_seen_before_anything_runs(
+def test_an_unusable_output_folder_is_refused_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "perform", None)
@@ -164,7 +164,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # Repeatability.
 
 
-def test_processes_and_repetition_change_no_byte(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_processes_or_repetition(tmp_path: Path) -> None:
     texts = []
     for jobs in ("1", "2"):
         out = tmp_path / f"out{len(texts)}"
@@ -175,13 +175,13 @@ def test_processes_and_repetition_change_no_byte(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_another_seed_is_another_run(small: Result) -> None:
+def test_another_seed_gives_another_run(small: Result) -> None:
     of_policy = [o for o in small.outcomes if o.run.policy == BASELINE and o.run.detailed]
     assert of_policy[0].summary != of_policy[1].summary
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_who_watches_changes_nothing(policy: str) -> None:
+def test_an_observer_does_not_change_the_run(policy: str) -> None:
     workload = SMALL.build(0.5, 3)
     timeline = Timeline(workload.duration, samples=37)
     seen = simulate(policy, workload, SMALL.hardware, observers=[timeline])
@@ -203,7 +203,7 @@ def test_every_policy_serves_the_same_requests(small: Result) -> None:
     assert len(by_run) == 4
 
 
-def test_only_what_waits_for_engines_is_run_with_other_engine_starts() -> None:
+def test_only_policies_with_engine_starts_run_with_several() -> None:
     starts: dict[str, set[float]] = {}
     for each in runs(SMALL):
         starts.setdefault(each.policy, set()).add(each.engine_start_s)
@@ -211,7 +211,7 @@ def test_only_what_waits_for_engines_is_run_with_other_engine_starts() -> None:
         assert found == ({0.0, 2.0, 5.0} if POLICIES[policy].engine_start else {5.0})
 
 
-def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
+def test_memory_and_links_stay_within_their_capacity() -> None:
     workload = SMALL.build(0.5, 0)
     for policy, known in POLICIES.items():
         timeline = Timeline(workload.duration, samples=200)
@@ -229,7 +229,7 @@ def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
                     assert kv + there <= SMALL.hardware.memory * (1 + 1e-9)
 
 
-def test_requests_never_served_are_counted_and_a_fault_is_no_result(
+def test_unserved_requests_are_counted_and_errors_are_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Deaf:
@@ -285,7 +285,7 @@ def test_a_failing_write_leaves_the_folder_as_it_was(
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"one": "old"}
 
 
-def test_a_failing_write_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+def test_a_failing_write_removes_the_folder_that_it_created(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="too long"):
         folder_module.put({"x" * 300: ""}, tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []

@@ -49,7 +49,7 @@ def stepped(loads: list[float], computes: list[float], resident: int) -> float:
     switch=st.floats(0, 1),
     data=st.data(),
 )
-def test_a_streaming_start_is_the_pipeline(
+def test_a_streaming_start_matches_the_layer_pipeline(
     layers: list[int],
     ends: bool,
     prompt: int,
@@ -90,7 +90,7 @@ def test_a_streaming_start_is_the_pipeline(
     requests=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), min_size=1, max_size=4),
     resident=st.integers(0, 6),
 )
-def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
+def test_streamed_prefills_leave_no_device_idle_while_it_has_work(
     layers: list[int], requests: list[tuple[int, int]], resident: int
 ) -> None:
     """Compare with a device that gives each tick to the first request with work on a loaded layer.
@@ -140,7 +140,7 @@ def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
 @pytest.mark.parametrize(
     ("name", "seconds"), [("llama2-7b", 0.3922), ("llama2-13b", 0.379), ("llama2-70b", 1.004)]
 )
-def test_cold_starts_take_their_bytes_over_the_bandwidth(name: str, seconds: float) -> None:
+def test_a_cold_start_takes_bytes_over_bandwidth(name: str, seconds: float) -> None:
     model = catalogue.model(name)
     hardware = Hardware(model.width, model.width, bandwidth=32 * 2**30)
     script = Scripted((0.0, lambda fleet: fleet.start(0, fleet.devices)))
@@ -152,7 +152,7 @@ def test_cold_starts_take_their_bytes_over_the_bandwidth(name: str, seconds: flo
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_start_with_all_layers_takes_the_switch_and_the_prefill(streaming: bool) -> None:
+def test_a_warm_start_takes_the_switch_and_the_prefill(streaming: bool) -> None:
     model = catalogue.model("llama2-70b")
     layers = len(model.layer_bytes)
 
@@ -168,7 +168,7 @@ def test_a_start_with_all_layers_takes_the_switch_and_the_prefill(streaming: boo
     assert fleet.memory.wasted_bytes == 0
 
 
-def test_a_start_takes_over_what_is_loading() -> None:
+def test_a_start_takes_over_loads_in_progress() -> None:
     """No byte arrives sooner than the link carries it, arrives twice, or counts as wasted."""
     model = tiny(layers=(100,) * 10)
     script = Scripted(
@@ -193,7 +193,7 @@ def and_again(script: Scripted, time: float) -> Scripted:
 # Decoding.
 
 
-def test_fluid_decoding_is_decoding_in_steps_within_one_step() -> None:
+def test_fluid_decoding_differs_from_stepwise_decoding_by_at_most_one_step() -> None:
     """The fluid simulation starts a prefill up to one step earlier than the stepwise one.
 
     A fluid prefill does not wait for the end of a decode step. Both simulations do the same work,
@@ -252,7 +252,7 @@ def in_steps(model: ModelProfile, rows: list[Any]) -> tuple[Any, Any, float, int
     return first, finished, longest, largest
 
 
-def test_an_instance_that_is_stopped_by_who_hears_of_it_is_heard_of_no_more() -> None:
+def test_an_instance_stopped_in_a_callback_gives_no_further_callbacks() -> None:
     class Hasty(Scripted):
         idles = 0
 
@@ -281,7 +281,7 @@ def test_a_request_larger_than_any_cache_is_served_alone() -> None:
     assert fleet.first_token[1] > fleet.finished[0]
 
 
-def test_events_of_one_time_happen_in_the_order_in_which_they_were_scheduled() -> None:
+def test_events_of_equal_times_fire_in_the_order_of_scheduling() -> None:
     fleet = Fleet(workload([SMALL], []), ONE, Scripted())
     seen: list[int] = []
     for i in range(50):

@@ -18,6 +18,7 @@ from warmserve_rt.sim.workload.workloads import Workload
 BYTE = 1.0  # tolerance of sums of byte counts
 
 
+EIGHT = Hardware(devices=8, memory=72e9)
 SMALL = ModelProfile("small", 1, (3, 5, 5, 5, 4), 2, 0.05, 0.001, 0.01, batch=4)
 
 
@@ -46,6 +47,17 @@ def workload(
         service=np.ones(len(models)),
         dispersion=np.ones((0, len(models))),
     )
+
+
+def toy(name: str, *, nbytes: int = 10, prefill: float = 0.2, batch: int = 32) -> ModelProfile:
+    """Return a model of ``nbytes`` GB in ten layers."""
+    layers = (nbytes * 10**8,) * 10
+    return ModelProfile(name, 1, layers, 1000, prefill, 0.0, 0.01, batch=batch, ends=False)
+
+
+def ttft(fleet: Fleet) -> np.ndarray[Any, Any]:
+    """Return the seconds of each request until its first token."""
+    return np.asarray(fleet.first_token - fleet.workload.time)
 
 
 class Scripted:
