@@ -24,8 +24,7 @@ import warmserve_rt.sim.report
 from warmserve_rt.cli import app
 from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.core.fleet import Fleet
-from warmserve_rt.sim.report import atomic_output as folder_module
-from warmserve_rt.sim.report import sentences
+from warmserve_rt.sim.report import atomic_output, sentences
 from warmserve_rt.sim.report.report import render
 from warmserve_rt.sim.study import runner
 from warmserve_rt.sim.study.digest import digest, to_json
@@ -274,20 +273,20 @@ def test_a_failing_write_leaves_the_folder_as_it_was(
             raise OSError("no space left")
         real(source, target)
 
-    monkeypatch.setattr(folder_module.os, "replace", replace_once)
+    monkeypatch.setattr(atomic_output.os, "replace", replace_once)
     texts = {"one": "new", "two": "new"}
     if fails_at == 4:
-        folder_module.put(texts, tmp_path)
+        atomic_output.write_files(texts, tmp_path)
         assert {each.name: each.read_text() for each in tmp_path.iterdir()} == texts
         return
     with pytest.raises(OSError, match="no space"):
-        folder_module.put(texts, tmp_path)
+        atomic_output.write_files(texts, tmp_path)
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"one": "old"}
 
 
 def test_a_failing_write_removes_the_folder_that_it_created(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="too long"):
-        folder_module.put({"x" * 300: ""}, tmp_path / "a" / "b")
+        atomic_output.write_files({"x" * 300: ""}, tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
 

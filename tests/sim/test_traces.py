@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warmserve_rt.sim.workload import traces
-from warmserve_rt.sim.workload.arrivals import divided, renewal
+from warmserve_rt.sim.workload.arrivals import divide_windows, renewal
 
 
 def test_data_files_are_in_the_package_and_small():
@@ -85,7 +85,7 @@ def test_a_renewal_process_has_the_given_number_of_arrivals(counts, cv, weibull,
     time = renewal(n, np.full(len(n), cv), np.full(len(n), weibull), 600.0, rng)
     assert (np.diff(time) >= 0).all()
     assert np.array_equal(np.bincount((time // 600).astype(int), minlength=len(n)), n)
-    parts = divided(n, np.full(len(n), cv), 3, rng)
+    parts = divide_windows(n, np.full(len(n), cv), 3, rng)
     assert np.array_equal(parts.reshape(-1, 3).sum(axis=1), n)
 
 
@@ -110,5 +110,5 @@ def test_arrivals_are_uniform_within_a_window():
 def test_divided_windows_vary_as_a_renewal_process_does():
     rng = np.random.default_rng(3)
     n, cv = np.full(20_000, 400), np.full(20_000, 3.0)
-    first = divided(n, cv, 2, rng).reshape(-1, 2)[:, 0]
+    first = divide_windows(n, cv, 2, rng).reshape(-1, 2)[:, 0]
     assert first.var() == pytest.approx(9 * 400 / 4, rel=0.1)

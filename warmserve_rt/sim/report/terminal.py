@@ -16,7 +16,7 @@ from warmserve_rt.sim.study.study import Study
 from . import sentences, table
 
 
-def run(asked: Study, jobs: int) -> Result:
+def run(study: Study, jobs: int) -> Result:
     """Run a study as runner.run does, with a progress bar on stderr."""
     shown = (
         TextColumn("{task.description}"),
@@ -33,7 +33,7 @@ def run(asked: Study, jobs: int) -> Result:
         progress.update(task, completed=done, total=runs)
 
     try:
-        return runner.run(asked, jobs, update)
+        return runner.run(study, jobs, update)
     finally:
         if progress.live.is_started:
             progress.stop()

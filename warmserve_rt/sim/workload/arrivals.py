@@ -136,7 +136,7 @@ def renewal(
     return np.sort(start[of] + inside)
 
 
-def divided(
+def divide_windows(
     counts: NDArray[np.int64], cvs: Floats, parts: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Divide the requests of each window among ``parts`` equal parts of it: [windows * parts].

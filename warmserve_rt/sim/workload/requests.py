@@ -93,7 +93,7 @@ class Stream:
     dispersion: Floats
 
 
-def join(
+def join_streams(
     name: str,
     models: Sequence[ModelProfile],
     streams: Sequence[Stream],
@@ -127,7 +127,7 @@ def shares(n: int, alpha: float) -> Floats:
     return weights / float(weights.sum())
 
 
-def alone(model: ModelProfile, prompt: float, output: float) -> float:
+def seconds_alone(model: ModelProfile, prompt: float, output: float) -> float:
     """Return the seconds of a request that is alone on its instance."""
     return model.prefill(prompt) + output * model.decode(1)
 
@@ -137,7 +137,9 @@ def stream_rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def check(models: Sequence[ModelProfile], rate: float, duration: float, window: float) -> None:
+def check_arguments(
+    models: Sequence[ModelProfile], rate: float, duration: float, window: float
+) -> None:
     """Raise ValueError if no workload can be made of these arguments."""
     if not models:
         raise ValueError("a workload must have at least one model, got none")
