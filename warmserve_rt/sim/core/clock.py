@@ -58,7 +58,15 @@ class Clock:
         heappush(self._heap, (time if time > now else now, self._number, event))
 
     def after(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call a function after ``seconds``."""
+        """Call a function after ``seconds``.
+
+        Parameters
+        ----------
+        seconds
+            Seconds from now on.
+        call
+            The function.
+        """
         self.schedule(Timer(call), self.now + seconds)
 
     def cancel(self, event: Event) -> None:

@@ -23,7 +23,15 @@ class HostMemory:
         return self.capacity == float("inf") or model in self._models
 
     def has(self, model: int, rank: int, nbytes: float) -> bool:
-        """Return whether this many leading bytes of a shard are in memory."""
+        """Return whether this many leading bytes of a shard are in memory.
+
+        Parameters
+        ----------
+        model, rank
+            The model and the rank of the shard.
+        nbytes
+            The number of leading bytes.
+        """
         if self.capacity == float("inf"):
             return True
         return self._models.get(model, {}).get(rank, 0.0) >= nbytes
@@ -34,7 +42,15 @@ class HostMemory:
             self._models[model] = self._models.pop(model)
 
     def add(self, model: int, rank: int, nbytes: float) -> None:
-        """Add leading bytes of a shard that were read from disk; evict models beyond capacity."""
+        """Add leading bytes of a shard that were read from disk; evict models beyond capacity.
+
+        Parameters
+        ----------
+        model, rank
+            The model and the rank of the shard.
+        nbytes
+            The number of leading bytes.
+        """
         ranks = self._models.pop(model, {})
         self._models[model] = ranks
         ranks[rank] = max(ranks.get(rank, 0.0), nbytes)

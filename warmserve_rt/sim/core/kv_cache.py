@@ -39,7 +39,15 @@ class KvCaches:
         self._resize(instance, 0.0)
 
     def reserve(self, instance: Instance, request: int) -> bool:
-        """Return whether the instance has room for this request; grow an elastic cache."""
+        """Return whether the instance has room for this request; grow an elastic cache.
+
+        Parameters
+        ----------
+        instance
+            The instance.
+        request
+            The request that it may take.
+        """
         profile = instance.profile
         if instance.request_count >= profile.batch:
             return False

@@ -41,7 +41,15 @@ class Links:
         self.host_memories = [HostMemory(hardware.host_memory) for _ in self.nodes]
 
     def load(self, device: Device, shard: Shard, *, priority: float) -> Flow:
-        """Begin to load a shard up to its target in the background."""
+        """Begin to load a shard up to its target in the background.
+
+        Parameters
+        ----------
+        device, shard
+            The shard, and its device.
+        priority
+            The priority among the background flows of the device; the highest runs first.
+        """
         host = self.host_memories[device.node]
         host.touch(shard.model)
         from_disk = not host.has(shard.model, shard.rank, shard.target)

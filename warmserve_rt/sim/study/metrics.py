@@ -79,12 +79,28 @@ def times_to_first_token(fleet: Fleet) -> Floats:
 
 
 def quantile(ascending: Floats, share: float) -> float:
-    """Return a quantile by nearest rank, which is defined for infinite values too."""
+    """Return a quantile by nearest rank, which is defined for infinite values too.
+
+    Parameters
+    ----------
+    ascending
+        The values in rising order.
+    share
+        The share of values at or below the quantile.
+    """
     return float(ascending[max(0, math.ceil(share * len(ascending)) - 1)])
 
 
 def summary(fleet: Fleet, slo: Slo | None = None) -> RunSummary:
-    """Return the numbers of a fleet that has run. Raise ValueError if there were no requests."""
+    """Return the numbers of a fleet that has run. Raise ValueError if there were no requests.
+
+    Parameters
+    ----------
+    fleet
+        The fleet.
+    slo
+        The bound on the first tokens; by default ``Slo()``.
+    """
     ttft = times_to_first_token(fleet)
     if not len(ttft):
         raise ValueError("no requests: a summary needs at least one")

@@ -80,7 +80,15 @@ def simulate(
 
 
 def check(models: Sequence[ModelProfile], hardware: Hardware) -> None:
-    """Raise ValueError if a model fits on no group of devices."""
+    """Raise ValueError if a model fits on no group of devices.
+
+    Parameters
+    ----------
+    models
+        The profiles of the models.
+    hardware
+        The devices.
+    """
     for profile in models:
         if profile.width > hardware.node_devices:
             raise ValueError(

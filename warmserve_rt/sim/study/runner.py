@@ -165,7 +165,15 @@ def _built(study: Study, rate: float, seed: int) -> Workload:
 
 
 def perform(study: Study, each: Run) -> Outcome:
-    """Perform one run. Requests that are never served are counted as unserved."""
+    """Perform one run. Requests that are never served are counted as unserved.
+
+    Parameters
+    ----------
+    study
+        The study.
+    each
+        One of its runs.
+    """
     workload = _built(study, each.rate, each.seed)
     timeline = Timeline(workload.duration)
     fleets: list[Fleet] = []

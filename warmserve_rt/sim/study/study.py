@@ -114,6 +114,13 @@ class Study:
     def build(self, rate: float, seed: int) -> Workload:
         """Return the workload that every policy serves at this rate with this seed.
 
+        Parameters
+        ----------
+        rate
+            Requests per second.
+        seed
+            The seed of all draws.
+
         Raises
         ------
         ValueError, OSError
