@@ -4,7 +4,6 @@ its files behind."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ import warmserve_rt.sim.report
 from warmserve_rt.cli import app
 from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.core.fleet import Fleet
-from warmserve_rt.sim.report import atomic_output, sentences
+from warmserve_rt.sim.report import sentences
 from warmserve_rt.sim.report.report import render
 from warmserve_rt.sim.study import runner
 from warmserve_rt.sim.study.digest import digest, to_json
@@ -231,11 +230,11 @@ def test_memory_and_links_stay_within_their_capacity() -> None:
 def test_unserved_requests_are_counted_and_errors_are_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Deaf:
+    class Idle:
         def begin(self, fleet: Fleet) -> None: ...
         def arrived(self, request: int, model: int) -> None: ...
 
-    class Broken(Deaf):
+    class Broken(Idle):
         def arrived(self, request: int, model: int) -> None:
             raise RuntimeError("a fault")
 
@@ -246,7 +245,7 @@ def test_unserved_requests_are_counted_and_errors_are_raised(
         monkeypatch.setattr("warmserve_rt.sim.controllers.policies.POLICIES", changed)
         return run(alone, 1)
 
-    result = with_controller(Deaf)
+    result = with_controller(Idle)
     found = result.outcomes[0].summary
     assert found.unserved == found.requests > 0
     data = digest(result)
@@ -257,37 +256,7 @@ def test_unserved_requests_are_counted_and_errors_are_raised(
         with_controller(Broken)
 
 
-# Output files.
-
-
-@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
-def test_a_failing_write_leaves_the_folder_as_it_was(
-    fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "one").write_text("old")
-    calls, real = [], os.replace
-
-    def replace_once(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == fails_at:
-            raise OSError("no space left")
-        real(source, target)
-
-    monkeypatch.setattr(atomic_output.os, "replace", replace_once)
-    texts = {"one": "new", "two": "new"}
-    if fails_at == 4:
-        atomic_output.write_files(texts, tmp_path)
-        assert {each.name: each.read_text() for each in tmp_path.iterdir()} == texts
-        return
-    with pytest.raises(OSError, match="no space"):
-        atomic_output.write_files(texts, tmp_path)
-    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"one": "old"}
-
-
-def test_a_failing_write_removes_the_folder_that_it_created(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="too long"):
-        atomic_output.write_files({"x" * 300: ""}, tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
+# Errors during a study.
 
 
 def test_a_study_that_fails_halfway_writes_nothing(

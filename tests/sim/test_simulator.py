@@ -177,13 +177,13 @@ def test_a_start_takes_over_loads_in_progress() -> None:
         (30.0, lambda fleet: fleet.stop(fleet.instances[0][0])),
     )
     hardware = Hardware(1, 1, 2000, 100.0)
-    fleet, books = run(workload([model], [(2.5, 0, 10, 1), (40.0, 0, 1, 1)]), hardware,
+    fleet, accounts = run(workload([model], [(2.5, 0, 10, 1), (40.0, 0, 1, 1)]), hardware,
                        and_again(script, 40.0), switch_s=0.25)  # fmt: skip
     assert fleet.first_token[0] == pytest.approx(10.0 + model.prefill(10))
     assert fleet.start_hits == 2 + 10  # two and a half layers had arrived
     assert fleet.links.loaded_bytes == pytest.approx(1000)
     assert fleet.memory.wasted_bytes == 0
-    assert books.busy == pytest.approx(27.5 + fleet.now - 40.0)
+    assert accounts.busy == pytest.approx(27.5 + fleet.now - 40.0)
 
 
 def and_again(script: Scripted, time: float) -> Scripted:
@@ -253,7 +253,7 @@ def in_steps(model: ModelProfile, rows: list[Any]) -> tuple[Any, Any, float, int
 
 
 def test_an_instance_stopped_in_a_callback_gives_no_further_callbacks() -> None:
-    class Hasty(Scripted):
+    class StopAtOnce(Scripted):
         idles = 0
 
         def loaded(self, instance: Any) -> None:
@@ -268,7 +268,7 @@ def test_an_instance_stopped_in_a_callback_gives_no_further_callbacks() -> None:
         def idle(self, instance: Any) -> None:
             self.idles += 1
 
-    script = Hasty(*[(t, lambda fleet: fleet.start(0, fleet.devices)) for t in (0.0, 100.0)])
+    script = StopAtOnce(*[(t, lambda fleet: fleet.start(0, fleet.devices)) for t in (0.0, 100.0)])
     run(workload([tiny()], [(50.0, 0, 1, 1), (60.0, 0, 1, 5)]), replace(ONE, bandwidth=1e4), script)
     assert script.idles == 0
 

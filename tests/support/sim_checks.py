@@ -102,7 +102,7 @@ class Scripted:
         self.waiting = left
 
 
-class Books:
+class Accounts:
     """An observer that checks a fleet after every event and keeps its own accounts."""
 
     def __init__(self, *, capacity: bool = True) -> None:
@@ -274,13 +274,13 @@ def run(
     controller: Any,
     observe: bool = True,
     **arguments: Any,
-) -> tuple[Fleet, Books]:
-    """Run a fleet, checking its books at every event, and return both."""
+) -> tuple[Fleet, Accounts]:
+    """Run a fleet, checking its accounts at every event, and return both."""
     fleet = Fleet(requests, hardware, controller, **arguments)
-    books = Books()
+    accounts = Accounts()
     if observe:
-        books(fleet)
+        accounts(fleet)
     fleet.run()
     if observe:
-        books.close()
-    return fleet, books
+        accounts.close()
+    return fleet, accounts

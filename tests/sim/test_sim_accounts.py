@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim_checks import Books, Scripted, run, tiny, workload
+from sim_checks import Accounts, Scripted, run, tiny, workload
 
 from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.core.devices import Hardware
@@ -32,10 +32,10 @@ from warmserve_rt.sim.workload import catalogue, workloads
 def test_accounts_balance_under_every_policy(policy: str, hardware: Hardware) -> None:
     models = catalogue.mixed(6)
     requests = workloads.power_law(models, 2.0, 60.0, 3)
-    books = Books(capacity=not POLICIES[policy].unlimited_memory)
-    fleet = simulate(policy, requests, hardware, observers=[books])
-    books.close()
-    assert books.events > len(requests.time)
+    accounts = Accounts(capacity=not POLICIES[policy].unlimited_memory)
+    fleet = simulate(policy, requests, hardware, observers=[accounts])
+    accounts.close()
+    assert accounts.events > len(requests.time)
     assert not any(fleet.instances[m][0].request_count for m in range(6) if fleet.instances[m])
 
 
@@ -49,7 +49,7 @@ MODELS = tuple(
 OPERATIONS = ("start", "stop", "drop", "drain", "prewarm", "load", "keep", "call_off", "lend")
 
 
-class Chance(Scripted):
+class RandomController(Scripted):
     """A controller that takes random actions and serves the requests that it can."""
 
     def __init__(self, seed: int) -> None:
@@ -198,20 +198,20 @@ def test_accounts_balance_under_random_operations(
         8, 4, SCALE * memory, 150.0 * SCALE, multipath, switch_devices, SCALE * host, 100.0 * SCALE,
         share,
     )  # fmt: skip
-    chance = Chance(seed)
-    run(workload(MODELS, rows), hardware, chance, streaming=streaming, elastic_kv=elastic)
+    controller = RandomController(seed)
+    run(workload(MODELS, rows), hardware, controller, streaming=streaming, elastic_kv=elastic)
 
 
 def test_the_random_controller_performs_every_operation() -> None:
     rows = [(float(i), i % 4, 20, 20) for i in range(40)]
-    chance = Chance(1)
+    controller = RandomController(1)
     run(
         workload(MODELS, rows),
         Hardware(8, 4, 700.0 * SCALE, 150.0 * SCALE),
-        chance,
+        controller,
         elastic_kv=True,
     )
-    assert set(chance.counts) == set(OPERATIONS)
+    assert set(controller.counts) == set(OPERATIONS)
 
 
 # (f) Repeatability.
