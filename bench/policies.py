@@ -254,7 +254,11 @@ def scaling(bench: Bench, seeds: range) -> None:
     """Measure how the paper's claim depends on the number of GPUs and on when instances start:
     autoscaling with an engine start of 5 s, WarmServe and h0, on 16 and on 32 GPUs, scaled up as in
     the prototype or at half of capacity averaged over one second."""
-    sooner = (("up", 0.5), ("down", 0.3), ("averaged_s", 1.0))
+    sooner = (
+        ("scale_up_threshold", 0.5),
+        ("scale_down_threshold", 0.3),
+        ("load_window_s", 1.0),
+    )
     ways: dict[str, dict[str, Any]] = {
         "": {},
         "_32": {"devices": 32},

@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.slo import Slo
 from warmserve_rt.scheduling.scheduler import Scheduler
-from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.controllers.autoscaling import SharedDeviceAutoscaler
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.workload.workloads import Workload, power_law
@@ -43,7 +43,7 @@ def fleet(
     return Fleet(
         workload,
         hardware,
-        Starts(scheduler or Scheduler()),
+        SharedDeviceAutoscaler(scheduler or Scheduler()),
         streaming=True,
         elastic_kv=True,
     )
@@ -76,10 +76,10 @@ def test_a_steady_load_settles() -> None:
     """After 360 s of 600 s, the loads stay below 18 GB (1.5 models) for each start of the run."""
     run = fleet(models(8), 0.4, seconds=600)
     loaded: list[float] = []
-    run.after(360.0, lambda: loaded.append(run.links.loaded))
+    run.after(360.0, lambda: loaded.append(run.links.loaded_bytes))
     run.run()
     starts = run.starts
-    assert run.links.loaded - loaded[0] < 18 * GB * starts
+    assert run.links.loaded_bytes - loaded[0] < 18 * GB * starts
 
 
 def test_memory_and_every_request_in_all_that() -> None:
@@ -103,15 +103,15 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
     said = scheduler.explain()
     assert any(line.startswith("keeps ") and "expected starts" in line for line in said)
     assert any(" of 12 layers of m0 on device " in line for line in said)
-    run.events.run(5.0)
-    assert run.links.loaded == 0
+    run.clock.run(5.0)
+    assert run.links.loaded_bytes == 0
     assert not any(device.shards for device in run.devices)
 
 
 def test_an_explanation_names_what_gives_way() -> None:
     scheduler = Scheduler(dry_run=True)
     run = fleet(models(2), 0.5, scheduler, memory=12 * GB, devices=1)
-    run.preload(run.devices[0], 1, 0)
+    run.memory.preload(run.devices[0], 1, 0)
     run.controller.begin(run)
     scheduler.demand.forecast = lambda now, horizon: None  # type: ignore[method-assign]
     scheduler.demand.rates = [0.05, 1e-6]
@@ -140,7 +140,11 @@ def test_an_idle_instance_makes_room_at_once() -> None:
     )
     hardware = Hardware(devices=1, node_devices=1, memory=30 * GB, bandwidth=10 * GB)
     run = Fleet(
-        workload, hardware, Starts(Scheduler(), linger=1e9), streaming=True, elastic_kv=True
+        workload,
+        hardware,
+        SharedDeviceAutoscaler(Scheduler(), idle_timeout_s=1e9),
+        streaming=True,
+        elastic_kv=True,
     )
     run.run()
     assert (run.first_token - time).max() < 1.5
@@ -166,7 +170,9 @@ def test_draining_frees_devices_for_a_model_that_waits() -> None:
         dispersion=np.zeros((0, 2)),
     )
     hardware = Hardware(devices=2, node_devices=2, memory=30 * GB, bandwidth=10 * GB)
-    run = Fleet(workload, hardware, Starts(Scheduler()), streaming=True, elastic_kv=True)
+    run = Fleet(
+        workload, hardware, SharedDeviceAutoscaler(Scheduler()), streaming=True, elastic_kv=True
+    )
     run.run()
     assert not np.isnan(run.first_token).any()
     assert run.finished[:n].max() > run.first_token[n]  # it did not wait for all of them

@@ -31,7 +31,7 @@ TABLE = {  # layers, MB of a layer, MB of embedding and head, GB, KV KiB of a to
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_models_cost_what_the_paper_says(name: str):
+def test_the_papers_models_have_the_papers_costs(name: str):
     nbytes, width, prefill, decode, kv = PAPER[name]
     model = MODELS[name]
     assert model.width == width
@@ -49,7 +49,7 @@ def test_prefill_grows_with_the_prompt_as_measured(name: str, ratio: float):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_sizes_are_the_published_ones(name: str):
+def test_sizes_match_the_published_sizes(name: str):
     layers, layer, ends, total, kv = TABLE[name]
     model = MODELS[name]
     first, *inner, last = model.layer_bytes
@@ -79,7 +79,7 @@ def test_every_model_fits_its_devices_with_room_for_kv():
         assert model.nbytes < 0.5 * catalogue.A100.nbytes
 
 
-def test_catalogues_have_names_of_their_own_and_the_stated_widths():
+def test_a_mix_has_distinct_names_and_the_stated_widths():
     paper = catalogue.paper_models()
     assert [m.name for m in paper] == ["llama2-7b-0", "llama2-7b-1", "llama2-13b-0", "llama2-70b-0"]
     models = catalogue.mixed(64)
@@ -90,7 +90,7 @@ def test_catalogues_have_names_of_their_own_and_the_stated_widths():
     assert catalogue.mixed(5) == models[:5]
 
 
-def test_bad_names_and_numbers_are_refused():
+def test_unknown_models_and_invalid_numbers_are_refused():
     for n in (0, -1):
         with pytest.raises(ValueError, match=f"a catalogue must have at least one model, got {n}"):
             catalogue.mixed(n)
@@ -117,7 +117,7 @@ MEDIANS = {
 
 
 @pytest.mark.parametrize("key", MEDIANS)
-def test_measured_times_are_off_by_no_more_than_stated(key: tuple[str, int]):
+def test_measured_times_are_within_their_stated_errors(key: tuple[str, int]):
     prompts, steps = MEDIANS[key]
     fit, model = LLAMA2_70B_MEASURED[key], measured_llama2_70b(*key)
     for tokens, ms in zip((128, 512, 2048), prompts, strict=True):

@@ -35,7 +35,7 @@ def served(hardware: Hardware, rate: float, seed: int, **options: float) -> RunS
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_prewarming_is_far_worse_than_no_placement_and_that_than_both(seed: int) -> None:
+def test_prewarming_matters_most_and_placement_next(seed: int) -> None:
     """Each of the eight seeds shows all of these relations.
 
     The mean TTFT is 1.008 to 1.04 times as long without placement, and 1.027 to 1.063 times as long
@@ -51,7 +51,7 @@ def test_no_prewarming_is_far_worse_than_no_placement_and_that_than_both(seed: i
     assert cold.ttft_mean > 1.02 * full.ttft_mean
 
 
-def test_lending_kv_lets_starts_find_more_and_is_no_worse() -> None:
+def test_lending_kv_cache_raises_hits_and_delays_no_request() -> None:
     """Without lending, the share of layers that starts find resident falls from 0.94 to 0.90.
 
     The mean TTFT of single seeds is then 0.90 to 1.24 times as long, and that of eight seeds 1.02
@@ -64,7 +64,7 @@ def test_lending_kv_lets_starts_find_more_and_is_no_worse() -> None:
     assert fmean(s.ttft_mean for s in lent) < 1.01 * fmean(s.ttft_mean for s in kept)
 
 
-def test_windows_of_five_minutes_beat_forty_where_memory_is_short_and_equal_three() -> None:
+def test_five_minute_windows_beat_forty_when_memory_is_short_and_match_three() -> None:
     """A long window has a high peak, and its replicas displace better ones.
 
     With 40 minutes, none of eight seeds is better, and the mean is 0.6 % worse. (Two nodes have
@@ -81,7 +81,7 @@ def test_windows_of_five_minutes_beat_forty_where_memory_is_short_and_equal_thre
     assert fmean(means[5]) < 1.02 * fmean(means[3])
 
 
-def test_a_history_in_other_windows_is_refused() -> None:
+def test_a_history_with_other_windows_is_refused() -> None:
     requests = azure(paper_models(), 1.0, MINUTE, 1, window=5 * MINUTE)
     with pytest.raises(
         ValueError, match=r"history \(300 s\) must be those of the forecast \(180 s\)"

@@ -51,18 +51,18 @@ def fleet(first_token: list[float], **changes: Any) -> Any:
         "workload": workload([0, 1, 2, 3], [0, 0, 1, 1], [80, 180, 5, 5]),
         "first_token": np.array(first_token),
         "hardware": Hardware(devices=2, node_devices=2, bandwidth=100.0),
-        "events": SimpleNamespace(now=20.0),
-        "links": SimpleNamespace(loaded=1000.0),
+        "clock": SimpleNamespace(now=20.0),
+        "links": SimpleNamespace(loaded_bytes=1000.0),
         "start_hits": 3,
         "start_layers": 12,
-        "wasted": 250.0,
+        "memory": SimpleNamespace(wasted_bytes=250.0),
         "device_seconds": 36.0,
         "starts": 4,
     }
     return SimpleNamespace(**{**served, **changes})
 
 
-def test_a_run_of_four_requests_by_hand() -> None:
+def test_the_summary_of_four_requests_matches_hand_computed_numbers() -> None:
     # Bounds: 5 x 0.1 + 0.2, 5 x 0.2 + 0.2, 5 x 0.1 + 0.2 twice.
     found = summary(fleet([0.5, 2.1, 2.7001, 3.1]))
     assert (found.requests, found.unserved, found.starts) == (4, 0, 4)
@@ -76,7 +76,7 @@ def test_a_run_of_four_requests_by_hand() -> None:
     assert found.link_use == pytest.approx(1000 / (100 * 2 * 20))
 
 
-def test_a_request_that_was_never_served_is_infinitely_late_not_left_out() -> None:
+def test_a_request_that_was_never_served_counts_as_infinitely_late() -> None:
     found = summary(fleet([0.5, math.nan, 2.3, 3.1]))
     assert found.unserved == 1
     assert found.slo_miss == 0.25
@@ -84,17 +84,17 @@ def test_a_request_that_was_never_served_is_infinitely_late_not_left_out() -> No
     assert found.ttft_p50 == pytest.approx(0.3)
 
 
-def test_no_starts_have_no_share_of_hits() -> None:
+def test_the_hit_share_is_undefined_without_starts() -> None:
     assert math.isnan(summary(fleet([1.0] * 4, start_layers=0, start_hits=0)).hit_share)
 
 
-def test_no_requests_have_no_summary() -> None:
+def test_a_summary_without_requests_is_refused() -> None:
     with pytest.raises(ValueError, match="no requests"):
         summary(fleet([], workload=workload([], [], [])))
 
 
 @given(st.lists(st.floats(0, 100), min_size=1), st.floats(0.01, 1))
-def test_a_quantile_is_the_least_time_that_its_share_is_at_or_below(
+def test_a_quantile_is_the_smallest_time_that_covers_its_share(
     times: list[float], share: float
 ) -> None:
     found = quantile(np.sort(times), share)
@@ -105,12 +105,12 @@ def test_a_quantile_is_the_least_time_that_its_share_is_at_or_below(
 @pytest.mark.parametrize(
     ("prefills", "seconds"), [(0.5, 0.0), (0.99, 0.0001), (math.nan, 0.2), (5, -1), (5, math.inf)]
 )
-def test_an_slo_that_nobody_can_meet_is_refused(prefills: float, seconds: float) -> None:
+def test_an_impossible_slo_is_refused(prefills: float, seconds: float) -> None:
     with pytest.raises(ValueError, match="SLO"):
         Slo(prefills, seconds).check(workload([0.0], [0], [80]))
 
 
-def test_an_slo_just_met_by_an_empty_fleet_is_not_refused() -> None:
+def test_an_slo_that_an_idle_fleet_just_meets_is_accepted() -> None:
     Slo(1.0, 0.0).check(workload([0.0], [0], [80]))
 
 
@@ -118,7 +118,7 @@ def test_an_slo_just_met_by_an_empty_fleet_is_not_refused() -> None:
     ("degrees", "t"),
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)],
 )
-def test_t_as_printed_in_tables(degrees: int, t: float) -> None:
+def test_t_quantiles_match_published_tables(degrees: int, t: float) -> None:
     assert t_quantile(degrees) == pytest.approx(t, abs=6e-6)
 
 
@@ -129,7 +129,7 @@ def test_t_tends_to_the_normal_quantile() -> None:
         t_quantile(0)
 
 
-def test_an_interval_by_hand() -> None:
+def test_an_interval_matches_hand_computed_numbers() -> None:
     found = interval([1.0, 2.0, 3.0])
     half = 4.30265 / math.sqrt(3)
     assert (found.mean, found.low) == (2.0, pytest.approx(2 - half, abs=1e-5))
@@ -137,7 +137,7 @@ def test_an_interval_by_hand() -> None:
 
 
 @pytest.mark.parametrize("values", [[7.0], [1.0, math.inf], [1.0, math.nan]])
-def test_what_has_no_interval_has_none(values: list[float]) -> None:
+def test_single_and_infinite_values_have_no_interval(values: list[float]) -> None:
     found = interval(values)
     assert found.low is None
     assert found.high is None
@@ -145,7 +145,7 @@ def test_what_has_no_interval_has_none(values: list[float]) -> None:
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=8), st.floats(0.1, 10))
-def test_pairing_removes_what_seeds_share(values: list[float], factor: float) -> None:
+def test_pairing_removes_variation_that_seeds_share(values: list[float], factor: float) -> None:
     """A policy that is always ``factor`` times slower shows exactly that, however seeds differ."""
     found = ratio([value * factor for value in values], values)
     assert found.mean == pytest.approx(factor)
@@ -156,7 +156,7 @@ def test_pairing_removes_what_seeds_share(values: list[float], factor: float) ->
     assert shifted.high == pytest.approx(factor)
 
 
-def test_ratios_that_mean_nothing_say_so() -> None:
+def test_a_ratio_of_values_that_are_not_positive_is_undefined() -> None:
     assert math.isnan(ratio([0.0, 1.0], [1.0, 1.0]).mean)
     assert math.isnan(ratio([math.inf], [math.inf]).mean)
     assert ratio([math.inf, 1.0], [1.0, 1.0]).mean == math.inf
@@ -165,14 +165,14 @@ def test_ratios_that_mean_nothing_say_so() -> None:
         ratio([1.0], [1.0, 1.0])
 
 
-def test_the_highest_rate_passes_over_a_lower_one_that_fails() -> None:
+def test_the_highest_rate_may_exceed_a_rate_that_fails() -> None:
     found = highest_rate([3, 1, 2, 4], [0.99, 0.995, 0.97, 0.5], 0.99)
     assert (found.rate, found.failing) == (3, (2,))
     assert highest_rate([1, 2], [0.98, 0.9], 0.99).rate is None
     assert highest_rate([1, 2], [1.0, 0.9], 0.99).failing == ()
 
 
-def test_a_traces_beginning_becomes_the_past_and_no_request_is_in_both() -> None:
+def test_the_beginning_of_a_trace_becomes_its_history_only() -> None:
     whole = workload([0, 1, 4.9, 5, 9], [0, 0, 1, 1, 0], [1, 2, 3, 4, 5])
     cut = with_history(whole, 9.0)  # one whole window of 5 s
     assert cut.history.tolist() == [[2 / 5, 1 / 5]]
@@ -188,6 +188,6 @@ def test_a_trace_without_a_window_of_history_is_refused(seconds: float) -> None:
         with_history(workload([0.0, 7.0], [0, 0], [1, 1]), seconds)
 
 
-def test_a_trace_that_is_all_past_is_refused() -> None:
+def test_a_trace_without_requests_after_its_history_is_refused() -> None:
     with pytest.raises(ValueError, match="no requests after"):
         with_history(workload([0.0, 4.0], [0, 0], [1, 1]), 5.0)

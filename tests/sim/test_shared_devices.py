@@ -9,7 +9,7 @@ from sim_checks import Scripted, run, tiny, workload
 
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.scheduling.scheduler import Scheduler
-from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.controllers.autoscaling import SharedDeviceAutoscaler
 from warmserve_rt.sim.core.devices import KV_STEP, Hardware
 from warmserve_rt.sim.core.fleet import Fleet
 
@@ -33,14 +33,14 @@ def waits(fleet: Fleet) -> list[float]:
     return [float(wait) for wait in fleet.first_token - fleet.workload.time]
 
 
-def test_loads_of_one_device_come_one_after_the_other() -> None:
+def test_loads_of_one_device_run_one_after_another() -> None:
     models = [model("a"), model("b")]
     requests = workload(models, [(1.0, 0, 9, 1), (1.0, 1, 9, 1)])
     fleet, _ = run(requests, ONE, Scripted(start(1.0, 0), start(1.0, 1)), **TIMES)
     assert waits(fleet) == pytest.approx([1.0 + 0.2, 2.0 + 0.2])
 
 
-def test_layers_stream_in_behind_a_neighbour_s_load() -> None:
+def test_layers_stream_after_a_neighbours_load() -> None:
     """Each model has two blocks of a second each; the first arrives half a second into the load.
 
     The second load begins when the first ends. The neighbour slows its blocks. From 3.0 s on, when
@@ -63,7 +63,7 @@ def test_a_neighbour_slows_prefills_and_steps_while_it_works() -> None:
     assert fleet.finished[0] == pytest.approx(5.2 + 1.0 + 0.3 - 0.2)
 
 
-def test_a_neighbour_that_comes_or_goes_slows_partitions_alone() -> None:
+def test_only_partitions_are_slowed_by_an_idle_neighbour() -> None:
     models = [model("a"), model("b")]
     script = Scripted(
         start(0.0, 0), start(0.0, 1), (5.1, lambda fleet: fleet.stop(fleet.instances[1][0]))
@@ -74,7 +74,7 @@ def test_a_neighbour_that_comes_or_goes_slows_partitions_alone() -> None:
     assert waits(fleet) == pytest.approx([0.1 + 0.15])
 
 
-def test_what_shares_a_device_shares_its_memory() -> None:
+def test_instances_on_one_device_share_its_memory() -> None:
     """Memory holds the weights and the caches of two requests: the third waits until one ends."""
     token = KV_STEP / 100
     models = [model("a", kv_token_bytes=token), model("b", kv_token_bytes=token)]
@@ -88,7 +88,7 @@ def test_what_shares_a_device_shares_its_memory() -> None:
     assert fleet.devices[0].kv == 0
 
 
-def test_a_cache_shrinks_with_what_it_holds() -> None:
+def test_an_elastic_cache_shrinks_with_its_requests() -> None:
     token = KV_STEP / 10
     requests = workload(
         [model("a", kv_token_bytes=token)], [(5.0, 0, 50, 2), (5.0, 0, 50, 50), (5.0, 0, 5, 90)]
@@ -99,7 +99,7 @@ def test_a_cache_shrinks_with_what_it_holds() -> None:
     assert seen == [steps * KV_STEP for steps in (25, 20, 10, 0)]
 
 
-def test_instances_with_fixed_caches_share_nothing() -> None:
+def test_instances_with_fixed_caches_cannot_share_a_device() -> None:
     fleet = Fleet(workload([tiny(), tiny(layers=(1, 1, 1))], []), Hardware(1, 1), Scripted())
     fleet.start(0, fleet.devices)
     with pytest.raises(ValueError, match="one has an instance"):
@@ -116,10 +116,10 @@ def ours(rows: list[tuple[float, int, int, int]], models: list[ModelProfile], ha
     def resident(fleet: Fleet) -> None:
         for device in fleet.devices:
             for each in range(len(models)):
-                fleet.preload(device, each, 0)
+                fleet.memory.preload(device, each, 0)
 
-    starts = Starts(Scheduler(), **options)
-    fleet = Fleet(workload(models, rows), hardware, starts, streaming=True, **TIMES)
+    controller = SharedDeviceAutoscaler(Scheduler(), **options)
+    fleet = Fleet(workload(models, rows), hardware, controller, streaming=True, **TIMES)
     resident(fleet)
     fleet.run()
     return waits(fleet)
@@ -128,20 +128,20 @@ def ours(rows: list[tuple[float, int, int, int]], models: list[ModelProfile], ha
 TWO = Hardware(2, 2, 100.0 * GB, 10.0 * GB, interference=0.5)
 
 
-def test_ours_starts_beside_a_busy_neighbour_rather_than_waits_for_it() -> None:
+def test_the_autoscaler_starts_beside_a_busy_neighbour_instead_of_waiting() -> None:
     models = [model("a"), model("b")]
     rows = [(5.0, 0, 9, 2000), (6.0, 1, 9, 2)]
     assert ours(rows, models, ONE)[1] == pytest.approx(0.2 * 1.5)
     assert ours(rows, models, ONE, share=False)[1] > 19
 
 
-def test_ours_prefers_a_free_device_where_both_hold_as_much() -> None:
+def test_the_autoscaler_prefers_a_free_device_when_both_hold_the_same_layers() -> None:
     models = [model("a"), model("b")]
     rows = [(5.0, 0, 9, 2000), (6.0, 1, 9, 2)]
     assert ours(rows, models, TWO)[1] == pytest.approx(0.2)
 
 
-def test_ours_starts_another_where_prefills_queue() -> None:
+def test_the_autoscaler_starts_an_instance_when_prefills_queue() -> None:
     """Twenty requests of 0.2 s each arrive at nearly the same time.
 
     On one instance the last waits for nearly four seconds, though the batch is not full; on two
@@ -149,6 +149,6 @@ def test_ours_starts_another_where_prefills_queue() -> None:
     """
     rows = [(5.0 + i / 100, 0, 9, 2) for i in range(20)]
     models = [model("a", batch=32)]
-    queued, spread = ours(rows, models, TWO, late=1e9), ours(rows, models, TWO)
+    queued, spread = ours(rows, models, TWO, backlog_limit_s=1e9), ours(rows, models, TWO)
     assert max(queued) == pytest.approx(20 * 0.2 - 0.19, abs=0.05)
     assert max(spread) == pytest.approx(max(queued) / 2, rel=0.15)

@@ -29,7 +29,7 @@ def fleet_of(devices: int = 4, **hardware: Any) -> Fleet:
 
 
 def background(fleet: Fleet, device: int, model: int, priority: float = 0.0) -> Flow:
-    assert fleet.prewarm(fleet.devices[device], model, 0, len(LAYERS), priority=priority)
+    assert fleet.memory.prewarm(fleet.devices[device], model, 0, len(LAYERS), priority=priority)
     flow = fleet.devices[device].shards[model, 0].flow
     assert flow is not None
     return flow
@@ -37,31 +37,31 @@ def background(fleet: Fleet, device: int, model: int, priority: float = 0.0) -> 
 
 def foreground(fleet: Fleet, device: int, model: int) -> Flow:
     fleet.start(model, [fleet.devices[device]])
-    fleet.events.run(fleet.now + 1e-9)
+    fleet.clock.run(fleet.now + 1e-9)
     return fleet.devices[device].foreground[-1]
 
 
 def here(device: Device, model: int) -> float:
-    return device.shards[model, 0].here
+    return device.shards[model, 0].resident_now
 
 
-def test_the_background_waits_for_the_foreground_and_goes_on_where_it_was() -> None:
+def test_background_loads_pause_for_foreground_loads_and_resume() -> None:
     fleet = fleet_of()
     device = fleet.devices[0]
     waiting = background(fleet, 0, 0)
-    fleet.events.run(3.0)
+    fleet.clock.run(3.0)
     urgent = foreground(fleet, 0, 1)
     assert (urgent.rate, waiting.rate) == (100.0, 0.0)
-    fleet.events.run(8.0)
+    fleet.clock.run(8.0)
     assert here(device, 0) == pytest.approx(300)
     assert here(device, 1) == pytest.approx(500)
-    fleet.events.run(14.0)
+    fleet.clock.run(14.0)
     assert here(device, 1) == 1000
     assert here(device, 0) == pytest.approx(400)
     assert waiting.rate == 100.0
 
 
-def test_the_background_keeps_its_share_and_no_more() -> None:
+def test_background_loads_keep_exactly_their_share() -> None:
     fleet = fleet_of(background_share=0.05)
     waiting = background(fleet, 0, 0)
     urgent = foreground(fleet, 0, 1)
@@ -70,51 +70,51 @@ def test_the_background_keeps_its_share_and_no_more() -> None:
     assert alone.rate == 100.0  # its link has no other load
 
 
-def test_the_highest_priority_loads_first_and_alone() -> None:
+def test_the_load_of_the_highest_priority_runs_alone() -> None:
     fleet = fleet_of()
     low, middle = background(fleet, 0, 0, 1.0), background(fleet, 0, 1, 2.0)
     same = background(fleet, 0, 2, 2.0)  # equal priorities load in order
     assert [low.rate, middle.rate, same.rate] == [0.0, 100.0, 0.0]
-    fleet.events.run(5.0)
+    fleet.clock.run(5.0)
     high = background(fleet, 0, 3, 3.0)
     assert [low.rate, middle.rate, same.rate, high.rate] == [0.0, 0.0, 0.0, 100.0]
     ends = []
     for time in (14.5, 15.5, 19.5, 20.5, 29.5, 30.5, 39.5, 40.5):
-        fleet.events.run(time)
+        fleet.clock.run(time)
         ends.append([here(fleet.devices[0], m) == 1000 for m in (3, 1, 2, 0)])
     assert ends[::2] == [[True] * i + [False] * (4 - i) for i in range(4)]
     assert ends[1::2] == [[True] * i + [False] * (4 - i) for i in range(1, 5)]
 
 
-def test_what_has_come_stays_when_loading_stops_and_is_not_loaded_again() -> None:
+def test_arrived_layers_stay_when_a_load_is_cancelled() -> None:
     fleet = fleet_of()
     device = fleet.devices[0]
     background(fleet, 0, 0)
-    fleet.events.run(5.5)
-    fleet.call_off(device, device.shards[0, 0], 2)  # five and a half layers have arrived
+    fleet.clock.run(5.5)
+    fleet.memory.cancel(device, device.shards[0, 0], 2)  # five and a half layers have arrived
     assert here(device, 0) == 500 == device.used
     assert not device.background
-    fleet.events.run(9.0)
+    fleet.clock.run(9.0)
     assert here(device, 0) == 500
     background(fleet, 0, 0)
-    fleet.events.run(14.1)
+    fleet.clock.run(14.1)
     assert here(device, 0) == 1000
-    assert fleet.links.loaded == pytest.approx(1050)
-    assert fleet.wasted == pytest.approx(50)
+    assert fleet.links.loaded_bytes == pytest.approx(1050)
+    assert fleet.memory.wasted_bytes == pytest.approx(50)
 
 
-def test_more_layers_of_what_loads_take_their_own_time() -> None:
+def test_extending_a_load_takes_the_time_of_the_added_layers() -> None:
     fleet = fleet_of()
     device = fleet.devices[0]
-    assert fleet.prewarm(device, 0, 0, 4)
-    fleet.events.run(2.0)
-    assert fleet.prewarm(device, 0, 0, 8, priority=7.0)
-    fleet.events.run(5.0)
+    assert fleet.memory.prewarm(device, 0, 0, 4)
+    fleet.clock.run(2.0)
+    assert fleet.memory.prewarm(device, 0, 0, 8, priority=7.0)
+    fleet.clock.run(5.0)
     assert device.shards[0, 0].layers == 5
     assert device.background[0].priority == 7.0
-    fleet.events.run(9.0)
+    fleet.clock.run(9.0)
     assert here(device, 0) == 800
-    assert fleet.links.loaded == pytest.approx(800)
+    assert fleet.links.loaded_bytes == pytest.approx(800)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +122,13 @@ def test_more_layers_of_what_loads_take_their_own_time() -> None:
     [(1, 1, 100), (2, 1, 200), (4, 1, 400), (9, 1, 400), (4, 2, 200), (2, 2, 200), (4, 3, 400 / 3),
      (4, 4, 100)],
 )  # fmt: skip
-def test_idle_neighbours_help_and_busy_ones_do_not(
-    multipath: int, urgent: int, rate: float
-) -> None:
+def test_a_load_uses_the_links_of_idle_peers_only(multipath: int, urgent: int, rate: float) -> None:
     fleet = fleet_of(multipath=multipath)
     flows = [foreground(fleet, device, 0) for device in range(urgent)]
     assert [flow.rate for flow in flows] == pytest.approx([rate] * urgent)
 
 
-def test_helping_takes_from_the_neighbours_background_all_but_its_share() -> None:
+def test_multipath_leaves_peers_background_loads_their_share() -> None:
     fleet = fleet_of(multipath=3, background_share=0.1)
     waiting = background(fleet, 1, 0)
     urgent = foreground(fleet, 0, 0)
@@ -143,7 +141,7 @@ def test_helping_takes_from_the_neighbours_background_all_but_its_share() -> Non
     assert (urgent.rate, waiting.rate) == pytest.approx((390, 10))
 
 
-def test_devices_behind_a_switch_share_its_link_and_help_only_others() -> None:
+def test_devices_behind_a_switch_share_its_link() -> None:
     fleet = fleet_of(switch_devices=2)
     first = foreground(fleet, 0, 0)
     assert first.rate == 100
@@ -158,7 +156,7 @@ def test_devices_behind_a_switch_share_its_link_and_help_only_others() -> None:
     assert [flow.rate for flow in flows] == [100, 100]
 
 
-def test_nodes_do_not_help_each_other() -> None:
+def test_a_load_uses_no_links_of_other_nodes() -> None:
     fleet = Fleet(workload(MODELS, []), Hardware(4, 2, 1e5, 100.0, 4), Scripted(), switch_s=0.0)
     fleet.controller.begin(fleet)
     assert foreground(fleet, 0, 0).rate == 200
@@ -167,93 +165,93 @@ def test_nodes_do_not_help_each_other() -> None:
 # Disk and host memory.
 
 
-def test_what_host_memory_lacks_comes_as_fast_as_the_disk() -> None:
+def test_layers_outside_host_memory_load_at_disk_speed() -> None:
     fleet = fleet_of(host_memory=2500.0, disk_bandwidth=60.0)
     first = foreground(fleet, 0, 0)
     assert first.rate == 60
     second = foreground(fleet, 1, 0)  # still being read, so not in host memory yet
     assert (first.rate, second.rate) == (30, 30)
-    fleet.events.run(40.0)
+    fleet.clock.run(40.0)
     again = foreground(fleet, 2, 0)
     assert again.rate == 100
-    assert 0 in fleet.hosted[0]
-    assert 1 not in fleet.hosted[0]
+    assert 0 in fleet.links.host_memories[0]
+    assert 1 not in fleet.links.host_memories[0]
 
 
-def test_every_rank_comes_from_disk_and_does_so_when_its_load_is_begun_again() -> None:
+def test_every_rank_loads_from_disk_and_again_after_a_restart() -> None:
     wide = ModelProfile("wide", 2, LAYERS, 1, 0.0, 0.0, 0.01)
     hardware = Hardware(2, 2, 1e5, 100.0, host_memory=1e4, disk_bandwidth=60.0)
     fleet = Fleet(workload([wide], []), hardware, Scripted())
     fleet.controller.begin(fleet)
     for rank, device in enumerate(fleet.devices):
-        fleet.prewarm(device, 0, rank, 5)
-    fleet.events.run(5.0)
+        fleet.memory.prewarm(device, 0, rank, 5)
+    fleet.clock.run(5.0)
     for rank, device in enumerate(fleet.devices):
-        fleet.prewarm(device, 0, rank, 10)
+        fleet.memory.prewarm(device, 0, rank, 10)
     assert [device.background[0].rate for device in fleet.devices] == [30, 30]
     device = fleet.devices[1]
-    fleet.events.run(6.0)
-    fleet.keep(device, device.shards[0, 1], 0)
-    assert fleet.prewarm(device, 0, 1, 2)  # 180 of its bytes had been read
+    fleet.clock.run(6.0)
+    fleet.memory.keep(device, device.shards[0, 1], 0)
+    assert fleet.memory.prewarm(device, 0, 1, 2)  # 180 of its bytes had been read
     assert device.background[0].rate == 30
-    fleet.events.run(7.0)
-    assert fleet.prewarm(device, 0, 1, 3)
-    fleet.keep(device, device.shards[0, 1], 0)
-    assert fleet.prewarm(device, 0, 1, 1)
+    fleet.clock.run(7.0)
+    assert fleet.memory.prewarm(device, 0, 1, 3)
+    fleet.memory.keep(device, device.shards[0, 1], 0)
+    assert fleet.memory.prewarm(device, 0, 1, 1)
     assert device.background[0].rate == 100
 
 
-def test_host_memory_keeps_what_was_used_last() -> None:
+def test_host_memory_evicts_the_least_recently_used_model() -> None:
     memory = HostMemory(2500)
     for model in (0, 1):
-        memory.bring(model, 0, 1000)
-    memory.use(0)
-    memory.bring(2, 0, 1000)
+        memory.add(model, 0, 1000)
+    memory.touch(0)
+    memory.add(2, 0, 1000)
     assert [model in memory for model in range(3)] == [True, False, True]
-    memory.bring(0, 1, 400)
+    memory.add(0, 1, 400)
     assert memory.has(0, 0, 1000)
     assert not memory.has(0, 1, 401)
-    memory.bring(2, 0, 200)  # fewer bytes change nothing
+    memory.add(2, 0, 200)  # fewer bytes change nothing
     assert memory.has(2, 0, 1000)
-    memory.bring(3, 0, 3000)  # larger than host memory
+    memory.add(3, 0, 3000)  # larger than host memory
     assert [model in memory for model in range(4)] == [False] * 4
 
 
-def test_infinite_host_memory_has_everything() -> None:
+def test_infinite_host_memory_holds_every_model() -> None:
     fleet = fleet_of(disk_bandwidth=1.0)
     assert foreground(fleet, 0, 0).rate == 100
-    assert 3 in fleet.hosted[0]
+    assert 3 in fleet.links.host_memories[0]
 
 
 # Room.
 
 
-def test_room_that_lacks_less_than_a_byte_is_made_of_a_layer() -> None:
+def test_a_shortage_of_less_than_a_byte_evicts_a_layer() -> None:
     fleet = fleet_of(1, memory=1999.75)
     background(fleet, 0, 0)
-    assert fleet.load(fleet.devices[0], 1, 0, 10, [(1000.0, 1.0)])
+    assert fleet.memory.load(fleet.devices[0], 1, 0, 10, [(1000.0, 1.0)])
     assert fleet.devices[0].shards[0, 0].target == 900
 
 
-def test_room_is_made_of_what_is_worth_least_tail_layers_first_and_only_if_it_is_enough() -> None:
+def test_eviction_takes_the_least_valuable_tail_layers_only_if_they_suffice() -> None:
     fleet = fleet_of(1, memory=2500.0)
     device = fleet.devices[0]
-    assert fleet.load(device, 0, 0, 10, [(400.0, 5.0), (1000.0, 2.0)])
-    assert fleet.load(device, 1, 0, 10, [(300.0, 4.0), (1000.0, 1.0)])
-    fleet.events.run(25.0)
-    assert fleet.wasted == 0
+    assert fleet.memory.load(device, 0, 0, 10, [(400.0, 5.0), (1000.0, 2.0)])
+    assert fleet.memory.load(device, 1, 0, 10, [(300.0, 4.0), (1000.0, 1.0)])
+    fleet.clock.run(25.0)
+    assert fleet.memory.wasted_bytes == 0
 
     def targets() -> list[float]:
         return [device.shards[m, 0].target for m in range(4) if (m, 0) in device.shards]
 
-    assert not fleet.load(device, 2, 0, 10, [(1000.0, 1.0)])  # of equal value
+    assert not fleet.memory.load(device, 2, 0, 10, [(1000.0, 1.0)])  # of equal value
     assert targets() == [1000, 1000]
-    assert fleet.load(device, 2, 0, 10, [(1000.0, 1.5)])
+    assert fleet.memory.load(device, 2, 0, 10, [(1000.0, 1.5)])
     assert targets() == [1000, 500, 1000]
-    assert fleet.wasted == 500
-    assert not fleet.load(device, 3, 0, 10, [(1000.0, 1.2)])  # only 200 bytes are worth less
+    assert fleet.memory.wasted_bytes == 500
+    assert not fleet.memory.load(device, 3, 0, 10, [(1000.0, 1.2)])  # only 200 bytes are worth less
     assert targets() == [1000, 500, 1000]
-    assert fleet.load(device, 3, 0, 10, [(1000.0, 3.0)])
+    assert fleet.memory.load(device, 3, 0, 10, [(1000.0, 3.0)])
     assert targets() == [1000, 300, 200, 1000]
     fleet.start(1, [device], drop_others=False)
     assert device.used == 2500

@@ -39,7 +39,7 @@ from warmserve_rt.sim.workload import catalogue, workloads
         ({"interference": math.nan}, "interference must be .* got nan"),
     ],
 )
-def test_hardware_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) -> None:
+def test_invalid_hardware_is_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Hardware(**wrong)
 
@@ -56,7 +56,7 @@ def test_hardware_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) ->
         ("autoscaling", Hardware(), {"engine_start_s": math.inf}, "inf s for an engine"),
     ],
 )
-def test_runs_that_cannot_be_are_refused(
+def test_impossible_runs_are_refused(
     policy: str, hardware: Hardware, times: dict[str, float], said: str
 ) -> None:
     requests = workloads.power_law(catalogue.paper_models(), 1.0, 10.0, 0)
@@ -64,7 +64,7 @@ def test_runs_that_cannot_be_are_refused(
         simulate(policy, requests, hardware, **times)
 
 
-def test_what_a_controller_may_not_do_is_refused_and_changes_nothing() -> None:
+def test_forbidden_operations_of_a_controller_are_refused_and_change_nothing() -> None:
     wide = tiny(2)
     fleet = Fleet(workload([SMALL, wide, tiny(layers=(900, 900, 900))], []),
                   Hardware(4, 2, 1000.0, 1.0), Scripted())  # fmt: skip
@@ -80,20 +80,20 @@ def test_what_a_controller_may_not_do_is_refused_and_changes_nothing() -> None:
         ("one has an instance", lambda: fleet.start(0, [a])),
         ("is larger than the free memory", lambda: fleet.start(2, [d])),
         ("cannot stop an instance", lambda: fleet.stop(instance)),
-        ("an instance uses", lambda: fleet.keep(a, shard, 0)),
-        (r"layers of small must be in \[0, 5\], got 6", lambda: fleet.prewarm(b, 0, 0, 6)),
-        ("got -1", lambda: fleet.prewarm(b, 0, 0, -1)),
-        ("no room", lambda: fleet.preload(b, 2, 0)),
-        ("bytes of KV cache", lambda: fleet.lend(instance, kv + 1)),
-        ("bytes of KV cache", lambda: fleet.lend(instance, -1.0)),
-        ("bytes of KV cache", lambda: fleet.lend(instance, math.nan)),
+        ("an instance uses", lambda: fleet.memory.keep(a, shard, 0)),
+        (r"layers of small must be in \[0, 5\], got 6", lambda: fleet.memory.prewarm(b, 0, 0, 6)),
+        ("got -1", lambda: fleet.memory.prewarm(b, 0, 0, -1)),
+        ("no room", lambda: fleet.memory.preload(b, 2, 0)),
+        ("bytes of KV cache", lambda: fleet.kv_caches.lend(instance, kv + 1)),
+        ("bytes of KV cache", lambda: fleet.kv_caches.lend(instance, -1.0)),
+        ("bytes of KV cache", lambda: fleet.kv_caches.lend(instance, math.nan)),
     ]:
         with pytest.raises(ValueError, match=said):
             wrong()
     assert [len(device.shards) for device in fleet.devices] == [1, 0, 0, 0]
     assert fleet.starts == 1
     assert instance.kv_room == kv
-    fleet.events.run(fleet.now + 1000)
+    fleet.clock.run(fleet.now + 1000)
     fleet.stop(instance)
     with pytest.raises(ValueError, match="has ended"):
         fleet.stop(instance)

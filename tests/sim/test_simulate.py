@@ -4,7 +4,6 @@ its files behind."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,14 +23,14 @@ import warmserve_rt.sim.report
 from warmserve_rt.cli import app
 from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.core.fleet import Fleet
-from warmserve_rt.sim.report import atomic_output as folder_module
 from warmserve_rt.sim.report import sentences
 from warmserve_rt.sim.report.report import render
-from warmserve_rt.sim.study import study as study_module
+from warmserve_rt.sim.study import runner
 from warmserve_rt.sim.study.digest import digest, to_json
 from warmserve_rt.sim.study.metrics import summary
 from warmserve_rt.sim.study.run import simulate
-from warmserve_rt.sim.study.study import Result, StudyError, run, runs
+from warmserve_rt.sim.study.runner import Result, run, runs
+from warmserve_rt.sim.study.study import StudyError
 from warmserve_rt.sim.study.timeline import Timeline
 
 SMALL_ARGUMENTS = (
@@ -96,7 +95,7 @@ def trace(path: Path, rows: str, header: str = HEADER) -> str:
         ("--workload nosuch", "'nosuch' is neither a file nor a workload"),
     ],
 )
-def test_bad_arguments_are_one_sentence_and_nothing_is_written(
+def test_invalid_arguments_give_one_sentence_and_write_nothing(
     arguments: str, said: str, tmp_path: Path
 ) -> None:
     given = arguments.split()
@@ -121,22 +120,22 @@ def test_bad_arguments_are_one_sentence_and_nothing_is_written(
         ("400,0,5,5\n700,0,5,5\n", "no history"),
     ],
 )
-def test_bad_traces_are_told_by_line_column_and_value(rows: str, said: str, tmp_path: Path) -> None:
+def test_errors_in_traces_name_line_column_and_value(rows: str, said: str, tmp_path: Path) -> None:
     path = trace(tmp_path / "trace.csv", rows)
     refused(command("--workload", path, "--out", str(tmp_path / "out")), said)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trace_is_not_given_another_rate(tmp_path: Path) -> None:
+def test_a_rate_beside_a_trace_is_refused(tmp_path: Path) -> None:
     path = trace(tmp_path / "trace.csv", "0,0,5,5\n400,0,5,5\n")
     out = str(tmp_path / "out")
     refused(command("--workload", path, "--history", "5", "--rate", "2", "--out", out), "its own")
 
 
-def test_a_file_where_the_folder_should_be_is_seen_before_anything_runs(
+def test_an_unusable_output_folder_is_refused_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module, "perform", None)
+    monkeypatch.setattr(runner, "perform", None)
     (tmp_path / "out").write_text("mine")
     refused(command(*SMALL_ARGUMENTS, "--out", str(tmp_path / "out")), "is not a folder")
     assert (tmp_path / "out").read_text() == "mine"
@@ -163,7 +162,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # Repeatability.
 
 
-def test_processes_and_repetition_change_no_byte(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_processes_or_repetition(tmp_path: Path) -> None:
     texts = []
     for jobs in ("1", "2"):
         out = tmp_path / f"out{len(texts)}"
@@ -174,19 +173,19 @@ def test_processes_and_repetition_change_no_byte(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_another_seed_is_another_run(small: Result) -> None:
+def test_another_seed_gives_another_run(small: Result) -> None:
     of_policy = [o for o in small.outcomes if o.run.policy == BASELINE and o.run.detailed]
     assert of_policy[0].summary != of_policy[1].summary
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_who_watches_changes_nothing(policy: str) -> None:
+def test_an_observer_does_not_change_the_run(policy: str) -> None:
     workload = SMALL.build(0.5, 3)
     timeline = Timeline(workload.duration, samples=37)
     seen = simulate(policy, workload, SMALL.hardware, observers=[timeline])
     unseen = simulate(policy, workload, SMALL.hardware)
     assert np.array_equal(seen.first_token, unseen.first_token)
-    assert seen.links.loaded == unseen.links.loaded
+    assert seen.links.loaded_bytes == unseen.links.loaded_bytes
     assert replace(summary(seen), link_use=0.0) == replace(summary(unseen), link_use=0.0)
 
 
@@ -202,7 +201,7 @@ def test_every_policy_serves_the_same_requests(small: Result) -> None:
     assert len(by_run) == 4
 
 
-def test_only_what_waits_for_engines_is_run_with_other_engine_starts() -> None:
+def test_only_policies_with_engine_starts_run_with_several() -> None:
     starts: dict[str, set[float]] = {}
     for each in runs(SMALL):
         starts.setdefault(each.policy, set()).add(each.engine_start_s)
@@ -210,7 +209,7 @@ def test_only_what_waits_for_engines_is_run_with_other_engine_starts() -> None:
         assert found == ({0.0, 2.0, 5.0} if POLICIES[policy].engine_start else {5.0})
 
 
-def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
+def test_memory_and_links_stay_within_their_capacity() -> None:
     workload = SMALL.build(0.5, 0)
     for policy, known in POLICIES.items():
         timeline = Timeline(workload.duration, samples=200)
@@ -218,9 +217,9 @@ def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
         assert len(timeline.times) > 190  # the fleet may finish earlier
         assert max(timeline.link_use) <= 1 + 1e-9
         could = SMALL.hardware.bandwidth * SMALL.hardware.devices * timeline.step
-        assert sum(timeline.link_use) * could <= fleet.links.loaded * (1 + 1e-9)
-        if not known.unlimited:
-            assert fleet.links.loaded > 0
+        assert sum(timeline.link_use) * could <= fleet.links.loaded_bytes * (1 + 1e-9)
+        if not known.unlimited_memory:
+            assert fleet.links.loaded_bytes > 0
             for device in timeline.devices:
                 tracks = device.tracks.values()
                 for i, kv in enumerate(device.kv):
@@ -228,14 +227,14 @@ def test_memory_is_never_over_its_capacity_nor_links_over_theirs() -> None:
                     assert kv + there <= SMALL.hardware.memory * (1 + 1e-9)
 
 
-def test_requests_never_served_are_counted_and_a_fault_is_no_result(
+def test_unserved_requests_are_counted_and_errors_are_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Deaf:
+    class Idle:
         def begin(self, fleet: Fleet) -> None: ...
         def arrived(self, request: int, model: int) -> None: ...
 
-    class Broken(Deaf):
+    class Broken(Idle):
         def arrived(self, request: int, model: int) -> None:
             raise RuntimeError("a fault")
 
@@ -246,7 +245,7 @@ def test_requests_never_served_are_counted_and_a_fault_is_no_result(
         monkeypatch.setattr("warmserve_rt.sim.controllers.policies.POLICIES", changed)
         return run(alone, 1)
 
-    result = with_controller(Deaf)
+    result = with_controller(Idle)
     found = result.outcomes[0].summary
     assert found.unserved == found.requests > 0
     data = digest(result)
@@ -257,43 +256,13 @@ def test_requests_never_served_are_counted_and_a_fault_is_no_result(
         with_controller(Broken)
 
 
-# Output files.
-
-
-@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
-def test_a_failing_write_leaves_the_folder_as_it_was(
-    fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "one").write_text("old")
-    calls, real = [], os.replace
-
-    def replace_once(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == fails_at:
-            raise OSError("no space left")
-        real(source, target)
-
-    monkeypatch.setattr(folder_module.os, "replace", replace_once)
-    texts = {"one": "new", "two": "new"}
-    if fails_at == 4:
-        folder_module.put(texts, tmp_path)
-        assert {each.name: each.read_text() for each in tmp_path.iterdir()} == texts
-        return
-    with pytest.raises(OSError, match="no space"):
-        folder_module.put(texts, tmp_path)
-    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"one": "old"}
-
-
-def test_a_failing_write_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="too long"):
-        folder_module.put({"x" * 300: ""}, tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
+# Errors during a study.
 
 
 def test_a_study_that_fails_halfway_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = study_module.perform, []
+    real, calls = runner.perform, []
 
     def perform(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -301,6 +270,6 @@ def test_a_study_that_fails_halfway_writes_nothing(
             raise StudyError("halfway")
         return real(*arguments)
 
-    monkeypatch.setattr(study_module, "perform", perform)
+    monkeypatch.setattr(runner, "perform", perform)
     refused(command(*SMALL_ARGUMENTS, "--jobs", "1", "--out", str(tmp_path / "out")), "halfway")
     assert list(tmp_path.iterdir()) == []

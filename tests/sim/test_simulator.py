@@ -49,7 +49,7 @@ def stepped(loads: list[float], computes: list[float], resident: int) -> float:
     switch=st.floats(0, 1),
     data=st.data(),
 )
-def test_a_streaming_start_is_the_pipeline(
+def test_a_streaming_start_matches_the_layer_pipeline(
     layers: list[int],
     ends: bool,
     prompt: int,
@@ -66,7 +66,7 @@ def test_a_streaming_start_is_the_pipeline(
     def prewarm(fleet: Fleet) -> None:
         for rank, (device, count) in enumerate(zip(fleet.devices, held, strict=True)):
             if count:
-                assert fleet.prewarm(device, 0, rank, count)
+                assert fleet.memory.prewarm(device, 0, rank, count)
 
     begin = sum(layers) / bandwidth + 1.0
     script = Scripted((-50.0, prewarm), (begin, lambda fleet: fleet.start(0, fleet.devices)))
@@ -90,7 +90,7 @@ def test_a_streaming_start_is_the_pipeline(
     requests=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), min_size=1, max_size=4),
     resident=st.integers(0, 6),
 )
-def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
+def test_streamed_prefills_leave_no_device_idle_while_it_has_work(
     layers: list[int], requests: list[tuple[int, int]], resident: int
 ) -> None:
     """Compare with a device that gives each tick to the first request with work on a loaded layer.
@@ -108,8 +108,8 @@ def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
 
     def prepare(fleet: Fleet) -> None:
         if resident:
-            shard = fleet._shard(fleet.devices[0], 0, 0)
-            fleet._resize(fleet.devices[0], shard, fleet.ends[0][resident - 1])
+            shard = fleet.memory._shard(fleet.devices[0], 0, 0)
+            fleet.memory._resize(fleet.devices[0], shard, fleet.memory.ends[0][resident - 1])
             shard.resident = shard.target
 
     script = Scripted((-1.0, prepare), (0.0, lambda fleet: fleet.start(0, fleet.devices)))
@@ -140,50 +140,50 @@ def test_prefills_behind_the_layers_leave_no_device_waiting_that_has_work(
 @pytest.mark.parametrize(
     ("name", "seconds"), [("llama2-7b", 0.3922), ("llama2-13b", 0.379), ("llama2-70b", 1.004)]
 )
-def test_cold_starts_take_their_bytes_over_the_bandwidth(name: str, seconds: float) -> None:
+def test_a_cold_start_takes_bytes_over_bandwidth(name: str, seconds: float) -> None:
     model = catalogue.model(name)
     hardware = Hardware(model.width, model.width, bandwidth=32 * 2**30)
     script = Scripted((0.0, lambda fleet: fleet.start(0, fleet.devices)))
     fleet, _ = run(workload([model], [(0.0, 0, 500, 20)]), hardware, script, switch_s=0.01)
     assert fleet.first_token[0] == pytest.approx(seconds + 0.01 + model.prefill(500), abs=2e-3)
     assert fleet.finished[0] - fleet.first_token[0] == pytest.approx(19 * model.decode(1), rel=1e-6)
-    assert fleet.start_hits == fleet.wasted == 0
-    assert fleet.links.loaded == pytest.approx(model.nbytes * model.width)
+    assert fleet.start_hits == fleet.memory.wasted_bytes == 0
+    assert fleet.links.loaded_bytes == pytest.approx(model.nbytes * model.width)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_start_with_all_layers_takes_the_switch_and_the_prefill(streaming: bool) -> None:
+def test_a_warm_start_takes_the_switch_and_the_prefill(streaming: bool) -> None:
     model = catalogue.model("llama2-70b")
     layers = len(model.layer_bytes)
 
     def prewarm(fleet: Fleet) -> None:
         for rank, device in enumerate(fleet.devices):
-            assert fleet.prewarm(device, 0, rank, layers)
+            assert fleet.memory.prewarm(device, 0, rank, layers)
 
     script = Scripted((-50.0, prewarm), (5.0, lambda fleet: fleet.start(0, fleet.devices)))
     fleet, _ = run(workload([model], [(5.0, 0, 500, 2)]), Hardware(4, 4), script,
                    streaming=streaming, switch_s=0.01, engine_start_s=0.5)  # fmt: skip
     assert fleet.first_token[0] == pytest.approx(5.0 + 0.51 + model.prefill(500), rel=1e-12)
     assert fleet.start_hits == fleet.start_layers == 4 * layers
-    assert fleet.wasted == 0
+    assert fleet.memory.wasted_bytes == 0
 
 
-def test_a_start_takes_over_what_is_loading() -> None:
+def test_a_start_takes_over_loads_in_progress() -> None:
     """No byte arrives sooner than the link carries it, arrives twice, or counts as wasted."""
     model = tiny(layers=(100,) * 10)
     script = Scripted(
-        (0.0, lambda fleet: fleet.prewarm(fleet.devices[0], 0, 0, 4)),
+        (0.0, lambda fleet: fleet.memory.prewarm(fleet.devices[0], 0, 0, 4)),
         (2.5, lambda fleet: fleet.start(0, fleet.devices)),
         (30.0, lambda fleet: fleet.stop(fleet.instances[0][0])),
     )
     hardware = Hardware(1, 1, 2000, 100.0)
-    fleet, books = run(workload([model], [(2.5, 0, 10, 1), (40.0, 0, 1, 1)]), hardware,
+    fleet, accounts = run(workload([model], [(2.5, 0, 10, 1), (40.0, 0, 1, 1)]), hardware,
                        and_again(script, 40.0), switch_s=0.25)  # fmt: skip
     assert fleet.first_token[0] == pytest.approx(10.0 + model.prefill(10))
     assert fleet.start_hits == 2 + 10  # two and a half layers had arrived
-    assert fleet.links.loaded == pytest.approx(1000)
-    assert fleet.wasted == 0
-    assert books.busy == pytest.approx(27.5 + fleet.now - 40.0)
+    assert fleet.links.loaded_bytes == pytest.approx(1000)
+    assert fleet.memory.wasted_bytes == 0
+    assert accounts.busy == pytest.approx(27.5 + fleet.now - 40.0)
 
 
 def and_again(script: Scripted, time: float) -> Scripted:
@@ -193,7 +193,7 @@ def and_again(script: Scripted, time: float) -> Scripted:
 # Decoding.
 
 
-def test_fluid_decoding_is_decoding_in_steps_within_one_step() -> None:
+def test_fluid_decoding_differs_from_stepwise_decoding_by_at_most_one_step() -> None:
     """The fluid simulation starts a prefill up to one step earlier than the stepwise one.
 
     A fluid prefill does not wait for the end of a decode step. Both simulations do the same work,
@@ -252,23 +252,23 @@ def in_steps(model: ModelProfile, rows: list[Any]) -> tuple[Any, Any, float, int
     return first, finished, longest, largest
 
 
-def test_an_instance_that_is_stopped_by_who_hears_of_it_is_heard_of_no_more() -> None:
-    class Hasty(Scripted):
+def test_an_instance_stopped_in_a_callback_gives_no_further_callbacks() -> None:
+    class StopAtOnce(Scripted):
         idles = 0
 
         def loaded(self, instance: Any) -> None:
             super().loaded(instance)
-            if not instance.work:
+            if not instance.request_count:
                 self.fleet.stop(instance)
 
         def finished(self, instance: Any, request: int) -> None:
-            if not instance.work:
+            if not instance.request_count:
                 self.fleet.stop(instance)
 
         def idle(self, instance: Any) -> None:
             self.idles += 1
 
-    script = Hasty(*[(t, lambda fleet: fleet.start(0, fleet.devices)) for t in (0.0, 100.0)])
+    script = StopAtOnce(*[(t, lambda fleet: fleet.start(0, fleet.devices)) for t in (0.0, 100.0)])
     run(workload([tiny()], [(50.0, 0, 1, 1), (60.0, 0, 1, 5)]), replace(ONE, bandwidth=1e4), script)
     assert script.idles == 0
 
@@ -281,11 +281,11 @@ def test_a_request_larger_than_any_cache_is_served_alone() -> None:
     assert fleet.first_token[1] > fleet.finished[0]
 
 
-def test_events_of_one_time_happen_in_the_order_in_which_they_were_scheduled() -> None:
+def test_events_of_equal_times_fire_in_the_order_of_scheduling() -> None:
     fleet = Fleet(workload([SMALL], []), ONE, Scripted())
     seen: list[int] = []
     for i in range(50):
         fleet.after(1.0 if i % 2 else 0.5, lambda i=i: seen.append(i))  # type: ignore[misc]
-    fleet.events.run(2.0)
+    fleet.clock.run(2.0)
     assert seen == [*range(0, 50, 2), *range(1, 50, 2)]
-    assert heapq.nsmallest(1, fleet.events._heap) == []
+    assert heapq.nsmallest(1, fleet.clock._heap) == []

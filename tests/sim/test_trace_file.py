@@ -22,7 +22,7 @@ def written(folder: Path, text: str | bytes, name: str = "trace.csv") -> Path:
     return path
 
 
-def test_a_file_is_served_as_it_is(tmp_path: Path):
+def test_a_trace_file_is_read_without_changes(tmp_path: Path):
     text = "output_tokens,t_s,note,model,input_tokens\r\n"
     text += f"3,0.5,a,{MODELS[2].name},100\r\n1,0.5,b,0,0\r\n7,12.0,c,7,90\r\n\r\n"
     for path in (
@@ -63,14 +63,14 @@ def test_a_file_is_served_as_it_is(tmp_path: Path):
         ("", ": no requests after the header"),
     ],
 )
-def test_a_bad_file_is_refused_by_file_line_column_and_value(tmp_path, rows, message):
+def test_an_invalid_file_is_refused_with_file_line_column_and_value(tmp_path, rows, message):
     path = written(tmp_path, HEADER + rows)
     with pytest.raises(TraceError) as refused:
         read_trace(path, MODELS)
     assert str(refused.value).startswith(f"{path}{message}")
 
 
-def test_files_that_are_no_trace_are_refused(tmp_path: Path):
+def test_files_without_a_trace_are_refused(tmp_path: Path):
     with pytest.raises(
         TraceError, match=r"trace.csv: empty: a trace must start with the header t_s,"
     ):
@@ -94,7 +94,7 @@ def test_files_that_are_no_trace_are_refused(tmp_path: Path):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.binary(max_size=200))
-def test_any_file_is_read_or_refused_in_words(tmp_path_factory, text: bytes):
+def test_any_file_is_read_or_refused_with_a_message(tmp_path_factory, text: bytes):
     path = tmp_path_factory.getbasetemp() / "any.csv"
     for content in (text, HEADER.encode() + text):
         path.write_bytes(content)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warmserve_rt.sim.workload import traces
-from warmserve_rt.sim.workload.arrivals import divided, renewal
+from warmserve_rt.sim.workload.arrivals import divide_windows, renewal
 
 
 def test_data_files_are_in_the_package_and_small():
@@ -24,7 +24,7 @@ def test_data_files_are_in_the_package_and_small():
     assert "Apache-2.0" in text
 
 
-def test_traces_are_the_recorded_ones():
+def test_traces_match_the_recordings():
     both, code, conv = traces.azure(), traces.azure("code"), traces.azure("conv")
     assert (len(both.time), len(code.time), len(conv.time)) == (28_185, 8_819, 19_366)
     assert both.time[:3].tolist() == [0.0, 4.315, 4.542]
@@ -41,7 +41,7 @@ def test_traces_are_the_recorded_ones():
             trace.time[0] = 1
 
 
-def test_servegen_is_the_recorded_one():
+def test_servegen_matches_the_recording():
     traffic = traces.servegen()
     assert traffic.rates.shape == traffic.cvs.shape == traffic.weibull.shape == (313, 2016)
     assert np.bincount(traffic.model).tolist() == [162, 108, 43]
@@ -65,7 +65,7 @@ def test_servegen_models_are_sums_with_gaps_that_are_not_idle_time():
     assert total[:, 0] == pytest.approx([212.78, 986.57, 809.738], rel=0.004)
 
 
-def test_unknown_services_and_classes_are_named():
+def test_unknown_services_and_classes_are_refused():
     with pytest.raises(ValueError, match="'chat' is no service"):
         traces.azure("chat")
     with pytest.raises(ValueError, match="'weekly' is no class of clients: choose one of periodic"):
@@ -79,13 +79,13 @@ def test_unknown_services_and_classes_are_named():
     weibull=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_a_renewal_process_has_the_arrivals_it_was_given(counts, cv, weibull, seed):
+def test_a_renewal_process_has_the_given_number_of_arrivals(counts, cv, weibull, seed):
     n = np.array(counts)
     rng = np.random.default_rng(seed)
     time = renewal(n, np.full(len(n), cv), np.full(len(n), weibull), 600.0, rng)
     assert (np.diff(time) >= 0).all()
     assert np.array_equal(np.bincount((time // 600).astype(int), minlength=len(n)), n)
-    parts = divided(n, np.full(len(n), cv), 3, rng)
+    parts = divide_windows(n, np.full(len(n), cv), 3, rng)
     assert np.array_equal(parts.reshape(-1, 3).sum(axis=1), n)
 
 
@@ -98,7 +98,7 @@ def test_a_renewal_process_has_its_cv(cv: float, weibull: bool):
     assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.05)
 
 
-def test_no_moment_of_a_window_is_special():
+def test_arrivals_are_uniform_within_a_window():
     """Clumps at the edges of windows would make all tenants burst together."""
     n = np.full(4000, 10)
     rng = np.random.default_rng(2)
@@ -110,5 +110,5 @@ def test_no_moment_of_a_window_is_special():
 def test_divided_windows_vary_as_a_renewal_process_does():
     rng = np.random.default_rng(3)
     n, cv = np.full(20_000, 400), np.full(20_000, 3.0)
-    first = divided(n, cv, 2, rng).reshape(-1, 2)[:, 0]
+    first = divide_windows(n, cv, 2, rng).reshape(-1, 2)[:, 0]
     assert first.var() == pytest.approx(9 * 400 / 4, rel=0.1)

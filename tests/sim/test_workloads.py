@@ -46,7 +46,7 @@ def test_a_workload_is_well_formed(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_seed_gives_the_same_bytes_and_another_seed_others(name: str):
+def test_a_seed_determines_the_workload(name: str):
     first, again, other = (parse(name, MODELS, 20, 600, seed) for seed in (5, 5, 6))
     for a, b in zip(arrays(first), arrays(again), strict=True):
         assert a.tobytes() == b.tobytes()
@@ -54,7 +54,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_total_rate_is_what_was_asked_for(name: str):
+def test_the_total_rate_matches_the_argument(name: str):
     # The rate holds for the whole trace; a shorter run has the rate of its part of the trace.
     workload = parse(name, MODELS, 30, 3540, seed=1)
     assert len(workload.time) / 3540 == pytest.approx(30, rel=0.03)
@@ -62,7 +62,7 @@ def test_the_total_rate_is_what_was_asked_for(name: str):
 
 @pytest.mark.parametrize("name", ["azure", "mooncake", "power-law"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
-def test_popularity_follows_the_law(name: str, alpha: float):
+def test_popularity_follows_the_power_law(name: str, alpha: float):
     workload = parse(name, MODELS, 30, 3540, seed=2, alpha=alpha)
     expected = shares(8, alpha) * len(workload.time)
     counts = np.bincount(workload.model, minlength=8)
@@ -71,7 +71,7 @@ def test_popularity_follows_the_law(name: str, alpha: float):
 
 
 @pytest.mark.parametrize("mix", traces.CLASSES)
-def test_tenants_have_their_share_over_days(mix: str):
+def test_tenants_have_their_share_over_the_recorded_days(mix: str):
     """This holds for the history only: in the run a tenant is as busy as it was in those hours."""
     whole = [workloads.servegen(mix, MODELS[:2], 10, 600, seed, alpha=1.0) for seed in range(24)]
     first, second = (np.mean([np.nanmean(w.history[:, i]) for w in whole]) for i in (0, 1))
@@ -79,7 +79,7 @@ def test_tenants_have_their_share_over_days(mix: str):
 
 
 @pytest.mark.parametrize("name", ["azure", "mooncake", "power-law"])
-def test_one_more_model_leaves_the_others_their_requests(name: str):
+def test_an_additional_model_leaves_other_models_requests_unchanged(name: str):
     alone = parse(name, MODELS[:3], 10, 1200, seed=4)
     more = parse(name, MODELS[:4], 10 / shares(4, 0.5)[:3].sum(), 1200, seed=4)
     mine = more.model < 3
@@ -88,7 +88,7 @@ def test_one_more_model_leaves_the_others_their_requests(name: str):
     assert np.array_equal(alone.history, more.history[:, :3])
 
 
-def test_one_more_tenant_leaves_the_others_theirs():
+def test_an_additional_tenant_leaves_other_tenants_requests_unchanged():
     few = workloads.servegen("periodic", MODELS[:3], 10, 600, 4, day=9, hour=10)
     more = workloads.servegen("periodic", MODELS[:4], 10, 600, 4, day=9, hour=10)
     ratio = np.nanmean(more.history, axis=0)[:3] / np.nanmean(few.history, axis=0)
@@ -109,12 +109,12 @@ def test_thinning_keeps_bursts():
     assert scatter(poisson.time, 5, 3500) < 1.5
 
 
-def test_superposition_takes_no_more_copies_than_the_rate_needs():
+def test_a_replay_uses_the_smallest_sufficient_number_of_copies():
     workload = workloads.azure(MODELS[:2], 20, 3500, seed=1, alpha=0.0)
     assert scatter(workload.time[workload.model == 1], 5, 3500) > 20
 
 
-def test_the_steps_of_a_recording_are_no_bursts():
+def test_recording_steps_cause_no_bursts():
     """Mooncake's clock ticks every 3 s: ten requests at one tick are ten requests in 3 s."""
     workload = workloads.mooncake(MODELS[:1], 3, 3500, seed=1)
     assert len(np.unique(workload.time)) == len(workload.time)
@@ -125,7 +125,7 @@ def test_the_steps_of_a_recording_are_no_bursts():
 
 
 @pytest.mark.parametrize("name", ["azure", "mooncake", "power-law"])
-def test_the_past_days_are_like_the_run(name: str):
+def test_the_history_has_the_rates_of_the_run(name: str):
     workload = parse(name, MODELS, 40, 3600, seed=7)
     days = workload.history.reshape(7, 288, 8)
     windows = (workload.time // 300).astype(int)
@@ -139,7 +139,7 @@ def test_the_past_days_are_like_the_run(name: str):
     assert days.mean(axis=(0, 1)).sum() == pytest.approx(40, rel=0.03)
 
 
-def test_the_hour_before_a_tenants_run_is_the_last_of_its_history():
+def test_the_history_ends_where_the_run_begins():
     """At the same scale, two runs of one client an hour apart see that hour from both sides."""
     early, late = (
         workloads.servegen("periodic", MODELS[:1], 20, 3600, 27, day=10, hour=hour)
@@ -152,7 +152,7 @@ def test_the_hour_before_a_tenants_run_is_the_last_of_its_history():
 
 
 @pytest.mark.parametrize("window", [60.0, 200.0, 600.0, 1200.0, 2400.0])
-def test_history_comes_in_windows_of_any_fitting_length(window: float):
+def test_the_history_has_windows_of_any_fitting_length(window: float):
     replayed = workloads.azure(MODELS[:3], 9, 900, 1, window=window)
     tenants, usual = (
         workloads.servegen("middle", MODELS[:3], 9, 900, 1, day=9, hour=3, window=w)
@@ -171,7 +171,7 @@ def test_gaps_in_the_recording_are_gaps_in_the_history():
         assert not np.isnan(workload.history).all(axis=1).any(), "no model has data in some window"
 
 
-def test_concurrency_is_what_a_fleet_without_queues_would_see():
+def test_concurrency_history_matches_a_fleet_without_queues():
     """Compare with the requests themselves, each served alone by unlimited servers."""
     for name, tolerance in (("power-law", 0.12), ("azure", 0.25)):
         workload = parse(name, MODELS[:4], 20, 3600, seed=9)
@@ -198,7 +198,7 @@ def test_concurrency_is_what_a_fleet_without_queues_would_see():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_arguments_are_refused(name: str):
+def test_invalid_arguments_are_refused(name: str):
     for rate in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"requests per second, got {rate}"):
             parse(name, MODELS, rate, 60, 0)
@@ -243,7 +243,7 @@ def test_an_unknown_name_lists_the_names():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rate_is_no_requests(name: str):
+def test_a_rate_of_zero_gives_no_requests(name: str):
     workload = parse(name, MODELS, 0, 60, 0)
     assert len(workload.time) == 0
     assert np.nansum(workload.history) == 0

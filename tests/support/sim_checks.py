@@ -18,6 +18,7 @@ from warmserve_rt.sim.workload.workloads import Workload
 BYTE = 1.0  # tolerance of sums of byte counts
 
 
+EIGHT = Hardware(devices=8, memory=72e9)
 SMALL = ModelProfile("small", 1, (3, 5, 5, 5, 4), 2, 0.05, 0.001, 0.01, batch=4)
 
 
@@ -46,6 +47,17 @@ def workload(
         service=np.ones(len(models)),
         dispersion=np.ones((0, len(models))),
     )
+
+
+def toy(name: str, *, nbytes: int = 10, prefill: float = 0.2, batch: int = 32) -> ModelProfile:
+    """Return a model of ``nbytes`` GB in ten layers."""
+    layers = (nbytes * 10**8,) * 10
+    return ModelProfile(name, 1, layers, 1000, prefill, 0.0, 0.01, batch=batch, ends=False)
+
+
+def ttft(fleet: Fleet) -> np.ndarray[Any, Any]:
+    """Return the seconds of each request until its first token."""
+    return np.asarray(fleet.first_token - fleet.workload.time)
 
 
 class Scripted:
@@ -82,7 +94,7 @@ class Scripted:
         for request, model in self.waiting:
             for instance in self.fleet.instances[model]:
                 open_ = instance.loaded and not instance.draining
-                if open_ and self.fleet.reserve(instance, request):
+                if open_ and self.fleet.kv_caches.reserve(instance, request):
                     instance.take(request)
                     break
             else:
@@ -90,7 +102,7 @@ class Scripted:
         self.waiting = left
 
 
-class Books:
+class Accounts:
     """An observer that checks a fleet after every event and keeps its own accounts."""
 
     def __init__(self, *, capacity: bool = True) -> None:
@@ -102,17 +114,17 @@ class Books:
 
     def __call__(self, fleet: Fleet) -> None:
         self.fleet = fleet
-        real = fleet.events.run
+        real = fleet.clock.run
         controller = fleet.controller
 
         def run(until: float) -> None:
             """Run one due event at a time and check the fleet after each."""
-            heap = fleet.events._heap
+            heap = fleet.clock._heap
             while heap and heap[0][0] < until:
-                self.passes(fleet.events.now, heap[0][0])
+                self.passes(fleet.clock.now, heap[0][0])
                 real(math.nextafter(heap[0][0], math.inf))
                 self.check()
-            self.passes(fleet.events.now, until)
+            self.passes(fleet.clock.now, until)
             real(until)
 
         def arrived(request: int, model: int) -> None:
@@ -120,19 +132,19 @@ class Books:
             self.check()
 
         def keep(device: Device, shard: Shard, layers: int) -> None:
-            before = shard.here
+            before = shard.resident_now
             dropping(device, shard, layers)
-            self.dropped += before - shard.here
+            self.dropped += before - shard.resident_now
 
         def preload(device: Device, model: int, rank: int) -> None:
             there = device.shards.get((model, rank))
-            before = there.here if there else 0.0
+            before = there.resident_now if there else 0.0
             preloading(device, model, rank)
             self.given += device.shards[model, rank].resident - before
 
-        dropping, preloading, told = fleet.keep, fleet.preload, controller.arrived
-        fleet.keep, fleet.preload = keep, preload  # type: ignore[method-assign]
-        fleet.events.run = run  # type: ignore[method-assign]
+        dropping, preloading, told = fleet.memory.keep, fleet.memory.preload, controller.arrived
+        fleet.memory.keep, fleet.memory.preload = keep, preload  # type: ignore[method-assign]
+        fleet.clock.run = run  # type: ignore[method-assign]
         controller.arrived = arrived  # type: ignore[method-assign]
 
     def passes(self, now: float, then: float) -> None:
@@ -153,14 +165,16 @@ class Books:
         for model, instances in enumerate(self.fleet.instances):
             for instance in instances:
                 assert instance.model == model
-                assert all(instance in device.instances for device in instance.devices)
-                assert 0 <= instance.work <= instance.profile.batch
-                assert instance.slow == self.fleet.slowdown(instance)
-                assert instance.working == (instance.prefilling >= 0 or bool(instance.decoding))
-                assert (instance.kv_tokens == 0) == (instance.work == 0)
-                assert instance.queued_prefill >= -1e-9
+                assert all(
+                    instance in device.instances for device in self.fleet.devices_of(instance)
+                )
+                assert 0 <= instance.request_count <= instance.profile.batch
+                assert instance.slowdown == self.fleet.interference.slowdown(instance)
+                assert instance.computing == (instance.prefilling >= 0 or bool(instance.decoding))
+                assert (instance.kv_tokens == 0) == (instance.request_count == 0)
+                assert instance.queued_prefill_s >= -1e-9
                 if instance.loaded:
-                    for rank, device in enumerate(instance.devices):
+                    for rank, device in enumerate(self.fleet.devices_of(instance)):
                         shard = device.shards[model, rank]
                         assert shard.resident == shard.target == shard.ends[-1]
 
@@ -172,24 +186,24 @@ class Books:
         assert abs(device.used - targets - device.kv) <= BYTE
         assert device.kv == sum(instance.kv_room for instance in device.instances)
         assert all(instance.kv_room >= 0 for instance in device.instances)
-        assert self.fleet.elastic_kv or len(device.instances) <= 1
+        assert self.fleet.kv_caches.elastic or len(device.instances) <= 1
         assert bool(device.instances) == any(s.pinned for s in device.shards.values())
-        assert self.fleet.wasted >= 0
+        assert self.fleet.memory.wasted_bytes >= 0
         for (model, rank), shard in device.shards.items():
             assert (shard.model, shard.rank) == (model, rank)
-            assert 0 <= shard.resident <= shard.here <= shard.target + 1e-3
+            assert 0 <= shard.resident <= shard.resident_now <= shard.target + 1e-3
             assert shard.target in shard.ends
             assert 0 <= shard.unused <= shard.resident + 1e-3
             used = [
                 user
                 for user in device.instances
-                if (model, rank) == (user.model, user.devices.index(device))
+                if (model, rank) == (user.model, user.device_indices.index(device.index))
             ]
             assert shard.pinned == (len(used) == 1)
             assert not (used and shard.unused)
             if shard.flow is None:
                 # Missing bytes have a flow, except in the delay before an instance starts to load.
-                assert shard.resident == shard.target or (used and not used[0].arrivals)
+                assert shard.resident == shard.target or (used and not used[0].layer_arrivals)
             else:
                 assert shard.flow.shard is shard
                 assert shard.flow in flows(device)
@@ -209,7 +223,7 @@ class Books:
         rate = {flow: flow.rate for device in node for flow in flows(device)}
         near = 1 + 1e-9
         assert sum(rate.values()) <= links * near
-        disk = [r for flow, r in rate.items() if flow.disk]
+        disk = [r for flow, r in rate.items() if flow.from_disk]
         assert sum(disk) <= hardware.disk_bandwidth * near
         urgent = any(device.foreground for device in node)
         for first in range(0, len(node), size):
@@ -219,7 +233,7 @@ class Books:
             for flow in ahead:
                 assert 0 < flow.rate <= hardware.bandwidth * hardware.multipath * near
             least = hardware.bandwidth * (share if urgent else 1.0)
-            if behind and not any(flow.disk for flow in behind):
+            if behind and not any(flow.from_disk for flow in behind):
                 assert sum(flow.rate for flow in behind) >= least / near
             if ahead and behind:
                 assert sum(flow.rate for flow in behind) <= least * near
@@ -233,19 +247,21 @@ class Books:
         assert (np.isfinite(fleet.first_token) == served).all()
         assert (np.isfinite(fleet.finished) == served).all()
         wait = fleet.first_token - requests.time
-        models = [fleet.profiles[model] for model in fleet.model_of]
-        least = [m.prefill(p) for m, p in zip(models, fleet.prompt, strict=True)]
+        models = [fleet.profiles[model] for model in fleet.requests.model]
+        least = [m.prefill(p) for m, p in zip(models, fleet.requests.prompt, strict=True)]
         assert (wait >= np.array(least) - 1e-9)[served].all()
         decode = np.array([m.decode(1) for m in models])
         # The fluid model counts a token as done 1e-6 of a step early.
         decoding = (requests.output - 1 - 1e-5) * decode - 1e-9
         assert (fleet.finished - fleet.first_token >= decoding)[served].all()
-        assert math.isclose(fleet.links.loaded, self.carried, rel_tol=1e-9, abs_tol=100 * BYTE)
+        assert math.isclose(
+            fleet.links.loaded_bytes, self.carried, rel_tol=1e-9, abs_tol=100 * BYTE
+        )
         assert math.isclose(fleet.device_seconds, self.busy, rel_tol=1e-9, abs_tol=1e-6)
-        came = fleet.links.loaded + self.given
+        came = fleet.links.loaded_bytes + self.given
         there = sum(s.resident for d in fleet.devices for s in d.shards.values())
         assert math.isclose(came, there + self.dropped, rel_tol=1e-9, abs_tol=100 * BYTE)
-        assert fleet.wasted <= fleet.links.loaded + BYTE
+        assert fleet.memory.wasted_bytes <= fleet.links.loaded_bytes + BYTE
 
 
 def flows(device: Device) -> list[Flow]:
@@ -258,13 +274,13 @@ def run(
     controller: Any,
     observe: bool = True,
     **arguments: Any,
-) -> tuple[Fleet, Books]:
-    """Run a fleet, checking its books at every event, and return both."""
+) -> tuple[Fleet, Accounts]:
+    """Run a fleet, checking its accounts at every event, and return both."""
     fleet = Fleet(requests, hardware, controller, **arguments)
-    books = Books()
+    accounts = Accounts()
     if observe:
-        books(fleet)
+        accounts(fleet)
     fleet.run()
     if observe:
-        books.close()
-    return fleet, books
+        accounts.close()
+    return fleet, accounts

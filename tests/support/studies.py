@@ -17,4 +17,4 @@ SMALL = Study(
     engine_starts_s=(0.0, 2.0),
 )
 BASELINE = next(name for name, policy in POLICIES.items() if policy.engine_start)
-WARM = next(n for n, p in POLICIES.items() if not p.engine_start and not p.unlimited)
+WARM = next(n for n, p in POLICIES.items() if not p.engine_start and not p.unlimited_memory)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmserve_rt.scheduling.scheduler import Scheduler
-from warmserve_rt.sim.controllers.autoscaling import Starts
+from warmserve_rt.sim.controllers.autoscaling import SharedDeviceAutoscaler
 from warmserve_rt.sim.controllers.dispatcher import Dispatcher
 from warmserve_rt.sim.controllers.scheduled import ScheduledFleet
 from warmserve_rt.sim.core.devices import KV_STEP, Hardware
@@ -57,11 +57,11 @@ class Outcome:
         }
 
 
-class InProcess(Starts):
+class InProcess(SharedDeviceAutoscaler):
     """Serves one model after another in one process: an instance ends with its requests."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        super().__init__(scheduler, linger=0.0)
+        super().__init__(scheduler, idle_timeout_s=0.0)
 
     def begin(self, fleet: Any) -> None:
         Dispatcher.begin(self, fleet)
@@ -72,7 +72,7 @@ class InProcess(Starts):
             self.scheduler.begin(ScheduledFleet(fleet), forecaster(workload), workload.service)
 
         fleet.after(LEAD_S - BEFORE_S, begin)
-        fleet.after(LEAD_S, self.tick)
+        fleet.after(LEAD_S, self.stop_idle)
 
 
 def predict(
@@ -115,4 +115,4 @@ def predict(
     # A request that follows another of its model starts no instance and finds all layers resident.
     layers = len(models[0].layer_bytes) * len(workload.time)
     hits = layers - fleet.start_layers + fleet.start_hits
-    return Outcome(times_to_first_token(fleet), hits / layers, fleet.links.loaded / SCALE)
+    return Outcome(times_to_first_token(fleet), hits / layers, fleet.links.loaded_bytes / SCALE)

@@ -9,7 +9,7 @@ import numpy as np
 
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.sim.workload.requests import Workload, alone
+from warmserve_rt.sim.workload.requests import Workload, seconds_alone
 from warmserve_rt.sim.workload.workloads import azure
 
 from .lessons import QUESTIONS
@@ -93,7 +93,7 @@ def traffic(
         duration=seconds,
         history_window=WINDOW_S / faster,
         history=recorded.history * faster,
-        service=np.array([alone(profile, *mean) for profile in profiles]),
+        service=np.array([seconds_alone(profile, *mean) for profile in profiles]),
     )
     return Traffic(workload, requests, outputs)
 

@@ -66,7 +66,7 @@ def simulate(
         from warmserve_rt.sim.controllers.policies import POLICIES
         from warmserve_rt.sim.core.devices import Hardware
         from warmserve_rt.sim.report import terminal
-        from warmserve_rt.sim.report.atomic_output import check_folder, put
+        from warmserve_rt.sim.report.atomic_output import check_folder, write_files
         from warmserve_rt.sim.report.report import render
         from warmserve_rt.sim.study.digest import digest, to_json
         from warmserve_rt.sim.study.metrics import Slo
@@ -74,7 +74,7 @@ def simulate(
     except ModuleNotFoundError as error:
         sys.exit(f"warmserve-rt simulate needs {error.name}: pip install 'warmserve_rt[sim]'")
 
-    def asked() -> Study:
+    def make_study() -> Study:
         if Path(workload).is_file() and not (rate is None and rates is None and minutes is None):
             raise StudyError(
                 f"{workload} has its own rate and duration: omit --rate, --rates and --minutes"
@@ -104,7 +104,7 @@ def simulate(
 
     try:
         try:
-            study = asked()
+            study = make_study()
             check_folder(out)
         except (ValueError, OSError) as error:
             raise StudyError(str(error)) from None
@@ -114,7 +114,7 @@ def simulate(
         raise typer.Exit(2) from None
     data = digest(result)
     try:
-        put({"summary.json": to_json(data), "report.html": render(result, data)}, out)
+        write_files({"summary.json": to_json(data), "report.html": render(result, data)}, out)
     except OSError as error:
         sys.exit(f"warmserve-rt simulate: {plain(error)}")
     terminal.show(data)

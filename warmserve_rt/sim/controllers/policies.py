@@ -9,16 +9,16 @@ from types import MappingProxyType
 from typing import Any
 
 from warmserve_rt.scheduling.scheduler import Scheduler
+from warmserve_rt.sim.controllers.baselines.all_resident import AllResident
 from warmserve_rt.sim.controllers.baselines.blitzscale import BlitzScale
 from warmserve_rt.sim.controllers.baselines.clairvoyant import Clairvoyant
-from warmserve_rt.sim.controllers.baselines.everything import Everything
 from warmserve_rt.sim.controllers.baselines.lru import Lru
-from warmserve_rt.sim.controllers.baselines.serverless import Autoscaling
-from warmserve_rt.sim.controllers.baselines.sharing import Sharing
+from warmserve_rt.sim.controllers.baselines.serverless import Serverless
+from warmserve_rt.sim.controllers.baselines.sharing import StaticSharing
 from warmserve_rt.sim.controllers.baselines.warmserve import WarmServe
 from warmserve_rt.sim.core.fleet import Controller
 
-from .autoscaling import Starts
+from .autoscaling import SharedDeviceAutoscaler
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Policy:
         See Fleet.
     polls
         Whether the starts of the fleet poll.
-    unlimited
+    unlimited_memory
         Whether the memory of devices is unlimited.
     multipath
         Whether foreground loads may use idle neighbours' links, if the hardware allows it.
@@ -52,48 +52,64 @@ class Policy:
     elastic_kv: bool = False
     partitioned: bool = False
     polls: bool = False
-    unlimited: bool = False
+    unlimited_memory: bool = False
     multipath: bool = False
     bound: bool = False
 
 
-def ours(scheduler: type[Scheduler] = Scheduler, *, share: bool = True, **options: Any) -> Starts:
-    """Return this project's own controller. ``options``: its scheduler's; ``share``: see Starts."""
-    return Starts(scheduler(**options), share=share)
+def scheduled(
+    scheduler: type[Scheduler] = Scheduler, *, share: bool = True, **options: Any
+) -> SharedDeviceAutoscaler:
+    """Return this project's own controller.
+
+    Parameters
+    ----------
+    scheduler
+        The class of its scheduler.
+    share
+        See SharedDeviceAutoscaler.
+    options
+        The options of the scheduler.
+    """
+    return SharedDeviceAutoscaler(scheduler(**options), share=share)
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
-        "autoscaling": Policy("autoscaling, host-memory tier", Autoscaling, engine_start=True),
+        "autoscaling": Policy("autoscaling, host-memory tier", Serverless, engine_start=True),
         "autoscaling-polls": Policy(
             "autoscaling, host-memory tier, polling",
-            partial(Autoscaling, polls=True),
+            partial(Serverless, polls=True),
             engine_start=True,
             polls=True,
         ),
         "blitzscale": Policy("serving while loading", BlitzScale, streaming=True),
-        "sharing": Policy("static sharing", Sharing, elastic_kv=True),
+        "sharing": Policy("static sharing", StaticSharing, elastic_kv=True),
         "fixed-shares": Policy(
-            "static sharing, fixed shares", Sharing, elastic_kv=True, partitioned=True
+            "static sharing, fixed shares", StaticSharing, elastic_kv=True, partitioned=True
         ),
         "lru": Policy("whole-model LRU", Lru),
         "warmserve": Policy("WarmServe, event-driven", WarmServe),
         "warmserve-polls": Policy("WarmServe, polling", partial(WarmServe, polls=True), polls=True),
-        "scheduler": Policy("warmserve_rt", ours, streaming=True, elastic_kv=True, multipath=True),
+        "scheduler": Policy(
+            "warmserve_rt", scheduled, streaming=True, elastic_kv=True, multipath=True
+        ),
         "h1": Policy(
             "residency that knows 120 s (h1)",
-            partial(ours, Clairvoyant),
+            partial(scheduled, Clairvoyant),
             streaming=True,
             elastic_kv=True,
             multipath=True,
             bound=True,
         ),
-        "h0": Policy("all resident everywhere (h0)", Everything, unlimited=True, bound=True),
+        "h0": Policy(
+            "all resident everywhere (h0)", AllResident, unlimited_memory=True, bound=True
+        ),
     }
 )
 
 
-def find(name: str) -> Policy:
+def find_policy(name: str) -> Policy:
     """Return the policy of this name. Raise ValueError if there is no such policy."""
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}")

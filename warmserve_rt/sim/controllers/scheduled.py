@@ -31,13 +31,15 @@ class ScheduledDevice:
         return self.device.room
 
     def set_keep_values(self, model: int, rank: int, layers: int, values: KeepValues) -> None:
-        self.fleet.stamp(self.device, self.device.shards[model, rank], layers, values)
+        self.fleet.memory.set_keep_values(
+            self.device, self.device.shards[model, rank], layers, values
+        )
 
     def load(self, model: int, rank: int, layers: int, values: KeepValues) -> bool:
-        return self.fleet.load(self.device, model, rank, layers, values)
+        return self.fleet.memory.load(self.device, model, rank, layers, values)
 
     def cancel(self, model: int, rank: int, layers: int) -> None:
-        self.fleet.call_off(self.device, self.device.shards[model, rank], layers)
+        self.fleet.memory.cancel(self.device, self.device.shards[model, rank], layers)
 
 
 class ScheduledFleet:

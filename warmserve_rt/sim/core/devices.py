@@ -1,18 +1,17 @@
-"""Devices and the contents of their memory: shards of models and KV caches of instances."""
+"""Devices, the shards in their memory, and the loads that bring the shards' bytes."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from warmserve_rt.policy.profile import ModelProfile
 
-if TYPE_CHECKING:
-    from .instance import Instance
-    from .links import Flow
-
+from .clock import Clock, Event
+from .instance import Instance
 
 KV_STEP = float(1 << 30)  # bytes by which an elastic KV cache grows on each device
 
@@ -92,21 +91,21 @@ class Shard:
     """The leading layers of one rank of a model on one device.
 
     ``ends``: cumulative bytes of its layers. ``target``: bytes of the room that it has.
-    ``resident``: bytes that had arrived when its flow last settled. ``unused``: resident bytes that
-    a background load brought and no instance has used. ``stamps``: for each leading part of the
-    shard the byte at which it ends and its keep value; the lowest value is evicted first.
+    ``resident``: bytes that had arrived when its flow was last accrued. ``unused``: resident bytes
+    that a background load brought and no instance has used. ``keep_values``: for each leading part
+    of the shard the byte at which it ends and its keep value; the lowest value is evicted first.
     ``planned``: bytes that should stay. ``pinned``: whether an instance uses the shard.
     """
 
     __slots__ = (
         "ends",
         "flow",
+        "keep_values",
         "model",
         "pinned",
         "planned",
         "rank",
         "resident",
-        "stamps",
         "target",
         "unused",
     )
@@ -115,7 +114,7 @@ class Shard:
         self.model, self.rank, self.ends = model, rank, ends
         self.target = self.resident = self.unused = 0.0
         self.planned = 0.0
-        self.stamps: list[tuple[float, float]] = []
+        self.keep_values: list[tuple[float, float]] = []
         self.pinned = False
         self.flow: Flow | None = None
 
@@ -125,22 +124,27 @@ class Shard:
         if target > self.planned + 0.5:
             return 0.0, self.planned
         before = 0.0
-        for end, keep in self.stamps:
+        for end, keep in self.keep_values:
             if end >= target - 0.5:
                 return keep, before
             before = end
-        return 0.0, before  # layers beyond the last stamp save no time
+        return 0.0, before  # layers beyond the last value save no time
 
     @property
-    def here(self) -> float:
+    def resident_now(self) -> float:
         """Return the bytes that have arrived by now.
 
-        Does not settle the flow, because settling at other times would round differently.
+        Does not accrue the flow, because accruing at other times would round differently.
         """
         flow = self.flow
         if flow is None or flow.rate <= 0:
             return self.resident
-        return min(self.resident + flow.rate * (flow.links.events.now - flow.since), self.target)
+        return min(self.resident + flow.rate * (flow.clock.now - flow.since), self.target)
+
+    @property
+    def complete(self) -> bool:
+        """Return whether all layers were resident when the flow was last accrued."""
+        return self.resident >= self.ends[-1]
 
     @property
     def goal(self) -> int:
@@ -150,7 +154,53 @@ class Shard:
     @property
     def layers(self) -> int:
         """Return the number of leading layers that are resident."""
-        return bisect_right(self.ends, self.here + 0.5)
+        return bisect_right(self.ends, self.resident_now + 0.5)
+
+
+class Flow(Event):
+    """The load of a shard's missing bytes over its device's link; see Links.
+
+    ``priority``: a device runs one background flow at a time, the one with the highest priority.
+    ``from_disk``: host memory lacks some of the bytes, so that the whole flow runs at the speed of
+    the disk. ``finish``: called when the last byte arrives. ``on_loaded``: called after that, with
+    the flow finished. ``marks``: (bytes resident, time) while the flow is in the foreground.
+    """
+
+    __slots__ = (
+        "clock",
+        "device",
+        "finish",
+        "foreground",
+        "from_disk",
+        "marks",
+        "on_loaded",
+        "priority",
+        "rate",
+        "shard",
+        "since",
+    )
+
+    def __init__(
+        self,
+        clock: Clock,
+        device: Device,
+        shard: Shard,
+        finish: Callable[[Flow], None],
+        *,
+        priority: float,
+        from_disk: bool,
+    ) -> None:
+        super().__init__()
+        self.clock, self.device, self.shard, self.finish = clock, device, shard, finish
+        self.priority, self.from_disk = priority, from_disk
+        self.foreground = False
+        self.rate = 0.0
+        self.since = clock.now
+        self.on_loaded: Callable[[], None] | None = None
+        self.marks: list[tuple[float, float]] = []
+
+    def fire(self) -> None:
+        self.finish(self)
 
 
 class Device:
@@ -189,7 +239,7 @@ class Device:
     @property
     def occupants(self) -> dict[tuple[int, int], bool]:
         """Return for each instance, by its model and its first device, whether it is active."""
-        return {(i.model, i.devices[0].index): i.active for i in self.instances}
+        return {(i.model, i.device_indices[0]): i.active for i in self.instances}
 
     @property
     def room(self) -> float:
@@ -201,6 +251,12 @@ class Device:
     def spare(self) -> float:
         """Return the bytes that no instance uses."""
         return self.memory - self.kv - sum(i.profile.nbytes for i in self.instances)
+
+
+def make_devices(hardware: Hardware) -> list[Device]:
+    """Return the devices of a fleet. Their memory is whole bytes, so that sums are exact."""
+    memory = float(math.floor(hardware.memory))
+    return [Device(i, i // hardware.node_devices, memory) for i in range(hardware.devices)]
 
 
 def layer_ends(profile: ModelProfile) -> tuple[int, ...]:

@@ -4,99 +4,56 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from .devices import Device, Hardware, Shard
-from .events import Due, Events
+from .clock import Clock
+from .devices import Device, Flow, Hardware, Shard
 from .host import HostMemory
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-
-class Flow(Due):
-    """The load of a shard's missing bytes over its device's link.
-
-    ``priority``: a device runs one background flow at a time, the one with the highest priority.
-    ``disk``: host memory lacks some of the bytes, so that the whole flow runs at the speed of the
-    disk. ``done``: called when all bytes have arrived.
-    """
-
-    __slots__ = (
-        "device",
-        "disk",
-        "done",
-        "foreground",
-        "links",
-        "marks",
-        "priority",
-        "rate",
-        "shard",
-        "since",
-    )
-
-    def __init__(
-        self, links: Links, device: Device, shard: Shard, priority: float, disk: bool
-    ) -> None:
-        super().__init__()
-        self.links, self.device, self.shard = links, device, shard
-        self.priority, self.disk = priority, disk
-        self.foreground = False
-        self.rate = 0.0
-        self.since = links.events.now
-        self.done: Callable[[], None] | None = None
-        self.marks: list[tuple[float, float]] = []  # (bytes resident, time) while in the foreground
-
-    def settle(self, now: float) -> None:
-        """Account for the bytes that have arrived until now."""
-        if self.rate > 0:
-            self.book(min(self.rate * (now - self.since), self.shard.target - self.shard.resident))
-        self.since = now
-        if self.foreground:
-            self.marks.append((self.shard.resident, now))
-
-    def book(self, arrived: float) -> None:
-        """Count bytes that have arrived."""
-        shard = self.shard
-        shard.resident += arrived
-        self.links.loaded += arrived
-        if not shard.pinned:
-            shard.unused += arrived
-
-    def arrivals(self, ends: Sequence[float]) -> list[float]:
-        """Return the time at which each of these leading parts of the shard had arrived.
-
-        Call it when the flow is done. For parts that were resident when the flow moved to the
-        foreground, the time of that move is returned.
-        """
-        times = []
-        for end in ends:
-            after = bisect_left(self.marks, (end, -math.inf))
-            high, stop = self.marks[after]
-            low, begin = self.marks[after - 1] if after else (-math.inf, stop)
-            times.append(stop - (stop - begin) * (high - end) / (high - low))
-        return times
-
-    def happen(self) -> None:
-        self.links.arrived(self)
 
 
 class Links:
-    """All flows of a fleet. A device runs one foreground flow at a time, in order of arrival."""
+    """All flows of a fleet. A device runs one foreground flow at a time, in order of arrival.
 
-    def __init__(self, events: Events, hardware: Hardware, devices: list[Device]) -> None:
-        self.events, self.hardware = events, hardware
-        self.loaded = 0.0  # bytes loaded by all flows
+    Parameters
+    ----------
+    clock
+        The clock of the simulation.
+    hardware
+        The bandwidths and the host memory.
+    devices
+        The devices, node by node.
+
+    Attributes
+    ----------
+    loaded_bytes
+        Bytes loaded by all flows.
+    nodes
+        The devices of each node.
+    host_memories
+        The host memory of each node.
+    """
+
+    def __init__(self, clock: Clock, hardware: Hardware, devices: Sequence[Device]) -> None:
+        self.clock, self.hardware = clock, hardware
+        self.loaded_bytes = 0.0
         size = hardware.node_devices
-        self.nodes = [devices[i : i + size] for i in range(0, len(devices), size)]
-        self.hosted = [HostMemory(hardware.host_memory) for _ in self.nodes]
+        self.nodes = [list(devices[i : i + size]) for i in range(0, len(devices), size)]
+        self.host_memories = [HostMemory(hardware.host_memory) for _ in self.nodes]
 
     def load(self, device: Device, shard: Shard, *, priority: float) -> Flow:
-        """Begin to load a shard up to its target in the background."""
-        hosted = self.hosted[device.node]
-        hosted.use(shard.model)
-        disk = not hosted.has(shard.model, shard.rank, shard.target)
-        flow = Flow(self, device, shard, priority, disk)
+        """Begin to load a shard up to its target in the background.
+
+        Parameters
+        ----------
+        device, shard
+            The shard, and its device.
+        priority
+            The priority among the background flows of the device; the highest runs first.
+        """
+        host = self.host_memories[device.node]
+        host.touch(shard.model)
+        from_disk = not host.has(shard.model, shard.rank, shard.target)
+        flow = Flow(self.clock, device, shard, self._finish, priority=priority, from_disk=from_disk)
         shard.flow = flow
         queue = device.background
         place = len(queue)
@@ -104,48 +61,75 @@ class Links:
             place -= 1
         queue.insert(place, flow)
         if not place:
-            self.balance(device.node)
+            self._update_rates(device.node)
         return flow
 
-    def urge(self, flow: Flow, done: Callable[[], None]) -> None:
-        """Move a background flow to the end of its device's foreground flows."""
-        flow.settle(self.events.now)
+    def promote(self, flow: Flow, on_loaded: Callable[[], None]) -> None:
+        """Move a background flow to the end of its device's foreground flows.
+
+        Parameters
+        ----------
+        flow
+            The flow.
+        on_loaded
+            Called when all bytes have arrived.
+        """
+        self.accrue(flow)
         flow.device.background.remove(flow)
-        flow.foreground, flow.done = True, done
-        flow.marks.append((flow.shard.resident, self.events.now))
+        flow.foreground, flow.on_loaded = True, on_loaded
+        flow.marks.append((flow.shard.resident, self.clock.now))
         flow.device.foreground.append(flow)
-        self.balance(flow.device.node)
+        self._update_rates(flow.device.node)
 
     def stop(self, flow: Flow) -> None:
         """Cancel a flow. Bytes that have arrived stay."""
-        flow.settle(self.events.now)
-        self._leave(flow)
+        self.accrue(flow)
+        self._remove(flow)
 
-    def arrived(self, flow: Flow) -> None:
-        """Finish a flow whose last bytes have arrived."""
-        flow.settle(self.events.now)
-        flow.book(flow.shard.target - flow.shard.resident)  # bytes that rounding left out
-        flow.shard.resident = flow.shard.target
+    def accrue(self, flow: Flow) -> None:
+        """Credit the bytes of a flow that have arrived until now."""
+        now = self.clock.now
+        if flow.rate > 0:
+            shard = flow.shard
+            arrived = min(flow.rate * (now - flow.since), shard.target - shard.resident)
+            self._credit(shard, arrived)
+        flow.since = now
         if flow.foreground:
-            flow.marks[-1] = (flow.shard.target, self.events.now)
-        self._leave(flow)
-        if flow.done:
-            flow.done()
+            flow.marks.append((flow.shard.resident, now))
 
-    def _leave(self, flow: Flow) -> None:
-        self.events.cancel(flow)
+    def _credit(self, shard: Shard, arrived: float) -> None:
+        """Count bytes of a shard that have arrived."""
+        shard.resident += arrived
+        self.loaded_bytes += arrived
+        if not shard.pinned:
+            shard.unused += arrived
+
+    def _finish(self, flow: Flow) -> None:
+        """Finish a flow whose last bytes have arrived."""
+        self.accrue(flow)
+        shard = flow.shard
+        self._credit(shard, shard.target - shard.resident)  # bytes that rounding left out
+        shard.resident = shard.target
+        if flow.foreground:
+            flow.marks[-1] = (shard.target, self.clock.now)
+        self._remove(flow)
+        if flow.on_loaded:
+            flow.on_loaded()
+
+    def _remove(self, flow: Flow) -> None:
+        self.clock.cancel(flow)
         flow.rate = 0.0
         device, shard = flow.device, flow.shard
         shard.flow = None
-        if flow.disk:
-            self.hosted[device.node].bring(shard.model, shard.rank, shard.resident)
+        if flow.from_disk:
+            self.host_memories[device.node].add(shard.model, shard.rank, shard.resident)
         queue = device.foreground if flow.foreground else device.background
         first = queue[0] is flow
         queue.remove(flow)
         if first:  # only the first flow of a queue has a rate
-            self.balance(device.node)
+            self._update_rates(device.node)
 
-    def balance(self, node: int) -> None:
+    def _update_rates(self, node: int) -> None:
         """Recompute the rates of a node's flows.
 
         The devices behind one switch share a link evenly. A foreground flow gets its link minus the
@@ -178,25 +162,47 @@ class Links:
             left = 1.0 - own * (1.0 if ahead else taken)
             for flow in behind:
                 rates.append((flow, hardware.bandwidth * left / len(behind)))
-        on_disk = sum(flow.disk for flow, rate in rates if rate > 0) or 1
+        on_disk = sum(flow.from_disk for flow, rate in rates if rate > 0) or 1
+        limit = hardware.disk_bandwidth / on_disk
         for flow, rate in rates:
-            self._set(flow, min(rate, hardware.disk_bandwidth / on_disk) if flow.disk else rate)
+            self._set_rate(flow, min(rate, limit) if flow.from_disk else rate)
         for device in devices:
             for flow in device.background[1:]:
                 if not flow.rate:
                     break  # only the flow that was first before has a rate
-                self._set(flow, 0.0)
+                self._set_rate(flow, 0.0)
             for flow in device.foreground[1:]:
-                self._set(flow, 0.0)
+                self._set_rate(flow, 0.0)
 
-    def _set(self, flow: Flow, rate: float) -> None:
+    def _set_rate(self, flow: Flow, rate: float) -> None:
         if rate == flow.rate:
             return
-        now = self.events.now
-        flow.settle(now)
+        self.accrue(flow)
         flow.rate = rate
         if rate > 0:
             left = flow.shard.target - flow.shard.resident
-            self.events.schedule(flow, now + left / rate)
+            self.clock.schedule(flow, self.clock.now + left / rate)
         else:
-            self.events.cancel(flow)
+            self.clock.cancel(flow)
+
+
+def arrival_times(flow: Flow, ends: Sequence[float]) -> list[float]:
+    """Return the time at which each of these leading parts of a flow's shard had arrived.
+
+    For parts that were resident when the flow moved to the foreground, the time of that move is
+    returned.
+
+    Parameters
+    ----------
+    flow
+        A foreground flow that has finished.
+    ends
+        The bytes at which the parts end.
+    """
+    times = []
+    for end in ends:
+        after = bisect_left(flow.marks, (end, -math.inf))
+        high, stop = flow.marks[after]
+        low, begin = flow.marks[after - 1] if after else (-math.inf, stop)
+        times.append(stop - (stop - begin) * (high - end) / (high - low))
+    return times

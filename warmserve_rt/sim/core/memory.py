@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from warmserve_rt.policy.profile import ModelProfile
 
-from .devices import KV_STEP, Device, Hardware, Shard, layer_ends
-from .events import Events
+from .devices import KV_STEP, Device, Shard, layer_ends
+from .eviction import choose_victims
 from .links import Links
-
-if TYPE_CHECKING:
-    from .instance import Instance
 
 
 class Memory:
     """The memory of all devices. Shards grow and shrink by whole layers, and ``device.used`` counts
-    their targets."""
+    their targets.
 
-    def __init__(self, profiles: Sequence[ModelProfile], hardware: Hardware) -> None:
-        self.profiles, self.hardware = profiles, hardware
+    Parameters
+    ----------
+    profiles
+        The profiles of the models.
+    devices
+        The devices.
+    links
+        The links over which layers are loaded.
+
+    Attributes
+    ----------
+    ends
+        For each model the cumulative bytes of its layers on one device.
+    wasted_bytes
+        Bytes that background loads brought and no instance used.
+    """
+
+    def __init__(
+        self, profiles: Sequence[ModelProfile], devices: Sequence[Device], links: Links
+    ) -> None:
+        self.profiles, self.devices, self.links = profiles, devices, links
         self.ends = [layer_ends(profile) for profile in profiles]
-        self.events = Events()
-        memory = float(math.floor(hardware.memory))  # whole bytes, so that sums are exact
-        self.devices = [
-            Device(i, i // hardware.node_devices, memory) for i in range(hardware.devices)
-        ]
-        self.links = Links(self.events, hardware, self.devices)
-        self.hosted = self.links.hosted  # host memory of each node
-        self.wasted = 0.0  # bytes that background loads brought and no instance used
-
-    # Called by a controller.
+        self.wasted_bytes = 0.0
 
     def preload(self, device: Device, model: int, rank: int) -> None:
-        """Make a whole shard resident without a load. Raise ValueError if it does not fit."""
+        """Make a whole shard resident without a load.
+
+        Parameters
+        ----------
+        device
+            The device.
+        model, rank
+            The model and the rank of the shard.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit.
+        """
         shard, end = device.shards.get((model, rank)), self.ends[model][-1]
         if device.used + end - (shard.target if shard else 0.0) > device.memory:
             raise ValueError(f"device {device.index} has no room for {self.profiles[model].name}")
@@ -87,34 +104,58 @@ class Memory:
         return True
 
     def load(
-        self, device: Device, model: int, rank: int, layers: int, stamps: list[tuple[float, float]]
+        self,
+        device: Device,
+        model: int,
+        rank: int,
+        layers: int,
+        keep_values: list[tuple[float, float]],
     ) -> bool:
-        """Do as :meth:`prewarm`, and evict layers with lower keep values if room is short. Return
-        False and evict no layer if that makes too little room."""
+        """Do as :meth:`prewarm`, and evict layers with lower keep values if room is short.
+
+        Parameters
+        ----------
+        device, model, rank, layers
+            See :meth:`prewarm`.
+        keep_values
+            The keep values of the layers; see Shard.
+
+        Returns
+        -------
+        bool
+            False if that makes too little room; no layer is evicted then.
+        """
         target = self._bound(model, layers)
         shard = device.shards.get((model, rank))
-        value = next((keep for end, keep in stamps if end >= target), 0.0)
+        value = next((keep for end, keep in keep_values if end >= target), 0.0)
         more = target - (shard.target if shard else 0.0)
-        if not self._make_room(device, more, spare=shard, below=value):
+        if not self.make_room(device, more, spare=shard, below=value):
             return False
         if not self.prewarm(device, model, rank, layers, priority=value):
             return False
         shard = self._shard(device, model, rank)
-        shard.stamps, shard.planned = stamps, target
+        shard.keep_values, shard.planned = keep_values, target
         return True
 
-    def stamp(
-        self, device: Device, shard: Shard, layers: int, stamps: list[tuple[float, float]]
+    def set_keep_values(
+        self, device: Device, shard: Shard, layers: int, keep_values: list[tuple[float, float]]
     ) -> None:
         """Give these leading layers their keep values, and let the others be evicted first."""
-        shard.stamps, shard.planned = stamps, self._bound(shard.model, layers)
+        shard.keep_values, shard.planned = keep_values, self._bound(shard.model, layers)
 
-    def call_off(self, device: Device, shard: Shard, layers: int) -> None:
+    def cancel(self, device: Device, shard: Shard, layers: int) -> None:
         """Cancel loads beyond these leading layers. Resident layers stay."""
         self.keep(device, shard, max(layers, shard.layers))
 
     def keep(self, device: Device, shard: Shard, layers: int) -> None:
         """Drop all but these leading layers, and cancel the loads of the others.
+
+        Parameters
+        ----------
+        device, shard
+            The shard, and its device.
+        layers
+            The number of leading layers that stay.
 
         Raises
         ------
@@ -133,7 +174,7 @@ class Memory:
             self.links.stop(flow)
         lost = max(0.0, shard.resident - bound)
         unused = min(lost, shard.unused)  # the bytes that arrived last
-        self.wasted += unused
+        self.wasted_bytes += unused
         shard.unused -= unused
         shard.resident = min(shard.resident, bound)
         self._resize(device, shard, bound)
@@ -152,7 +193,54 @@ class Memory:
             need += KV_STEP
         return need <= device.room
 
-    # Accounting.
+    def pin(self, device: Device, model: int, rank: int, *, drop_others: bool) -> int:
+        """Reserve the room of a whole shard for an instance. A load in progress continues.
+
+        Parameters
+        ----------
+        device
+            The device.
+        model, rank
+            The model and the rank of the shard.
+        drop_others
+            Whether to drop all layers that no instance uses from the device. Otherwise as many as
+            needed are evicted, the least valuable first.
+
+        Returns
+        -------
+        int
+            The number of leading layers that were resident.
+        """
+        end = self.ends[model][-1]
+        shard = self._shard(device, model, rank)
+        flow = shard.flow
+        if flow:
+            self.links.stop(flow)
+        shard.pinned, shard.unused = True, 0.0
+        hits = shard.layers
+        if drop_others:
+            for other in [s for s in device.shards.values() if not s.pinned]:
+                self.keep(device, other, 0)
+        self.make_room(device, end - shard.target)
+        self._resize(device, shard, end)
+        if flow:
+            self.links.load(device, shard, priority=flow.priority)
+        return hits
+
+    def unpin(self, device: Device, model: int, rank: int, *, drop: bool) -> None:
+        """Make the shard of an instance evictable, or drop it if ``drop`` is set."""
+        shard = device.shards[model, rank]
+        shard.pinned = False
+        if drop:
+            self.keep(device, shard, 0)
+
+    def close(self) -> None:
+        """Credit the loads in progress, and count the bytes that no instance has used as wasted."""
+        for device in self.devices:
+            for shard in device.shards.values():
+                if shard.flow:
+                    self.links.accrue(shard.flow)
+                self.wasted_bytes += shard.unused
 
     def _bound(self, model: int, layers: int) -> float:
         """Return the byte at which these leading layers end."""
@@ -173,7 +261,7 @@ class Memory:
         device.used += target - shard.target
         shard.target = target
 
-    def _make_room(
+    def make_room(
         self,
         device: Device,
         more: float,
@@ -181,40 +269,30 @@ class Memory:
         spare: Shard | None = None,
         below: float = float("inf"),
     ) -> bool:
-        """Evict tail layers with keep values less than ``below`` until ``more`` bytes are free, the
-        lowest values first. Return False and evict no layer if that is not enough."""
-        lacking = device.used + more - device.memory
-        bounds = {s: s.target for s in device.shards.values() if not s.pinned and s is not spare}
-        layers: dict[Shard, int] = {}
-        while lacking > 0:
-            tails = [(*shard.tail(bound), shard) for shard, bound in bounds.items() if bound > 0]
-            keep, floor, shard = min(tails, key=lambda tail: tail[0], default=(below, 0.0, None))
-            if shard is None or keep >= below:
-                return False
-            # Free at least one byte, so that a shortage by rounding evicts a layer too.
-            stay = max(floor + 0.5, bounds[shard] - max(lacking, 1.0))
-            layers[shard] = bisect_right(shard.ends, stay)
-            bound = self._bound(shard.model, layers[shard])
-            lacking -= bounds[shard] - bound
-            bounds[shard] = bound
-        for shard, count in layers.items():
-            self.keep(device, shard, count)
-            shard.planned = min(shard.planned, shard.target)
-        return True
+        """Evict tail layers, those with the lowest keep values first, until a device has room.
 
-    def _set_kv(self, instance: Instance, nbytes: float) -> None:
-        """Set the KV cache on each device of an instance to whole bytes, so that sums are exact."""
-        for device in instance.devices:
-            device.used += nbytes - instance.kv_room
-            device.kv += nbytes - instance.kv_room
-        instance.kv_room = nbytes
+        Parameters
+        ----------
+        device
+            The device.
+        more
+            Bytes that must be free.
+        spare
+            A shard of which no layer is evicted.
+        below
+            Only layers with keep values less than this are evicted.
 
-    def _grow_kv(self, instance: Instance, need: float) -> bool:
-        """Grow the KV cache to ``need`` bytes on every device, or on none if any lacks room."""
-        more = need - instance.kv_room
-        if any(device.spare < more for device in instance.devices):
+        Returns
+        -------
+        bool
+            False if that is not enough; no layer is evicted then.
+        """
+        victims = choose_victims(
+            device, device.used + more - device.memory, spare=spare, below=below
+        )
+        if victims is None:
             return False
-        for device in instance.devices:
-            self._make_room(device, more)
-        self._set_kv(instance, need)
+        for shard, layers in victims.items():
+            self.keep(device, shard, layers)
+            shard.planned = min(shard.planned, shard.target)
         return True

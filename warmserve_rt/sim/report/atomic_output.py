@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def put(texts: Mapping[str, str], folder: Path) -> None:
+def write_files(texts: Mapping[str, str], folder: Path) -> None:
     """Write files into a folder, which is created if it is missing.
 
     The files are first written to a temporary folder, and then moved.
@@ -31,41 +31,41 @@ def put(texts: Mapping[str, str], folder: Path) -> None:
     Guarantee: strong. After an exception the folder is unchanged.
     """
     folder = folder.absolute()
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".warmserve-rt-", dir=folder))
+        staging = Path(tempfile.mkdtemp(prefix=".warmserve-rt-", dir=folder))
         try:
-            _put(texts, aside, folder)
+            _move_in(texts, staging, folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
-        for each in made:
+        for each in created:
             if each.exists():
                 each.rmdir()
         raise
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OSError if ``put`` could not write to this folder."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{there} is not writable")
+    """Raise OSError if ``write_files`` could not write to this folder."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} is not writable")
 
 
-def _put(texts: Mapping[str, str], aside: Path, folder: Path) -> None:
+def _move_in(texts: Mapping[str, str], staging: Path, folder: Path) -> None:
     for name, content in texts.items():
-        (aside / name).write_text(content, encoding="utf-8")
-    before, placed = aside / "before", list[str]()
+        (staging / name).write_text(content, encoding="utf-8")
+    before, placed = staging / "before", list[str]()
     before.mkdir()
     try:
         for name in texts:
             if (folder / name).exists():
                 os.replace(folder / name, before / name)
             placed.append(name)
-            os.replace(aside / name, folder / name)
+            os.replace(staging / name, folder / name)
     except BaseException:
         for name in placed:
             (folder / name).unlink(missing_ok=True)

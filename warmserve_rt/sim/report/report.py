@@ -9,7 +9,8 @@ from typing import Any
 
 from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.study.digest import as_interval
-from warmserve_rt.sim.study.study import GOALS, Result, Watched
+from warmserve_rt.sim.study.runner import Recording, Result
+from warmserve_rt.sim.study.study import GOALS
 
 from . import charts, sentences, table, time_charts
 
@@ -184,23 +185,23 @@ def _engine_starts(data: dict[str, Any]) -> str:
     )
 
 
-def _watched(result: Result) -> list[tuple[str, Watched]]:
-    return [(o.run.policy, o.watched) for o in result.outcomes if o.watched]
+def _recordings(result: Result) -> list[tuple[str, Recording]]:
+    return [(o.run.policy, o.recording) for o in result.outcomes if o.recording]
 
 
 def _links(result: Result) -> str:
     caption = "Bytes loaded, as a share of the capacity of all host links; the first seed."
     return (
         "<section><h2>Link use over time</h2>"
-        f"{_figure(time_charts.link_use(_watched(result)), caption)}</section>"
+        f"{_figure(time_charts.link_use(_recordings(result)), caption)}</section>"
     )
 
 
 def _memory(result: Result) -> str:
     capacity = result.study.hardware.memory
     parts = list[str]()
-    for policy, watched in _watched(result):
-        if POLICIES[policy].unlimited:
+    for policy, recording in _recordings(result):
+        if POLICIES[policy].unlimited_memory:
             continue
         opened = " open" if not parts else ""
         above = (
@@ -210,8 +211,8 @@ def _memory(result: Result) -> str:
         below = "The resident leading layers of each model: in a full row all are resident."
         parts.append(
             f"<details{opened}><summary>{escape(policy)}</summary>"
-            f"{_figure(time_charts.memory(watched, capacity), above)}"
-            f"{_figure(time_charts.layers(watched), below)}</details>"
+            f"{_figure(time_charts.memory(recording, capacity), above)}"
+            f"{_figure(time_charts.layers(recording), below)}</details>"
         )
     if not parts:
         return ""

@@ -9,14 +9,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from warmserve_rt._terminal import make_console, plain, print_table
-from warmserve_rt.sim.study import study
-from warmserve_rt.sim.study.study import Result, Study
+from warmserve_rt.sim.study import runner
+from warmserve_rt.sim.study.runner import Result
+from warmserve_rt.sim.study.study import Study
 
 from . import sentences, table
 
 
-def run(asked: Study, jobs: int) -> Result:
-    """Run a study as study.run does, with a progress bar on stderr."""
+def run(study: Study, jobs: int) -> Result:
+    """Run a study as runner.run does, with a progress bar on stderr."""
     shown = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,7 +33,7 @@ def run(asked: Study, jobs: int) -> Result:
         progress.update(task, completed=done, total=runs)
 
     try:
-        return study.run(asked, jobs, update)
+        return runner.run(study, jobs, update)
     finally:
         if progress.live.is_started:
             progress.stop()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html import escape
 
-from warmserve_rt.sim.study.study import Watched
+from warmserve_rt.sim.study.runner import Recording
 from warmserve_rt.sim.study.timeline import Track
 
 from .charts import LEFT, RIGHT, TOP, WIDTH, Scale, axes, colour, linear, rule, svg, text
@@ -15,22 +15,24 @@ ROW = 17  # height of a model's row in pixels
 NAMES = 112  # width of the column of names in pixels
 
 
-def link_use(runs: Sequence[tuple[str, Watched]]) -> str:
+def link_use(runs: Sequence[tuple[str, Recording]]) -> str:
     """Draw a strip for each name, all on the same scale."""
     height, gap = 54, 38
-    most = max((max(watched.link_use) for _, watched in runs), default=0.0)
+    most = max((max(recording.link_use) for _, recording in runs), default=0.0)
     most = max(0.05, min(1.0, most * 1.05))
     body, bottom = [], 0.0
-    for place, (name, watched) in enumerate(runs):
+    for place, (name, recording) in enumerate(runs):
         top = TOP + gap + place * (height + gap)
         bottom = top + height
-        x = _minutes(watched.times)
+        x = _minutes(recording.times)
         y = linear(0.0, most, bottom, top)
         ends = ((0.0, "0"), (most, f"{100 * most:.3g} %"))
         for value, label in ends:
             body.append(rule(x.first, y(value), x.last, y(value)))
             body.append(text(x.first - 8, y(value) + 4, label, "end"))
-        edge = [(x(t / 60), y(use)) for t, use in zip(watched.times, watched.link_use, strict=True)]
+        edge = [
+            (x(t / 60), y(use)) for t, use in zip(recording.times, recording.link_use, strict=True)
+        ]
         path = f"M{edge[0][0]:.1f} {bottom:g}" + "".join(f"H{a:.1f}V{b:.1f}" for a, b in edge)
         body.append(
             f'<path class="area" style="fill:{colour(place)}" d="{path}V{bottom:g}Z">'
@@ -43,20 +45,20 @@ def link_use(runs: Sequence[tuple[str, Watched]]) -> str:
     return svg(bottom + 46, "Use of the host links over time by policy", body)
 
 
-def memory(watched: Watched, capacity: float) -> str:
+def memory(recording: Recording, capacity: float) -> str:
     """Draw the bytes of a device, stacked: a band for each model that it held, and the KV cache.
 
     Bands are strong while their model serves, and faint while it is only kept.
     """
     bottom = 300.0
-    x = _minutes(watched.times)
+    x = _minutes(recording.times)
     y = linear(0.0, capacity / 1e9, bottom, TOP + 26)
     if y(y.ticks[-1][0]) > y.last + 14:
         y = replace(y, ticks=(*y.ticks, (y.high, f"{y.high:g}")))
-    body = axes(x, y, "minutes", f"memory of GPU {watched.device} (GB)")
-    columns = [x(time / 60) for time in watched.times]
+    body = axes(x, y, "minutes", f"memory of GPU {recording.device} (GB)")
+    columns = [x(time / 60) for time in recording.times]
     floor = [0.0] * len(columns)
-    for place, track in enumerate(watched.memory.tracks.values()):
+    for place, track in enumerate(recording.memory.tracks.values()):
         roof = [low + size / 1e9 for low, size in zip(floor, track.nbytes, strict=True)]
         lower, upper = [y(v) for v in floor], [y(v) for v in roof]
         strength = [
@@ -72,21 +74,21 @@ def memory(watched: Watched, capacity: float) -> str:
             )
         body.append(_inscription(columns, lower, upper, _name(track)))
         floor = roof
-    caches = [low + kv / 1e9 for low, kv in zip(floor, watched.memory.kv, strict=True)]
+    caches = [low + kv / 1e9 for low, kv in zip(floor, recording.memory.kv, strict=True)]
     lower, upper = [y(v) for v in floor], [y(v) for v in caches]
-    for begin, end, _ in _runs([int(kv > 0) for kv in watched.memory.kv]):
+    for begin, end, _ in _runs([int(kv > 0) for kv in recording.memory.kv]):
         shape = _band(columns, lower, upper, begin, end)
         body.append(f'<path class="band cache" d="{shape}"><title>KV cache</title></path>')
     body.append(_inscription(columns, lower, upper, "KV cache"))
-    return svg(bottom + 44, f"Memory of GPU {watched.device} by model over time", body)
+    return svg(bottom + 44, f"Memory of GPU {recording.device} by model over time", body)
 
 
-def layers(watched: Watched) -> str:
+def layers(recording: Recording) -> str:
     """Draw a row for each model: the number of its leading layers that are resident."""
-    x = _minutes(watched.times, NAMES + 8)
-    columns = [x(time / 60) for time in watched.times]
+    x = _minutes(recording.times, NAMES + 8)
+    columns = [x(time / 60) for time in recording.times]
     body, bottom = [], float(TOP)
-    for place, track in enumerate(watched.memory.tracks.values()):
+    for place, track in enumerate(recording.memory.tracks.values()):
         bottom = TOP + (place + 1) * ROW
         upper = [bottom - (ROW - 3) * k / track.layers_total for k in track.layers]
         lower = [bottom] * len(columns)
@@ -106,7 +108,7 @@ def layers(watched: Watched) -> str:
             )
     body += [text(x(v), bottom + 18, label, "middle") for v, label in x.ticks]
     body.append(text((x.first + x.last) / 2, bottom + 36, "minutes", "middle", "title"))
-    return svg(bottom + 44, f"Leading layers of each model on GPU {watched.device}", body)
+    return svg(bottom + 44, f"Leading layers of each model on GPU {recording.device}", body)
 
 
 def _minutes(times: Sequence[float], left: float = LEFT) -> Scale:

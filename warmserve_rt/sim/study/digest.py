@@ -18,7 +18,8 @@ from warmserve_rt.sim.controllers.policies import POLICIES
 
 from .intervals import Interval, difference, highest_rate, interval, ratio
 from .metrics import Floats, RunSummary
-from .study import GOALS, Outcome, Result, Study
+from .runner import Outcome, Result
+from .study import GOALS, Study
 
 METRICS = tuple(field.name for field in fields(RunSummary))
 RATIOS = ("ttft_mean", "ttft_p99")
@@ -96,7 +97,7 @@ def _policy(result: Result, policy: str, outcomes: Sequence[Outcome]) -> dict[st
     return {
         "title": known.title,
         "engine_start_s": study.engine_start_s if known.engine_start else 0.0,
-        "unlimited_memory": known.unlimited,
+        "unlimited_memory": known.unlimited_memory,
         "metrics": {
             name: {
                 **asdict(interval(_values(outcomes, name))),

@@ -26,6 +26,13 @@ def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
     Bisects the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4.
 
+    Parameters
+    ----------
+    degrees
+        The degrees of freedom.
+    confidence
+        The probability of the interval.
+
     Raises
     ------
     ValueError
@@ -81,7 +88,13 @@ def _sum(values: Sequence[float]) -> float:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Return the mean of ours minus theirs, by seed. Raise ValueError if lengths differ."""
+    """Return the mean of ours minus theirs, by seed. Raise ValueError if lengths differ.
+
+    Parameters
+    ----------
+    ours, theirs
+        The values of two policies, by seed.
+    """
     return interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -91,6 +104,11 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 
     The result is NaN without an interval if a value is not positive, or if both of a pair are
     infinite.
+
+    Parameters
+    ----------
+    ours, theirs
+        The values of two policies, by seed.
 
     Raises
     ------
@@ -128,7 +146,17 @@ class HighestRate:
 
 
 def highest_rate(rates: Sequence[float], attainment: Sequence[float], goal: float) -> HighestRate:
-    """Return the highest rate of a grid. ``attainment``: the mean over seeds at each rate."""
+    """Return the highest rate of a grid.
+
+    Parameters
+    ----------
+    rates
+        The rates of the grid.
+    attainment
+        The mean over seeds of the share within the SLO, at each rate.
+    goal
+        The share to reach.
+    """
     points = sorted(zip(rates, attainment, strict=True))
     reached = [rate for rate, share in points if share >= goal]
     if not reached:

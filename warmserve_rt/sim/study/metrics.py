@@ -79,17 +79,33 @@ def times_to_first_token(fleet: Fleet) -> Floats:
 
 
 def quantile(ascending: Floats, share: float) -> float:
-    """Return a quantile by nearest rank, which is defined for infinite values too."""
+    """Return a quantile by nearest rank, which is defined for infinite values too.
+
+    Parameters
+    ----------
+    ascending
+        The values in rising order.
+    share
+        The share of values at or below the quantile.
+    """
     return float(ascending[max(0, math.ceil(share * len(ascending)) - 1)])
 
 
 def summary(fleet: Fleet, slo: Slo | None = None) -> RunSummary:
-    """Return the numbers of a fleet that has run. Raise ValueError if there were no requests."""
+    """Return the numbers of a fleet that has run. Raise ValueError if there were no requests.
+
+    Parameters
+    ----------
+    fleet
+        The fleet.
+    slo
+        The bound on the first tokens; by default ``Slo()``.
+    """
     ttft = times_to_first_token(fleet)
     if not len(ttft):
         raise ValueError("no requests: a summary needs at least one")
     ascending = np.sort(ttft)
-    hardware, end = fleet.hardware, fleet.events.now
+    hardware, end = fleet.hardware, fleet.clock.now
     missed = ttft > (slo or Slo()).bounds(fleet.workload)
     return RunSummary(
         requests=len(ttft),
@@ -100,9 +116,9 @@ def summary(fleet: Fleet, slo: Slo | None = None) -> RunSummary:
         ttft_p99=quantile(ascending, 0.99),
         slo_miss=float(missed.mean()),
         hit_share=fleet.start_hits / fleet.start_layers if fleet.start_layers else math.nan,
-        loaded_bytes=float(fleet.links.loaded),
-        wasted_bytes=float(fleet.wasted),
+        loaded_bytes=float(fleet.links.loaded_bytes),
+        wasted_bytes=float(fleet.memory.wasted_bytes),
         gpu_hours=fleet.device_seconds / 3600,
         starts=fleet.starts,
-        link_use=fleet.links.loaded / (hardware.bandwidth * hardware.devices * end),
+        link_use=fleet.links.loaded_bytes / (hardware.bandwidth * hardware.devices * end),
     )

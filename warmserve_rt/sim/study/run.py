@@ -9,7 +9,7 @@ from typing import Any
 
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.sim.controllers.baselines.autoscaler import MAPPING_POLL_S, SERVER_POLL_S
-from warmserve_rt.sim.controllers.policies import find
+from warmserve_rt.sim.controllers.policies import find_policy
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.workload.workloads import Workload
@@ -55,9 +55,9 @@ def simulate(
     RuntimeError
         If requests that were not refused are never served.
     """
-    chosen = find(policy)
+    chosen = find_policy(policy)
     check(workload.models, hardware)
-    if chosen.unlimited:
+    if chosen.unlimited_memory:
         hardware = replace(hardware, memory=UNLIMITED)
     if not chosen.multipath:
         hardware = replace(hardware, multipath=1)
@@ -80,7 +80,15 @@ def simulate(
 
 
 def check(models: Sequence[ModelProfile], hardware: Hardware) -> None:
-    """Raise ValueError if a model fits on no group of devices."""
+    """Raise ValueError if a model fits on no group of devices.
+
+    Parameters
+    ----------
+    models
+        The profiles of the models.
+    hardware
+        The devices.
+    """
     for profile in models:
         if profile.width > hardware.node_devices:
             raise ValueError(

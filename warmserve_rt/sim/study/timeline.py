@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
-from warmserve_rt.sim.core.devices import Device, Shard
-from warmserve_rt.sim.core.events import Timer
+from warmserve_rt.sim.core.clock import Timer
+from warmserve_rt.sim.core.devices import Device
 from warmserve_rt.sim.core.fleet import Fleet
 
 
@@ -50,23 +50,23 @@ class Timeline:
         self.devices = [DeviceTimeline() for _ in fleet.devices]
         self.loaded = 0.0
         self.timer = Timer(self.sample)
-        fleet.events.schedule(self.timer, 0.0)
+        fleet.clock.schedule(self.timer, 0.0)
 
     def sample(self) -> None:
         fleet, number = self.fleet, len(self.times)
-        loaded = fleet.links.loaded
+        loaded = fleet.links.loaded_bytes
         for device, timeline in zip(fleet.devices, self.devices, strict=True):
             for flow in (*device.foreground, *device.background):
-                loaded += arrived(fleet, flow.shard) - flow.shard.resident
+                loaded += flow.shard.resident_now - flow.shard.resident
             timeline.kv.append(device.kv)
             self.sample_shards(device, timeline, number)
         hardware = fleet.hardware
         could = hardware.bandwidth * hardware.devices * self.step
         self.link_use.append((loaded - self.loaded) / could if number else 0.0)
         self.loaded = loaded
-        self.times.append(fleet.events.now)
+        self.times.append(fleet.clock.now)
         if (number + 1.5) * self.step < self.end:
-            fleet.events.schedule(self.timer, fleet.events.now + self.step)
+            fleet.clock.schedule(self.timer, fleet.clock.now + self.step)
 
     def sample_shards(self, device: Device, timeline: DeviceTimeline, number: int) -> None:
         fleet = self.fleet
@@ -78,9 +78,9 @@ class Timeline:
                     profile.name, rank, len(shard.ends), [], [], []
                 )
             missing = number - len(track.layers)
-            there = arrived(fleet, shard)
-            track.layers += [0] * missing + [bisect_right(shard.ends, there + 0.5)]
-            track.nbytes += [0.0] * missing + [there]
+            resident = shard.resident_now
+            track.layers += [0] * missing + [bisect_right(shard.ends, resident + 0.5)]
+            track.nbytes += [0.0] * missing + [resident]
             track.serving += [False] * missing + [shard.pinned]
             if shard.pinned:
                 timeline.started.add(model)
@@ -95,15 +95,3 @@ class Timeline:
             track.nbytes += [0.0] * missing
             track.serving += [False] * missing
         return index, timeline
-
-
-def arrived(fleet: Fleet, shard: Shard) -> float:
-    """Return the resident bytes of a shard.
-
-    Does not settle the flow, because its bytes would then be rounded differently than in a run that
-    is not observed.
-    """
-    flow = shard.flow
-    if flow is None or flow.rate <= 0:
-        return shard.resident
-    return min(shard.resident + flow.rate * (fleet.events.now - flow.since), shard.target)

@@ -76,7 +76,15 @@ class Replay:
 
     def dispersion(self, scale: float, window: float) -> float:
         """Return variance over mean of the number of requests in ``scale`` seconds, relative to
-        the mean of their window."""
+        the mean of their window.
+
+        Parameters
+        ----------
+        scale
+            Seconds of the intervals in which requests are counted.
+        window
+            Seconds of a window.
+        """
         bins = max(1, round(window / scale))
         windows = math.floor(self.trace.duration / window) or 1
         inside = self.trace.time[self.trace.time < windows * window]
@@ -136,13 +144,24 @@ def renewal(
     return np.sort(start[of] + inside)
 
 
-def divided(
+def divide_windows(
     counts: NDArray[np.int64], cvs: Floats, parts: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Divide the requests of each window among ``parts`` equal parts of it: [windows * parts].
 
     The counts of a renewal process vary cv^2 times as much as those of a Poisson process. A
     Dirichlet multinomial with a total concentration of (n - cv^2) / (cv^2 - 1) has this variance.
+
+    Parameters
+    ----------
+    counts
+        The number of requests of each window.
+    cvs
+        The coefficient of variation of each window.
+    parts
+        The number of parts of each window.
+    rng
+        The source of draws.
     """
     excess = np.maximum(cvs**2 - 1, 1e-6)
     concentration = np.clip((counts - cvs**2) / excess, 1e-2, 1e6) / parts

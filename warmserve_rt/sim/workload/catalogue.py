@@ -133,7 +133,15 @@ MODELS: Mapping[str, ModelProfile] = MappingProxyType({name: _profile(name) for 
 
 
 def model(base: str, name: str | None = None) -> ModelProfile:
-    """Return a model of MODELS under its own name. Raise ValueError if there is no such model."""
+    """Return a model of MODELS under its own name. Raise ValueError if there is no such model.
+
+    Parameters
+    ----------
+    base
+        The name in MODELS.
+    name
+        The name of the returned model; by default ``base``.
+    """
     if base not in MODELS:
         raise ValueError(
             f"{base!r} is no model of the catalogue: choose one of {', '.join(MODELS)}"
@@ -205,6 +213,15 @@ LLAMA2_70B_MEASURED: Mapping[tuple[str, int], MeasuredTimes] = MappingProxyType(
 
 def measured_llama2_70b(gpu: str, width: int = 4, name: str = "llama2-70b") -> ModelProfile:
     """Return Llama-2-70B on ``width`` devices with the times that Splitwise measured.
+
+    Parameters
+    ----------
+    gpu
+        The name of the device in GPUS.
+    width
+        The number of devices.
+    name
+        The name of the returned model.
 
     Raises
     ------

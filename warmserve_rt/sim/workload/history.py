@@ -17,6 +17,13 @@ def with_history(workload: Workload, seconds: float) -> Workload:
     as long as a request takes alone, over the whole history. If the history has fewer than two such
     intervals, or no request, it is that of a Poisson process.
 
+    Parameters
+    ----------
+    workload
+        A workload without a history.
+    seconds
+        The seconds that become the history.
+
     Raises
     ------
     ValueError

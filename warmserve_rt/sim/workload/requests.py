@@ -93,14 +93,28 @@ class Stream:
     dispersion: Floats
 
 
-def join(
+def join_streams(
     name: str,
     models: Sequence[ModelProfile],
     streams: Sequence[Stream],
     duration: float,
     window: float,
 ) -> Workload:
-    """Join one stream for each model into a workload. ``window``: seconds of a history window."""
+    """Join one stream for each model into a workload.
+
+    Parameters
+    ----------
+    name
+        The name in reports.
+    models
+        The profiles of the models.
+    streams
+        The stream of each model.
+    duration
+        Seconds in which requests arrive.
+    window
+        Seconds of a history window.
+    """
     time = np.concatenate([stream.time for stream in streams])
     order = np.argsort(time, kind="stable")
     model = np.repeat(np.arange(len(streams)), [len(stream.time) for stream in streams])
@@ -122,13 +136,29 @@ def join(
 
 
 def shares(n: int, alpha: float) -> Floats:
-    """Return the models' shares of the total rate: (i + 1)^-alpha, divided by their sum."""
+    """Return the models' shares of the total rate: (i + 1)^-alpha, divided by their sum.
+
+    Parameters
+    ----------
+    n
+        The number of models.
+    alpha
+        The exponent of the power law.
+    """
     weights: Floats = np.arange(1.0, n + 1) ** -alpha
     return weights / float(weights.sum())
 
 
-def alone(model: ModelProfile, prompt: float, output: float) -> float:
-    """Return the seconds of a request that is alone on its instance."""
+def seconds_alone(model: ModelProfile, prompt: float, output: float) -> float:
+    """Return the seconds of a request that is alone on its instance.
+
+    Parameters
+    ----------
+    model
+        The profile of its model.
+    prompt, output
+        Its tokens.
+    """
     return model.prefill(prompt) + output * model.decode(1)
 
 
@@ -137,8 +167,22 @@ def stream_rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def check(models: Sequence[ModelProfile], rate: float, duration: float, window: float) -> None:
-    """Raise ValueError if no workload can be made of these arguments."""
+def check_arguments(
+    models: Sequence[ModelProfile], rate: float, duration: float, window: float
+) -> None:
+    """Raise ValueError if no workload can be made of these arguments.
+
+    Parameters
+    ----------
+    models
+        The profiles of the models.
+    rate
+        Requests per second.
+    duration
+        Seconds in which requests arrive.
+    window
+        Seconds of a history window.
+    """
     if not models:
         raise ValueError("a workload must have at least one model, got none")
     names = [model.name for model in models]

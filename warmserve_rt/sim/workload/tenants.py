@@ -11,8 +11,16 @@ from numpy.typing import NDArray
 from warmserve_rt.policy.profile import ModelProfile
 
 from . import traces
-from .arrivals import DAY, MAX_CV, PAST_DAYS, Floats, divided, renewal
-from .requests import Stream, Workload, alone, check, join, shares, stream_rng
+from .arrivals import DAY, MAX_CV, PAST_DAYS, Floats, divide_windows, renewal
+from .requests import (
+    Stream,
+    Workload,
+    check_arguments,
+    join_streams,
+    seconds_alone,
+    shares,
+    stream_rng,
+)
 
 MIN_ACTIVE = 0.05  # a tenant sends requests in at least this share of all windows
 _W = traces.SERVEGEN_WINDOW
@@ -41,7 +49,7 @@ def servegen(
     family for that window. Tokens are independent draws from the client's quantiles.
 
     The history consists of the seven days before the run. If its windows divide those of the
-    record, the requests are divided as the renewal process would divide them.
+    record, the requests are divide_windows as the renewal process would divide them.
 
     Parameters
     ----------
@@ -62,7 +70,7 @@ def servegen(
         As ``azure`` does, if the mix is unknown, if the run goes past the end of day 14, if the
         window does not fit, or if every tenant is silent throughout the run.
     """
-    check(models, rate, duration, window)
+    check_arguments(models, rate, duration, window)
     traffic = traces.servegen()
     clients = _clients(traffic, mix, len(models), stream_rng(seed, 0))
     rates = traffic.rates[clients].astype(np.float64)
@@ -90,7 +98,7 @@ def servegen(
         counts = rng.poisson(expected[i, past])
         grid = (np.arange(1000) + 0.5) / 1000
         mean_prompt = np.minimum(_draw(prompts, grid), prompt_cap).mean()
-        service = alone(models[i], mean_prompt, _draw(outputs, grid).mean())
+        service = seconds_alone(models[i], mean_prompt, _draw(outputs, grid).mean())
         spread = _dispersion(cvs[i, past], expected[i, past] * (service / _W))
         streams.append(
             Stream(
@@ -102,7 +110,7 @@ def servegen(
                 dispersion=_spread_over(spread, window),
             )
         )
-    return join(f"servegen-{mix}", models, streams, duration, window)
+    return join_streams(f"servegen-{mix}", models, streams, duration, window)
 
 
 def _clients(
@@ -173,7 +181,7 @@ def _history(
     """Return requests per second in windows of another length than the record's."""
     if window <= _W:
         parts = _parts(_W / window)
-        rates: Floats = divided(counts, cvs, parts, rng) / window
+        rates: Floats = divide_windows(counts, cvs, parts, rng) / window
         rates[np.repeat(gaps, parts)] = np.nan
         return rates
     summed: Floats = counts.reshape(-1, _parts(window / _W)).sum(axis=1) / window

@@ -18,7 +18,15 @@ from warmserve_rt.policy.profile import ModelProfile
 
 from . import traces
 from .arrivals import DAY, PAST_DAYS, Replay
-from .requests import Stream, Workload, alone, check, join, shares, stream_rng
+from .requests import (
+    Stream,
+    Workload,
+    check_arguments,
+    join_streams,
+    seconds_alone,
+    shares,
+    stream_rng,
+)
 from .tenants import servegen
 from .trace_file import TraceError, read_columns
 
@@ -119,7 +127,7 @@ def power_law(
     Tokens are drawn from the conversations of the Azure trace. Parameters and errors are those of
     ``azure``.
     """
-    check(models, rate, duration, window)
+    check_arguments(models, rate, duration, window)
     source = traces.azure("conv")
     streams = []
     for i, share in enumerate(shares(len(models), alpha)):
@@ -134,11 +142,11 @@ def power_law(
                 prompt=prompts[row].astype(np.int64),
                 output=source.output[row].astype(np.int64),
                 history=past / window,
-                service=alone(models[i], prompts.mean(), source.output.mean()),
+                service=seconds_alone(models[i], prompts.mean(), source.output.mean()),
                 dispersion=np.ones(len(past)),
             )
         )
-    return join("power-law", models, streams, duration, window)
+    return join_streams("power-law", models, streams, duration, window)
 
 
 def read_trace(path: str | Path, models: Sequence[ModelProfile]) -> Workload:
@@ -162,7 +170,7 @@ def read_trace(path: str | Path, models: Sequence[ModelProfile]) -> Workload:
     ValueError
         If there are no models.
     """
-    check(models, 0.0, 1.0, 300.0)
+    check_arguments(models, 0.0, 1.0, 300.0)
     time, model, prompt, output = read_columns(path, [each.name for each in models])
     return Workload(
         name=Path(path).name,
@@ -174,7 +182,7 @@ def read_trace(path: str | Path, models: Sequence[ModelProfile]) -> Workload:
         duration=math.floor(time[-1]) + 1.0,
         history_window=300.0,
         history=np.zeros((0, len(models))),
-        service=np.array([alone(each, prompt.mean(), output.mean()) for each in models]),
+        service=np.array([seconds_alone(each, prompt.mean(), output.mean()) for each in models]),
         dispersion=np.ones((0, len(models))),
     )
 
@@ -231,14 +239,14 @@ def _replayed(
     prompt_cap: int,
     window: float,
 ) -> Workload:
-    check(models, rate, duration, window)
+    check_arguments(models, rate, duration, window)
     streams = []
     for i, share in enumerate(shares(len(models), alpha)):
         source, rng = sources[i], stream_rng(seed, i)
         replay = Replay(source, share * rate, rng)
         time, row = replay.run(duration)
         prompts = np.minimum(source.prompt, prompt_cap)
-        service = alone(models[i], prompts.mean(), source.output.mean())
+        service = seconds_alone(models[i], prompts.mean(), source.output.mean())
         past = replay.history(window)
         spread = replay.dispersion(min(service, window / 2), window)
         streams.append(
@@ -251,4 +259,4 @@ def _replayed(
                 dispersion=np.full(len(past), spread),
             )
         )
-    return join(name, models, streams, duration, window)
+    return join_streams(name, models, streams, duration, window)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections import deque
 from functools import partial
-from typing import Any
 
 from warmserve_rt.sim.controllers.dispatcher import Dispatcher
 from warmserve_rt.sim.core.devices import Device
 from warmserve_rt.sim.core.fleet import Fleet
 from warmserve_rt.sim.core.instance import Instance
 
-UP, DOWN = 0.8, 0.5  # shares of capacity
-AVERAGED_S = 5.0  # seconds over which load is averaged
-YOUNGEST_S = 5.0  # age in seconds below which an instance is not stopped
+SCALE_UP_THRESHOLD, SCALE_DOWN_THRESHOLD = 0.8, 0.5  # shares of capacity
+LOAD_WINDOW_S = 5.0  # seconds over which load is averaged
+MIN_AGE_S = 5.0  # age in seconds below which an instance is not stopped
 CONTROL_S = 0.5  # seconds between two turns of the control loop
-ASK_AGAIN_S = 1.0  # seconds after which a request that finds no instance asks again
+RETRY_S = 1.0  # seconds after which a request that finds no instance is retried
 SERVER_POLL_S = 0.05  # seconds between two checks whether a new server is ready
 MAPPING_POLL_S = 0.01  # seconds between two checks whether memory is mapped
 
 
-class Load:
+class AverageLoad:
     """The concurrent requests of one model, averaged over the last ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
@@ -53,13 +52,13 @@ class Autoscaler(Dispatcher):
     ----------
     polls
         Whether to poll as the prototype's loops do. Instances then start at turns of the control
-        loop, and a request that finds no instance of its model asks again a second later. A request
+        loop, and a request that finds no instance of its model is retried a second later. A request
         that finds all instances full waits in the queue, as without polls. Without polls, an
         instance starts at the request that needs it, and every waiting request is served as soon as
         an instance has room. The fleet makes the two polls of a start.
-    up, down
+    scale_up_threshold, scale_down_threshold
         The shares of capacity above and below which a model is scaled up and down.
-    averaged_s
+    load_window_s
         Seconds over which the load is averaged.
 
     Raises
@@ -75,36 +74,41 @@ class Autoscaler(Dispatcher):
         self,
         *,
         polls: bool = False,
-        up: float = UP,
-        down: float = DOWN,
-        averaged_s: float = AVERAGED_S,
+        scale_up_threshold: float = SCALE_UP_THRESHOLD,
+        scale_down_threshold: float = SCALE_DOWN_THRESHOLD,
+        load_window_s: float = LOAD_WINDOW_S,
     ) -> None:
         super().__init__()
-        if not 0 < down <= up < math.inf:
+        if not 0 < scale_down_threshold <= scale_up_threshold < math.inf:
             raise ValueError(
-                f"shares of capacity must be 0 < down <= up < inf, got up {up} and down {down}"
+                "scale_down_threshold and scale_up_threshold must be finite and positive shares of "
+                f"capacity in rising order, got {scale_down_threshold} and {scale_up_threshold}"
             )
-        if not 0 < averaged_s < math.inf:
-            raise ValueError(f"averaged_s must be positive and finite seconds, got {averaged_s}")
-        self.polls, self.up, self.down, self.averaged_s = polls, up, down, averaged_s
+        if not 0 < load_window_s < math.inf:
+            raise ValueError(
+                f"load_window_s must be positive and finite seconds, got {load_window_s}"
+            )
+        self.polls, self.load_window_s = polls, load_window_s
+        self.scale_up_threshold = scale_up_threshold
+        self.scale_down_threshold = scale_down_threshold
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        self.load = [Load(self.averaged_s) for _ in fleet.profiles]
+        self.loads = [AverageLoad(self.load_window_s) for _ in fleet.profiles]
         self.waiting: dict[int, None] = {}  # models that need an instance and found no devices
-        self.asking = [0] * len(fleet.profiles)  # requests that will ask again
+        self.retrying = [0] * len(fleet.profiles)  # requests that will be retried
         fleet.after(CONTROL_S, self.control)
 
     def arrived(self, request: int, model: int) -> None:
-        self.load[model].set(self.fleet.events.now, self.concurrent[model] + 1)
+        self.loads[model].set(self.fleet.clock.now, self.concurrent[model] + 1)
         super().arrived(request, model)
 
-    def finished(self, instance: Any, request: int) -> None:
+    def finished(self, instance: Instance, request: int) -> None:
         model = instance.model
-        self.load[model].set(self.fleet.events.now, self.concurrent[model] - 1)
+        self.loads[model].set(self.fleet.clock.now, self.concurrent[model] - 1)
         super().finished(instance, request)
 
-    def demand(self, model: int) -> None:
+    def provision(self, model: int) -> None:
         if not self.polls:
             self.scale_up(model)
 
@@ -112,18 +116,18 @@ class Autoscaler(Dispatcher):
         if not self.polls or any(i.loaded for i in self.serving(model)):
             super().assign(model)
             return
-        line = self.pending[model]
-        while line:
-            request = line.popleft()
-            self.asking[model] += 1
-            self.fleet.after(ASK_AGAIN_S, partial(self.ask, request, model))
+        pending = self.pending[model]
+        while pending:
+            request = pending.popleft()
+            self.retrying[model] += 1
+            self.fleet.after(RETRY_S, partial(self.retry, request, model))
 
-    def ask(self, request: int, model: int) -> None:
-        self.asking[model] -= 1
+    def retry(self, request: int, model: int) -> None:
+        self.retrying[model] -= 1
         self.pending[model].append(request)
         self.assign(model)
 
-    def idle(self, instance: Any) -> None:
+    def idle(self, instance: Instance) -> None:
         if instance.draining:
             self.stop(instance)
 
@@ -134,14 +138,15 @@ class Autoscaler(Dispatcher):
         self.fleet.after(CONTROL_S, self.control)
 
     def serving(self, model: int) -> list[Instance]:
+        """Return the instances of the model that are not draining."""
         return [i for i in self.fleet.instances[model] if not i.draining]
 
     def scale_up(self, model: int) -> None:
         serving = self.serving(model)
         batch = self.fleet.profiles[model].batch
-        load = self.load[model].mean(self.fleet.events.now)
-        none = not serving and (self.pending[model] or self.asking[model])
-        if none or (serving and load > self.up * batch * len(serving)):
+        load = self.loads[model].mean(self.fleet.clock.now)
+        none = not serving and (self.pending[model] or self.retrying[model])
+        if none or (serving and load > self.scale_up_threshold * batch * len(serving)):
             if model not in self.waiting:
                 self.waiting[model] = None
                 self.start_waiting()
@@ -157,20 +162,20 @@ class Autoscaler(Dispatcher):
 
     def scale_down(self, model: int) -> None:
         """Drain the instance with least work. Drain the last one only after a time without load."""
-        now, serving = self.fleet.events.now, self.serving(model)
-        load, batch = self.load[model].mean(now), self.fleet.profiles[model].batch
-        if not serving or load >= self.down * batch * len(serving):
+        now, serving = self.fleet.clock.now, self.serving(model)
+        load, batch = self.loads[model].mean(now), self.fleet.profiles[model].batch
+        if not serving or load >= self.scale_down_threshold * batch * len(serving):
             return
-        if len(serving) > 1 and load >= self.up * batch * (len(serving) - 1):
+        if len(serving) > 1 and load >= self.scale_up_threshold * batch * (len(serving) - 1):
             return  # the others would be scaled up again at once
         if len(serving) == 1 and (load > 0 or self.concurrent[model]):
             return
-        old = [i for i in serving if i.loaded and now - i.start >= YOUNGEST_S]
+        old = [i for i in serving if i.loaded and now - i.started_at >= MIN_AGE_S]
         if old:
-            instance = min(old, key=lambda i: i.work)
+            instance = min(old, key=lambda i: i.request_count)
             instance.draining = True
             self.drain(instance)
-            if not instance.work:
+            if not instance.request_count:
                 self.stop(instance)
 
     def start(self, model: int, devices: tuple[Device, ...]) -> None:
@@ -184,19 +189,20 @@ class Autoscaler(Dispatcher):
         self.start_waiting()
 
     def choose(self, model: int) -> tuple[Device, ...] | None:
+        """Return the devices on which the model should start, or None if too few are free."""
         raise NotImplementedError
 
     def free_groups(self, width: int) -> list[tuple[Device, ...]]:
-        """Return the free aligned groups, or loose groups of free devices if no aligned is free."""
+        """Return the free aligned groups, or other free devices if no aligned group is free."""
         groups = [
             tuple(node[i : i + width])
             for node in self.fleet.links.nodes
             for i in range(0, len(node) - width + 1, width)
         ]
         free = [g for g in groups if all(d.instance is None for d in g)]
-        return free or self.loose_groups(width)
+        return free or self.unaligned_groups(width)
 
-    def loose_groups(self, width: int) -> list[tuple[Device, ...]]:
+    def unaligned_groups(self, width: int) -> list[tuple[Device, ...]]:
         """Return for each node its first free devices, if they are enough."""
         free = ([d for d in node if d.instance is None] for node in self.fleet.links.nodes)
         return [tuple(devices[:width]) for devices in free if len(devices) >= width]

@@ -10,12 +10,12 @@ from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.sim.core.devices import Hardware
 
 KV_TOKENS = 1024  # tokens of a request in the KV cache that a placement assumes
-FULL = 0.5  # share of a batch: with more requests at its peak a model gets another copy
+COPY_THRESHOLD = 0.5  # share of a batch: with more requests at its peak a model gets another copy
 
 
 @dataclass(frozen=True)
-class Demand:
-    """The demand for one model: mean and peak concurrent requests, and requests per second."""
+class ModelLoad:
+    """The load of one model: mean and peak concurrent requests, and requests per second."""
 
     profile: ModelProfile
     average: float
@@ -34,7 +34,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedCopy:
     """A copy of a model on ``width`` devices from ``first`` on."""
 
     model: int
@@ -42,7 +42,7 @@ class Placed:
     width: int
 
 
-def balance(demands: Sequence[Demand], hardware: Hardware) -> list[Placed]:
+def place_copies(loads: Sequence[ModelLoad], hardware: Hardware) -> list[PlacedCopy]:
     """Place copies of models on aligned groups of devices; several may share a device.
 
     First one copy of each model is placed, with memory for one request. The models are ordered by
@@ -50,31 +50,40 @@ def balance(demands: Sequence[Demand], hardware: Hardware) -> list[Placed]:
     without a place. Then further copies are placed while there is room for the peaks of all models
     on the devices. Each is a copy of the model whose copies are fullest at its peak. A copy goes to
     the group whose busiest device is least busy.
+
+    Parameters
+    ----------
+    loads
+        The load of each model.
+    hardware
+        The devices.
     """
 
     def load(m: int) -> float:
-        return demands[m].busy(1) * demands[m].profile.width
+        return loads[m].busy(1) * loads[m].profile.width
 
     def nbytes(m: int) -> float:
-        return float(demands[m].profile.nbytes * demands[m].profile.width)
+        return float(loads[m].profile.nbytes * loads[m].profile.width)
 
     def density(m: int) -> float:
-        return demands[m].rate / nbytes(m)
+        return loads[m].rate / nbytes(m)
 
-    def unserved(placed: list[Placed]) -> float:
-        there = {each.model for each in placed}
-        return sum(demand.rate for m, demand in enumerate(demands) if m not in there)
+    def unserved(placed: list[PlacedCopy]) -> float:
+        models = {each.model for each in placed}
+        return sum(each.rate for m, each in enumerate(loads) if m not in models)
 
-    placed = min((_once(demands, hardware, key) for key in (load, nbytes, density)), key=unserved)
+    placed = min(
+        (_place_once(loads, hardware, key) for key in (load, nbytes, density)), key=unserved
+    )
     open_models = {each.model for each in placed}
     while open_models:
-        copies = _copies(placed)
+        copies = _count_copies(placed)
         model = max(
-            open_models, key=lambda m: (demands[m].peak / demands[m].profile.batch / copies[m], -m)
+            open_models, key=lambda m: (loads[m].peak / loads[m].profile.batch / copies[m], -m)
         )
-        if demands[model].peak <= FULL * demands[model].profile.batch * copies[model]:
+        if loads[model].peak <= COPY_THRESHOLD * loads[model].profile.batch * copies[model]:
             break
-        found = _best(demands, hardware, placed, model, peaks=True)
+        found = _best_copy(loads, hardware, placed, model, peaks=True)
         if found is None:
             open_models.remove(model)
         else:
@@ -82,52 +91,52 @@ def balance(demands: Sequence[Demand], hardware: Hardware) -> list[Placed]:
     return placed
 
 
-def _once(
-    demands: Sequence[Demand], hardware: Hardware, key: Callable[[int], float]
-) -> list[Placed]:
+def _place_once(
+    loads: Sequence[ModelLoad], hardware: Hardware, key: Callable[[int], float]
+) -> list[PlacedCopy]:
     """Place one copy of each model that fits, in falling order of the key."""
-    placed: list[Placed] = []
-    for model in sorted(range(len(demands)), key=key, reverse=True):
-        found = _best(demands, hardware, placed, model, peaks=False)
+    placed: list[PlacedCopy] = []
+    for model in sorted(range(len(loads)), key=key, reverse=True):
+        found = _best_copy(loads, hardware, placed, model, peaks=False)
         if found is not None:
             placed.append(found)
     return placed
 
 
-def _copies(placed: Sequence[Placed]) -> dict[int, int]:
+def _count_copies(placed: Sequence[PlacedCopy]) -> dict[int, int]:
     copies: dict[int, int] = {}
     for each in placed:
         copies[each.model] = copies.get(each.model, 0) + 1
     return copies
 
 
-def _best(
-    demands: Sequence[Demand],
+def _best_copy(
+    loads: Sequence[ModelLoad],
     hardware: Hardware,
-    placed: Sequence[Placed],
+    placed: Sequence[PlacedCopy],
     model: int,
     *,
     peaks: bool,
-) -> Placed | None:
+) -> PlacedCopy | None:
     """Return a copy on the least busy group that has room for it and no copy of the model."""
-    copies = _copies(placed)
+    copies = _count_copies(placed)
     copies[model] = copies.get(model, 0) + 1
     used, busy = [0.0] * hardware.devices, [0.0] * hardware.devices
     taken = set[int]()
 
     def memory(m: int) -> float:
-        profile = demands[m].profile
+        profile = loads[m].profile
         if peaks:
-            return demands[m].memory(copies[m])
+            return loads[m].memory(copies[m])
         return float(profile.nbytes + KV_TOKENS * profile.kv_token_bytes)
 
     for each in placed:
         for d in range(each.first, each.first + each.width):
             used[d] += memory(each.model)
-            busy[d] += demands[each.model].busy(copies[each.model])
+            busy[d] += loads[each.model].busy(copies[each.model])
             if each.model == model:
                 taken.add(d)
-    width, node = demands[model].profile.width, hardware.node_devices
+    width, node = loads[model].profile.width, hardware.node_devices
     best, least = None, (math.inf, math.inf)
     for start in range(0, hardware.devices, node):
         for first in range(start, start + node - width + 1, width):
@@ -137,5 +146,5 @@ def _best(
                 continue
             rank = (max(busy[d] for d in group), max(used[d] for d in group))
             if rank < least:
-                best, least = Placed(model, first, width), rank
+                best, least = PlacedCopy(model, first, width), rank
     return best

@@ -8,8 +8,8 @@ without a copy, and does not model a faster network.
 
 from __future__ import annotations
 
-from .serverless import Autoscaling
+from .serverless import Serverless
 
 
-class BlitzScale(Autoscaling):
-    """A controller that differs from Autoscaling in its Policy: streaming, no engine start."""
+class BlitzScale(Serverless):
+    """A controller that differs from Serverless in its Policy: streaming, no engine start."""

@@ -13,30 +13,30 @@ from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.scheduling.scheduler import Scheduler
 from warmserve_rt.sim.core.fleet import Fleet
 
-SIGHT_S = 120.0
-SOON_S = 20.0
+LOOKAHEAD_S = 120.0  # seconds of known requests
+URGENCY_S = 20.0  # seconds until the next request at which its weight is 1/e
 
 
 class KnownDemand(Demand):
     """A demand that counts future requests in place of a forecast."""
 
     fleet: Fleet
-    arrivals_to_come: list[Any]
+    future_arrivals: list[Any]
 
     def forecast(self, now: float, horizon: float) -> None:
-        self.next = []
+        self.waits = []
         self.rates = []
-        for times in self.arrivals_to_come:
-            begin, end = np.searchsorted(times, (now, now + SIGHT_S), side="right")
-            self.rates.append((end - begin) / SIGHT_S)
-            self.next.append(float(times[begin]) - now if begin < end else math.inf)
+        for times in self.future_arrivals:
+            begin, end = np.searchsorted(times, (now, now + LOOKAHEAD_S), side="right")
+            self.rates.append((end - begin) / LOOKAHEAD_S)
+            self.waits.append(float(times[begin]) - now if begin < end else math.inf)
 
     def need(self, horizon: float) -> Any:
         """Return the need at the known rate, or more if no instance could take the next request."""
         found = super().need(horizon)
-        for model, wait in enumerate(self.next):
-            if not any(i.work or not i.loaded for i in self.fleet.instances[model]):
-                found[model] = max(found[model], math.exp(-wait / SOON_S))
+        for model, wait in enumerate(self.waits):
+            if not any(i.request_count or not i.loaded for i in self.fleet.instances[model]):
+                found[model] = max(found[model], math.exp(-wait / URGENCY_S))
         return found
 
 
@@ -62,7 +62,7 @@ class Clairvoyant(Scheduler):
         )
         known.fleet = fleet.simulated
         workload = known.fleet.workload
-        known.arrivals_to_come = [
+        known.future_arrivals = [
             workload.time[workload.model == model] for model in range(len(fleet.profiles))
         ]
         return known

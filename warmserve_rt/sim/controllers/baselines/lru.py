@@ -15,12 +15,12 @@ KV_TOKENS = 1024  # tokens of a request in the KV cache of a full batch, for whi
 
 
 @dataclass(eq=False)
-class Kept:
+class ResidentModel:
     """A model that was served on these devices and is still resident on them."""
 
     model: int
     devices: tuple[Device, ...]
-    used: float  # the time at which it was served last
+    last_used: float  # the time at which it was served last
 
 
 class Lru(Autoscaler):
@@ -34,7 +34,7 @@ class Lru(Autoscaler):
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        self.kept: list[Kept] = []  # in order of use, the least recently used first
+        self.kept: list[ResidentModel] = []  # in order of use, the least recently used first
 
     def choose(self, model: int) -> tuple[Device, ...] | None:
         """Return the devices that hold the model, the last used ones if several do; otherwise those
@@ -43,12 +43,13 @@ class Lru(Autoscaler):
             if kept.model == model and all(d.instance is None for d in kept.devices):
                 return kept.devices
         groups = self.free_groups(self.fleet.profiles[model].width)
-        return min(groups, key=lambda group: self.newest_lost(model, group), default=None)
+        return min(groups, key=lambda group: self.latest_use_evicted(model, group), default=None)
 
-    def newest_lost(self, model: int, devices: tuple[Device, ...]) -> float:
-        return max((kept.used for kept in self.lost(model, devices)), default=-math.inf)
+    def latest_use_evicted(self, model: int, devices: tuple[Device, ...]) -> float:
+        """Return when the models that a start would evict were used last."""
+        return max((kept.last_used for kept in self.evicted_by(model, devices)), default=-math.inf)
 
-    def lost(self, model: int, devices: tuple[Device, ...]) -> list[Kept]:
+    def evicted_by(self, model: int, devices: tuple[Device, ...]) -> list[ResidentModel]:
         """Return the models that a start on these devices evicts."""
         profile = self.fleet.profiles[model]
         want = float(profile.batch * KV_TOKENS * profile.kv_token_bytes)
@@ -67,13 +68,14 @@ class Lru(Autoscaler):
         return found
 
     def start(self, model: int, devices: tuple[Device, ...]) -> None:
-        for kept in self.lost(model, devices):
+        for kept in self.evicted_by(model, devices):
             self.kept.remove(kept)
             for rank, device in enumerate(kept.devices):
-                self.fleet.keep(device, device.shards[kept.model, rank], 0)
+                self.fleet.memory.keep(device, device.shards[kept.model, rank], 0)
         self.kept = [k for k in self.kept if (k.model, k.devices) != (model, devices)]
         super().start(model, devices)
 
     def stop(self, instance: Instance) -> None:
-        self.kept.append(Kept(instance.model, instance.devices, self.fleet.now))
+        devices = self.fleet.devices_of(instance)
+        self.kept.append(ResidentModel(instance.model, devices, self.fleet.now))
         super().stop(instance)

@@ -11,11 +11,14 @@ from warmserve_rt.sim.core.instance import Instance
 from .autoscaler import Autoscaler
 
 
-class Autoscaling(Autoscaler):
+class Serverless(Autoscaler):
+    """A controller that drops the layers of stopped instances, and prefers nodes whose host
+    memory has the model."""
+
     def choose(self, model: int) -> tuple[Device, ...] | None:
         groups = self.free_groups(self.fleet.profiles[model].width)
-        hosted = self.fleet.hosted
-        return min(groups, key=lambda g: model not in hosted[g[0].node], default=None)
+        host_memories = self.fleet.links.host_memories
+        return min(groups, key=lambda g: model not in host_memories[g[0].node], default=None)
 
     def stop(self, instance: Instance) -> None:
         self.fleet.stop(instance, drop=True)

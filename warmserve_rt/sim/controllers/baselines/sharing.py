@@ -7,22 +7,23 @@ and its split of the cache between models are not reproduced: the first request 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from warmserve_rt.sim.controllers.dispatcher import Dispatcher
 from warmserve_rt.sim.core.fleet import Fleet
+from warmserve_rt.sim.core.instance import Instance
 
-from .balance import Demand, Placed, balance
+from .balance import ModelLoad, PlacedCopy, place_copies
 
 
-class Sharing(Dispatcher):
+class StaticSharing(Dispatcher):
     """A controller that places models once. It refuses the requests of models without room."""
 
     def begin(self, fleet: Fleet) -> None:
         super().begin(fleet)
-        self.placed: list[Placed] = balance(demands(fleet), fleet.hardware)
+        self.placed: list[PlacedCopy] = place_copies(model_loads(fleet), fleet.hardware)
         for each in self.placed:
             fleet.start(each.model, fleet.devices[each.first : each.first + each.width])
 
@@ -32,21 +33,22 @@ class Sharing(Dispatcher):
         else:
             self.fleet.refuse(request)
 
-    def route(self, instances: Any, request: int) -> Any:
-        """Return the instance with the smallest backlog, the fullest of equals: fewer then work."""
+    def route(self, instances: Sequence[Instance], request: int) -> Instance | None:
+        """Return the instance with the smallest backlog, or the fullest of equals, so that fewer
+        instances compute."""
         now = self.fleet.now
-        able = [i for i in instances if i.loaded and self.fleet.reserve(i, request)]
-        return min(able, key=lambda i: (i.backlog(now), -i.work), default=None)
+        candidates = [i for i in instances if i.loaded and self.fleet.kv_caches.reserve(i, request)]
+        return min(candidates, key=lambda i: (i.backlog(now), -i.request_count), default=None)
 
 
-def demands(fleet: Fleet) -> list[Demand]:
-    """Return the demand for each model in the history, or equal demands without a history."""
+def model_loads(fleet: Fleet) -> list[ModelLoad]:
+    """Return the load of each model in the history, or equal loads without a history."""
     models = len(fleet.profiles)
     averages, peaks = fleet.workload.concurrency_history()
     if not len(averages):
         averages = peaks = np.ones((1, models))
     return [
-        Demand(profile, float(average), float(peak), float(average / service))
+        ModelLoad(profile, float(average), float(peak), float(average / service))
         for profile, average, peak, service in zip(
             fleet.profiles,
             np.nan_to_num(np.nanmean(averages, axis=0)),

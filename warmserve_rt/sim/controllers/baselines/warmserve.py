@@ -22,7 +22,7 @@ from .autoscaler import Autoscaler
 
 WINDOW_S = 300.0
 SCORE_BANDWIDTH = 32 * 2**30
-MOST_MODELS = 30  # the largest number of models on one device
+MAX_MODELS = 30  # the largest number of models on one device
 
 
 @dataclass(eq=False)
@@ -96,17 +96,17 @@ class WarmServe(Autoscaler):
                 )
             self.forecaster.observe_windows(-self.window * len(averages), averages, peaks)
         self.replicas: list[Replica] = []  # in the order of prewarming
-        self.whole_kv: dict[Instance, float] = {}  # of draining instances, before they lent any
+        self.full_kv: dict[Instance, float] = {}  # of draining instances, before they lent any
         self.place()
 
     def arrived(self, request: int, model: int) -> None:
         super().arrived(request, model)
         self.observe(model)
 
-    def finished(self, instance: Any, request: int) -> None:
+    def finished(self, instance: Instance, request: int) -> None:
         super().finished(instance, request)
         self.observe(instance.model)
-        if self.lending and instance.draining and instance.work:
+        if self.lending and instance.draining and instance.request_count:
             self.lend(instance)
 
     def observe(self, model: int) -> None:
@@ -118,7 +118,7 @@ class WarmServe(Autoscaler):
 
     # The number of replicas, and their scores.
 
-    def wanted(self) -> list[Replica]:
+    def wanted_replicas(self) -> list[Replica]:
         """Return new replicas, the highest score first, and score the existing ones again.
 
         Existing replicas count as the first of their model and get the scores of the first.
@@ -141,10 +141,10 @@ class WarmServe(Autoscaler):
             scores = [math.exp(-i / n) * profile.nbytes / SCORE_BANDWIDTH for i in range(n)]
             for i in range(foundation, n):
                 scores[i] *= peak / average if average > 0 else 1.0
-            there = [replica for replica in self.replicas if replica.model == model]
-            for i, replica in enumerate(there):
+            present = [replica for replica in self.replicas if replica.model == model]
+            for i, replica in enumerate(present):
                 replica.score = scores[i] if i < n else 0.0
-            found += [Replica(model, (), score) for score in scores[len(there) :]]
+            found += [Replica(model, (), score) for score in scores[len(present) :]]
         found.sort(key=lambda replica: -replica.score)
         return found
 
@@ -154,14 +154,16 @@ class WarmServe(Autoscaler):
         """Prewarm the wanted replicas. Skip those that do not fit; evict no layer for them."""
         if not self.prewarm:
             return
-        for replica in self.wanted():
+        for replica in self.wanted_replicas():
             group = self.group_for(replica) if self.placement else self.first_fit(replica)
             if group is None:
                 continue
             replica.devices = group
             layers = len(self.fleet.profiles[replica.model].layer_bytes)
             for rank, device in enumerate(group):
-                self.fleet.prewarm(device, replica.model, rank, layers, priority=replica.score)
+                self.fleet.memory.prewarm(
+                    device, replica.model, rank, layers, priority=replica.score
+                )
             self.replicas.append(replica)
 
     def group_for(self, new: Replica) -> tuple[Device, ...] | None:
@@ -174,10 +176,10 @@ class WarmServe(Autoscaler):
         profile = self.fleet.profiles[new.model]
         best, best_rank = None, (True, math.inf, True)
         for node in self.fleet.links.nodes:
-            there = [replica for replica in self.replicas if replica.overlaps(node)]
-            room = [device for device in node if self.fits(device, new.model, profile.nbytes)]
+            on_node = [replica for replica in self.replicas if replica.overlaps(node)]
+            room = [device for device in node if self.has_room(device, new.model, profile.nbytes)]
             for group in combinations(room, profile.width):
-                others = [replica for replica in there if replica.overlaps(group)]
+                others = [replica for replica in on_node if replica.overlaps(group)]
                 if not all(other.nests(group) for other in others):
                     continue
                 scores = [other.score for other in others]
@@ -191,15 +193,16 @@ class WarmServe(Autoscaler):
         """Return the first devices of a node with room."""
         profile = self.fleet.profiles[new.model]
         for node in self.fleet.links.nodes:
-            room = [device for device in node if self.fits(device, new.model, profile.nbytes)]
+            room = [device for device in node if self.has_room(device, new.model, profile.nbytes)]
             if len(room) >= profile.width:
                 return tuple(room[: profile.width])
         return None
 
-    def fits(self, device: Device, model: int, nbytes: int) -> bool:
+    def has_room(self, device: Device, model: int, nbytes: int) -> bool:
+        """Return whether a replica of the model can go to the device."""
         if device.instance is not None and not device.instance.draining:
             return False
-        if any(key[0] == model for key in device.shards) or len(device.shards) >= MOST_MODELS:
+        if any(key[0] == model for key in device.shards) or len(device.shards) >= MAX_MODELS:
             return False
         return device.used + nbytes <= self.fleet.hardware.memory
 
@@ -221,13 +224,15 @@ class WarmServe(Autoscaler):
                 loading = loading or replica.devices
         if loading:
             return loading
-        return min(self.free_groups(self.fleet.profiles[model].width), key=self.loss, default=None)
+        return min(
+            self.free_groups(self.fleet.profiles[model].width), key=self.replicas_lost, default=None
+        )
 
-    def loss(self, devices: tuple[Device, ...]) -> int:
+    def replicas_lost(self, devices: tuple[Device, ...]) -> int:
         """Return the number of replicas that a start on these devices destroys."""
         return sum(replica.overlaps(devices) for replica in self.replicas)
 
-    def loose_groups(self, width: int) -> list[tuple[Device, ...]]:
+    def unaligned_groups(self, width: int) -> list[tuple[Device, ...]]:
         free = ([d for d in node if d.instance is None] for node in self.fleet.links.nodes)
         return [group for devices in free for group in combinations(devices, width)]
 
@@ -239,13 +244,13 @@ class WarmServe(Autoscaler):
             if replica.model == model and replica.devices == devices:
                 continue
             for rank, device in enumerate(replica.devices):
-                self.fleet.keep(device, device.shards[replica.model, rank], 0)
+                self.fleet.memory.keep(device, device.shards[replica.model, rank], 0)
         super().start(model, devices)
 
     # Memory.
 
     def drain(self, instance: Instance) -> None:
-        self.whole_kv[instance] = instance.kv_room
+        self.full_kv[instance] = instance.kv_room
         if self.lending:
             self.lend(instance)
 
@@ -253,27 +258,29 @@ class WarmServe(Autoscaler):
         """Lend KV cache of a draining instance: with Q requests it keeps C Q / 32 of its C blocks,
         and never less than the requests use."""
         used = instance.kv_tokens * instance.profile.kv_token_bytes
-        share = self.whole_kv[instance] * instance.work / instance.profile.batch
+        share = self.full_kv[instance] * instance.request_count / instance.profile.batch
         keep = min(instance.kv_room, max(used, share))
         if keep < instance.kv_room:
-            self.fleet.lend(instance, keep)
+            self.fleet.kv_caches.lend(instance, keep)
 
     def stop(self, instance: Instance) -> None:
         """Stop an instance. Its weights stay as a replica if they nest with the others; the paper
         does not specify this, and it costs nothing."""
-        self.whole_kv.pop(instance)
-        keep = self.prewarm and self.keeps(instance)
+        self.full_kv.pop(instance)
+        keep = self.prewarm and self.can_keep(instance)
         if keep:
-            self.replicas.append(Replica(instance.model, instance.devices, 0.0))
+            devices = self.fleet.devices_of(instance)
+            self.replicas.append(Replica(instance.model, devices, 0.0))
         self.fleet.stop(instance, drop=not keep)
         self.start_waiting()
         self.place()
 
-    def keeps(self, instance: Instance) -> bool:
+    def can_keep(self, instance: Instance) -> bool:
         """Return whether the weights of an instance can stay as a replica."""
-        others = [replica for replica in self.replicas if replica.overlaps(instance.devices)]
+        devices = self.fleet.devices_of(instance)
+        others = [replica for replica in self.replicas if replica.overlaps(devices)]
         return all(
-            other.model != instance.model and (other.nests(instance.devices) or not self.placement)
+            other.model != instance.model and (other.nests(devices) or not self.placement)
             for other in others
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim_checks import Books, Scripted, run, tiny, workload
+from sim_checks import Accounts, Scripted, run, tiny, workload
 
 from warmserve_rt.sim.controllers.policies import POLICIES
 from warmserve_rt.sim.core.devices import Hardware
@@ -29,14 +29,14 @@ from warmserve_rt.sim.workload import catalogue, workloads
         Hardware(8, 4, 40e9, multipath=4, switch_devices=2, host_memory=60e9),
     ],
 )
-def test_books_add_up_under_every_policy(policy: str, hardware: Hardware) -> None:
+def test_accounts_balance_under_every_policy(policy: str, hardware: Hardware) -> None:
     models = catalogue.mixed(6)
     requests = workloads.power_law(models, 2.0, 60.0, 3)
-    books = Books(capacity=not POLICIES[policy].unlimited)
-    fleet = simulate(policy, requests, hardware, observers=[books])
-    books.close()
-    assert books.events > len(requests.time)
-    assert not any(fleet.instances[m][0].work for m in range(6) if fleet.instances[m])
+    accounts = Accounts(capacity=not POLICIES[policy].unlimited_memory)
+    fleet = simulate(policy, requests, hardware, observers=[accounts])
+    accounts.close()
+    assert accounts.events > len(requests.time)
+    assert not any(fleet.instances[m][0].request_count for m in range(6) if fleet.instances[m])
 
 
 # (e) Conservation under random operations.
@@ -46,10 +46,10 @@ MODELS = tuple(
     replace(m, layer_bytes=tuple(SCALE * n for n in m.layer_bytes), kv_token_bytes=SCALE * k)
     for m, k in [(tiny(), 1), (tiny(2), 1), (tiny(layers=(90, 20, 60, 10)), 3), (tiny(4), 2)]
 )
-OPERATIONS = ("start", "stop", "drop", "drain", "prewarm", "load", "keep", "call_off", "lend")
+OPERATIONS = ("start", "stop", "drop", "drain", "prewarm", "load", "keep", "cancel", "lend")
 
 
-class Chance(Scripted):
+class RandomController(Scripted):
     """A controller that takes random actions and serves the requests that it can."""
 
     def __init__(self, seed: int) -> None:
@@ -93,14 +93,14 @@ class Chance(Scripted):
         model = int(self.rng.integers(len(MODELS))) if model is None else model
         width = MODELS[model].width
         node = self.some(self.fleet.links.nodes)
-        if self.fleet.elastic_kv and self.rng.random() < 0.5:
-            free = [device for device in node if self.fleet.fits(device, model)]
+        if self.fleet.kv_caches.elastic and self.rng.random() < 0.5:
+            free = [device for device in node if self.fleet.memory.fits(device, model)]
         else:
             free = [device for device in node if not device.instances]
         if len(free) < width:
             for instance in {each for device in node for each in device.instances}:
                 instance.draining = instance.loaded  # requests may wait for a loading one
-                if instance.loaded and not instance.work:
+                if instance.loaded and not instance.request_count:
                     self.fleet.stop(instance)
             return False
         self.rng.shuffle(free)
@@ -111,7 +111,7 @@ class Chance(Scripted):
 
     def stop(self, drop: bool = False) -> bool:
         instance = self.some(
-            i for each in self.fleet.instances for i in each if i.loaded and not i.work
+            i for each in self.fleet.instances for i in each if i.loaded and not i.request_count
         )
         if instance:
             self.fleet.stop(instance, drop=drop)
@@ -128,17 +128,18 @@ class Chance(Scripted):
 
     def prewarm(self) -> bool:
         device, model, rank, layers = self.target()
-        return self.fleet.prewarm(device, model, rank, min(layers, len(MODELS[model].layer_bytes)),
-                                  priority=float(self.rng.integers(4)))  # fmt: skip
+        layers = min(layers, len(MODELS[model].layer_bytes))
+        priority = float(self.rng.integers(4))
+        return self.fleet.memory.prewarm(device, model, rank, layers, priority=priority)
 
     def load(self) -> bool:
         device, model, rank, layers = self.target()
         layers = min(layers, len(MODELS[model].layer_bytes))
         values = sorted(self.rng.integers(0, 9, 2).tolist(), reverse=True)
-        ends = self.fleet.ends[model]
+        ends = self.fleet.memory.ends[model]
         stamps = [(float(ends[layers // 2]), values[0]), (float(ends[-1]), values[1])]
         before = {s: s.target for s in device.shards.values()}
-        loaded = self.fleet.load(device, model, rank, layers, stamps)
+        loaded = self.fleet.memory.load(device, model, rank, layers, stamps)
         if not loaded:  # a refused load evicts nothing
             assert before == {s: s.target for s in device.shards.values()}
         return loaded
@@ -146,14 +147,14 @@ class Chance(Scripted):
     def keep(self) -> bool:
         device, shard = self.shard()
         if shard:
-            self.fleet.keep(device, shard, int(self.rng.integers(0, 5)) % len(shard.ends))
+            self.fleet.memory.keep(device, shard, int(self.rng.integers(0, 5)) % len(shard.ends))
         return shard is not None
 
-    def call_off(self) -> bool:
+    def cancel(self) -> bool:
         device, shard = self.shard()
         if shard:
             layers, wanted = shard.layers, int(self.rng.integers(0, 4))
-            self.fleet.call_off(device, shard, wanted)
+            self.fleet.memory.cancel(device, shard, wanted)
             assert shard.layers == layers
         return shard is not None
 
@@ -164,7 +165,7 @@ class Chance(Scripted):
         used = instance.kv_tokens * instance.profile.kv_token_bytes
         if used < instance.kv_room:
             share = float(self.rng.random())
-            self.fleet.lend(instance, used + share * (instance.kv_room - used))
+            self.fleet.kv_caches.lend(instance, used + share * (instance.kv_room - used))
         return used < instance.kv_room
 
 
@@ -179,7 +180,7 @@ class Chance(Scripted):
     switch_devices=st.sampled_from([1, 2, 4]),
     share=st.sampled_from([0.0, 0.05, 0.5]),
 )
-def test_books_add_up_whatever_a_controller_does(
+def test_accounts_balance_under_random_operations(
     seed: int,
     elastic: bool,
     streaming: bool,
@@ -197,31 +198,36 @@ def test_books_add_up_whatever_a_controller_does(
         8, 4, SCALE * memory, 150.0 * SCALE, multipath, switch_devices, SCALE * host, 100.0 * SCALE,
         share,
     )  # fmt: skip
-    chance = Chance(seed)
-    run(workload(MODELS, rows), hardware, chance, streaming=streaming, elastic_kv=elastic)
+    controller = RandomController(seed)
+    run(workload(MODELS, rows), hardware, controller, streaming=streaming, elastic_kv=elastic)
 
 
-def test_chance_does_all_there_is() -> None:
+def test_the_random_controller_performs_every_operation() -> None:
     rows = [(float(i), i % 4, 20, 20) for i in range(40)]
-    chance = Chance(1)
+    controller = RandomController(1)
     run(
         workload(MODELS, rows),
         Hardware(8, 4, 700.0 * SCALE, 150.0 * SCALE),
-        chance,
+        controller,
         elastic_kv=True,
     )
-    assert set(chance.counts) == set(OPERATIONS)
+    assert set(controller.counts) == set(OPERATIONS)
 
 
 # (f) Repeatability.
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_the_same_seed_is_the_same_run_to_the_byte(policy: str) -> None:
+def test_the_same_seed_gives_identical_bytes(policy: str) -> None:
     def once() -> bytes:
         requests = workloads.power_law(catalogue.mixed(4), 1.0, 60.0, 7)
         fleet = simulate(policy, requests, Hardware(4, 4))
-        numbers = [fleet.links.loaded, fleet.wasted, fleet.device_seconds, float(fleet.starts)]
+        numbers = [
+            fleet.links.loaded_bytes,
+            fleet.memory.wasted_bytes,
+            fleet.device_seconds,
+            float(fleet.starts),
+        ]
         return fleet.first_token.tobytes() + fleet.finished.tobytes() + np.array(numbers).tobytes()
 
     assert once() == once()

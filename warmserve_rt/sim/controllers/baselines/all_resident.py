@@ -7,7 +7,7 @@ from warmserve_rt.sim.core.devices import Device
 from .autoscaler import Autoscaler
 
 
-class Everything(Autoscaler):
+class AllResident(Autoscaler):
     """A bound with unlimited memory: the bytes of models are not counted against the hardware."""
 
     drop_others = False
@@ -18,5 +18,5 @@ class Everything(Autoscaler):
 
     def start(self, model: int, devices: tuple[Device, ...]) -> None:
         for rank, device in enumerate(devices):
-            self.fleet.preload(device, model, rank)
+            self.fleet.memory.preload(device, model, rank)
         super().start(model, devices)
