@@ -199,10 +199,10 @@ def activation(bench: Bench, folder: Path) -> None:
                 runtime.register(name, folder / name)
             runtime.prewarm("b").wait()
             for layer in runtime.model("b").layers:
-                runtime.stamp("b", float(layer.index), layer=layer.index)
-            runtime.stamp("a", 100.0)
+                runtime.set_keep_value("b", float(layer.index), layer=layer.index)
+            runtime.set_keep_value("a", 100.0)
             runtime.prewarm("a").wait()  # takes the first layers of "b"
-            runtime.stamp("a", -1.0)
+            runtime.set_keep_value("a", -1.0)
             layers = runtime.snapshot().models["b"].layers
             assert layers[0].residency == "absent"
             assert layers[-1].residency == "resident"

@@ -115,7 +115,7 @@ def test_more_that_makes_no_sense(runtime: Runtime) -> None:
     ):
         runtime.evict("a", wait="ever")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no layer 9"):
-        runtime.stamp("a", 1.0, layer=9)
+        runtime.set_keep_value("a", 1.0, layer=9)
 
 
 def test_a_part_can_be_kept_or_dropped(runtime: Runtime) -> None:

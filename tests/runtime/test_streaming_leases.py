@@ -119,8 +119,8 @@ def test_waits_that_make_no_sense(runtime: Runtime) -> None:
                 lease.wait(layer)
         with pytest.raises(ValueError, match="not in this lease"):
             lease.wait(0, model=runtime.model("b"))
-        hold = lease._latest("wait()")[1]
-    for misuse in (lambda: lease.wait(0), lambda: hold.wait_layer(lease.models[0].native, 0)):
+        native = lease._latest("wait()").native
+    for misuse in (lambda: lease.wait(0), lambda: native.wait_layer(lease.models[0].native, 0)):
         with pytest.raises(StaleView, match=r"not held|released"):
             misuse()
     with (
@@ -200,16 +200,16 @@ def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, P
     ticket = runtime.prewarm("a")  # a ticket keeps its model alive
     ticket.cancel()
     stream = runtime.stream()
-    hold = runtime.native.begin_lease([runtime.model(name).native for name in "ba"], 0)
-    while not hold.arrived(runtime.model("b").native, 1):
-        hold.wait_layer(runtime.model("b").native, 1, stream, 20)
-    hold.record(stream)
-    hold.release()
+    lease = runtime.native.begin_lease([runtime.model(name).native for name in "ba"], 0)
+    while not lease.arrived(runtime.model("b").native, 1):
+        lease.wait_layer(runtime.model("b").native, 1, stream, 20)
+    lease.record(stream)
+    lease.release()
     assert states(runtime, "a") == ["absent"] * 4
     runtime.unregister("a")
     runtime.unregister("b")
     stream.synchronize()
-    del stream, hold
+    del stream, lease
     gc.collect()
     left = dict(watched.strict.live)
     del ticket

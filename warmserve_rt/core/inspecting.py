@@ -33,7 +33,7 @@ class Inspecting:
         self._framework: Framework = framework
         self._granule_bytes = granule_bytes
         self._models = Revisions()
-        self._failed_paths: set[str] = set()  # names whose failure has been logged
+        self._failed_routes: set[str] = set()  # names whose failure has been logged
 
     def __repr__(self) -> str:
         if self._open is None:
@@ -159,10 +159,10 @@ class Inspecting:
     def snapshot(self) -> Snapshot:
         """Return the state of the device and of all models now, as plain values. Wait-free."""
         now = Snapshot.of(self.native)
-        for path in now.paths:
-            if path.error and path.name not in self._failed_paths:
-                self._failed_paths.add(path.name)
-                log.warning("path %s failed and is no longer used: %s", path.name, path.error)
+        for route in now.routes:
+            if route.error and route.name not in self._failed_routes:
+                self._failed_routes.add(route.name)
+                log.warning("route %s failed and is no longer used: %s", route.name, route.error)
         return now
 
     def stream(self, priority: StreamPriority = "normal") -> _native.Stream:

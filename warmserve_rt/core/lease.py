@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from warmserve_rt import _arguments as check
 from warmserve_rt._errors import StaleView
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-# One acquisition of a lease, which may have several: the owner (a thread's or task's number), the
-# native hold, and the stream to record on release.
-_Acquisition: TypeAlias = "tuple[int, _native.Hold, _native.Stream | None]"
+class _Acquisition(NamedTuple):
+    """One acquisition of a lease, which may have several."""
+
+    owner: int  # the thread's or the task's number
+    native: _native.Lease
+    stream: _native.Stream | None  # to record on release
 
 
 class Lease:
-    """A hold on one model, on several models all or nothing, or on some layers of one model.
+    """A lease on one model, on several models all or nothing, or on some layers of one model.
 
     Made by :meth:`Runtime.lease`; acquired by ``with``, ``async with`` or :meth:`acquire`.
 
@@ -127,10 +130,10 @@ class Lease:
         """
         ours = None if stream is None else native_stream(self._native, stream)
         owner = threading.get_ident()
-        hold = self._begin(owner)
-        if hold.wait(self._timeout, not self._streaming):
+        native = self._begin(owner)
+        if native.wait(self._timeout, not self._streaming):
             debug("waited for %s", self)
-        self._acquired.append((owner, hold, ours))
+        self._acquired.append(_Acquisition(owner, native, ours))
         return self
 
     def wait(
@@ -170,8 +173,8 @@ class Lease:
         """
         of = model or self._only_model()
         behind = None if stream is None else native_stream(self._native, stream)
-        _, hold, _ = self._latest("wait()")
-        hold.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
+        native = self._latest("wait()").native
+        native.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
 
     def record(self, stream: StreamLike) -> None:
         """Record that the stream's work so far uses the layers.
@@ -179,8 +182,7 @@ class Lease:
         No layer is unmapped before that work completes, even after the release. Raises StaleView if
         the lease is not held.
         """
-        _, hold, _ = self._latest("record()")
-        hold.record(native_stream(self._native, stream))
+        self._latest("record()").native.record(native_stream(self._native, stream))
 
     def release(self) -> None:
         """Release the latest acquisition of this thread (or task), or the latest of all if it has
@@ -195,20 +197,20 @@ class Lease:
 
     async def __aenter__(self) -> Lease:
         owner = id(asyncio.current_task())
-        hold = self._begin(owner)
+        native = self._begin(owner)
         everything = not self._streaming
 
         def notify(waker: _native.Waker, token: int) -> bool:
-            return hold.notify(waker, token, everything)
+            return native.notify(waker, token, everything)
 
         try:
-            if not hold.ready(everything):
+            if not native.ready(everything):
                 await until_over(notify, self._timeout)
-            hold.wait(0, everything)  # raises the error of a failed load, or TimeoutError
+            native.wait(0, everything)  # raises the error of a failed load, or TimeoutError
         except BaseException:
-            hold.release()
+            native.release()
             raise
-        self._acquired.append((owner, hold, None))
+        self._acquired.append(_Acquisition(owner, native, None))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -251,13 +253,12 @@ class Lease:
         if model not in self._models:
             raise ValueError(f"{model.name!r} is not in this lease")
         mine = self._latest(f"the tensors of {model.name!r}")
-        hold = mine[1]
 
         def held() -> bool:
             return any(each is mine for each in self._acquired)
 
         def here(layer: int) -> bool:
-            return hold.arrived(model.native, layer)
+            return mine.native.arrived(model.native, layer)
 
         complete = self._layers is None and not self._streaming
         return LeasedTensors(model.name, model.layout, tensors, held, None if complete else here)
@@ -273,7 +274,7 @@ class Lease:
         if not acquired:
             raise StaleView(f"{what}: the lease is not held")
         me = owner or threading.get_ident()
-        return next((each for each in reversed(acquired) if each[0] == me), acquired[-1])
+        return next((each for each in reversed(acquired) if each.owner == me), acquired[-1])
 
     def _leave(self, owner: int) -> None:
         while True:
@@ -281,17 +282,16 @@ class Lease:
             with suppress(ValueError):  # another thread without its own removed it
                 self._acquired.remove(mine)
                 break
-        _, hold, stream = mine
         try:
-            if stream is not None:
-                hold.record(stream)
+            if mine.stream is not None:
+                mine.native.record(mine.stream)
         finally:
-            hold.release()
+            mine.native.release()
 
-    def _begin(self, owner: int) -> _native.Hold:
+    def _begin(self, owner: int) -> _native.Lease:
         if self._acquired:
             with suppress(IndexError, StaleView):  # the last acquirer has just released it
-                return self._acquired[-1][1].share(owner)
+                return self._acquired[-1].native.share(owner)
         models = [model.native for model in self._models]
         return self._native.begin_lease(models, owner, self._layers)
 

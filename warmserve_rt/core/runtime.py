@@ -20,7 +20,7 @@ from .model import Model
 from .options import open_runtime
 from .registration import Digests, Origin, Verify, anchored
 from .revisions import difference, parse_name
-from .routes import Path
+from .routes import Route
 from .selection import Layers, layer_index, layer_indices
 from .ticket import Ticket
 from .views import Framework
@@ -74,9 +74,9 @@ class Runtime(Evicting):
         "numpy" on the host, and on CUDA "cupy" if it is installed or else "dlpack".
     driver : native driver, optional
         Use this driver instead of opening ``device``, for tests.
-    paths : sequence of "cuda:N"
-        Neighbours whose host links foreground loads may use too. Each neighbour gives four chunks
-        of its memory (:mod:`warmserve_rt.core.routes`).
+    routes : sequence of "cuda:N"
+        Peers whose host links foreground loads may use too. Each peer gives four chunks of its
+        memory (:mod:`warmserve_rt.core.routes`).
 
     Raises
     ------
@@ -117,7 +117,7 @@ class Runtime(Evicting):
         read_bandwidth: Size | None = None,
         tensors: Framework | None = None,
         driver: _native.Driver | None = None,
-        paths: Sequence[Path] = (),
+        routes: Sequence[Route] = (),
     ) -> None:
         super().__init__(
             *open_runtime(
@@ -135,7 +135,7 @@ class Runtime(Evicting):
                 read_bandwidth=read_bandwidth,
                 tensors=tensors,
                 driver=driver,
-                paths=paths,
+                routes=routes,
             )
         )
         close_at_exit(self)
@@ -434,7 +434,7 @@ class Runtime(Evicting):
             timeout = check.timeout(timeout)
         return Lease(self.native, wanted, chosen, streaming=streaming, timeout=timeout)
 
-    def stamp(
+    def set_keep_value(
         self, model: Model | str, keep_value: float, *, layer: int | str | None = None
     ) -> None:
         """Set how much a model, or one layer of it, is worth keeping.

@@ -86,7 +86,7 @@ def cuda_driver(
     ordinal : int
         The number of the device.
     peers : sequence of int
-        The numbers of devices that may be among that runtime's ``paths``.
+        The numbers of devices that may be among that runtime's ``routes``.
     """
     return _native.cuda_driver(
         library=str(cuda.library), ordinal=ordinal, kernels=b"simulated", peers=peers
