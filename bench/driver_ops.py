@@ -104,7 +104,7 @@ def sample_matches(cuda: SimulatedCuda, model: Model, path: Path) -> bool:
     """Return whether the start of every granule on the device equals the file's bytes."""
     with path.open("rb") as file:
         for layer in model.layers:
-            address = model.native.view(layer.index, 0, [1], 1, 1, 8, 1).address
+            address = model.layer_bytes(layer.index).address
             for granule, pieces in samples(layer):
                 wanted = bytearray(min(SAMPLE, layer.nbytes - granule))
                 for at, into, size in pieces:

@@ -334,7 +334,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_fork_gives_the_child_an_error_and_spares_the_parent(model: Path) -> None:
     done = run(
         """
-        view = model.native.view(0, 0, [100], 100, 1, 8, 1)
+        view = model.layer_bytes(0, 0, 100)
         lease = runtime.lease("m").acquire()
         child = os.fork()
         if child == 0:

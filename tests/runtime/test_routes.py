@@ -150,7 +150,7 @@ def test_a_stream_waits_for_a_layer_that_came_over_a_peer_s_link(
             for index, content in enumerate(layers):
                 lease.wait(index, stream)
                 out = bytearray(LAYER)
-                view = runtime.model("m").native.view(index, 0, [LAYER], LAYER, 1, 8, 1)
+                view = runtime.model("m").layer_bytes(index, 0, LAYER)
                 stream.copy_from(out, view)
                 stream.synchronize()
                 assert out == content

@@ -247,7 +247,7 @@ class Machine(RuleBasedStateMachine):
         real, layer = lease[0], data.draw(st.sampled_from(lease[1].layers))
         name, index = layer.model.name, layer.index
         nbytes = SIZES[name][index]
-        view = self.runtime.model(name).native.view(index, 0, [nbytes], nbytes, 1, 8, 1)
+        view = self.runtime.model(name).layer_bytes(index, 0, nbytes)
         real.wait_layer(self.runtime.model(name).native, index, self.stream, 20)
         self.catch_up(lambda: layer.state == "resident")
         assert real.arrived(self.runtime.model(name).native, index)
@@ -271,7 +271,7 @@ class Machine(RuleBasedStateMachine):
         index = expected.layers[0].index
         nbytes = SIZES[name][index]
         out = np.zeros(nbytes, np.uint8)
-        view = self.runtime.model(name).native.view(index, 0, [nbytes], nbytes, 1, 8, 1)
+        view = self.runtime.model(name).layer_bytes(index, 0, nbytes)
         self.stream.copy_from(out, view)
         lease[0].record(self.stream)
         self.fenced.append((out, self.expected(name, index)))

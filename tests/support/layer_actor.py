@@ -177,7 +177,7 @@ class Actor:
             use.lease.wait(said, tape.stream, model=entry.model)
             _ = use.lease.of(entry.model)[tensor(layer)]
         else:
-            entry.model.native.wait(layer, tape.stream)
+            entry.model.wait(layer, tape.stream)
         if self.filling([(entry, layer)]):
             self.world.count("copies ordered behind a layer that is still filling")
         tape.copy(entry, layer)

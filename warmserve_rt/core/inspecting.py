@@ -17,6 +17,7 @@ from .model import Model
 from .revisions import Revisions
 from .selection import layer_index
 from .snapshot import Snapshot
+from .streams import StreamLike, native_stream
 from .views import Framework
 
 StreamPriority = Literal["background", "normal", "urgent"]
@@ -55,6 +56,11 @@ class Inspecting:
         if self._open is None:
             raise WarmServeError("the runtime is closed")
         return self._open
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has succeeded."""
+        return self._open is None
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -179,6 +185,21 @@ class Inspecting:
         return self.native.stream(
             check.choice("priority", priority, ("background", "normal", "urgent"))
         )
+
+    def adopt_stream(self, stream: StreamLike) -> _native.Stream:
+        """Return a stream of torch, CuPy or other code as a stream of this runtime.
+
+        The methods that take a stream adopt it themselves. Use this to adopt a stream once for many
+        calls. The stream's owner must keep it alive until its work that uses the arena is done.
+
+        Raises
+        ------
+        TypeError
+            ``stream`` is not a stream.
+        ValueError
+            The device accepts only its own streams.
+        """
+        return native_stream(self.native, stream)
 
     def check_invariants(self) -> None:
         """Raise WarmServeError if the runtime's state is inconsistent, naming the first fault."""

@@ -227,7 +227,7 @@ class Runtime(Evicting):
                     checks=opened.checks,
                 )
                 again = replace(origin, source=anchored(origin.source))
-                return Model(made, opened.layout, self._framework, again)
+                return Model(made, native, opened.layout, self._framework, again)
 
             model = self._models.add(str(name), opened.layout, make)
         log.info(

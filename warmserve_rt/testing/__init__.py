@@ -144,9 +144,7 @@ def swap_granules(
     size = runtime.snapshot().granule_bytes
     begins = []
     for model, layer in ((a, layer_a), (b, layer_b)):
-        spec = model.layers[layer]
-        view = model.native.view(layer, 0, [spec.nbytes], spec.nbytes, 1, 8, 1)
-        begins.append(view.address + granule * size)
+        begins.append(model.layer_bytes(layer).address + granule * size)
     buffers = [(ctypes.c_char * size).from_address(begin) for begin in begins]
     for begin in begins:
         if _libc.mprotect(ctypes.c_void_p(begin), size, _PROT_READ | _PROT_WRITE):

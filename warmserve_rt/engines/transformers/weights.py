@@ -39,7 +39,7 @@ class Home:
 
     def check_leased(self, action: str) -> None:
         """Raise StaleView if no lease holds the model."""
-        if self.model.native.leased == (False, 0):
+        if not self.model.leased and not self.model.lease_epoch:
             name = self.model.name
             raise StaleView(
                 f"{name!r} is not leased: {action} under `with runtime.lease({name!r})`"

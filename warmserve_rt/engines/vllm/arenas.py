@@ -48,10 +48,7 @@ class Arena:
 
     @property
     def is_open(self) -> bool:
-        try:
-            return self.runtime.native is not None
-        except WarmServeError:
-            return False
+        return not self.runtime.closed
 
     @property
     def nbytes(self) -> int:

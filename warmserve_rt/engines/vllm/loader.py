@@ -27,7 +27,6 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from warmserve_rt._errors import CorruptCheckpoint
-from warmserve_rt.core.streams import native_stream
 from warmserve_rt.engines.torch.gates import guard
 from warmserve_rt.engines.torch.state import (
     LayoutDiffers,
@@ -258,14 +257,11 @@ def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
     on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors("torch").values())
 
     def wait(module: nn.Module, arguments: Any, output: Any) -> None:
-        everything_there, _ = weights.model.native.leased
-        if everything_there:
+        if weights.model.leased:
             return
-        stream = None
-        if on_cuda:
-            stream = native_stream(weights.runtime.native, torch.cuda.current_stream())
+        stream = weights.runtime.adopt_stream(torch.cuda.current_stream()) if on_cuda else None
         for layer in weights.model.layers:
-            weights.model.native.wait(layer.index, stream)
+            weights.model.wait(layer.index, stream)
 
     model.register_forward_hook(wait)
 
