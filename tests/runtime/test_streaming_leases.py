@@ -119,7 +119,7 @@ def test_waits_that_make_no_sense(runtime: Runtime) -> None:
                 lease.wait(layer)
         with pytest.raises(ValueError, match="not in this lease"):
             lease.wait(0, model=runtime.model("b"))
-        native = lease._latest("wait()").native
+        native = lease._acquired.latest("wait()").native
     for misuse in (lambda: lease.wait(0), lambda: native.wait_layer(lease.models[0].native, 0)):
         with pytest.raises(StaleView, match=r"not held|released"):
             misuse()

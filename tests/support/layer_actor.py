@@ -13,7 +13,7 @@ from typing import Any
 from layer_world import Entry, Tape, World, tensor
 
 from warmserve_rt import Busy, Cancelled, OutOfDeviceMemory, StaleView
-from warmserve_rt.core.runtime import Ticket
+from warmserve_rt.core.ticket import Ticket
 
 Wants = list[tuple[Entry, int]]
 Refusals = tuple[type[Exception], ...]

@@ -9,7 +9,7 @@ from layer_actor import NO_ROOM, Actor
 from layer_world import Failed
 
 from warmserve_rt import Busy, Cancelled, StaleView
-from warmserve_rt.core.runtime import Ticket
+from warmserve_rt.core.ticket import Ticket
 
 PUMP = {
     "lease": 12,

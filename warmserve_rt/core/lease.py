@@ -6,14 +6,13 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from warmserve_rt import _arguments as check
-from warmserve_rt._errors import StaleView
 from warmserve_rt._log import debug
 from warmserve_rt._units import format_bytes
 
+from ._acquisitions import Acquisitions
 from ._awaiting import until_over
 from .selection import layer_index
 from .streams import StreamLike, native_stream
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
     from warmserve_rt import _native
 
     from .model import Model
-
-
-class _Acquisition(NamedTuple):
-    """One acquisition of a lease, which may have several."""
-
-    owner: int  # the thread's or the task's number
-    native: _native.Lease
-    stream: _native.Stream | None  # to record on release
 
 
 class Lease:
@@ -76,7 +67,7 @@ class Lease:
         self._layers = layers
         self._streaming = streaming
         self._timeout = timeout
-        self._acquired: list[_Acquisition] = []  # thread-safe: changed only by single list methods
+        self._acquired = Acquisitions()
 
     def __repr__(self) -> str:
         names = ", ".join(repr(model.name) for model in self._models)
@@ -133,7 +124,7 @@ class Lease:
         native = self._begin(owner)
         if native.wait(self._timeout, not self._streaming):
             debug("waited for %s", self)
-        self._acquired.append(_Acquisition(owner, native, ours))
+        self._acquired.add(owner, native, ours)
         return self
 
     def wait(
@@ -173,7 +164,7 @@ class Lease:
         """
         of = model or self._only_model()
         behind = None if stream is None else native_stream(self._native, stream)
-        native = self._latest("wait()").native
+        native = self._acquired.latest("wait()").native
         native.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
 
     def record(self, stream: StreamLike) -> None:
@@ -182,7 +173,7 @@ class Lease:
         No layer is unmapped before that work completes, even after the release. Raises StaleView if
         the lease is not held.
         """
-        self._latest("record()").native.record(native_stream(self._native, stream))
+        self._acquired.latest("record()").native.record(native_stream(self._native, stream))
 
     def release(self) -> None:
         """Release the latest acquisition of this thread (or task), or the latest of all if it has
@@ -210,7 +201,7 @@ class Lease:
         except BaseException:
             native.release()
             raise
-        self._acquired.append(_Acquisition(owner, native, None))
+        self._acquired.add(owner, native, None)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -252,10 +243,10 @@ class Lease:
     def _checked(self, model: Model, tensors: Tensors) -> LeasedTensors:
         if model not in self._models:
             raise ValueError(f"{model.name!r} is not in this lease")
-        mine = self._latest(f"the tensors of {model.name!r}")
+        mine = self._acquired.latest(f"the tensors of {model.name!r}")
 
         def held() -> bool:
-            return any(each is mine for each in self._acquired)
+            return self._acquired.includes(mine)
 
         def here(layer: int) -> bool:
             return mine.native.arrived(model.native, layer)
@@ -268,20 +259,8 @@ class Lease:
             raise ValueError("the lease is on several models: name one of them")
         return self._models[0]
 
-    def _latest(self, what: str, owner: int | None = None) -> _Acquisition:
-        """Return the latest acquisition of the owner (by default this thread), or of all."""
-        acquired = tuple(self._acquired)
-        if not acquired:
-            raise StaleView(f"{what}: the lease is not held")
-        me = owner or threading.get_ident()
-        return next((each for each in reversed(acquired) if each.owner == me), acquired[-1])
-
     def _leave(self, owner: int) -> None:
-        while True:
-            mine = self._latest("release()", owner)
-            with suppress(ValueError):  # another thread without its own removed it
-                self._acquired.remove(mine)
-                break
+        mine = self._acquired.remove_latest(owner)
         try:
             if mine.stream is not None:
                 mine.native.record(mine.stream)
@@ -289,9 +268,9 @@ class Lease:
             mine.native.release()
 
     def _begin(self, owner: int) -> _native.Lease:
-        if self._acquired:
-            with suppress(IndexError, StaleView):  # the last acquirer has just released it
-                return self._acquired[-1].native.share(owner)
+        shared = self._acquired.share(owner)
+        if shared is not None:
+            return shared
         models = [model.native for model in self._models]
         return self._native.begin_lease(models, owner, self._layers)
 

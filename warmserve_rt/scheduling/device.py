@@ -9,9 +9,11 @@ from contextlib import suppress
 from itertools import accumulate
 
 from warmserve_rt._errors import Busy, Cancelled, DeviceLost, OutOfDeviceMemory, WarmServeError
+from warmserve_rt.core.loading import BACKGROUND
 from warmserve_rt.core.model import Model
-from warmserve_rt.core.runtime import BACKGROUND, Runtime, Ticket
+from warmserve_rt.core.runtime import Runtime
 from warmserve_rt.core.snapshot import Snapshot
+from warmserve_rt.core.ticket import Ticket
 from warmserve_rt.policy.profile import ModelProfile
 
 Stamps = list[tuple[float, float]]

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 
 from warmserve_rt import _native
 from warmserve_rt.core.devices import open_driver
-from warmserve_rt.core.runtime import Model, Runtime
+from warmserve_rt.core.model import Model
+from warmserve_rt.core.runtime import Runtime
 
-from .simcuda import Faults, SimulatedCuda, simulated_cuda, simulated_cuda_fixture
+from ._simcuda_library import Faults
+from .simcuda import SimulatedCuda, simulated_cuda, simulated_cuda_fixture
 
 __all__ = [
     "SimulatedCuda",

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from warmserve_rt import _native
-    from warmserve_rt.core.runtime import Model, Runtime
+    from warmserve_rt.core.model import Model
+    from warmserve_rt.core.runtime import Runtime
 
 
 def guard(
