@@ -7,9 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import CapsuleType
 
-# (descriptor, path for messages, (device, inode, size, mtime_ns, ctime_ns)). The descriptor is
-# duplicated before the next item is requested. Times are modulo 2**64.
-FileTuple: TypeAlias = tuple[int, str, tuple[int, int, int, int, int]]
+from warmserve_rt.core.registration import SourceFile
+
 # (bytes, [(file, file offset, layer offset, bytes in the layer, kind of cast)]).
 LayerTuple: TypeAlias = tuple[int, Sequence[tuple[int, int, int, int, str | None]]]
 # For each layer: [(granule, its digest, or None to compute it from the files)].
@@ -301,7 +300,7 @@ class Runtime:
     def register(
         self,
         name: str,
-        files: Iterable[FileTuple],
+        files: Iterable[SourceFile],  # a descriptor is duplicated before the next item is requested
         layers: Layout | Sequence[LayerTuple],
         writable: bool,
         checks: Checks = ...,  # default: no checks
@@ -309,7 +308,7 @@ class Runtime:
     def reload(
         self,
         model: Model,
-        files: Iterable[FileTuple],
+        files: Iterable[SourceFile],  # a descriptor is duplicated before the next item is requested
         layers: Layout,
         checks: Checks,
         timeout: float | None,
