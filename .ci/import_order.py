@@ -1,4 +1,7 @@
-"""Checks that each module of warmserve_rt/ imports only packages and modules below it."""
+"""Checks that each module of warmserve_rt/ imports only packages and modules below it.
+
+Also checks that only core/ and checkpoint/ use the native objects of their classes.
+"""
 
 import ast
 import subprocess
@@ -63,6 +66,8 @@ ORDER = {
         "runtime",
         "_at_exit",
         "options",
+        "registering",
+        "loading",
         "evicting",
         "inspecting",
         "_in_thread",
@@ -71,8 +76,9 @@ ORDER = {
         "devices",
         "revisions",
         "lease",
-        "selection",
+        "_acquisitions",
         "model",
+        "selection",
         "registration",
         "streams",
         "snapshot",
@@ -94,6 +100,10 @@ ORDER = {
     ],
 }
 TYPED = {"sim.core"}
+
+
+# The packages whose classes wrap native objects, in their attribute ``native``.
+WRAP_NATIVE = ("core", "checkpoint")
 
 
 class Imports(ast.NodeVisitor):
@@ -165,7 +175,14 @@ def problems() -> list[str]:
             if order is not None and own[depth] not in order:
                 found.append(f"{'.'.join(own[: depth + 1])} is missing from ORDER")
         imports = Imports([PACKAGE.name, *own[:-1]])
-        imports.visit(ast.parse(path.read_text()))
+        tree = ast.parse(path.read_text())
+        imports.visit(tree)
+        if own[0] not in WRAP_NATIVE:
+            found += [
+                f"{path}:{node.lineno}: .native may be used in {' and '.join(WRAP_NATIVE)} only"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and node.attr == "native"
+            ]
         for line, imported in imports.found:
             if said := complaint(own, imported):
                 found.append(f"{path}:{line}: {said}")

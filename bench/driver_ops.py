@@ -104,7 +104,7 @@ def sample_matches(cuda: SimulatedCuda, model: Model, path: Path) -> bool:
     """Return whether the start of every granule on the device equals the file's bytes."""
     with path.open("rb") as file:
         for layer in model.layers:
-            address = model.native.view(layer.index, 0, [1], 1, 1, 8, 1).address
+            address = model.layer_bytes(layer.index).address
             for granule, pieces in samples(layer):
                 wanted = bytearray(min(SAMPLE, layer.nbytes - granule))
                 for at, into, size in pieces:
@@ -199,10 +199,10 @@ def activation(bench: Bench, folder: Path) -> None:
                 runtime.register(name, folder / name)
             runtime.prewarm("b").wait()
             for layer in runtime.model("b").layers:
-                runtime.stamp("b", float(layer.index), layer=layer.index)
-            runtime.stamp("a", 100.0)
+                runtime.set_keep_value("b", float(layer.index), layer=layer.index)
+            runtime.set_keep_value("a", 100.0)
             runtime.prewarm("a").wait()  # takes the first layers of "b"
-            runtime.stamp("a", -1.0)
+            runtime.set_keep_value("a", -1.0)
             layers = runtime.snapshot().models["b"].layers
             assert layers[0].residency == "absent"
             assert layers[-1].residency == "resident"

@@ -39,17 +39,16 @@ def cancel(bench: Bench, folder: Path, rounds: int) -> None:
     with Runtime(
         arena=2 * nbytes, chunk=chunk, loaders=1, read_bandwidth=int(bandwidth)
     ) as runtime:
-        native = runtime.register("m", path).native
+        runtime.register("m", path)
         for _ in range(rounds):
             ticket = runtime.prewarm("m")
             time.sleep(random.uniform(0.1, 0.9) * nbytes / bandwidth)
             begin = perf_counter()
             ticket.cancel()
-            while any(x.residency == "filling" for x in runtime.native.state().models[0].layers):
+            while any(x.residency == "filling" for x in runtime.snapshot().models["m"].layers):
                 time.sleep(0)
             taken.append((perf_counter() - begin) * 1e3)
             runtime.evict("m")
-        del native
     bench.row("cancel_ms_p50", statistics.median(taken), "ms")
     bound = chunk / bandwidth * 1e3 + 1
     p99 = statistics.quantiles(taken, n=100, method="inclusive")[-1]

@@ -68,7 +68,7 @@ def measure_leases(bench: Bench, directory: Path) -> None:
         small = register(runtime, directory / "small.safetensors", layers(128, 1))
         large = register(runtime, directory / "large.safetensors", layers(8, 16))
         for model in (few, many):
-            runtime.stamp(model, 1.0)
+            runtime.set_keep_value(model, 1.0)
             runtime.prewarm(model).wait()
         lease = runtime.lease(many)
 
@@ -115,7 +115,7 @@ def scatter(runtime: Runtime, path: Path) -> None:
     filler = register(runtime, path, {f"layers.{i}.weight": (1,) for i in range(granules)})
     runtime.prewarm(filler).wait()
     for layer in range(0, granules, 2):
-        runtime.stamp(filler, 1.0, layer=layer)
+        runtime.set_keep_value(filler, 1.0, layer=layer)
 
 
 def swap(runtime: Runtime, evict: Model, load: Model) -> Swap:

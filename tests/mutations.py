@@ -124,21 +124,21 @@ MUTATIONS = [
         "csrc/load/uploads_links.cpp",
         "lane->flights.push_back(flight);",
         "lane->flights.push_back(flight);\n    begin_on_own_link(flight);",
-        "runtime/test_paths.py::test_a_load_goes_over_both_links",
+        "runtime/test_routes.py::test_a_load_goes_over_both_links",
     ),
     Mutation(
         "a copy that failed on a route is taken for complete",
         "csrc/load/uploads.cpp",
         "case Crossing::State::failed: return Copies::failed;",
         "case Crossing::State::failed: return Copies::over;",
-        "runtime/test_paths.py::test_a_neighbour_whose_context_dies_costs_no_bytes",
+        "runtime/test_routes.py::test_a_peer_whose_context_dies_costs_no_bytes",
     ),
     Mutation(
-        "background copies use the links of neighbours",
+        "background copies use the links of peers",
         "csrc/load/uploads_links.cpp",
         "if (flight->urgent && lanes_.size() > 1)",
         "if (lanes_.size() > 1)",
-        "runtime/test_paths.py::test_what_is_in_the_background_borrows_nobody_s_link",
+        "runtime/test_routes.py::test_what_is_in_the_background_borrows_nobody_s_link",
     ),
     Mutation(
         "a lease that fits is admitted ahead of the line",
@@ -362,15 +362,14 @@ MUTATIONS = [
         "csrc/driver/cuda/context.cpp",
         "cuda.cuThreadExchangeStreamCaptureMode(&mode_));",
         "cuda.cuThreadExchangeStreamCaptureMode(&(mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL)));",
-        "cuda/test_cuda_neighbours.py::test_a_capture_elsewhere_is_not_broken_by_loading",
+        "cuda/test_cuda_peers.py::test_a_capture_elsewhere_is_not_broken_by_loading",
     ),
     Mutation(
         "the calling thread's current context is not restored",
         "csrc/driver/cuda/context.cpp",
         "if (switched_) cuda.cuCtxSetCurrent(before_);",
         "",
-        "cuda/test_cuda_neighbours.py::"
-        "test_the_thread_s_context_and_capture_mode_are_left_as_they_were",
+        "cuda/test_cuda_peers.py::test_the_thread_s_context_and_capture_mode_are_left_as_they_were",
     ),
     Mutation(
         "a lost context is called again",

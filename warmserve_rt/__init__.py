@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from warmserve_rt.core.lease import Lease
+from warmserve_rt.core.loading import BACKGROUND, FOREGROUND
 from warmserve_rt.core.model import Model
-from warmserve_rt.core.runtime import BACKGROUND, FOREGROUND, Runtime
+from warmserve_rt.core.runtime import Runtime
 from warmserve_rt.core.snapshot import LayerSnapshot, ModelSnapshot, Snapshot
 from warmserve_rt.core.ticket import Progress, Ticket
 

@@ -7,9 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import CapsuleType
 
-# (descriptor, path for messages, (device, inode, size, mtime_ns, ctime_ns)). The descriptor is
-# duplicated before the next item is requested. Times are modulo 2**64.
-FileTuple: TypeAlias = tuple[int, str, tuple[int, int, int, int, int]]
+from warmserve_rt.core.registration import SourceFile
+
 # (bytes, [(file, file offset, layer offset, bytes in the layer, kind of cast)]).
 LayerTuple: TypeAlias = tuple[int, Sequence[tuple[int, int, int, int, str | None]]]
 # For each layer: [(granule, its digest, or None to compute it from the files)].
@@ -200,7 +199,7 @@ class Stream:
     def step(self) -> bool: ...
     def synchronize(self) -> None: ...
 
-class Hold:
+class Lease:
     def wait(
         self, timeout: float | None = None, all: bool = True
     ) -> bool: ...  # False: the lease was admitted at once, with all layers resident
@@ -214,7 +213,7 @@ class Hold:
         timeout: float | None = None,
     ) -> None: ...
     def arrived(self, model: Model, layer: int) -> bool: ...
-    def share(self, owner: int) -> Hold: ...
+    def share(self, owner: int) -> Lease: ...
     def record(self, stream: Stream) -> None: ...
     def release(self) -> None: ...
 
@@ -262,7 +261,7 @@ class RuntimeState:
     @property
     def granules_free(self) -> int: ...
     @property
-    def granules_uncreated(self) -> int: ...
+    def granules_trimmed(self) -> int: ...
     @property
     def leases(self) -> int: ...
     @property
@@ -295,13 +294,13 @@ class Runtime:
         poison: bool,
         background_share: float,
         read_bandwidth: int,
-        neighbours: Sequence[Driver],
+        peers: Sequence[Driver],
     ) -> None: ...
     def drop_route(self, name: str) -> None: ...
     def register(
         self,
         name: str,
-        files: Iterable[FileTuple],
+        files: Iterable[SourceFile],  # a descriptor is duplicated before the next item is requested
         layers: Layout | Sequence[LayerTuple],
         writable: bool,
         checks: Checks = ...,  # default: no checks
@@ -309,7 +308,7 @@ class Runtime:
     def reload(
         self,
         model: Model,
-        files: Iterable[FileTuple],
+        files: Iterable[SourceFile],  # a descriptor is duplicated before the next item is requested
         layers: Layout,
         checks: Checks,
         timeout: float | None,
@@ -342,7 +341,7 @@ class Runtime:
     def stamp(self, model: Model, value: float, layer: int | None = None) -> None: ...
     def begin_lease(
         self, models: Sequence[Model], owner: int, layers: Sequence[int] | None = None
-    ) -> Hold: ...
+    ) -> Lease: ...
     def read_back(self, model: Model, layer: int, out: Bytes) -> None: ...
     def digest(self, model: Model, layer: int) -> list[int]: ...
     def device_memory(self) -> tuple[int, int]: ...  # available, total; zeros: unknown

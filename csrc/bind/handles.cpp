@@ -191,7 +191,7 @@ void bind_handles(py::module_& m) {
       .def_property_readonly("layers_left", [](const PyTicket& self) {
         return self.runtime->layers_left(self.ticket);
       });
-  py::class_<PyHold>(m, "Hold")
+  py::class_<PyHold>(m, "Lease")
       .def(
           "wait",
           [](const PyHold& self, std::optional<double> timeout, bool all) {

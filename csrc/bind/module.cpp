@@ -200,7 +200,7 @@ void bind_state(py::module_& m) {
       .def_readonly("headroom_bytes", &RuntimeState::headroom_bytes)
       .def_readonly("granules", &RuntimeState::granules)
       .def_readonly("granules_free", &RuntimeState::granules_free)
-      .def_readonly("granules_uncreated", &RuntimeState::granules_uncreated)
+      .def_readonly("granules_trimmed", &RuntimeState::granules_uncreated)
       .def_readonly("leases", &RuntimeState::leases)
       .def_readonly("staging_chunks_free", &RuntimeState::staging_chunks_free)
       .def_property_readonly("bytes_loaded",
@@ -221,22 +221,22 @@ void bind_runtime(py::module_& m) {
                        std::uint64_t granule, std::uint64_t chunk, std::uint64_t headroom,
                        unsigned loaders, double staging_timeout, bool poison,
                        double background_share, std::uint64_t read_bandwidth,
-                       const std::vector<std::shared_ptr<Driver>>& neighbours) {
+                       const std::vector<std::shared_ptr<Driver>>& peers) {
              const py::gil_scoped_release release;
              const RuntimePtr runtime = Runtime::make(
                  std::move(driver), {arena, staging, granule, chunk, headroom, loaders,
                                      std::chrono::milliseconds(static_cast<std::int64_t>(
                                          std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
                                      poison, background_share, read_bandwidth});
-             for (const auto& neighbour : neighbours)
+             for (const auto& peer : peers)
                runtime->add_route(
-                   make_peer_route(std::make_shared<Device>(neighbour), *runtime->device(), chunk));
+                   make_peer_route(std::make_shared<Device>(peer), *runtime->device(), chunk));
              return runtime;
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
            py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
            py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
-           py::arg("read_bandwidth"), py::arg("neighbours"))
+           py::arg("read_bandwidth"), py::arg("peers"))
       .def("register", &register_model<Layout>, py::arg("name"), py::arg("files"),
            py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
       .def("register", &register_model<std::vector<LayerTuple>>, py::arg("name"), py::arg("files"),

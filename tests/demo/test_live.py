@@ -17,7 +17,7 @@ pytest.importorskip("numba")
 
 import test_demo
 
-from warmserve_rt.demo import live, run, traffic
+from warmserve_rt.demo import live, live_serving, run, traffic
 from warmserve_rt.demo.predicted import predict
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.scheduling.scheduler import Scheduler
@@ -119,7 +119,7 @@ def test_with_room_for_one_a_change_of_model_loads_it() -> None:
 
 
 def test_whose_turn_it_is() -> None:
-    line = live.Line()
+    line = live_serving.Line()
     for number, tenant in enumerate("ABAB"):
         line.put(number, tenant)
     assert [line.take("B"), line.take("B"), line.take("B"), line.take("A")] == [1, 3, 0, 2]

@@ -38,6 +38,7 @@ from warmserve_rt.engines.torch.state import (  # noqa: E402
 )
 from warmserve_rt.engines.vllm import arenas  # noqa: E402
 from warmserve_rt.engines.vllm.cache import Cache, Key, discard, open_for_use  # noqa: E402
+from warmserve_rt.engines.vllm.weights import Arena, Weights  # noqa: E402
 
 KEY = Key("model", {"model": "/models/a", "dtype": "float32"}, {"vLLM": "0.32.0"})
 MIB = 1 << 20
@@ -321,7 +322,7 @@ class TestState:
             refuse_meta(module)
 
 
-def step(weights: arenas.Weights) -> None:
+def step(weights: Weights) -> None:
     with weights.runtime.lease(weights.model):
         pass
 
@@ -483,7 +484,7 @@ class TestArenas:
     ) -> None:
         (entry,) = self.entries(tmp_path, 1)
 
-        def an_engine_s_life(arena: arenas.Arena) -> None:
+        def an_engine_s_life(arena: Arena) -> None:
             weights = arena.add(entry)
             with closing(weights):
                 weights.wake()
@@ -502,7 +503,7 @@ class TestArenas:
                 tensors=device.tensors,
                 driver=watched.driver,
             ) as runtime:
-                arena = arenas.Arena(runtime)
+                arena = Arena(runtime)
                 watched.finest_faults.arm([(call, call)])
                 with suppress(WarmServeError):
                     an_engine_s_life(arena)

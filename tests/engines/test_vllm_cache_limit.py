@@ -22,12 +22,11 @@ from warmserve_rt._cache_dir import acquire, cache_dir, locked  # noqa: E402
 from warmserve_rt.cli import app  # noqa: E402
 from warmserve_rt.engines.vllm import cache as cache_module  # noqa: E402
 from warmserve_rt.engines.vllm.cache import Cache, Entry, Key, discard  # noqa: E402
+from warmserve_rt.engines.vllm.cache_folder import bytes_of_limit, root_of  # noqa: E402
 from warmserve_rt.engines.vllm.entries import (  # noqa: E402
-    bytes_of_limit,
     open_for_use,
     prune,
     remove,
-    root_of,
     stored,
 )
 

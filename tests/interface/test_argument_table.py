@@ -58,7 +58,7 @@ ACCEPTED: dict[str, Call] = {
     "read_bandwidth in decimal": made(read_bandwidth="25GB"),
     "pump of numpy": made(pump=np.bool_(True)),
     "device in upper case": made(device="HOST"),
-    "paths, none": made(paths=[]),
+    "routes, none": made(routes=[]),
     "a path of bytes": lambda r, p: r.register("n", os.fsencode(p)),
     "a path": lambda r, p: r.register("n", p),
     "a tuple of paths of bytes": lambda r, p: r.register("n", (os.fsencode(p),)),
@@ -74,9 +74,9 @@ ACCEPTED: dict[str, Call] = {
     "timeout without end": lambda r, p: r.prewarm("m").wait(INF),
     "timeout of a lease": lambda r, p: r.lease("m", timeout=np.int64(9)).acquire().release(),
     "timeout, a huge one": lambda r, p: r.lease("m", timeout=1e300).acquire().release(),
-    "keep_value, an integer": lambda r, p: r.stamp("m", 3),
-    "keep_value of numpy": lambda r, p: r.stamp("m", np.float32(3)),
-    "keep_value, infinite": lambda r, p: r.stamp("m", INF),
+    "keep_value, an integer": lambda r, p: r.set_keep_value("m", 3),
+    "keep_value of numpy": lambda r, p: r.set_keep_value("m", np.float32(3)),
+    "keep_value, infinite": lambda r, p: r.set_keep_value("m", INF),
     "evict within a time": lambda r, p: r.evict("m", timeout=np.float64(1)),
 }
 
@@ -120,9 +120,9 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (made(poison="no"), TypeError, "poison must be True or False, got 'no'"),
     (made(tensors="jax"), ValueError, "jax"),
     (made(driver="cuda"), TypeError, "driver must be a device's driver, got 'cuda'"),
-    (made(paths="cuda:1"), TypeError, "paths must be a sequence of 'cuda:N', got 'cuda:1'"),
-    (made(device="cuda:0", paths=["gpu"]), ValueError, "path 'gpu' must be 'cuda:N'"),
-    (made(paths=["cuda:1"]), ValueError, "only CUDA devices have paths"),
+    (made(routes="cuda:1"), TypeError, "routes must be a sequence of 'cuda:N', got 'cuda:1'"),
+    (made(device="cuda:0", routes=["gpu"]), ValueError, "route 'gpu' must be 'cuda:N'"),
+    (made(routes=["cuda:1"]), ValueError, "only CUDA devices have routes"),
     (made(device="cuda:99999999999"), ValueError, "N must be an integer from 0 to 2147483647"),
     (made(device="cuda:" + "9" * 5000), ValueError, "N must be an integer from 0 to"),
     (made(device="cuda:-1"), ValueError, "no device 'cuda:-1': device must be"),
@@ -176,8 +176,8 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (lambda r, p: r.lease([]), ValueError, "a lease needs at least one model"),
     (lambda r, p: r.lease("m").acquire("x"), TypeError, "stream must be one of Runtime.stream"),
     (lambda r, p: r.lease("m").acquire(-1), ValueError, "stream must be an integer from 0 to"),
-    (lambda r, p: r.stamp("m", "x"), TypeError, "keep_value must be a number, got 'x'"),  # type: ignore[arg-type]
-    (lambda r, p: r.stamp("m", NAN), ValueError, "keep_value must be a number, got nan"),
+    (lambda r, p: r.set_keep_value("m", "x"), TypeError, "keep_value must be a number, got 'x'"),  # type: ignore[arg-type]
+    (lambda r, p: r.set_keep_value("m", NAN), ValueError, "keep_value must be a number, got nan"),
     (lambda r, p: r.stream("high"), ValueError, "priority must be 'background', 'normal' or"),  # type: ignore[arg-type]
 ]
 
@@ -219,5 +219,5 @@ def test_dtypes_of_torch_are_taken(runtime: Runtime, path: Path) -> None:
 
 
 def test_a_decimal_is_a_number(runtime: Runtime) -> None:
-    runtime.stamp("m", Decimal("2.5"))  # type: ignore[arg-type]
+    runtime.set_keep_value("m", Decimal("2.5"))  # type: ignore[arg-type]
     assert runtime.snapshot().models["m"].layers[0].keep_value == 2.5

@@ -202,9 +202,9 @@ def test_unknown_and_repeated_names(runtime: Runtime, model: Path) -> None:
         with pytest.raises(ValueError, match="2 layers"):
             runtime.read_back("m", layer)
     with pytest.raises(ValueError, match="no layer 2"):
-        runtime.stamp("m", 1.0, layer=2)
+        runtime.set_keep_value("m", 1.0, layer=2)
     with pytest.raises(ValueError, match="nan"):
-        runtime.stamp("m", float("nan"))
+        runtime.set_keep_value("m", float("nan"))
     with pytest.raises(ValueError, match="no model 'x'"):
         runtime.prewarm("x")
     with pytest.raises(ValueError, match="at least one model"):
@@ -334,7 +334,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_fork_gives_the_child_an_error_and_spares_the_parent(model: Path) -> None:
     done = run(
         """
-        view = model.native.view(0, 0, [100], 100, 1, 8, 1)
+        view = model.layer_bytes(0, 0, 100)
         lease = runtime.lease("m").acquire()
         child = os.fork()
         if child == 0:

@@ -88,7 +88,7 @@ def lease_on_a_stream(runtime: Runtime) -> None:
     lease.acquire(stream)
     out = np.zeros(100, np.uint8)
     try:
-        view = runtime.model("one").native.view(1, 0, [100], 100, 1, 8, 1)
+        view = runtime.model("one").layer_bytes(1, 0, 100)
         stream.copy_from(out, view)
         lease.record(stream)
     finally:
@@ -112,7 +112,7 @@ def stream_in(runtime: Runtime) -> None:
             for layer, out in outs.items():
                 lease.wait(layer, stream)
                 nbytes = out.nbytes
-                view = runtime.model("two").native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+                view = runtime.model("two").layer_bytes(layer, 0, nbytes)
                 stream.copy_from(out, view)
                 lease.record(stream)
     finally:

@@ -38,7 +38,7 @@ def _replace(runtime: Runtime) -> None:
 def _replace_what_is_kept(runtime: Runtime) -> None:
     """Load a model whose own layers come first in the order of eviction but must be kept."""
     runtime.prewarm("b").wait()
-    runtime.stamp("a", -1.0)
+    runtime.set_keep_value("a", -1.0)
     runtime.prewarm("a").wait()
 
 
@@ -125,7 +125,7 @@ def test_a_snapshot_holds_every_layer_as_a_plain_value(tmp_path: Path) -> None:
     with Runtime(arena="8MiB", tensors="numpy") as runtime:
         runtime.register("m", write_model(tmp_path / "m.safetensors", "m", [10, 3 << 20]))
         runtime.prewarm("m", layers=[1]).wait()
-        runtime.stamp("m", 0.5, layer=1)
+        runtime.set_keep_value("m", 0.5, layer=1)
         layers = runtime.snapshot().models["m"].layers
         assert all(type(layer) is LayerSnapshot for layer in layers)
         assert layers == (

@@ -223,7 +223,7 @@ def test_work_on_a_stream_outlives_the_release(runtime: Runtime) -> None:
         lease = runtime.lease("a")
         lease.acquire(stream)
         outs.append(np.zeros(len(wanted), np.uint8))
-        view = runtime.model("a").native.view(0, 0, [len(wanted)], len(wanted), 1, 8, 1)
+        view = runtime.model("a").layer_bytes(0, 0, len(wanted))
         stream.copy_from(outs[-1], view)
         lease.release()
         runtime.swap(evict="a", load="b").wait()
@@ -288,7 +288,7 @@ def busy_stream(device: Device, runtime: Runtime, name: str) -> Iterator[None]:
     stream = runtime.stream()
     nbytes = SIZES[name][0]
     out = device.pinned(nbytes)  # CUDA would wait for each copy to pageable memory
-    view = runtime.model(name).native.view(0, 0, [nbytes], nbytes, 1, 8, 1)
+    view = runtime.model(name).layer_bytes(0, 0, nbytes)
     lease = runtime.lease(name)
     lease.acquire(stream)
     device.hold_up(stream)

@@ -123,7 +123,7 @@ def test_a_stream_in_use_makes_it_busy_or_late(device: Device, two_files: dict[s
     stream = runtime.stream()
     with runtime.lease("a") as lease:
         out = bytearray(16)
-        stream.copy_from(out, runtime.model("a").native.view(0, 0, [16], 16, 1, 8, 1))
+        stream.copy_from(out, runtime.model("a").layer_bytes(0, 0, 16))
         lease.record(stream)
     for call in CALLS.values():
         with pytest.raises(Busy, match="a stream still uses"):

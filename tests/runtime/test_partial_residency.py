@@ -115,7 +115,7 @@ def test_more_that_makes_no_sense(runtime: Runtime) -> None:
     ):
         runtime.evict("a", wait="ever")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no layer 9"):
-        runtime.stamp("a", 1.0, layer=9)
+        runtime.set_keep_value("a", 1.0, layer=9)
 
 
 def test_a_part_can_be_kept_or_dropped(runtime: Runtime) -> None:
@@ -347,7 +347,7 @@ def test_an_eviction_waits_for_streams_and_leases_as_it_is_told(
     with pytest.raises(TimeoutError):
         runtime.evict("a", wait="leases", timeout=0.05)
     out = device.pinned(GRANULE)
-    view = runtime.model("a").native.view(0, 0, [GRANULE], GRANULE, 1, 8, 1)
+    view = runtime.model("a").layer_bytes(0, 0, GRANULE)
     stream.copy_from(out, view)
     released = threading.Timer(0.1, lease.release)
     released.start()
@@ -369,7 +369,7 @@ def test_an_eviction_that_waits_for_nothing_spares_what_a_stream_uses(
     lease = runtime.lease("a", layers=1).acquire(stream)
     out = device.pinned(GRANULE)
     device.hold_up(stream)
-    stream.copy_from(out, runtime.model("a").native.view(0, 0, [GRANULE], GRANULE, 1, 8, 1))
+    stream.copy_from(out, runtime.model("a").layer_bytes(0, 0, GRANULE))
     lease.release()
     with pytest.raises(Busy, match="a stream still uses 'a'"):
         runtime.evict("a", wait="nothing")

@@ -75,7 +75,7 @@ def test_every_operation_takes_the_name_as_it_stands(runtime: Runtime, paths: li
     runtime.register("chat@2", paths[2])
     runtime.promote("chat@2")
     runtime.prewarm("chat").wait()
-    runtime.stamp("chat", 3.0)
+    runtime.set_keep_value("chat", 3.0)
     states = runtime.snapshot().models
     assert [states[name].resident for name in ("chat@1", "chat@2")] == [False, True]
     assert [states[name].layers[0].keep_value for name in ("chat@1", "chat@2")] == [0.0, 3.0]

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
 )
 from reference import Reference
-from reference_parts import Hold, Refused, Ticket
+from reference_parts import Lease, Refused, Ticket
 
 import warmserve_rt
 from warmserve_rt import Runtime
@@ -64,7 +64,7 @@ class Machine(RuleBasedStateMachine):
     files: dict[tuple[str, int], Path]
     device: Device
     tickets = Bundle("tickets")
-    holds = Bundle("holds")
+    leases = Bundle("leases")
 
     @initialize()
     def start(self) -> None:
@@ -85,7 +85,7 @@ class Machine(RuleBasedStateMachine):
         self.revision = dict.fromkeys(SIZES, 0)
         self.stream = self.runtime.stream()
         self.fenced: list[Any] = []
-        self.live: list[Any] = []  # holds
+        self.live: list[Any] = []  # leases
         for name in SIZES:
             self.register(name)
 
@@ -149,18 +149,18 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         name=NAMES,
-        what=st.sampled_from(["stamp", "stamp", "trim", "evict", "new revision"]),
+        what=st.sampled_from(["set_keep_value", "set_keep_value", "trim", "evict", "new revision"]),
         value=st.sampled_from([-1.0, 0.0, 2.5]),
         layers=LAYERS,
     )
     def keep_house(self, name: str, what: str, value: float, layers: set[int] | None) -> None:
-        """Stamp, trim, evict or register anew.
+        """Set keep values, trim, evict or register anew.
 
         These operations share one rule, so that operations that empty the arena are not chosen
         more often than operations that fill it.
         """
-        if what == "stamp":
-            self.runtime.stamp(name, value)
+        if what == "set_keep_value":
+            self.runtime.set_keep_value(name, value)
             for layer in self.reference.models[name].layers:
                 layer.keep_value = value
         elif what == "trim":
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
                 lambda: self.runtime.evict(name, layers=chosen),
                 lambda: self.reference.evict(name, chosen),
             )
-        elif any(name in (m.name for m in hold.models) for hold in self.reference.line):
+        elif any(name in (m.name for m in lease.models) for lease in self.reference.line):
             pass  # a lease in line keeps the old model alive; the plain model cannot
         elif self.both(
             lambda: self.runtime.unregister(name) or True,
@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
             self.register(name)
 
     @rule(
-        target=holds,
+        target=leases,
         names=st.lists(NAMES, min_size=1, max_size=3, unique=True),
         owner=NAMES,
         layers=LAYERS,
@@ -197,14 +197,14 @@ class Machine(RuleBasedStateMachine):
             )
         )
 
-    @rule(target=holds, hold=holds, owner=NAMES)
-    def share(self, hold: tuple[Any, Hold] | None, owner: str) -> Any:
-        if not (hold and hold[1].admitted):
+    @rule(target=leases, lease=leases, owner=NAMES)
+    def share(self, lease: tuple[Any, Lease] | None, owner: str) -> Any:
+        if not (lease and lease[1].admitted):
             return None
         return self.remember(
             self.both(
-                lambda: hold[0].share(ord(owner)),
-                lambda: self.reference.share(hold[1], ord(owner)),
+                lambda: lease[0].share(ord(owner)),
+                lambda: self.reference.share(lease[1], ord(owner)),
             )
         )
 
@@ -213,20 +213,20 @@ class Machine(RuleBasedStateMachine):
             self.live.append(pair[0])
         return pair
 
-    def granted(self, hold: tuple[Any, Hold] | None) -> Hold | None:
-        """Return the plain model's side of a hold that may be used now, else None."""
+    def granted(self, lease: tuple[Any, Lease] | None) -> Lease | None:
+        """Return the plain model's side of a lease that may be used now, else None."""
         try:
-            if not hold or not hold[0].ready():
+            if not lease or not lease[0].ready():
                 return None
-            hold[0].wait(0)
-        except warmserve_rt.WarmServeError:  # the hold was released, or its load failed
+            lease[0].wait(0)
+        except warmserve_rt.WarmServeError:  # the lease was released, or its load failed
             return None
-        return hold[1]
+        return lease[1]
 
-    @rule(hold=holds)
-    def use(self, hold: tuple[Any, Hold] | None) -> None:
+    @rule(lease=leases)
+    def use(self, lease: tuple[Any, Lease] | None) -> None:
         """Check that leased layers are resident and have the model's bytes."""
-        expected = self.granted(hold)
+        expected = self.granted(lease)
         if not expected:
             return
         if self.exact:
@@ -239,15 +239,15 @@ class Machine(RuleBasedStateMachine):
         for tensor in self.runtime.model(name).layers[layer].tensors:
             assert bytes_of(self.runtime, name, tensor.name) == self.expected(name, layer)
 
-    @rule(hold=holds, data=st.data())
-    def stream_in(self, hold: tuple[Any, Hold] | None, data: st.DataObject) -> None:
+    @rule(lease=leases, data=st.data())
+    def stream_in(self, lease: tuple[Any, Lease] | None, data: st.DataObject) -> None:
         """Wait for a layer of a lease that is still loading, read it on a stream, compare it."""
-        if not (hold and hold[1].admitted and hold[1].layers):
+        if not (lease and lease[1].admitted and lease[1].layers):
             return
-        real, layer = hold[0], data.draw(st.sampled_from(hold[1].layers))
+        real, layer = lease[0], data.draw(st.sampled_from(lease[1].layers))
         name, index = layer.model.name, layer.index
         nbytes = SIZES[name][index]
-        view = self.runtime.model(name).native.view(index, 0, [nbytes], nbytes, 1, 8, 1)
+        view = self.runtime.model(name).layer_bytes(index, 0, nbytes)
         real.wait_layer(self.runtime.model(name).native, index, self.stream, 20)
         self.catch_up(lambda: layer.state == "resident")
         assert real.arrived(self.runtime.model(name).native, index)
@@ -261,19 +261,19 @@ class Machine(RuleBasedStateMachine):
         while self.exact and not until():
             assert self.reference.step()
 
-    @rule(hold=holds)
-    def copy_on_a_stream(self, hold: tuple[Any, Hold] | None) -> None:
+    @rule(lease=leases)
+    def copy_on_a_stream(self, lease: tuple[Any, Lease] | None) -> None:
         """Enqueue a copy under a lease; it must read the leased bytes whenever it runs."""
-        expected = self.granted(hold)
-        if not (hold and expected):
+        expected = self.granted(lease)
+        if not (lease and expected):
             return
         name = expected.models[0].name
         index = expected.layers[0].index
         nbytes = SIZES[name][index]
         out = np.zeros(nbytes, np.uint8)
-        view = self.runtime.model(name).native.view(index, 0, [nbytes], nbytes, 1, 8, 1)
+        view = self.runtime.model(name).layer_bytes(index, 0, nbytes)
         self.stream.copy_from(out, view)
-        hold[0].record(self.stream)
+        lease[0].record(self.stream)
         self.fenced.append((out, self.expected(name, index)))
 
     @rule()
@@ -281,11 +281,11 @@ class Machine(RuleBasedStateMachine):
         if self.device.steps:
             self.stream.step()
 
-    @rule(hold=consumes(holds))
-    def release(self, hold: tuple[Any, Hold] | None) -> None:
-        if hold:
-            hold[0].release()
-            self.reference.end_lease(hold[1])
+    @rule(lease=consumes(leases))
+    def release(self, lease: tuple[Any, Lease] | None) -> None:
+        if lease:
+            lease[0].release()
+            self.reference.end_lease(lease[1])
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
@@ -309,10 +309,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES, owner=NAMES)
     def lease_briefly(self, name: str, owner: str) -> None:
-        hold = self.begin_lease([name], owner)
+        lease = self.begin_lease([name], owner)
         self.step(40)
-        self.use(hold)
-        self.release(hold)
+        self.use(lease)
+        self.release(lease)
 
     @rule()
     def run_until_idle(self) -> None:
@@ -332,7 +332,7 @@ class Machine(RuleBasedStateMachine):
         assert snapshot.granules_free + snapshot.granules_trimmed == self.reference.free
         for name, model in self.reference.models.items():
             found = [(layer.residency, layer.leases) for layer in snapshot.models[name].layers]
-            assert found == [(layer.state, layer.holds) for layer in model.layers], name
+            assert found == [(layer.state, layer.leases) for layer in model.layers], name
             assert snapshot.models[name].leases == model.leases
 
     def teardown(self) -> None:
@@ -346,8 +346,8 @@ class Machine(RuleBasedStateMachine):
         self.stream.synchronize()
         for out, wanted in self.fenced:
             assert out.tobytes() == wanted
-        for hold in self.live:
-            hold.release()
+        for lease in self.live:
+            lease.release()
         self.live.clear()
         self.runtime.close()
         watched = self.watched

@@ -80,7 +80,7 @@ def test_it_is_the_stream_that_waits(device: Device, files: dict[str, Path]) -> 
             assert states(runtime, "a")[layer] == "filling"
             nbytes = SIZES["a"][layer]
             outs.append((layer, device.pinned(nbytes)))
-            view = runtime.model("a").native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+            view = runtime.model("a").layer_bytes(layer, 0, nbytes)
             stream.copy_from(outs[-1][1], view)
         lease.record(stream)
     lease.release()
@@ -101,7 +101,7 @@ def test_a_wait_with_threads(device: Device, runtime: Runtime) -> None:
                 lease.wait(layer, stream, timeout=20)
                 outs.append((layer, device.pinned(nbytes or 1)))
                 if nbytes:
-                    view = runtime.model("a").native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+                    view = runtime.model("a").layer_bytes(layer, 0, nbytes)
                     stream.copy_from(outs[-1][1], view)
             lease.record(stream)
         stream.synchronize()
@@ -119,8 +119,8 @@ def test_waits_that_make_no_sense(runtime: Runtime) -> None:
                 lease.wait(layer)
         with pytest.raises(ValueError, match="not in this lease"):
             lease.wait(0, model=runtime.model("b"))
-        hold = lease._latest("wait()")[1]
-    for misuse in (lambda: lease.wait(0), lambda: hold.wait_layer(lease.models[0].native, 0)):
+        native = lease._acquired.latest("wait()").native
+    for misuse in (lambda: lease.wait(0), lambda: native.wait_layer(lease.models[0].native, 0)):
         with pytest.raises(StaleView, match=r"not held|released"):
             misuse()
     with (
@@ -129,7 +129,7 @@ def test_waits_that_make_no_sense(runtime: Runtime) -> None:
     ):
         both.wait(0)
     with pytest.raises(StaleView, match="layer 0 of 'a' is not leased"):
-        runtime.model("a").native.wait(0)
+        runtime.model("a").wait(0)
 
 
 def test_several_models_stream_in(runtime: Runtime) -> None:
@@ -168,7 +168,7 @@ def test_a_load_that_fails_under_a_streaming_lease(device: Device, files: dict[s
         with pytest.raises(CorruptCheckpoint, match="changed since"):
             lease.wait(3)
         with pytest.raises(CorruptCheckpoint):
-            runtime.model("a").native.wait(3)
+            runtime.model("a").wait(3)
         lease.wait(2)
         assert bytes_of(runtime, "a", tensor(2)) == content("a", 2, SIZES["a"][2])
         with pytest.raises(Busy):
@@ -200,16 +200,16 @@ def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, P
     ticket = runtime.prewarm("a")  # a ticket keeps its model alive
     ticket.cancel()
     stream = runtime.stream()
-    hold = runtime.native.begin_lease([runtime.model(name).native for name in "ba"], 0)
-    while not hold.arrived(runtime.model("b").native, 1):
-        hold.wait_layer(runtime.model("b").native, 1, stream, 20)
-    hold.record(stream)
-    hold.release()
+    lease = runtime.native.begin_lease([runtime.model(name).native for name in "ba"], 0)
+    while not lease.arrived(runtime.model("b").native, 1):
+        lease.wait_layer(runtime.model("b").native, 1, stream, 20)
+    lease.record(stream)
+    lease.release()
     assert states(runtime, "a") == ["absent"] * 4
     runtime.unregister("a")
     runtime.unregister("b")
     stream.synchronize()
-    del stream, hold
+    del stream, lease
     gc.collect()
     left = dict(watched.strict.live)
     del ticket
@@ -225,11 +225,11 @@ def test_whoever_leases_a_model_may_record_for_it(device: Device, files: dict[st
     model = runtime.register("a", files["a"])
     stream, out = runtime.stream(), device.pinned(GRANULE)
     with pytest.raises(StaleView, match="'a' is not leased"):
-        model.native.record(stream)
+        model.record(stream)
     with runtime.lease("a", layers=[0, 1]):
         device.hold_up(stream)
-        stream.copy_from(out, model.native.view(0, 0, [GRANULE], GRANULE, 1, 8, 1))
-        model.native.record(stream)
+        stream.copy_from(out, model.layer_bytes(0, 0, GRANULE))
+        model.record(stream)
     with pytest.raises(Busy, match="a stream still uses 'a'"):
         runtime.evict("a", wait="nothing")
     runtime.prewarm("a").wait()
@@ -237,7 +237,7 @@ def test_whoever_leases_a_model_may_record_for_it(device: Device, files: dict[st
     stream.synchronize()
     runtime.evict("a", wait="nothing")
     with pytest.raises(StaleView, match="'a' is not leased"):
-        model.native.record(stream)
+        model.record(stream)
 
 
 def test_admission_waits_for_room_and_not_for_layers(

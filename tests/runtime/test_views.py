@@ -259,3 +259,34 @@ def test_a_directory_with_an_index(device: Device, tmp_path: Path) -> None:
             "h.0.w": b"abc",
             "h.1.w": b"def",
         }
+
+
+def test_bytes_of_a_layer(device: Device, tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "m", {"h.0.w": ("U8", [6], b"abcdef")})
+    runtime = device.runtime()
+    model = runtime.register("m", path)
+    whole, part = model.layer_bytes("h.0"), model.layer_bytes(0, 2, 5)
+    assert (whole.nbytes, part.nbytes, part.address - whole.address) == (6, 3, 2)
+    stream, out = runtime.stream(), bytearray(3)
+    with runtime.lease(model):
+        stream.copy_from(out, part)
+        stream.synchronize()
+    assert out == b"cde"
+    for first, last in [(-1, 2), (4, 3), (0, 7)]:
+        with pytest.raises(ValueError, match="must be in"):
+            model.layer_bytes(0, first, last)
+    with pytest.raises(ValueError, match="no layer 1"):
+        model.layer_bytes(1)
+
+
+def test_the_lease_epoch_tells_leases_apart(device: Device, tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "m", {"h.0.w": ("U8", [6], b"abcdef")})
+    runtime = device.runtime()
+    model = runtime.register("m", path)
+    assert model.lease_epoch == 0
+    with runtime.lease(model):
+        first = model.lease_epoch
+    with runtime.lease(model):
+        assert model.leased
+        assert 0 < first != model.lease_epoch > 0
+    assert model.lease_epoch == 0

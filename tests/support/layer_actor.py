@@ -13,7 +13,7 @@ from typing import Any
 from layer_world import Entry, Tape, World, tensor
 
 from warmserve_rt import Busy, Cancelled, OutOfDeviceMemory, StaleView
-from warmserve_rt.core.runtime import Ticket
+from warmserve_rt.core.ticket import Ticket
 
 Wants = list[tuple[Entry, int]]
 Refusals = tuple[type[Exception], ...]
@@ -38,7 +38,7 @@ class Use:
 class Line:
     """A lease of another owner, which may wait in line."""
 
-    hold: Any
+    lease: Any
     wants: Wants
 
 
@@ -61,7 +61,7 @@ class Actor:
 
     def release_all(self) -> None:
         for line in self.lines:
-            line.hold.release()
+            line.lease.release()
         for use in self.uses:
             use.lease.release()
         self.lines.clear()
@@ -177,7 +177,7 @@ class Actor:
             use.lease.wait(said, tape.stream, model=entry.model)
             _ = use.lease.of(entry.model)[tensor(layer)]
         else:
-            entry.model.native.wait(layer, tape.stream)
+            entry.model.wait(layer, tape.stream)
         if self.filling([(entry, layer)]):
             self.world.count("copies ordered behind a layer that is still filling")
         tape.copy(entry, layer)
@@ -217,17 +217,17 @@ class Actor:
             layers, chosen = self.some(entry)
             self.say(f"of {owner} for {entry} {chosen}")
             begin = self.world.runtime.native.begin_lease
-            hold = self.attempt(NO_ROOM, begin, [entry.model.native], owner, layers and chosen)
-            if hold:
-                self.lines.append(Line(hold, [(entry, i) for i in chosen]))
+            lease = self.attempt(NO_ROOM, begin, [entry.model.native], owner, layers and chosen)
+            if lease:
+                self.lines.append(Line(lease, [(entry, i) for i in chosen]))
             return
         if not self.lines:
             return
         line = self.rng.choice(self.lines)
-        if line.hold.ready():
+        if line.lease.ready():
             entry = line.wants[0][0]
             replaced = self.world.entries[entry.model.name] is not entry
-            if self.attempt((Cancelled,) if replaced else (), line.hold.wait, 0):
+            if self.attempt((Cancelled,) if replaced else (), line.lease.wait, 0):
                 self.world.count("leases, complete, after a line")
                 for entry, layer in line.wants:
                     self.world.read(entry, layer)
@@ -235,7 +235,7 @@ class Actor:
             return
         self.say("released")
         self.lines.remove(line)
-        line.hold.release()
+        line.lease.release()
 
     def intrude(self) -> None:
         """Use a shared lease without holding it, while others may acquire or release it."""

@@ -9,7 +9,7 @@ from layer_actor import NO_ROOM, Actor
 from layer_world import Failed
 
 from warmserve_rt import Busy, Cancelled, StaleView
-from warmserve_rt.core.runtime import Ticket
+from warmserve_rt.core.ticket import Ticket
 
 PUMP = {
     "lease": 12,
@@ -25,7 +25,7 @@ PUMP = {
     "swap": 5,
     "replace": 2,
     "peek": 2,
-    "stamp": 2,
+    "set_keep_value": 2,
     "trim": 1,
     "step": 14,
     "synchronize": 1,
@@ -140,11 +140,11 @@ class Operations(Actor):
         if found is not None:
             self.world.compare(entry, layer, found)
 
-    def stamp(self) -> None:
+    def set_keep_value(self) -> None:
         entry, value = self.entry(), self.rng.choice([-1.0, 0.0, 2.5])
         layer = self.rng.choice([None, self.rng.randrange(len(entry.layers))])
         self.say(f"{entry}/{layer} {value}")
-        self.attempt((), self.world.runtime.stamp, entry.model, value, layer=layer)
+        self.attempt((), self.world.runtime.set_keep_value, entry.model, value, layer=layer)
 
     def trim(self) -> None:
         self.world.runtime.trim()

@@ -92,7 +92,7 @@ class Tape:
             self.check()
         out = self._memory[self._used : self._used + nbytes]
         self._used += nbytes
-        view = entry.model.native.view(layer, 0, [nbytes], nbytes, 1, 8, 1)
+        view = entry.model.layer_bytes(layer, 0, nbytes)
         self.stream.copy_from(out, view)
         self._copies.append((f"a copy of {entry} layer {layer}", out, wanted))
 

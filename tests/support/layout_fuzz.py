@@ -170,8 +170,8 @@ class Fuzzer:
         self.tenant: Layer = (GRANULE, [(0, file.hot[0], 0, 8192, None)])
         native = runtime.register("tenant", [file.native], [self.tenant], writable=False)
         self.model = native
-        self.hold = runtime.begin_lease([native], 1)
-        self.hold.wait()
+        self.lease = runtime.begin_lease([native], 1)
+        self.lease.wait()
 
     def check_tenant(self) -> None:
         self.compare(self.model, 0, self.tenant)
@@ -206,10 +206,10 @@ class Fuzzer:
             # A lease would wait for layers that fit the arena, but not beside the tenant.
             if random.random() < 0.3 or sum(granules[index] for index in chosen) == ARENA:
                 self.runtime.prewarm(model, chosen, 0, None).wait()
-                hold = None
+                lease = None
             else:
-                hold = self.runtime.begin_lease([model], 2, chosen)
-                hold.wait()
+                lease = self.runtime.begin_lease([model], 2, chosen)
+                lease.wait()
         except OutOfDeviceMemory:
             assert not fits or addresses > SURELY_RESERVED, f"{layers}, {chosen}: wrongly refused"
             self.outcomes["OutOfDeviceMemory"] += 1
@@ -230,8 +230,8 @@ class Fuzzer:
                 raise AssertionError("digest() of an absent layer was not refused")
             except StaleView:
                 pass
-        if hold is not None:
-            hold.release()
+        if lease is not None:
+            lease.release()
         self.outcomes["loaded"] += 1
 
 
@@ -260,13 +260,13 @@ def _on(watched: testing.Watched, file: SparseFile, digests: bool) -> Iterator[F
         poison=False,
         background_share=0.05,
         read_bandwidth=0,
-        neighbours=[],
+        peers=[],
     )
     made = Fuzzer(runtime, file, digests=digests)
     yield made
     made.check_tenant()
     runtime.check_invariants()
-    made.hold.release()
+    made.lease.release()
     runtime.close()
     watched.check()
 

@@ -14,8 +14,8 @@ from reference_parts import (
     FOREGROUND,
     TOO_LARGE,
     Fill,
-    Hold,
     Layer,
+    Lease,
     Model,
     Refused,
     Ticket,
@@ -31,8 +31,8 @@ class Reference:
         self.models: dict[str, Model] = {}
         self.fills: list[Fill] = []
         self.swapping: list[Ticket] = []
-        self.line: list[Hold] = []
-        self.admitted: list[Hold] = []
+        self.line: list[Lease] = []
+        self.admitted: list[Lease] = []
         self.clock = self.serial = 0
 
     # Operations.
@@ -62,7 +62,7 @@ class Reference:
     def evict(self, name: str, layers: list[int] | None = None) -> None:
         chosen = self.models[name].some(layers)
         while True:
-            if any(layer.holds for layer in chosen):
+            if any(layer.leases for layer in chosen):
                 raise Refused(BUSY)
             self._drop_layers(chosen)
             for layer in chosen:
@@ -77,37 +77,37 @@ class Reference:
         if not ticket.done:
             self._drop(ticket, CANCELLED)
 
-    def begin_lease(self, names: list[str], owner: int, layers: list[int] | None = None) -> Hold:
-        hold = Hold([layer for name in names for layer in self.models[name].some(layers)], owner)
-        if (not self.line and self._fits(hold)) or self._nested(hold):
-            self._admit(hold)
-            return hold
-        if granules(hold.layers) > self.capacity:
+    def begin_lease(self, names: list[str], owner: int, layers: list[int] | None = None) -> Lease:
+        lease = Lease([layer for name in names for layer in self.models[name].some(layers)], owner)
+        if (not self.line and self._fits(lease)) or self._nested(lease):
+            self._admit(lease)
+            return lease
+        if granules(lease.layers) > self.capacity:
             raise Refused(TOO_LARGE)
-        self.line.append(hold)
+        self.line.append(lease)
         if self._stuck():
-            self.line.remove(hold)
+            self.line.remove(lease)
             raise Refused(BUSY)
-        hold.in_line = True
-        return hold
+        lease.in_line = True
+        return lease
 
-    def share(self, hold: Hold, owner: int) -> Hold:
-        shared = Hold(hold.layers, owner)
+    def share(self, lease: Lease, owner: int) -> Lease:
+        shared = Lease(lease.layers, owner)
         self._admit(shared)
         return shared
 
-    def end_lease(self, hold: Hold) -> None:
-        if hold.ticket and not hold.ticket.done:
-            self._drop(hold.ticket, CANCELLED)
-        if hold.in_line:
-            self.line.remove(hold)
-            hold.in_line = False
-        elif hold.admitted:
-            hold.admitted = False
-            self.admitted.remove(hold)
-            for layer in hold.layers:
-                layer.holds -= 1
-            for model in hold.models:
+    def end_lease(self, lease: Lease) -> None:
+        if lease.ticket and not lease.ticket.done:
+            self._drop(lease.ticket, CANCELLED)
+        if lease.in_line:
+            self.line.remove(lease)
+            lease.in_line = False
+        elif lease.admitted:
+            lease.admitted = False
+            self.admitted.remove(lease)
+            for layer in lease.layers:
+                layer.leases -= 1
+            for model in lease.models:
                 model.leases -= 1
         while self.line and self._fits(self.line[0]):
             self._admit(self.line.pop(0))
@@ -121,7 +121,7 @@ class Reference:
                 continue  # a cancelled fill of the layer is not undone yet
             self.swapping.remove(ticket)
             for layer in model.layers:
-                if layer.state == "resident" and not layer.holds:
+                if layer.state == "resident" and not layer.leases:
                     self._evict_layer(layer)
             ticket.done = True
             return True
@@ -183,7 +183,7 @@ class Reference:
             layer
             for model in self.models.values()
             for layer in model.layers
-            if layer.state == "filling" and not layer.holds and not spared(layer)
+            if layer.state == "filling" and not layer.leases and not spared(layer)
         ]
         if not coming:
             self._drop(urgent, BUSY)
@@ -196,19 +196,19 @@ class Reference:
         return False
 
     @property
-    def _held(self) -> int:
+    def _leased(self) -> int:
         return sum(
             layer.granules
             for model in self.models.values()
             for layer in model.layers
-            if layer.holds
+            if layer.leases
         )
 
-    def _to_hold(self, layers: list[Layer]) -> int:
-        return granules([layer for layer in layers if not layer.holds])
+    def _to_lease(self, layers: list[Layer]) -> int:
+        return granules([layer for layer in layers if not layer.leases])
 
     def _require_room(self, layers: list[Layer]) -> None:
-        if self._held + self._to_hold(layers) > self.capacity:
+        if self._leased + self._to_lease(layers) > self.capacity:
             raise Refused(TOO_LARGE if granules(layers) > self.capacity else BUSY)
 
     def _request(self, ticket: Ticket) -> Ticket:
@@ -299,7 +299,7 @@ class Reference:
             for layer in model.layers
             if layer.state == "resident"
             and layer.granules
-            and not layer.holds
+            and not layer.leases
             and not spared(layer)
         ]
         candidates.sort(
@@ -318,35 +318,38 @@ class Reference:
             chosen.append(candidates.pop(0))
         return chosen
 
-    def _fits(self, hold: Hold) -> bool:
-        return self._held + self._to_hold(hold.layers) <= self.capacity
+    def _fits(self, lease: Lease) -> bool:
+        return self._leased + self._to_lease(lease.layers) <= self.capacity
 
-    def _nested(self, hold: Hold) -> bool:
-        own = {x for other in self.admitted if other.owner == hold.owner for x in other.layers}
-        return own.issuperset(hold.layers)
+    def _nested(self, lease: Lease) -> bool:
+        own = {x for other in self.admitted if other.owner == lease.owner for x in other.layers}
+        return own.issuperset(lease.layers)
 
-    def _admit(self, hold: Hold) -> None:
-        for layer in hold.layers:
-            layer.holds += 1
-        for model in hold.models:
+    def _admit(self, lease: Lease) -> None:
+        for layer in lease.layers:
+            layer.leases += 1
+        for model in lease.models:
             model.leases += 1
             self.clock += 1
             model.last_use = self.clock
-        hold.admitted, hold.in_line = True, False
-        self.admitted.append(hold)
-        if any(layer.state != "resident" for layer in hold.layers):
-            hold.ticket = self._request(Ticket(FOREGROUND, hold.layers))
+        lease.admitted, lease.in_line = True, False
+        self.admitted.append(lease)
+        if any(layer.state != "resident" for layer in lease.layers):
+            lease.ticket = self._request(Ticket(FOREGROUND, lease.layers))
 
     def _stuck(self) -> bool:
         """Return whether a lease in line can never be served, even if owners not in line release
         all that they hold."""
         line = list(self.line)
-        holds = list(self.admitted)
+        admitted = list(self.admitted)
         while line:
-            waiting = {hold.owner for hold in line}
-            holds = [hold for hold in holds if hold.owner in waiting]
+            waiting = {lease.owner for lease in line}
+            admitted = [lease for lease in admitted if lease.owner in waiting]
             head = line.pop(0)
-            if granules(list({x for hold in [*holds, head] for x in hold.layers})) > self.capacity:
+            if (
+                granules(list({x for lease in [*admitted, head] for x in lease.layers}))
+                > self.capacity
+            ):
                 return True
-            holds.append(head)
+            admitted.append(head)
         return False

@@ -20,7 +20,7 @@ class Layer:
     state: str = "absent"
     keep_value: float = 0.0
     filled_at: int = 0
-    holds: int = 0
+    leases: int = 0
     fill: Fill | None = None
 
 
@@ -67,7 +67,7 @@ class Fill:
 
 
 @dataclass(eq=False)
-class Hold:
+class Lease:
     layers: list[Layer]
     owner: int
     in_line: bool = False

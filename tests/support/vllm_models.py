@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # must be set before vLLM is imported
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="WARNING",
-)
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # tests read vLLM's warnings
 
+from warmserve_rt.demo import vllm_engines  # before vLLM
+
+# isort: split
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
-from warmserve_rt.engines.vllm import WORKER
+from warmserve_rt.demo.vllm_engines import WORKER, answers, shut_down, worker_of
+
+__all__ = ["WORKER", "engine", "plain_engine", "shut_down", "tokens", "worker_of", "write_llama"]
 
 # vLLM collects garbage four times in an engine's life, over all objects that its imports made, and
 # unfreezes them at the engine's end. Here they stay frozen: 0.6 s of CPU less per collection.
@@ -29,6 +27,12 @@ gc.collect()
 gc.freeze()
 gc.freeze = gc.unfreeze = lambda: None
 
+SETTINGS = {
+    "skip_tokenizer_init": True,
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 1 << 24,
+}
 PROMPTS = [[5, 9, 200, 31], [7], [100, 101, 102, 103, 104, 105, 106], [250, 3]]
 
 
@@ -56,17 +60,7 @@ def write_llama(path: Path, seed: int, *, tied: bool = False, **config: Any) -> 
 
 def plain_engine(model: Path, **options: Any) -> Any:
     """Return an LLM that vLLM loads by itself, on one thread."""
-    settings: dict[str, Any] = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "skip_tokenizer_init": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 1 << 24,
-        "disable_log_stats": True,
-        "enable_prefix_caching": False,
-    }
-    return LLM(str(model), **{**settings, **options})
+    return vllm_engines.plain_engine(model, **{**SETTINGS, **options})
 
 
 def engine(model: Path, cache: Path, *, worker: str = WORKER, **options: Any) -> Any:
@@ -75,12 +69,8 @@ def engine(model: Path, cache: Path, *, worker: str = WORKER, **options: Any) ->
     The options arena, gated and device are passed to the loader, all others to vLLM.
     """
     extra = {name: options.pop(name) for name in ("arena", "gated", "device") if name in options}
-    return plain_engine(
-        model,
-        load_format="warmserve",
-        worker_cls=worker,
-        model_loader_extra_config={"cache": str(cache), **extra},
-        **options,
+    return vllm_engines.arena_engine(
+        model, cache, worker=worker, loader=extra, **{**SETTINGS, **options}
     )
 
 
@@ -89,14 +79,4 @@ def tokens(
 ) -> list[list[int]]:
     """Return the tokens of greedy answers."""
     how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-    inputs = [{"prompt_token_ids": [*prompt]} for prompt in prompts]
-    return [[*each.outputs[0].token_ids] for each in llm.generate(inputs, how, use_tqdm=False)]
-
-
-def worker_of(llm: Any) -> Any:
-    """Return the worker of an engine that runs in this process."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-
-
-def close(llm: Any) -> None:
-    llm.llm_engine.engine_core.shutdown()
+    return answers(llm, prompts, how)

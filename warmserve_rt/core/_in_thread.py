@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +19,6 @@ async def in_thread(call: Callable[[Callable[[], None]], T]) -> T:
     The call must call ``poll`` while it waits; ``poll`` raises once this coroutine is cancelled.
     The coroutine ends after the call has ended.
     """
-    import asyncio  # here, because only programs that use asyncio need it
-
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[T] = loop.create_future()
     stopped = threading.Event()

@@ -1,6 +1,7 @@
-"""Operations that remove models from a runtime: evict, unregister and close, blocking or awaited.
+"""Operations that free memory, and the keep values that order evictions.
 
-All three take ``wait``, which says what they wait for, and ``timeout`` in seconds:
+Evict, unregister and close, blocking or awaited, take ``wait``, which says what they wait for, and
+``timeout`` in seconds:
 
 - "streams": recorded streams that still use the layers. Raises Busy if the layers are leased.
 - "leases": those streams, and the end of all leases.
@@ -19,18 +20,19 @@ from typing import Literal, TypeAlias
 
 from warmserve_rt import _arguments as check
 from warmserve_rt._log import log
+from warmserve_rt._units import format_bytes
 
 from ._in_thread import in_thread
 from .inspecting import Inspecting
 from .model import Model
-from .selection import Layers, all_but, layer_indices
+from .selection import Layers, all_but, layer_index, layer_indices
 
 Wait: TypeAlias = Literal["nothing", "streams", "leases"]
 Poll: TypeAlias = Callable[[], None]
 
 
 class Evicting(Inspecting):
-    """The part of :class:`Runtime` that removes models."""
+    """The part of :class:`Runtime` that frees memory."""
 
     def evict(
         self,
@@ -87,6 +89,37 @@ class Evicting(Inspecting):
         chosen = self._eviction(model, layers, keep)
         patience, seconds = _patience(wait, timeout)
         await in_thread(lambda poll: self._evict(chosen, patience, seconds, poll))
+
+    def set_keep_value(
+        self, model: Model | str, keep_value: float, *, layer: int | str | None = None
+    ) -> None:
+        """Set how much a model, or one layer of it, is worth keeping.
+
+        When room is needed, layers with the lowest value are evicted first, and among equals the
+        least recently used.
+
+        Parameters
+        ----------
+        model : Model or str
+        keep_value : float
+            Any number, infinities included. At first every layer has 0.0.
+        layer : int or str, optional
+            Index or name. Default: all layers.
+
+        Guarantee: wait-free.
+        """
+        found = self.model(model)
+        index = None if layer is None else layer_index(found, layer)
+        self.native.stamp(found.native, check.number("keep_value", keep_value, finite=False), index)
+
+    def trim(self) -> int:
+        """Give free granules back to the device and return their bytes.
+
+        The runtime creates granules again when it needs them.
+        """
+        nbytes = self.native.trim()
+        log.info("trimmed %s", format_bytes(nbytes))
+        return nbytes
 
     def unregister(
         self, model: Model | str, *, wait: Wait | None = None, timeout: float | None = None

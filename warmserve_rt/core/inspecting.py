@@ -17,6 +17,7 @@ from .model import Model
 from .revisions import Revisions
 from .selection import layer_index
 from .snapshot import Snapshot
+from .streams import StreamLike, native_stream
 from .views import Framework
 
 StreamPriority = Literal["background", "normal", "urgent"]
@@ -33,7 +34,7 @@ class Inspecting:
         self._framework: Framework = framework
         self._granule_bytes = granule_bytes
         self._models = Revisions()
-        self._failed_paths: set[str] = set()  # names whose failure has been logged
+        self._failed_routes: set[str] = set()  # names whose failure has been logged
 
     def __repr__(self) -> str:
         if self._open is None:
@@ -55,6 +56,11 @@ class Inspecting:
         if self._open is None:
             raise WarmServeError("the runtime is closed")
         return self._open
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has succeeded."""
+        return self._open is None
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -159,10 +165,10 @@ class Inspecting:
     def snapshot(self) -> Snapshot:
         """Return the state of the device and of all models now, as plain values. Wait-free."""
         now = Snapshot.of(self.native)
-        for path in now.paths:
-            if path.error and path.name not in self._failed_paths:
-                self._failed_paths.add(path.name)
-                log.warning("path %s failed and is no longer used: %s", path.name, path.error)
+        for route in now.routes:
+            if route.error and route.name not in self._failed_routes:
+                self._failed_routes.add(route.name)
+                log.warning("route %s failed and is no longer used: %s", route.name, route.error)
         return now
 
     def stream(self, priority: StreamPriority = "normal") -> _native.Stream:
@@ -179,6 +185,21 @@ class Inspecting:
         return self.native.stream(
             check.choice("priority", priority, ("background", "normal", "urgent"))
         )
+
+    def adopt_stream(self, stream: StreamLike) -> _native.Stream:
+        """Return a stream of torch, CuPy or other code as a stream of this runtime.
+
+        The methods that take a stream adopt it themselves. Use this to adopt a stream once for many
+        calls. The stream's owner must keep it alive until its work that uses the arena is done.
+
+        Raises
+        ------
+        TypeError
+            ``stream`` is not a stream.
+        ValueError
+            The device accepts only its own streams.
+        """
+        return native_stream(self.native, stream)
 
     def check_invariants(self) -> None:
         """Raise WarmServeError if the runtime's state is inconsistent, naming the first fault."""

@@ -6,14 +6,13 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from warmserve_rt import _arguments as check
-from warmserve_rt._errors import StaleView
 from warmserve_rt._log import debug
 from warmserve_rt._units import format_bytes
 
+from ._acquisitions import Acquisitions
 from ._awaiting import until_over
 from .selection import layer_index
 from .streams import StreamLike, native_stream
@@ -25,13 +24,8 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-# One acquisition of a lease, which may have several: the owner (a thread's or task's number), the
-# native hold, and the stream to record on release.
-_Acquisition: TypeAlias = "tuple[int, _native.Hold, _native.Stream | None]"
-
-
 class Lease:
-    """A hold on one model, on several models all or nothing, or on some layers of one model.
+    """A lease on one model, on several models all or nothing, or on some layers of one model.
 
     Made by :meth:`Runtime.lease`; acquired by ``with``, ``async with`` or :meth:`acquire`.
 
@@ -73,7 +67,7 @@ class Lease:
         self._layers = layers
         self._streaming = streaming
         self._timeout = timeout
-        self._acquired: list[_Acquisition] = []  # thread-safe: changed only by single list methods
+        self._acquired = Acquisitions()
 
     def __repr__(self) -> str:
         names = ", ".join(repr(model.name) for model in self._models)
@@ -127,10 +121,10 @@ class Lease:
         """
         ours = None if stream is None else native_stream(self._native, stream)
         owner = threading.get_ident()
-        hold = self._begin(owner)
-        if hold.wait(self._timeout, not self._streaming):
+        native = self._begin(owner)
+        if native.wait(self._timeout, not self._streaming):
             debug("waited for %s", self)
-        self._acquired.append((owner, hold, ours))
+        self._acquired.add(owner, native, ours)
         return self
 
     def wait(
@@ -170,8 +164,8 @@ class Lease:
         """
         of = model or self._only_model()
         behind = None if stream is None else native_stream(self._native, stream)
-        _, hold, _ = self._latest("wait()")
-        hold.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
+        native = self._acquired.latest("wait()").native
+        native.wait_layer(of.native, layer_index(of, layer), behind, check.timeout(timeout))
 
     def record(self, stream: StreamLike) -> None:
         """Record that the stream's work so far uses the layers.
@@ -179,8 +173,7 @@ class Lease:
         No layer is unmapped before that work completes, even after the release. Raises StaleView if
         the lease is not held.
         """
-        _, hold, _ = self._latest("record()")
-        hold.record(native_stream(self._native, stream))
+        self._acquired.latest("record()").native.record(native_stream(self._native, stream))
 
     def release(self) -> None:
         """Release the latest acquisition of this thread (or task), or the latest of all if it has
@@ -195,20 +188,20 @@ class Lease:
 
     async def __aenter__(self) -> Lease:
         owner = id(asyncio.current_task())
-        hold = self._begin(owner)
+        native = self._begin(owner)
         everything = not self._streaming
 
         def notify(waker: _native.Waker, token: int) -> bool:
-            return hold.notify(waker, token, everything)
+            return native.notify(waker, token, everything)
 
         try:
-            if not hold.ready(everything):
+            if not native.ready(everything):
                 await until_over(notify, self._timeout)
-            hold.wait(0, everything)  # raises the error of a failed load, or TimeoutError
+            native.wait(0, everything)  # raises the error of a failed load, or TimeoutError
         except BaseException:
-            hold.release()
+            native.release()
             raise
-        self._acquired.append((owner, hold, None))
+        self._acquired.add(owner, native, None)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -250,14 +243,13 @@ class Lease:
     def _checked(self, model: Model, tensors: Tensors) -> LeasedTensors:
         if model not in self._models:
             raise ValueError(f"{model.name!r} is not in this lease")
-        mine = self._latest(f"the tensors of {model.name!r}")
-        hold = mine[1]
+        mine = self._acquired.latest(f"the tensors of {model.name!r}")
 
         def held() -> bool:
-            return any(each is mine for each in self._acquired)
+            return self._acquired.includes(mine)
 
         def here(layer: int) -> bool:
-            return hold.arrived(model.native, layer)
+            return mine.native.arrived(model.native, layer)
 
         complete = self._layers is None and not self._streaming
         return LeasedTensors(model.name, model.layout, tensors, held, None if complete else here)
@@ -267,31 +259,18 @@ class Lease:
             raise ValueError("the lease is on several models: name one of them")
         return self._models[0]
 
-    def _latest(self, what: str, owner: int | None = None) -> _Acquisition:
-        """Return the latest acquisition of the owner (by default this thread), or of all."""
-        acquired = tuple(self._acquired)
-        if not acquired:
-            raise StaleView(f"{what}: the lease is not held")
-        me = owner or threading.get_ident()
-        return next((each for each in reversed(acquired) if each[0] == me), acquired[-1])
-
     def _leave(self, owner: int) -> None:
-        while True:
-            mine = self._latest("release()", owner)
-            with suppress(ValueError):  # another thread without its own removed it
-                self._acquired.remove(mine)
-                break
-        _, hold, stream = mine
+        mine = self._acquired.remove_latest(owner)
         try:
-            if stream is not None:
-                hold.record(stream)
+            if mine.stream is not None:
+                mine.native.record(mine.stream)
         finally:
-            hold.release()
+            mine.native.release()
 
-    def _begin(self, owner: int) -> _native.Hold:
-        if self._acquired:
-            with suppress(IndexError, StaleView):  # the last acquirer has just released it
-                return self._acquired[-1][1].share(owner)
+    def _begin(self, owner: int) -> _native.Lease:
+        shared = self._acquired.share(owner)
+        if shared is not None:
+            return shared
         models = [model.native for model in self._models]
         return self._native.begin_lease(models, owner, self._layers)
 

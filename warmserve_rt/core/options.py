@@ -10,7 +10,7 @@ from warmserve_rt._log import log
 from warmserve_rt._units import Size, format_bytes, parse_bytes
 
 from .devices import arena_bytes, checked_device, loader_count
-from .routes import Path, open_devices
+from .routes import Route, open_devices
 from .views import Framework, checked_framework
 
 _MACHINE = "the machine's memory"
@@ -32,7 +32,7 @@ def open_runtime(
     read_bandwidth: Size | None,
     tensors: Framework | None,
     driver: _native.Driver | None,
-    paths: Sequence[Path],
+    routes: Sequence[Route],
 ) -> tuple[_native.Runtime, str, Framework, int]:
     """Return the native runtime, its device's name, its tensors' framework and its granule's bytes.
 
@@ -52,7 +52,7 @@ def open_runtime(
     staging_bytes = parse_bytes(staging, "staging", of=_machine_bytes, whole=_MACHINE)
     if driver is not None and not isinstance(driver, _native.Driver):
         raise TypeError(f"driver must be a device's driver, got {check.shown(driver)}")
-    driver, neighbours = open_devices(device, driver, paths, pump=pump)
+    driver, peers = open_devices(device, driver, routes, pump=pump)
     opened = driver
 
     def of_device(name: str, size: Size | None) -> int | None:
@@ -81,7 +81,7 @@ def open_runtime(
         poison=poison,
         background_share=share,
         read_bandwidth=bandwidth,
-        neighbours=neighbours,
+        peers=peers,
     )
     log.info("made an arena of %s on %s", format_bytes(total), driver.name)
     return native, driver.name, framework, granule_bytes

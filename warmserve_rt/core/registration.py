@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,24 @@ def anchored(source: Source) -> Source:
     return os.path.abspath(source) if os.path.exists(source) else source
 
 
+class FileIdentity(NamedTuple):
+    """What a file must still be when it is read. The times are modulo 2**64."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class SourceFile(NamedTuple):
+    """One file of a checkpoint, as the native runtime accepts it."""
+
+    descriptor: int
+    path: str  # for messages
+    identity: FileIdentity
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """An open checkpoint in the form that the native runtime accepts."""
@@ -39,7 +57,7 @@ class Opened:
     layout: Layout
     checks: _native.Checks
 
-    def files(self) -> Iterator[_native.FileTuple]:
+    def files(self) -> Iterator[SourceFile]:
         """Yield the files and close each one when the next is requested.
 
         The native runtime duplicates the descriptors, and a process has few.
@@ -47,7 +65,8 @@ class Opened:
         for file in self.checkpoint.files:
             i = file.identity
             times = (i.mtime_ns % 2**64, i.ctime_ns % 2**64)
-            yield file.fd, shown(file.path), (i.device, i.inode, i.size, *times)
+            identity = FileIdentity(i.device, i.inode, i.size, *times)
+            yield SourceFile(file.fd, shown(file.path), identity)
             file.close()
 
 

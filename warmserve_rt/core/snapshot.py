@@ -59,8 +59,8 @@ class ModelSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class PathSnapshot:
-    """A neighbour's link: the bytes that it has carried, and the bytes per second last measured,
+class RouteSnapshot:
+    """A peer's host link: the bytes that it has carried, and the bytes per second last measured,
     0.0 if not yet. ``error`` says why the link is no longer used; it is empty while it is."""
 
     name: str
@@ -90,7 +90,7 @@ class Snapshot:
     layers_loaded: int
     layers_evicted: int
     driver_calls: Mapping[str, tuple[int, int]]
-    paths: tuple[PathSnapshot, ...]
+    routes: tuple[RouteSnapshot, ...]
     models: Mapping[str, ModelSnapshot]
 
     @property
@@ -125,7 +125,7 @@ class Snapshot:
             granule_bytes=state.granule_bytes,
             granules=state.granules,
             granules_free=state.granules_free,
-            granules_trimmed=state.granules_uncreated,
+            granules_trimmed=state.granules_trimmed,
             pinned_bytes=state.pinned_bytes,
             headroom_bytes=state.headroom_bytes,
             leases=state.leases,
@@ -133,7 +133,9 @@ class Snapshot:
             layers_loaded=state.layers_loaded,
             layers_evicted=state.layers_evicted,
             driver_calls=native.driver_calls(),
-            paths=tuple(PathSnapshot(x.name, x.nbytes, x.bandwidth, x.error) for x in state.routes),
+            routes=tuple(
+                RouteSnapshot(x.name, x.nbytes, x.bandwidth, x.error) for x in state.routes
+            ),
             models={
                 model.name: ModelSnapshot(
                     model.leases,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from warmserve_rt.checkpoint.layout import Layout, TensorSpec
 
 _CUDA = 2  # DLPack device type
+_UINT8 = (1, 8, 1)  # DLPack type: code, bits, lanes
 _NUMPY_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "?"}  # by DLPack type code
 _NUMPY_NAMES = {  # dtypes that numpy and CuPy support
     dtype.name: kind if kind == "?" else f"{kind}{known[1] // 8}"
@@ -66,8 +67,13 @@ def native_view(model: _native.Model, spec: TensorSpec, *, as_bytes: bool = Fals
     )
 
 
+def native_bytes(model: _native.Model, layer: int, first: int, last: int) -> _native.View:
+    """Return a DLPack producer of the layer's bytes ``[first, last)``, as uint8."""
+    return model.view(layer, first, [last - first], last - first, *_UINT8)
+
+
 def _device_type(model: _native.Model) -> int:
-    return model.view(0, 0, [0], 0, 1, 8, 1).__dlpack_device__()[0]
+    return native_bytes(model, 0, 0, 0).__dlpack_device__()[0]
 
 
 def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Prewarmer:
         if serving:
             ranking = [serving, *(name for name in ranking if name != serving)]
         for place, name in enumerate(ranking):
-            self._runtime.stamp(self._models[name], keep_value=len(ranking) - place)
+            self._runtime.set_keep_value(self._models[name], keep_value=len(ranking) - place)
         wanted = ranking[: self._room]
         for name in self._tickets.keys() - wanted:
             self._tickets.pop(name).cancel()  # its resident layers stay until room is needed

@@ -12,22 +12,17 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
-# Set before vLLM is imported: engines in this process, on one thread, without log output.
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    OMP_NUM_THREADS="1",
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-)
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines in this process, in any environment
 
+from .vllm_engines import answers, arena_engine, plain_engine, shut_down  # before vLLM
+
+# isort: split
 import vllm
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from warmserve_rt import Runtime
-from warmserve_rt.engines.vllm import WORKER, use
+from warmserve_rt.engines.vllm import use
 
 from .content import Content, differing
 from .rows import InArena, Row, Say
@@ -44,14 +39,13 @@ class PlainVllm:
 
     @contextmanager
     def __call__(self, path: Path) -> Iterator[Callable[[list[int], int], list[int]]]:
-        with _engine(path) as llm:
+        with _open(partial(plain_engine, path)) as llm:
             yield partial(self.answer, llm)
 
     @staticmethod
     def answer(llm: Any, prompt: list[int], tokens: int) -> list[int]:
         how = SamplingParams(temperature=0, max_tokens=tokens)
-        (output,) = llm.generate({"prompt_token_ids": prompt}, how, use_tqdm=False)
-        return [*output.outputs[0].token_ids]
+        return answers(llm, [prompt], how)[0]
 
 
 class Restarted(Row):
@@ -74,7 +68,9 @@ class Restarted(Row):
     def serving(self, tenant: str) -> Iterator[Say]:
         if tenant != self._current:
             self.close()
-            self._llm = self._running.enter_context(_engine(self._tenants[tenant]))
+            self._llm = self._running.enter_context(
+                _open(partial(plain_engine, self._tenants[tenant]))
+            )
             self._current = tenant
             self._moved += self._contents[tenant].nbytes
         yield partial(say, self._llm)
@@ -106,14 +102,7 @@ class Vllm(InArena):
             use(runtime)
             self._engines: dict[str, Any] = {}
             for name, path in tenants.items():
-                self._engines[name] = undo.enter_context(
-                    _engine(
-                        path,
-                        load_format="warmserve",
-                        worker_cls=WORKER,
-                        model_loader_extra_config={"cache": str(cache)},
-                    )
-                )
+                self._engines[name] = undo.enter_context(_open(partial(arena_engine, path, cache)))
                 progress("starting engines", len(self._engines), len(tenants))
             self._weights = {
                 name: llm.collective_rpc("get_model")[0].warmserve_weights
@@ -160,21 +149,11 @@ def say(llm: Any, prompt: list[int], count: int, end: int) -> Iterator[int]:
 
 
 @contextmanager
-def _engine(path: Path, **options: Any) -> Iterator[Any]:
-    llm = LLM(
-        str(path),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=1,
-        kv_cache_memory_bytes=1 << 25,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **options,
-    )
+def _open(make: Callable[..., Any]) -> Iterator[Any]:
+    llm = make(max_model_len=512, max_num_seqs=1, kv_cache_memory_bytes=1 << 25)
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        shut_down(llm)
         del llm
         gc.collect()

@@ -9,9 +9,11 @@ from contextlib import suppress
 from itertools import accumulate
 
 from warmserve_rt._errors import Busy, Cancelled, DeviceLost, OutOfDeviceMemory, WarmServeError
+from warmserve_rt.core.loading import BACKGROUND
 from warmserve_rt.core.model import Model
-from warmserve_rt.core.runtime import BACKGROUND, Runtime, Ticket
+from warmserve_rt.core.runtime import Runtime
 from warmserve_rt.core.snapshot import Snapshot
+from warmserve_rt.core.ticket import Ticket
 from warmserve_rt.policy.profile import ModelProfile
 
 from .protocols import KeepValues
@@ -321,7 +323,7 @@ class RuntimeDevice:
         """
         for layer, value in enumerate(values):
             if before is None or before[layer] != value:
-                self.runtime.native.stamp(model.native, value, layer)
+                self.runtime.set_keep_value(model, value, layer=layer)
 
     def _shard(self, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
         state = seen.models.get(entry.model.name) if entry.model else None

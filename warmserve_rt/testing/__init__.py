@@ -23,9 +23,11 @@ from dataclasses import dataclass
 
 from warmserve_rt import _native
 from warmserve_rt.core.devices import open_driver
-from warmserve_rt.core.runtime import Model, Runtime
+from warmserve_rt.core.model import Model
+from warmserve_rt.core.runtime import Runtime
 
-from .simcuda import Faults, SimulatedCuda, simulated_cuda, simulated_cuda_fixture
+from ._simcuda_library import Faults
+from .simcuda import SimulatedCuda, simulated_cuda, simulated_cuda_fixture
 
 __all__ = [
     "SimulatedCuda",
@@ -86,7 +88,7 @@ def cuda_driver(
     ordinal : int
         The number of the device.
     peers : sequence of int
-        The numbers of devices that may be among that runtime's ``paths``.
+        The numbers of devices that may be among that runtime's ``routes``.
     """
     return _native.cuda_driver(
         library=str(cuda.library), ordinal=ordinal, kernels=b"simulated", peers=peers
@@ -144,9 +146,7 @@ def swap_granules(
     size = runtime.snapshot().granule_bytes
     begins = []
     for model, layer in ((a, layer_a), (b, layer_b)):
-        spec = model.layers[layer]
-        view = model.native.view(layer, 0, [spec.nbytes], spec.nbytes, 1, 8, 1)
-        begins.append(view.address + granule * size)
+        begins.append(model.layer_bytes(layer).address + granule * size)
     buffers = [(ctypes.c_char * size).from_address(begin) for begin in begins]
     for begin in begins:
         if _libc.mprotect(ctypes.c_void_p(begin), size, _PROT_READ | _PROT_WRITE):

@@ -11,23 +11,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before vLLM is imported
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-)
+os.environ.update(VLLM_WORKER_MULTIPROCESSING_METHOD="spawn", VLLM_LOGGING_LEVEL="ERROR")
 
+from warmserve_rt.demo import vllm_engines  # before vLLM
+
+# isort: split
 import torch
 from safetensors.torch import load_file, save_file
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.plugins import load_general_plugins
 
-from warmserve_rt.engines.vllm import WORKER, arenas
+from warmserve_rt.engines.vllm import arenas
 from warmserve_rt.engines.vllm.loader import ArenaLoader
 
 PROMPTS = [
@@ -62,38 +57,25 @@ class Engine:
     """One LLM. ``load_s``: seconds inside load_model, or 0 if it ran in another process."""
 
     def __init__(self, model: Path, cache: Path | None = None, **loader: Any) -> None:
-        options: dict[str, Any] = {}
-        if cache is not None:
-            extra = {"cache": str(cache), **loader}
-            options = {"load_format": "warmserve", "worker_cls": WORKER}
-            options["model_loader_extra_config"] = extra
+        sizes = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 27}
         _load_s.clear()
-        self.llm = LLM(
-            str(model),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=256,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=1 << 27,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            **options,
-        )
+        if cache is None:
+            self.llm = vllm_engines.plain_engine(model, **sizes)
+        else:
+            self.llm = vllm_engines.arena_engine(model, cache, loader=loader, **sizes)
         self.load_s = _load_s[-1] if _load_s else 0.0
 
     def tokens(self, prompts: int = 4, count: int = 48) -> list[list[int]]:
         """Return the greedy answers to the first `prompts` prompts."""
         how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        answers = self.llm.generate(PROMPTS[:prompts], how, use_tqdm=False)
-        return [[*each.outputs[0].token_ids] for each in answers]
+        return vllm_engines.answers(self.llm, PROMPTS[:prompts], how)
 
     @property
     def worker(self) -> Any:
-        core = self.llm.llm_engine.engine_core.engine_core
-        return core.model_executor.driver_worker.worker
+        return vllm_engines.worker_of(self.llm)
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        vllm_engines.shut_down(self.llm)
         del self.llm
         gc.collect()
 

@@ -95,4 +95,4 @@ def layer_bytes(model: Model, path: Path, layer: int) -> npt.NDArray[np.uint8]:
 
 
 def layer_address(model: Model, layer: int) -> int:
-    return model.native.view(layer, 0, [1], 1, 1, 8, 1).address
+    return model.layer_bytes(layer).address

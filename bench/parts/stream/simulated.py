@@ -41,9 +41,7 @@ def _over_bound(path: Path, ratio: float) -> list[float]:
         model = runtime.register("m", path)
         assert len(model.layers) == layers
         bound = Bound([each] * layers, [x.nbytes for x in model.layers], BANDWIDTH)
-        views = [
-            model.native.view(x.index, x.nbytes - READ, [READ], READ, 1, 8, 1) for x in model.layers
-        ]
+        views = [model.layer_bytes(x.index, x.nbytes - READ) for x in model.layers]
         stream = runtime.stream()
         runtime.prewarm(model).wait()
         with pinned(cuda, READ) as out:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_models import WORKER, close, engine, plain_engine, tokens, worker_of, write_llama
+from vllm_models import WORKER, engine, plain_engine, shut_down, tokens, worker_of, write_llama
 
 from warmserve_rt import OutOfDeviceMemory, Runtime, StaleView, WarmServeError
 from warmserve_rt.engines.vllm import arenas, use
@@ -37,7 +37,7 @@ def wanted(models: dict[str, Path]) -> dict[str, list[list[int]]]:
     for name, path in models.items():
         llm = plain_engine(path)
         answers[name] = tokens(llm)
-        close(llm)
+        shut_down(llm)
     assert answers["tied"] != answers["other"]
     return answers
 
@@ -58,7 +58,7 @@ def make(cache: Path) -> Iterator[Make]:
 
     yield one
     while made:
-        close(made.pop())
+        shut_down(made.pop())
     gc.collect()
     if arena := arenas.find("host"):
         assert arena.runtime.models == ()
@@ -99,7 +99,7 @@ def test_tokens_are_those_of_plain_vllm(
 ) -> None:
     first = make(models[name], tmp_path)
     assert tokens(first) == wanted[name]
-    close(first)
+    shut_down(first)
     runtime().close()
     cached = make(models[name], tmp_path)
     assert tokens(cached) == wanted[name]
@@ -125,7 +125,7 @@ def test_a_plain_engine_beside_it_stays_right(
     ours = make(models["tied"], tmp_path)
     plain = plain_engine(models["tied"])
     assert tokens(plain) == wanted["tied"] == tokens(ours)
-    close(plain)
+    shut_down(plain)
 
 
 def test_two_engines_take_turns_in_an_arena_of_one(
@@ -214,7 +214,7 @@ def test_pages_of_a_host_tensor_are_given_back() -> None:
 def test_a_gated_start_computes_while_the_tail_is_loaded(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
 ) -> None:
-    close(make(models["other"]))  # so that the cache has it
+    shut_down(make(models["other"]))  # so that the cache has it
     runtime().close()
     with Runtime(arena="32MiB", read_bandwidth="1MiB", tensors="torch") as slow:
         use(slow)
@@ -223,7 +223,7 @@ def test_a_gated_start_computes_while_the_tail_is_loaded(
         answers = tokens(llm)
         assert resident(llm)
         assert answers == wanted["other"] == tokens(llm)
-        close(llm)
+        shut_down(llm)
 
 
 def test_a_gated_start_needs_eager_mode(make: Make, models: dict[str, Path]) -> None:
@@ -239,7 +239,7 @@ def test_bytes_that_changed_in_the_cache_are_never_served(
     tmp_path: Path,
     gated: bool,
 ) -> None:
-    close(make(models["other"], tmp_path))
+    shut_down(make(models["other"], tmp_path))
     runtime().close()
     (weights,) = tmp_path.glob("*/weights-*")
     with open(weights, "r+b") as file:
@@ -249,7 +249,7 @@ def test_bytes_that_changed_in_the_cache_are_never_served(
     if gated:  # checked after the first step starts, but before its token
         with pytest.raises(Exception, match="is not as it was written"):
             tokens(llm)
-        close(llm)
+        shut_down(llm)
         llm = make(models["other"], tmp_path, gated=gated)
     assert tokens(llm) == wanted["other"]
     assert not weights.exists()
@@ -278,7 +278,7 @@ def test_another_dtype_has_an_entry_of_its_own(
     kinds = {p.dtype for p in worker_of(llm).get_model().parameters()}
     assert kinds == {torch.bfloat16}
     assert len([*tmp_path.iterdir()]) == 2
-    close(plain)
+    shut_down(plain)
 
 
 def test_a_quantised_model_is_refused_by_the_name_of_its_part(make: Make, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_a_step_that_fails_lets_go_of_its_lease(
             with pytest.raises(ArithmeticError):
                 tokens(llm)
         assert runtime().snapshot().leases == 0
-        close(llm)
+        shut_down(llm)
         llm = make(models["other"])
         runner = worker_of(llm).model_runner
 

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from vllm_models import PROMPTS, close, engine, plain_engine, tokens, write_llama
+from vllm_models import PROMPTS, engine, plain_engine, shut_down, tokens, write_llama
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -127,7 +127,7 @@ def test_the_readme_s_server_answers_sleeps_and_survives_clients_but_not_its_eng
     model = write_llama(tmp_path / "model", 1, tied=True)
     plain = plain_engine(model)
     wanted = tokens(plain)
-    close(plain)
+    shut_down(plain)
     with serve(model, tmp_path / "cache", tmp_path / "log") as (url, server):
         assert answers(url) == wanted
         for after in (1, 2, 5, 20):
@@ -146,4 +146,4 @@ def test_the_readme_s_server_answers_sleeps_and_survives_clients_but_not_its_eng
     again = engine(model, tmp_path / "cache")  # uses what the killed engine wrote and locked
     assert tokens(again) == wanted
     assert len([*(tmp_path / "cache").glob("*/weights-*")]) == 1
-    close(again)
+    shut_down(again)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from warmserve_rt._errors import StaleView
-from warmserve_rt.core.streams import native_stream
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from warmserve_rt import _native
-    from warmserve_rt.core.runtime import Model, Runtime
+    from warmserve_rt.core.model import Model
+    from warmserve_rt.core.runtime import Runtime
 
 
 def guard(
@@ -102,7 +102,7 @@ class Gates:
         return run
 
     def _begin_pass(self) -> _native.Pass:
-        held = self._model.native.begin_pass()
+        held = self._model.begin_pass()
         if held is None:
             raise StaleView(self._runtime.why_not_leased(self._model))
         return held
@@ -174,7 +174,7 @@ class Gates:
     def _stream(self) -> _native.Stream:
         """Return torch's current stream of the arena's device, which may differ from torch's
         current device."""
-        return native_stream(self._runtime.native, torch.cuda.current_stream(self._device))
+        return self._runtime.adopt_stream(torch.cuda.current_stream(self._device))
 
 
 def gated_parts(module: nn.Module, own: Mapping[nn.Module, set[int]]) -> dict[nn.Module, list[int]]:

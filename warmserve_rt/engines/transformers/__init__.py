@@ -23,16 +23,18 @@ from warmserve_rt.checkpoint.dtypes import planned_casts
 from warmserve_rt.engines.torch.gates import guard
 
 from . import moe, names
+from .arena_modules import protect
+from .arena_tensors import Home
 from .binding import bind, bind_targets, main_dtype, needed_casts
 from .blueprints import Blueprint, Blueprints
 from .options import configuration, dtype_name, quantization
 from .skeletons import skeleton
 from .token_stream import stream_tokens
-from .weights import Home, protect
 
 if TYPE_CHECKING:
     from warmserve_rt.checkpoint.layout import Grouping
-    from warmserve_rt.core.runtime import Model, Runtime
+    from warmserve_rt.core.model import Model
+    from warmserve_rt.core.runtime import Runtime
 
     class BoundModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """A module of ``auto_class`` that `load` has bound to a registered model."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from warmserve_rt.checkpoint import DType
 
 from . import names
-from .weights import Home, in_arena
+from .arena_tensors import Home, in_arena
 
 _FLOATS = {
     "F64": torch.float64,

@@ -31,7 +31,8 @@ from warmserve_rt.checkpoint.layout import LayerSpec, build_layout
 from warmserve_rt.engines.torch.state import State
 from warmserve_rt.kernels import granule_digest
 
-from .entries import LOCK, MANIFEST, explained, open_for_use, prune, remove_unused
+from .cache_folder import explained
+from .entries import LOCK, MANIFEST, open_for_use, prune, remove_unused
 
 __all__ = ["Cache", "Entry", "Key", "discard", "open_for_use"]
 

@@ -15,7 +15,8 @@ import typer
 
 from warmserve_rt._units import parse_bytes
 
-from .entries import DEFAULT_LIMIT, Stored, bytes_of_limit, in_use, prune, root_of, stored
+from .cache_folder import DEFAULT_LIMIT, bytes_of_limit, root_of
+from .entries import Stored, in_use, prune, stored
 
 if TYPE_CHECKING:
     from rich.console import Console

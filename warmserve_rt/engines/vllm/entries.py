@@ -6,27 +6,22 @@ files have names that :mod:`.cache` writes. No other folder or file is ever remo
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from warmserve_rt._cache_dir import acquire, cache_dir
-from warmserve_rt._units import parse_bytes
+from warmserve_rt._cache_dir import acquire
+
+from .cache_folder import explained
 
 MANIFEST, LOCK = "manifest.json", "lock"
-DEFAULT_LIMIT = "50%"  # of the file system's size
-OPTION = 'option "cache" of model_loader_extra_config'
 _FILES = re.compile(r"manifest(-[0-9a-f]+)?\.json|(weights|private)-[0-9a-f]+\.safetensors|lock")
-_PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*%", re.ASCII)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -55,48 +50,6 @@ class Pruned:
     removed: list[Stored] = field(default_factory=list)
     busy: list[Stored] = field(default_factory=list)
     errors: list[OSError] = field(default_factory=list)
-
-
-def root_of(cache: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of the option "cache"; the default is a folder in the user's cache.
-
-    Raises OSError, which names the option, if the user has no home directory.
-    """
-    try:
-        return cache_dir() / "vllm" if cache is None else Path(cache).expanduser()
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{error}, or name a folder with the {OPTION}") from None
-
-
-def bytes_of_limit(limit: int | str, root: Path, name: str = "cache_limit") -> int:
-    """Return the bytes of a limit.
-
-    Parameters
-    ----------
-    limit : int or str
-        Bytes, a size such as "200GiB", or a share such as "50%" of the file system of ``root``.
-    root : Path
-        The cache's folder. It need not exist.
-    name : str
-        The name of the option, for the error message.
-
-    Raises
-    ------
-    ValueError
-        The limit is none of these. The message begins with ``name``.
-    """
-    share = _PERCENT.fullmatch(limit.strip()) if isinstance(limit, str) else None
-    if share is not None and float(share[1]) <= 100:
-        while not root.exists() and root != root.parent:
-            root = root.parent
-        return int(shutil.disk_usage(root).total * (float(share[1]) / 100))
-    try:
-        return parse_bytes(limit)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must be a number of bytes, a size such as '200GiB' or a share of the file "
-            f"system such as '50%', got {limit!r}"
-        ) from None
 
 
 def stored(root: Path) -> list[Stored]:
@@ -219,38 +172,6 @@ def remove_unused(folder: Path, kept: set[str]) -> None:
         with open(folder / name, "rb") as file, suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (folder / name).unlink()
-
-
-@contextmanager
-def explained(
-    doing: str, folder: Path, *, needs: int | None = None, missing: bool = False
-) -> Iterator[None]:
-    """Extend the message of an OSError by the action, the folder and the option, once.
-
-    Parameters
-    ----------
-    doing : str
-        The action, as in "cannot {doing} the cache".
-    folder : Path
-        The folder that the action was on.
-    needs : int, optional
-        Bytes that the action needs.
-    missing : bool
-        Let FileNotFoundError pass unchanged.
-    """
-    try:
-        yield
-    except OSError as error:
-        if OPTION in str(error) or (missing and isinstance(error, FileNotFoundError)):
-            raise
-        where = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
-        size = "" if needs is None else f", which need {needs} bytes"
-        room = "run `warmserve-rt cache prune`, or " if error.errno in _FULL else ""
-        raise OSError(
-            error.errno,
-            f"cannot {doing} the cache of processed weights in {folder}{size}: "
-            f"{error.strerror or error}{where}; {room}name another folder with the {OPTION}",
-        ) from error
 
 
 @contextmanager

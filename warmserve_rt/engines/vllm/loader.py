@@ -5,17 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import (
@@ -27,7 +23,6 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from warmserve_rt._errors import CorruptCheckpoint
-from warmserve_rt.core.streams import native_stream
 from warmserve_rt.engines.torch.gates import guard
 from warmserve_rt.engines.torch.state import (
     LayoutDiffers,
@@ -39,10 +34,12 @@ from warmserve_rt.engines.torch.state import (
 )
 
 from . import WORKER, arenas
+from .building import process_again, refuse_unsupported, undone_on_error
 from .cache import Cache, Entry, discard
-from .entries import bytes_of_limit, root_of
+from .cache_folder import bytes_of_limit, root_of
 from .key import key_of
 from .options import Options
+from .weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +78,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         """Return the model, bound to weights in the arena.
 
         All weights are resident unless ``gated``. The model's ``warmserve_weights`` is their
-        :class:`arenas.Weights`.
+        :class:`.weights.Weights`.
 
         Raises
         ------
@@ -121,7 +118,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
     ) -> nn.Module:
         device = self._device(vllm_config)
 
-        def bring_in() -> arenas.Weights:
+        def bring_in() -> Weights:
             arena = arenas.obtain(device, self.options.arena, entry)
             assert arena is not None
             weights = arena.add(entry, kept=not leasing)
@@ -165,13 +162,13 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
                 # We process before binding: vLLM makes no packed copies of parameters on meta, and
                 # the processing needs no values.
                 refuse_unsupported(model, on_cpu=True)
-                _process(model, model_config, vllm_config)
+                process_again(model, model_config, vllm_config)
         return model.eval()
 
     def _give(
         self,
         model: nn.Module,
-        weights: arenas.Weights,
+        weights: Weights,
         vllm_config: Any,
         model_config: Any,
         state: State,
@@ -184,7 +181,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
                 weights.runtime.lease(weights.model),
                 weights_already_processed(),
             ):
-                _process(model, model_config, vllm_config)
+                process_again(model, model_config, vllm_config)
         refuse_meta(model)
 
     def _processed(self, vllm_config: Any, model_config: Any, prefix: str) -> State:
@@ -223,7 +220,7 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         return f"cuda:{torch.cuda.current_device()}"
 
 
-def _close(coming: Future[arenas.Weights]) -> None:
+def _close(coming: Future[Weights]) -> None:
     if coming.exception() is None:
         coming.result().close()
 
@@ -232,23 +229,13 @@ def _device_type(vllm_config: Any) -> str:
     return torch.device(vllm_config.device_config.device).type
 
 
-def _process(model: nn.Module, model_config: Any, vllm_config: Any) -> None:
-    """Run vLLM's processing on weights that the first start has already processed.
-
-    Tying is disabled, because the first start has decided it and the state's aliases record it.
-    """
-    settled = copy.copy(model_config)
-    settled.word_embeddings_untied_by_checkpoint = False
-    process_weights_after_loading(model, settled, torch.device(vllm_config.device_config.device))
-
-
 def has_leasing_worker(vllm_config: Any) -> bool:
     """Return whether the engine's worker takes a lease around each step."""
     worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     return bool(getattr(worker, "warmserve_leases", False))
 
 
-def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
+def wait_for_the_rest(model: nn.Module, weights: Weights) -> None:
     """Make each forward pass wait for all layers when it ends.
 
     After a gated forward pass vLLM reads the output embedding without calling its module, so no
@@ -258,50 +245,10 @@ def wait_for_the_rest(model: nn.Module, weights: arenas.Weights) -> None:
     on_cuda = any(tensor.is_cuda for tensor in weights.model.tensors("torch").values())
 
     def wait(module: nn.Module, arguments: Any, output: Any) -> None:
-        everything_there, _ = weights.model.native.leased
-        if everything_there:
+        if weights.model.leased:
             return
-        stream = None
-        if on_cuda:
-            stream = native_stream(weights.runtime.native, torch.cuda.current_stream())
+        stream = weights.runtime.adopt_stream(torch.cuda.current_stream()) if on_cuda else None
         for layer in weights.model.layers:
-            weights.model.native.wait(layer.index, stream)
+            weights.model.wait(layer.index, stream)
 
     model.register_forward_hook(wait)
-
-
-def refuse_unsupported(model: nn.Module, *, on_cpu: bool) -> None:
-    """Raise ValueError, which names the part, if vLLM's processing of a part turns its weights into
-    something other than tensors that can be bound again."""
-    for name, part in model.named_modules():
-        method = getattr(part, "quant_method", None)
-        if not isinstance(method, QuantizeMethodBase):
-            continue
-        plain = isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
-        if not (plain if on_cpu else method.supports_pre_processed_weights):
-            raise ValueError(
-                f"load format warmserve cannot serve {type(model).__name__}: "
-                f"{type(method).__name__}, of {name!r}, replaces its parameters by a private form. "
-                "Use vLLM's own load format for this model"
-            )
-
-
-@contextmanager
-def undone_on_error(vllm_config: Any) -> Iterator[None]:
-    """Remove what building a model on meta leaves in vLLM's global state.
-
-    Always removes the new rotary modules, which another model must not reuse. After an error also
-    removes the new layer names, which the next attempt registers again.
-    """
-    layers = vllm_config.compilation_config.static_forward_context
-    rotary = rotary_embedding._ROPE_DICT
-    known, shared = set(layers), set(rotary)
-    try:
-        yield
-    except BaseException:
-        for name in layers.keys() - known:
-            del layers[name]
-        raise
-    finally:
-        for name in rotary.keys() - shared:
-            del rotary[name]

@@ -11,7 +11,7 @@ from typing import Any
 
 from warmserve_rt._units import parse_bytes
 
-from .entries import DEFAULT_LIMIT, bytes_of_limit
+from .cache_folder import DEFAULT_LIMIT, bytes_of_limit
 
 _DEVICE = re.compile(r"host|cuda(:\d{1,4})?", re.ASCII)
 _SHARE = re.compile(r"\s*(100|\d{1,2}(\.\d+)?)\s*%\s*", re.ASCII)

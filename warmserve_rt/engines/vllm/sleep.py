@@ -11,7 +11,7 @@ from vllm.device_allocator.sleep_mode_backend import CuMemBackend, SleepModeBack
 from warmserve_rt._errors import WarmServeError
 
 if TYPE_CHECKING:
-    from .arenas import Weights
+    from .weights import Weights
 
 
 class ArenaBackend(SleepModeBackend):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from .sleep import ArenaBackend, release_pages
 if TYPE_CHECKING:
     from warmserve_rt.core.lease import Lease
 
-    from .arenas import Weights
+    from .weights import Weights
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Base

@@ -72,6 +72,10 @@ def test_streams_of_others_are_waited_for(two_files: dict[str, Path]) -> None:
                 lease.release()
                 runtime.swap(evict="a", load="b").wait()
                 assert out[0:GRANULE] == content("a", 0, SIZES[0])[:GRANULE]
+            adopted = runtime.adopt_stream(TorchStream())
+            assert adopted.handle == TorchStream.cuda_stream
+            assert runtime.adopt_stream(adopted) is adopted
+            del adopted
             with pytest.raises(TypeError, match=r"stream must be one of .*, got 'default'"):
                 runtime.lease("a").acquire("default")
             raw.synchronize(TorchStream.cuda_stream)
@@ -100,6 +104,9 @@ def test_streams_of_others_on_the_host(two_files: dict[str, Path]) -> None:
         runtime.register("a", two_files["a"])
         with pytest.raises(ValueError, match="host accepts only streams"):
             runtime.lease("a").acquire(7)
+        with pytest.raises(ValueError, match="host accepts only streams"):
+            runtime.adopt_stream(7)
+    assert runtime.closed
 
 
 def test_a_graph_is_replayed_only_under_a_lease(two_files: dict[str, Path]) -> None:

@@ -1,5 +1,5 @@
-"""Risk: a load that also uses a neighbour's host link loads wrong bytes, loses bytes when the
-neighbour fails, or is no faster."""
+"""Risk: a load that also uses a peer's host link loads wrong bytes, loses bytes when the
+peer fails, or is no faster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
     """Return the path of a checkpoint of LAYERS layers, and the bytes of each layer."""
     random = np.random.default_rng(1)
     layers = [random.bytes(LAYER) for _ in range(LAYERS)]
-    path = tmp_path_factory.mktemp("paths") / "model.safetensors"
+    path = tmp_path_factory.mktemp("routes") / "model.safetensors"
     write_safetensors(
         path,
         {f"model.layers.{i}.weight": ("U8", (LAYER,), content) for i, content in enumerate(layers)},
@@ -32,17 +32,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
 
 
 def make(
-    cuda: SimulatedCuda, path: Path, *, ordinal: int = 0, paths: bool = True, **options: object
+    cuda: SimulatedCuda, path: Path, *, ordinal: int = 0, routes: bool = True, **options: object
 ) -> Runtime:
-    """Return a runtime on one of two devices; with ``paths``, the other device is a route to it."""
+    """Return a runtime on one of two devices; with ``routes``, the other one is a route to it."""
     other = 1 - ordinal
     runtime = Runtime(
-        driver=testing.cuda_driver(cuda, ordinal, peers=[other] if paths else []),
+        driver=testing.cuda_driver(cuda, ordinal, peers=[other] if routes else []),
         arena=LAYERS * LAYER,
         staging=16 * CHUNK,
         chunk=CHUNK,
         tensors="dlpack",
-        paths=[testing.cuda_driver(cuda, other)] if paths else [],
+        routes=[testing.cuda_driver(cuda, other)] if routes else [],
         **options,  # type: ignore[arg-type]
     )
     runtime.register("m", path)
@@ -67,7 +67,7 @@ def test_a_load_goes_over_both_links(model: tuple[Path, list[bytes]]) -> None:
         make(cuda, path) as runtime,
     ):
         load(runtime, layers)
-        (by,) = runtime.snapshot().paths
+        (by,) = runtime.snapshot().routes
         assert (by.name, by.error) == ("cuda:1 (Simulated CUDA)", "")
         assert 0 < by.nbytes < LAYERS * LAYER
         assert by.bandwidth > 0
@@ -79,13 +79,13 @@ def test_two_links_of_one_speed_nearly_halve_the_time(model: tuple[Path, list[by
     """Take the best of three loads, because other work shares the machine."""
     path, layers = model
     seconds = {}
-    for paths in (False, True):
+    for routes in (False, True):
         with (
             testing.simulated_cuda(devices=2, peers=True, h2d=200e6, d2d=5e9) as cuda,
-            make(cuda, path, paths=paths, loaders=2) as runtime,
+            make(cuda, path, routes=routes, loaders=2) as runtime,
         ):
             load(runtime, layers)  # measures the speeds of the links
-            seconds[paths] = min(load(runtime, layers) for _ in range(3))
+            seconds[routes] = min(load(runtime, layers) for _ in range(3))
     assert seconds[False] / seconds[True] > 1.5
 
 
@@ -93,12 +93,12 @@ def test_what_is_in_the_background_borrows_nobody_s_link(model: tuple[Path, list
     path, layers = model
     with testing.simulated_cuda(devices=2, peers=True) as cuda, make(cuda, path) as runtime:
         load(runtime, layers, priority=0)
-        assert runtime.snapshot().paths[0].nbytes == 0
+        assert runtime.snapshot().routes[0].nbytes == 0
 
 
-def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[bytes]]) -> None:
+def test_a_peer_whose_context_dies_costs_no_bytes(model: tuple[Path, list[bytes]]) -> None:
     path, layers = model
-    with (  # the neighbour's first piece takes a second, so it dies with a copy in progress
+    with (  # the peer's first piece takes a second, so it dies with a copy in progress
         testing.simulated_cuda(devices=2, peers=True, h2d=400e6, d2d=2e6) as cuda,
         make(cuda, path, ordinal=1) as runtime,
     ):
@@ -106,11 +106,11 @@ def test_a_neighbour_whose_context_dies_costs_no_bytes(model: tuple[Path, list[b
         ticket = runtime.prewarm("m", priority=FOREGROUND)
         while not ticket.progress[0]:
             time.sleep(0.001)
-        cuda.break_context(LOST)  # breaks the context of device 0, the neighbour
+        cuda.break_context(LOST)  # breaks the context of device 0, the peer
         ticket.wait(60)
         for index, content in enumerate(layers):
             assert runtime.read_back("m", index).tobytes() == content
-        assert "700" in runtime.snapshot().paths[0].error
+        assert "700" in runtime.snapshot().routes[0].error
         load(runtime, layers)
 
 
@@ -137,7 +137,7 @@ def test_a_call_on_the_way_that_fails_costs_no_bytes(
         cuda.faults.disarm()
 
 
-def test_a_stream_waits_for_a_layer_that_came_by_a_neighbour(
+def test_a_stream_waits_for_a_layer_that_came_over_a_peer_s_link(
     model: tuple[Path, list[bytes]],
 ) -> None:
     path, layers = model
@@ -150,14 +150,14 @@ def test_a_stream_waits_for_a_layer_that_came_by_a_neighbour(
             for index, content in enumerate(layers):
                 lease.wait(index, stream)
                 out = bytearray(LAYER)
-                view = runtime.model("m").native.view(index, 0, [LAYER], LAYER, 1, 8, 1)
+                view = runtime.model("m").layer_bytes(index, 0, LAYER)
                 stream.copy_from(out, view)
                 stream.synchronize()
                 assert out == content
-        assert runtime.snapshot().paths[0].nbytes > 0
+        assert runtime.snapshot().routes[0].nbytes > 0
 
 
-def test_a_path_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[bytes]]) -> None:
+def test_a_route_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[bytes]]) -> None:
     path, layers = model
     with (
         testing.simulated_cuda(devices=2, peers=True, leaks=True, h2d=400e6) as cuda,
@@ -167,7 +167,7 @@ def test_a_path_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[by
         while not ticket.progress[0]:
             time.sleep(0.001)
         runtime.native.drop_route("cuda:1 (Simulated CUDA)")
-        assert runtime.snapshot().paths == ()
+        assert runtime.snapshot().routes == ()
         ticket.wait(60)
         del ticket  # a ticket keeps its runtime alive
         load(runtime, layers)
@@ -175,7 +175,7 @@ def test_a_path_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[by
             runtime.native.drop_route("cuda:1 (Simulated CUDA)")
 
 
-def test_a_neighbour_that_is_no_peer_is_refused() -> None:
+def test_a_device_that_is_no_peer_is_refused() -> None:
     with (
         testing.simulated_cuda(devices=2) as cuda,
         pytest.raises(ValueError, match="cuda:1 does not reach the memory of cuda:0"),
@@ -191,34 +191,34 @@ def test_peers_that_make_no_sense_are_refused() -> None:
             testing.cuda_driver(cuda, peers=[0])
 
 
-def test_a_neighbour_that_was_not_let_in_is_refused() -> None:
+def test_a_peer_that_was_not_let_in_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda), testing.cuda_driver(cuda, 1)
         with pytest.raises(ValueError, match=r"cuda:1 .* has no access to the memory of cuda:0"):
-            Runtime(driver=own, arena="8MiB", tensors="dlpack", paths=[other])
+            Runtime(driver=own, arena="8MiB", tensors="dlpack", routes=[other])
 
 
-def test_one_path_twice_is_refused() -> None:
+def test_one_route_twice_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda, peers=[1]), testing.cuda_driver(cuda, 1)
         with pytest.raises(ValueError, match=r"'cuda:1 .*' exists already"):
-            Runtime(driver=own, arena="8MiB", tensors="dlpack", paths=[other, other])
+            Runtime(driver=own, arena="8MiB", tensors="dlpack", routes=[other, other])
 
 
 @pytest.mark.parametrize(
-    ("device", "paths", "why"),
+    ("device", "routes", "why"),
     [
-        ("host", ["cuda:1"], "no path 'cuda:1' to 'host'"),
-        ("cuda:0", ["host"], "path 'host' must be 'cuda:N'"),
-        ("cuda:0", ["cuda"], "path 'cuda' must be 'cuda:N'"),
+        ("host", ["cuda:1"], "no route 'cuda:1' to 'host'"),
+        ("cuda:0", ["host"], "route 'host' must be 'cuda:N'"),
+        ("cuda:0", ["cuda"], "route 'cuda' must be 'cuda:N'"),
         ("cuda:0", ["cuda:1", "cuda:1"], "named twice"),
     ],
 )
-def test_paths_that_make_no_sense_are_refused(device: str, paths: list[str], why: str) -> None:
+def test_routes_that_make_no_sense_are_refused(device: str, routes: list[str], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        Runtime(device, arena="8MiB", paths=paths)
+        Runtime(device, arena="8MiB", routes=routes)
 
 
 def test_the_host_device_has_no_link_to_help() -> None:
     with pytest.raises(ValueError, match="over no link"):
-        Runtime(arena="8MiB", paths=[_native.host_driver()])
+        Runtime(arena="8MiB", routes=[_native.host_driver()])

@@ -1,0 +1,66 @@
+"""The acquisitions of one lease by threads and asyncio tasks."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from warmserve_rt._errors import StaleView
+
+if TYPE_CHECKING:
+    from warmserve_rt import _native
+
+
+class Acquisition(NamedTuple):
+    """One acquisition of a lease, which may have several."""
+
+    owner: int  # the thread's or the task's number
+    native: _native.Lease
+    stream: _native.Stream | None  # to record on release
+
+
+class Acquisitions:
+    """The acquisitions that have not been released, oldest first.
+
+    Thread-safe without a lock, because each change is a single call of a list method.
+    """
+
+    __slots__ = ("_list",)
+
+    def __init__(self) -> None:
+        self._list: list[Acquisition] = []
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def includes(self, acquisition: Acquisition) -> bool:
+        """Return whether this very acquisition has not been released."""
+        return any(each is acquisition for each in self._list)
+
+    def add(self, owner: int, native: _native.Lease, stream: _native.Stream | None) -> None:
+        self._list.append(Acquisition(owner, native, stream))
+
+    def latest(self, what: str, owner: int | None = None) -> Acquisition:
+        """Return the latest acquisition of the owner (by default this thread), or the latest of
+        all if it has none. Raises StaleView, which names ``what``, if there is none."""
+        acquired = tuple(self._list)
+        if not acquired:
+            raise StaleView(f"{what}: the lease is not held")
+        me = owner or threading.get_ident()
+        return next((each for each in reversed(acquired) if each.owner == me), acquired[-1])
+
+    def remove_latest(self, owner: int) -> Acquisition:
+        """Remove the acquisition that :meth:`latest` finds, and return it."""
+        while True:
+            found = self.latest("release()", owner)
+            with suppress(ValueError):  # another thread without its own removed it
+                self._list.remove(found)
+                return found
+
+    def share(self, owner: int) -> _native.Lease | None:
+        """Return a native lease on the layers that are held, or None if none are."""
+        if self._list:
+            with suppress(IndexError, StaleView):  # the last acquirer has just released it
+                return self._list[-1].native.share(owner)
+        return None
