@@ -34,14 +34,14 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "an eviction does not wait for the fences of its layers",
-        "csrc/model/backing.cpp",
+        "csrc/model/mapping.cpp",
         "for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);",
         "",
         "runtime/test_leases.py::test_work_on_a_stream_outlives_the_release",
     ),
     Mutation(
         "the backing epoch does not advance",
-        "csrc/model/residency.cpp",
+        "csrc/model/state.cpp",
         "layer.model->backing_epoch.fetch_add(1, std::memory_order_release);",
         "{}",
         "runtime/test_leases.py::test_the_backing_epoch_tells_that_granules_changed",
@@ -55,7 +55,7 @@ MUTATIONS = [
     ),
     Mutation(
         "granule ids claimed by a fill that fails to start are lost",
-        "csrc/load/transfer.cpp",
+        "csrc/load/loader.cpp",
         "arena.return_uncreated(fresh);",
         "",
         "runtime/test_fault_walk.py::"
@@ -63,7 +63,7 @@ MUTATIONS = [
     ),
     Mutation(
         "granules taken by a fill that fails to start are lost",
-        "csrc/load/transfer.cpp",
+        "csrc/load/loader.cpp",
         "arena.give(granules);",
         "",
         "runtime/test_fault_walk.py::"
@@ -86,7 +86,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a pass does not hold the layers of its lease",
-        "csrc/runtime/lease.cpp",
+        "csrc/runtime/lease_queue.cpp",
         "pass->depth = 1;",
         "pass->depth = 1; return pass;",
         "engines/test_passes.py::test_evictions_wait_for_a_pass_as_for_streams",
@@ -114,42 +114,42 @@ MUTATIONS = [
     ),
     Mutation(
         "a staging chunk is reused before its copy is complete",
-        "csrc/load/uploads.cpp",
+        "csrc/load/copy_engine.cpp",
         "if (event->complete()) return Copies::over;",
         "return Copies::over;",
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host-staged]",
     ),
     Mutation(
         "a chunk is copied over two links",
-        "csrc/load/uploads_links.cpp",
+        "csrc/load/links.cpp",
         "lane->flights.push_back(flight);",
         "lane->flights.push_back(flight);\n    begin_on_own_link(flight);",
         "runtime/test_paths.py::test_a_load_goes_over_both_links",
     ),
     Mutation(
         "a copy that failed on a route is taken for complete",
-        "csrc/load/uploads.cpp",
+        "csrc/load/copy_engine.cpp",
         "case Crossing::State::failed: return Copies::failed;",
         "case Crossing::State::failed: return Copies::over;",
         "runtime/test_paths.py::test_a_neighbour_whose_context_dies_costs_no_bytes",
     ),
     Mutation(
         "background copies use the links of neighbours",
-        "csrc/load/uploads_links.cpp",
+        "csrc/load/links.cpp",
         "if (flight->urgent && lanes_.size() > 1)",
         "if (lanes_.size() > 1)",
         "runtime/test_paths.py::test_what_is_in_the_background_borrows_nobody_s_link",
     ),
     Mutation(
         "a lease that fits is admitted ahead of the line",
-        "csrc/runtime/lease.cpp",
+        "csrc/runtime/lease_queue.cpp",
         "if (!(line_.empty() && fits(lock, *hold)) && !nested(*hold)) return false;",
         "if (!fits(lock, *hold) && !nested(*hold)) return false;",
         "runtime/test_leases.py::test_leases_are_served_in_order_of_arrival",
     ),
     Mutation(
         "two leases may wait for each other for ever",
-        "csrc/runtime/lease.cpp",
+        "csrc/runtime/lease_queue.cpp",
         "if (granules > books_.arena.capacity()) return true;",
         "",
         "runtime/test_leases.py::test_two_leases_that_would_wait_for_each_other",
@@ -184,21 +184,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the layers of a ticket evict each other",
-        "csrc/load/transfer.cpp",
+        "csrc/load/loader.cpp",
         "return ticket.wants_layer(layer);",
         "return !ticket.wants_layer(layer);",
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
     ),
     Mutation(
         "a layer that an earlier prewarm wanted keeps its place in the queue under a lease",
-        "csrc/load/fill_queue.cpp",
+        "csrc/load/load_queue.cpp",
         "if (rank < fill.rank) rank.sequence = sequence_++;",
         "",
         "runtime/test_partial_residency.py::test_the_layers_of_a_lease_come_in_order[host]",
     ),
     Mutation(
         "background bytes are counted as foreground bytes",
-        "csrc/load/fill_queue.cpp",
+        "csrc/load/load_queue.cpp",
         "(fill.foreground() ? foreground_bytes_ : background_bytes_) +=",
         "(fill.foreground() ? foreground_bytes_ : foreground_bytes_) +=",
         "runtime/test_partial_residency.py::"
@@ -206,7 +206,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tickets do not expire at their deadlines",
-        "csrc/load/transfer.cpp",
+        "csrc/load/loader.cpp",
         "queue_.expire(lock);",
         "",
         "runtime/test_partial_residency.py::test_what_is_late_is_given_up[host]",
@@ -220,7 +220,7 @@ MUTATIONS = [
     ),
     Mutation(
         "digests are not compared",
-        "csrc/load/transfer.cpp",
+        "csrc/load/loader.cpp",
         "else if (const auto wrong = last ? wrong_content(fill) : nullptr)",
         "else if (const std::exception_ptr wrong = nullptr)",
         "checkpoint/test_checkpoint_changes.py::"
@@ -228,7 +228,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a restarted load keeps the digests of its failed attempt",
-        "csrc/load/transfer_end.cpp",
+        "csrc/load/loader_end.cpp",
         "fill.sums.clear();",
         "",
         "checkpoint/test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
@@ -270,7 +270,7 @@ MUTATIONS = [
     ),
     Mutation(
         "weights are mapped as writable",
-        "csrc/model/backing.cpp",
+        "csrc/model/mapping.cpp",
         "layer.model->writable ? Access::read_write : Access::read",
         "Access::read_write",
         "runtime/test_bad_input.py::test_an_in_place_write_to_weights_faults",
@@ -291,7 +291,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer whose load failed is not marked as torn",
-        "csrc/load/transfer_end.cpp",
+        "csrc/load/loader_end.cpp",
         "layer.torn = true;",
         "",
         "runtime/test_fault_walk.py::"

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "load/waker.h"
-#include "model/residency.h"
+#include "model/state.h"
 
 namespace warmserve {
 

@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "load/transfer.h"
+#include "load/loader.h"
 #include "model/layer_shape.h"
-#include "runtime/lease.h"
+#include "runtime/lease_queue.h"
 
 namespace warmserve {
 

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "check.h"
-#include "load/link_load.h"
+#include "load/link_traffic.h"
 
 namespace warmserve {
 namespace {

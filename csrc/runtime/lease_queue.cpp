@@ -1,4 +1,4 @@
-#include "runtime/lease.h"
+#include "runtime/lease_queue.h"
 
 #include <pthread.h>
 

@@ -1,4 +1,4 @@
-#include "load/uploads.h"
+#include "load/copy_engine.h"
 
 #include <algorithm>
 #include <thread>

@@ -1,7 +1,7 @@
 // The ends of a fill: completion, failure and undoing.
 #include <utility>
 
-#include "load/transfer.h"
+#include "load/loader.h"
 
 namespace warmserve {
 

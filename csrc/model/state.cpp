@@ -1,4 +1,4 @@
-#include "model/residency.h"
+#include "model/state.h"
 
 #include <algorithm>
 #include <utility>

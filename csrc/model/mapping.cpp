@@ -1,4 +1,4 @@
-#include "model/backing.h"
+#include "model/mapping.h"
 
 #include <algorithm>
 #include <exception>

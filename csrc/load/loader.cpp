@@ -1,4 +1,4 @@
-#include "load/transfer.h"
+#include "load/loader.h"
 
 #include <algorithm>
 #include <system_error>

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "load/uploads.h"
+#include "load/copy_engine.h"
 #include "memory/arena.h"
 
 namespace warmserve {

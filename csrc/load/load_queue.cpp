@@ -1,4 +1,4 @@
-#include "load/fill_queue.h"
+#include "load/load_queue.h"
 
 #include <algorithm>
 #include <utility>

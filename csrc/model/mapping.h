@@ -1,7 +1,7 @@
 // Maps granules at a layer's addresses and unmaps them. The caller owns the layers (Layer::owned).
 #pragma once
 
-#include "model/residency.h"
+#include "model/state.h"
 
 namespace warmserve {
 

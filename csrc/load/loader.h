@@ -13,10 +13,10 @@
 #include <thread>
 #include <vector>
 
-#include "load/fill_queue.h"
+#include "load/copy_engine.h"
+#include "load/load_queue.h"
 #include "load/pace.h"
-#include "load/uploads.h"
-#include "model/backing.h"
+#include "model/mapping.h"
 
 namespace warmserve {
 

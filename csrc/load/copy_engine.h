@@ -17,7 +17,7 @@
 #include <span>
 #include <vector>
 
-#include "load/link_load.h"
+#include "load/link_traffic.h"
 #include "load/route.h"
 #include "memory/staging.h"
 #include "model/model.h"
