@@ -54,15 +54,15 @@ MUTATIONS = [
         "runtime/test_streaming_leases.py::test_what_is_unregistered_keeps_no_stream[host]",
     ),
     Mutation(
-        "granule ids claimed by a fill that fails to start are lost",
+        "granule ids claimed by a load that fails to start are lost",
         "csrc/load/loader.cpp",
-        "arena.return_uncreated(fresh);",
+        "arena.return_trimmed(fresh);",
         "",
         "runtime/test_fault_walk.py::"
         "test_a_failing_driver_call_loses_nothing[host-grow_again-once]",
     ),
     Mutation(
-        "granules taken by a fill that fails to start are lost",
+        "granules taken by a load that fails to start are lost",
         "csrc/load/loader.cpp",
         "arena.give(granules);",
         "",
@@ -101,7 +101,7 @@ MUTATIONS = [
     Mutation(
         "an eviction waits for its own thread's pass",
         "csrc/runtime/eviction.cpp",
-        "if (desk_.in_pass(lock, selection, this_thread()))",
+        "if (lease_queue_.in_pass(lock, selection, this_thread()))",
         "if (false)",
         "engines/test_passes.py::test_a_thread_cannot_wait_for_its_own_pass",
     ),
@@ -122,35 +122,35 @@ MUTATIONS = [
     Mutation(
         "a chunk is copied over two links",
         "csrc/load/links.cpp",
-        "lane->flights.push_back(flight);",
-        "lane->flights.push_back(flight);\n    begin_on_own_link(flight);",
+        "link->in_flight.push_back(pending);",
+        "link->in_flight.push_back(pending);\n    begin_on_own_link(pending);",
         "runtime/test_paths.py::test_a_load_goes_over_both_links",
     ),
     Mutation(
         "a copy that failed on a route is taken for complete",
         "csrc/load/copy_engine.cpp",
-        "case Crossing::State::failed: return Copies::failed;",
-        "case Crossing::State::failed: return Copies::over;",
+        "case RouteCopy::State::failed: return Copies::failed;",
+        "case RouteCopy::State::failed: return Copies::over;",
         "runtime/test_paths.py::test_a_neighbour_whose_context_dies_costs_no_bytes",
     ),
     Mutation(
-        "background copies use the links of neighbours",
+        "background copies use the links of peers",
         "csrc/load/links.cpp",
-        "if (flight->urgent && lanes_.size() > 1)",
-        "if (lanes_.size() > 1)",
+        "if (pending->urgent && links_.size() > 1)",
+        "if (links_.size() > 1)",
         "runtime/test_paths.py::test_what_is_in_the_background_borrows_nobody_s_link",
     ),
     Mutation(
-        "a lease that fits is admitted ahead of the line",
+        "a lease that fits is admitted ahead of those that wait",
         "csrc/runtime/lease_queue.cpp",
-        "if (!(line_.empty() && fits(lock, *hold)) && !nested(*hold)) return false;",
-        "if (!fits(lock, *hold) && !nested(*hold)) return false;",
+        "if (!(waiting_.empty() && fits(lock, *lease)) && !nested(*lease)) return false;",
+        "if (!fits(lock, *lease) && !nested(*lease)) return false;",
         "runtime/test_leases.py::test_leases_are_served_in_order_of_arrival",
     ),
     Mutation(
         "two leases may wait for each other for ever",
         "csrc/runtime/lease_queue.cpp",
-        "if (granules > books_.arena.capacity()) return true;",
+        "if (granules > state_.arena.capacity()) return true;",
         "",
         "runtime/test_leases.py::test_two_leases_that_would_wait_for_each_other",
     ),
@@ -176,10 +176,10 @@ MUTATIONS = [
         "runtime/test_streaming_leases.py::test_a_lease_begins_before_its_layers_are_there[host]",
     ),
     Mutation(
-        "a thread that joins a lease waits in line",
+        "a thread that joins a lease waits in the queue",
         "csrc/runtime/leases.cpp",
-        "  desk_.admit(lock, shared);\n",
-        "  if (!desk_.try_admit(lock, shared)) throw Error(ErrorKind::busy, {});\n",
+        "  lease_queue_.admit(lock, shared);\n",
+        "  if (!lease_queue_.try_admit(lock, shared)) throw Error(ErrorKind::busy, {});\n",
         "runtime/test_streaming_leases.py::test_a_shared_lease_is_joined_past_the_line[host]",
     ),
     Mutation(
@@ -192,15 +192,15 @@ MUTATIONS = [
     Mutation(
         "a layer that an earlier prewarm wanted keeps its place in the queue under a lease",
         "csrc/load/load_queue.cpp",
-        "if (rank < fill.rank) rank.sequence = sequence_++;",
+        "if (rank < load.rank) rank.sequence = sequence_++;",
         "",
         "runtime/test_partial_residency.py::test_the_layers_of_a_lease_come_in_order[host]",
     ),
     Mutation(
         "background bytes are counted as foreground bytes",
         "csrc/load/load_queue.cpp",
-        "(fill.foreground() ? foreground_bytes_ : background_bytes_) +=",
-        "(fill.foreground() ? foreground_bytes_ : foreground_bytes_) +=",
+        "(load.foreground() ? foreground_bytes_ : background_bytes_) +=",
+        "(load.foreground() ? foreground_bytes_ : foreground_bytes_) +=",
         "runtime/test_partial_residency.py::"
         "test_the_background_keeps_its_share_and_no_more[host-0.25]",
     ),
@@ -221,7 +221,7 @@ MUTATIONS = [
     Mutation(
         "digests are not compared",
         "csrc/load/loader.cpp",
-        "else if (const auto wrong = last ? wrong_content(fill) : nullptr)",
+        "else if (const auto wrong = last ? wrong_content(load) : nullptr)",
         "else if (const std::exception_ptr wrong = nullptr)",
         "checkpoint/test_checkpoint_changes.py::"
         "test_what_no_time_stamp_shows_is_found_by_its_digest[host]",
@@ -229,7 +229,7 @@ MUTATIONS = [
     Mutation(
         "a restarted load keeps the digests of its failed attempt",
         "csrc/load/loader_end.cpp",
-        "fill.sums.clear();",
+        "load.sums.clear();",
         "",
         "checkpoint/test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
     ),
@@ -290,9 +290,9 @@ MUTATIONS = [
         "runtime/test_leases.py::test_signals_are_seen_in_every_wait[host-evict]",
     ),
     Mutation(
-        "a layer whose load failed is not marked as torn",
+        "a layer whose load failed is not marked as having invalid bytes",
         "csrc/load/loader_end.cpp",
-        "layer.torn = true;",
+        "layer.unmap_failed = true;",
         "",
         "runtime/test_fault_walk.py::"
         "test_a_failing_driver_call_loses_nothing[host-step_by_step-and-in-rollback]",

@@ -18,13 +18,13 @@ constexpr std::chrono::microseconds kTurn{200};
 
 }  // namespace
 
-// Acquires a staging chunk. While it waits it gathers finished copies, because these hold the
+// Acquires a staging chunk. While it waits it reaps completed copies, because these hold the
 // chunks that it waits for.
-StagingPool::Chunk Uploads::chunk() {
+StagingPool::Chunk CopyEngine::chunk() {
   const Deadline deadline = Clock::now() + staging_timeout_;
   for (;;) {
     if (auto chunk = staging_.try_acquire()) return std::move(*chunk);
-    if (gather(true).landed) continue;
+    if (reap(true).completed) continue;
     try {
       return staging_.acquire(std::min(deadline, Clock::now() + kPollInterval), nullptr);
     } catch (const Error& error) {
@@ -33,28 +33,28 @@ StagingPool::Chunk Uploads::chunk() {
   }
 }
 
-std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, std::uint64_t begin,
-                            std::uint64_t end, const Terms& terms) {
+std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer& layer,
+                               std::uint64_t begin, std::uint64_t end, const CopyOptions& options) {
   const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
   const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
   read_layer(model.files, layer.source, begin, end, destination);
   add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
-                 end, terms.sums);
-  std::this_thread::sleep_until(terms.not_before);
+                 end, options.sums);
+  std::this_thread::sleep_until(options.not_before);
   const Deadline deadline = Clock::now() + staging_timeout_;
-  const std::uint64_t piece = terms.urgent ? end - begin : ceil_div(end - begin, kPieces);
+  const std::uint64_t piece = options.urgent ? end - begin : ceil_div(end - begin, kPieces);
   std::uint64_t at = begin;
   while (at < end) {
     const std::uint64_t bytes = std::min(piece, end - at);
-    const auto flight =
-        std::make_shared<Flight>(Flight{fill, terms.generation, bytes, terms.urgent, chunk,
-                                        copies_of(layer, at, bytes, chunk->data() + (at - begin))});
+    const auto pending = std::make_shared<InFlightCopy>(
+        InFlightCopy{load, options.generation, bytes, options.urgent, chunk,
+                     copies_of(layer, at, bytes, chunk->data() + (at - begin))});
     try {
-      if (!send_piece(flight, deadline, terms)) break;
+      if (!send_piece(pending, deadline, options)) break;
     } catch (...) {
       if (at == begin) throw;
       const std::lock_guard lock(mutex_);
-      news_.push_back({fill, terms.generation, 0, std::current_exception()});
+      completions_.push_back({load, options.generation, 0, std::current_exception()});
       break;
     }
     at += bytes;
@@ -62,10 +62,10 @@ std::uint64_t Uploads::send(Fill* fill, const Model& model, const Layer& layer, 
   return at - begin;
 }
 
-// Returns the copies to the granules of layer bytes [begin, begin + bytes). Neighbouring granules
+// Returns the copies to the granules of layer bytes [begin, begin + bytes). Adjacent granules
 // take one copy.
-std::vector<Copy> Uploads::copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
-                                     const std::byte* from) const {
+std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
+                                        std::uint64_t bytes, const std::byte* from) const {
   const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + bytes;
   std::vector<Copy> copies;
   for (std::uint64_t at = begin; at < end;) {
@@ -81,35 +81,36 @@ std::vector<Copy> Uploads::copies_of(const Layer& layer, std::uint64_t begin, st
   return copies;
 }
 
-// Starts the copies of a piece. Returns false if the fill is not wanted any more.
-bool Uploads::send_piece(const FlightPtr& flight, Deadline deadline, const Terms& terms) {
+// Starts the copies of a piece. Returns false if the load is not wanted any more.
+bool CopyEngine::send_piece(const InFlightCopyPtr& pending, Deadline deadline,
+                            const CopyOptions& options) {
   for (;;) {
-    if (!terms.wanted()) return false;
+    if (!options.wanted()) return false;
     {
       const std::lock_guard lock(mutex_);
-      if (begin(flight)) return true;
+      if (begin(pending)) return true;
     }
     if (Clock::now() >= deadline)
       throw Error(ErrorKind::staging_timeout,
                   "copies to the device made no progress within the staging timeout");
-    const Gathered gathered = gather(true);
-    if (!gathered.landed && !gathered.moving) std::this_thread::sleep_for(kPollInterval);
+    const Reaped reaped = reap(true);
+    if (!reaped.completed && !reaped.moving) std::this_thread::sleep_for(kPollInterval);
   }
 }
 
-// Enqueues the copies of a flight on the own link. Throws if it enqueued no copy. After the first
-// copy it returns an error instead, because the flight must keep its chunk until the stream has
+// Enqueues the copies of a piece on the own link. Throws if it enqueued no copy. After the first
+// copy it returns an error instead, because the piece must keep its chunk until the stream has
 // passed it.
-std::exception_ptr Uploads::enqueue(Flight& flight) {
+std::exception_ptr CopyEngine::enqueue(InFlightCopy& pending) {
   bool under_way = false;
   try {
-    for (const Copy& copy : flight.copies) {
+    for (const Copy& copy : pending.copies) {
       stream_->copy_to_device(copy.to, copy.from, copy.bytes);
       under_way = true;
     }
     const std::shared_ptr<Event> event = spare_event();
     event->record(stream_->id());
-    flight.event = event;
+    pending.event = event;
   } catch (...) {
     if (!under_way) throw;
     return std::current_exception();
@@ -119,7 +120,7 @@ std::exception_ptr Uploads::enqueue(Flight& flight) {
 
 // Returns an event that is not waited for: re-recording one that is waited for would delay the
 // waiter.
-std::shared_ptr<Event> Uploads::spare_event() {
+std::shared_ptr<Event> CopyEngine::spare_event() {
   const auto spare = std::find_if(spare_events_.begin(), spare_events_.end(),
                                   [](const auto& event) { return event.use_count() == 1; });
   if (spare == spare_events_.end()) return std::make_shared<Event>(arena_.device());
@@ -128,108 +129,115 @@ std::shared_ptr<Event> Uploads::spare_event() {
   return event;
 }
 
-std::vector<Uploads::News> Uploads::collect(bool wait, bool* moving) {
-  gather(false);
+std::vector<CopyEngine::Completion> CopyEngine::take_completions(bool wait, bool* moving) {
+  reap(false);
   std::unique_lock lock(mutex_);
-  if (wait && news_.empty()) {
+  if (wait && completions_.empty()) {
     lock.unlock();
-    const bool more = gather(true).moving;
+    const bool more = reap(true).moving;
     if (moving) *moving = more;
     lock.lock();
   }
-  return std::exchange(news_, {});
+  return std::exchange(completions_, {});
 }
 
-bool Uploads::under_way() {
+bool CopyEngine::under_way() {
   const std::lock_guard lock(mutex_);
-  return !news_.empty() || std::any_of(lanes_.begin(), lanes_.end(),
-                                       [](const LanePtr& lane) { return !lane->flights.empty(); });
+  return !completions_.empty() ||
+         std::any_of(links_.begin(), links_.end(),
+                     [](const LinkPtr& link) { return !link->in_flight.empty(); });
 }
 
-std::optional<Uploads::Events> Uploads::events(const Fill* fill) {
+std::optional<CopyEngine::Events> CopyEngine::events(const LayerLoad* load) {
   Events events;
   const std::lock_guard lock(mutex_);
-  for (const LanePtr& lane : lanes_)
-    for (const FlightPtr& flight : lane->flights) {
-      if (flight->fill != fill) continue;
-      if (!flight->event) return std::nullopt;
-      events.push_back(flight->event);
+  for (const LinkPtr& link : links_)
+    for (const InFlightCopyPtr& pending : link->in_flight) {
+      if (pending->load != load) continue;
+      if (!pending->event) return std::nullopt;
+      events.push_back(pending->event);
     }
   return events;
 }
 
-Uploads::Gathered Uploads::gather(bool wait) {
-  std::vector<LanePtr> lanes;  // destroyed without the lock
-  Gathered all;
+CopyEngine::Reaped CopyEngine::reap(bool wait) {
+  std::vector<LinkPtr> links;  // destroyed without the lock
+  Reaped all;
   std::unique_lock lock(mutex_);
-  lanes = lanes_;
-  const auto busy = std::count_if(lanes.begin(), lanes.end(),
-                                  [](const LanePtr& lane) { return !lane->flights.empty(); });
-  for (const LanePtr& lane : lanes) {
-    const Wait patience = !wait || all.landed ? Wait{0} : busy > 1 ? kTurn : Wait{kPollInterval};
-    const Gathered one = gather(lock, *lane, patience);
-    all.landed = all.landed || one.landed;
+  links = links_;
+  const auto busy = std::count_if(links.begin(), links.end(),
+                                  [](const LinkPtr& link) { return !link->in_flight.empty(); });
+  for (const LinkPtr& link : links) {
+    const Wait link_wait = !wait || all.completed ? Wait{0}
+                           : busy > 1             ? kTurn
+                                                  : Wait{kPollInterval};
+    const Reaped one = reap_link(lock, *link, link_wait);
+    all.completed = all.completed || one.completed;
     all.moving = all.moving || one.moving;
   }
-  std::erase_if(lanes_, [](const LanePtr& lane) { return lane->dropped && lane->flights.empty(); });
+  std::erase_if(links_,
+                [](const LinkPtr& link) { return link->dropped && link->in_flight.empty(); });
   return all;
 }
 
-// Several threads may look at the same copy; the first one that sees it complete removes it.
-Uploads::Gathered Uploads::gather(std::unique_lock<std::mutex>& lock, Lane& lane, Wait wait) {
-  Gathered gathered;
-  while (!lane.flights.empty()) {
-    FlightPtr flight = lane.flights.front();
-    std::shared_ptr<Event> event = flight->event;
-    std::shared_ptr<Crossing> crossing = flight->crossing;
+// Several threads may poll the same copies; the first one that sees it complete removes it.
+CopyEngine::Reaped CopyEngine::reap_link(std::unique_lock<std::mutex>& lock, Link& link,
+                                         Wait wait) {
+  Reaped reaped;
+  while (!link.in_flight.empty()) {
+    InFlightCopyPtr pending = link.in_flight.front();
+    std::shared_ptr<Event> event = pending->event;
+    std::shared_ptr<RouteCopy> route_copy = pending->route_copy;
     lock.unlock();
     std::exception_ptr error;
     std::string why;
-    const Copies copies = crossing ? look(*crossing, wait, &why) : look(event.get(), wait, error);
+    const Copies copies =
+        route_copy ? poll_route(*route_copy, wait, &why) : poll_event(event.get(), wait, error);
     lock.lock();
-    if (error && std::exchange(flight->event, nullptr))
-      news_.push_back({flight->fill, flight->generation, 0, error});
-    gathered.moving = copies == Copies::moving;
+    if (error && std::exchange(pending->event, nullptr))
+      completions_.push_back({pending->load, pending->generation, 0, error});
+    reaped.moving = copies == Copies::moving;
     if (copies != Copies::over && copies != Copies::failed) break;
-    gathered.landed = true;
+    reaped.completed = true;
     wait = Wait{0};
-    if (lane.flights.empty() || lane.flights.front() != flight) continue;
-    lane.flights.pop_front();
+    if (link.in_flight.empty() || link.in_flight.front() != pending) continue;
+    link.in_flight.pop_front();
     if (copies == Copies::failed) {
-      lane.load.lost(flight->bytes);
-      if (lane.error.empty()) lane.error = why.empty() ? "the route gave no reason" : why;
-      begin_again(flight);
+      link.traffic.lost(pending->bytes);
+      if (link.error.empty()) link.error = why.empty() ? "the route gave no reason" : why;
+      begin_again(pending);
       continue;
     }
-    lane.load.landed(flight->bytes, Clock::now());
-    lane.carried += flight->bytes;
-    if (!flight->urgent) not_urgent_ -= flight->bytes;
+    link.traffic.completed(pending->bytes, Clock::now());
+    link.carried += pending->bytes;
+    if (!pending->urgent) not_urgent_ -= pending->bytes;
     event.reset();
-    if (flight->event) spare_events_.push_back(std::move(flight->event));
-    if (crossing)
-      for (const Copy& copy : flight->copies)
+    if (pending->event) spare_events_.push_back(std::move(pending->event));
+    if (route_copy)
+      for (const Copy& copy : pending->copies)
         arena_.device()->driver().peer_wrote(copy.to, copy.bytes);
-    news_.push_back({flight->fill, flight->generation, flight->bytes, nullptr});
+    completions_.push_back({pending->load, pending->generation, pending->bytes, nullptr});
     lock.unlock();
-    crossing.reset();
-    flight.reset();  // without the lock: returning its chunk takes the lock of the staging pool
+    route_copy.reset();
+    pending.reset();  // without the lock: returning its chunk takes the lock of the staging pool
     lock.lock();
   }
-  return gathered;
+  return reaped;
 }
 
-Uploads::Copies Uploads::look(Crossing& crossing, Wait wait, std::string* why) {
-  switch (crossing.look(Clock::now() + wait, why)) {
-    case Crossing::State::arrived: return Copies::over;
-    case Crossing::State::failed: return Copies::failed;
-    case Crossing::State::moving: break;
+CopyEngine::Copies CopyEngine::poll_route(RouteCopy& route_copy, Wait wait, std::string* why) {
+  switch (route_copy.poll(Clock::now() + wait, why)) {
+    case RouteCopy::State::arrived: return Copies::over;
+    case RouteCopy::State::failed: return Copies::failed;
+    case RouteCopy::State::moving: break;
   }
   return Copies::moving;
 }
 
 // Returns whether the copies have left the chunk. If the event fails, waits for the stream instead.
 // A lost device no longer reads the chunk, so its copies count as over.
-Uploads::Copies Uploads::look(const Event* event, Wait wait, std::exception_ptr& error) {
+CopyEngine::Copies CopyEngine::poll_event(const Event* event, Wait wait,
+                                          std::exception_ptr& error) {
   const Copies not_yet = arena_.device()->facts().threads ? Copies::moving : Copies::stuck;
   const auto lost = [](const Error& e) { return e.kind() == ErrorKind::device_lost; };
   if (event) {

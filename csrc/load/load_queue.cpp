@@ -5,30 +5,30 @@
 
 namespace warmserve {
 
-void FillQueue::enlist(const Lock& lock, const TicketPtr& ticket) {
+void LoadQueue::add(const Lock& lock, const TicketPtr& ticket) {
   if (ticket->deadline != kNever) deadlines_.emplace(ticket->deadline, ticket);
   for (const Selection& wanted : ticket->wants)
     wanted.for_each([&](Layer& layer) {
       if (layer.residency == Residency::resident) return;
-      if (!layer.fill) {
+      if (!layer.load) {
         const Rank rank{ticket->priority, ticket->deadline, sequence_++};
-        auto made = std::make_unique<Fill>(
-            Fill{&layer, wanted.model, layer.granules_needed * books_.arena.granule_bytes(), rank});
-        layer.fill = made.get();
+        auto made = std::make_unique<LayerLoad>(LayerLoad{
+            &layer, wanted.model, layer.granules_needed * state_.arena.granule_bytes(), rank});
+        layer.load = made.get();
         order_.emplace(rank, std::move(made));
       }
-      Fill& fill = *layer.fill;
-      if (fill.tickets.empty()) ++fill.generation;
-      fill.tickets.push_back(ticket);
-      rerank(fill);
-      relist(lock, fill);
-      ticket->fills.insert(&fill);
-      ticket->bytes_total += fill.span;
-      ticket->bytes_done += fill.done;
+      LayerLoad& load = *layer.load;
+      if (load.tickets.empty()) ++load.generation;
+      load.tickets.push_back(ticket);
+      rerank(load);
+      relist(lock, load);
+      ticket->loads.insert(&load);
+      ticket->bytes_total += load.span;
+      ticket->bytes_done += load.done;
     });
 }
 
-const TicketPtr& Fill::most_urgent() const {
+const TicketPtr& LayerLoad::most_urgent() const {
   const auto rank_of = [](const TicketPtr& ticket) {
     return Rank{ticket->priority, ticket->deadline, 0};
   };
@@ -36,61 +36,61 @@ const TicketPtr& Fill::most_urgent() const {
                            [&](const auto& a, const auto& b) { return rank_of(a) < rank_of(b); });
 }
 
-// A fill that has become more urgent is placed behind the fills that already have that urgency, so
+// A load that has become more urgent is placed behind the loads that already have that urgency, so
 // that the layers of one ticket keep their order.
-void FillQueue::rerank(Fill& fill) {
-  if (fill.tickets.empty()) return;
-  const TicketPtr& ticket = fill.most_urgent();
-  Rank rank{ticket->priority, ticket->deadline, fill.rank.sequence};
-  if (!(rank < fill.rank) && !(fill.rank < rank)) return;
-  if (rank < fill.rank) rank.sequence = sequence_++;
-  unlist(fill);
-  auto node = order_.extract(fill.rank);
-  node.key() = fill.rank = rank;
+void LoadQueue::rerank(LayerLoad& load) {
+  if (load.tickets.empty()) return;
+  const TicketPtr& ticket = load.most_urgent();
+  Rank rank{ticket->priority, ticket->deadline, load.rank.sequence};
+  if (!(rank < load.rank) && !(load.rank < rank)) return;
+  if (rank < load.rank) rank.sequence = sequence_++;
+  unlist(load);
+  auto node = order_.extract(load.rank);
+  node.key() = load.rank = rank;
   order_.insert(std::move(node));
 }
 
-void FillQueue::drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
-  for (Fill* fill : std::exchange(ticket->fills, {})) {
-    std::erase(fill->tickets, ticket);
-    if (fill->tickets.empty() && fill->phase == Fill::Phase::queued) {
-      forget(lock, *fill);
+void LoadQueue::drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
+  for (LayerLoad* load : std::exchange(ticket->loads, {})) {
+    std::erase(load->tickets, ticket);
+    if (load->tickets.empty() && load->phase == LayerLoad::Phase::queued) {
+      erase(lock, *load);
       continue;
     }
-    rerank(*fill);
-    relist(lock, *fill);
+    rerank(*load);
+    relist(lock, *load);
   }
-  ticket->finish(books_, lock, why);
+  ticket->finish(state_, lock, why);
 }
 
-void FillQueue::drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why) {
+void LoadQueue::drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why) {
   selection.for_each([&](Layer& layer) {
-    if (!layer.fill) return;
-    for (const TicketPtr& ticket : release(lock, *layer.fill)) {
-      ticket->short_of = why;
-      ticket->bytes_total -= layer.fill->span;
-      ticket->bytes_done -= layer.fill->done;
-      if (ticket->fills.empty()) ticket->finish(books_, lock, why);
+    if (!layer.load) return;
+    for (const TicketPtr& ticket : release(lock, *layer.load)) {
+      ticket->partial_error = why;
+      ticket->bytes_total -= layer.load->span;
+      ticket->bytes_done -= layer.load->done;
+      if (ticket->loads.empty()) ticket->finish(state_, lock, why);
     }
-    if (layer.fill->phase == Fill::Phase::queued) forget(lock, *layer.fill);
+    if (layer.load->phase == LayerLoad::Phase::queued) erase(lock, *layer.load);
   });
-  books_.wake();
+  state_.wake();
 }
 
-std::vector<TicketPtr> FillQueue::release(const Lock& lock, Fill& fill) {
-  std::vector<TicketPtr> tickets = std::exchange(fill.tickets, {});
-  for (const TicketPtr& ticket : tickets) ticket->fills.erase(&fill);
-  relist(lock, fill);
+std::vector<TicketPtr> LoadQueue::release(const Lock& lock, LayerLoad& load) {
+  std::vector<TicketPtr> tickets = std::exchange(load.tickets, {});
+  for (const TicketPtr& ticket : tickets) ticket->loads.erase(&load);
+  relist(lock, load);
   return tickets;
 }
 
-void FillQueue::forget(const Lock&, Fill& fill) {
-  fill.layer->fill = nullptr;
-  unlist(fill);
-  order_.erase(fill.rank);
+void LoadQueue::erase(const Lock&, LayerLoad& load) {
+  load.layer->load = nullptr;
+  unlist(load);
+  order_.erase(load.rank);
 }
 
-void FillQueue::expire(const Lock& lock) {
+void LoadQueue::expire(const Lock& lock) {
   if (deadlines_.empty()) return;
   const Deadline now = Clock::now();
   while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
@@ -103,21 +103,21 @@ void FillQueue::expire(const Lock& lock) {
   }
 }
 
-void FillQueue::unlist(Fill& fill) {
-  if (fill.listed != Fill::Next::none) list(fill.listed).erase(fill.rank);
-  fill.listed = Fill::Next::none;
+void LoadQueue::unlist(LayerLoad& load) {
+  if (load.listed != LayerLoad::Next::none) list(load.listed).erase(load.rank);
+  load.listed = LayerLoad::Next::none;
 }
 
-void FillQueue::relist(const Lock&, Fill& fill) {
-  if (fill.listed == fill.next()) return;
-  unlist(fill);
-  fill.listed = fill.next();
-  if (fill.listed != Fill::Next::none) list(fill.listed).emplace(fill.rank, &fill);
+void LoadQueue::relist(const Lock&, LayerLoad& load) {
+  if (load.listed == load.next()) return;
+  unlist(load);
+  load.listed = load.next();
+  if (load.listed != LayerLoad::Next::none) list(load.listed).emplace(load.rank, &load);
 }
 
-Fill* FillQueue::first_behind(const std::optional<Rank>& before, const Turn& turn,
-                              bool may_start) const {
-  Fill* first = nullptr;
+LayerLoad* LoadQueue::first_behind(const std::optional<Rank>& before, const Turn& turn,
+                                   bool may_start) const {
+  LayerLoad* first = nullptr;
   const auto consider = [&](const List& list, bool only_background, bool only_foreground) {
     auto at = before ? list.upper_bound(*before) : list.begin();
     if (only_background && (!before || *before < kFirstOfBackground))
@@ -125,27 +125,27 @@ Fill* FillQueue::first_behind(const std::optional<Rank>& before, const Turn& tur
     if (at == list.end() || (only_foreground && !at->second->foreground())) return;
     if (!first || at->first < first->rank) first = at->second;
   };
-  if (may_start) consider(list(Fill::Next::start), false, !turn.background_works);
-  consider(list(Fill::Next::copy), !turn.foreground_copies, !turn.background_works);
-  consider(list(Fill::Next::undo), false, false);
+  if (may_start) consider(list(LayerLoad::Next::start), false, !turn.background_works);
+  consider(list(LayerLoad::Next::copy), !turn.foreground_copies, !turn.background_works);
+  consider(list(LayerLoad::Next::undo), false, false);
   return first;
 }
 
-void FillQueue::check_invariants(const Lock&) const {
+void LoadQueue::check_invariants(const Lock&) const {
   std::size_t listed = 0;
-  for (const auto& [rank, fill] : order_) {
-    listed += fill->listed != Fill::Next::none;
-    const bool found = fill->listed == Fill::Next::none || list(fill->listed).contains(rank);
-    if (fill->listed != fill->next() || !found)
-      throw Error(ErrorKind::general, "invariant: a fill of '" + fill->model->name +
+  for (const auto& [rank, load] : order_) {
+    listed += load->listed != LayerLoad::Next::none;
+    const bool found = load->listed == LayerLoad::Next::none || list(load->listed).contains(rank);
+    if (load->listed != load->next() || !found)
+      throw Error(ErrorKind::general, "invariant: a load of '" + load->model->name +
                                           "' is not in the list of its next step");
   }
   for (const List& list : lists_) listed -= list.size();
-  if (listed) throw Error(ErrorKind::general, "invariant: a list contains fills that have ended");
+  if (listed) throw Error(ErrorKind::general, "invariant: a list contains loads that have ended");
 }
 
-void FillQueue::handed_out(const Lock&, const Fill& fill, std::uint64_t bytes) {
-  (fill.foreground() ? foreground_bytes_ : background_bytes_) += static_cast<double>(bytes);
+void LoadQueue::handed_out(const Lock&, const LayerLoad& load, std::uint64_t bytes) {
+  (load.foreground() ? foreground_bytes_ : background_bytes_) += static_cast<double>(bytes);
 }
 
 }  // namespace warmserve

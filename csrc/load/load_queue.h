@@ -1,9 +1,9 @@
 // The queue of layers to load, and its order.
 //
-// A Fill is the load of one layer, from absent to resident. All tickets that want the layer share
-// it. Fills are ordered by higher priority, then earlier deadline, then earlier request; a fill has
-// the rank of its most urgent ticket. While foreground fills wait, background fills get a limited
-// share of the bytes.
+// A load (LayerLoad) brings one layer from absent to resident. All tickets that want the layer
+// share it. Loads are ordered by higher priority, then earlier deadline, then earlier request; a
+// load has the rank of its most urgent ticket. While foreground loads wait, background loads get a
+// limited share of the bytes.
 #pragma once
 
 #include <array>
@@ -29,7 +29,7 @@ struct Rank {
   }
 };
 
-struct Fill {
+struct LayerLoad {
   enum class Phase { queued, starting, copying, undoing };
   enum class Next { start, copy, undo, none };  // the next step that a loader can do
 
@@ -37,25 +37,25 @@ struct Fill {
   ModelPtr model;      // keeps the layer alive
   std::uint64_t span;  // bytes to write: whole granules, to overwrite all bytes of earlier tenants
   Rank rank;
-  std::vector<TicketPtr> tickets{};  // empty: the fill is unwanted
-  unsigned generation = 0;           // incremented when the first ticket joins an unwanted fill
+  std::vector<TicketPtr> tickets{};  // empty: the load is unwanted
+  unsigned generation = 0;           // incremented when the first ticket joins an unwanted load
   Phase phase = Phase::queued;
-  bool give_way = false;    // a more urgent fill needs its granules: undo, start again later
+  bool preempted = false;   // a more urgent load needs its granules: undo, start again later
   bool failed = false;      // the copied bytes must not be used: undo
   bool mapped = false;      // granules are mapped at the layer's addresses; copies do not use those
   std::uint64_t begin = 0;  // first byte not handed to a loader
   std::uint64_t sent = 0;   // bytes whose copies are enqueued or complete
   std::uint64_t done = 0;   // bytes arrived
   std::uint64_t in_flight = 0;        // bytes handed to loaders that have not arrived
-  unsigned hands = 0;                 // loaders that work on a chunk of the fill
+  unsigned workers = 0;               // loader threads that work on a chunk of the load
   std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
-  Next listed = Next::none;           // the list of FillQueue that contains the fill
+  Next listed = Next::none;           // the list of LoadQueue that contains the load
 
   // Returns the ticket of the highest rank. Precondition: `tickets` is not empty.
   const TicketPtr& most_urgent() const;
   bool foreground() const noexcept { return rank.priority > kBackground; }
-  bool unwanted() const noexcept { return failed || give_way || tickets.empty(); }
-  bool idle() const noexcept { return in_flight == 0 && hands == 0; }
+  bool unwanted() const noexcept { return failed || preempted || tickets.empty(); }
+  bool idle() const noexcept { return in_flight == 0 && workers == 0; }
   Next next() const noexcept {
     if (phase == Phase::queued) return Next::start;
     if (phase != Phase::copying) return Next::none;
@@ -65,76 +65,77 @@ struct Fill {
 };
 
 // All functions are called under the runtime's lock.
-class FillQueue {
+class LoadQueue {
  public:
   // `share`, in [0, 1]: the background's share of the bytes handed out while foreground work waits.
-  FillQueue(Books& books, double share) : books_(books), share_(share) {}
+  LoadQueue(SharedState& state, double share) : state_(state), share_(share) {}
 
-  // Adds the ticket to the fills of the layers that it wants and that are not resident.
-  void enlist(const Lock& lock, const TicketPtr& ticket);
+  // Adds the ticket to the loads of the layers that it wants and that are not resident.
+  void add(const Lock& lock, const TicketPtr& ticket);
   // Ends the ticket with `why`. Layers that no other ticket wants are cancelled; layers that have
   // arrived stay.
   void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why);
-  // Cancels the fills of these layers. Tickets that also want other layers continue with those.
+  // Cancels the loads of these layers. Tickets that also want other layers continue with those.
   void drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why);
-  // Detaches all tickets from the fill and returns them.
-  std::vector<TicketPtr> release(const Lock& lock, Fill& fill);
-  // Removes the fill from the queue and destroys it.
-  void forget(const Lock&, Fill& fill);
+  // Detaches all tickets from the load and returns them.
+  std::vector<TicketPtr> release(const Lock& lock, LayerLoad& load);
+  // Removes the load from the queue and destroys it.
+  void erase(const Lock&, LayerLoad& load);
 
   // Drops the tickets whose deadline has passed.
   void expire(const Lock& lock);
   Deadline next_deadline() const { return deadlines_.empty() ? kNever : deadlines_.begin()->first; }
 
-  // Moves the fill to the list of its next(). Must be called before the lock is released by each
+  // Moves the load to the list of its next(). Must be called before the lock is released by each
   // function that changes a field that next() depends on.
-  void relist(const Lock&, Fill& fill);
+  void relist(const Lock&, LayerLoad& load);
 
-  // Counts bytes of the fill that were handed to a loader.
-  void handed_out(const Lock&, const Fill& fill, std::uint64_t bytes);
+  // Counts bytes of the load that were handed to a loader.
+  void handed_out(const Lock&, const LayerLoad& load, std::uint64_t bytes);
   enum class Visited { worked, cannot, no_room };
-  // Calls visit(fill) for the fills that a loader can do a step for, in order, until a visit
-  // returns `worked`. After `no_room` no further fill is started. Fills that only wait are not
+  // Calls visit(load) for the loads that a loader can do a step for, in order, until a visit
+  // returns `worked`. After `no_room` no further load is started. Loads that only wait are not
   // visited. Returns whether a visit worked. `chunk`: bytes of the chunk to hand out next.
   template <typename Visit>
   bool serve(const Lock& lock, std::uint64_t chunk, Visit visit);
 
-  // Throws general if a fill is not in the list of its next().
+  // Throws general if a load is not in the list of its next().
   void check_invariants(const Lock&) const;
 
  private:
-  using List = std::map<Rank, Fill*>;
+  using List = std::map<Rank, LayerLoad*>;
   struct Turn {
     bool foreground_copies, background_works;
   };
   static constexpr Rank kFirstOfBackground{kBackground, Deadline::min(), 0};
 
-  List& list(Fill::Next next) { return lists_[static_cast<std::size_t>(next)]; }
-  const List& list(Fill::Next next) const { return lists_[static_cast<std::size_t>(next)]; }
-  void unlist(Fill& fill);
-  void rerank(Fill& fill);
-  // Returns the first fill behind `before` that has a turn; null if no fill has one.
-  Fill* first_behind(const std::optional<Rank>& before, const Turn& turn, bool may_start) const;
+  List& list(LayerLoad::Next next) { return lists_[static_cast<std::size_t>(next)]; }
+  const List& list(LayerLoad::Next next) const { return lists_[static_cast<std::size_t>(next)]; }
+  void unlist(LayerLoad& load);
+  void rerank(LayerLoad& load);
+  // Returns the first load behind `before` that has a turn; null if no load has one.
+  LayerLoad* first_behind(const std::optional<Rank>& before, const Turn& turn,
+                          bool may_start) const;
   template <typename Visit>
   bool pass(const Turn& turn, Visit visit);
 
-  Books& books_;
+  SharedState& state_;
   const double share_;
-  std::map<Rank, std::unique_ptr<Fill>> order_;
-  std::array<List, 3> lists_;  // the fills of `order_`, by their next()
+  std::map<Rank, std::unique_ptr<LayerLoad>> order_;
+  std::array<List, 3> lists_;  // the loads of `order_`, by their next()
   std::multimap<Deadline, std::weak_ptr<Ticket>> deadlines_;
   std::uint64_t sequence_ = 0;
   double foreground_bytes_ = 0, background_bytes_ = 0;  // handed out since foreground work arrived
 };
 
 template <typename Visit>
-bool FillQueue::pass(const Turn& turn, Visit visit) {
+bool LoadQueue::pass(const Turn& turn, Visit visit) {
   bool may_start = true;
   std::optional<Rank> before;
-  while (Fill* fill = first_behind(before, turn, may_start)) {
-    ++books_.counters.layers_examined;
-    before = fill->rank;
-    switch (visit(*fill)) {
+  while (LayerLoad* load = first_behind(before, turn, may_start)) {
+    ++state_.counters.layers_examined;
+    before = load->rank;
+    switch (visit(*load)) {
       case Visited::worked: return true;
       case Visited::no_room: may_start = false; break;
       case Visited::cannot: break;
@@ -143,11 +144,11 @@ bool FillQueue::pass(const Turn& turn, Visit visit) {
   return false;
 }
 
-// Foreground fills are served first. If the background is due, it gets the next chunk; foreground
-// fills may still start, and so claim room, before it. If the background then has no chunk to copy,
-// a foreground fill copies one.
+// Foreground loads are served first. If the background is due, it gets the next chunk; foreground
+// loads may still start, and so claim room, before it. If the background then has no chunk to copy,
+// a foreground load copies one.
 template <typename Visit>
-bool FillQueue::serve(const Lock&, std::uint64_t chunk, Visit visit) {
+bool LoadQueue::serve(const Lock&, std::uint64_t chunk, Visit visit) {
   if (order_.empty() || !order_.begin()->second->foreground()) {
     foreground_bytes_ = background_bytes_ = 0;
     return pass({true, true}, visit);

@@ -1,4 +1,4 @@
-// The ends of a fill: completion, failure and undoing.
+// The ends of a load: completion, failure and undoing.
 #include <utility>
 
 #include "load/loader.h"
@@ -7,83 +7,84 @@ namespace warmserve {
 
 using enum Residency;
 
-void Transfer::complete_if_all_is_there(const Lock& lock, Fill& fill) {
-  if (fill.done == fill.span && fill.mapped && fill.idle() && !fill.failed) complete(lock, fill);
+void Loader::complete_if_all_arrived(const Lock& lock, LayerLoad& load) {
+  if (load.done == load.span && load.mapped && load.idle() && !load.failed) complete(lock, load);
 }
 
-// Accounts for bytes that have arrived. Completes the fill with the last ones.
-void Transfer::arrived(const Lock& lock, Fill& fill, std::uint64_t bytes) {
-  fill.in_flight -= bytes;
-  books_.wake();
-  if (fill.failed) return;
-  fill.done += bytes;
-  for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done += bytes;
-  complete_if_all_is_there(lock, fill);
+// Accounts for bytes that have arrived. Completes the load with the last ones.
+void Loader::arrived(const Lock& lock, LayerLoad& load, std::uint64_t bytes) {
+  load.in_flight -= bytes;
+  state_.wake();
+  if (load.failed) return;
+  load.done += bytes;
+  for (const TicketPtr& ticket : load.tickets) ticket->bytes_done += bytes;
+  complete_if_all_arrived(lock, load);
 }
 
-// Drains the layer to absent. Then a fill without tickets ends; a fill with tickets is queued
+// Drains the layer to absent. Then a load without tickets ends; a load with tickets is queued
 // again.
-void Transfer::undo(Lock& lock, Fill& fill) {
-  Layer& layer = *fill.layer;
-  if (layer.residency == filling) books_.transition(lock, layer, draining);
-  layer.torn = true;
+void Loader::undo(Lock& lock, LayerLoad& load) {
+  Layer& layer = *load.layer;
+  if (layer.residency == filling) state_.transition(lock, layer, draining);
+  layer.unmap_failed = true;
   EvictionOrder::update(layer);
-  books_.own(lock, layer);
-  fill.phase = Phase::undoing;
-  queue_.relist(lock, fill);
+  state_.mark_busy(lock, layer);
+  load.phase = Phase::undoing;
+  queue_.relist(lock, load);
   std::vector<GranuleId> freed;
   try {
-    drain(books_, lock, {&layer}, kNever, nullptr, freed);
+    drain_and_unmap(state_, lock, {&layer}, kNever, nullptr, freed);
   } catch (...) {
-    fail(lock, fill, std::current_exception());
+    fail(lock, load, std::current_exception());
   }
-  books_.arena.give(freed);
-  if (fill.tickets.empty()) return queue_.forget(lock, fill);
-  for (const TicketPtr& ticket : fill.tickets) ticket->bytes_done -= fill.done;
-  fill.phase = Phase::queued;
-  fill.begin = fill.sent = fill.done = 0;
-  fill.sums.clear();
-  fill.failed = fill.give_way = fill.mapped = false;
-  queue_.relist(lock, fill);
+  state_.arena.give(freed);
+  if (load.tickets.empty()) return queue_.erase(lock, load);
+  for (const TicketPtr& ticket : load.tickets) ticket->bytes_done -= load.done;
+  load.phase = Phase::queued;
+  load.begin = load.sent = load.done = 0;
+  load.sums.clear();
+  load.failed = load.preempted = load.mapped = false;
+  queue_.relist(lock, load);
 }
 
-void Transfer::complete(const Lock& lock, Fill& fill) {
-  Layer& layer = *fill.layer;
+void Loader::complete(const Lock& lock, LayerLoad& load) {
+  Layer& layer = *load.layer;
   if (layer.residency == filling) {
-    layer.filled_at = ++books_.clock;
-    books_.transition(lock, layer, resident);
-    books_.counters.bytes_loaded += layer.bytes;
-    ++books_.counters.layers_loaded;
+    layer.filled_at = ++state_.clock;
+    state_.transition(lock, layer, resident);
+    state_.counters.bytes_loaded += layer.bytes;
+    ++state_.counters.layers_loaded;
   }
-  const std::vector<TicketPtr> tickets = queue_.release(lock, fill);
-  const std::uint64_t spared = fill.span - fill.done;  // of a layer whose drain failed
-  queue_.forget(lock, fill);
+  const std::vector<TicketPtr> tickets = queue_.release(lock, load);
+  const std::uint64_t spared = load.span - load.done;  // of a layer whose drain failed
+  queue_.erase(lock, load);
   for (const TicketPtr& ticket : tickets) {
     ticket->bytes_done += spared;
-    if (ticket->fills.empty()) settle(lock, ticket);
+    if (ticket->loads.empty()) finish_ticket(lock, ticket);
   }
 }
 
-// Marks the copied bytes as unusable. The fill is undone once it is idle.
-void Transfer::give_up(const Lock& lock, Fill& fill) {
-  fill.failed = true;
-  queue_.relist(lock, fill);
+// Marks the copied bytes as unusable. The load is undone once it is idle.
+void Loader::give_up(const Lock& lock, LayerLoad& load) {
+  load.failed = true;
+  queue_.relist(lock, load);
 }
 
-// Ends the tickets of the fill with the error. Tickets that join later do not see it; the fill
+// Ends the tickets of the load with the error. Tickets that join later do not see it; the load
 // starts again for them.
-void Transfer::fail(const Lock& lock, Fill& fill, std::exception_ptr error) {
-  give_up(lock, fill);
-  for (const TicketPtr& ticket : queue_.release(lock, fill)) drop(lock, ticket, error);
+void Loader::fail(const Lock& lock, LayerLoad& load, std::exception_ptr error) {
+  give_up(lock, load);
+  for (const TicketPtr& ticket : queue_.release(lock, load)) drop(lock, ticket, error);
 }
 
 // Handles an error of work that was started for `generation`. Tickets that joined later do not see
 // the error; the work is redone for them.
-void Transfer::meet(const Lock& lock, Fill& fill, unsigned generation, std::exception_ptr error) {
-  if (generation == fill.generation)
-    fail(lock, fill, error);
+void Loader::on_error(const Lock& lock, LayerLoad& load, unsigned generation,
+                      std::exception_ptr error) {
+  if (generation == load.generation)
+    fail(lock, load, error);
   else
-    give_up(lock, fill);
+    give_up(lock, load);
 }
 
 }  // namespace warmserve

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # One acquisition of a lease, which may have several: the owner (a thread's or task's number), the
 # native hold, and the stream to record on release.
-_Acquisition: TypeAlias = "tuple[int, _native.Hold, _native.Stream | None]"
+_Acquisition: TypeAlias = "tuple[int, _native.Lease, _native.Stream | None]"
 
 
 class Lease:
@@ -288,7 +288,7 @@ class Lease:
         finally:
             hold.release()
 
-    def _begin(self, owner: int) -> _native.Hold:
+    def _begin(self, owner: int) -> _native.Lease:
         if self._acquired:
             with suppress(IndexError, StaleView):  # the last acquirer has just released it
                 return self._acquired[-1][1].share(owner)

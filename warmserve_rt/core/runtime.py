@@ -454,7 +454,9 @@ class Runtime(Evicting):
         """
         found = self.model(model)
         index = None if layer is None else layer_index(found, layer)
-        self.native.stamp(found.native, check.number("keep_value", keep_value, finite=False), index)
+        self.native.set_keep_value(
+            found.native, check.number("keep_value", keep_value, finite=False), index
+        )
 
     def trim(self) -> int:
         """Give free granules back to the device and return their bytes.

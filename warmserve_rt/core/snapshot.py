@@ -125,7 +125,7 @@ class Snapshot:
             granule_bytes=state.granule_bytes,
             granules=state.granules,
             granules_free=state.granules_free,
-            granules_trimmed=state.granules_uncreated,
+            granules_trimmed=state.granules_trimmed,
             pinned_bytes=state.pinned_bytes,
             headroom_bytes=state.headroom_bytes,
             leases=state.leases,

@@ -237,7 +237,7 @@ class RuntimeDevice:
         try:
             for layer, value in enumerate(now):
                 if before is None or before[layer] != value:
-                    self.runtime.native.stamp(entry.model.native, value, layer)
+                    self.runtime.native.set_keep_value(entry.model.native, value, layer)
         except ValueError:  # the model was unregistered meanwhile; the next refresh finds out
             return
         entry.keep = now
@@ -311,7 +311,7 @@ class RuntimeDevice:
         if entry.model and entry.keep:
             with suppress(ValueError, WarmServeError):  # unregistered, or the runtime is closed
                 for layer in range(len(entry.keep)):
-                    self.runtime.native.stamp(entry.model.native, -layer * SLOPE**2, layer)
+                    self.runtime.native.set_keep_value(entry.model.native, -layer * SLOPE**2, layer)
         entry.model, entry.tickets, entry.keep, entry.refused = None, [], None, -math.inf
 
     def _shard(self, number: int, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
