@@ -121,7 +121,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a chunk is copied over two links",
-        "csrc/load/links.cpp",
+        "csrc/load/copy_engine.cpp",
         "link->in_flight.push_back(pending);",
         "link->in_flight.push_back(pending);\n    begin_on_own_link(pending);",
         "runtime/test_paths.py::test_a_load_goes_over_both_links",
@@ -136,7 +136,7 @@ MUTATIONS = [
     Mutation(
         "background copies use the links of peers",
         "csrc/load/links.cpp",
-        "if (pending->urgent && links_.size() > 1)",
+        "if (urgent && links_.size() > 1)",
         "if (links_.size() > 1)",
         "runtime/test_paths.py::test_what_is_in_the_background_borrows_nobody_s_link",
     ),

@@ -18,6 +18,30 @@ constexpr std::chrono::microseconds kTurn{200};
 
 }  // namespace
 
+void CopyEngine::add_route(const RoutePtr& route) {
+  const std::lock_guard lock(mutex_);
+  links_.add(route);
+}
+
+void CopyEngine::drop_route(const std::string& name) {
+  LinkPtr ended;  // destroyed without the lock
+  const std::lock_guard lock(mutex_);
+  ended = links_.drop(name);
+}
+
+std::vector<RouteState> CopyEngine::routes() {
+  const std::lock_guard lock(mutex_);
+  return links_.routes();
+}
+
+void CopyEngine::release() {
+  std::vector<LinkPtr> routes;  // destroyed without the lock
+  const std::lock_guard lock(mutex_);
+  stream_.reset();
+  spare_events_.clear();
+  routes = links_.remove_routes();
+}
+
 // Acquires a staging chunk. While it waits it reaps completed copies, because these hold the
 // chunks that it waits for.
 StagingPool::Chunk CopyEngine::chunk() {
@@ -98,6 +122,59 @@ bool CopyEngine::send_piece(const InFlightCopyPtr& pending, Deadline deadline,
   }
 }
 
+// Starts the copies of a piece on the link that would finish them first; copies that are not urgent
+// use the own link only. Returns false if the chosen route is full and the own link is busy, if the
+// copies are not urgent and the limit of such copies is reached, or if every link is still busy
+// with its first piece, so that no speed is known.
+bool CopyEngine::begin(const InFlightCopyPtr& pending) {
+  for (;;) {
+    Link* const link = links_.choose(pending->bytes, pending->urgent, Clock::now());
+    if (!link) return false;
+    if (!link->route) {
+      if (!pending->urgent && not_urgent_ && not_urgent_ + pending->bytes > staging_.chunk_bytes())
+        return false;
+      begin_on_own_link(pending);
+      return true;
+    }
+    try {
+      pending->route_copy = link->route->begin(pending->copies);
+    } catch (const std::exception& error) {
+      link->error = error.what();
+      continue;
+    }
+    if (!pending->route_copy) {
+      if (!links_.own().traffic.idle()) return false;
+      begin_on_own_link(pending);
+      return true;
+    }
+    link->in_flight.push_back(pending);
+    link->traffic.sent(pending->bytes, Clock::now());
+    return true;
+  }
+}
+
+// Throws if it enqueued no copy.
+void CopyEngine::begin_on_own_link(const InFlightCopyPtr& pending) {
+  if (!stream_) stream_ = std::make_unique<Stream>(arena_.device(), StreamPriority::background);
+  if (const auto error = enqueue(*pending))
+    completions_.push_back({pending->load, pending->generation, 0, error});
+  links_.own().in_flight.push_back(pending);
+  links_.own().traffic.sent(pending->bytes, Clock::now());
+  if (!pending->urgent) not_urgent_ += pending->bytes;
+}
+
+// Repeats on the own link the copies that a route failed to carry. The route's error is visible in
+// RouteState only; an error of the own link is reported for the load.
+void CopyEngine::begin_again(const InFlightCopyPtr& pending) {
+  pending->route_copy.reset();
+  try {
+    begin_on_own_link(pending);
+  } catch (...) {
+    completions_.push_back({pending->load, pending->generation, 0, std::current_exception()});
+    completions_.push_back({pending->load, pending->generation, pending->bytes, nullptr});
+  }
+}
+
 // Enqueues the copies of a piece on the own link. Throws if it enqueued no copy. After the first
 // copy it returns an error instead, because the piece must keep its chunk until the stream has
 // passed it.
@@ -143,15 +220,13 @@ std::vector<CopyEngine::Completion> CopyEngine::take_completions(bool wait, bool
 
 bool CopyEngine::under_way() {
   const std::lock_guard lock(mutex_);
-  return !completions_.empty() ||
-         std::any_of(links_.begin(), links_.end(),
-                     [](const LinkPtr& link) { return !link->in_flight.empty(); });
+  return !completions_.empty() || links_.busy();
 }
 
 std::optional<CopyEngine::Events> CopyEngine::events(const LayerLoad* load) {
   Events events;
   const std::lock_guard lock(mutex_);
-  for (const LinkPtr& link : links_)
+  for (const LinkPtr& link : links_.all())
     for (const InFlightCopyPtr& pending : link->in_flight) {
       if (pending->load != load) continue;
       if (!pending->event) return std::nullopt;
@@ -164,7 +239,7 @@ CopyEngine::Reaped CopyEngine::reap(bool wait) {
   std::vector<LinkPtr> links;  // destroyed without the lock
   Reaped all;
   std::unique_lock lock(mutex_);
-  links = links_;
+  links = links_.all();
   const auto busy = std::count_if(links.begin(), links.end(),
                                   [](const LinkPtr& link) { return !link->in_flight.empty(); });
   for (const LinkPtr& link : links) {
@@ -175,8 +250,7 @@ CopyEngine::Reaped CopyEngine::reap(bool wait) {
     all.completed = all.completed || one.completed;
     all.moving = all.moving || one.moving;
   }
-  std::erase_if(links_,
-                [](const LinkPtr& link) { return link->dropped && link->in_flight.empty(); });
+  links_.remove_ended();
   return all;
 }
 

@@ -10,21 +10,31 @@
 // Urgent copies are limited by the number of staging chunks only.
 #pragma once
 
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <vector>
 
-#include "load/link_traffic.h"
-#include "load/route.h"
+#include "load/links.h"
 #include "memory/staging.h"
 #include "model/model.h"
 
 namespace warmserve {
 
 class Arena;
+
+// A piece whose copies are in flight on a link.
+struct InFlightCopy {
+  LayerLoad* load;
+  unsigned generation;
+  std::uint64_t bytes;
+  bool urgent;
+  std::shared_ptr<StagingPool::Chunk> chunk;
+  std::vector<Copy> copies;
+  std::shared_ptr<Event> event{};           // null if recording failed: then synchronize the stream
+  std::shared_ptr<RouteCopy> route_copy{};  // set on a route, which has no event
+};
 
 class CopyEngine {
  public:
@@ -49,10 +59,10 @@ class CopyEngine {
       : arena_(arena), staging_(staging), staging_timeout_(staging_timeout) {}
 
   // Adds a route for urgent copies. Throws invalid_argument for a duplicate name.
-  void add(RoutePtr route);
+  void add_route(const RoutePtr& route);
   // Removes a route. It accepts no more copies and is destroyed when its last copy is over. Throws
   // invalid_argument for an unknown name.
-  void drop(const std::string& route);
+  void drop_route(const std::string& name);
   std::vector<RouteState> routes();
 
   // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. Returns how many
@@ -75,29 +85,6 @@ class CopyEngine {
   void release();
 
  private:
-  struct InFlightCopy {
-    LayerLoad* load;
-    unsigned generation;
-    std::uint64_t bytes;
-    bool urgent;
-    std::shared_ptr<StagingPool::Chunk> chunk;
-    std::vector<Copy> copies;
-    std::shared_ptr<Event> event{};  // null if recording failed: then synchronize the stream
-    std::shared_ptr<RouteCopy> route_copy{};  // set on a route, which has no event
-  };
-  using InFlightCopyPtr = std::shared_ptr<InFlightCopy>;
-  struct Link {
-    RoutePtr route;                           // null: the own link
-    std::deque<InFlightCopyPtr> in_flight{};  // in the order of their sends
-    LinkTraffic traffic{};
-    std::uint64_t carried = 0;
-    std::string error{};   // why the route accepts no more copies; empty: it does
-    bool dropped = false;  // removed when its last copy is over
-
-    bool takes() const { return !dropped && error.empty(); }
-  };
-  using LinkPtr = std::shared_ptr<Link>;
-
   enum class Copies { over, moving, stuck, failed };
 
   StagingPool::Chunk chunk();
@@ -126,7 +113,7 @@ class CopyEngine {
   std::mutex mutex_;  // guards all members below; held while enqueueing, which does not block
   std::unique_ptr<Stream> stream_;
   std::vector<std::shared_ptr<Event>> spare_events_;
-  std::vector<LinkPtr> links_{std::make_shared<Link>()};  // the first is the own link
+  Links links_;
   std::uint64_t not_urgent_ = 0;  // bytes in flight that are not urgent, all on the own link
   std::vector<Completion> completions_;
 };

@@ -63,8 +63,8 @@ class LinkTraffic {
 // Returns the link that would finish the bytes first; the first such link on a tie. Each link is a
 // pointer to a struct with `takes()` and `traffic`; links that do not take copies are skipped.
 // Returns null if every link is still busy with its first piece, so that no speed is known.
-template <typename Links>
-auto earliest_finish(const Links& links, std::uint64_t bytes, Deadline now) {
+template <typename LinkList>
+auto earliest_finish(const LinkList& links, std::uint64_t bytes, Deadline now) {
   decltype(&*links.front()) best = nullptr;
   double least = std::numeric_limits<double>::infinity();
   for (const auto& link : links) {

@@ -61,8 +61,8 @@ class Loader {
   }
 
   // Routes for foreground loads; see CopyEngine.
-  void add(RoutePtr route) { copy_engine_.add(std::move(route)); }
-  void drop_route(const std::string& name) { copy_engine_.drop(name); }
+  void add_route(const RoutePtr& route) { copy_engine_.add_route(route); }
+  void drop_route(const std::string& name) { copy_engine_.drop_route(name); }
   std::vector<RouteState> routes() { return copy_engine_.routes(); }
 
   // Does one step: loads one chunk of a load, starts or undoes a load, accounts for copies, or

@@ -276,13 +276,13 @@ Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
   return model.layers[index];
 }
 
-void Runtime::add_route(RoutePtr route) {
+void Runtime::add_route(const RoutePtr& route) {
   const Lock lock = lock_alive();
   if (arena_.filled_by_host())
     throw Error(ErrorKind::invalid_argument,
                 "no route can be added to " + device_->facts().name +
                     ": the CPU writes its memory directly, over no link");
-  loader_.add(std::move(route));
+  loader_.add_route(route);
 }
 
 void Runtime::drop_route(const std::string& name) {

@@ -194,7 +194,7 @@ class Runtime {
   // Adds a route that foreground loads may use beside the device's own link. Throws
   // invalid_argument for a duplicate name, or if the CPU writes the device's memory itself. Strong,
   // wait-free.
-  void add_route(RoutePtr route);
+  void add_route(const RoutePtr& route);
   // Removes a route, also a failed one. It accepts no more copies and is destroyed when its last
   // copy has completed. Throws invalid_argument for an unknown name.
   void drop_route(const std::string& name);
