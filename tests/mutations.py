@@ -228,8 +228,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a restarted load keeps the digests of its failed attempt",
-        "csrc/load/loader_end.cpp",
-        "load.sums.clear();",
+        "csrc/load/layer_load.cpp",
+        "sums.clear();",
         "",
         "checkpoint/test_checkpoint_changes.py::test_a_load_that_starts_again_has_new_digests",
     ),

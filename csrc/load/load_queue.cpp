@@ -1,6 +1,5 @@
 #include "load/load_queue.h"
 
-#include <algorithm>
 #include <utility>
 
 namespace warmserve {
@@ -26,14 +25,6 @@ void LoadQueue::add(const Lock& lock, const TicketPtr& ticket) {
       ticket->bytes_total += load.span;
       ticket->bytes_done += load.done;
     });
-}
-
-const TicketPtr& LayerLoad::most_urgent() const {
-  const auto rank_of = [](const TicketPtr& ticket) {
-    return Rank{ticket->priority, ticket->deadline, 0};
-  };
-  return *std::min_element(tickets.begin(), tickets.end(),
-                           [&](const auto& a, const auto& b) { return rank_of(a) < rank_of(b); });
 }
 
 // A load that has become more urgent is placed behind the loads that already have that urgency, so
@@ -109,6 +100,9 @@ void LoadQueue::unlist(LayerLoad& load) {
 }
 
 void LoadQueue::relist(const Lock&, LayerLoad& load) {
+#ifndef NDEBUG
+  load.check();
+#endif
   if (load.listed == load.next()) return;
   unlist(load);
   load.listed = load.next();
@@ -134,6 +128,7 @@ LayerLoad* LoadQueue::first_behind(const std::optional<Rank>& before, const Turn
 void LoadQueue::check_invariants(const Lock&) const {
   std::size_t listed = 0;
   for (const auto& [rank, load] : order_) {
+    load->check();
     listed += load->listed != LayerLoad::Next::none;
     const bool found = load->listed == LayerLoad::Next::none || list(load->listed).contains(rank);
     if (load->listed != load->next() || !found)

@@ -1,9 +1,8 @@
 // The queue of layers to load, and its order.
 //
-// A load (LayerLoad) brings one layer from absent to resident. All tickets that want the layer
-// share it. Loads are ordered by higher priority, then earlier deadline, then earlier request; a
-// load has the rank of its most urgent ticket. While foreground loads wait, background loads get a
-// limited share of the bytes.
+// All tickets that want a layer share its load. Loads are ordered by higher priority, then earlier
+// deadline, then earlier request; a load has the rank of its most urgent ticket. While foreground
+// loads wait, background loads get a limited share of the bytes.
 #pragma once
 
 #include <array>
@@ -12,57 +11,9 @@
 #include <optional>
 #include <vector>
 
-#include "load/ticket.h"
+#include "load/layer_load.h"
 
 namespace warmserve {
-
-struct Rank {
-  int priority;
-  Deadline deadline;
-  std::uint64_t sequence;
-
-  bool more_urgent_than(const Rank& other) const noexcept {
-    return priority != other.priority ? priority > other.priority : deadline < other.deadline;
-  }
-  bool operator<(const Rank& other) const noexcept {
-    return more_urgent_than(other) || (!other.more_urgent_than(*this) && sequence < other.sequence);
-  }
-};
-
-struct LayerLoad {
-  enum class Phase { queued, starting, copying, undoing };
-  enum class Next { start, copy, undo, none };  // the next step that a loader can do
-
-  Layer* layer;
-  ModelPtr model;      // keeps the layer alive
-  std::uint64_t span;  // bytes to write: whole granules, to overwrite all bytes of earlier tenants
-  Rank rank;
-  std::vector<TicketPtr> tickets{};  // empty: the load is unwanted
-  unsigned generation = 0;           // incremented when the first ticket joins an unwanted load
-  Phase phase = Phase::queued;
-  bool preempted = false;   // a more urgent load needs its granules: undo, start again later
-  bool failed = false;      // the copied bytes must not be used: undo
-  bool mapped = false;      // granules are mapped at the layer's addresses; copies do not use those
-  std::uint64_t begin = 0;  // first byte not handed to a loader
-  std::uint64_t sent = 0;   // bytes whose copies are enqueued or complete
-  std::uint64_t done = 0;   // bytes arrived
-  std::uint64_t in_flight = 0;        // bytes handed to loaders that have not arrived
-  unsigned workers = 0;               // loader threads that work on a chunk of the load
-  std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
-  Next listed = Next::none;           // the list of LoadQueue that contains the load
-
-  // Returns the ticket of the highest rank. Precondition: `tickets` is not empty.
-  const TicketPtr& most_urgent() const;
-  bool foreground() const noexcept { return rank.priority > kBackground; }
-  bool unwanted() const noexcept { return failed || preempted || tickets.empty(); }
-  bool idle() const noexcept { return in_flight == 0 && workers == 0; }
-  Next next() const noexcept {
-    if (phase == Phase::queued) return Next::start;
-    if (phase != Phase::copying) return Next::none;
-    if (unwanted()) return Next::undo;
-    return begin < span ? Next::copy : Next::none;
-  }
-};
 
 // All functions are called under the runtime's lock.
 class LoadQueue {
@@ -99,7 +50,7 @@ class LoadQueue {
   template <typename Visit>
   bool serve(const Lock& lock, std::uint64_t chunk, Visit visit);
 
-  // Throws general if a load is not in the list of its next().
+  // Throws general if a load is not in the list of its next(), or contradicts itself.
   void check_invariants(const Lock&) const;
 
  private:

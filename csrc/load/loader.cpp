@@ -153,8 +153,7 @@ Loader::Room Loader::find_room(const Lock& lock, LayerLoad& load, std::vector<La
     if (layer->held() || ticket.wants_layer(*layer)) continue;
     coming = true;
     if (load.rank.priority <= layer->load->rank.priority) continue;
-    layer->load->preempted = true;
-    queue_.relist(lock, *layer->load);
+    abandon(lock, *layer->load, Verdict::preempted);
   }
   return coming ? Room::later : Room::never;
 }
@@ -217,8 +216,8 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
   const std::uint64_t begin = load.begin;
   const std::uint64_t end = begin + std::min(chunk_bytes_, load.span - begin);
   load.begin = end;
-  queue_.relist(lock, load);
   load.in_flight += end - begin;
+  queue_.relist(lock, load);
   ++load.workers;
   ++state_.counters.chunks;
   queue_.handed_out(lock, load, end - begin);
@@ -252,8 +251,9 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
   load.in_flight -= end - begin - sent;
   if (by_host) arrived(lock, load, sent);
   const bool last = load.sent == load.span;
+  // A cancelled load must be undone even if a ticket joins it before that.
   if (sent < end - begin || (last && load.unwanted()))
-    give_up(lock, load);  // cancelled; must be undone even if a ticket joins it before that
+    abandon(lock, load, Verdict::failed);
   else if (const auto wrong = last ? wrong_content(load) : nullptr)
     on_error(lock, load, generation, wrong);
   else if (last)
@@ -301,8 +301,9 @@ void Loader::map(Lock& lock, LayerLoad& load) {
   }
   lock.lock();
   state_.mark_idle(lock, *load.layer);
-  load.mapped = !error;
-  if (error) on_error(lock, load, generation, error);
+  if (error) return on_error(lock, load, generation, error);
+  load.phase = Phase::arriving;
+  queue_.relist(lock, load);
 }
 
 std::uint64_t Loader::write_through_host_view(const LayerLoad& load, std::uint64_t begin,

@@ -21,6 +21,9 @@
 namespace warmserve {
 
 class Loader {
+  using Phase = LayerLoad::Phase;
+  using Verdict = LayerLoad::Verdict;
+
  public:
   struct Options {
     unsigned loaders = 1;  // threads; 0: pump
@@ -53,7 +56,7 @@ class Loader {
   // them.
   static bool sent(const Lock&, const Layer& layer) {
     const LayerLoad* load = layer.load;
-    return load && load->sent == load->span && load->mapped && !load->unwanted();
+    return load && load->phase == Phase::arriving && !load->unwanted();
   }
   // Precondition: sent(). See CopyEngine.
   std::optional<CopyEngine::Events> copies(const Lock&, const Layer& layer) {
@@ -76,7 +79,6 @@ class Loader {
   void release() { copy_engine_.release(); }
 
  private:
-  using Phase = LayerLoad::Phase;
   enum class Room { enough, later, never };
 
   void run();
@@ -95,7 +97,7 @@ class Loader {
   void complete_if_all_arrived(const Lock& lock, LayerLoad& load);
   void undo(Lock& lock, LayerLoad& load);
   void complete(const Lock& lock, LayerLoad& load);
-  void give_up(const Lock& lock, LayerLoad& load);
+  void abandon(const Lock& lock, LayerLoad& load, Verdict why);
   void fail(const Lock& lock, LayerLoad& load, std::exception_ptr error);
   void on_error(const Lock& lock, LayerLoad& load, unsigned generation, std::exception_ptr error);
   void finish_ticket(const Lock& lock, const TicketPtr& ticket);

@@ -8,14 +8,14 @@ namespace warmserve {
 using enum Residency;
 
 void Loader::complete_if_all_arrived(const Lock& lock, LayerLoad& load) {
-  if (load.done == load.span && load.mapped && load.idle() && !load.failed) complete(lock, load);
+  if (load.complete()) complete(lock, load);
 }
 
 // Accounts for bytes that have arrived. Completes the load with the last ones.
 void Loader::arrived(const Lock& lock, LayerLoad& load, std::uint64_t bytes) {
   load.in_flight -= bytes;
   state_.wake();
-  if (load.failed) return;
+  if (load.failed()) return;
   load.done += bytes;
   for (const TicketPtr& ticket : load.tickets) ticket->bytes_done += bytes;
   complete_if_all_arrived(lock, load);
@@ -40,22 +40,19 @@ void Loader::undo(Lock& lock, LayerLoad& load) {
   state_.arena.give(freed);
   if (load.tickets.empty()) return queue_.erase(lock, load);
   for (const TicketPtr& ticket : load.tickets) ticket->bytes_done -= load.done;
-  load.phase = Phase::queued;
-  load.begin = load.sent = load.done = 0;
-  load.sums.clear();
-  load.failed = load.preempted = load.mapped = false;
+  load.restart();
   queue_.relist(lock, load);
 }
 
 void Loader::complete(const Lock& lock, LayerLoad& load) {
   Layer& layer = *load.layer;
+  const std::vector<TicketPtr> tickets = queue_.release(lock, load);
   if (layer.residency == filling) {
     layer.filled_at = ++state_.clock;
     state_.transition(lock, layer, resident);
     state_.counters.bytes_loaded += layer.bytes;
     ++state_.counters.layers_loaded;
   }
-  const std::vector<TicketPtr> tickets = queue_.release(lock, load);
   const std::uint64_t spared = load.span - load.done;  // of a layer whose drain failed
   queue_.erase(lock, load);
   for (const TicketPtr& ticket : tickets) {
@@ -64,16 +61,16 @@ void Loader::complete(const Lock& lock, LayerLoad& load) {
   }
 }
 
-// Marks the copied bytes as unusable. The load is undone once it is idle.
-void Loader::give_up(const Lock& lock, LayerLoad& load) {
-  load.failed = true;
+// Has the load undone once it is idle.
+void Loader::abandon(const Lock& lock, LayerLoad& load, Verdict why) {
+  load.abandon(why);
   queue_.relist(lock, load);
 }
 
 // Ends the tickets of the load with the error. Tickets that join later do not see it; the load
 // starts again for them.
 void Loader::fail(const Lock& lock, LayerLoad& load, std::exception_ptr error) {
-  give_up(lock, load);
+  abandon(lock, load, Verdict::failed);
   for (const TicketPtr& ticket : queue_.release(lock, load)) drop(lock, ticket, error);
 }
 
@@ -84,7 +81,7 @@ void Loader::on_error(const Lock& lock, LayerLoad& load, unsigned generation,
   if (generation == load.generation)
     fail(lock, load, error);
   else
-    give_up(lock, load);
+    abandon(lock, load, Verdict::failed);
 }
 
 }  // namespace warmserve
