@@ -32,8 +32,10 @@ void translate_errors(std::exception_ptr pointer) {
     std::rethrow_exception(pointer);
   } catch (const Error& error) {
     static constexpr const char* kNames[] = {
-        "WarmServeError", "ValueError", "TimeoutError",      "OutOfDeviceMemory", "StagingTimeout",
-        "Busy",           "Cancelled",  "CorruptCheckpoint", "StaleView",         "DeviceLost"};
+#define X(kind, python) #python,
+        WARMSERVE_ERROR_KINDS(X)
+#undef X
+    };
     const py::module_ errors = py::module_::import("warmserve_rt._errors");
     const char* name = kNames[static_cast<int>(error.kind())];
     const py::object type = py::hasattr(errors, name)
@@ -224,10 +226,18 @@ void bind_runtime(py::module_& m) {
                        const std::vector<std::shared_ptr<Driver>>& neighbours) {
              const py::gil_scoped_release release;
              const RuntimePtr runtime = Runtime::make(
-                 std::move(driver), {arena, staging, granule, chunk, headroom, loaders,
-                                     std::chrono::milliseconds(static_cast<std::int64_t>(
-                                         std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
-                                     poison, background_share, read_bandwidth});
+                 std::move(driver),
+                 {.arena_bytes = arena,
+                  .staging_bytes = staging,
+                  .granule_bytes = granule,
+                  .chunk_bytes = chunk,
+                  .headroom_bytes = headroom,
+                  .loaders = loaders,
+                  .staging_timeout = std::chrono::milliseconds(
+                      static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
+                  .poison = poison,
+                  .background_share = background_share,
+                  .read_bandwidth = read_bandwidth});
              for (const auto& neighbour : neighbours)
                runtime->add_route(
                    make_peer_route(std::make_shared<Device>(neighbour), *runtime->device(), chunk));

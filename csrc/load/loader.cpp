@@ -38,7 +38,7 @@ Loader::~Loader() { stop(); }
 
 void Loader::stop() {
   {
-    const Lock lock(state_.mutex);
+    const Lock lock = state_.lock();
     stopping_ = pump_ = true;
     state_.wake();
   }
@@ -47,7 +47,7 @@ void Loader::stop() {
 }
 
 void Loader::run() {
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   while (!stopping_) {
     const std::uint64_t seen = state_.version;
     if (step_once(lock))
@@ -63,7 +63,7 @@ void Loader::run() {
 }
 
 bool Loader::step() {
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   return step_once(lock);
 }
 
@@ -179,7 +179,7 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
   bool gave_up = false;  // remembered: a ticket may join the load before the lock is taken again
   try {
     const Poll poll = [&] {
-      const Lock relock(state_.mutex);
+      const Lock relock = state_.lock();
       gave_up = stopping_ || load.tickets.empty();
       give_up_if(gave_up);
     };
@@ -231,7 +231,7 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
   std::uint64_t sent = 0;
   const bool by_host = state_.arena.filled_by_host();
   const auto wanted = [&] {
-    const Lock relock(state_.mutex);
+    const Lock relock = state_.lock();
     return !load.unwanted();
   };
   try {
@@ -375,7 +375,7 @@ bool Loader::finish_swap(Lock& lock) {
   try {
     state_.claim(lock, rest);
     const Poll poll = [&] {
-      const Lock relock(state_.mutex);
+      const Lock relock = state_.lock();
       give_up_if(stopping_ || ticket->done);
     };
     if (!rest.empty()) drain_and_unmap(state_, lock, rest, kNever, poll, freed);

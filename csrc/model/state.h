@@ -17,9 +17,12 @@
 
 namespace warmserve {
 
-// The runtime's lock. A function that takes a const Lock& needs it held; one that takes a Lock& may
-// also drop it.
-using Lock = std::unique_lock<std::mutex>;
+// The runtime's lock, which only SharedState::lock() makes. A function that takes a const Lock&
+// needs it held; one that takes a Lock& may also drop it.
+class Lock : public std::unique_lock<std::mutex> {
+  friend class SharedState;
+  explicit Lock(std::mutex& mutex) : std::unique_lock<std::mutex>(mutex) {}
+};
 
 struct Counters {
   std::uint64_t bytes_loaded = 0, layers_loaded = 0, layers_evicted = 0, chunks = 0;
@@ -32,8 +35,9 @@ class SharedState {
  public:
   explicit SharedState(Arena& arena) : arena(arena) {}
 
+  Lock lock() { return Lock(mutex_); }
+
   Arena& arena;
-  std::mutex mutex;
   std::condition_variable changed;  // callers wait here for tickets and layers
   std::condition_variable work;     // loader threads wait here for something to do
   std::uint64_t version =
@@ -79,6 +83,9 @@ class SharedState {
 
   // Checks all invariants of the state. Throws general, which names the broken one.
   void check_invariants(const Lock&) const;
+
+ private:
+  std::mutex mutex_;
 };
 
 }  // namespace warmserve

@@ -163,7 +163,7 @@ bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
 void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
   std::vector<Detached> detached;
   enter();
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   const auto idle = [&] { return !closing_ && !lease_queue_.active(); };
   do {
     if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))

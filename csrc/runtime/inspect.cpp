@@ -26,19 +26,19 @@ struct Digest {
 
 bool Runtime::done(const TicketPtr& ticket) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   return ticket->done;
 }
 
 std::pair<std::uint64_t, std::uint64_t> Runtime::progress(const TicketPtr& ticket) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   return {ticket->bytes_done, ticket->bytes_total};
 }
 
 std::pair<std::size_t, std::size_t> Runtime::layers_left(const TicketPtr& ticket) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   std::size_t all = 0;
   for (const Selection& wanted : ticket->wants) wanted.for_each([&](const Layer&) { ++all; });
   return {ticket->loads.size(), all};
@@ -46,14 +46,14 @@ std::pair<std::size_t, std::size_t> Runtime::layers_left(const TicketPtr& ticket
 
 int Runtime::fileno(const TicketPtr& ticket) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   return ticket->fileno(lock);
 }
 
 bool Runtime::notify(const TicketPtr& ticket, const std::shared_ptr<Waker>& waker,
                      std::uint64_t token) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   return ticket->notify(lock, waker, token);
 }
 
@@ -64,7 +64,7 @@ int Runtime::fileno() {
 
 void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll) {
   enter();
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   if (!wait_until(lock, deadline, poll, [&] { return ticket->done; })) {
     std::string who;
     for (const Holder& holder : state_.holders(lock))
@@ -84,7 +84,7 @@ void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t
                                                  std::to_string(index) + " of '" + model->name +
                                                  "'");
   enter();
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   const auto over = [&] { return !layer.load || !ticket->loads.contains(layer.load); };
   if (!wait_until(lock, deadline, poll, over))
     throw Error(ErrorKind::timeout, "layer " + std::to_string(index) + " of '" + model->name +
@@ -96,7 +96,7 @@ void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t
 
 void Runtime::cancel(const TicketPtr& ticket) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   if (!ticket->done) loader_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
 }
 

@@ -82,7 +82,7 @@ void Runtime::await_lease(const LeasePtr& lease, Deadline deadline, const Poll& 
 // which models and leases are in its way.
 void Runtime::await_entry(const LeasePtr& lease, Deadline deadline, const Poll& poll) {
   enter();
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   if (wait_until(lock, deadline, poll, [&] { return lease->entry->done; })) {
     if (lease->entry->error) std::rethrow_exception(lease->entry->error);
     return;
@@ -106,14 +106,14 @@ void Runtime::await_entry(const LeasePtr& lease, Deadline deadline, const Poll& 
 
 bool Runtime::ready(const LeasePtr& lease, bool all) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   return awaited(lock, *lease, all) == nullptr;
 }
 
 bool Runtime::notify(const LeasePtr& lease, bool all, const std::shared_ptr<Waker>& waker,
                      std::uint64_t token) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   Ticket* ticket = awaited(lock, *lease, all);
   return ticket && ticket->notify(lock, waker, token);
 }
@@ -180,7 +180,7 @@ bool Runtime::await_layer(const LeasePtr& lease, const ModelPtr& model, std::uin
 
 Runtime::Pass Runtime::begin_pass(const ModelPtr& model) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   const LeasePtr lease = lease_queue_.begin_pass(lock, model, this_thread());
   if (!lease) return {};
   return {lease, lease->wants.front().whole && model->missing == 0, model->lease_epoch};
@@ -189,7 +189,7 @@ Runtime::Pass Runtime::begin_pass(const ModelPtr& model) {
 bool Runtime::arrived(const LeasePtr& lease, const ModelPtr& model, std::uint32_t index) {
   enter();
   const Layer& layer = layer_of(*model, index);
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   if (!lease->admitted || !lease->wants_layer(layer)) return false;
   const auto ordered = lease->ordered.find(model.get());
   return layer.residency == Residency::resident ||
@@ -219,7 +219,7 @@ void Runtime::record(const ModelPtr& model, const std::shared_ptr<Stream>& strea
 
 void Runtime::end_lease(const LeasePtr& lease) {
   if (!device_->usable()) return;
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   if (lease->depth > 1) {
     --lease->depth;
     return;
@@ -236,7 +236,7 @@ void Runtime::end_lease(const LeasePtr& lease) {
 
 std::pair<bool, std::uint64_t> Runtime::leased(const ModelPtr& model) {
   enter();
-  const Lock lock(state_.mutex);
+  const Lock lock = state_.lock();
   const bool all = model->whole_holds > model->whole_passes ||
                    (model->leases && model->layers_leased == model->layers.size());
   return {all && model->missing == 0, model->leases ? model->lease_epoch : 0};

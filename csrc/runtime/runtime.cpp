@@ -36,14 +36,18 @@ void take_digests(const Model& model, Layer& layer, const std::vector<GranuleChe
 
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
     : device_(std::move(device)),
-      arena_(device_,
-             {options.arena_bytes, options.granule_bytes, options.headroom_bytes, options.poison}),
+      arena_(device_, {.bytes = options.arena_bytes,
+                       .granule_bytes = options.granule_bytes,
+                       .headroom_bytes = options.headroom_bytes,
+                       .poison = options.poison}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       state_(arena_),
       lease_queue_(state_),
       loader_(state_, staging_,
-              {options.loaders, options.staging_timeout, options.background_share,
-               options.read_bandwidth}) {}
+              {.loaders = options.loaders,
+               .staging_timeout = options.staging_timeout,
+               .background_share = options.background_share,
+               .read_bandwidth = options.read_bandwidth}) {}
 
 std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options) {
@@ -72,7 +76,7 @@ void Runtime::enter() const {
 
 Lock Runtime::lock_open() {
   enter();
-  Lock lock(state_.mutex);
+  Lock lock = state_.lock();
   if (closed_) throw Error(ErrorKind::general, "the runtime is closed");
   return lock;
 }
