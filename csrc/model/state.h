@@ -40,8 +40,7 @@ class SharedState {
   Arena& arena;
   std::condition_variable changed;  // callers wait here for tickets and layers
   std::condition_variable work;     // loader threads wait here for something to do
-  std::uint64_t version =
-      0;  // incremented by wake(); a loader thread that sees it change must look again
+  std::uint64_t version = 0;  // incremented by wake(); a loader thread that missed one looks again
   void wake() {
     ++version;
     changed.notify_all();
@@ -77,8 +76,8 @@ class SharedState {
   // Set and clear Layer::busy.
   void mark_busy(const Lock&, Layer& layer);
   void mark_idle(const Lock&, Layer& layer);
-  // Makes resident layers draining, and marks all the layers busy for the caller. Layers
-  // whose unmapping failed are draining already.
+  // Makes resident layers draining, and marks all the layers busy for the caller. Layers whose
+  // unmapping failed are draining already.
   void claim(const Lock&, std::span<Layer* const> layers);
 
   // Checks all invariants of the state. Throws general, which names the broken one.

@@ -28,8 +28,8 @@ bool populate_pages(Address begin, std::uint64_t length, bool writable) {
                    writable ? kPopulateWrite : kPopulateRead) == 0;
 }
 
-// Returns whether the kernel supports MADV_POPULATE. Kernels before 5.14 fail such a request with
-// the same error as newer kernels fail one without access.
+// Returns whether the kernel supports MADV_POPULATE. Kernels before 5.14 refuse every such request,
+// with the error that newer kernels return if the access is missing.
 bool kernel_populates() {
   static const bool can = [] {
     static std::byte here;

@@ -164,7 +164,7 @@ Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
   if (status != Status::ok) return status;
   for (auto mapping = range->first; mapping != range->second; ++mapping) {
     GranuleState& granule = granules_[mapping->second.granule];
-    // At most the window that the granule is filled through still maps it: its contents are void.
+    // The contents are void: only the window through which the granule is filled may still map it.
     if (--granule.mappings <= 1) granule.written.clear();
     forget_if_dead(mapping->second.granule);
   }

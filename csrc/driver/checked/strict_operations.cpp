@@ -89,7 +89,7 @@ Status StrictDriver::copy_from_device(std::byte* to, Address from, std::uint64_t
              [&] { return Interposer::copy_from_device(to, from, bytes, stream); });
 }
 
-// Checks the read only. The other device's StrictDriver learns of the write from peer_wrote.
+// Checks only the read. The other device's StrictDriver learns of the write from peer_wrote.
 Status StrictDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
   const Guard guard(mutex_);
   return use("copy_to_peer", std::vector<Touched>{{from, bytes, false}}, stream,
