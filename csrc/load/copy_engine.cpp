@@ -206,15 +206,17 @@ std::shared_ptr<Event> CopyEngine::spare_event() {
   return event;
 }
 
-std::vector<CopyEngine::Completion> CopyEngine::take_completions(bool wait, bool* moving) {
+bool CopyEngine::find_completions(bool wait) {
   reap(false);
-  std::unique_lock lock(mutex_);
-  if (wait && completions_.empty()) {
-    lock.unlock();
-    const bool more = reap(true).moving;
-    if (moving) *moving = more;
-    lock.lock();
+  {
+    const std::lock_guard lock(mutex_);
+    if (!wait || !completions_.empty()) return false;
   }
+  return reap(true).moving;
+}
+
+std::vector<CopyEngine::Completion> CopyEngine::take_completions() {
+  const std::lock_guard lock(mutex_);
   return std::exchange(completions_, {});
 }
 

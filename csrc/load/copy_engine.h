@@ -72,9 +72,12 @@ class CopyEngine {
   // the first piece. Blocks for a staging chunk, the file, and copies in flight.
   std::uint64_t send(LayerLoad* load, const Model& model, const Layer& layer, std::uint64_t begin,
                      std::uint64_t end, const CopyOptions& options);
-  // Returns the outcomes since the last call. With `wait`, and if there is no outcome yet, blocks
-  // up to a poll interval for the oldest copies. `moving`: whether copies are still in progress.
-  std::vector<Completion> take_completions(bool wait, bool* moving = nullptr);
+  // Finds the copies that are over. With `wait`, and if there is no outcome yet, blocks up to a
+  // poll interval for the oldest copies, and returns whether copies are still in progress.
+  bool find_completions(bool wait);
+  // Returns the outcomes since the last call, in their order. Called under the runtime's lock, so
+  // that they are also accounted for in this order: a load may end with its last one.
+  std::vector<Completion> take_completions();
   // Returns whether copies are in flight or outcomes were not taken yet.
   bool under_way();
   // Returns the events of all copies of the load that are in flight, for a stream to wait for.

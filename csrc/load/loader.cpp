@@ -331,10 +331,10 @@ std::uint64_t Loader::write_through_host_view(const LayerLoad& load, std::uint64
 // Accounts for the outcomes of copies. Returns whether there were outcomes or, with `wait`, copies
 // that are still moving.
 bool Loader::account_completions(Lock& lock, bool wait) {
-  bool moving = false;
   lock.unlock();
-  const std::vector<CopyEngine::Completion> all = copy_engine_.take_completions(wait, &moving);
+  const bool moving = copy_engine_.find_completions(wait);
   lock.lock();
+  const std::vector<CopyEngine::Completion> all = copy_engine_.take_completions();
   for (const CopyEngine::Completion& completion : all) {
     if (completion.error)
       on_error(lock, *completion.load, completion.generation, completion.error);
