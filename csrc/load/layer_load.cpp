@@ -56,7 +56,9 @@ void LayerLoad::check() const {
       break;
     case Phase::undoing:
       require(idle(), "is undone while copies use its granules");
-      require(layer->residency == Residency::draining, "is undone but its layer is not draining");
+      // The layer may be absent: the wait for its fences failed, but it was not mapped yet.
+      require(layer->residency == Residency::draining || layer->residency == Residency::absent,
+              "is undone but its layer is not draining");
       break;
   }
 }
