@@ -10,17 +10,26 @@
 
 namespace warmserve {
 
+// The kinds of errors, each with the Python exception that it becomes.
+//   timeout               a wait reached its deadline
+//   out_of_device_memory  would not fit even if no layer were leased
+//   busy                  refused because of the current leases
+#define WARMSERVE_ERROR_KINDS(X)             \
+  X(general, WarmServeError)                 \
+  X(invalid_argument, ValueError)            \
+  X(timeout, TimeoutError)                   \
+  X(out_of_device_memory, OutOfDeviceMemory) \
+  X(staging_timeout, StagingTimeout)         \
+  X(busy, Busy)                              \
+  X(cancelled, Cancelled)                    \
+  X(corrupt_checkpoint, CorruptCheckpoint)   \
+  X(stale_view, StaleView)                   \
+  X(device_lost, DeviceLost)
+
 enum class ErrorKind {
-  general,               // WarmServeError
-  invalid_argument,      // ValueError
-  timeout,               // TimeoutError: a wait reached its deadline
-  out_of_device_memory,  // OutOfDeviceMemory: would not fit even if no layer were leased
-  staging_timeout,       // StagingTimeout
-  busy,                  // Busy: refused because of the current leases
-  cancelled,             // Cancelled
-  corrupt_checkpoint,    // CorruptCheckpoint
-  stale_view,            // StaleView
-  device_lost,           // DeviceLost
+#define X(kind, python) kind,
+  WARMSERVE_ERROR_KINDS(X)
+#undef X
 };
 
 class Error : public std::runtime_error {

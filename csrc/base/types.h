@@ -1,5 +1,42 @@
-// The basic types of this code base. Bytes are std::uint64_t everywhere; durations are std::chrono.
-// csrc/README.md defines the words "granule", "reservation", "layer", "fence" and others.
+// The words and the basic types of the native core. Bytes are std::uint64_t everywhere; durations
+// are std::chrono.
+//
+// Memory
+//   granule      one physical allocation of a device, 2 MiB or a multiple of it; neither a page of
+//                the operating system nor a block of a KV cache
+//   arena        the granules of one device, and the budget that limits their number
+//   reservation  addresses without memory; a model has one, kept as long as any view of it exists
+//   mapping      granules placed in a reservation, with an access right
+//   poison       a granule of NaN, mapped at the addresses of evicted layers to find stale reads
+//   staging      bounded pinned host memory; loads pass it if the CPU cannot write granules
+//   chunk        a block of staging memory; also the bytes that a loader thread loads at once
+//
+// Models
+//   layer        the unit of residency: tensors in execution order; it starts on a granule
+//   residency    absent, filling, resident or draining (Residency, in model/model.h)
+//   busy         said of a layer on which a thread works without the runtime's lock
+//   keep value   set by the caller for each layer; layers with the lowest value are evicted first
+//   epoch        a number that changes so that readers look again: a model's backing epoch with
+//                the granules at its addresses, its lease epoch with the leases on it
+//
+// Use
+//   lease        protects layers from eviction; it may begin while its layers are still arriving
+//   pass         one computation on a model by one thread; until it ends, it holds the layers that
+//                were leased when it began
+//   owner        the thread or task to which a lease belongs
+//   fence        a position in a stream; the memory that it guards is not unmapped before the
+//                stream has reached it
+//
+// Loading
+//   load         one layer's way from absent to resident, for all tickets that want the layer
+//   ticket       a caller's handle to work in progress
+//   generation   of a load: counts how often a first ticket joined it while no ticket wanted it
+//   preempted    said of a load whose granules a load of higher priority needs; it starts again
+//   link         carries bytes to the device: the device's own host link, or a route
+//   route        a way from pinned host memory to the device beside the device's own link
+//   peer         another device, whose link and memory a route uses
+//   piece        the bytes of a chunk that go over one link together
+//   completion   the outcome of copies that were sent
 #pragma once
 
 #include <chrono>

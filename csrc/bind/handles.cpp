@@ -149,8 +149,8 @@ void bind_handles(py::module_& m) {
       .def("begin_pass",
            [](const PyModel& self) -> std::optional<PyPass> {
              Runtime::Pass pass = self.runtime->begin_pass(self.model);
-             if (!pass.hold) return std::nullopt;
-             return PyPass{PyHold(self.runtime, std::move(pass.hold)), self.model, pass.complete,
+             if (!pass.lease) return std::nullopt;
+             return PyPass{PyLease(self.runtime, std::move(pass.lease)), self.model, pass.complete,
                            pass.lease_epoch};
            })
       .def("view", &view, py::arg("layer"), py::arg("offset"), py::arg("shape"), py::arg("nbytes"),
@@ -191,59 +191,59 @@ void bind_handles(py::module_& m) {
       .def_property_readonly("layers_left", [](const PyTicket& self) {
         return self.runtime->layers_left(self.ticket);
       });
-  py::class_<PyHold>(m, "Lease")
+  py::class_<PyLease>(m, "Lease")
       .def(
           "wait",
-          [](const PyHold& self, std::optional<double> timeout, bool all) {
-            const HoldPtr hold = self.held();  // another thread may release it meanwhile
+          [](const PyLease& self, std::optional<double> timeout, bool all) {
+            const LeasePtr lease = self.held();  // another thread may release it meanwhile
             const py::gil_scoped_release release;
-            self.runtime->await_lease(hold, deadline(timeout), check_signals, all);
-            return hold->entry || hold->ticket;
+            self.runtime->await_lease(lease, deadline(timeout), check_signals, all);
+            return lease->entry || lease->ticket;
           },
           py::arg("timeout") = py::none(), py::arg("all") = true)
       .def(
           "ready",
-          [](const PyHold& self, bool all) { return self.runtime->ready(self.held(), all); },
+          [](const PyLease& self, bool all) { return self.runtime->ready(self.held(), all); },
           py::arg("all") = true)
       .def(
           "notify",
-          [](const PyHold& self, const std::shared_ptr<Waker>& waker, std::uint64_t token,
+          [](const PyLease& self, const std::shared_ptr<Waker>& waker, std::uint64_t token,
              bool all) { return self.runtime->notify(self.held(), all, waker, token); },
           py::arg("waker"), py::arg("token"), py::arg("all") = true)
       .def(
           "wait_layer",
-          [](const PyHold& self, const PyModel& model, std::uint32_t layer, const PyStream* stream,
+          [](const PyLease& self, const PyModel& model, std::uint32_t layer, const PyStream* stream,
              std::optional<double> timeout) {
-            const HoldPtr hold = self.held();
+            const LeasePtr lease = self.held();
             const auto behind = stream_of(stream);
             const py::gil_scoped_release release;
-            self.runtime->await_layer(hold, model.model, layer, behind, deadline(timeout),
+            self.runtime->await_layer(lease, model.model, layer, behind, deadline(timeout),
                                       check_signals);
           },
           py::arg("model"), py::arg("layer"), py::arg("stream") = py::none(),
           py::arg("timeout") = py::none())
       .def(
           "arrived",
-          [](const PyHold& self, const PyModel& model, std::uint32_t layer) {
-            return self.hold && self.runtime->arrived(self.hold, model.model, layer);
+          [](const PyLease& self, const PyModel& model, std::uint32_t layer) {
+            return self.lease && self.runtime->arrived(self.lease, model.model, layer);
           },
           py::arg("model"), py::arg("layer"))
       .def(
           "share",
-          [](const PyHold& self, std::uint64_t owner) {
-            return PyHold(self.runtime, self.runtime->share_lease(self.held(), owner));
+          [](const PyLease& self, std::uint64_t owner) {
+            return PyLease(self.runtime, self.runtime->share_lease(self.held(), owner));
           },
           py::arg("owner"))
       .def(
           "record",
-          [](const PyHold& self, const PyStream& stream) {
-            const HoldPtr hold = self.held();
+          [](const PyLease& self, const PyStream& stream) {
+            const LeasePtr lease = self.held();
             const auto recorded = stream.stream;
             const py::gil_scoped_release release;
-            self.runtime->record(hold, recorded);
+            self.runtime->record(lease, recorded);
           },
           py::arg("stream"))
-      .def("release", &PyHold::release);
+      .def("release", &PyLease::release);
   py::class_<PyPass>(m, "Pass")
       .def_readonly("complete", &PyPass::complete)
       .def_readonly("lease_epoch", &PyPass::lease_epoch)
@@ -251,23 +251,23 @@ void bind_handles(py::module_& m) {
           "wait",
           [](const PyPass& self, std::uint32_t layer, const PyStream* stream,
              std::optional<double> timeout) {
-            const HoldPtr hold = self.held.held();
+            const LeasePtr lease = self.lease.held();
             const auto behind = stream_of(stream);
             const py::gil_scoped_release release;
-            return self.held.runtime->await_layer(hold, self.model, layer, behind,
-                                                  deadline(timeout), check_signals);
+            return self.lease.runtime->await_layer(lease, self.model, layer, behind,
+                                                   deadline(timeout), check_signals);
           },
           py::arg("layer"), py::arg("stream") = py::none(), py::arg("timeout") = py::none())
       .def(
           "record",
           [](const PyPass& self, const PyStream& stream) {
-            const HoldPtr hold = self.held.held();
+            const LeasePtr lease = self.lease.held();
             const auto recorded = stream.stream;
             const py::gil_scoped_release release;
-            self.held.runtime->record(hold, recorded);
+            self.lease.runtime->record(lease, recorded);
           },
           py::arg("stream"))
-      .def("release", [](PyPass& self) { self.held.release(); });
+      .def("release", [](PyPass& self) { self.lease.release(); });
   py::class_<PyStream>(m, "Stream")
       .def_property_readonly(
           "handle",

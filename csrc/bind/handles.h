@@ -24,22 +24,22 @@ struct PyTicket {
   TicketPtr ticket;
   ModelPtr model;  // the model that the ticket loads
 };
-struct PyHold {
+struct PyLease {
   RuntimePtr runtime;
-  HoldPtr hold;
-  PyHold(RuntimePtr r, HoldPtr h) : runtime(std::move(r)), hold(std::move(h)) {}
-  PyHold(PyHold&&) = default;
-  ~PyHold() { release(); }
+  LeasePtr lease;
+  PyLease(RuntimePtr r, LeasePtr l) : runtime(std::move(r)), lease(std::move(l)) {}
+  PyLease(PyLease&&) = default;
+  ~PyLease() { release(); }
   void release() {
-    if (hold) runtime->end_lease(std::exchange(hold, nullptr));
+    if (lease) runtime->end_lease(std::exchange(lease, nullptr));
   }
-  const HoldPtr& held() const {
-    if (!hold) throw Error(ErrorKind::stale_view, "the lease was released");
-    return hold;
+  const LeasePtr& held() const {
+    if (!lease) throw Error(ErrorKind::stale_view, "the lease was released");
+    return lease;
   }
 };
 struct PyPass {
-  PyHold held;
+  PyLease lease;
   ModelPtr model;
   bool complete;
   std::uint64_t lease_epoch;

@@ -32,8 +32,10 @@ void translate_errors(std::exception_ptr pointer) {
     std::rethrow_exception(pointer);
   } catch (const Error& error) {
     static constexpr const char* kNames[] = {
-        "WarmServeError", "ValueError", "TimeoutError",      "OutOfDeviceMemory", "StagingTimeout",
-        "Busy",           "Cancelled",  "CorruptCheckpoint", "StaleView",         "DeviceLost"};
+#define X(kind, python) #python,
+        WARMSERVE_ERROR_KINDS(X)
+#undef X
+    };
     const py::module_ errors = py::module_::import("warmserve_rt._errors");
     const char* name = kNames[static_cast<int>(error.kind())];
     const py::object type = py::hasattr(errors, name)
@@ -43,10 +45,10 @@ void translate_errors(std::exception_ptr pointer) {
   }
 }
 
-Patience patience(const std::string& name) {
-  if (name == "nothing") return Patience::none;
-  if (name == "streams") return Patience::streams;
-  if (name == "leases") return Patience::leases_and_streams;
+WaitFor wait_for(const std::string& name) {
+  if (name == "nothing") return WaitFor::none;
+  if (name == "streams") return WaitFor::streams;
+  if (name == "leases") return WaitFor::leases_and_streams;
   throw Error(ErrorKind::invalid_argument,
               "cannot wait for '" + name + "': wait must be nothing, streams or leases");
 }
@@ -200,7 +202,7 @@ void bind_state(py::module_& m) {
       .def_readonly("headroom_bytes", &RuntimeState::headroom_bytes)
       .def_readonly("granules", &RuntimeState::granules)
       .def_readonly("granules_free", &RuntimeState::granules_free)
-      .def_readonly("granules_trimmed", &RuntimeState::granules_uncreated)
+      .def_readonly("granules_trimmed", &RuntimeState::granules_trimmed)
       .def_readonly("leases", &RuntimeState::leases)
       .def_readonly("staging_chunks_free", &RuntimeState::staging_chunks_free)
       .def_property_readonly("bytes_loaded",
@@ -224,10 +226,18 @@ void bind_runtime(py::module_& m) {
                        const std::vector<std::shared_ptr<Driver>>& peers) {
              const py::gil_scoped_release release;
              const RuntimePtr runtime = Runtime::make(
-                 std::move(driver), {arena, staging, granule, chunk, headroom, loaders,
-                                     std::chrono::milliseconds(static_cast<std::int64_t>(
-                                         std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
-                                     poison, background_share, read_bandwidth});
+                 std::move(driver),
+                 {.arena_bytes = arena,
+                  .staging_bytes = staging,
+                  .granule_bytes = granule,
+                  .chunk_bytes = chunk,
+                  .headroom_bytes = headroom,
+                  .loaders = loaders,
+                  .staging_timeout = std::chrono::milliseconds(
+                      static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
+                  .poison = poison,
+                  .background_share = background_share,
+                  .read_bandwidth = read_bandwidth});
              for (const auto& peer : peers)
                runtime->add_route(
                    make_peer_route(std::make_shared<Device>(peer), *runtime->device(), chunk));
@@ -247,7 +257,7 @@ void bind_runtime(py::module_& m) {
           "unregister",
           [](Runtime& self, const PyModel& model, std::optional<double> timeout,
              const std::string& wait, const py::object& poll) {
-            self.unregister(model.model, deadline(timeout), polling(poll), patience(wait));
+            self.unregister(model.model, deadline(timeout), polling(poll), wait_for(wait));
           },
           py::arg("model"), py::arg("timeout"), py::arg("wait"), py::arg("poll") = py::none(),
           NoGil())
@@ -270,19 +280,20 @@ void bind_runtime(py::module_& m) {
           "evict",
           [](Runtime& self, const PyModel& model, const Layers& layers,
              std::optional<double> timeout, const std::string& wait, const py::object& poll) {
-            self.evict(select(model, layers), deadline(timeout), polling(poll), patience(wait));
+            self.evict(select(model, layers), deadline(timeout), polling(poll), wait_for(wait));
           },
           py::arg("model"), py::arg("layers"), py::arg("timeout"), py::arg("wait"),
           py::arg("poll") = py::none(), NoGil())
       .def("fileno", py::overload_cast<>(&Runtime::fileno))
       .def("trim", &Runtime::trim, NoGil())
       .def(
-          "stamp",
+          "set_keep_value",
           [](Runtime& self, const PyModel& model, double value,
              std::optional<std::uint32_t> layer) {
             if (std::isnan(value))
               throw Error(ErrorKind::invalid_argument, "the keep value must not be nan");
-            layer ? self.stamp(model.model, *layer, value) : self.stamp(model.model, value);
+            layer ? self.set_keep_value(model.model, *layer, value)
+                  : self.set_keep_value(model.model, value);
           },
           py::arg("model"), py::arg("value"), py::arg("layer") = py::none())
       .def(
@@ -293,7 +304,7 @@ void bind_runtime(py::module_& m) {
             wanted.reserve(models.size());
             for (const py::handle model : models)
               wanted.push_back(select(model.cast<PyModel&>(), layers));
-            return PyHold(self, self->begin_lease(std::move(wanted), owner));
+            return PyLease(self, self->begin_lease(std::move(wanted), owner));
           },
           py::arg("models"), py::arg("owner"), py::arg("layers") = py::none())
       .def(
@@ -343,7 +354,7 @@ void bind_runtime(py::module_& m) {
           "close",
           [](Runtime& self, std::optional<double> timeout, const std::string& wait,
              const py::object& poll) {
-            self.close(polling(poll), deadline(timeout), patience(wait));
+            self.close(polling(poll), deadline(timeout), wait_for(wait));
           },
           py::arg("timeout") = py::none(), py::arg("wait") = "streams",
           py::arg("poll") = py::none(), NoGil());

@@ -14,6 +14,9 @@
 //
 // Results are bit-identical under every policy: floating point is used only if it is exact or
 // rounds once, and sums are integer sums.
+//
+// The three kernels are in one file, because the digest reads and the casts write by the same packs
+// and all take their share of the work from the same policy.
 #pragma once
 
 #include <cstring>

@@ -23,7 +23,6 @@ class Pace {
   }
 
  private:
-  static constexpr auto kLate = std::chrono::milliseconds(1);
   const double rate_;
   Deadline busy_until_ = Deadline::min();
 };

@@ -6,7 +6,7 @@
 namespace warmserve {
 namespace {
 
-// A piece of the neighbour's memory, and the stream that fills and empties it.
+// A piece of the peer's memory, and the stream that fills and empties it.
 struct Slot {
   Slot(const DevicePtr& device, std::uint64_t bytes)
       : reservation(std::make_shared<Reservation>(device, bytes)),
@@ -25,7 +25,7 @@ struct Slot {
   Event event;
 };
 
-// The free slots. Kept alive by the route and by each crossing that uses a slot.
+// The free slots. Kept alive by the route and by each route copy that uses a slot.
 class Slots {
  public:
   Slots(const DevicePtr& device, std::uint64_t slot_bytes, unsigned count) {
@@ -50,13 +50,13 @@ class Slots {
   std::vector<std::unique_ptr<Slot>> free_;
 };
 
-class PeerCrossing final : public Crossing {
+class PeerRouteCopy final : public RouteCopy {
  public:
-  PeerCrossing(std::shared_ptr<Slots> slots, std::unique_ptr<Slot> slot)
+  PeerRouteCopy(std::shared_ptr<Slots> slots, std::unique_ptr<Slot> slot)
       : slots_(std::move(slots)), slot_(std::move(slot)) {}
-  ~PeerCrossing() override { slots_->give(std::move(slot_)); }
+  ~PeerRouteCopy() override { slots_->give(std::move(slot_)); }
 
-  // Throws if it enqueued no copy. look() reports later errors.
+  // Throws if it enqueued no copy. poll() reports later errors.
   void begin(std::span<const Copy> copies) {
     bool under_way = false;
     try {
@@ -74,7 +74,7 @@ class PeerCrossing final : public Crossing {
     }
   }
 
-  State look(Deadline until, std::string* why) noexcept override {
+  State poll(Deadline until, std::string* why) noexcept override {
     try {
       *why = cut_short_;
       if (cut_short_.empty()) {
@@ -88,13 +88,13 @@ class PeerCrossing final : public Crossing {
       *why = error.what();
       if (error.kind() == ErrorKind::device_lost) return State::failed;
     }
-    return settle(until, why);
+    return await_stream(until, why);
   }
 
  private:
   // Waits for the stream, if the event cannot tell whether the copies are over. A lost device no
   // longer reads or writes, so its copies count as over.
-  State settle(Deadline until, std::string* why) noexcept {
+  State await_stream(Deadline until, std::string* why) noexcept {
     if (until <= Clock::now()) return State::moving;
     try {
       slot_->stream.synchronize();
@@ -108,23 +108,22 @@ class PeerCrossing final : public Crossing {
 
   const std::shared_ptr<Slots> slots_;
   std::unique_ptr<Slot> slot_;
-  std::string cut_short_;  // why only some copies were enqueued; set before the first look()
+  std::string cut_short_;  // why only some copies were enqueued; set before the first poll()
 };
 
 class PeerRoute final : public Route {
  public:
-  PeerRoute(const DevicePtr& neighbour, std::uint64_t slot_bytes, unsigned slots)
-      : name_(neighbour->facts().name),
-        slots_(std::make_shared<Slots>(neighbour, slot_bytes, slots)) {}
+  PeerRoute(const DevicePtr& peer, std::uint64_t slot_bytes, unsigned slots)
+      : name_(peer->facts().name), slots_(std::make_shared<Slots>(peer, slot_bytes, slots)) {}
 
   const std::string& name() const noexcept override { return name_; }
 
-  std::shared_ptr<Crossing> begin(std::span<const Copy> copies) override {
+  std::shared_ptr<RouteCopy> begin(std::span<const Copy> copies) override {
     std::unique_ptr<Slot> slot = slots_->take();
     if (!slot) return nullptr;
-    const auto crossing = std::make_shared<PeerCrossing>(slots_, std::move(slot));
-    crossing->begin(copies);
-    return crossing;
+    const auto route_copy = std::make_shared<PeerRouteCopy>(slots_, std::move(slot));
+    route_copy->begin(copies);
+    return route_copy;
   }
 
  private:
@@ -132,24 +131,24 @@ class PeerRoute final : public Route {
   const std::shared_ptr<Slots> slots_;
 };
 
-void require_reach(const Device& neighbour, const Device& device) {
+void require_reach(const Device& peer, const Device& device) {
   const DeviceFacts& to = device.facts();
-  const int from = neighbour.facts().cuda_ordinal;
+  const int from = peer.facts().cuda_ordinal;
   const bool reaches = to.cuda_ordinal < 0
                            ? from < 0
                            : std::find(to.peers.begin(), to.peers.end(), from) != to.peers.end();
   if (!reaches)
     throw Error(ErrorKind::invalid_argument,
-                neighbour.facts().name + " has no access to the memory of " + to.name +
+                peer.facts().name + " has no access to the memory of " + to.name +
                     ": list its ordinal in the peers of that device's driver");
 }
 
 }  // namespace
 
-RoutePtr make_peer_route(const DevicePtr& neighbour, const Device& device, std::uint64_t slot_bytes,
+RoutePtr make_peer_route(const DevicePtr& peer, const Device& device, std::uint64_t slot_bytes,
                          unsigned slots) {
-  require_reach(*neighbour, device);
-  return std::make_shared<PeerRoute>(neighbour, slot_bytes, slots);
+  require_reach(*peer, device);
+  return std::make_shared<PeerRoute>(peer, slot_bytes, slots);
 }
 
 }  // namespace warmserve

@@ -1,7 +1,7 @@
 // Routes: ways from pinned host memory to the device's memory beside the device's own link.
 //
 // The own link needs no Route and always exists. An embedder of the runtime adds routes. The only
-// implementation in this library uses a neighbour's link (peer_route.h).
+// implementation in this library uses a peer's link (peer_route.h).
 #pragma once
 
 #include <cstddef>
@@ -21,27 +21,27 @@ struct Copy {
 };
 
 // Copies on a route that were started together. Thread-safe.
-class Crossing {
+class RouteCopy {
  public:
   enum class State {
     moving,   // source and destination belong to the copies
     arrived,  // all bytes have arrived; work enqueued on the device from now on sees them
     failed,  // the destination is undefined; as in `arrived`, the copies touch neither end any more
   };
-  virtual ~Crossing() = default;  // precondition: arrived or failed
+  virtual ~RouteCopy() = default;  // precondition: arrived or failed
   // Returns the state. Blocks while it is `moving`, until `until` at the latest. Sets `why` if it
   // returns `failed`.
-  virtual State look(Deadline until, std::string* why) noexcept = 0;
+  virtual State poll(Deadline until, std::string* why) noexcept = 0;
 };
 
 class Route {
  public:
-  virtual ~Route() = default;  // precondition: all its crossings are destroyed
+  virtual ~Route() = default;  // precondition: all its copies are destroyed
   virtual const std::string& name() const noexcept = 0;
   // Starts these copies, at most a staging chunk's bytes. Returns null if the route has no room
   // now. If it throws it must have started no copy, and it is not called again. The runtime makes
   // one call at a time. Must not block and must not call back into the runtime.
-  virtual std::shared_ptr<Crossing> begin(std::span<const Copy> copies) = 0;
+  virtual std::shared_ptr<RouteCopy> begin(std::span<const Copy> copies) = 0;
 };
 using RoutePtr = std::shared_ptr<Route>;
 

@@ -10,14 +10,14 @@ bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexce
   });
 }
 
-void Ticket::finish(Books& books, const Lock&, std::exception_ptr why) {
+void Ticket::finish(SharedState& state, const Lock&, std::exception_ptr why) {
   if (done) return;
   done = true;
   error = why;
   eventfd_.signal();
   for (const auto& [listener, token] : std::exchange(listeners_, {}))
     if (const auto waker = listener.lock()) waker->wake(token);
-  books.wake();
+  state.wake();
 }
 
 int Ticket::fileno(const Lock&) {

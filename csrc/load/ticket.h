@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "load/waker.h"
-#include "model/residency.h"
+#include "model/state.h"
 
 namespace warmserve {
 
@@ -29,9 +29,10 @@ class Ticket {
   const Deadline deadline;             // cancelled at this time
   const std::vector<Selection> wants;  // the layers to load
   std::uint64_t bytes_total = 0, bytes_done = 0;
-  std::unordered_set<Fill*> fills;  // not complete yet
+  std::unordered_set<LayerLoad*> loads;  // not complete yet
   ModelPtr swapped_out;  // evicted as room is needed, and completely before the ticket is done
-  std::exception_ptr short_of;  // why some layers were cancelled while the others are still loaded
+  std::exception_ptr
+      partial_error;  // why some layers were cancelled while the others are still loaded
   bool done = false;
   std::exception_ptr error;  // of a done ticket
 
@@ -44,7 +45,7 @@ class Ticket {
     return false;
   }
   // Marks the ticket done, with the error `why` if it is not null, and wakes all waiters.
-  void finish(Books& books, const Lock&, std::exception_ptr why = nullptr);
+  void finish(SharedState& state, const Lock&, std::exception_ptr why = nullptr);
   // Returns a descriptor, owned by the ticket, that becomes readable when the ticket is done.
   int fileno(const Lock&);
   // Wakes the token when the ticket is done, if the waker is still alive then. Returns false if the

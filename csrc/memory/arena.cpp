@@ -36,7 +36,7 @@ Arena::Arena(DevicePtr device, const Options& options)
   // Checked before anything is allocated: populating more memory than is available would not fail
   // but start the OOM killer.
   require_memory(budget(), "an arena of " + format_bytes(budget()));
-  pool_ = uncreated_ = GranulePool(capacity_);
+  pool_ = trimmed_ = GranulePool(capacity_);
   slots_.resize(capacity_);
   if (!device_->facts().host_view) window_ = reserve(budget());
   make_all();
@@ -160,9 +160,9 @@ void Arena::check_invariants() const {
   if (free != pool_.free_count())
     throw Error(ErrorKind::general, "the count of free granules is wrong");
   for (GranuleId id = 0; id < capacity_; ++id)
-    if (uncreated_.is_free(id) && (slots_[id].granule || pool_.is_free(id)))
+    if (trimmed_.is_free(id) && (slots_[id].granule || pool_.is_free(id)))
       throw Error(ErrorKind::general,
-                  "uncreated granule " + std::to_string(id) + " exists or is free");
+                  "trimmed granule " + std::to_string(id) + " exists or is free");
 }
 
 }  // namespace warmserve

@@ -42,13 +42,13 @@ class Arena {
 
   // Bookkeeping.
   std::uint32_t free_count() const noexcept { return pool_.free_count(); }
-  std::uint32_t uncreated_count() const noexcept { return uncreated_.free_count(); }
+  std::uint32_t trimmed_count() const noexcept { return trimmed_.free_count(); }
   bool is_free(GranuleId id) const noexcept { return pool_.is_free(id); }
   std::vector<GranuleId> take(std::uint32_t count) { return pool_.take(count); }
   void give(std::span<const GranuleId> ids) noexcept { pool_.give(ids); }
   // Takes ids that have no granule. They belong to the caller, who creates or returns them.
-  std::vector<GranuleId> claim_uncreated(std::uint32_t count) { return uncreated_.take(count); }
-  void return_uncreated(std::span<const GranuleId> ids) noexcept { uncreated_.give(ids); }
+  std::vector<GranuleId> claim_trimmed(std::uint32_t count) { return trimmed_.take(count); }
+  void return_trimmed(std::span<const GranuleId> ids) noexcept { trimmed_.give(ids); }
   void check_invariants() const;
 
   // Creates the granule of a claimed id. Throws out_of_device_memory, also if it would cut into the
@@ -90,7 +90,7 @@ class Arena {
   const std::uint64_t granule_bytes_, headroom_bytes_;
   const std::uint32_t capacity_;
   GranulePool pool_;
-  GranulePool uncreated_;  // ids without a granule
+  GranulePool trimmed_;  // ids without a granule
   // Maps every granule, writable, at index x granule_bytes. The models' own addresses are
   // read-only, so on a discrete device copies fill granules through this window. Null if the CPU
   // can access granules.

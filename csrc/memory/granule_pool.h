@@ -18,7 +18,8 @@ class GranulePool {
   bool is_free(GranuleId id) const noexcept { return nodes_[leaves_ + id].longest == 1; }
 
   // Takes `count` free granules and returns them in ascending order. Chooses the first run of
-  // neighbours that is long enough, else the longest runs, because neighbours become one mapping.
+  // adjacent ids that is long enough, else the longest runs, because adjacent granules become one
+  // mapping.
   // O((count + runs) log capacity).
   // Precondition: count <= free_count().
   std::vector<GranuleId> take(std::uint32_t count);

@@ -137,14 +137,14 @@ void Mapping::unmap() {
   Mapping* self = this;
   unmap_together(std::span(&self, 1));
 }
-void Mapping::unmap_together(std::span<Mapping* const> neighbours) {
-  const Mapping& first = *neighbours.front();
-  const Mapping& last = *neighbours.back();
+void Mapping::unmap_together(std::span<Mapping* const> adjacent) {
+  const Mapping& first = *adjacent.front();
+  const Mapping& last = *adjacent.back();
   Device& device = *first.reservation_->device();
   const Status status = device.attempt(Primitive::unmap, &Driver::unmap, first.address_,
                                        last.address_ + last.bytes_ - first.address_);
   if (status != Status::ok && status != Status::device_lost) device.fail(Primitive::unmap, status);
-  for (Mapping* mapping : neighbours) mapping->reservation_.reset();
+  for (Mapping* mapping : adjacent) mapping->reservation_.reset();
 }
 
 Stream::Stream(DevicePtr device, StreamPriority priority) : device_(std::move(device)) {

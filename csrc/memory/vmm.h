@@ -145,9 +145,9 @@ class Mapping {
   // Both are strong: if one throws, the mapping is unchanged. unmap() succeeds on a lost device.
   void set_access(Access access);
   void unmap();
-  // Unmaps neighbours by one driver call. Strong.
+  // Unmaps adjacent mappings by one driver call. Strong.
   // Precondition: they are adjacent mappings of one reservation, in ascending order.
-  static void unmap_together(std::span<Mapping* const> neighbours);
+  static void unmap_together(std::span<Mapping* const> adjacent);
 
  private:
   ReservationPtr reservation_;  // null: unmapped, or moved from

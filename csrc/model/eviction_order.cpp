@@ -8,7 +8,7 @@ namespace {
 
 bool is_candidate(const Layer& layer) {
   return layer.granules_needed && layer.holds == 0 &&
-         (layer.residency == Residency::resident || layer.torn);
+         (layer.residency == Residency::resident || layer.unmap_failed);
 }
 
 // Iterates over one model's candidates in order by merging two ordered lists: the layers used since
@@ -20,13 +20,13 @@ class Cursor {
         first_(first),
         used_(model.candidates.used.begin()),
         fresh_(model.candidates.fresh.begin()) {
-    settle();
+    find_next();
   }
   bool done() const { return !layer_; }
   Layer* layer() const { return layer_; }
   void advance() {
     ++(from_fresh_ ? fresh_ : used_);
-    settle();
+    find_next();
   }
   bool operator<(const Cursor& other) const { return rank_ < other.rank_; }
 
@@ -37,7 +37,7 @@ class Cursor {
     return {!first_ && key.whole, key.keep_value, std::max(key.filled_at, model_->last_use),
             model_->id, key.from_end};
   }
-  void settle() {
+  void find_next() {
     const bool any_used = used_ != model_->candidates.used.end();
     const bool any_fresh = fresh_ != model_->candidates.fresh.end();
     layer_ = nullptr;
@@ -65,7 +65,7 @@ void EvictionOrder::update(Layer& layer) {
   layer.candidate.reset();
   if (!is_candidate(layer)) return;
   const bool fresh = layer.filled_at > layer.model->last_use;
-  layer.candidate = CandidateKey{!layer.torn, layer.keep_value, fresh ? layer.filled_at : 0,
+  layer.candidate = CandidateKey{!layer.unmap_failed, layer.keep_value, fresh ? layer.filled_at : 0,
                                  -static_cast<std::int64_t>(layer.index)};
   (fresh ? candidates.fresh : candidates.used).emplace(*layer.candidate, &layer);
 }
@@ -92,7 +92,7 @@ std::vector<Layer*> EvictionOrder::choose(const std::vector<Model*>& models, std
     Cursor& cursor = heap.back();
     Layer* layer = cursor.layer();
     ++*examined;
-    if (!layer->owned && !spared.layer(*layer)) {
+    if (!layer->busy && !spared.layer(*layer)) {
       found += layer->granules_needed;
       victims.push_back(layer);
     }

@@ -26,7 +26,7 @@ class EvictionOrder {
   static void used(Model& model);
 
   // Returns layers whose eviction frees at least `granules`; none if there are not enough. Layers
-  // of `first` precede all others. Held, owned and spared layers are never chosen. Adds the number
+  // of `first` precede all others. Held, busy and spared layers are never chosen. Adds the number
   // of layers examined to `examined`.
   static std::vector<Layer*> choose(const std::vector<Model*>& models, std::uint64_t granules,
                                     const Spared& spared, const Model* first,

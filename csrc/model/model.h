@@ -1,4 +1,4 @@
-// The runtime's record of a model: its layers, their memory, and the holds on them.
+// The runtime's record of a model: its layers, their memory, and the leases on them.
 #pragma once
 
 #include <atomic>
@@ -17,19 +17,19 @@
 namespace warmserve {
 
 // absent:   no granules are mapped at the layer's addresses (or only the poison granule).
-// filling:  granules are being mapped and filled; the layer belongs to its Fill.
+// filling:  granules are being mapped and filled; the layer belongs to its LayerLoad.
 // resident: granules are mapped and all bytes are in place.
 // draining: on the way to absent; the runtime waits for fences, then unmaps the layer.
 enum class Residency : std::uint8_t { absent, filling, resident, draining };
 const char* to_string(Residency residency) noexcept;
 
 struct Model;
-struct Fill;
+struct LayerLoad;
 struct Layer;
 
 // A layer's position among its model's candidates for eviction; see EvictionOrder.
 struct CandidateKey {
-  bool whole;  // not torn
+  bool whole;  // false: unmapping it failed
   double keep_value;
   std::uint64_t filled_at;  // 0 if the model was used since the layer was filled
   std::int64_t from_end;
@@ -40,8 +40,8 @@ struct Candidates {
   std::map<CandidateKey, Layer*> used, fresh;
 };
 
-// The runtime's lock guards all fields except the ones marked "owned": `granules`, `mapping` and
-// `poison` belong to the thread that has set `owned`, which uses them without the lock.
+// The runtime's lock guards all fields except `granules`, `mapping` and `poison` of a busy layer:
+// these belong to the thread that has set `busy`, which uses them without the lock.
 struct Layer {
   Model* model = nullptr;
   std::uint32_t index = 0;
@@ -51,18 +51,18 @@ struct Layer {
   LayerSource source;
 
   Residency residency = Residency::absent;
-  bool owned = false;  // a thread works on the layer without the lock
-  bool torn = false;   // its bytes are invalid and unmapping failed: it can only be drained again
-  std::uint32_t holds = 0;   // leases and passes on it, except those on the whole model
-  std::uint32_t passes = 0;  // the passes among `holds`
+  bool busy = false;          // a thread works on the layer without the lock
+  bool unmap_failed = false;  // its bytes are invalid too: it can only be drained again
+  std::uint32_t holds = 0;    // leases and passes on it, except those on the whole model
+  std::uint32_t passes = 0;   // the passes among `holds`
   double keep_value = 0;
   std::uint64_t filled_at = 0;            // the runtime's logical clock
-  Fill* fill = nullptr;                   // the pending fill, if any
+  LayerLoad* load = nullptr;              // the pending load, if any
   std::optional<CandidateKey> candidate;  // its key in the model's candidates, if it is one
 
-  std::vector<GranuleId> granules;  // owned
-  std::optional<Mapping> mapping;   // owned
-  std::optional<Mapping> poison;    // owned
+  std::vector<GranuleId> granules;
+  std::optional<Mapping> mapping;
+  std::optional<Mapping> poison;
 
   // Returns whether a lease or a pass holds the layer, so that it may not be evicted; and whether a
   // lease does. A pass may outlast the lease under which it began.

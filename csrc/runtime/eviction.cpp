@@ -29,62 +29,63 @@ std::string why_late(const Model& model) {
 
 }  // namespace
 
-// Waits until no lease and no pass uses the layers; throws busy for users that `patience` does not
+// Waits until no lease and no pass uses the layers; throws busy for users that `wait_for` does not
 // cover. A pass counts like a stream, because it continues after its lease.
 void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadline,
-                          const Poll& poll, Patience patience, const std::function<bool()>& leased,
+                          const Poll& poll, WaitFor wait_for, const std::function<bool()>& leased,
                           const std::function<bool()>& in_use) {
   const Model& model = *selection.model;
   const auto refused = [&] {
-    return patience == Patience::none || (patience == Patience::streams && leased());
+    return wait_for == WaitFor::none || (wait_for == WaitFor::streams && leased());
   };
   while (in_use()) {
     if (refused()) throw Error(ErrorKind::busy, why_busy(model));
-    if (desk_.in_pass(lock, selection, this_thread()))
+    if (lease_queue_.in_pass(lock, selection, this_thread()))
       throw Error(ErrorKind::busy, "this thread cannot evict '" + model.name +
                                        "': it computes with the model and would wait for itself");
-    const Wanted release(books_.release_wanted);
+    const Wanted release(state_.release_wanted);
     if (!wait_until(lock, deadline, poll, [&] { return !in_use() || refused(); }))
       throw Error(ErrorKind::timeout, why_late(model));
   }
 }
 
-// Removes a model from the books and returns its reservation and uses. The caller destroys them
+// Removes a model from the state and returns its reservation and uses. The caller destroys them
 // without the lock, because dropping the last reference to a stream waits for the stream's work.
-Runtime::Remains Runtime::take_off(const Lock&, Model& model) {
+Runtime::Detached Runtime::detach(const Lock&, Model& model) {
   model.registered = false;
-  books_.models.erase(model.name);
+  state_.models.erase(model.name);
   return {std::move(model.reservation), std::exchange(model.uses, {})};
 }
 
 void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& poll,
-                         Patience patience) {
-  Remains remains;
-  Lock lock = open();
+                         WaitFor wait_for) {
+  Detached detached;
+  Lock lock = lock_alive();
   require_registered(lock, *model);
   do {
     await_users(
-        lock, model, deadline, poll, patience, [&] { return model->leases > 0; },
+        lock, model, deadline, poll, wait_for, [&] { return model->leases > 0; },
         [&] { return model->leases + model->passes > 0; });
-    evict_locked(lock, model, deadline, poll, patience);
+    evict_locked(lock, model, deadline, poll, wait_for);
     require_registered(lock, *model);  // another thread may have unregistered it meanwhile
   } while (model->leases + model->passes);
   const auto why = cancelled("'" + model->name + "' was unregistered");
-  transfer_.drop_layers(lock, model, why);
-  for (const HoldPtr& hold : desk_.turn_away(lock, model)) hold->entry->finish(books_, lock, why);
-  while (const HoldPtr next = desk_.admit_next(lock)) serve(lock, next);
-  remains = take_off(lock, *model);
+  loader_.drop_layers(lock, model, why);
+  for (const LeasePtr& lease : lease_queue_.cancel_waiters(lock, model))
+    lease->entry->finish(state_, lock, why);
+  while (const LeasePtr next = lease_queue_.admit_next(lock)) serve(lock, next);
+  detached = detach(lock, *model);
 }
 
 void Runtime::evict(const Selection& selection, Deadline deadline, const Poll& poll,
-                    Patience patience) {
-  Lock lock = open();
+                    WaitFor wait_for) {
+  Lock lock = lock_alive();
   check(lock, selection);
-  evict_locked(lock, selection, deadline, poll, patience);
+  evict_locked(lock, selection, deadline, poll, wait_for);
 }
 
 void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline deadline,
-                           const Poll& poll, Patience patience) {
+                           const Poll& poll, WaitFor wait_for) {
   const std::string name = "'" + selection.model->name + "'";
   const auto any = [&](auto&& is) {
     bool found = false;
@@ -97,44 +98,41 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
     return !any([](const Layer& l) { return l.residency != Residency::absent; });
   };
   const auto settled = [&] {  // no thread works on any of the layers
-    return !any([](const Layer& l) { return l.owned || l.residency == Residency::filling; });
-  };
-  const auto wait_for = [&](const std::function<bool()>& condition) {
-    if (!wait_until(lock, deadline, poll, condition))
-      throw Error(ErrorKind::timeout, name + " was not evicted in time");
+    return !any([](const Layer& l) { return l.busy || l.residency == Residency::filling; });
   };
   do {
-    await_users(lock, selection, deadline, poll, patience, leased, held);
+    await_users(lock, selection, deadline, poll, wait_for, leased, held);
     const auto in_use = [&](const Use& use) {
       return use.layers.intersects(selection.layers) && !use.fence->complete();
     };
     if (const auto& uses = selection.model->uses;
-        patience == Patience::none && std::any_of(uses.begin(), uses.end(), in_use))
+        wait_for == WaitFor::none && std::any_of(uses.begin(), uses.end(), in_use))
       throw Error(ErrorKind::busy, "a stream still uses " + name);
-    transfer_.drop_layers(lock, selection, cancelled(name + " was evicted"));
+    loader_.drop_layers(lock, selection, cancelled(name + " was evicted"));
     std::vector<Layer*> layers;
     selection.for_each([&](Layer& layer) {
-      if (!layer.owned && (layer.residency == Residency::resident || layer.torn))
+      if (!layer.busy && (layer.residency == Residency::resident || layer.unmap_failed))
         layers.push_back(&layer);
     });
     if (!layers.empty()) {
       std::vector<GranuleId> freed;
-      books_.claim(lock, layers);
+      state_.claim(lock, layers);
       try {
-        drain(books_, lock, layers, deadline, poll, freed);
+        drain_and_unmap(state_, lock, layers, deadline, poll, freed);
       } catch (...) {
         arena_.give(freed);
         throw;
       }
       arena_.give(freed);
     }
-    wait_for(settled);
+    if (!wait_until(lock, deadline, poll, settled))
+      throw Error(ErrorKind::timeout, name + " was not evicted in time");
   } while (!gone());
 }
 
 bool Runtime::streams_in_use(const Lock&) const {
   try {
-    for (const auto& [name, model] : books_.models)
+    for (const auto& [name, model] : state_.models)
       for (const Use& use : model->uses)
         if (!use.fence->complete()) return true;
   } catch (const Error& error) {
@@ -147,7 +145,7 @@ bool Runtime::streams_in_use(const Lock&) const {
 // Releases the lock while it waits.
 bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   std::vector<std::shared_ptr<const Fence>> fences;
-  for (const auto& [name, model] : books_.models)
+  for (const auto& [name, model] : state_.models)
     for (const Use& use : model->uses) fences.push_back(use.fence);
   lock.unlock();
   bool ended = true;
@@ -162,29 +160,29 @@ bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   return ended;
 }
 
-void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
-  std::vector<Remains> remains;
+void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
+  std::vector<Detached> detached;
   enter();
-  Lock lock(books_.mutex);
-  const auto idle = [&] { return !closing_ && !desk_.active(); };
+  Lock lock = state_.lock();
+  const auto idle = [&] { return !closing_ && !lease_queue_.active(); };
   do {
     if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))
       throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
-    for (const auto& [name, model] : books_.models) {
-      if (model->leases + model->passes && patience != Patience::leases_and_streams)
+    for (const auto& [name, model] : state_.models) {
+      if (model->leases + model->passes && wait_for != WaitFor::leases_and_streams)
         throw Error(ErrorKind::busy, "close: " + why_busy(*model));
-      if (desk_.in_pass(lock, model, this_thread()))
+      if (lease_queue_.in_pass(lock, model, this_thread()))
         throw Error(ErrorKind::busy,
                     "close: this thread computes with '" + name + "' and would wait for itself");
     }
-    const Wanted release(books_.release_wanted);
+    const Wanted release(state_.release_wanted);
     if (!wait_until(lock, deadline, poll, idle)) {
-      for (const auto& [name, model] : books_.models)
+      for (const auto& [name, model] : state_.models)
         if (model->leases + model->passes)
           throw Error(ErrorKind::timeout, "close: " + why_late(*model));
       throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
     }
-    if (patience == Patience::none && streams_in_use(lock))
+    if (wait_for == WaitFor::none && streams_in_use(lock))
       throw Error(ErrorKind::busy, "close: a stream still uses a model");
     if (deadline != kNever && !await_streams(lock, deadline, poll))
       throw Error(ErrorKind::timeout,
@@ -195,29 +193,29 @@ void Runtime::close(const Poll& poll, Deadline deadline, Patience patience) {
     ~Closing() {
       if (!lock.owns_lock()) lock.lock();
       closing = false;
-      books.wake();
+      state.wake();
     }
     Lock& lock;
     bool& closing;
-    Books& books;
-  } end{lock, closing_, books_};
+    SharedState& state;
+  } end{lock, closing_, state_};
   const auto why = cancelled("the runtime was closed");
-  for (const auto& [name, model] : books_.models) transfer_.drop_layers(lock, model, why);
-  transfer_.drop_swaps(lock, why);
+  for (const auto& [name, model] : state_.models) loader_.drop_layers(lock, model, why);
+  loader_.drop_swaps(lock, why);
   lock.unlock();
-  transfer_.stop();
+  loader_.stop();
   lock.lock();
-  while (!books_.models.empty()) {
-    const ModelPtr model = books_.models.begin()->second;
-    evict_locked(lock, model, kNever, poll, Patience::streams);
+  while (!state_.models.empty()) {
+    const ModelPtr model = state_.models.begin()->second;
+    evict_locked(lock, model, kNever, poll, WaitFor::streams);
     // False if another thread has unregistered the model meanwhile.
-    if (model->registered) remains.push_back(take_off(lock, *model));
+    if (model->registered) detached.push_back(detach(lock, *model));
   }
-  wait_until(lock, kNever, poll, [&] { return books_.granules_in_hand == 0; });
+  wait_until(lock, kNever, poll, [&] { return state_.granules_in_hand == 0; });
   if (arena_.free_count()) trim_locked(lock);
   lock.unlock();
-  remains.clear();
-  transfer_.release();
+  detached.clear();
+  loader_.release();
   staging_.release();
   arena_.release();
   if (!device_->retry_releases())

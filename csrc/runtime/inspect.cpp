@@ -26,48 +26,48 @@ struct Digest {
 
 bool Runtime::done(const TicketPtr& ticket) {
   enter();
-  const Lock lock(books_.mutex);
+  const Lock lock = state_.lock();
   return ticket->done;
 }
 
 std::pair<std::uint64_t, std::uint64_t> Runtime::progress(const TicketPtr& ticket) {
   enter();
-  const Lock lock(books_.mutex);
+  const Lock lock = state_.lock();
   return {ticket->bytes_done, ticket->bytes_total};
 }
 
 std::pair<std::size_t, std::size_t> Runtime::layers_left(const TicketPtr& ticket) {
   enter();
-  const Lock lock(books_.mutex);
+  const Lock lock = state_.lock();
   std::size_t all = 0;
   for (const Selection& wanted : ticket->wants) wanted.for_each([&](const Layer&) { ++all; });
-  return {ticket->fills.size(), all};
+  return {ticket->loads.size(), all};
 }
 
 int Runtime::fileno(const TicketPtr& ticket) {
   enter();
-  const Lock lock(books_.mutex);
+  const Lock lock = state_.lock();
   return ticket->fileno(lock);
 }
 
 bool Runtime::notify(const TicketPtr& ticket, const std::shared_ptr<Waker>& waker,
                      std::uint64_t token) {
   enter();
-  const Lock lock(books_.mutex);
+  const Lock lock = state_.lock();
   return ticket->notify(lock, waker, token);
 }
 
 int Runtime::fileno() {
-  const Lock lock = look();
-  return books_.epochs.descriptor();
+  const Lock lock = lock_open();
+  return state_.epochs.descriptor();
 }
 
 void Runtime::wait(const TicketPtr& ticket, Deadline deadline, const Poll& poll) {
   enter();
-  Lock lock(books_.mutex);
+  Lock lock = state_.lock();
   if (!wait_until(lock, deadline, poll, [&] { return ticket->done; })) {
     std::string who;
-    for (const Holder& holder : books_.holders(lock))
+    for (const Holder& holder : state_.holders(lock))
       if (holder.leased) who += (who.empty() ? "; leased: '" : ", '") + holder.name + "'";
     throw Error(ErrorKind::timeout,
                 ticket->what + " did not finish in time: " + format_bytes(ticket->bytes_done) +
@@ -84,20 +84,20 @@ void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t
                                                  std::to_string(index) + " of '" + model->name +
                                                  "'");
   enter();
-  Lock lock(books_.mutex);
-  const auto over = [&] { return !layer.fill || !ticket->fills.contains(layer.fill); };
+  Lock lock = state_.lock();
+  const auto over = [&] { return !layer.load || !ticket->loads.contains(layer.load); };
   if (!wait_until(lock, deadline, poll, over))
     throw Error(ErrorKind::timeout, "layer " + std::to_string(index) + " of '" + model->name +
                                         "' did not arrive in time");
   if (layer.residency == Residency::resident) return;
   if (ticket->error) std::rethrow_exception(ticket->error);
-  if (ticket->short_of) std::rethrow_exception(ticket->short_of);
+  if (ticket->partial_error) std::rethrow_exception(ticket->partial_error);
 }
 
 void Runtime::cancel(const TicketPtr& ticket) {
   enter();
-  const Lock lock(books_.mutex);
-  if (!ticket->done) transfer_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
+  const Lock lock = state_.lock();
+  if (!ticket->done) loader_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
 }
 
 // Runs work(*made) while the layer is kept resident. When `work` returns normally, all its device
@@ -107,15 +107,15 @@ template <typename Made>
 void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
                             const std::function<std::shared_ptr<Made>()>& make,
                             const std::function<void(Made&, const Layer&)>& work) {
-  Lock lock = open();
+  Lock lock = lock_alive();
   require_registered(lock, *model);
   Layer& layer = layer_of(*model, index);
-  wait_until(lock, kNever, nullptr, [&] { return !layer.owned; });
+  wait_until(lock, kNever, nullptr, [&] { return !layer.busy; });
   if (layer.residency != Residency::resident)
     throw Error(ErrorKind::stale_view, "layer " + std::to_string(index) + " of '" + model->name +
                                            "' is " + to_string(layer.residency));
   if (!layer.bytes) return;
-  books_.own(lock, layer);  // keeps the layer from eviction
+  state_.mark_busy(lock, layer);  // keeps the layer from eviction
   lock.unlock();
   std::shared_ptr<Made> made;
   std::exception_ptr error;
@@ -127,14 +127,14 @@ void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
     error = std::current_exception();
   }
   lock.lock();
-  books_.disown(lock, layer);
+  state_.mark_idle(lock, layer);
   if (error && made) {
     LayerSet used;
     used.insert(index);
     model->uses.push_back(
         {std::make_shared<const Fence>(std::shared_ptr<Stream>(made, &made->stream)), used});
   }
-  books_.wake();
+  state_.wake();
   if (error) std::rethrow_exception(error);
 }
 
@@ -174,15 +174,15 @@ RuntimeState Runtime::state() {
   state.headroom_bytes = arena_.headroom();
   state.pinned_bytes = staging_.pinned_bytes();
   state.staging_chunks_free = staging_.available();
-  const Lock lock = look();
+  const Lock lock = lock_open();
   state.granule_bytes = arena_.granule_bytes();
   state.granules = arena_.capacity();
   state.granules_free = arena_.free_count();
-  state.granules_uncreated = arena_.uncreated_count();
-  state.leases = desk_.leases();
-  state.counters = books_.counters;
-  state.routes = transfer_.routes();
-  for (const auto& [name, model] : books_.models) {
+  state.granules_trimmed = arena_.trimmed_count();
+  state.leases = lease_queue_.leases();
+  state.counters = state_.counters;
+  state.routes = loader_.routes();
+  for (const auto& [name, model] : state_.models) {
     ModelState& shown = state.models.emplace_back();
     shown.name = name;
     shown.leases = model->leases;

@@ -36,14 +36,18 @@ void take_digests(const Model& model, Layer& layer, const std::vector<GranuleChe
 
 Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
     : device_(std::move(device)),
-      arena_(device_,
-             {options.arena_bytes, options.granule_bytes, options.headroom_bytes, options.poison}),
+      arena_(device_, {.bytes = options.arena_bytes,
+                       .granule_bytes = options.granule_bytes,
+                       .headroom_bytes = options.headroom_bytes,
+                       .poison = options.poison}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
-      books_(arena_),
-      desk_(books_),
-      transfer_(books_, staging_,
-                {options.loaders, options.staging_timeout, options.background_share,
-                 options.read_bandwidth}) {}
+      state_(arena_),
+      lease_queue_(state_),
+      loader_(state_, staging_,
+              {.loaders = options.loaders,
+               .staging_timeout = options.staging_timeout,
+               .background_share = options.background_share,
+               .read_bandwidth = options.read_bandwidth}) {}
 
 std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options) {
@@ -70,15 +74,15 @@ void Runtime::enter() const {
     throw Error(ErrorKind::general, "this runtime belongs to the process that forked this one");
 }
 
-Lock Runtime::look() {
+Lock Runtime::lock_open() {
   enter();
-  Lock lock(books_.mutex);
+  Lock lock = state_.lock();
   if (closed_) throw Error(ErrorKind::general, "the runtime is closed");
   return lock;
 }
 
-Lock Runtime::open() {
-  Lock lock = look();
+Lock Runtime::lock_alive() {
+  Lock lock = lock_open();
   device_->require_alive();
   return lock;
 }
@@ -104,15 +108,15 @@ bool Runtime::wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                          const std::function<bool()>& done) {
   while (!done()) {
     if (Clock::now() >= deadline) return false;
-    if (transfer_.pump(lock)) {
+    if (loader_.pump(lock)) {
       lock.unlock();
-      const bool moved = transfer_.step();
+      const bool moved = loader_.step();
       lock.lock();
       if (!moved && !closed_ && !done())
         throw Error(ErrorKind::busy, "this wait cannot end: no step can make progress");
-      if (!moved && !done()) books_.changed.wait_until(lock, Clock::now() + kPollInterval);
+      if (!moved && !done()) state_.changed.wait_until(lock, Clock::now() + kPollInterval);
     } else {
-      books_.changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
+      state_.changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval));
     }
     if (poll && !done()) {
       lock.unlock();
@@ -153,11 +157,11 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
                                  const Poll& poll) {
   const ModelPtr model = make_model(name, std::move(files), layers, poll);
   model->writable = writable;
-  const Lock lock = open();
-  if (books_.models.contains(name))
+  const Lock lock = lock_alive();
+  if (state_.models.contains(name))
     throw Error(ErrorKind::invalid_argument, "a model '" + name + "' is registered already");
   model->id = ++next_id_;
-  books_.models.emplace(name, model);
+  state_.models.emplace(name, model);
   return model;
 }
 
@@ -170,10 +174,10 @@ void Runtime::reload(const ModelPtr& model, std::vector<File> files,
   if (!std::ranges::equal(made->layers, model->layers, {}, bytes_of, bytes_of))
     throw Error(ErrorKind::invalid_argument,
                 "'" + model->name + "' is registered with layers of other sizes");
-  Lock lock = open();
+  Lock lock = lock_alive();
   require_registered(lock, *model);
   do {
-    evict_locked(lock, model, deadline, poll, Patience::streams);
+    evict_locked(lock, model, deadline, poll, WaitFor::streams);
     require_registered(lock, *model);  // another thread may have unregistered it meanwhile
   } while (model->leases + model->passes);
   model->files.swap(made->files);
@@ -182,13 +186,13 @@ void Runtime::reload(const ModelPtr& model, std::vector<File> files,
 
 ReservationPtr Runtime::reservation(const ModelPtr& model) {
   {
-    const Lock lock = open();
+    const Lock lock = lock_alive();
     require_registered(lock, *model);
     if (model->reservation) return model->reservation;
   }
   ReservationPtr made =
       arena_.reserve(std::max<std::uint64_t>(model->granules, 1) * arena_.granule_bytes());
-  const Lock lock = open();
+  const Lock lock = lock_alive();
   require_registered(lock, *model);
   if (!model->reservation) model->reservation = std::move(made);
   return model->reservation;
@@ -197,11 +201,11 @@ ReservationPtr Runtime::reservation(const ModelPtr& model) {
 // Throws unless the layers fit beside the layers that leases and passes hold.
 void Runtime::require_room(const Lock& lock, const Selection& selection,
                            const std::string& what) const {
-  if (books_.held_granules + books_.granules_to_hold(lock, selection) <= arena_.capacity()) return;
+  if (state_.held_granules + state_.granules_to_hold(lock, selection) <= arena_.capacity()) return;
   std::uint64_t granules = 0;  // of one model, so neither the count nor its bytes can overflow
   selection.for_each([&](const Layer& layer) { granules += layer.granules_needed; });
   throw no_room(granules <= arena_.capacity() ? ErrorKind::busy : ErrorKind::out_of_device_memory,
-                what, granules * arena_.granule_bytes(), arena_.budget(), books_.holders(lock));
+                what, granules * arena_.granule_bytes(), arena_.budget(), state_.holders(lock));
 }
 
 TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline deadline) {
@@ -211,10 +215,10 @@ TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline de
   auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority,
                                          std::vector{selection}, deadline);
   reservation(model);
-  const Lock lock = open();
+  const Lock lock = lock_alive();
   check(lock, selection);
   require_room(lock, selection, ticket->what);
-  transfer_.request(lock, ticket);
+  loader_.request(lock, ticket);
   return ticket;
 }
 
@@ -224,48 +228,48 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
   auto ticket = std::make_shared<Ticket>("swap of '" + evict->name + "' for '" + load->name + "'",
                                          priority, std::vector{Selection(load)});
   reservation(load);
-  const Lock lock = open();
+  const Lock lock = lock_alive();
   require_registered(lock, *load);
   require_registered(lock, *evict);
   if (evict->leases + evict->passes) throw Error(ErrorKind::busy, why_busy(*evict));
   require_room(lock, load, ticket->what);
-  transfer_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
+  loader_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
   ticket->swapped_out = evict;
-  transfer_.request(lock, ticket);
+  loader_.request(lock, ticket);
   return ticket;
 }
 
 std::uint64_t Runtime::trim() {
-  Lock lock = open();
+  Lock lock = lock_alive();
   return trim_locked(lock);
 }
 
 std::uint64_t Runtime::trim_locked(Lock& lock) {
   const std::vector<GranuleId> ids = arena_.take(arena_.free_count());
-  books_.granules_in_hand += ids.size();
+  state_.granules_in_hand += ids.size();
   lock.unlock();
   const std::size_t destroyed = arena_.destroy(ids);
   lock.lock();
-  books_.granules_in_hand -= ids.size();
-  arena_.return_uncreated(std::span(ids).first(destroyed));
+  state_.granules_in_hand -= ids.size();
+  arena_.return_trimmed(std::span(ids).first(destroyed));
   arena_.give(std::span(ids).subspan(destroyed));
-  books_.wake();
+  state_.wake();
   if (destroyed < ids.size())
     throw Error(ErrorKind::general, "the driver released " + std::to_string(destroyed) + " of " +
                                         std::to_string(ids.size()) + " granules");
   return destroyed * arena_.granule_bytes();
 }
 
-void Runtime::stamp(const ModelPtr& model, double value) {
-  const Lock lock = open();
+void Runtime::set_keep_value(const ModelPtr& model, double value) {
+  const Lock lock = lock_alive();
   require_registered(lock, *model);
-  for (Layer& layer : model->layers) books_.stamp(lock, layer, value);
+  for (Layer& layer : model->layers) state_.set_keep_value(lock, layer, value);
 }
 
-void Runtime::stamp(const ModelPtr& model, std::uint32_t layer, double value) {
-  const Lock lock = open();
+void Runtime::set_keep_value(const ModelPtr& model, std::uint32_t layer, double value) {
+  const Lock lock = lock_alive();
   require_registered(lock, *model);
-  books_.stamp(lock, layer_of(*model, layer), value);
+  state_.set_keep_value(lock, layer_of(*model, layer), value);
 }
 
 Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
@@ -276,33 +280,33 @@ Layer& Runtime::layer_of(Model& model, std::uint32_t index) {
   return model.layers[index];
 }
 
-void Runtime::add_route(RoutePtr route) {
-  const Lock lock = open();
+void Runtime::add_route(const RoutePtr& route) {
+  const Lock lock = lock_alive();
   if (arena_.filled_by_host())
     throw Error(ErrorKind::invalid_argument,
                 "no route can be added to " + device_->facts().name +
                     ": the CPU writes its memory directly, over no link");
-  transfer_.add(std::move(route));
+  loader_.add_route(route);
 }
 
 void Runtime::drop_route(const std::string& name) {
   enter();
-  transfer_.drop_route(name);
+  loader_.drop_route(name);
 }
 
 bool Runtime::step() {
   {
-    const Lock lock = open();
-    if (!transfer_.pump(lock))
+    const Lock lock = lock_alive();
+    if (!loader_.pump(lock))
       throw Error(ErrorKind::invalid_argument, "step() requires Runtime(pump=True)");
   }
-  return transfer_.step();
+  return loader_.step();
 }
 
 void Runtime::check_invariants() {
-  const Lock lock = look();
-  books_.check_invariants(lock);
-  transfer_.check_invariants(lock);
+  const Lock lock = lock_open();
+  state_.check_invariants(lock);
+  loader_.check_invariants(lock);
 }
 
 }  // namespace warmserve

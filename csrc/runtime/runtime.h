@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "load/transfer.h"
+#include "load/loader.h"
 #include "model/layer_shape.h"
-#include "runtime/lease.h"
+#include "runtime/lease_queue.h"
 
 namespace warmserve {
 
@@ -34,7 +34,7 @@ struct RuntimeOptions {
 
 // Which users of its layers an eviction waits for: held leases, and streams and passes that still
 // use the layers after their leases have ended. For all other users it throws busy.
-enum class Patience { none, streams, leases_and_streams };
+enum class WaitFor { none, streams, leases_and_streams };
 
 struct LayerState {
   Residency residency = Residency::absent;
@@ -52,7 +52,7 @@ struct ModelState {
 struct RuntimeState {
   std::uint64_t granule_bytes = 0, pinned_bytes = 0;
   std::uint64_t headroom_bytes = 0;
-  std::uint32_t granules = 0, granules_free = 0, granules_uncreated = 0;
+  std::uint32_t granules = 0, granules_free = 0, granules_trimmed = 0;
   std::size_t leases = 0, staging_chunks_free = 0;
   Counters counters;
   std::vector<RouteState> routes;
@@ -83,9 +83,9 @@ class Runtime {
   void reload(const ModelPtr& model, std::vector<File> files, const std::vector<LayerShape>& layers,
               Deadline deadline, const Poll& poll);
   // Evicts a model and removes it. Its addresses stay reserved while views exist. Throws busy for
-  // users that `patience` does not cover, and timeout. Per layer. Blocks.
+  // users that `wait_for` does not cover, and timeout. Per layer. Blocks.
   void unregister(const ModelPtr& model, Deadline deadline, const Poll& poll,
-                  Patience patience = Patience::streams);
+                  WaitFor wait_for = WaitFor::streams);
 
   // Queues a load of the selected layers. The ticket reports its outcome, layer by layer. Throws
   // out_of_device_memory if the layers exceed the budget, busy if they do not fit beside the leased
@@ -97,65 +97,65 @@ class Runtime {
   // `evict`. Strong, wait-free.
   TicketPtr swap(const ModelPtr& evict, const ModelPtr& load, int priority);
   // Evicts the selected layers and cancels their loads. Tickets that also want other layers
-  // continue with those. Throws busy for users that `patience` does not cover, busy if the calling
+  // continue with those. Throws busy for users that `wait_for` does not cover, busy if the calling
   // thread would wait for a pass of its own, and timeout. Per layer. Blocks.
   void evict(const Selection& selection, Deadline deadline, const Poll& poll,
-             Patience patience = Patience::streams);
+             WaitFor wait_for = WaitFor::streams);
   // Releases free granules to the driver and returns their bytes. On a throw the granules released
   // before it stay released. Blocks.
   std::uint64_t trim();
   // Sets the keep value of all layers of the model, or of one. Wait-free.
-  void stamp(const ModelPtr& model, double value);
-  void stamp(const ModelPtr& model, std::uint32_t layer, double value);
+  void set_keep_value(const ModelPtr& model, double value);
+  void set_keep_value(const ModelPtr& model, std::uint32_t layer, double value);
 
-  // Begins a lease. It is admitted once hold->entry is null or done without error. It has all its
-  // layers once hold->ticket, set on admission at the latest, is null or done without error. Throws
-  // out_of_device_memory, invalid_argument, and busy for leases that would wait for each other;
-  // then no lease has begun. Wait-free.
-  HoldPtr begin_lease(std::vector<Selection> wants, std::uint64_t owner);
+  // Begins a lease. It is admitted once lease->entry is null or done without error. It has all its
+  // layers once lease->ticket, set on admission at the latest, is null or done without error.
+  // Throws out_of_device_memory, invalid_argument, and busy for leases that would wait for each
+  // other; then no lease has begun. Wait-free.
+  LeasePtr begin_lease(std::vector<Selection> wants, std::uint64_t owner);
   // Begins a second lease on the layers of an admitted lease. It is admitted at once, ahead of the
   // leases that wait. Throws stale_view unless the first lease is held. Wait-free.
-  HoldPtr share_lease(const HoldPtr& hold, std::uint64_t owner);
+  LeasePtr share_lease(const LeasePtr& lease, std::uint64_t owner);
   // Blocks until the lease is admitted and, with `all`, has all its layers. On a throw (timeout, a
   // failed load, an exception from poll) the lease is ended.
-  void await_lease(const HoldPtr& hold, Deadline deadline, const Poll& poll, bool all = true);
+  void await_lease(const LeasePtr& lease, Deadline deadline, const Poll& poll, bool all = true);
   // The same without blocking. ready() returns true if await_lease() would not wait. notify() wakes
   // the token when the current wait is over; it returns false if await_lease() would not wait.
   // Wait-free.
-  bool ready(const HoldPtr& hold, bool all);
-  bool notify(const HoldPtr& hold, bool all, const std::shared_ptr<Waker>& waker,
+  bool ready(const LeasePtr& lease, bool all);
+  bool notify(const LeasePtr& lease, bool all, const std::shared_ptr<Waker>& waker,
               std::uint64_t token);
   // Waits for a layer. Without a stream, blocks until the layer is resident. With one, blocks until
   // its copies are enqueued and makes the stream wait for them; copies on a route have no event, so
-  // then it blocks until the layer is resident. Without a hold, any lease on the layer suffices.
+  // then it blocks until the layer is resident. Without a lease, any lease on the layer suffices.
   // Returns true if the layer is resident: while it is held, no further wait for it is needed.
   // Throws stale_view if the layer is not held, invalid_argument if it is not in the lease,
   // timeout, and the error of the layer's load.
-  bool await_layer(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer,
+  bool await_layer(const LeasePtr& lease, const ModelPtr& model, std::uint32_t layer,
                    const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
   // Begins a pass of the calling thread on the layers of the model that leases hold now. The pass
   // keeps these layers until it ends, even if the leases end before. A thread may begin its pass
-  // again inside the pass; the pass ends with the outermost end_lease(). The hold is null if no
+  // again inside the pass; the pass ends with the outermost end_lease(). The lease is null if no
   // layer of the model is leased. `complete`: the pass holds every layer, and all are resident.
   // await_layer() and record() accept a pass like a lease, but throw stale_view for a layer whose
   // lease ended before the layer arrived. Wait-free.
   struct Pass {
-    HoldPtr hold;
+    LeasePtr lease;
     bool complete = false;
     std::uint64_t lease_epoch = 0;  // see leased()
   };
   Pass begin_pass(const ModelPtr& model);
   // Returns true if the lease is held and the layer is resident or was waited for with
   // await_layer(). Wait-free.
-  bool arrived(const HoldPtr& hold, const ModelPtr& model, std::uint32_t layer);
+  bool arrived(const LeasePtr& lease, const ModelPtr& model, std::uint32_t layer);
   // Protects the work enqueued on the stream so far: the lease's layers are unmapped only after it
   // has completed. Throws stale_view unless the lease is held. Wait-free.
-  void record(const HoldPtr& hold, const std::shared_ptr<Stream>& stream);
+  void record(const LeasePtr& lease, const std::shared_ptr<Stream>& stream);
   // As above, for every layer of the model that any lease or pass holds.
   void record(const ModelPtr& model, const std::shared_ptr<Stream>& stream);
   // Ends a lease, also one that still waits for admission or layers, or a pass. Idempotent for a
   // lease. Does nothing in a forked child. Wait-free.
-  void end_lease(const HoldPtr& hold);
+  void end_lease(const LeasePtr& lease);
 
   bool done(const TicketPtr& ticket);
   // Bytes arrived, bytes in all.
@@ -194,7 +194,7 @@ class Runtime {
   // Adds a route that foreground loads may use beside the device's own link. Throws
   // invalid_argument for a duplicate name, or if the CPU writes the device's memory itself. Strong,
   // wait-free.
-  void add_route(RoutePtr route);
+  void add_route(const RoutePtr& route);
   // Removes a route, also a failed one. It accepts no more copies and is destroyed when its last
   // copy has completed. Throws invalid_argument for an unknown name.
   void drop_route(const std::string& name);
@@ -202,29 +202,29 @@ class Runtime {
   RuntimeState state();
   bool step();
   void check_invariants();
-  // Ends the loaders, evicts all models and frees all memory. Throws busy for users that `patience`
-  // does not cover, and timeout; after both nothing has changed. Throws general if the driver
-  // refuses a release; a repeated call continues from there. Per layer. Blocks.
-  void close(const Poll& poll, Deadline deadline = kNever, Patience patience = Patience::streams);
+  // Ends the loader threads, evicts all models and frees all memory. Throws busy for users that
+  // `wait_for` does not cover, and timeout; after both nothing has changed. Throws general if the
+  // driver refuses a release; a repeated call continues from there. Per layer. Blocks.
+  void close(const Poll& poll, Deadline deadline = kNever, WaitFor wait_for = WaitFor::streams);
 
  private:
   void enter() const;  // throws in a process other than the one that made the runtime
-  Lock look();         // enter(), then locks; throws if closed
-  Lock open();         // look(); throws if the device is lost
+  Lock lock_open();    // enter(), then locks; throws if closed
+  Lock lock_alive();   // lock_open(); throws if the device is lost
   void require_registered(const Lock&, const Model& model) const;
-  struct Remains {
+  struct Detached {
     ReservationPtr reservation;
     std::vector<Use> uses;
   };
-  Remains take_off(const Lock&, Model& model);
+  Detached detach(const Lock&, Model& model);
   ModelPtr make_model(const std::string& name, std::vector<File> files,
                       const std::vector<LayerShape>& layers, const Poll& poll) const;
   static Layer& layer_of(Model& model, std::uint32_t index);
   void check(const Lock&, const Selection& selection) const;
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;
-  void serve(const Lock& lock, const HoldPtr& hold);
-  void await_entry(const HoldPtr& hold, Deadline deadline, const Poll& poll);
-  static Ticket* awaited(const Lock&, const Hold& hold, bool all);
+  void serve(const Lock& lock, const LeasePtr& lease);
+  void await_entry(const LeasePtr& lease, Deadline deadline, const Poll& poll);
+  static Ticket* awaited(const Lock&, const Lease& lease, bool all);
   template <typename Made>
   void with_resident(const ModelPtr& model, std::uint32_t layer,
                      const std::function<std::shared_ptr<Made>()>& make,
@@ -232,20 +232,20 @@ class Runtime {
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
   void await_users(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
-                   Patience patience, const std::function<bool()>& leased,
+                   WaitFor wait_for, const std::function<bool()>& leased,
                    const std::function<bool()>& in_use);
   bool streams_in_use(const Lock&) const;
   bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
-                    Patience patience);
+                    WaitFor wait_for);
   std::uint64_t trim_locked(Lock& lock);
 
   DevicePtr device_;
   Arena arena_;
   StagingPool staging_;
-  Books books_;
-  LeaseDesk desk_;
-  Transfer transfer_;
+  SharedState state_;
+  LeaseQueue lease_queue_;
+  Loader loader_;
   std::uint64_t next_id_ = 0;
   bool closed_ = false;
   bool closing_ = false;  // a thread is inside close()

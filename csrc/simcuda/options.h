@@ -13,7 +13,6 @@
 namespace warmserve::simcuda {
 
 using Nanoseconds = std::int64_t;
-constexpr Nanoseconds kSecond = 1'000'000'000;
 
 enum class Engine { h2d, d2h, d2d };
 constexpr std::size_t kEngines = 3;

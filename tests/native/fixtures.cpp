@@ -143,8 +143,8 @@ RuntimeOptions options(std::uint32_t granules, unsigned loaders) {
 }
 
 Leased::Leased(Runtime& runtime, const std::vector<Selection>& wants, std::uint64_t owner)
-    : runtime_(runtime), hold_(runtime.begin_lease(wants, owner)) {
-  runtime_.await_lease(hold_, in(kLong), nullptr);
+    : runtime_(runtime), lease_(runtime.begin_lease(wants, owner)) {
+  runtime_.await_lease(lease_, in(kLong), nullptr);
 }
 
 }  // namespace warmserve

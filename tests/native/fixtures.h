@@ -83,13 +83,13 @@ RuntimeOptions options(std::uint32_t granules, unsigned loaders = 2);
 class Leased {
  public:
   Leased(Runtime& runtime, const std::vector<Selection>& wants, std::uint64_t owner = 1);
-  ~Leased() { runtime_.end_lease(hold_); }
+  ~Leased() { runtime_.end_lease(lease_); }
   Leased(const Leased&) = delete;
-  const HoldPtr& hold() const { return hold_; }
+  const LeasePtr& lease() const { return lease_; }
 
  private:
   Runtime& runtime_;
-  HoldPtr hold_;
+  LeasePtr lease_;
 };
 
 }  // namespace warmserve

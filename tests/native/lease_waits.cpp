@@ -22,12 +22,12 @@ bool interrupted(Wait wait) {
 }
 
 // An arena of four granules, and models of two granules each.
-struct Desk {
-  explicit Desk(const HostOptions& host = {}, unsigned loaders = 1)
+struct Bench {
+  explicit Bench(const HostOptions& host = {}, unsigned loaders = 1)
       : device(host), runtime(Runtime::make(device.driver, options(4, loaders))) {
     for (auto& file : files) models.push_back(file.register_in(*runtime));
   }
-  ~Desk() {
+  ~Bench() {
     if (open) {
       runtime->check_invariants();
       CHECK(runtime->state().leases == 0);
@@ -38,19 +38,19 @@ struct Desk {
     models.clear();
     device.expect_returned();
   }
-  // Returns whether the hold has its layers now. Waits kSoon at most, because the loader needs a
+  // Returns whether the lease has its layers now. Waits kSoon at most, because the loader needs a
   // moment.
-  bool holds(const HoldPtr& hold) {
+  bool holds(const LeasePtr& lease) {
     try {
-      if (hold->entry) runtime->wait(hold->entry, in(kSoon), nullptr);
-      if (hold->ticket) runtime->wait(hold->ticket, in(kSoon), nullptr);
+      if (lease->entry) runtime->wait(lease->entry, in(kSoon), nullptr);
+      if (lease->ticket) runtime->wait(lease->ticket, in(kSoon), nullptr);
     } catch (const Error& error) {
       CHECK(error.kind() == ErrorKind::timeout);
       return false;
     }
     return true;
   }
-  void arrive(const HoldPtr& hold) { runtime->await_lease(hold, in(kLong), nullptr); }
+  void arrive(const LeasePtr& lease) { runtime->await_lease(lease, in(kLong), nullptr); }
 
   Watched device;
   std::shared_ptr<Runtime> runtime;
@@ -62,145 +62,145 @@ struct Desk {
 }  // namespace
 
 TEST(leases_are_given_in_order_of_arrival) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
-  const HoldPtr all = runtime.begin_lease({m[0], m[1]}, 1);
-  desk.arrive(all);
-  const HoldPtr pair = runtime.begin_lease({m[1], m[2]}, 2);
-  const HoldPtr small = runtime.begin_lease({m[3]}, 3);
-  CHECK(!desk.holds(pair) && !desk.holds(small));
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
+  const LeasePtr all = runtime.begin_lease({m[0], m[1]}, 1);
+  bench.arrive(all);
+  const LeasePtr pair = runtime.begin_lease({m[1], m[2]}, 2);
+  const LeasePtr small = runtime.begin_lease({m[3]}, 3);
+  CHECK(!bench.holds(pair) && !bench.holds(small));
   runtime.end_lease(all);
-  desk.arrive(pair);
-  CHECK(!desk.holds(small));
+  bench.arrive(pair);
+  CHECK(!bench.holds(small));
   runtime.end_lease(pair);
-  desk.arrive(small);
+  bench.arrive(small);
   runtime.end_lease(small);
 }
 
 TEST(nobody_passes_the_head_of_the_line_but_who_holds_it_all) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
-  const HoldPtr one = runtime.begin_lease({m[0]}, 1);
-  desk.arrive(one);
-  const HoldPtr head = runtime.begin_lease({m[1], m[2]}, 2);
-  const HoldPtr would_fit = runtime.begin_lease({m[3]}, 3);
-  CHECK(!desk.holds(would_fit));
-  const HoldPtr nested = runtime.begin_lease({m[0]}, 1);
-  desk.arrive(nested);
-  const HoldPtr of_another = runtime.begin_lease({m[0]}, 4);
-  CHECK(!desk.holds(of_another));
-  for (const HoldPtr& hold : {nested, one}) runtime.end_lease(hold);
-  desk.arrive(head);
-  for (const HoldPtr& hold : {head, would_fit, of_another}) runtime.end_lease(hold);
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
+  const LeasePtr one = runtime.begin_lease({m[0]}, 1);
+  bench.arrive(one);
+  const LeasePtr head = runtime.begin_lease({m[1], m[2]}, 2);
+  const LeasePtr would_fit = runtime.begin_lease({m[3]}, 3);
+  CHECK(!bench.holds(would_fit));
+  const LeasePtr nested = runtime.begin_lease({m[0]}, 1);
+  bench.arrive(nested);
+  const LeasePtr of_another = runtime.begin_lease({m[0]}, 4);
+  CHECK(!bench.holds(of_another));
+  for (const LeasePtr& lease : {nested, one}) runtime.end_lease(lease);
+  bench.arrive(head);
+  for (const LeasePtr& lease : {head, would_fit, of_another}) runtime.end_lease(lease);
 }
 
 TEST(a_wait_that_times_out_leaves_the_line) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
   const Leased held(runtime, {m[0]});
-  const HoldPtr head = runtime.begin_lease({m[1], m[2]}, 2);
-  const HoldPtr next = runtime.begin_lease({m[3]}, 3);
+  const LeasePtr head = runtime.begin_lease({m[1], m[2]}, 2);
+  const LeasePtr next = runtime.begin_lease({m[3]}, 3);
   CHECK_THROWS(timeout, runtime.await_lease(head, in(kSoon), nullptr));
-  desk.arrive(next);
-  CHECK(desk.files[3].is_in(runtime, m[3]));
+  bench.arrive(next);
+  CHECK(bench.files[3].is_in(runtime, m[3]));
   CHECK(!head->admitted && runtime.state().leases == 2);
   runtime.end_lease(head);  // a second time, without effect
   runtime.end_lease(next);
 }
 
 TEST(a_lease_given_up_in_line_lets_the_next_one_in) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
   const Leased held(runtime, {m[0]});
-  const HoldPtr head = runtime.begin_lease({m[1], m[2]}, 2);
-  const HoldPtr next = runtime.begin_lease({m[3]}, 3);
+  const LeasePtr head = runtime.begin_lease({m[1], m[2]}, 2);
+  const LeasePtr next = runtime.begin_lease({m[3]}, 3);
   runtime.end_lease(head);
-  desk.arrive(next);
+  bench.arrive(next);
   runtime.end_lease(next);
 }
 
 TEST(leases_that_would_wait_for_each_other_are_refused) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
-  const HoldPtr first = runtime.begin_lease({m[0]}, 1), second = runtime.begin_lease({m[1]}, 2);
-  desk.arrive(first);
-  desk.arrive(second);
-  const HoldPtr waits = runtime.begin_lease({m[2]}, 1);
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
+  const LeasePtr first = runtime.begin_lease({m[0]}, 1), second = runtime.begin_lease({m[1]}, 2);
+  bench.arrive(first);
+  bench.arrive(second);
+  const LeasePtr waits = runtime.begin_lease({m[2]}, 1);
   CHECK_THROWS(busy, runtime.begin_lease({m[2], m[3]}, 2));
-  CHECK(!desk.holds(waits));
+  CHECK(!bench.holds(waits));
   runtime.end_lease(second);
-  desk.arrive(waits);
-  for (const HoldPtr& hold : {first, waits}) runtime.end_lease(hold);
+  bench.arrive(waits);
+  for (const LeasePtr& lease : {first, waits}) runtime.end_lease(lease);
 }
 
 TEST(what_can_never_fit_is_said_at_once) {
-  Desk desk;
+  Bench bench;
   CHECK_THROWS(out_of_device_memory,
-               desk.runtime->begin_lease({desk.models[0], desk.models[1], desk.models[2]}, 1));
+               bench.runtime->begin_lease({bench.models[0], bench.models[1], bench.models[2]}, 1));
 }
 
 TEST(a_lease_in_line_for_a_model_that_is_unregistered_ends) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
-  const HoldPtr held = runtime.begin_lease({m[0], m[1]}, 1);
-  desk.arrive(held);
-  const HoldPtr waits = runtime.begin_lease({m[2]}, 2);
-  const HoldPtr behind = runtime.begin_lease({m[3]}, 3);
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
+  const LeasePtr held = runtime.begin_lease({m[0], m[1]}, 1);
+  bench.arrive(held);
+  const LeasePtr waits = runtime.begin_lease({m[2]}, 2);
+  const LeasePtr behind = runtime.begin_lease({m[3]}, 3);
   runtime.unregister(m[2], in(kLong), nullptr);
   runtime.end_lease(held);
-  CHECK_THROWS(cancelled, desk.arrive(waits));
-  desk.arrive(behind);
+  CHECK_THROWS(cancelled, bench.arrive(waits));
+  bench.arrive(behind);
   runtime.end_lease(behind);
-  desk.models[2] = desk.files[2].register_in(runtime);
-  const Leased again(runtime, {desk.models[2]});
-  CHECK(desk.files[2].is_in(runtime, desk.models[2]));
+  bench.models[2] = bench.files[2].register_in(runtime);
+  const Leased again(runtime, {bench.models[2]});
+  CHECK(bench.files[2].is_in(runtime, bench.models[2]));
 }
 
 TEST(an_interrupt_while_in_line) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
-  const HoldPtr held = runtime.begin_lease({m[0], m[1]}, 1);
-  desk.arrive(held);
-  const HoldPtr waits = runtime.begin_lease({m[2]}, 2);
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
+  const LeasePtr held = runtime.begin_lease({m[0], m[1]}, 1);
+  bench.arrive(held);
+  const LeasePtr waits = runtime.begin_lease({m[2]}, 2);
   CHECK(interrupted([&] { runtime.await_lease(waits, kNever, interrupt); }));
   runtime.end_lease(held);
   const Leased again(runtime, {m[2]}, 2);
-  CHECK(desk.files[2].is_in(runtime, m[2]));
+  CHECK(bench.files[2].is_in(runtime, m[2]));
 }
 
 TEST(an_interrupt_while_loading) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const ModelPtr& model = desk.models[0];
-  desk.device.driver->delay(Primitive::map, std::chrono::milliseconds(300));
-  const HoldPtr hold = runtime.begin_lease({model}, 1);
-  CHECK(interrupted([&] { runtime.await_lease(hold, kNever, interrupt); }));
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const ModelPtr& model = bench.models[0];
+  bench.device.driver->delay(Primitive::map, std::chrono::milliseconds(300));
+  const LeasePtr lease = runtime.begin_lease({model}, 1);
+  CHECK(interrupted([&] { runtime.await_lease(lease, kNever, interrupt); }));
   const TicketPtr ticket = runtime.prewarm(model, kBackground);
   CHECK(interrupted([&] { runtime.wait(ticket, kNever, interrupt); }));
   runtime.wait(ticket, in(kLong), nullptr);  // an interrupted wait does not cancel the load
   const Leased again(runtime, {model});
-  CHECK(desk.files[0].is_in(runtime, model));
+  CHECK(bench.files[0].is_in(runtime, model));
 }
 
 // An eviction has to wait for a stream that has not passed its fence.
 TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const ModelPtr model = desk.models[0];
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const ModelPtr model = bench.models[0];
   const auto stream = std::make_shared<Stream>(runtime.device());
   std::vector<std::byte> copied(kGranule);
   {
     const Leased leased(runtime, {model});
-    desk.device.gate->shut();
+    bench.device.gate->shut();
     stream->copy_from_device(copied.data(), runtime.reservation(model)->address(), kGranule);
-    runtime.record(leased.hold(), stream);
+    runtime.record(leased.lease(), stream);
   }
   CHECK_THROWS(timeout, runtime.evict(model, in(kSoon), nullptr));
   CHECK(interrupted([&] { runtime.evict(model, kNever, interrupt); }));
@@ -209,53 +209,53 @@ TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
   CHECK(!runtime.leased(model).second);
   {
     const Leased again(runtime, {model});  // the layers are still resident
-    CHECK(desk.files[0].is_in(runtime, model));
+    CHECK(bench.files[0].is_in(runtime, model));
   }
   CHECK(runtime.state().counters.layers_loaded == 2);
-  desk.device.gate->open();
+  bench.device.gate->open();
   runtime.evict(model, in(kLong), nullptr);
   stream->synchronize();
-  CHECK(desk.files[0].equals(0, copied.data()));
+  CHECK(bench.files[0].equals(0, copied.data()));
 }
 
 TEST(an_interrupt_while_closing) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
   const auto stream = std::make_shared<Stream>(runtime.device());
   {
-    const Leased leased(runtime, {desk.models[0]});
-    desk.device.gate->shut();
-    runtime.record(leased.hold(), stream);
+    const Leased leased(runtime, {bench.models[0]});
+    bench.device.gate->shut();
+    runtime.record(leased.lease(), stream);
   }
   CHECK(interrupted([&] { runtime.close(interrupt); }));
-  CHECK_THROWS(general, runtime.prewarm(desk.models[1], kBackground));
-  desk.device.gate->open();
+  CHECK_THROWS(general, runtime.prewarm(bench.models[1], kBackground));
+  bench.device.gate->open();
   runtime.close(nullptr);
-  desk.open = false;
+  bench.open = false;
 }
 
-// A fill that has to evict layers waits for their fences. If it is cancelled during that wait, a
+// A load that has to evict layers waits for their fences. If it is cancelled during that wait, a
 // ticket that joins it at that time must not fail.
 TEST(a_cancelled_fill_that_somebody_wants_again) {
-  Desk desk;
-  Runtime& runtime = *desk.runtime;
-  const auto& m = desk.models;
+  Bench bench;
+  Runtime& runtime = *bench.runtime;
+  const auto& m = bench.models;
   const auto stream = std::make_shared<Stream>(runtime.device());
   {
     const Leased leased(runtime, {m[0], m[1]});
-    desk.device.gate->shut();
-    runtime.record(leased.hold(), stream);
+    bench.device.gate->shut();
+    runtime.record(leased.lease(), stream);
   }
   const TicketPtr first = runtime.prewarm(m[2], kBackground);
-  std::this_thread::sleep_for(kSoon);  // the fill now waits for the fence
+  std::this_thread::sleep_for(kSoon);  // the load now waits for the fence
   runtime.cancel(first);
   const TicketPtr second = runtime.prewarm(m[2], kBackground);
   std::this_thread::sleep_for(2 * kSoon);
-  desk.device.gate->open();
+  bench.device.gate->open();
   CHECK_THROWS(cancelled, runtime.wait(first, in(kLong), nullptr));
   runtime.wait(second, in(kLong), nullptr);
   const Leased leased(runtime, {m[2]});
-  CHECK(desk.files[2].is_in(runtime, m[2]));
+  CHECK(bench.files[2].is_in(runtime, m[2]));
 }
 
 }  // namespace warmserve

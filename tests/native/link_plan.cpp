@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "check.h"
-#include "load/link_load.h"
+#include "load/link_traffic.h"
 
 namespace warmserve {
 namespace {
@@ -21,8 +21,8 @@ std::chrono::nanoseconds takes(std::uint64_t bytes, double rate) {
 // A link with its own speed, in bytes per second, on a clock that the test advances.
 struct Link {
   double rate;
-  LinkLoad load{};
-  std::deque<std::pair<std::uint64_t, Deadline>> under_way{};  // (bytes, time of landing)
+  LinkTraffic traffic{};
+  std::deque<std::pair<std::uint64_t, Deadline>> under_way{};  // (bytes, time of completion)
   std::uint64_t carried = 0;
   bool open = true;
 
@@ -30,12 +30,12 @@ struct Link {
   void send(std::uint64_t bytes, Deadline now) {
     const Deadline begin = under_way.empty() ? now : under_way.back().second;
     under_way.push_back({bytes, begin + warmserve::takes(bytes, rate)});
-    load.sent(bytes, now);
+    traffic.sent(bytes, now);
   }
-  void land() {
+  void complete() {
     const auto [bytes, when] = under_way.front();
     under_way.pop_front();
-    load.landed(bytes, when);
+    traffic.completed(bytes, when);
     carried += bytes;
   }
 };
@@ -53,15 +53,15 @@ double total(const Links& links) {
   return sum;
 }
 
-// Lands the next piece and returns the time.
-Deadline land_next(Links& links) {
+// Completes the next piece and returns the time.
+Deadline complete_next(Links& links) {
   Link* next = nullptr;
   for (const auto& link : links)
     if (!link->under_way.empty() &&
         (!next || link->under_way.front().second < next->under_way.front().second))
       next = link.get();
   const Deadline when = next->under_way.front().second;
-  next->land();
+  next->complete();
   return when;
 }
 
@@ -70,22 +70,22 @@ bool under_way(const Links& links) {
                      [](const auto& link) { return !link->under_way.empty(); });
 }
 
-// Loads `bytes` through `chunks` staging chunks. Returns the seconds until the last piece has
-// landed.
+// Loads `bytes` through `chunks` staging chunks. Returns the seconds until the last piece is
+// complete.
 double load(Links& links, std::uint64_t bytes, std::size_t chunks, Deadline now = Deadline{},
             const std::function<void(std::uint64_t sent, Deadline now)>& meanwhile = nullptr) {
   const Deadline begin = now;
   std::size_t free = chunks;
   for (std::uint64_t sent = 0; sent < bytes || under_way(links);) {
     const std::uint64_t piece = std::min(kPiece, bytes - sent);
-    Link* link = piece && free ? soonest(links, piece, now) : nullptr;
+    Link* link = piece && free ? earliest_finish(links, piece, now) : nullptr;
     if (link) {
       if (meanwhile) meanwhile(sent, now);
       link->send(piece, now);
       sent += piece;
       --free;
     } else {
-      now = land_next(links);
+      now = complete_next(links);
       ++free;
     }
   }
@@ -97,7 +97,7 @@ Deadline measure(Links& links) {
   const Deadline end = Deadline{} + std::chrono::seconds(100);
   for (const auto& link : links) {
     link->send(kPiece, end - takes(kPiece, link->rate));
-    link->land();
+    link->complete();
     link->carried = 0;
   }
   return end;
@@ -160,7 +160,7 @@ TEST(a_link_that_stands_still_is_waited_for_by_nobody_but_its_own_pieces) {
   for (int i = 0; i < 4; ++i) links[1]->send(kPiece, now);
   // By its measured speed alone the link would still be chosen a second later.
   now += std::chrono::seconds(1);
-  CHECK(soonest(links, kPiece, now) == links[0].get());
+  CHECK(earliest_finish(links, kPiece, now) == links[0].get());
 }
 
 TEST(a_link_that_takes_nothing_is_given_nothing) {
@@ -175,31 +175,31 @@ TEST(one_that_was_not_tried_yet_gets_one_piece) {
   Links links = make({10e9, 10e9});
   const Deadline now{};
   for (const auto& link : links) {
-    CHECK(soonest(links, kPiece, now) == link.get());
+    CHECK(earliest_finish(links, kPiece, now) == link.get());
     link->send(kPiece, now);
   }
-  CHECK(soonest(links, kPiece, now) == nullptr);
-  land_next(links);
-  CHECK(soonest(links, kPiece, now + takes(kPiece, 10e9)) == links[0].get());
+  CHECK(earliest_finish(links, kPiece, now) == nullptr);
+  complete_next(links);
+  CHECK(earliest_finish(links, kPiece, now + takes(kPiece, 10e9)) == links[0].get());
 }
 
 TEST(the_speed_is_that_of_the_time_in_which_there_was_work) {
-  LinkLoad load;
-  CHECK(load.bandwidth() == 0);
+  LinkTraffic traffic;
+  CHECK(traffic.bandwidth() == 0);
   Deadline now{};
   for (int i = 0; i < 20; ++i) {
-    load.sent(kPiece, now);
-    load.sent(kPiece, now);
+    traffic.sent(kPiece, now);
+    traffic.sent(kPiece, now);
     now += takes(kPiece, 5e9);
-    load.landed(kPiece, now);
+    traffic.completed(kPiece, now);
     now += takes(kPiece, 5e9);
-    load.landed(kPiece, now);
+    traffic.completed(kPiece, now);
     now += std::chrono::seconds(1);  // idle
   }
-  CHECK(load.bandwidth() > 4.99e9 && load.bandwidth() < 5.01e9);
-  load.sent(kPiece, now);
-  load.lost(kPiece);
-  CHECK(load.idle() && load.bandwidth() > 4.99e9);
+  CHECK(traffic.bandwidth() > 4.99e9 && traffic.bandwidth() < 5.01e9);
+  traffic.sent(kPiece, now);
+  traffic.lost(kPiece);
+  CHECK(traffic.idle() && traffic.bandwidth() > 4.99e9);
 }
 
 }  // namespace warmserve

@@ -35,7 +35,7 @@ void live_a_little(Runtime& runtime, const ModelPtr& a, const ModelPtr& b) {
     const Leased leased(runtime, {a});
     const auto stream = std::make_shared<Stream>(runtime.device());
     stream->copy_from_device(bytes.data(), runtime.reservation(a)->address(), kGranule);
-    runtime.record(leased.hold(), stream);
+    runtime.record(leased.lease(), stream);
     stream->synchronize();
   }  // the user has dropped the stream
   runtime.wait(runtime.swap(a, b, kForeground), in(kLong), nullptr);

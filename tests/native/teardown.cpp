@@ -116,11 +116,11 @@ TEST(a_runtime_destroyed_under_a_lease) {
   const ModelFile file(1, kLayers);
   auto runtime = Runtime::make(device.driver, options(5));
   ModelPtr model = file.register_in(*runtime);
-  HoldPtr hold = runtime->begin_lease({model}, 1);
-  runtime->await_lease(hold, in(kLong), nullptr);
+  LeasePtr lease = runtime->begin_lease({model}, 1);
+  runtime->await_lease(lease, in(kLong), nullptr);
   CHECK_THROWS(busy, runtime->close(nullptr));
   runtime.reset();
-  hold.reset();
+  lease.reset();
   model.reset();
   device.expect_returned();
 }
@@ -195,7 +195,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
           const Leased leased(*runtime, {*model});
           CHECK(file->is_in(*runtime, *model));
           stream->copy_from_device(bytes.data(), runtime->reservation(*model)->address(), kGranule);
-          runtime->record(leased.hold(), stream);
+          runtime->record(leased.lease(), stream);
         }
         runtime->state();
       }
@@ -203,8 +203,8 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
     });
     std::this_thread::sleep_for(kSoon);
     for (int i = 0; i < (check::thorough() ? 10 : 3); ++i) {
-      HoldPtr hold = runtime->begin_lease({a}, 2);
-      runtime->await_lease(hold, in(kLong), nullptr);
+      LeasePtr lease = runtime->begin_lease({a}, 2);
+      runtime->await_lease(lease, in(kLong), nullptr);
       const TicketPtr ticket = runtime->prewarm(a, kBackground);
       const bool refused = child_succeeds([&] {
         std::byte bytes[8];
@@ -215,10 +215,10 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
         CHECK_THROWS(general, runtime->swap(a, b, kBackground));
         CHECK_THROWS(general, runtime->evict(a, kNever, nullptr));
         CHECK_THROWS(general, runtime->trim());
-        CHECK_THROWS(general, runtime->stamp(a, 1));
+        CHECK_THROWS(general, runtime->set_keep_value(a, 1));
         CHECK_THROWS(general, runtime->begin_lease({a}, 1));
         CHECK_THROWS(general, runtime->begin_lease({}, 1));
-        CHECK_THROWS(general, runtime->record(hold, stream));
+        CHECK_THROWS(general, runtime->record(lease, stream));
         CHECK_THROWS(general, runtime->done(ticket));
         CHECK_THROWS(general, runtime->progress(ticket));
         CHECK_THROWS(general, runtime->fileno(ticket));
@@ -233,13 +233,13 @@ TEST(a_forked_child_is_refused_and_its_parent_unharmed) {
         CHECK_THROWS(general, stream->synchronize());
         CHECK_THROWS(general, stream->copy_from_device(bytes, 0, 8));
         CHECK_THROWS(general, Stream(runtime->device()));
-        runtime->end_lease(hold);  // called by destructors
-        hold.reset();
+        runtime->end_lease(lease);  // called by destructors
+        lease.reset();
         stream.reset();
         runtime.reset();
       });
       CHECK(refused);
-      runtime->end_lease(hold);
+      runtime->end_lease(lease);
     }
     stop = true;
     busy.join();

@@ -91,17 +91,16 @@ class Worker {
         return tolerate({busy, cancelled}, [&] {
           runtime_.wait(runtime_.swap(model, other, kForeground), in(kLong), nullptr);
         });
-      case 9: runtime_.stamp(model, static_cast<double>(pick(3))); return;
+      case 9: runtime_.set_keep_value(model, static_cast<double>(pick(3))); return;
       case 10: runtime_.trim(); return;
-      case 11: return look(a);
+      case 11: return inspect(a);
       case 12:
       case 13: return stream_in(a);
       case 14: return tolerate({busy}, [&] { ticket_ = runtime_.prewarm(some(a), kBackground); });
       case 15:
         return tolerate({busy, timeout}, [&] {
-          const Patience patience[] = {Patience::none, Patience::streams,
-                                       Patience::leases_and_streams};
-          runtime_.evict(some(a), in(kSoon), nullptr, patience[pick(3)]);
+          const WaitFor wait_for[] = {WaitFor::none, WaitFor::streams, WaitFor::leases_and_streams};
+          runtime_.evict(some(a), in(kSoon), nullptr, wait_for[pick(3)]);
         });
     }
   }
@@ -117,9 +116,9 @@ class Worker {
   void lease(std::vector<std::size_t> indices, bool impatient) {
     std::vector<Selection> wants;
     for (const std::size_t index : indices) wants.emplace_back(world_.models[index]);
-    const HoldPtr hold = runtime_.begin_lease(wants, owner_);
+    const LeasePtr lease = runtime_.begin_lease(wants, owner_);
     try {
-      runtime_.await_lease(hold, in(impatient ? kSoon : kLong), nullptr);
+      runtime_.await_lease(lease, in(impatient ? kSoon : kLong), nullptr);
     } catch (const Error& error) {
       if (impatient && error.kind() == ErrorKind::timeout) return;
       throw;
@@ -127,7 +126,7 @@ class Worker {
     for (const std::size_t index : indices) compare(index);
     std::this_thread::yield();
     for (const std::size_t index : indices) compare(index);
-    runtime_.end_lease(hold);
+    runtime_.end_lease(lease);
   }
 
   // The stream still reads after the lease has ended; its memory must not be unmapped meanwhile.
@@ -136,7 +135,7 @@ class Worker {
       const Leased leased(runtime_, {world_.models[index]}, owner_);
       const Address from = runtime_.reservation(world_.models[index])->address();
       stream_->copy_from_device(copied_.data(), from, kGranule);
-      runtime_.record(leased.hold(), stream_);
+      runtime_.record(leased.lease(), stream_);
     }
     if (pick(2))
       tolerate({ErrorKind::busy},
@@ -156,27 +155,27 @@ class Worker {
   // The stream reads each layer as early as possible, while other layers are still being loaded.
   void stream_in(std::size_t index) {
     const Selection wanted = pick(2) ? some(index) : Selection(world_.models[index]);
-    const HoldPtr first = runtime_.begin_lease({wanted}, owner_);
+    const LeasePtr first = runtime_.begin_lease({wanted}, owner_);
     runtime_.await_lease(first, in(kLong), nullptr, false);
-    const HoldPtr hold = pick(2) ? runtime_.share_lease(first, owner_) : first;
-    if (hold != first) runtime_.end_lease(first);
+    const LeasePtr lease = pick(2) ? runtime_.share_lease(first, owner_) : first;
+    if (lease != first) runtime_.end_lease(first);
     wanted.for_each([&](const Layer& layer) {
       const std::uint64_t bytes = std::min(layer.bytes, kGranule);
-      runtime_.await_layer(hold, wanted.model, layer.index, pick(2) ? stream_ : nullptr, in(kLong),
+      runtime_.await_layer(lease, wanted.model, layer.index, pick(2) ? stream_ : nullptr, in(kLong),
                            nullptr);
       stream_->copy_from_device(
           copied_.data(), runtime_.reservation(wanted.model)->address() + layer.offset, bytes);
       stream_->synchronize();
       CHECK(world_.files[index]->begins(layer.index, copied_.data(), bytes));
     });
-    runtime_.record(hold, stream_);
-    runtime_.end_lease(hold);
+    runtime_.record(lease, stream_);
+    runtime_.end_lease(lease);
   }
 
-  void look(std::size_t index) {
+  void inspect(std::size_t index) {
     runtime_.check_invariants();
     const RuntimeState state = runtime_.state();
-    CHECK(state.granules_free + state.granules_uncreated <= state.granules);
+    CHECK(state.granules_free + state.granules_trimmed <= state.granules);
     CHECK(state.pinned_bytes <= options(1).staging_bytes);
     tolerate({ErrorKind::stale_view}, [&] {
       runtime_.read_back(world_.models[index], 0, copied_.data());
@@ -203,7 +202,7 @@ void mix(const HostOptions& host) {
   for (const ModelPtr& model : world.models) world.runtime->evict(model, in(kLong), nullptr);
   world.runtime->check_invariants();
   const RuntimeState state = world.runtime->state();
-  CHECK(state.granules_free + state.granules_uncreated == state.granules);
+  CHECK(state.granules_free + state.granules_trimmed == state.granules);
   CHECK(state.leases == 0);
   world.runtime->close(nullptr);
   world.runtime.reset();

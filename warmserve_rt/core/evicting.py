@@ -110,7 +110,8 @@ class Evicting(Inspecting):
         """
         found = self.model(model)
         index = None if layer is None else layer_index(found, layer)
-        self.native.stamp(found.native, check.number("keep_value", keep_value, finite=False), index)
+        value = check.number("keep_value", keep_value, finite=False)
+        self.native.set_keep_value(found.native, value, index)
 
     def trim(self) -> int:
         """Give free granules back to the device and return their bytes.

@@ -14,7 +14,7 @@ namespace warmserve {
 // Not thread-safe.
 class HostAddresses {
  public:
-  // A granule at an address. Granules that are neighbours both here and in the memfd form a run,
+  // A granule at an address. Granules that are adjacent both here and in the memfd form a run,
   // which is one kernel mapping.
   struct Mapped {
     Handle granule = Handle::none;

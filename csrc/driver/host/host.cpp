@@ -123,7 +123,7 @@ class HostDriver final : public Driver {
     return Status::ok;
   }
 
-  // Granules that are neighbours in the memfd become one kernel mapping. A layer of 200 granules
+  // Granules that are adjacent in the memfd become one kernel mapping. A layer of 200 granules
   // then takes one or two mmap calls, and the process stays far below the limit of mappings.
   Status map(Address address, const Handle* handles, std::size_t count) override {
     const std::lock_guard lock(mutex_);

@@ -17,9 +17,12 @@
 
 namespace warmserve {
 
-// The runtime's lock. A function that takes a const Lock& needs it held; one that takes a Lock& may
-// also drop it.
-using Lock = std::unique_lock<std::mutex>;
+// The runtime's lock, which only SharedState::lock() makes. A function that takes a const Lock&
+// needs it held; one that takes a Lock& may also drop it.
+class Lock : public std::unique_lock<std::mutex> {
+  friend class SharedState;
+  explicit Lock(std::mutex& mutex) : std::unique_lock<std::mutex>(mutex) {}
+};
 
 struct Counters {
   std::uint64_t bytes_loaded = 0, layers_loaded = 0, layers_evicted = 0, chunks = 0;
@@ -27,17 +30,17 @@ struct Counters {
   std::uint64_t layers_examined = 0;
 };
 
-// A runtime's books: the state of its models, under one lock, which is never held over a call that
-// may block.
-class Books {
+// The state of a runtime's models, under one lock, which is never held over a call that may block.
+class SharedState {
  public:
-  explicit Books(Arena& arena) : arena(arena) {}
+  explicit SharedState(Arena& arena) : arena(arena) {}
+
+  Lock lock() { return Lock(mutex_); }
 
   Arena& arena;
-  std::mutex mutex;
   std::condition_variable changed;  // callers wait here for tickets and layers
-  std::condition_variable work;     // loaders wait here for something to do
-  std::uint64_t version = 0;  // incremented by wake(); a loader that sees it change must look again
+  std::condition_variable work;     // loader threads wait here for something to do
+  std::uint64_t version = 0;  // incremented by wake(); a loader thread that missed one looks again
   void wake() {
     ++version;
     changed.notify_all();
@@ -47,10 +50,10 @@ class Books {
   std::map<std::string, ModelPtr> models;
   std::uint64_t clock = 0;             // logical; orders uses
   std::unordered_set<Layer*> filling;  // layers in the state `filling`
-  std::uint64_t owned_layers = 0;
+  std::uint64_t busy_layers = 0;
   std::uint64_t held_granules = 0;     // granules of all held layers
   std::uint64_t granules_in_hand = 0;  // taken from the pool by a thread that trims it
-  bool room_wanted = false;            // a fill waits for layers to become evictable
+  bool room_wanted = false;            // a load waits for layers to become evictable
   unsigned release_wanted = 0;         // evictions waiting for leases to end
   EventFd epochs;                      // signalled when a backing epoch has changed
   Counters counters;
@@ -63,22 +66,25 @@ class Books {
   // Protects layers from eviction for a lease or a pass, whether or not they are resident.
   void hold(const Lock&, const Selection& selection, bool pass);
   void unhold(const Lock&, const Selection& selection, bool pass);
-  // Returns how many granules the selection's layers without a hold need.
+  // Returns how many granules the selection's layers that no lease or pass holds need.
   std::uint64_t granules_to_hold(const Lock&, const Selection& selection) const;
 
   // Returns layers whose eviction frees at least `granules`, or none; see EvictionOrder.
   std::vector<Layer*> choose_victims(const Lock&, std::uint64_t granules,
                                      const EvictionOrder::Spared& spared, const Model* first);
-  void stamp(const Lock&, Layer& layer, double keep_value);
-  // Set and clear Layer::owned.
-  void own(const Lock&, Layer& layer);
-  void disown(const Lock&, Layer& layer);
-  // Makes resident layers draining, and marks all the layers as owned by the caller. Torn layers
-  // are draining already.
+  void set_keep_value(const Lock&, Layer& layer, double keep_value);
+  // Set and clear Layer::busy.
+  void mark_busy(const Lock&, Layer& layer);
+  void mark_idle(const Lock&, Layer& layer);
+  // Makes resident layers draining, and marks all the layers busy for the caller. Layers whose
+  // unmapping failed are draining already.
   void claim(const Lock&, std::span<Layer* const> layers);
 
-  // Checks all invariants of the books. Throws general, which names the broken one.
+  // Checks all invariants of the state. Throws general, which names the broken one.
   void check_invariants(const Lock&) const;
+
+ private:
+  std::mutex mutex_;
 };
 
 }  // namespace warmserve

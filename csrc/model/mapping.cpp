@@ -1,4 +1,4 @@
-#include "model/backing.h"
+#include "model/mapping.h"
 
 #include <algorithm>
 #include <exception>
@@ -20,7 +20,7 @@ void cover_with_poison(const Arena& arena, Layer& layer) {
 }
 
 // Returns runs of mapped layers that are adjacent in one reservation. One call unmaps a run.
-std::vector<std::vector<Layer*>> neighbours(std::vector<Layer*> layers) {
+std::vector<std::vector<Layer*>> adjacent_runs(std::vector<Layer*> layers) {
   std::sort(layers.begin(), layers.end(), [](const Layer* a, const Layer* b) {
     return std::pair(a->model->id, a->offset) < std::pair(b->model->id, b->offset);
   });
@@ -36,7 +36,7 @@ std::vector<std::vector<Layer*>> neighbours(std::vector<Layer*> layers) {
   return runs;
 }
 
-void unback(const Arena& arena, const std::vector<Layer*>& run) {
+void unmap_layers(const Arena& arena, const std::vector<Layer*>& run) {
   std::vector<Mapping*> mappings;
   for (Layer* layer : run) mappings.push_back(&*layer->mapping);
   Mapping::unmap_together(mappings);
@@ -46,7 +46,7 @@ void unback(const Arena& arena, const std::vector<Layer*>& run) {
   }
 }
 
-// Returns the fences that a drain of the layers must wait for.
+// Returns the fences that draining the layers must wait for.
 std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
                                                     const std::vector<Layer*>& layers) {
   std::map<const Model*, LayerSet> drained;
@@ -69,7 +69,7 @@ void wait_unless_lost(const Fence& fence, Deadline deadline, const Poll& poll) {
 
 }  // namespace
 
-void back(const Arena& arena, Layer& layer) {
+void map_layer(const Arena& arena, Layer& layer) {
   if (layer.granules.empty()) return;
   if (layer.poison) {
     layer.poison->unmap();
@@ -82,14 +82,14 @@ void back(const Arena& arena, Layer& layer) {
   layer.mapping->set_access(layer.model->writable ? Access::read_write : Access::read);
 }
 
-void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
-           const Poll& poll, std::vector<GranuleId>& freed) {
+void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
+                     const Poll& poll, std::vector<GranuleId>& freed) {
   auto fences = fences_of(lock, layers);
   lock.unlock();
   std::exception_ptr error;
   try {
     for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
-    for (const auto& run : neighbours(layers)) unback(books.arena, run);
+    for (const auto& run : adjacent_runs(layers)) unmap_layers(state.arena, run);
     lock.lock();
     std::set<Model*> models;
     for (const Layer* layer : layers) models.insert(layer->model);
@@ -104,17 +104,17 @@ void drain(Books& books, Lock& lock, std::vector<Layer*> layers, Deadline deadli
   fences.clear();  // without the lock: dropping the last reference to a stream waits for its work
   lock.lock();
   for (Layer* layer : layers) {
-    books.disown(lock, *layer);
+    state.mark_idle(lock, *layer);
     if (!layer->mapping) {
       freed.insert(freed.end(), layer->granules.begin(), layer->granules.end());
       layer->granules.clear();
-      if (!layer->torn) ++books.counters.layers_evicted;
-      books.transition(lock, *layer, Residency::absent);
-    } else if (!layer->torn) {
-      books.transition(lock, *layer, Residency::resident);
+      if (!layer->unmap_failed) ++state.counters.layers_evicted;
+      state.transition(lock, *layer, Residency::absent);
+    } else if (!layer->unmap_failed) {
+      state.transition(lock, *layer, Residency::resident);
     }
   }
-  books.wake();
+  state.wake();
   if (error) std::rethrow_exception(error);
 }
 

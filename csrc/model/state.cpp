@@ -1,4 +1,4 @@
-#include "model/residency.h"
+#include "model/state.h"
 
 #include <algorithm>
 #include <utility>
@@ -15,7 +15,7 @@ const char* to_string(Residency residency) noexcept {
   return "unknown";
 }
 
-std::vector<Holder> Books::holders(const Lock&) const {
+std::vector<Holder> SharedState::holders(const Lock&) const {
   std::vector<Holder> holders;
   for (const auto& [name, model] : models) {
     Holder holder{name, 0, model->leases + model->passes > 0};
@@ -27,13 +27,13 @@ std::vector<Holder> Books::holders(const Lock&) const {
   return holders;
 }
 
-void Books::transition(const Lock&, Layer& layer, Residency to) {
+void SharedState::transition(const Lock&, Layer& layer, Residency to) {
   using enum Residency;
   const Residency from = layer.residency;
   const bool legal = (from == absent && to == filling) || (from == filling && to == resident) ||
                      (from == filling && to == draining) || (from == resident && to == draining) ||
                      (from == draining && to == absent) ||
-                     (from == draining && to == resident && !layer.torn);
+                     (from == draining && to == resident && !layer.unmap_failed);
   if (!legal)
     throw Error(ErrorKind::general, std::string("layer ") + std::to_string(layer.index) + " of '" +
                                         layer.model->name + "' cannot change from " +
@@ -44,7 +44,7 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
     layer.model->backing_epoch.fetch_add(1, std::memory_order_release);
     epochs.signal();
   }
-  if (to == absent) layer.torn = false;
+  if (to == absent) layer.unmap_failed = false;
   layer.residency = to;
   if (from == filling) this->filling.erase(&layer);
   if (to == filling) this->filling.insert(&layer);
@@ -52,7 +52,7 @@ void Books::transition(const Lock&, Layer& layer, Residency to) {
   wake();
 }
 
-void Books::hold(const Lock&, const Selection& selection, bool pass) {
+void SharedState::hold(const Lock&, const Selection& selection, bool pass) {
   Model& model = *selection.model;
   if (!selection.whole) {
     selection.for_each([&](Layer& layer) {
@@ -77,7 +77,7 @@ void Books::hold(const Lock&, const Selection& selection, bool pass) {
   EvictionOrder::used(model);
 }
 
-void Books::unhold(const Lock&, const Selection& selection, bool pass) {
+void SharedState::unhold(const Lock&, const Selection& selection, bool pass) {
   Model& model = *selection.model;
   if (!selection.whole) {
     selection.for_each([&](Layer& layer) {
@@ -103,7 +103,7 @@ void Books::unhold(const Lock&, const Selection& selection, bool pass) {
   if (room_wanted || release_wanted) wake();
 }
 
-std::uint64_t Books::granules_to_hold(const Lock&, const Selection& selection) const {
+std::uint64_t SharedState::granules_to_hold(const Lock&, const Selection& selection) const {
   const Model& model = *selection.model;
   if (model.whole_holds) return 0;
   if (selection.whole) return model.granules - model.granules_held;
@@ -114,37 +114,42 @@ std::uint64_t Books::granules_to_hold(const Lock&, const Selection& selection) c
   return granules;
 }
 
-std::vector<Layer*> Books::choose_victims(const Lock&, std::uint64_t granules,
-                                          const EvictionOrder::Spared& spared, const Model* first) {
+std::vector<Layer*> SharedState::choose_victims(const Lock&, std::uint64_t granules,
+                                                const EvictionOrder::Spared& spared,
+                                                const Model* first) {
   std::vector<Model*> all;
   all.reserve(models.size());
   for (const auto& [name, model] : models) all.push_back(model.get());
   return EvictionOrder::choose(all, granules, spared, first, &counters.layers_examined);
 }
 
-void Books::claim(const Lock& lock, std::span<Layer* const> layers) {
+void SharedState::claim(const Lock& lock, std::span<Layer* const> layers) {
   for (Layer* layer : layers) {
     if (layer->residency == Residency::resident) transition(lock, *layer, Residency::draining);
-    own(lock, *layer);
+    mark_busy(lock, *layer);
   }
 }
 
-void Books::stamp(const Lock&, Layer& layer, double keep_value) {
+void SharedState::set_keep_value(const Lock&, Layer& layer, double keep_value) {
   layer.keep_value = keep_value;
   EvictionOrder::update(layer);
 }
 
-void Books::own(const Lock&, Layer& layer) { owned_layers += !std::exchange(layer.owned, true); }
+void SharedState::mark_busy(const Lock&, Layer& layer) {
+  busy_layers += !std::exchange(layer.busy, true);
+}
 
-void Books::disown(const Lock&, Layer& layer) { owned_layers -= std::exchange(layer.owned, false); }
+void SharedState::mark_idle(const Lock&, Layer& layer) {
+  busy_layers -= std::exchange(layer.busy, false);
+}
 
-void Books::check_invariants(const Lock&) const {
+void SharedState::check_invariants(const Lock&) const {
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw Error(ErrorKind::general, "invariant broken: " + what);
   };
   std::vector<bool> used(arena.capacity(), false);
-  std::uint64_t accounted = std::uint64_t{arena.free_count()} + arena.uncreated_count(), held = 0;
-  std::uint64_t owned = 0;
+  std::uint64_t accounted = std::uint64_t{arena.free_count()} + arena.trimmed_count(), held = 0;
+  std::uint64_t busy = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {
     std::uint32_t missing = 0, layers_held = 0, layers_leased = 0;
@@ -156,11 +161,11 @@ void Books::check_invariants(const Lock&) const {
       layers_leased += layer.holds > layer.passes;
       if (layer.held()) held += layer.granules_needed;
       const bool candidate = layer.granules_needed && !layer.holds &&
-                             (layer.residency == Residency::resident || layer.torn);
+                             (layer.residency == Residency::resident || layer.unmap_failed);
       require(candidate == layer.candidate.has_value(),
               where + "its place among the candidates is wrong");
-      owned += layer.owned;
-      if (layer.owned) {  // a thread is working on it now
+      busy += layer.busy;
+      if (layer.busy) {  // a thread is working on it now
         in_motion = true;
         continue;
       }
@@ -169,10 +174,10 @@ void Books::check_invariants(const Lock&) const {
               where + "holds " + std::to_string(layer.granules.size()) + " granules");
       require(layer.mapping ? backed : !backed || layer.residency != Residency::resident,
               where + "mapping does not match");
-      require(layer.residency != Residency::draining || layer.torn, where + "abandoned");
+      require(layer.residency != Residency::draining || layer.unmap_failed, where + "abandoned");
       require(!(layer.mapping && layer.poison), where + "poisoned and mapped");
-      require((layer.residency == Residency::filling) <= (layer.fill != nullptr),
-              where + "filling without a fill");
+      require((layer.residency == Residency::filling) <= (layer.load != nullptr),
+              where + "filling without a load");
       for (const GranuleId id : layer.granules) {
         require(id < arena.capacity() && !used[id] && !arena.is_free(id),
                 where + "granule " + std::to_string(id) + " is used twice or free");
@@ -184,7 +189,7 @@ void Books::check_invariants(const Lock&) const {
     require(layers_held == model->layers_held, "'" + name + "' counts its held layers wrong");
     require(layers_leased == model->layers_leased, "'" + name + "' counts its leased layers wrong");
   }
-  require(owned == owned_layers, "owned layers are counted wrong");
+  require(busy == busy_layers, "busy layers are counted wrong");
   require(held == held_granules, "held granules are counted wrong");
   require(held_granules <= arena.capacity(), "more granules are held than the arena has");
   require(in_motion ? accounted <= arena.capacity() : accounted == arena.capacity(),

@@ -1,4 +1,4 @@
-// Bytes that arrive over a neighbour's link are correct, whatever happens to the neighbour
+// Bytes that arrive over a peer's link are correct, whatever happens to the peer
 // meanwhile.
 #include <cstring>
 #include <deque>
@@ -16,7 +16,7 @@ const std::vector<std::uint64_t> kLayers{2 * kGranule, kGranule + 700'001, 3 * k
 constexpr std::uint32_t kGranules = 7;
 const HostOptions kStaged{true, false, true};
 
-// A runtime with a model, and a neighbour of its device.
+// A runtime with a model, and a peer of its device.
 struct Bench {
   explicit Bench(unsigned loaders = 2)
       : device(kStaged), runtime(Runtime::make(device.driver, options(kGranules, loaders))) {
@@ -27,14 +27,14 @@ struct Bench {
     model.reset();
     runtime.reset();
     device.expect_returned();
-    if (neighbour_lost)
-      neighbour.expect_kept();
+    if (peer_lost)
+      peer.expect_kept();
     else
-      neighbour.expect_returned();
+      peer.expect_returned();
   }
   void connect() {
-    runtime->add_route(make_peer_route(std::make_shared<Device>(neighbour.driver),
-                                       *runtime->device(), 512 * kKiB));
+    runtime->add_route(
+        make_peer_route(std::make_shared<Device>(peer.driver), *runtime->device(), 512 * kKiB));
   }
   void load(int priority = kForeground) {
     runtime->evict(model, in(kLong), nullptr);
@@ -45,19 +45,19 @@ struct Bench {
   }
   RouteState route() { return runtime->state().routes.at(0); }
 
-  Watched device, neighbour;
+  Watched device, peer;
   std::shared_ptr<Runtime> runtime;
   ModelFile file{1, kLayers};
   ModelPtr model;
-  bool neighbour_lost = false;
+  bool peer_lost = false;
 };
 
 // A route whose thread acts as the test prescribes.
 class Scripted final : public Route {
  public:
   enum class Act { carry, spoil, refuse, full };
-  struct Sent final : Crossing {
-    State look(Deadline until, std::string* why) noexcept override {
+  struct Sent final : RouteCopy {
+    State poll(Deadline until, std::string* why) noexcept override {
       while (state == State::moving && Clock::now() < until) std::this_thread::yield();
       if (state == State::failed) *why = "it was told to";
       return state;
@@ -73,7 +73,7 @@ class Scripted final : public Route {
     CHECK(queue_.empty());  // no copies are in flight
   }
   const std::string& name() const noexcept override { return name_; }
-  std::shared_ptr<Crossing> begin(std::span<const Copy> copies) override {
+  std::shared_ptr<RouteCopy> begin(std::span<const Copy> copies) override {
     const Act act = script_(pieces_++);
     if (act == Act::refuse) throw Error(ErrorKind::general, "it was told to refuse");
     if (act == Act::full) return nullptr;
@@ -112,7 +112,7 @@ class Scripted final : public Route {
           std::memset(to, 0xee, copy.bytes / 2);
       }
       task->sent->state =
-          task->act == Act::carry ? Crossing::State::arrived : Crossing::State::failed;
+          task->act == Act::carry ? RouteCopy::State::arrived : RouteCopy::State::failed;
     }
   }
   const std::string name_;
@@ -153,7 +153,7 @@ TEST(without_loaders_whoever_waits_moves_both) {
   CHECK(bench.route().bytes > 0);
 }
 
-TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
+TEST(a_peer_s_call_that_fails_costs_no_bytes) {
   using enum Primitive;
   for (const Primitive call : {copy_to_device, copy_to_peer, event_record, event_query, event_wait})
     for (const Status status : {Status::failed, Status::out_of_memory, Status::device_lost})
@@ -162,17 +162,17 @@ TEST(a_neighbour_s_call_that_fails_costs_no_bytes) {
         if (status == Status::device_lost && call != copy_to_device) continue;
         Bench bench;
         bench.connect();
-        bench.neighbour.driver->arm({{1, last}}, call, status);
+        bench.peer.driver->arm({{1, last}}, call, status);
         bench.load();
-        const bool hit = bench.neighbour.driver->injected() > 0;
+        const bool hit = bench.peer.driver->injected() > 0;
         // A copy that is found complete is not waited for; and after a wait that failed at its
-        // timeout, the next look may find the copy complete.
+        // timeout, the next poll may find the copy complete.
         const bool sure = call != event_wait;
         CHECK(hit || !sure);
         if (sure && (last > 1 || status == Status::device_lost))
           CHECK(!bench.route().error.empty());
-        bench.neighbour.driver->disarm();
-        bench.neighbour_lost = hit && status == Status::device_lost;
+        bench.peer.driver->disarm();
+        bench.peer_lost = hit && status == Status::device_lost;
         bench.load();
       }
 }
@@ -223,21 +223,21 @@ TEST(a_layer_is_there_when_its_last_chunk_is_whatever_way_it_came) {
   Scripted& slow = *route;
   slow.held = true;
   bench.runtime->add_route(std::move(route));
-  const HoldPtr hold = bench.runtime->begin_lease({bench.model}, 1);
-  bench.runtime->await_lease(hold, in(kLong), nullptr, false);
+  const LeasePtr lease = bench.runtime->begin_lease({bench.model}, 1);
+  bench.runtime->await_lease(lease, in(kLong), nullptr, false);
   const auto stream = std::make_shared<Stream>(bench.runtime->device());
   // The layer's second chunk is on the slow route, so a stream cannot wait for the layer's copies.
   CHECK_THROWS(timeout,
-               bench.runtime->await_layer(hold, bench.model, 0, stream, in(10 * kSoon), nullptr));
+               bench.runtime->await_layer(lease, bench.model, 0, stream, in(10 * kSoon), nullptr));
   CHECK_THROWS(timeout,
-               bench.runtime->await_layer(hold, bench.model, 0, nullptr, in(kSoon), nullptr));
-  CHECK(!bench.runtime->arrived(hold, bench.model, 0));
+               bench.runtime->await_layer(lease, bench.model, 0, nullptr, in(kSoon), nullptr));
+  CHECK(!bench.runtime->arrived(lease, bench.model, 0));
   slow.held = false;
   for (std::uint32_t layer = 0; layer < kLayers.size(); ++layer)
-    bench.runtime->await_layer(hold, bench.model, layer, stream, in(kLong), nullptr);
+    bench.runtime->await_layer(lease, bench.model, layer, stream, in(kLong), nullptr);
   stream->synchronize();
   CHECK(bench.file.is_in(*bench.runtime, bench.model));
-  bench.runtime->end_lease(hold);
+  bench.runtime->end_lease(lease);
 }
 
 TEST(a_route_that_is_dropped_ends_what_it_has_begun) {
@@ -287,7 +287,7 @@ TEST(routes_that_make_no_sense_are_refused) {
   Watched seen;  // a device whose memory the CPU writes directly
   const auto other = Runtime::make(seen.driver, options(2));
   CHECK_THROWS(invalid_argument,
-               other->add_route(make_peer_route(std::make_shared<Device>(bench.neighbour.driver),
+               other->add_route(make_peer_route(std::make_shared<Device>(bench.peer.driver),
                                                 *other->device(), kGranule)));
 }
 

@@ -1,0 +1,124 @@
+// Staged copies: bytes are read into a staging chunk and copied to a granule on a stream.
+//
+// Used if the CPU cannot write granules. Copies use the device's own host link. Urgent copies
+// (those of foreground loads) may also use routes; each chunk takes the link that would finish it
+// first. If a route fails, its copies are repeated on the own link, from the same chunk.
+//
+// Several loader threads may send at once. take_completions() returns the outcomes of all sends, on
+// any thread. Enqueued copies cannot be cancelled. Copies that are not urgent are therefore limited
+// to one chunk's bytes in flight, so an urgent copy or a cancellation waits for no more than that.
+// Urgent copies are limited by the number of staging chunks only.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "load/links.h"
+#include "memory/staging.h"
+#include "model/model.h"
+
+namespace warmserve {
+
+class Arena;
+
+// A piece whose copies are in flight on a link.
+struct InFlightCopy {
+  LayerLoad* load;
+  unsigned generation;
+  std::uint64_t bytes;
+  bool urgent;
+  std::shared_ptr<StagingPool::Chunk> chunk;
+  std::vector<Copy> copies;
+  std::shared_ptr<Event> event{};           // null if recording failed: then synchronize the stream
+  std::shared_ptr<RouteCopy> route_copy{};  // set on a route, which has no event
+};
+
+class CopyEngine {
+ public:
+  // Outcome of a send. An error is reported once, immediately; a second record follows when the
+  // copies are over and the granules may be reused.
+  struct Completion {
+    LayerLoad* load;
+    unsigned generation;  // of the load at the time of the send
+    std::uint64_t bytes;
+    std::exception_ptr error;  // null: the copies are over
+  };
+  using Events = std::vector<std::shared_ptr<Event>>;
+  struct CopyOptions {
+    unsigned generation;
+    bool urgent;
+    Deadline not_before;                  // earliest time of the copies
+    const std::function<bool()>& wanted;  // called before each piece, without a lock
+    std::span<std::uint64_t> sums;        // see add_to_digests
+  };
+
+  CopyEngine(const Arena& arena, StagingPool& staging, std::chrono::milliseconds staging_timeout)
+      : arena_(arena), staging_(staging), staging_timeout_(staging_timeout) {}
+
+  // Adds a route for urgent copies. Throws invalid_argument for a duplicate name.
+  void add_route(const RoutePtr& route);
+  // Removes a route. It accepts no more copies and is destroyed when its last copy is over. Throws
+  // invalid_argument for an unknown name.
+  void drop_route(const std::string& name);
+  std::vector<RouteState> routes();
+
+  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. Returns how many
+  // bytes it sent; fewer if options.wanted() became false or an error occurred, which
+  // take_completions() reports. The granules of the bytes sent may be reused once
+  // take_completions() has reported that their copies are over. Throws if an error occurred before
+  // the first piece. Blocks for a staging chunk, the file, and copies in flight.
+  std::uint64_t send(LayerLoad* load, const Model& model, const Layer& layer, std::uint64_t begin,
+                     std::uint64_t end, const CopyOptions& options);
+  // Finds the copies that are over. With `wait`, and if there is no outcome yet, blocks up to a
+  // poll interval for the oldest copies, and returns whether copies are still in progress.
+  bool find_completions(bool wait);
+  // Returns the outcomes since the last call, in their order. Called under the runtime's lock, so
+  // that they are also accounted for in this order: a load may end with its last one.
+  std::vector<Completion> take_completions();
+  // Returns whether copies are in flight or outcomes were not taken yet.
+  bool under_way();
+  // Returns the events of all copies of the load that are in flight, for a stream to wait for.
+  // Returns nullopt if one of these copies has no event; copies on routes have none.
+  std::optional<Events> events(const LayerLoad* load);
+  // Releases the stream, the events and the routes. Precondition: no copies are in flight, and no
+  // more will be sent.
+  void release();
+
+ private:
+  enum class Copies { over, moving, stuck, failed };
+
+  StagingPool::Chunk chunk();
+  std::vector<Copy> copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
+                              const std::byte* from) const;
+  bool send_piece(const InFlightCopyPtr& pending, Deadline deadline, const CopyOptions& options);
+  bool begin(const InFlightCopyPtr& pending);
+  void begin_on_own_link(const InFlightCopyPtr& pending);
+  void begin_again(const InFlightCopyPtr& pending);
+  std::exception_ptr enqueue(InFlightCopy& pending);
+  std::shared_ptr<Event> spare_event();
+  struct Reaped {
+    bool completed = false;  // some copies are over
+    bool moving = false;     // others will complete without further calls
+  };
+  using Wait = std::chrono::microseconds;  // 0: do not wait
+  Reaped reap(bool wait);
+  Reaped reap_link(std::unique_lock<std::mutex>& lock, Link& link, Wait wait);
+  static Copies poll_route(RouteCopy& route_copy, Wait wait, std::string* why);
+  Copies poll_event(const Event* event, Wait wait, std::exception_ptr& error);
+
+  const Arena& arena_;
+  StagingPool& staging_;
+  const std::chrono::milliseconds staging_timeout_;
+
+  std::mutex mutex_;  // guards all members below; held while enqueueing, which does not block
+  std::unique_ptr<Stream> stream_;
+  std::vector<std::shared_ptr<Event>> spare_events_;
+  Links links_;
+  std::uint64_t not_urgent_ = 0;  // bytes in flight that are not urgent, all on the own link
+  std::vector<Completion> completions_;
+};
+
+}  // namespace warmserve
