@@ -264,12 +264,14 @@ void bind_runtime(py::module_& m) {
       .def(
           "prewarm",
           [](const RuntimePtr& self, const PyModel& model, const Layers& layers, int priority,
-             std::optional<double> deadline_in) {
-            return PyTicket{self,
-                            self->prewarm(select(model, layers), priority, deadline(deadline_in)),
-                            model.model};
+             std::optional<double> deadline_in, double evict_below) {
+            return PyTicket{
+                self,
+                self->prewarm(select(model, layers), priority, deadline(deadline_in), evict_below),
+                model.model};
           },
-          py::arg("model"), py::arg("layers"), py::arg("priority"), py::arg("deadline"))
+          py::arg("model"), py::arg("layers"), py::arg("priority"), py::arg("deadline"),
+          py::arg("evict_below"))
       .def(
           "swap",
           [](const RuntimePtr& self, const PyModel& evict, const PyModel& load, int priority) {
@@ -296,6 +298,14 @@ void bind_runtime(py::module_& m) {
                   : self.set_keep_value(model.model, value);
           },
           py::arg("model"), py::arg("value"), py::arg("layer") = py::none())
+      .def(
+          "set_keep_values",
+          [](Runtime& self, const PyModel& model, const std::vector<double>& values) {
+            if (std::any_of(values.begin(), values.end(), [](double x) { return std::isnan(x); }))
+              throw Error(ErrorKind::invalid_argument, "a keep value must not be nan");
+            self.set_keep_values(model.model, values);
+          },
+          py::arg("model"), py::arg("values"))
       .def(
           "begin_lease",
           [](const RuntimePtr& self, const py::sequence& models, std::uint64_t owner,

@@ -6,7 +6,7 @@
 //
 // Several loader threads may send at once. take_completions() returns the outcomes of all sends, on
 // any thread. Enqueued copies cannot be cancelled. Copies that are not urgent are therefore limited
-// to one chunk's bytes in flight, so an urgent copy or a cancellation waits for no more than that.
+// to one chunk's bytes in flight, so an urgent copy or a cancellation waits for at most one chunk.
 // Urgent copies are limited by the number of staging chunks only.
 #pragma once
 

@@ -109,6 +109,13 @@ void LoadQueue::relist(const Lock&, LayerLoad& load) {
   if (load.listed != LayerLoad::Next::none) list(load.listed).emplace(load.rank, &load);
 }
 
+std::uint64_t LoadQueue::granules_queued(const Lock&) const {
+  std::uint64_t granules = 0;
+  for (const auto& [rank, load] : list(LayerLoad::Next::start))
+    granules += load->layer->granules_needed;
+  return granules;
+}
+
 LayerLoad* LoadQueue::first_behind(const std::optional<Rank>& before, const Turn& turn,
                                    bool may_start) const {
   LayerLoad* first = nullptr;

@@ -41,6 +41,9 @@ class LoadQueue {
   // function that changes a field that next() depends on.
   void relist(const Lock&, LayerLoad& load);
 
+  // Returns the granules that the queued loads need; these loads have none yet.
+  std::uint64_t granules_queued(const Lock&) const;
+
   // Counts bytes of the load that were handed to a loader.
   void handed_out(const Lock&, const LayerLoad& load, std::uint64_t bytes);
   enum class Visited { worked, cannot, no_room };

@@ -12,6 +12,12 @@ using enum Residency;
 
 namespace {
 
+// Returns the layers that must not be evicted for the ticket, which must outlive the result.
+EvictionOrder::Spared spared_by(const Ticket& ticket) {
+  return {[&](const Model& model) { return ticket.wants_all_of(model); },
+          [&](const Layer& layer) { return ticket.wants_layer(layer); }, ticket.evict_below};
+}
+
 void give_up_if(bool unwanted) {
   if (unwanted) throw Error(ErrorKind::cancelled, "no ticket wants this work any more");
 }
@@ -71,6 +77,18 @@ void Loader::request(const Lock& lock, const TicketPtr& ticket) {
   queue_.add(lock, ticket);
   if (ticket->loads.empty()) finish_ticket(lock, ticket);
   state_.wake();
+}
+
+bool Loader::has_room(const Lock& lock, const Ticket& ticket) {
+  std::uint64_t need = queue_.granules_queued(lock);
+  for (const Selection& wanted : ticket.wants)
+    wanted.for_each([&](const Layer& layer) {
+      if (layer.residency != resident && !layer.load) need += layer.granules_needed;
+    });
+  const std::uint64_t have =
+      std::uint64_t{state_.arena.free_count()} + state_.arena.trimmed_count();
+  return need <= have ||
+         !state_.choose_victims(lock, need - have, spared_by(ticket), nullptr).empty();
 }
 
 void Loader::drop_swaps(const Lock& lock, std::exception_ptr why) {
@@ -138,14 +156,14 @@ Loader::Room Loader::find_room(const Lock& lock, LayerLoad& load, std::vector<La
   const std::uint64_t have =
       std::uint64_t{state_.arena.free_count()} + state_.arena.trimmed_count();
   if (need <= have) return Room::enough;
-  const Model* first = nullptr;
-  for (const TicketPtr& ticket : load.tickets)
-    if (ticket->swapped_out) first = ticket->swapped_out.get();
   const Ticket& ticket = *load.most_urgent();
-  const EvictionOrder::Spared wanted_too{
-      [&](const Model& model) { return ticket.wants_all_of(model); },
-      [&](const Layer& layer) { return ticket.wants_layer(layer); }};
-  victims = state_.choose_victims(lock, need - have, wanted_too, first);
+  EvictionOrder::Spared spared = spared_by(ticket);
+  const Model* first = nullptr;
+  for (const TicketPtr& each : load.tickets) {
+    if (each->swapped_out) first = each->swapped_out.get();
+    spared.keep_value = std::max(spared.keep_value, each->evict_below);
+  }
+  victims = state_.choose_victims(lock, need - have, spared, first);
   if (!victims.empty()) return Room::enough;
   bool coming = state_.granules_in_hand > 0 || state_.busy_layers > 0;
   for (Layer* layer : state_.filling) {

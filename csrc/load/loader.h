@@ -42,6 +42,9 @@ class Loader {
   // exist. The ticket is done when all these layers are resident and the model that it swaps out is
   // evicted.
   void request(const Lock&, const TicketPtr& ticket);
+  // Returns whether the granules that the ticket's layers need, beside those of all queued loads,
+  // are free or can be freed by the evictions that the ticket allows.
+  bool has_room(const Lock&, const Ticket& ticket);
   // See LoadQueue.
   void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why) {
     queue_.drop(lock, ticket, why);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <exception>
+#include <limits>
 #include <memory>
 #include <string>
 #include <unordered_set>
@@ -14,19 +15,26 @@
 namespace warmserve {
 
 constexpr int kBackground = 0, kForeground = 100;
+constexpr double kNoLimit = std::numeric_limits<double>::infinity();  // of keep values
 
 bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexcept;
 
 // All functions and fields are used under the runtime's lock.
 class Ticket {
  public:
-  Ticket(std::string what, int priority, std::vector<Selection> wants, Deadline deadline = kNever)
-      : what(std::move(what)), priority(priority), deadline(deadline), wants(std::move(wants)) {}
+  Ticket(std::string what, int priority, std::vector<Selection> wants, Deadline deadline = kNever,
+         double evict_below = kNoLimit)
+      : what(std::move(what)),
+        priority(priority),
+        deadline(deadline),
+        evict_below(evict_below),
+        wants(std::move(wants)) {}
   Ticket(const Ticket&) = delete;
 
   const std::string what;  // for messages: "prewarm of 'chat'"
   const int priority;
   const Deadline deadline;             // cancelled at this time
+  const double evict_below;            // layers of this keep value or more are not evicted for it
   const std::vector<Selection> wants;  // the layers to load
   std::uint64_t bytes_total = 0, bytes_done = 0;
   std::unordered_set<LayerLoad*> loads;  // not complete yet

@@ -11,67 +11,43 @@ bool is_candidate(const Layer& layer) {
          (layer.residency == Residency::resident || layer.unmap_failed);
 }
 
-// Iterates over one model's candidates in order by merging two ordered lists: the layers used since
-// they were filled, and the others.
+// The candidates of one model that may be evicted, in order.
 class Cursor {
  public:
-  Cursor(Model& model, bool first)
-      : model_(&model),
-        first_(first),
-        used_(model.candidates.used.begin()),
-        fresh_(model.candidates.fresh.begin()) {
-    find_next();
+  Cursor(Model& model, bool first, double below)
+      : model_(&model), first_(first), below_(below), next_(model.candidates.begin()) {}
+  bool done() const {
+    if (next_ == model_->candidates.end()) return true;
+    const CandidateKey& key = next_->first;
+    return key.whole && !first_ && key.keep_value >= below_;
   }
-  bool done() const { return !layer_; }
-  Layer* layer() const { return layer_; }
-  void advance() {
-    ++(from_fresh_ ? fresh_ : used_);
-    find_next();
-  }
-  bool operator<(const Cursor& other) const { return rank_ < other.rank_; }
+  Layer* layer() const { return next_->second; }
+  void advance() { ++next_; }
+  bool operator<(const Cursor& other) const { return rank() < other.rank(); }
 
  private:
-  using Rank = std::tuple<bool, double, std::uint64_t, std::uint64_t, std::int64_t>;
-
-  Rank rank(const CandidateKey& key) const {
-    return {!first_ && key.whole, key.keep_value, std::max(key.filled_at, model_->last_use),
-            model_->id, key.from_end};
-  }
-  void find_next() {
-    const bool any_used = used_ != model_->candidates.used.end();
-    const bool any_fresh = fresh_ != model_->candidates.fresh.end();
-    layer_ = nullptr;
-    if (!any_used && !any_fresh) return;
-    from_fresh_ = !any_used || (any_fresh && rank(fresh_->first) < rank(used_->first));
-    const auto& next = *(from_fresh_ ? fresh_ : used_);
-    rank_ = rank(next.first);
-    layer_ = next.second;
+  std::tuple<bool, double, std::uint64_t, std::uint64_t> rank() const {
+    const CandidateKey& key = next_->first;
+    return {!first_ && key.whole, key.keep_value, std::max(layer()->filled_at, model_->last_use),
+            model_->id};
   }
 
   Model* model_;
   bool first_;
-  std::map<CandidateKey, Layer*>::iterator used_, fresh_;
-  bool from_fresh_ = false;
-  Layer* layer_ = nullptr;
-  Rank rank_;
+  double below_;
+  std::map<CandidateKey, Layer*>::iterator next_;
 };
 
 }  // namespace
 
 void EvictionOrder::update(Layer& layer) {
-  Candidates& candidates = layer.model->candidates;
-  if (layer.candidate)
-    (layer.candidate->filled_at ? candidates.fresh : candidates.used).erase(*layer.candidate);
+  auto& candidates = layer.model->candidates;
+  if (layer.candidate) candidates.erase(*layer.candidate);
   layer.candidate.reset();
   if (!is_candidate(layer)) return;
-  const bool fresh = layer.filled_at > layer.model->last_use;
-  layer.candidate = CandidateKey{!layer.unmap_failed, layer.keep_value, fresh ? layer.filled_at : 0,
-                                 -static_cast<std::int64_t>(layer.index)};
-  (fresh ? candidates.fresh : candidates.used).emplace(*layer.candidate, &layer);
-}
-
-void EvictionOrder::used(Model& model) {
-  while (!model.candidates.fresh.empty()) update(*model.candidates.fresh.begin()->second);
+  layer.candidate =
+      CandidateKey{!layer.unmap_failed, layer.keep_value, -static_cast<std::int64_t>(layer.index)};
+  candidates.emplace(*layer.candidate, &layer);
 }
 
 std::vector<Layer*> EvictionOrder::choose(const std::vector<Model*>& models, std::uint64_t granules,
@@ -80,7 +56,7 @@ std::vector<Layer*> EvictionOrder::choose(const std::vector<Model*>& models, std
   std::vector<Cursor> heap;
   for (Model* model : models) {
     if (model->whole_holds || spared.whole_model(*model)) continue;
-    Cursor cursor(*model, model == first);
+    Cursor cursor(*model, model == first, spared.keep_value);
     if (!cursor.done()) heap.push_back(cursor);
   }
   const auto later = [](const Cursor& a, const Cursor& b) { return b < a; };

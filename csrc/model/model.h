@@ -31,13 +31,8 @@ struct Layer;
 struct CandidateKey {
   bool whole;  // false: unmapping it failed
   double keep_value;
-  std::uint64_t filled_at;  // 0 if the model was used since the layer was filled
   std::int64_t from_end;
   auto operator<=>(const CandidateKey&) const = default;
-};
-struct Candidates {
-  // Layers filled before, and since, the model's last use.
-  std::map<CandidateKey, Layer*> used, fresh;
 };
 
 // The runtime's lock guards all fields except `granules`, `mapping` and `poison` of a busy layer:
@@ -103,7 +98,7 @@ struct Model {
   std::uint32_t missing = 0;        // layers that are not resident
   std::uint64_t last_use = 0;       // the runtime's logical clock
   std::vector<Use> uses;
-  Candidates candidates;  // for eviction
+  std::map<CandidateKey, Layer*> candidates;  // for eviction, in order
 };
 using ModelPtr = std::shared_ptr<Model>;
 

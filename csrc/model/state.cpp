@@ -74,7 +74,6 @@ void SharedState::hold(const Lock&, const Selection& selection, bool pass) {
   ++model.leases;
   ++model.lease_epoch;
   model.last_use = ++clock;
-  EvictionOrder::used(model);
 }
 
 void SharedState::unhold(const Lock&, const Selection& selection, bool pass) {

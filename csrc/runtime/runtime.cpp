@@ -2,6 +2,7 @@
 #include "runtime/runtime.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "kernels/digest_parts.h"
@@ -208,16 +209,23 @@ void Runtime::require_room(const Lock& lock, const Selection& selection,
                 what, granules * arena_.granule_bytes(), arena_.budget(), state_.holders(lock));
 }
 
-TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline deadline) {
+TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline deadline,
+                           double evict_below) {
+  if (std::isnan(evict_below))
+    throw Error(ErrorKind::invalid_argument, "evict_below must be a number, got nan");
   if (deadline <= Clock::now())
     throw Error(ErrorKind::invalid_argument, "the deadline has already passed");
   const ModelPtr& model = selection.model;
   auto ticket = std::make_shared<Ticket>("prewarm of '" + model->name + "'", priority,
-                                         std::vector{selection}, deadline);
+                                         std::vector{selection}, deadline, evict_below);
   reservation(model);
   const Lock lock = lock_alive();
   check(lock, selection);
   require_room(lock, selection, ticket->what);
+  if (evict_below != kNoLimit && !loader_.has_room(lock, *ticket))
+    throw Error(ErrorKind::busy, ticket->what +
+                                     " does not fit beside the layers that are leased, being "
+                                     "loaded, or of a keep value of evict_below or more");
   loader_.request(lock, ticket);
   return ticket;
 }
@@ -270,6 +278,16 @@ void Runtime::set_keep_value(const ModelPtr& model, std::uint32_t layer, double 
   const Lock lock = lock_alive();
   require_registered(lock, *model);
   state_.set_keep_value(lock, layer_of(*model, layer), value);
+}
+
+void Runtime::set_keep_values(const ModelPtr& model, const std::vector<double>& values) {
+  if (values.size() != model->layers.size())
+    throw Error(ErrorKind::invalid_argument,
+                "'" + model->name + "' has " + std::to_string(model->layers.size()) +
+                    " layers: give as many keep values, not " + std::to_string(values.size()));
+  const Lock lock = lock_alive();
+  require_registered(lock, *model);
+  for (Layer& layer : model->layers) state_.set_keep_value(lock, layer, values[layer.index]);
 }
 
 Layer& Runtime::layer_of(Model& model, std::uint32_t index) {

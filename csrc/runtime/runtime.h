@@ -90,8 +90,11 @@ class Runtime {
   // Queues a load of the selected layers. The ticket reports its outcome, layer by layer. Throws
   // out_of_device_memory if the layers exceed the budget, busy if they do not fit beside the leased
   // layers, invalid_argument for unknown layers, an empty selection or a deadline in the past.
+  // With `evict_below`, only layers of a lower keep value are evicted for the load; throws busy if
+  // they do not make enough room for all its layers, beside those that are being loaded.
   // Strong, wait-free.
-  TicketPtr prewarm(const Selection& selection, int priority, Deadline deadline = kNever);
+  TicketPtr prewarm(const Selection& selection, int priority, Deadline deadline = kNever,
+                    double evict_below = kNoLimit);
   // As prewarm() of `load`, but room for it is made by evicting `evict` before other models.
   // `evict` is absent when the ticket is done. Throws busy while a lease or a pass holds a layer of
   // `evict`. Strong, wait-free.
@@ -107,6 +110,9 @@ class Runtime {
   // Sets the keep value of all layers of the model, or of one. Wait-free.
   void set_keep_value(const ModelPtr& model, double value);
   void set_keep_value(const ModelPtr& model, std::uint32_t layer, double value);
+  // Sets the keep values of all layers at once. Throws invalid_argument, and changes nothing, if
+  // there is not one value for each layer. Wait-free.
+  void set_keep_values(const ModelPtr& model, const std::vector<double>& values);
 
   // Begins a lease. It is admitted once lease->entry is null or done without error. It has all its
   // layers once lease->ticket, set on admission at the latest, is null or done without error.

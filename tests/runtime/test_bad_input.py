@@ -7,6 +7,7 @@ works.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import select
@@ -242,7 +243,7 @@ def test_use_after_close(device: Device, model: Path) -> None:
         lambda: runtime.trim(),
         lambda: runtime.stream(),
         lambda: lease.acquire(),
-        lambda: native.prewarm(registered.native, None, 0, None),
+        lambda: native.prewarm(registered.native, None, 0, None, math.inf),
         lambda: native.state(),
     ):
         with pytest.raises(WarmServeError, match="closed"):

@@ -6,6 +6,7 @@ Hypothesis chooses operations and steps; the plain Python model says the result 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ CAPACITY = 8
 SHARE = 0.3
 NAMES = st.sampled_from(sorted(SIZES))
 PRIORITIES = st.sampled_from([0, 50, 100])
+LIMITS = st.sampled_from([math.inf, math.inf, 3.0, 2.5, 0.0, -1.0])  # for evict_below
 LAYERS = st.one_of(st.none(), st.sets(st.integers(0, 2), min_size=1))  # None: all layers
 
 
@@ -108,12 +110,20 @@ class Machine(RuleBasedStateMachine):
             assert refused == refusal
         return None if refused else (got, expected)
 
-    @rule(target=tickets, name=NAMES, priority=PRIORITIES, layers=LAYERS)
-    def prewarm(self, name: str, priority: int, layers: set[int] | None = None) -> Any:
+    @rule(target=tickets, name=NAMES, priority=PRIORITIES, layers=LAYERS, below=LIMITS)
+    def prewarm(
+        self,
+        name: str,
+        priority: int,
+        layers: set[int] | None = None,
+        below: float = math.inf,
+    ) -> Any:
         chosen = some(name, layers)
+        if not self.exact:
+            below = math.inf  # the answer depends on which layers are resident by now
         return self.both(
-            lambda: self.runtime.prewarm(name, priority=priority, layers=chosen),
-            lambda: self.reference.prewarm(name, priority, chosen),
+            lambda: self.runtime.prewarm(name, priority=priority, layers=chosen, evict_below=below),
+            lambda: self.reference.prewarm(name, priority, chosen, below),
         )
 
     @rule(target=tickets, evict=NAMES, load=NAMES, priority=PRIORITIES)
@@ -160,9 +170,13 @@ class Machine(RuleBasedStateMachine):
         more often than operations that fill it.
         """
         if what == "set_keep_value":
-            self.runtime.set_keep_value(name, value)
-            for layer in self.reference.models[name].layers:
+            model = self.reference.models[name]
+            for layer in model.some(some(name, layers)):
                 layer.keep_value = value
+            if layers is None:
+                self.runtime.set_keep_value(name, value)
+            else:
+                self.runtime.set_keep_values(name, [layer.keep_value for layer in model.layers])
         elif what == "trim":
             before = self.runtime.snapshot()
             assert self.runtime.trim() == before.granules_free * GRANULE

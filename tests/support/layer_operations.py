@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -47,7 +48,13 @@ class Operations(Actor):
         self.say(f"{entry} {chosen} {priority=}")
         prewarm = self.world.runtime.prewarm
         ticket: Ticket | None = self.attempt(
-            NO_ROOM, prewarm, entry.model, layers=layers, priority=priority, deadline=deadline
+            NO_ROOM,
+            prewarm,
+            entry.model,
+            layers=layers,
+            priority=priority,
+            deadline=deadline,
+            evict_below=self.rng.choice([math.inf, math.inf, 2.5, 0.0]),
         )
         if ticket:
             self.tickets.append((ticket, [(entry, i) for i in chosen]))

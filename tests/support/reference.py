@@ -6,6 +6,7 @@ threads; sizes are in granules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from reference_parts import (
@@ -46,10 +47,23 @@ class Reference:
         self.evict(name)
         del self.models[name]
 
-    def prewarm(self, name: str, priority: int, layers: list[int] | None = None) -> Ticket:
+    def prewarm(
+        self,
+        name: str,
+        priority: int,
+        layers: list[int] | None = None,
+        evict_below: float = math.inf,
+    ) -> Ticket:
         wanted = self.models[name].some(layers)
         self._require_room(wanted)
-        return self._request(Ticket(priority, wanted))
+        ticket = Ticket(priority, wanted, evict_below=evict_below)
+        if evict_below < math.inf:
+            queued = [fill.layer for fill in self.fills if not fill.copying]
+            new = [layer for layer in wanted if layer.state == "absent" and not layer.fill]
+            short = granules(queued) + granules(new) - self.free
+            if short > 0 and self._victims(short, [ticket], lambda layer: layer in wanted) is None:
+                raise Refused(BUSY)
+        return self._request(ticket)
 
     def swap(self, evict: str, load: str, priority: int) -> Ticket:
         old, wanted = self.models[evict], self.models[load].some(None)
@@ -169,7 +183,7 @@ class Reference:
             return layer in urgent.wants
 
         short = fill.layer.granules - self.free
-        victims = self._victims(short, fill, spared) if short > 0 else []
+        victims = self._victims(short, fill.tickets, spared) if short > 0 else []
         if victims is not None:
             for layer in victims:
                 self._evict_layer(layer)
@@ -288,34 +302,42 @@ class Reference:
         self.free += layer.granules
 
     def _victims(
-        self, granules: int, fill: Fill, spared: Callable[[Layer], bool]
+        self, granules: int, tickets: list[Ticket], spared: Callable[[Layer], bool]
     ) -> list[Layer] | None:
+        """Choose layers to evict, one at a time, from those that each model offers."""
         first = None
-        for ticket in fill.tickets:
+        for ticket in tickets:
             first = ticket.swaps_out or first
-        candidates = [
-            layer
-            for model in self.models.values()
-            for layer in model.layers
-            if layer.state == "resident"
-            and layer.granules
-            and not layer.leases
-            and not spared(layer)
-        ]
-        candidates.sort(
-            key=lambda layer: (
-                layer.model is not first,
-                layer.keep_value,
-                max(layer.filled_at, layer.model.last_use),
-                layer.model.serial,
-                -layer.index,
-            )
-        )
+        below = max(ticket.evict_below for ticket in tickets)
         chosen: list[Layer] = []
         while sum(layer.granules for layer in chosen) < granules:
-            if not candidates:
+            offered = []
+            for model in self.models.values():
+                candidates = [
+                    layer
+                    for layer in model.layers
+                    if layer.state == "resident"
+                    and layer.granules
+                    and not layer.leases
+                    and not spared(layer)
+                    and (layer.keep_value < below or model is first)
+                    and layer not in chosen
+                ]
+                if candidates:
+                    offered.append(min(candidates, key=lambda x: (x.keep_value, -x.index)))
+            if not offered:
                 return None
-            chosen.append(candidates.pop(0))
+            chosen.append(
+                min(
+                    offered,
+                    key=lambda layer: (
+                        layer.model is not first,
+                        layer.keep_value,
+                        max(layer.filled_at, layer.model.last_use),
+                        layer.model.serial,
+                    ),
+                )
+            )
         return chosen
 
     def _fits(self, lease: Lease) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 BUSY, CANCELLED, TOO_LARGE = "Busy", "Cancelled", "OutOfDeviceMemory"
@@ -45,6 +46,7 @@ class Ticket:
     priority: int
     wants: list[Layer]
     swaps_out: Model | None = None
+    evict_below: float = math.inf
     fills: list[Fill] = field(default_factory=list)
     short_of: str | None = None
     done: bool = False

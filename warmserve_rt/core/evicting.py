@@ -15,7 +15,7 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 from warmserve_rt import _arguments as check
@@ -95,8 +95,8 @@ class Evicting(Inspecting):
     ) -> None:
         """Set how much a model, or one layer of it, is worth keeping.
 
-        When room is needed, layers with the lowest value are evicted first, and among equals the
-        least recently used.
+        When room is needed, layers with the lowest value are evicted first. Among equals, a model
+        loses its last layers first, and the model used least recently is the first to lose any.
 
         Parameters
         ----------
@@ -112,6 +112,25 @@ class Evicting(Inspecting):
         index = None if layer is None else layer_index(found, layer)
         value = check.number("keep_value", keep_value, finite=False)
         self.native.set_keep_value(found.native, value, index)
+
+    def set_keep_values(self, model: Model | str, keep_values: Sequence[float]) -> None:
+        """Set the keep values of all layers of a model at once.
+
+        Parameters
+        ----------
+        model : Model or str
+        keep_values : sequence of float
+            A value for each layer, in execution order; see :meth:`set_keep_value`.
+
+        Raises
+        ------
+        ValueError
+            A value is not a number, or the model has another number of layers.
+
+        Guarantee: strong (after an exception nothing has changed); wait-free.
+        """
+        values = [check.number("keep_value", value, finite=False) for value in keep_values]
+        self.native.set_keep_values(self.model(model).native, values)
 
     def trim(self) -> int:
         """Give free granules back to the device and return their bytes.

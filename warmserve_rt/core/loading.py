@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from warmserve_rt import _arguments as check
 from warmserve_rt._log import debug
 
@@ -23,6 +25,7 @@ class Loading(Inspecting):
         layers: Layers | None = None,
         priority: int = BACKGROUND,
         deadline: float | None = None,
+        evict_below: float = math.inf,
     ) -> Ticket:
         """Start loading the layers that are not resident, in execution order.
 
@@ -38,6 +41,8 @@ class Loading(Inspecting):
         deadline : float, optional
             Seconds from now. Layers that have not arrived by then are cancelled, and the ticket
             raises TimeoutError. Default: none.
+        evict_below : float
+            Only layers of a lower keep value are evicted for this load. Default: any layer.
 
         Returns
         -------
@@ -50,9 +55,11 @@ class Loading(Inspecting):
         OutOfDeviceMemory
             The layers can never fit.
         Busy
-            The layers do not fit beside those that are leased.
+            The layers do not fit beside those that are leased. With ``evict_below``: they do not
+            fit beside those that are leased, being loaded, or of this keep value or more.
         ValueError
-            A layer is unknown or repeated, no layer is named, or the deadline has passed.
+            A layer is unknown or repeated, no layer is named, the deadline has passed, or
+            ``evict_below`` is not a number.
 
         Guarantee: per layer (every layer keeps a defined state, and calling again continues from
         there).
@@ -61,7 +68,8 @@ class Loading(Inspecting):
             raise ValueError("deadline must be more than 0 seconds from now, got 0")
         found = self.model(model)
         chosen, level = layer_indices(found, layers), _priority(priority)
-        ticket = Ticket(self.native.prewarm(found.native, chosen, level, deadline), found)
+        below = check.number("evict_below", evict_below, finite=False)
+        ticket = Ticket(self.native.prewarm(found.native, chosen, level, deadline, below), found)
         debug("%s", ticket)
         return ticket
 

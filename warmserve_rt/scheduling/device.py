@@ -19,8 +19,6 @@ from warmserve_rt.policy.profile import ModelProfile
 from .protocols import KeepValues
 
 BACKOFF_S = 30.0  # wait after a failed load before the model is loaded again
-# Relative decrement of a keep value per layer, so that the tail of a model is evicted first.
-SLOPE = 2.0**-20
 
 
 class RuntimeShard:
@@ -236,11 +234,11 @@ class RuntimeDevice:
         keep = []
         for layer, end in enumerate(entry.ends):
             part = bisect_left(ends, end) if layer < layers else len(values)
-            value = values[part][1] if part < len(values) else 0.0
-            keep.append(value * (1 - layer * SLOPE) if value > 0 else -layer * SLOPE**2)
+            keep.append(values[part][1] if part < len(values) else 0.0)
         # If the model was unregistered meanwhile, the next refresh finds out.
         with suppress(ValueError):
-            self._give(entry.model, keep, entry.keep)
+            if keep != entry.keep:
+                self.runtime.set_keep_values(entry.model, keep)
             entry.keep = keep
 
     def load(self, model: int, rank: int, layers: int, values: KeepValues) -> bool:
@@ -249,16 +247,21 @@ class RuntimeDevice:
         Also return False if the device is lost, if the model's last load failed less than
         ``BACKOFF_S`` ago, or if no such model is registered now.
         """
-        seen = self.seen
+        _ = self.seen  # the models and shards as they are now
         entry = self._entries[model]
         registered = entry.model
         if registered is None or entry.rank is None or self.lost or self._clock() < entry.refused:
             return False
         self.set_keep_values(model, rank, layers, values)
-        if entry.keep is None or not self._has_room(model, layers, entry.keep[layers - 1], seen):
+        if entry.keep is None:
             return False
         try:
-            ticket = self.runtime.prewarm(registered, layers=range(layers), priority=BACKGROUND)
+            ticket = self.runtime.prewarm(
+                registered,
+                layers=range(layers),
+                priority=BACKGROUND,
+                evict_below=entry.keep[layers - 1],
+            )
         except (Busy, OutOfDeviceMemory):
             return False
         except Exception as error:
@@ -312,18 +315,8 @@ class RuntimeDevice:
             ticket.cancel()
         if entry.model and entry.keep:
             with suppress(ValueError, WarmServeError):  # unregistered, or the runtime is closed
-                last = [-layer * SLOPE**2 for layer in range(len(entry.keep))]
-                self._give(entry.model, last, None)
+                self.runtime.set_keep_value(entry.model, 0.0)
         entry.model, entry.tickets, entry.keep, entry.refused = None, [], None, -math.inf
-
-    def _give(self, model: Model, values: Sequence[float], before: Sequence[float] | None) -> None:
-        """Set the keep value of every layer that differs from ``before``.
-
-        The only place that sets keep values. Raise ValueError if the model is not registered.
-        """
-        for layer, value in enumerate(values):
-            if before is None or before[layer] != value:
-                self.runtime.set_keep_value(model, value, layer=layer)
 
     def _shard(self, entry: Entry, seen: Snapshot) -> RuntimeShard | None:
         state = seen.models.get(entry.model.name) if entry.model else None
@@ -338,28 +331,6 @@ class RuntimeDevice:
             layers += here and layers == goal
             goal += 1
         return RuntimeShard(layers, goal, pinned=state.leases > 0) if goal else None
-
-    def _has_room(self, model: int, layers: int, value: float, seen: Snapshot) -> bool:
-        """Return whether the layers fit beside all layers that are leased, being loaded, or of a
-        keep value of ``value`` or more."""
-        numbers = {e.model.name: number for number, e in enumerate(self._entries) if e.model}
-        left = seen.granules_free + seen.granules_trimmed
-        for name, state in seen.models.items():
-            number = numbers.get(name, -1)
-            entry = self._entries[number] if number >= 0 else None
-            shard = self._shards.get((number, entry.rank or 0)) if entry else None
-            coming = layers if number == model else shard.goal if shard else 0
-            for index, layer in enumerate(state.layers):
-                if layer.residency == "absent":
-                    if index < coming or layer.leases:
-                        left -= layer.granules
-                elif layer.residency == "resident" and not layer.leases:
-                    ours = number == model and index < layers
-                    # The layer may have got another value after the snapshot.
-                    worth = entry.keep[index] if entry and entry.keep else layer.keep_value
-                    if not ours and worth < value:
-                        left += layer.granules
-        return left >= 0
 
     def _reap(self, entry: Entry) -> None:
         """Drop the tickets that are done, and report their errors."""
