@@ -53,7 +53,7 @@ class Replicas(NamedTuple):
 
 
 class Forest(NamedTuple):
-    """What is left on the devices, and where most is left.
+    """The free bytes of the devices, and where most are free.
 
     A kind is one of the distinct widths. ``kinds`` [K, 4] has its width, its number of aligned
     groups, and the number of leaves and the first node of its trees. ``amounts`` [3, D] has the

@@ -1,4 +1,6 @@
-"""Risk: a bad checkpoint is accepted, leaks a descriptor, or its error lacks the file or cause."""
+"""Risk: a bad checkpoint is accepted, leaks a descriptor, or its error does not name the file or
+the cause.
+"""
 
 from __future__ import annotations
 
@@ -244,7 +246,10 @@ BAD_INDEXES: dict[str, tuple[object, list[str]]] = {
     "shard's name with NUL": ({**GOOD, "t": "1\0"}, [INDEX, "null"]),
     "shard's name not UTF-8": ({**GOOD, "t": "\ud800"}, [INDEX, "surrogates"]),
     "shard is the directory": ({**GOOD, "t": "."}, ["not a regular file"]),
-    "tensor that its shard lacks": ({**GOOD, "w": "1.safetensors"}, ["1.safetensors", "'w'"]),
+    "tensor that is missing from its shard": (
+        {**GOOD, "w": "1.safetensors"},
+        ["1.safetensors", "'w'"],
+    ),
     "tensor omitted": ({k: GOOD[k] for k in "tu"}, ["2.safetensors", "index", "'v'"]),
     "tensor in another shard": ({**GOOD, "v": "1.safetensors"}, ["2.safetensors", "index", "'v'"]),
     "path up": ({**GOOD, "t": "../outside.safetensors"}, [INDEX, "'../outside", "outside the"]),

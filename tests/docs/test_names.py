@@ -12,25 +12,6 @@ import warmserve_rt
 from warmserve_rt.scheduling.fleet import RuntimeFleet
 from warmserve_rt.scheduling.scheduler import Scheduler
 
-# Temporary: names that the documents have already and the tree gets with the renames of the core
-# and of the Python interface, with the old names. Remove both tables after those renames.
-COMING_FILES = {
-    "csrc/load/README.md": "csrc/README.md",
-    "csrc/load/loader.cpp": "csrc/load/transfer.cpp",
-    "csrc/load/loader_end.cpp": "csrc/load/transfer_end.cpp",
-    "csrc/load/load_queue.h": "csrc/load/fill_queue.h",
-    "csrc/load/load_queue.cpp": "csrc/load/fill_queue.cpp",
-    "csrc/load/copy_engine.cpp": "csrc/load/uploads.cpp",
-    "csrc/load/links.cpp": "csrc/load/uploads_links.cpp",
-    "csrc/load/link_traffic.h": "csrc/load/link_load.h",
-    "csrc/model/state.h": "csrc/model/residency.h",
-    "csrc/model/state.cpp": "csrc/model/residency.cpp",
-    "csrc/model/mapping.cpp": "csrc/model/backing.cpp",
-    "csrc/runtime/lease_queue.h": "csrc/runtime/lease.h",
-    "csrc/runtime/lease_queue.cpp": "csrc/runtime/lease.cpp",
-}
-COMING_METHODS = {"set_keep_value": "stamp"}
-
 OBJECTS: dict[str, Any] = {
     "runtime": warmserve_rt.Runtime,
     "Runtime": warmserve_rt.Runtime,
@@ -57,8 +38,7 @@ def test_files_and_folders_exist() -> None:
     short = re.findall(r"(?<!/)\b((?:policy|scheduling)/\w+\.py)", whole)
     paths |= {f"warmserve_rt/{each}" for each in short}
     assert len(paths) > 60
-    missing = {path for path in paths if not (ROOT / path).exists()}
-    assert {each for each in missing if not (ROOT / COMING_FILES.get(each, each)).exists()} == set()
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
 
 
 def test_methods_exist() -> None:
@@ -67,8 +47,7 @@ def test_methods_exist() -> None:
         for name, method in re.findall(r"\b(\w+)(?:\(\w*=?\w*\))?\.(\w+)\(", code):
             if name in OBJECTS:
                 found += 1
-                names = {method, COMING_METHODS.get(method, method)}
-                assert any(hasattr(OBJECTS[name], each) for each in names), f"{page}: {code}"
+                assert hasattr(OBJECTS[name], method), f"{page}: {code}"
     assert found > 20
 
 

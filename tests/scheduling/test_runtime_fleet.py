@@ -162,7 +162,7 @@ def test_a_lease_is_never_planned_away(world: World) -> None:
     with world.runtimes[0].lease("b"):
         world.ask("a", 50)
         world.settle()
-        # The lease leaves two granules, and the scheduler plans no more than that.
+        # The lease leaves two granules, and the scheduler plans at most two.
         assert world.held() == {"a": [0, 1], "b": [0, 1, 2, 3]}
         assert {(copy.model, copy.layers) for copy in scheduler.held} == {(0, 2), (1, 4)}
     world.settle()

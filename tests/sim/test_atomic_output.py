@@ -1,4 +1,4 @@
-"""Risk: a failing write leaves some of the files, or destroys the ones that were there."""
+"""Risk: a failing write leaves some of the files, or destroys files of an earlier run."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def anchored(source: Source) -> Source:
 
 
 class FileIdentity(NamedTuple):
-    """What a file must still be when it is read. The times are modulo 2**64."""
+    """The facts by which a changed file is noticed when it is read. The times are modulo 2**64."""
 
     device: int
     inode: int

@@ -156,7 +156,8 @@ class RuntimeFleet:
             The scheduler to start.
         forecaster
             A forecaster of as many models as the fleet has, or of named models. Models that it
-            does not know begin without a history, and it forgets models that the fleet lacks.
+            does not know begin without a history, and it forgets models that are not in the
+            fleet.
         service
             Seconds that a request of each model takes, by name or in the order of the models.
 

@@ -61,10 +61,10 @@ class Dispatcher:
             self.assign(instance.model)
 
     def idle(self, instance: Instance) -> None:
-        """Called when a loaded instance has no work. Subclasses override it."""
+        """Do nothing. Subclasses override it to act when a loaded instance has no work."""
 
     def provision(self, model: int) -> None:
-        """Called when a request has arrived. Subclasses start instances if the model needs some."""
+        """Do nothing. Subclasses override it to start instances when a request has arrived."""
 
     def assign(self, model: int) -> None:
         """Assign waiting requests to instances with room."""

@@ -161,9 +161,10 @@ class Flow(Event):
     """The load of a shard's missing bytes over its device's link; see Links.
 
     ``priority``: a device runs one background flow at a time, the one with the highest priority.
-    ``from_disk``: host memory lacks some of the bytes, so that the whole flow runs at the speed of
-    the disk. ``finish``: called when the last byte arrives. ``on_loaded``: called after that, with
-    the flow finished. ``marks``: (bytes resident, time) while the flow is in the foreground.
+    ``from_disk``: some of the bytes are not in host memory, so that the whole flow runs at the
+    speed of the disk. ``finish``: called when the last byte arrives. ``on_loaded``: called after
+    that, with the flow finished. ``marks``: (bytes resident, time) while the flow is in the
+    foreground.
     """
 
     __slots__ = (

@@ -24,16 +24,16 @@ class Owner(Protocol):
     the instance, and may stop it if it has none."""
 
     def on_first_token(self, instance: Instance, request: int) -> None:
-        """Called at the end of a prefill, after on_finished if the request has no more tokens."""
+        """Handle the end of a prefill, after on_finished if the request has no more tokens."""
 
     def on_finished(self, instance: Instance, request: int) -> None:
-        """Called after the last token of a request."""
+        """Handle the last token of a request."""
 
     def on_computing(self, instance: Instance) -> None:
-        """Called after ``computing`` has changed."""
+        """Handle a change of ``computing``."""
 
     def on_idle(self, instance: Instance) -> None:
-        """Called when a loaded instance has no work."""
+        """Handle that a loaded instance has no work."""
 
 
 class Instance(Event):

@@ -102,7 +102,7 @@ class KvCaches:
         instance.kv_room = nbytes
 
     def _grow(self, instance: Instance, need: float) -> bool:
-        """Grow a cache to ``need`` bytes on every device, or on none if any lacks room."""
+        """Grow a cache to ``need`` bytes on every device, or on none if one has no room."""
         more = need - instance.kv_room
         devices = [self.memory.devices[index] for index in instance.device_indices]
         if any(device.spare < more for device in devices):

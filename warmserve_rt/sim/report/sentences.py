@@ -192,7 +192,7 @@ def _owed(slow: str, start: float, found: list[tuple[str, dict[float, Interval]]
 
 def ratio_of(data: dict[str, Any], metric: str, ours: str, theirs: str) -> Interval:
     """Return the interval of a pair in either order: the ratio of ours over theirs, or for
-    ``slo_miss_difference`` ours minus theirs. Raise ValueError if the study lacks the pair."""
+    ``slo_miss_difference`` ours minus theirs. Raise ValueError if the pair is not in the study."""
     for pair in data["paired"]:
         found = (
             as_interval(pair[metric]) if {pair["policy"], pair["over"]} == {ours, theirs} else None

@@ -182,7 +182,7 @@ class Autoscaler(Dispatcher):
         self.fleet.start(model, devices, drop_others=self.drop_others)
 
     def drain(self, instance: Instance) -> None:
-        """Called when an instance begins to drain. Subclasses override it."""
+        """Do nothing. Subclasses override it to act when an instance begins to drain."""
 
     def stop(self, instance: Instance) -> None:
         self.fleet.stop(instance)
