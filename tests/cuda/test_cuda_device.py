@@ -43,7 +43,7 @@ def test_without_a_driver_the_error_says_what_to_do() -> None:
 
 
 def test_a_library_that_is_no_driver() -> None:
-    with pytest.raises(WarmServeError, match=r"libm\.so\.6 is not a CUDA driver: it lacks"):
+    with pytest.raises(WarmServeError, match=r"libm\.so\.6 is not a CUDA driver: it has no"):
         _native.cuda_driver(library="libm.so.6")
 
 
