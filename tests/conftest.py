@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import write_model
-from cuda_calls import Cuda
 from cuda_runtime import SIZES
 from hypothesis import Phase, settings
 
 from warmserve_rt import Model, Runtime, _native, testing
+from warmserve_rt.testing.cuda_api import Cuda
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 # Tests with vLLM are collected only if vLLM is installed; `.ci/engine_tests` runs them.

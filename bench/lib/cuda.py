@@ -8,18 +8,8 @@ import threading
 from collections.abc import Callable
 from time import perf_counter
 
-from cuda_calls import (
-    SIGNATURES,
-    Cuda,
-    CudaError,
-    Pinned,
-    code,
-    i32,
-    pointer,
-    size_t,
-    u32,
-    u64,
-)
+from warmserve_rt.testing.cuda_api import Cuda, CudaError, Pinned, code
+from warmserve_rt.testing.cuda_types import SIGNATURES, i32, pointer, size_t, u32, u64
 
 LIBRARY = "libcuda.so.1"
 SIMULATED = "Simulated CUDA"  # the name of a simulated device

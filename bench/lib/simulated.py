@@ -21,7 +21,7 @@ BANDWIDTH = 25e9  # bytes per second, host to device
 @contextmanager
 def pinned(cuda: SimulatedCuda, nbytes: int) -> Iterator[memoryview]:
     """Yield pinned host memory, the target of asynchronous copies from the device."""
-    from cuda_calls import Cuda
+    from warmserve_rt.testing.cuda_api import Cuda
 
     raw = Cuda(cuda.library).start()
     memory = raw.pinned(nbytes)

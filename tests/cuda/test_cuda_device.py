@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from checkpoints import GRANULE, content, write_model
 from conftest import bytes_of
-from cuda_calls import READ, Cuda
 from cuda_runtime import SIZES, WEIGHT, make
 
 from warmserve_rt import (
@@ -32,6 +31,7 @@ from warmserve_rt import (
     testing,
 )
 from warmserve_rt.kernels import granule_digest
+from warmserve_rt.testing.cuda_api import READ, Cuda
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 # No driver, an old one, no device

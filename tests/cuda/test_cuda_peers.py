@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from checkpoints import GRANULE, content, write_safetensors
 from conftest import bytes_of
-from cuda_calls import GLOBAL, NON_BLOCKING, Cuda, code
 from cuda_runtime import SIZES, WEIGHT, make
 
 from warmserve_rt import (
@@ -19,6 +18,7 @@ from warmserve_rt import (
     WarmServeError,
     testing,
 )
+from warmserve_rt.testing.cuda_api import GLOBAL, NON_BLOCKING, Cuda, code
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 

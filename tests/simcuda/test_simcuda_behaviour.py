@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cuda_calls import (
+
+from warmserve_rt.testing import simulated_cuda
+from warmserve_rt.testing.cuda_api import (
     BLOCKING,
     HOST_NUMA,
     LEGACY,
@@ -22,11 +24,9 @@ from cuda_calls import (
     READ_WRITE,
     Cuda,
     Pinned,
-    Prop,
     code,
 )
-
-from warmserve_rt.testing import simulated_cuda
+from warmserve_rt.testing.cuda_types import Prop
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 G = 2 << 20
@@ -63,7 +63,8 @@ def dies(simulated: SimulatedCuda, body: str) -> bool:
     script = f"""
 import ctypes, sys
 sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
-from cuda_calls import HOST_NUMA, NONE, READ, READ_WRITE, Cuda, Prop
+from warmserve_rt.testing.cuda_types import Prop
+from warmserve_rt.testing.cuda_api import Cuda, HOST_NUMA, NONE, READ, READ_WRITE
 cuda, G = Cuda("libcuda.so.1").start(), {G}
 """
     script += "\n".join([*lines[:-1], "print('so far', flush=True)", lines[-1]])

@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from cuda_calls import (
+
+from warmserve_rt.testing import simulated_cuda
+from warmserve_rt.testing.cuda_api import (
     BLOCKING,
     GLOBAL,
     LEGACY,
@@ -21,8 +23,6 @@ from cuda_calls import (
     Cuda,
     code,
 )
-
-from warmserve_rt.testing import simulated_cuda
 
 G = 2 << 20
 

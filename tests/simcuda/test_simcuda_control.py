@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from cuda_calls import PAGE, Cuda, code
 
 from warmserve_rt.testing import simulated_cuda, simulated_cuda_fixture
+from warmserve_rt.testing.cuda_api import PAGE, Cuda, code
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 G = 2 << 20

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import json
 import random
 import sys
 import tempfile
@@ -194,10 +195,11 @@ def main() -> None:
     parser.add_argument("--threaded", type=int, default=100)
     parser.add_argument("--device", choices=GRANULES, default="host")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--json", type=Path, help="write the counts to this file")
     args = parser.parse_args()
     faulthandler.enable()
     counts: Counter[str] = Counter()
-    failed = 0
+    failed = wrong_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
         contents = Contents(Path(folder), args.device)
         for how, number in ((run, args.programs), (run_threads, args.threaded)):
@@ -207,6 +209,7 @@ def main() -> None:
                     counts += how(seed, contents)
                 except Failed as error:
                     failed += 1
+                    wrong_bytes += error.count if isinstance(error, WrongBytes) else 0
                     shorter = shrink(seed, contents) if how is run else None
                     print(shorter or error, flush=True)
                     if isinstance(error, Hung):
@@ -215,6 +218,11 @@ def main() -> None:
     for what, times in sorted(counts.items()):
         print(f"{times:8} {what}")
     print(f"{failed:8} failed")
+    if args.json:
+        reached = {what: counts[what] for what in REACHED}
+        args.json.write_text(
+            json.dumps({"reached": reached, "failed": failed, "wrong_bytes": wrong_bytes})
+        )
     sys.exit(failed > 0)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from checkpoints import write_safetensors
-from cuda_calls import Cuda
 
 from warmserve_rt import Model, Runtime, WarmServeError, testing
+from warmserve_rt.testing.cuda_api import Cuda
 
 Bytes = npt.NDArray[np.uint8]
 KIB = 1 << 10

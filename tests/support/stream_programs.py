@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from cuda_calls import BLOCKING, LEGACY, NON_BLOCKING, Cuda
-
+from warmserve_rt.testing.cuda_api import BLOCKING, LEGACY, NON_BLOCKING, Cuda
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 GRANULE = 2 << 20

@@ -10,9 +10,8 @@ import ctypes
 import threading
 from collections.abc import Callable
 
-from cuda_calls import GLOBAL, PAGE, READ, RELAXED, THREAD_LOCAL
-
 from lib.cuda import Gpu, code
+from warmserve_rt.testing.cuda_api import GLOBAL, PAGE, READ, RELAXED, THREAD_LOCAL
 
 from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, assumed, expect
 from .memory import content, store

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from lib import TESTS
 from lib.cuda import CudaError, Gpu, NotRun
 
-from . import GUESS, Assumption, Refuted, add
+from . import Assumption, Refuted, add
+from .misuses import HOST, MEMORY, WORK
 
 # Rows that would affect other rows, for example by reserving addresses that these need.
 _ALONE = {"init with flags", "reserve with a hint"}
@@ -37,21 +36,6 @@ def _check(row: Any) -> Callable[[Gpu], str | None]:
 
 
 def _add_all() -> None:
-    sys.path.append(str(TESTS / "simcuda"))
-    try:
-        from test_simcuda_misuse import HOST, MEMORY, WORK
-    except ImportError as error:
-        why = f"the tests' table cannot be imported: {error}"
-
-        def not_run(_: Gpu) -> None:
-            raise NotRun(why)
-
-        add(
-            Assumption(
-                "codes of misuses", "see tests/simcuda/test_simcuda_misuse.py", GUESS, not_run
-            )
-        )
-        return
     for row in [*MEMORY, *HOST, *WORK]:
         assumes = f"{row.function} returns {row.error}" if row.function else "no error"
         add(Assumption(row.name, assumes, row.source, _check(row), row.name in _ALONE))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cuda_calls import PAGE, READ
-
 from lib.cuda import CastCall, DigestCall, Gate, Gpu, NotRun, code
+from warmserve_rt.testing.cuda_api import PAGE, READ
 
 from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
 from .work import filled

@@ -10,9 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cuda_calls import PAGE
-
 from lib.cuda import Gpu, NotRun, code
+from warmserve_rt.testing.cuda_api import PAGE
 
 from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
 from .memory import content

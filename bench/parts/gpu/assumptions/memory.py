@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-from cuda_calls import NONE, PAGE, READ, Prop, i32, pointer, u64
-
 from lib.cuda import CudaError, Gpu, NotRun, code, size_t
+from warmserve_rt.testing.cuda_api import NONE, PAGE, READ
+from warmserve_rt.testing.cuda_types import Prop, i32, pointer, u64
 
 from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
-from cuda_calls import BLOCKING, LEGACY, PAGE, Pinned, Prop
-
 from lib.cuda import Gate, Gpu, NotRun, code, microseconds
+from warmserve_rt.testing.cuda_api import BLOCKING, LEGACY, PAGE, Pinned
+from warmserve_rt.testing.cuda_types import Prop
 
 from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
 from .memory import content, store
