@@ -5,20 +5,25 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     from warmserve_rt.checkpoint.layout import Layout
 
-    from .model import Model
-
 Layers: TypeAlias = int | slice | Iterable[int | str]
 """``4``: the first four. A slice, a range, or indices and names of layers in any order."""
 
 
-def layer_index(model: Model, layer: int | str) -> int:
+class Layered(Protocol):
+    """A model, seen as its name and its layers."""
+
+    name: str
+    layout: Layout
+
+
+def layer_index(model: Layered, layer: int | str) -> int:
     """Return the index of a layer that is given by index or name.
 
     Raises ValueError if the model has no such layer, TypeError if ``layer`` is neither an integer
@@ -39,7 +44,7 @@ def index_in(layout: Layout, name: str, layer: int | str) -> int:
     return index
 
 
-def layer_indices(model: Model, layers: Layers | None) -> list[int] | None:
+def layer_indices(model: Layered, layers: Layers | None) -> list[int] | None:
     """Return the indices in ascending order, or None for None, which means all layers.
 
     Raises ValueError if a layer is unknown or named twice or if none is named, TypeError if
@@ -53,14 +58,14 @@ def layer_indices(model: Model, layers: Layers | None) -> list[int] | None:
     return found
 
 
-def all_but(model: Model, keep: Layers) -> list[int]:
+def all_but(model: Layered, keep: Layers) -> list[int]:
     """Return all layers except those of ``keep``, which may be empty. Raises as
     :func:`layer_indices`."""
     kept = set(_indices(model, keep))
     return [index for index in range(len(model.layout)) if index not in kept]
 
 
-def _indices(model: Model, layers: Layers) -> list[int]:
+def _indices(model: Layered, layers: Layers) -> list[int]:
     count = len(model.layout)
     if isinstance(layers, slice):
         return sorted(range(count)[layers])

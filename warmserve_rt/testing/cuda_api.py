@@ -11,20 +11,37 @@ addresses are ints. A failed call raises CudaError with the number of its error:
 from __future__ import annotations
 
 import ctypes
-import mmap
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from ._pinned import PAGE, Pinned
 from .cuda_types import SIGNATURES, Access, Location, Prop, i32, pointer, size_t, u64
+
+__all__ = [
+    "BLOCKING",
+    "DEVICE",
+    "GLOBAL",
+    "HOST_NUMA",
+    "LEGACY",
+    "NONE",
+    "NON_BLOCKING",
+    "PAGE",
+    "READ",
+    "READ_WRITE",
+    "RELAXED",
+    "THREAD_LOCAL",
+    "Cuda",
+    "CudaError",
+    "Pinned",
+    "code",
+]
 
 NONE, READ, READ_WRITE = 0, 1, 3  # access
 DEVICE, HOST_NUMA = 1, 3  # location types
 BLOCKING, NON_BLOCKING = 0, 1  # stream flags
 LEGACY = 1  # handle of the legacy stream
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # capture modes
-PAGE = mmap.PAGESIZE
 
 
 class CudaError(Exception):
@@ -40,37 +57,6 @@ def code(call: Callable[..., object], *arguments: Any, **options: Any) -> int:
     except CudaError as error:
         return error.code
     return 0
-
-
-class Pinned:
-    """Page-aligned memory of this process, which may be registered with the driver.
-
-    It is freed with the object, but never while the driver has it registered. Registering any
-    address inside the memory is enough to keep it.
-    """
-
-    made: ClassVar[weakref.WeakSet[Pinned]] = weakref.WeakSet()
-    # Registered memory by library and address. An entry outlives the object that registered it,
-    # because a driver that outlives the test still has the memory registered.
-    registered: ClassVar[dict[str, dict[int, Pinned]]] = {}
-
-    def __init__(self, nbytes: int) -> None:
-        self.view = memoryview(mmap.mmap(-1, nbytes))
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
-        self.made.add(self)
-
-    @classmethod
-    def at(cls, address: int) -> Pinned | None:
-        for made in list(cls.made):
-            if made.address <= address < made.address + made.view.nbytes:
-                return made
-        return None
-
-    def __getitem__(self, index: slice) -> bytes:
-        return bytes(self.view[index])
-
-    def __setitem__(self, index: slice, content: bytes) -> None:
-        self.view[index] = content
 
 
 class Cuda:
