@@ -70,6 +70,7 @@ ORDER = {
         "registered_models",
         "loop",
         "scheduler",
+        "copies",
         "protocols",
         "__init__",
     ],
