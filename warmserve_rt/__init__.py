@@ -51,13 +51,13 @@ _LAZY = {
     "Forecaster": "warmserve_rt.policy.forecast",
     "RuntimeFleet": "warmserve_rt.scheduling.fleet",
     "Scheduler": "warmserve_rt.scheduling.scheduler",
-    "profile_of": "warmserve_rt.scheduling.fleet",
+    "profile_of": "warmserve_rt.scheduling.registered_models",
 }
 
 if TYPE_CHECKING:
     from warmserve_rt.policy.forecast import Forecaster as Forecaster
     from warmserve_rt.scheduling.fleet import RuntimeFleet as RuntimeFleet
-    from warmserve_rt.scheduling.fleet import profile_of as profile_of
+    from warmserve_rt.scheduling.registered_models import profile_of as profile_of
     from warmserve_rt.scheduling.scheduler import Scheduler as Scheduler
 else:  # a type checker would accept any name as an attribute of the module
 

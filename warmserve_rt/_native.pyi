@@ -1,5 +1,6 @@
 # Types of the extension module that csrc/bind/module.cpp defines. Used by core/, checkpoint/ and
-# kernels.py. All sizes are in bytes, all times in seconds.
+# kernels.py. All sizes are in bytes, all times in seconds. The file is long because the stub of a
+# module is one file.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar, overload
 

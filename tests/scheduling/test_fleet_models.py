@@ -16,7 +16,8 @@ from checkpoints import GRANULE, write_model
 from test_runtime_fleet import SIZES, World
 
 from warmserve_rt.policy.forecast import Forecaster
-from warmserve_rt.scheduling.fleet import RuntimeFleet, profile_of
+from warmserve_rt.scheduling.fleet import RuntimeFleet
+from warmserve_rt.scheduling.registered_models import profile_of
 from warmserve_rt.scheduling.scheduler import REST, Scheduler
 
 TIMES: dict[str, Any] = {"prefill_s": 0.1, "prefill_token_s": 0.0, "decode_s": 0.01}
@@ -167,7 +168,7 @@ def test_removing_a_model_keeps_the_demand_of_the_others(world: World) -> None:
     rate, prompts = scheduler.demand.rates[2], list(scheduler.demand.prompts[2])
     world.fleet.remove("a")
     world.fleet.poll()
-    assert [profile.name for profile in world.fleet.profiles] == ["b", "c"]
+    assert [profile.name for profile in scheduler.fleet.profiles] == ["b", "c"]
     assert scheduler.demand.rates[1] == rate
     assert list(scheduler.demand.prompts[1]) == prompts
     world.settle()
@@ -230,9 +231,9 @@ def test_services_that_are_not_of_the_models_are_refused(world: World) -> None:
             world.fleet.begin(Scheduler(), Forecaster(3), service)
     with pytest.raises(ValueError, match="made for 2 models without names and cannot forecast 3"):
         world.fleet.begin(Scheduler(), Forecaster(2), [1.0] * 3)
-    world.fleet.begin(Scheduler(), Forecaster(["c", "z"]), {"c": 1.0, "b": 2.0, "a": 3.0})
-    assert world.fleet._scheduler is not None
-    assert world.fleet._scheduler.demand.service == [3.0, 2.0, 1.0]
+    scheduler = Scheduler()
+    world.fleet.begin(scheduler, Forecaster(["c", "z"]), {"c": 1.0, "b": 2.0, "a": 3.0})
+    assert scheduler.demand.service == [3.0, 2.0, 1.0]
 
 
 def test_models_come_and_go_in_many_threads_while_plans_are_made(tmp_path: Path) -> None:

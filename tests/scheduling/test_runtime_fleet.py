@@ -17,8 +17,9 @@ from warmserve_rt import Runtime, testing
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.scheduling.device import BACKOFF_S
-from warmserve_rt.scheduling.fleet import RuntimeFleet, profile_of
+from warmserve_rt.scheduling.fleet import RuntimeFleet
 from warmserve_rt.scheduling.loop import RETRY_S, Loop
+from warmserve_rt.scheduling.registered_models import profile_of
 from warmserve_rt.scheduling.scheduler import SETTLE_S, Scheduler
 
 SIZES = {name: [GRANULE, GRANULE, GRANULE - 5, 100] for name in "abc"}

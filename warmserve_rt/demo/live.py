@@ -15,7 +15,7 @@ from rich.text import Text
 
 from warmserve_rt._terminal import print_whole
 from warmserve_rt.policy.profile import ModelProfile
-from warmserve_rt.scheduling.fleet import profile_of
+from warmserve_rt.scheduling.registered_models import profile_of
 
 from . import report
 from .content import unique_granules

@@ -1,3 +1,4 @@
 """Decide which layers of which models stay, and on which devices.
 
-Pure functions over snapshots: no I/O, no clock, and no dependency on the runtime."""
+Pure functions over snapshots: no clock, no dependency on the runtime, and no I/O except that a
+forecaster can be saved to a file."""

@@ -1,5 +1,5 @@
 """Forecast from closed windows, for all models at once: several experts, a hedge over them and an
-upper quantile. The module ``forecast`` handles time (which window is open, which are gaps)."""
+upper quantile. The module ``open_window`` decides which window is open and which are gaps."""
 
 from __future__ import annotations
 

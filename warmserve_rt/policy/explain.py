@@ -1,10 +1,55 @@
-"""Describe in a sentence which layers a copy of a model keeps, why, and what it displaces."""
+"""Describe in sentences which layers a plan keeps, why, and what they displace."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from ._arrays import F64
 from .curve import ValueCurve
+
+if TYPE_CHECKING:  # importing it imports numba
+    from .improve import Copy
+
+
+def explain(
+    curves: Sequence[ValueCurve], need: F64, before: Sequence[Copy], after: Sequence[Copy]
+) -> list[str]:
+    """Describe a plan: one sentence for each group that gains layers, and one for each model that
+    is needed and held nowhere.
+
+    Parameters
+    ----------
+    curves
+        The value curves of the models.
+    need
+        Expected starts [models].
+    before, after
+        The copies before the plan, and those of the plan.
+    """
+    layers_before = {(copy.model, copy.first): copy.layers for copy in before}
+    layers_after = {(copy.model, copy.first): copy.layers for copy in after}
+    said = []
+    for copy in after:
+        if copy.layers <= layers_before.get((copy.model, copy.first), 0):
+            continue
+        mine = range(copy.first, copy.first + curves[copy.model].width)
+        gone = [
+            (curves[other.model], other.layers - layers_after.get((other.model, other.first), 0))
+            for other in before
+            if other.layers > layers_after.get((other.model, other.first), 0)
+            and other.first < mine.stop
+            and other.first + curves[other.model].width > mine.start
+        ]
+        starts = float(need[copy.model]) * copy.use
+        said.append(sentence(curves[copy.model], starts, copy.layers, copy.first, gone))
+    nowhere = set(range(len(curves))) - {copy.model for copy in after}
+    said += [
+        sentence(curves[model], float(need[model]), 0, 0, ())
+        for model in sorted(nowhere)
+        if need[model] > 0
+    ]
+    return said
 
 
 def sentence(

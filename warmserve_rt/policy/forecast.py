@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .ensemble import EXPERTS, Expert, Experts, Floats
-
-_FORMAT = "warmserve_rt forecaster 1"
-_PATIENCE = 3  # windows without a call after which the load of the gap is unknown
-_OPEN = ("level", "since", "area", "peak")
+from .forecast_file import saved_state, write_state
+from .open_window import OpenWindow
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,6 @@ class Forecaster:
             "models": models, "window": window, "horizons": list(horizons), "period": period,
             "quantile": quantile, "expert": expert, "days": days,
         }  # fmt: skip
-        self._window = float(window)
         self._make_experts = partial(
             Experts,
             window=window,
@@ -123,14 +116,7 @@ class Forecaster:
         )
         self._experts = self._make_experts(models)
         self._models = models
-        # Lists, because reading and writing an element of an array costs three times as much.
-        self._level = [0.0] * models
-        self._since = [0.0] * models  # the time from which the level counts
-        self._area = [0.0] * models  # request seconds in the open window, up to `since`
-        self._peak = [0.0] * models
-        self._number: int | None = None  # the open window
-        self._begin = self._end = math.inf  # of the open window; infinite while none is open
-        self._joined = 0.0  # the time at which the open window was first seen
+        self._window = OpenWindow(models, float(window))
 
     def arrange(self, names: Sequence[str]) -> None:
         """Replace the models; row i is then the i-th name.
@@ -158,11 +144,7 @@ class Forecaster:
         rows = np.array([known.get(name, -1) for name in wanted], dtype=np.int64)
         experts = self._make_experts(len(wanted))
         experts.take(self._experts, rows)
-        new = rows < 0
-        for name in _OPEN:
-            values = np.array(getattr(self, f"_{name}"))[rows] if known else np.zeros(len(rows))
-            values[new] = self._joined if name == "since" else 0.0
-            setattr(self, f"_{name}", values.tolist())
+        self._window.arrange(rows)
         self._experts, self._models, self.names = experts, len(wanted), wanted
         self._options["models"] = len(wanted)
 
@@ -189,24 +171,14 @@ class Forecaster:
             raise ValueError(
                 f"concurrent requests must be finite and not negative, got {concurrent}"
             )
-        if not self._begin <= now < self._end:
+        window = self._window
+        if not window.begin <= now < window.end:
             self.advance(now)
-        since = self._since[model]
-        if now > since:
-            self._area[model] += self._level[model] * (now - since)
-            self._since[model] = now
-        self._level[model] = concurrent
-        if concurrent > self._peak[model]:
-            self._peak[model] = concurrent
+        window.observe(model, now, concurrent)
 
     def advance(self, now: float) -> None:
         """Close every window that ended by ``now``. Raise ValueError if ``now`` is invalid."""
-        number = self._at(now)
-        if self._number is not None and -1 <= number - self._number <= _PATIENCE:
-            while self._number < number:
-                self._close()
-        else:
-            self._open(number, now)
+        self._window.advance(now, self._experts.close)
 
     def observe_windows(self, start: float, averages: ArrayLike, peaks: ArrayLike) -> None:
         """Learn a history of windows. The observations of the open window are dropped.
@@ -234,21 +206,17 @@ class Forecaster:
         values = np.stack(both, axis=1)
         if (values < 0).any() or np.isinf(values).any():
             raise ValueError("averages and peaks must be finite and not negative, or NaN")
-        self._at(start)
-        number = round(start / self._window)
-        if not math.isclose(number * self._window, start, abs_tol=1e-6 * self._window):
-            raise ValueError(f"start must begin a window of {self._window} s, got {start} s")
-        first = self._experts.next_number if self._number is None else self._number
+        number = self._window.number_from(start)
+        open_number = self._window.number
+        first = self._experts.next_number if open_number is None else open_number
         if number < first:
-            raise ValueError(
-                f"start must be at or after {first * self._window} s, the known end, got {start} s"
-            )
+            known = first * self._window.seconds
+            raise ValueError(f"start must be at or after {known} s, the known end, got {start} s")
         values = np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, values)
         for each in values:
             self._experts.close(number, each)
             number += 1
-        self._number = None
-        self._begin = self._end = math.inf
+        self._window.drop()
 
     def forecast(self, now: float, horizon: float) -> Forecast:
         """Close the windows up to ``now``, and return the forecast for ``horizon`` seconds later.
@@ -263,42 +231,29 @@ class Forecaster:
         """
         if not 0 < horizon < math.inf:
             raise ValueError(f"horizon must be positive and finite seconds, got {horizon}")
-        self._at(now + horizon)
+        window, seconds = self._window, self._window.seconds
+        window.number_at(now + horizon)  # raises ValueError if it is invalid
         self.advance(now)
-        assert self._number is not None
-        level = np.array(self._level, dtype=np.float64)
-        share = np.where(self._experts.known, min(horizon / self._window, 1.0), 0.0)
-        elapsed = min(max(now - self._begin, 0.0), self._window)
-        lead = max((elapsed + horizon) / self._window, 1.0)
+        assert window.number is not None
+        level = np.array(window.level, dtype=np.float64)
+        share = np.where(self._experts.known, min(horizon / seconds, 1.0), 0.0)
+        elapsed = min(max(now - window.begin, 0.0), seconds)
+        lead = max((elapsed + horizon) / seconds, 1.0)
         average, peak, upper = (
             level + share * (each - level)
-            for each in self._experts.forecast(self._number - 1, lead)
+            for each in self._experts.forecast(window.number - 1, lead)
         )
         return Forecast(average, peak, upper)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole state to a file. Atomic: after any failure the old file is unchanged."""
-        path = Path(path)
         header = {
-            "format": _FORMAT,
             "options": self._options,
             "names": self.names,
-            "number": self._number,
-            "joined": self._joined,
+            "number": self._window.number,
+            "joined": self._window.joined,
         }
-        state: dict[str, NDArray[Any]] = {
-            name: np.array(getattr(self, f"_{name}"), dtype=np.float64) for name in _OPEN
-        }
-        state |= self._experts.state()
-        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(aside, "wb") as file:
-                np.savez(file, header=np.array(json.dumps(header)), **state)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_state(path, header, self._window.state() | self._experts.state())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Forecaster:
@@ -314,61 +269,15 @@ class Forecaster:
         OSError
             If the file cannot be read.
         """
-        refused = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError)
-        try:
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                state = {name: file[name] for name in file.files}
-            header = json.loads(str(state["header"]))
-            if header["format"] != _FORMAT:
-                raise ValueError(f"its format is {header['format']!r}")
+        with saved_state(path) as (header, state):
             if state["last"].shape[-1:] != (header["options"]["models"],):
                 raise ValueError("its options do not fit its arrays")
             names = header.get("names")
             models = header["options"]["models"] if names is None else names
             loaded = cls(**{**header["options"], "models": models})
-            loaded._restore(header, state)
-        except (*refused, AttributeError, OverflowError, NotImplementedError) as error:
-            raise ValueError(f"{path} is not a saved forecaster: {error}") from error
+            loaded._experts.restore(state)
+            loaded._window.restore(header, state)
         return loaded
-
-    def _restore(self, header: dict[str, Any], state: dict[str, NDArray[Any]]) -> None:
-        self._experts.restore(state)
-        if header["number"] is not None:
-            self._open(int(header["number"]), float(header["joined"]))
-        for name in _OPEN:
-            values = np.asarray(state[name], dtype=np.float64)
-            if values.shape != (self._models,) or not np.isfinite(values).all():
-                raise ValueError(f"{name} must have a finite number for each model")
-            setattr(self, f"_{name}", values.tolist())
-
-    def _at(self, time: float) -> int:
-        """Return the number of the window that contains this time. Raise ValueError if invalid."""
-        number = time / self._window
-        if not abs(number) < 2**53:
-            raise ValueError(f"{time} s is not a time: it must be within 2**53 windows of 0")
-        return math.floor(number)
-
-    def _open(self, number: int, joined: float) -> None:
-        """Open a window that is seen from ``joined`` on, and drop earlier observations."""
-        self._number = number
-        self._begin, self._end = number * self._window, (number + 1) * self._window
-        self._joined = joined
-        self._since = [joined] * self._models
-        self._area = [0.0] * self._models
-        self._peak = self._level.copy()
-
-    def _close(self) -> None:
-        """Learn the open window, taking the levels as constant until its end, and open the next."""
-        assert self._number is not None
-        end, seen = self._end, self._end - self._joined
-        if seen >= self._window / 2:
-            level, since, area, peak = (
-                np.array(each, dtype=np.float64)
-                for each in (self._level, self._since, self._area, self._peak)
-            )
-            average = np.maximum(area + level * (end - since), 0.0) / seen
-            self._experts.close(self._number, np.stack([average, peak]))
-        self._open(self._number + 1, end)
 
 
 def _checked(names: Sequence[str]) -> tuple[str, ...]:

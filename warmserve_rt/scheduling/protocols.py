@@ -1,7 +1,7 @@
 """A fleet as a scheduler sees it and acts on it.
 
-``fleet.py`` and ``device.py`` implement these protocols for runtimes. The simulator implements them
-for simulated devices.
+``scheduled_runtimes.py``, ``device.py`` and ``model_on_device.py`` implement these protocols for
+runtimes. The simulator implements them for simulated devices.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Turn snapshots into tickets: decide which leading layers of which models each device should
-hold, load the missing ones, and set the keep values that order evictions."""
+"""Decide when to plan, and which leading layers of which models each device should hold."""
 
 from __future__ import annotations
 
@@ -9,15 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from warmserve_rt.policy._arrays import F64
-from warmserve_rt.policy.curve import ValueCurve
 from warmserve_rt.policy.demand import Demand
-from warmserve_rt.policy.explain import sentence
+from warmserve_rt.policy.explain import explain
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.policy.improve import Copy, Curves, improve
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.slo import Slo
 
-from .protocols import Fleet, KeepValues
+from .copies import carry_out, densities, held_copies
+from .protocols import Fleet
 
 SETTLE_S = 0.05  # wait after a change, so that one plan covers several changes
 START_S = 0.01  # allowance for delays that the cost models leave out
@@ -83,6 +82,7 @@ class Scheduler:
         self.memory, self.recent = memory, recent
         self.before: list[Copy] = []
         self.held: list[Copy] = []
+        self.needed: F64 = np.zeros(0)
         self._planned, self._improving, self._rested = True, False, 0
 
     def begin(self, fleet: Fleet, forecaster: Forecaster, service: Sequence[float]) -> None:
@@ -197,7 +197,7 @@ class Scheduler:
 
     def _use_curves(self) -> None:
         self.curves = Curves(self.demand.curves)
-        self.densities = [_densities(curve) for curve in self.demand.curves]
+        self.densities = [densities(curve) for curve in self.demand.curves]
 
     def plan(self) -> None:
         """Take a snapshot of the fleet, compute an improved plan and apply it."""
@@ -230,29 +230,7 @@ class Scheduler:
     def explain(self) -> list[str]:
         """Describe the last plan in sentences: one for each group that gains layers, and one for
         each model that is needed and held nowhere."""
-        before = {(copy.model, copy.first): copy.layers for copy in self.before}
-        after = {(copy.model, copy.first): copy.layers for copy in self.held}
-        curves, said = self.demand.curves, []
-        for copy in self.held:
-            if copy.layers <= before.get((copy.model, copy.first), 0):
-                continue
-            mine = range(copy.first, copy.first + curves[copy.model].width)
-            gone = [
-                (curves[other.model], other.layers - after.get((other.model, other.first), 0))
-                for other in self.before
-                if other.layers > after.get((other.model, other.first), 0)
-                and other.first < mine.stop
-                and other.first + curves[other.model].width > mine.start
-            ]
-            need = float(self.needed[copy.model]) * copy.use
-            said.append(sentence(curves[copy.model], need, copy.layers, copy.first, gone))
-        nowhere = set(range(len(curves))) - {copy.model for copy in self.held}
-        said += [
-            sentence(curves[model], float(self.needed[model]), 0, 0, ())
-            for model in sorted(nowhere)
-            if self.needed[model] > 0
-        ]
-        return said
+        return explain(self.demand.curves, self.needed, self.before, self.held)
 
     def snapshot(self) -> tuple[list[Copy], F64]:
         """Return the complete groups that hold layers of a model, and the bytes that are free on
@@ -260,29 +238,7 @@ class Scheduler:
 
         A copy that an active instance uses is fixed, because another start cannot use it.
         """
-        fleet = self.fleet
-        devices, node = fleet.devices, fleet.node_devices
-        free = np.array([device.room for device in devices], np.float64)
-        found: list[Copy] = []
-        for first, device in enumerate(devices):
-            for (model, rank), shard in device.shards.items():
-                if rank:
-                    continue
-                width = fleet.profiles[model].width
-                if first % width or first % node + width > node:
-                    continue
-                layers = shard.goal
-                for r in range(1, width):
-                    other = devices[first + r].shards.get((model, r))
-                    layers = min(layers, other.goal) if other else 0
-                if not layers:
-                    continue
-                active = device.occupants.get((model, first))
-                if not active:
-                    free[first : first + width] -= self.curves.nbytes(model, layers)
-                fixed = active is not None or shard.pinned
-                found.append(Copy(model, first, layers, fixed=fixed))
-        return found, free
+        return held_copies(self.fleet, self.curves)
 
     def apply(self, held: Sequence[Copy], need: F64) -> None:
         """Carry out a plan: set the keep values of resident layers, cancel loads that are no longer
@@ -295,30 +251,4 @@ class Scheduler:
         need
             The need of each model, as :meth:`Demand.need` returns it.
         """
-        fleet = self.fleet
-        wanted: dict[tuple[int, int, int], tuple[int, KeepValues]] = {}
-        for copy in held:
-            weight = float(need[copy.model]) * copy.use
-            values = [(end, weight * density) for end, density in self.densities[copy.model]]
-            for rank in range(fleet.profiles[copy.model].width):
-                wanted[copy.first + rank, copy.model, rank] = (copy.layers, values)
-        for device in fleet.devices:
-            for (model, rank), shard in list(device.shards.items()):
-                layers, values = wanted.get((device.index, model, rank), (0, []))
-                device.set_keep_values(model, rank, layers, values)
-                if not shard.pinned and shard.goal > max(layers, shard.layers):
-                    device.cancel(model, rank, max(layers, shard.layers))
-        for (index, model, rank), (layers, values) in wanted.items():
-            device = fleet.devices[index]
-            held_now = device.shards.get((model, rank))
-            if held_now is None or held_now.goal < layers:
-                device.load(model, rank, layers, values)
-
-
-def _densities(curve: ValueCurve) -> KeepValues:
-    """Return, for each segment of a curve's hull, the byte where it ends and the seconds saved per
-    byte."""
-    knots = curve.knots
-    return [
-        (float(curve.cumulative[end]), float(curve.density[end - 1])) for end in knots[1:].tolist()
-    ]
+        carry_out(self.fleet, held, need, self.densities)
