@@ -19,8 +19,10 @@ Layers: TypeAlias = int | slice | Iterable[int | str]
 class Layered(Protocol):
     """A model, seen as its name and its layers."""
 
-    name: str
-    layout: Layout
+    @property
+    def name(self) -> str: ...
+    @property
+    def layout(self) -> Layout: ...
 
 
 def layer_index(model: Layered, layer: int | str) -> int:
