@@ -209,10 +209,12 @@ def run_scheduling(found: list[Block], tmp_path: Path, capfd: Any) -> None:
 @runs("testing.md")
 def run_testing_page(found: list[Block], tmp_path: Path, capfd: Any) -> None:
     names: dict[str, Any] = {"path": write_checkpoint(tmp_path / "m")}
-    for block in found:
-        block.run(names)
-        if "simulated_cuda(" in block.code:
-            assert not names["cuda"].violations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # programs that a block starts import the installed package
+        for block in found:
+            block.run(names)
+            if "simulated_cuda(" in block.code:
+                assert not names["cuda"].violations
     assert capfd.readouterr().out == "WarmServeError\n"
 
 

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -62,7 +61,6 @@ def dies(simulated: SimulatedCuda, body: str) -> bool:
     lines = textwrap.dedent(body).strip().splitlines()
     script = f"""
 import ctypes, sys
-sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 from warmserve_rt.testing.cuda_types import Prop
 from warmserve_rt.testing.cuda_api import Cuda, HOST_NUMA, NONE, READ, READ_WRITE
 cuda, G = Cuda("libcuda.so.1").start(), {G}
@@ -70,6 +68,7 @@ cuda, G = Cuda("libcuda.so.1").start(), {G}
     script += "\n".join([*lines[:-1], "print('so far', flush=True)", lines[-1]])
     done = subprocess.run(
         [sys.executable, "-c", script],
+        cwd="/",  # so that it imports the installed package
         env=simulated.environment,
         capture_output=True,
         text=True,

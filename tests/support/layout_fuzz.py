@@ -9,6 +9,7 @@ it must refuse, and with which error. Accepted layouts are loaded and compared w
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import time
@@ -205,7 +206,7 @@ class Fuzzer:
         try:
             # A lease would wait for layers that fit the arena, but not beside the tenant.
             if random.random() < 0.3 or sum(granules[index] for index in chosen) == ARENA:
-                self.runtime.prewarm(model, chosen, 0, None).wait()
+                self.runtime.prewarm(model, chosen, 0, None, math.inf).wait()
                 lease = None
             else:
                 lease = self.runtime.begin_lease([model], 2, chosen)
