@@ -1,8 +1,4 @@
-"""The compiled loops of the residency planner.
-
-All loops are in one file, because the compiler's cache checks the date of the file that contains
-the called function, and not those of the functions it calls.
-"""
+"""The compiled loops of the residency planner."""
 
 from __future__ import annotations
 

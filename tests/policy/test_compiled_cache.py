@@ -21,9 +21,15 @@ if sys.argv[1:] == ["small"]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
 import numpy as np
 import warmserve_rt.scheduling.scheduler
-from warmserve_rt.policy._exchange import chance  # the smallest of the compiled functions
+from warmserve_rt.policy._copies import chance  # the smallest of the compiled functions
 
 print(chance(np.array([0.5, 0.5, 1.0]), 0, 2))
+"""
+CALLER = """
+import numpy as np
+from warmserve_rt.policy._caller import twice
+
+print(twice(np.array([0.5, 0.5])))
 """
 
 
@@ -37,12 +43,12 @@ def installed(tmp_path: Path) -> Path:
     return site
 
 
-def compute(site: Path, *arguments: str, **environment: str) -> str:
+def compute(site: Path, *arguments: str, program: str = PROGRAM, **environment: str) -> str:
     """Run a compiled function in a new process with only the cache of `site`; return its output."""
     paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "PYTHON", "XDG"))}
     done = subprocess.run(
-        [sys.executable, "-s", "-c", PROGRAM, *arguments],
+        [sys.executable, "-s", "-c", program, *arguments],
         env={**clean, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
         | environment,
         cwd=site,
@@ -73,6 +79,21 @@ def test_a_cache_folder_of_the_user_that_cannot_be_made_is_done_without(installe
 def test_a_disk_that_is_full_stops_no_compute(installed: Path) -> None:
     assert compute(installed, "small") == "0.25"
     assert caches(installed) == []
+
+
+def test_a_change_in_a_file_of_a_called_function_is_compiled(installed: Path) -> None:
+    copies = installed / "warmserve_rt/policy/_copies.py"
+    caller = installed / "warmserve_rt/policy/_caller.py"
+    caller.write_text(
+        "from ._compiled import jit\n"
+        "from ._copies import chance\n\n\n"
+        "@jit\n"
+        "def twice(available):\n"
+        "    return 2 * chance(available, 0, 2)\n"
+    )
+    assert compute(installed, program=CALLER) == "0.5"
+    copies.write_text(copies.read_text().replace("found = 1.0", "found = 3.0"))
+    assert compute(installed, program=CALLER) == "1.5"
 
 
 def test_a_damaged_cache_is_compiled_again(installed: Path) -> None:

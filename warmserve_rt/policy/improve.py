@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._arrays import F64
-from ._exchange import Copies, Devices, Models, exchange
+from ._copies import Copies, Devices, Models
+from ._exchange import exchange
 from .curve import ValueCurve
 
 
