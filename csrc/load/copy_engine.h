@@ -80,8 +80,9 @@ class CopyEngine {
   std::vector<Completion> take_completions();
   // Returns whether copies are in flight or outcomes were not taken yet.
   bool under_way();
-  // Returns the events of all copies of the load that are in flight, for a stream to wait for.
-  // Returns nullopt if one of these copies has no event; copies on routes have none.
+  // Returns the events that a stream must wait for before it uses the layer: those of the load's
+  // copies in flight. Returns nullopt if one of these copies has no event; copies on routes have
+  // none.
   std::optional<Events> events(const LayerLoad* load);
   // Releases the stream, the events and the routes. Precondition: no copies are in flight, and no
   // more will be sent.
