@@ -1,5 +1,4 @@
-// Maps granules at a layer's addresses and unmaps them. The caller has marked the
-// layers busy (Layer::busy).
+// Maps granules at a layer's addresses and unmaps them. The caller has marked the layers busy.
 #pragma once
 
 #include "model/state.h"
