@@ -35,7 +35,7 @@ graphviz_dot_args = [
 ]
 
 # The API reference. The build imports warmserve_rt, but needs neither torch nor an engine.
-autodoc_mock_imports = ["accelerate", "numba", "torch", "transformers", "vllm"]
+autodoc_mock_imports = ["accelerate", "torch", "transformers", "vllm"]
 
 
 class _Mocked(type):
