@@ -96,7 +96,7 @@ def curves_of(layers: list[list[tuple[int, int]]], widths: list[int]) -> list[Va
 
 @given(st.lists(st.tuples(LAYERS, NEEDS), min_size=1, max_size=4), st.integers(0, 40))
 @settings(max_examples=200, deadline=None)
-def test_one_device_is_within_one_item_of_the_best(
+def test_a_plan_for_one_device_is_within_one_step_of_the_best(
     models: list[tuple[list[tuple[int, int]], float]], capacity: int
 ) -> None:
     curves = curves_of([layers for layers, _ in models], [1] * len(models))
@@ -146,7 +146,7 @@ def test_nothing_moves_for_less_than_the_margin(asked: Problem, data: st.DataObj
 
 @given(fleets(), st.data())
 @settings(max_examples=150, deadline=None)
-def test_what_moves_gains_more_than_the_margin(asked: Problem, data: st.DataObject) -> None:
+def test_a_replan_gains_more_than_the_margin(asked: Problem, data: st.DataObject) -> None:
     first = plan(replace(asked, margin=0.2))
     need = asked.need * np.array([data.draw(st.floats(0, 3)) for _ in asked.need])
     second = replan(first, need)
@@ -181,7 +181,7 @@ def test_any_state_can_be_planned_from(asked: Problem, data: st.DataObject) -> N
     assert found.bound == pytest.approx(plan(replace(asked, home=None, held=None)).bound)
 
 
-def test_more_than_the_margin_moves_what_is_there() -> None:
+def test_a_gain_above_the_margin_replaces_held_layers() -> None:
     curves = [curve("a", [4], [1.0]), curve("b", [4], [1.0])]
     first = plan(problem(curves, [1.0, 0.9], [4]))
     assert first.layers.tolist() == [1, 0]
@@ -191,7 +191,7 @@ def test_more_than_the_margin_moves_what_is_there() -> None:
     assert again.layers.tolist() == [1, 0]
 
 
-def test_what_stays_is_not_displaced_by_what_is_new() -> None:
+def test_a_new_replica_does_not_displace_a_staying_replica() -> None:
     """The new replica is worth most, and takes the device that holds no staying replica."""
     curves = [curve(name, [4], [1.0]) for name in "abc"]
     asked = problem(curves, [1.0, 1.0, 5.0], [4, 4, 4], home=[0, 2, -1], held=[1, 1, 0])
@@ -214,7 +214,7 @@ def test_availability_decides_between_devices_with_room() -> None:
     assert plan(full).group.tolist() == [1]
 
 
-def test_replicas_of_one_model_never_meet() -> None:
+def test_replicas_of_one_model_never_share_a_device() -> None:
     asked = problem([curve("a", [1], [1.0])], [3.0, 2.0, 1.0], [9, 9], model=[0, 0, 0])
     found = plan(asked)
     check(found)
@@ -222,7 +222,7 @@ def test_replicas_of_one_model_never_meet() -> None:
     assert found.gap == 0  # the bound knows that the third has no device
 
 
-def test_nothing_to_hold_is_a_plan() -> None:
+def test_a_plan_may_hold_nothing() -> None:
     for asked in (problem([A], [], [9], model=[]), problem([A], [0.0], [9])):
         asked = replace(asked, model=asked.model.astype(np.int64))
         found = plan(asked)
@@ -230,13 +230,13 @@ def test_nothing_to_hold_is_a_plan() -> None:
         assert (found.value, found.bound, found.gap) == (0, 0, 0)
 
 
-def test_a_need_too_small_to_divide_holds_nothing_wrong() -> None:
+def test_a_need_of_the_smallest_float_gives_a_valid_plan() -> None:
     wide = curve("w", [1], [1.0], 2)
     found = plan(problem([wide, wide], [5e-324, 5e-324], [0, 0, 1, 1], node=2))
     check(found)
 
 
-def test_leading_layers_of_what_is_larger_than_a_device() -> None:
+def test_a_model_larger_than_its_device_keeps_leading_layers() -> None:
     found = plan(problem([curve("a", [4] * 5, [1.0] * 5)], [1.0], [10]))
     assert found.layers.tolist() == [2]
     assert found.gap == 0
@@ -250,7 +250,7 @@ def test_wide_models_fill_groups_within_a_node() -> None:
     assert found.group.tolist() == [3, 0]
 
 
-def test_the_ends_of_the_objective() -> None:
+def test_the_objective_chooses_between_a_knee_and_floors() -> None:
     """With room for one knee or both floors, the mean takes the knee and the budget the floors."""
     profiles = [replace(CHAT, name=name) for name in ("often", "seldom")]
     need, found = [4.0, 1.0], {}
@@ -297,13 +297,13 @@ A = curve("a", [4], [1.0])
         ),
     ],
 )
-def test_bad_problems(more: dict[str, Any], said: str) -> None:
+def test_invalid_problems_are_refused(more: dict[str, Any], said: str) -> None:
     given_: dict[str, Any] = {"curves": [A], "need": [1.0], "capacity": [9], **more}
     with pytest.raises(ValueError, match=said):
         problem(**given_)
 
 
-def test_bad_previous_plans_and_catalogues() -> None:
+def test_invalid_previous_plans_and_catalogues_are_refused() -> None:
     one = problem([A], [1.0], [9])
     with pytest.raises(ValueError, match="previous plan must have 2 replicas, has 1"):
         plan(problem([A, A], [1.0, 1.0], [9]), previous=plan(one))
