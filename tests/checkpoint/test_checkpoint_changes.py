@@ -83,7 +83,7 @@ HARMLESS_IDS = ["link", "xattr", "chmod", "rename", "unlink", "replace"]
 
 
 @pytest.mark.parametrize("change", HARMLESS, ids=HARMLESS_IDS)
-def test_a_change_of_names_or_attributes_is_said_and_reload_goes_on(
+def test_a_change_of_names_or_attributes_is_refused_until_reload(
     path: Path, change: Callable[[Path], object]
 ) -> None:
     with Runtime(arena="32MiB", tensors="numpy") as runtime:
@@ -103,7 +103,7 @@ def test_a_change_of_names_or_attributes_is_said_and_reload_goes_on(
 
 @pytest.mark.parametrize("verify", ["sampled", "full"])
 @pytest.mark.parametrize("change", HARMLESS, ids=HARMLESS_IDS)
-def test_with_digests_that_hold_such_a_change_does_no_harm(
+def test_matching_digests_allow_a_change_of_names_or_attributes(
     path: Path, change: Callable[[Path], object], verify: Any
 ) -> None:
     with Runtime(arena="32MiB", tensors="numpy") as runtime:
@@ -137,7 +137,7 @@ def write_unseen(path: Path, offset: int, data: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_what_no_time_stamp_shows_is_found_by_its_digest(runtime: Runtime, path: Path) -> None:
+def test_a_digest_finds_a_change_that_no_time_stamp_shows(runtime: Runtime, path: Path) -> None:
     runtime.register("m", path, verify="full")
     assert load(runtime) == CONTENT
     runtime.evict("m")
@@ -205,7 +205,7 @@ def test_digests_that_the_caller_has_are_compared(runtime: Runtime, path: Path) 
         runtime.register("wrong", path, verify="fast")  # type: ignore[arg-type]
 
 
-def test_digests_are_of_what_a_cast_makes(runtime: Runtime, tmp_path: Path) -> None:
+def test_digests_are_of_the_cast_bytes(runtime: Runtime, tmp_path: Path) -> None:
     values = np.arange(1_500_001, dtype=np.float32)
     path = write_safetensors(
         tmp_path / "m", {"w": ("F32", [len(values)], values.tobytes()), "b": ("U8", [3], b"abc")}

@@ -87,7 +87,7 @@ CHOICES: list[tuple[Sequence[str], str | None, str | Sequence[str]]] = [
 
 
 @pytest.mark.parametrize("case", CHOICES, ids=lambda case: f"{' '.join(case[0])} {case[1]}")
-def test_the_names_of_a_directory_say_which_files_are_its_model(
+def test_file_names_determine_the_files_of_a_model(
     case: tuple[Sequence[str], str | None, str | Sequence[str]],
 ) -> None:
     names, variant, wanted = case
@@ -107,9 +107,7 @@ def test_the_names_of_a_directory_say_which_files_are_its_model(
         (["model.safetensors"], "a/b", "variant must be a word such as 'fp16', got 'a/b'"),
     ],
 )  # fmt: skip
-def test_names_that_do_not_say_which_files_are_the_model_are_refused(
-    names: list[str], variant: str | None, word: str
-) -> None:
+def test_ambiguous_file_names_are_refused(names: list[str], variant: str | None, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         choose(names, variant)
 
@@ -123,14 +121,14 @@ def test_names_that_do_not_say_which_files_are_the_model_are_refused(
         (["model.safetensors"], "bf16", "no variant 'bf16' in this directory$"),
     ],
 )
-def test_a_directory_without_the_model_says_what_it_has(
+def test_the_error_for_a_directory_without_a_model_lists_its_files(
     names: list[str], variant: str | None, word: str
 ) -> None:
     with pytest.raises(FileNotFoundError, match=word):
         choose(names, variant)
 
 
-def test_what_lies_beside_a_model_is_not_opened(tmp_path: Path) -> None:
+def test_files_beside_a_model_are_not_opened(tmp_path: Path) -> None:
     for beside in ("consolidated", "adapter_model", "optimizer", "model.fp16", "x"):
         (tmp_path / f"{beside}.safetensors").write_bytes(b"no safetensors")
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
@@ -143,7 +141,7 @@ def test_what_lies_beside_a_model_is_not_opened(tmp_path: Path) -> None:
         assert list(runtime.register("half", tmp_path, variant="fp16").layout.tensors) == ["u"]
 
 
-def test_a_variant_is_for_directories(tmp_path: Path) -> None:
+def test_a_variant_requires_a_directory(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", "t")
     before = len(os.listdir("/proc/self/fd"))
     for source in (path, [path]):
@@ -211,7 +209,7 @@ def test_a_folder_like_the_cache_is_not_the_cache(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_a_blob_that_is_missing_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_blob_is_reported(tmp_path: Path) -> None:
     folder = snapshot(tmp_path)
     os.unlink(folder.parent.parent / "blobs" / f"blob{'0' * 40}")
     with pytest.raises(CorruptCheckpoint, match="No such file"):
@@ -249,7 +247,7 @@ def test_a_path_that_exists_is_not_taken_for_an_id(
         open_checkpoint("org/name", revision="main")
 
 
-def test_without_the_hub_library_an_id_says_what_to_install(
+def test_the_error_for_an_id_names_the_missing_hub_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

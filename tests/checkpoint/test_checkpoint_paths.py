@@ -61,7 +61,7 @@ def test_a_path_of_any_bytes_is_opened_and_shown_on_one_line(
         message.encode()
 
 
-def test_paths_are_whatever_fspath_gives(tmp_path: Path) -> None:
+def test_paths_may_be_strings_bytes_and_path_objects(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", "t")
     link = f"/proc/self/fd/{(held := path.open()).fileno()}"
     sources: list[Any] = [str(path), bytes_of(path), BytesPath(path), [path], (bytes_of(path),),
@@ -82,12 +82,12 @@ def test_paths_are_whatever_fspath_gives(tmp_path: Path) -> None:
         ([["a"]], "a file of a checkpoint must be a path, got list"),
     ],
 )
-def test_what_is_no_path_is_a_type_error(source: Any, message: str) -> None:
+def test_a_source_that_is_not_a_path_is_a_type_error(source: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         open_checkpoint(source)
 
 
-def test_a_nul_in_a_path_is_the_callers_mistake() -> None:
+def test_a_nul_in_a_path_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="a path must not contain a NUL character") as caught:
         open_checkpoint("a\0b")
     assert not isinstance(caught.value, CorruptCheckpoint)
@@ -176,7 +176,7 @@ def test_a_model_of_many_files_needs_one_descriptor_each(tmp_path: Path) -> None
         assert open_below(tmp_path) == 200
 
 
-def test_a_lease_on_a_file_is_waited_for_and_then_named(
+def test_opening_waits_for_a_file_lease_and_names_it_at_the_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "m.safetensors", "t")
@@ -228,7 +228,7 @@ STRANGERS: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize("case", STRANGERS, ids=lambda case: case[1])
-def test_a_file_that_is_not_safetensors_is_called_what_it_is(
+def test_the_error_for_another_format_names_the_format(
     tmp_path: Path, case: tuple[bytes, str]
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -260,7 +260,7 @@ def test_a_header_whose_length_looks_like_another_format_is_read(
         ("unet/model.safetensors", r"no \*.safetensors .*; these folders have some: unet"),
     ],
 )
-def test_a_directory_without_safetensors_says_what_it_has(
+def test_the_error_for_a_directory_without_safetensors_lists_its_files(
     tmp_path: Path, name: str, message: str
 ) -> None:
     write(tmp_path / name, "t")
@@ -268,7 +268,7 @@ def test_a_directory_without_safetensors_says_what_it_has(
         open_checkpoint(tmp_path)
 
 
-def test_a_download_that_was_cut_short_says_so(tmp_path: Path) -> None:
+def test_a_truncated_download_is_reported_as_unfinished(tmp_path: Path) -> None:
     path = write(tmp_path / "blob.incomplete", "t", "u")
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CorruptCheckpoint, match=r"download that has not finished.*truncated"):
@@ -276,7 +276,7 @@ def test_a_download_that_was_cut_short_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a directory", "a character device"])
-def test_what_is_no_regular_file_is_named(tmp_path: Path, kind: str) -> None:
+def test_the_error_for_a_file_that_is_not_regular_names_its_kind(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m"
     if kind == "a FIFO":
         os.mkfifo(path)

@@ -130,7 +130,7 @@ BAD_HEADERS: dict[str, tuple[Any, list[str]] | tuple[Any, list[str], int]] = {
 
 
 @pytest.mark.parametrize("case", BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
-def test_bad_header(bad: Path, case: tuple[Any, ...]) -> None:
+def test_an_invalid_header_is_refused(bad: Path, case: tuple[Any, ...]) -> None:
     header, words, *nbytes = case
     refused(write(bad, header, *nbytes), str(bad), *words)
 
@@ -158,7 +158,7 @@ def test_header_over_the_limit_is_not_read(bad: Path, length: int) -> None:
     assert peak < 1_000_000
 
 
-def test_message_is_short_whatever_the_file_says(bad: Path) -> None:
+def test_messages_are_short_for_any_file(bad: Path) -> None:
     with pytest.raises(CorruptCheckpoint) as caught:
         open_checkpoint(write(bad, {"t" * 1_000_000: None}))
     assert len(str(caught.value)) < 2000
@@ -259,7 +259,7 @@ BAD_INDEXES: dict[str, tuple[object, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_INDEXES.values(), ids=BAD_INDEXES.keys())
-def test_bad_index(model: Path, case: tuple[object, list[str]]) -> None:
+def test_an_invalid_index_is_refused(model: Path, case: tuple[object, list[str]]) -> None:
     write_index(model, case[0])
     refused(model, str(model), *case[1])
     write_index(model, GOOD)
@@ -297,7 +297,7 @@ def test_symlink_loop(bad: Path) -> None:
     refused(bad.parent, repr(bad.name), "symbolic links")
 
 
-def test_every_good_form(model: Path) -> None:
+def test_every_valid_form_is_accepted(model: Path) -> None:
     first, second = model / "1.safetensors", model / "2.safetensors"
     header = {"__metadata__": {"k": "v"}, "t": tensor(), "empty": tensor(0, 0)}
     write(first, json.dumps(header).encode() + b"   ")

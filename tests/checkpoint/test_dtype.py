@@ -101,7 +101,7 @@ def test_tensors_are_cast_as_torch_does(
     assert runtime.snapshot().models["m"].layers[1].nbytes == model.layers[1].nbytes
 
 
-def test_values_that_do_not_fit_and_those_that_are_none(device: Device, tmp_path: Path) -> None:
+def test_overflow_and_nans_are_cast_as_torch_does(device: Device, tmp_path: Path) -> None:
     """Cast all f16 and bf16 values, and f32 values around those of bf16; NaNs must stay NaNs."""
     words = np.arange(1 << 16, dtype=np.uint16)
     wide = np.concatenate([words.astype(np.uint32) << 16 | low for low in (0, 0x7FFF, 0x8000)])
@@ -193,7 +193,7 @@ def test_without_a_dtype_nothing_is_cast(device: Device, tmp_path: Path) -> None
             assert bytes_of(runtime, "m", name) == data
 
 
-def test_neighbours_are_one_run_only_where_they_are_cast_alike(tmp_path: Path) -> None:
+def test_adjacent_tensors_form_one_run_only_if_cast_alike(tmp_path: Path) -> None:
     """Adjacent tensors form one run only if their target bytes are adjacent in the layer.
 
     A tensor whose target has fewer bytes than the alignment is followed by a gap.
@@ -215,7 +215,7 @@ def test_neighbours_are_one_run_only_where_they_are_cast_alike(tmp_path: Path) -
     assert [s.file_offset - start for s in layer.segments] == [0, 1536, 2048, 2304]
 
 
-def test_a_file_cut_under_a_cast_is_refused(device: Device, tmp_path: Path) -> None:
+def test_a_truncated_file_of_cast_tensors_is_refused(device: Device, tmp_path: Path) -> None:
     tensors = tensors_of({"w": ("F32", [GRANULE])})
     path = write_safetensors(tmp_path / "m", tensors)
     runtime = device.runtime()
@@ -231,7 +231,7 @@ def test_a_file_cut_under_a_cast_is_refused(device: Device, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "dtype", ["float8_e4m3fn", "F8_E4M3", "F4", "int8", "I8", "float64", "F64", "half", "", "bf16"]
 )
-def test_targets_that_are_refused(device: Device, tmp_path: Path, dtype: str) -> None:
+def test_invalid_target_dtypes_are_refused(device: Device, tmp_path: Path, dtype: str) -> None:
     path = write_safetensors(tmp_path / "m", tensors_of({"w": ("F32", [4])}))
     runtime = device.runtime()
     with pytest.raises(ValueError, match=f"dtype must be .*, got {dtype!r}"):
@@ -279,7 +279,7 @@ PACKED = {name for name in DTYPES if name[:3] in ("U8", "I8", "U16", "I16", "U32
 
 
 @given(st.dictionaries(NAMES, FOREIGN, max_size=8), st.sampled_from(sorted(TARGETS)))
-def test_the_rule(dtypes: dict[str, str], dtype: str) -> None:
+def test_planned_casts_follow_the_rule(dtypes: dict[str, str], dtype: str) -> None:
     """Compare the planned casts with the rule written anew, for each pair of tensors."""
     target = TARGETS[dtype]
     entries = {

@@ -82,7 +82,7 @@ def write_metadata(path: Path, members: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 12_287, 12_288, 50_000])
-def test_each_of_many_metadata_is_found(tmp_path: Path, count: int) -> None:
+def test_every_metadata_entry_is_found_among_many(tmp_path: Path, count: int) -> None:
     members = [f'"k{i}":"{i}"' for i in range(count)]
     with closing(open_checkpoint(write_metadata(tmp_path / "f", members))) as checkpoint:
         found = checkpoint.files[0].metadata
@@ -92,13 +92,15 @@ def test_each_of_many_metadata_is_found(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1, 25_000, 49_983, 49_999])
-def test_a_name_twice_in_many_metadata_is_refused(tmp_path: Path, first: int) -> None:
+def test_a_duplicate_name_among_many_metadata_entries_is_refused(
+    tmp_path: Path, first: int
+) -> None:
     members = [f'"k{i}":""' for i in [*range(50_000), first]]
     with pytest.raises(CorruptCheckpoint, match=f"duplicate name 'k{first}'"):
         open_checkpoint(write_metadata(tmp_path / "f", members))
 
 
-def test_a_layer_of_many_tensors_is_a_sequence_of_them(tmp_path: Path) -> None:
+def test_a_layer_with_many_tensors_lists_them_as_a_sequence(tmp_path: Path) -> None:
     names = [f"h.0.{i:05}" for i in range(2 * CHUNK + 1)]
     with Runtime(arena="2MiB", tensors="numpy") as runtime:
         model = runtime.register("m", write(tmp_path / "f", names))
@@ -136,7 +138,7 @@ def test_casts_of_names_of_a_million_dots_are_planned() -> None:
     assert set(planned_casts(tensors, "bfloat16")) == {"x.b", "ab.c"}
 
 
-def test_integers_of_numpy_name_layers(models: list[Model]) -> None:
+def test_numpy_integers_can_name_layers(models: list[Model]) -> None:
     model = models[0]
     assert layer_indices(model, np.int64(2)) == [0, 1]  # type: ignore[arg-type]
     assert layer_indices(model, np.array([3, 1])) == [1, 3]
@@ -146,7 +148,7 @@ def test_integers_of_numpy_name_layers(models: list[Model]) -> None:
 @pytest.mark.parametrize(
     "layers", [[1.5], 1.5, [True], True, [None], "l.0", np.float32(1), [np.True_]]
 )
-def test_what_is_no_layer_is_refused_by_type(models: list[Model], layers: Any) -> None:
+def test_a_layer_argument_of_a_wrong_type_is_refused(models: list[Model], layers: Any) -> None:
     with pytest.raises(TypeError, match="got"):
         layer_indices(models[0], layers)
 

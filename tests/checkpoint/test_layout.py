@@ -84,7 +84,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("step", [1, -1], ids=["sorted", "reversed"])
-def test_layers_of_families(family: str, step: int) -> None:
+def test_known_families_get_their_layers_in_order(family: str, step: int) -> None:
     """The order in the file does not matter. With twelve blocks, block 10 must follow block 9."""
     embedding, prefix, block, head = FAMILIES[family]
     expected = {
@@ -102,7 +102,7 @@ def test_layers_of_families(family: str, step: int) -> None:
     assert sum(len(names) for _, names in layers) == len(names)
 
 
-def test_layers_of_t5() -> None:
+def test_t5_runs_its_encoder_layers_first() -> None:
     """A model with two stacks: the encoder runs first, and its last norm is not the head."""
     names = ["shared.weight", "lm_head.weight"]
     for stack, parts in (("decoder", 3), ("encoder", 2)):
@@ -119,7 +119,7 @@ def test_layers_of_t5() -> None:
     assert layers["head"] == ["lm_head.weight", "decoder.final_layer_norm.weight"]
 
 
-def test_layers_of_multimodal_gemma() -> None:
+def test_multimodal_gemma_takes_its_layers_from_the_largest_stack() -> None:
     """The stack with the most bytes is the main one, not the stack with the most tensors."""
     vision = "vision_tower.vision_model"
     sizes = {
@@ -139,7 +139,7 @@ def test_layers_of_multimodal_gemma() -> None:
     assert "multi_modal_projector.mm_input_projection_weight" in layers["embedding"]
 
 
-def test_layers_of_names_without_family() -> None:
+def test_names_of_unknown_families_are_grouped_by_number_or_in_the_head() -> None:
     assert group_by_name({}) == []
     assert group_by_name(dict.fromkeys(["", "a.b", "h1.w"], 4)) == [("head", ["", "a.b", "h1.w"])]
     numbered = group_by_name(dict.fromkeys(["1.0.w", "0.1.w", "00"], 4))
@@ -239,7 +239,7 @@ BLOCK = ["h.0.c", "h.0.scalar", "h.0.empty", "h.0.a", "h.0.b"]
 IN_FILE_ORDER = ["h.0.scalar", "h.0.empty", "h.0.a", "h.0.b", "h.0.c"]
 
 
-def test_offsets_and_copies(checkpoint: Checkpoint) -> None:
+def test_a_layout_aligns_tensors_and_merges_adjacent_copies(checkpoint: Checkpoint) -> None:
     """Scalars and sub-byte tensors take whole bytes, empty tensors none; adjacent copies merge."""
     layout = build_layout(checkpoint)
     start = checkpoint.tensors["h.1.w"].offset
@@ -268,17 +268,17 @@ def test_copies_do_not_merge_across_files(tmp_path: Path) -> None:
     assert b == Segment(1, a.file_offset + a.nbytes, a.layer_offset + a.nbytes, ALIGNMENT)
 
 
-def test_layers_given_as_a_mapping(checkpoint: Checkpoint) -> None:
+def test_layers_may_be_given_as_a_mapping(checkpoint: Checkpoint) -> None:
     layout = build_layout(checkpoint, {"x": ("wte", "ln"), "none": [], "y": BLOCK, "z": ["h.1.w"]})
     assert_layers(layout, {"x": ["wte", "ln"], "y": IN_FILE_ORDER, "z": ["h.1.w"]})
 
 
-def test_layers_given_as_sequences(checkpoint: Checkpoint) -> None:
+def test_layers_may_be_given_as_sequences(checkpoint: Checkpoint) -> None:
     layout = build_layout(checkpoint, (BLOCK, ["wte", "h.1.w", "ln"]))
     assert_layers(layout, {"0": IN_FILE_ORDER, "1": ["h.1.w", "wte", "ln"]})
 
 
-def test_layers_given_as_a_function(checkpoint: Checkpoint) -> None:
+def test_layers_may_be_given_as_a_function(checkpoint: Checkpoint) -> None:
     layout = build_layout(checkpoint, lambda name: 2 if "h.0" in name else 10 - len(name) // 5)
     assert_layers(layout, {"2": IN_FILE_ORDER, "9": ["h.1.w"], "10": ["wte", "ln"]})
     layout = build_layout(checkpoint, lambda name: name[:3])
@@ -325,12 +325,14 @@ def test_experts_are_layers_after_the_rest_of_their_block(tmp_path: Path) -> Non
     ],
     ids=["forgotten", "repeated", "repeated in a layer", "invented", "no experts"],
 )
-def test_layers_that_do_not_fit(checkpoint: Checkpoint, layers: Grouping, message: str) -> None:
+def test_layers_that_do_not_fit_the_checkpoint_are_refused(
+    checkpoint: Checkpoint, layers: Grouping, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build_layout(checkpoint, layers)
 
 
 @pytest.mark.parametrize("layers", ["wte", ["wte"], {"a": "wte"}, 3, lambda name: None])
-def test_layers_of_a_wrong_type(checkpoint: Checkpoint, layers: Grouping) -> None:
+def test_layers_of_a_wrong_type_are_refused(checkpoint: Checkpoint, layers: Grouping) -> None:
     with pytest.raises(TypeError, match="must be"):
         build_layout(checkpoint, layers)
