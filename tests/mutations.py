@@ -362,14 +362,14 @@ MUTATIONS = [
         "csrc/driver/cuda/context.cpp",
         "cuda.cuThreadExchangeStreamCaptureMode(&mode_));",
         "cuda.cuThreadExchangeStreamCaptureMode(&(mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL)));",
-        "cuda/test_cuda_peers.py::test_a_capture_elsewhere_is_not_broken_by_loading",
+        "cuda/test_cuda_peers.py::test_a_load_does_not_invalidate_a_capture_of_other_code",
     ),
     Mutation(
         "the calling thread's current context is not restored",
         "csrc/driver/cuda/context.cpp",
         "if (switched_) cuda.cuCtxSetCurrent(before_);",
         "",
-        "cuda/test_cuda_peers.py::test_the_thread_s_context_and_capture_mode_are_left_as_they_were",
+        "cuda/test_cuda_peers.py::test_a_load_restores_the_thread_s_context_and_capture_mode",
     ),
     Mutation(
         "a lost context is called again",

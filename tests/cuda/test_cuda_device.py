@@ -42,12 +42,12 @@ def test_without_a_driver_the_error_says_what_to_do() -> None:
         _native.cuda_driver(library="libnot-there.so.1")
 
 
-def test_a_library_that_is_no_driver() -> None:
+def test_a_library_that_is_not_a_driver_is_refused() -> None:
     with pytest.raises(WarmServeError, match=r"libm\.so\.6 is not a CUDA driver: it has no"):
         _native.cuda_driver(library="libm.so.6")
 
 
-def test_a_driver_that_is_too_old() -> None:
+def test_a_driver_that_is_too_old_is_refused() -> None:
     with (
         testing.simulated_cuda(driver_version=11080) as cuda,
         pytest.raises(WarmServeError, match=r"version 11\.8: update NVIDIA's driver to 525"),
@@ -56,7 +56,7 @@ def test_a_driver_that_is_too_old() -> None:
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "7", "junk", "7,0"])
-def test_no_device_is_visible(visible: str) -> None:
+def test_opening_fails_if_no_device_is_visible(visible: str) -> None:
     with (
         testing.simulated_cuda(devices=2, visible=visible) as cuda,
         pytest.raises(WarmServeError, match="no CUDA device is visible: check nvidia-smi and CUDA"),
@@ -64,7 +64,7 @@ def test_no_device_is_visible(visible: str) -> None:
         testing.cuda_driver(cuda)
 
 
-def test_an_index_that_is_not_there() -> None:
+def test_an_ordinal_without_a_device_is_refused() -> None:
     for visible, count in (("0,1", 2), ("1", 1), ("0,9,1", 1)):
         with testing.simulated_cuda(devices=2, visible=visible) as cuda:
             for ordinal in (-1, count, 99):
@@ -75,7 +75,7 @@ def test_an_index_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "cuda:-1", "cuda 0"])
-def test_names_that_are_no_device(name: str) -> None:
+def test_invalid_device_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"'host', 'cuda' or 'cuda:N'|N must be an integer from 0"):
         Runtime(name)
 
@@ -125,7 +125,7 @@ def test_the_device_is_found_by_its_name(two_files: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("last", ["once", "from-then-on"])
-def test_opening_a_device_with_each_call_failing(last: str) -> None:
+def test_a_failure_of_any_call_while_opening_is_named(last: str) -> None:
     """Opening either succeeds or fails with an error that names the call."""
     for call in range(1, 100):
         with testing.simulated_cuda() as cuda:
@@ -156,7 +156,7 @@ def test_opening_a_device_with_each_call_failing(last: str) -> None:
 # Memory
 
 
-def test_another_process_holds_the_memory(cuda: SimulatedCuda) -> None:
+def test_memory_that_another_process_holds_cannot_be_reserved(cuda: SimulatedCuda) -> None:
     cuda.others_hold("60MiB")
     with pytest.raises(
         OutOfDeviceMemory, match="8 MiB does not fit on a device with 4 MiB free of 64 MiB"
@@ -164,7 +164,7 @@ def test_another_process_holds_the_memory(cuda: SimulatedCuda) -> None:
         make(cuda)
 
 
-def test_memory_that_is_taken_half_way(cuda: SimulatedCuda) -> None:
+def test_an_arena_whose_memory_runs_out_halfway_is_refused(cuda: SimulatedCuda) -> None:
     cuda.faults.arm([(4, None)], only="cuMemCreate", status="out_of_memory")
     with pytest.raises(
         OutOfDeviceMemory,
@@ -194,7 +194,7 @@ def test_the_headroom_is_left_alone_and_reported(
         runtime.prewarm("a").wait()
 
 
-def test_granules_are_made_shareable_where_the_device_can(cuda: SimulatedCuda) -> None:
+def test_granules_are_shareable_if_the_device_allows_it(cuda: SimulatedCuda) -> None:
     """POSIX file descriptors and RDMA must be enabled when a granule is created, not later."""
     posix_fd, rdma = 1, 15
     with make(cuda, {}) as runtime:
@@ -216,7 +216,7 @@ def integrated() -> Iterator[SimulatedCuda]:
         yield simulated
 
 
-def test_a_device_with_the_cpu_s_memory_needs_no_staging(
+def test_an_integrated_device_needs_no_staging(
     integrated: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     with make(integrated, two_files) as runtime:
@@ -232,7 +232,7 @@ def test_a_device_with_the_cpu_s_memory_needs_no_staging(
 
 
 @pytest.mark.parametrize("last", ["once", "from-then-on"])
-def test_on_a_device_with_the_cpu_s_memory_a_failing_call_loses_nothing(
+def test_a_failing_call_loses_nothing_on_an_integrated_device(
     integrated: SimulatedCuda, two_files: dict[str, Path], last: str
 ) -> None:
     for call in range(1, 500):
@@ -293,7 +293,7 @@ def test_a_lost_device_says_so_at_every_later_call(two_files: dict[str, Path], h
         runtime.close()
 
 
-def test_a_device_lost_while_loading(two_files: dict[str, Path]) -> None:
+def test_a_device_lost_during_a_load_is_reported(two_files: dict[str, Path]) -> None:
     for call in range(1, 30):
         with testing.simulated_cuda(check=False) as cuda:
             runtime = make(cuda, two_files)
@@ -316,7 +316,9 @@ def test_a_device_lost_while_loading(two_files: dict[str, Path]) -> None:
             runtime.close()
 
 
-def test_fork_after_cuda_began(cuda: SimulatedCuda, two_files: dict[str, Path]) -> None:
+def test_a_forked_child_is_refused_and_its_parent_unharmed(
+    cuda: SimulatedCuda, two_files: dict[str, Path]
+) -> None:
     printed = script(
         """
         import os, sys
@@ -398,7 +400,7 @@ def test_digests_are_of_the_content_on_the_device(device: object, tmp_path: Path
         runtime.digest("m", 3)
 
 
-def test_without_kernels_all_but_digests_works(
+def test_everything_but_digests_works_without_kernels(
     cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     driver = _native.cuda_driver(library=str(cuda.library))

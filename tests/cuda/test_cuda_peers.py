@@ -22,7 +22,7 @@ from warmserve_rt.testing.cuda_api import GLOBAL, NON_BLOCKING, Cuda, code
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 
-def test_a_capture_elsewhere_is_not_broken_by_loading(
+def test_a_load_does_not_invalidate_a_capture_of_other_code(
     cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     raw = Cuda(cuda.library).start()
@@ -37,7 +37,7 @@ def test_a_capture_elsewhere_is_not_broken_by_loading(
     raw.release_primary()
 
 
-def test_the_thread_s_context_and_capture_mode_are_left_as_they_were(
+def test_a_load_restores_the_thread_s_context_and_capture_mode(
     two_files: dict[str, Path],
 ) -> None:
     with testing.simulated_cuda(devices=2) as cuda:
@@ -53,7 +53,7 @@ def test_the_thread_s_context_and_capture_mode_are_left_as_they_were(
         raw.release_primary(1)
 
 
-def test_streams_of_others_are_waited_for(two_files: dict[str, Path]) -> None:
+def test_unmapping_waits_for_streams_of_other_libraries(two_files: dict[str, Path]) -> None:
     """Use a stream as torch does: the lease ends before the work, but no memory is unmapped."""
 
     class TorchStream:
@@ -84,7 +84,7 @@ def test_streams_of_others_are_waited_for(two_files: dict[str, Path]) -> None:
         raw.release_primary()
 
 
-def test_priorities_of_streams(cuda: SimulatedCuda) -> None:
+def test_streams_have_their_named_priority(cuda: SimulatedCuda) -> None:
     raw = Cuda(cuda.library).start()
     with make(cuda) as runtime:
         streams = [runtime.stream(name) for name in ("background", "normal", "urgent")]
@@ -99,7 +99,7 @@ def test_priorities_of_streams(cuda: SimulatedCuda) -> None:
     raw.release_primary()
 
 
-def test_streams_of_others_on_the_host(two_files: dict[str, Path]) -> None:
+def test_the_host_device_refuses_streams_of_other_libraries(two_files: dict[str, Path]) -> None:
     with Runtime(arena="8MiB", tensors="numpy") as runtime:
         runtime.register("a", two_files["a"])
         with pytest.raises(ValueError, match="host accepts only streams"):
@@ -143,7 +143,7 @@ def test_a_graph_is_replayed_only_under_a_lease(two_files: dict[str, Path]) -> N
 # Views
 
 
-def test_frameworks_that_cannot_see_the_device(
+def test_frameworks_that_cannot_see_the_device_are_refused(
     cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     with pytest.raises(ValueError, match="'numpy': it cannot see this device's memory"):
@@ -184,7 +184,7 @@ def test_capsules_name_the_device(two_files: dict[str, Path]) -> None:
                     np.from_dlpack(view)
 
 
-def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None:
+def test_cupy_arrays_are_views_of_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None:
     """Check shape, dtype and address only: CuPy copies with libcudart, which cannot run here."""
     import cupy
 
@@ -201,7 +201,9 @@ def test_cupy_arrays_over_the_arena(cuda: SimulatedCuda, tmp_path: Path) -> None
         del array
 
 
-def test_leased_cupy_arrays_whatever_the_runtime_s_are(cuda: SimulatedCuda, tmp_path: Path) -> None:
+def test_a_lease_gives_cupy_arrays_in_a_runtime_of_another_framework(
+    cuda: SimulatedCuda, tmp_path: Path
+) -> None:
     cupy = pytest.importorskip("cupy")
     data = np.arange(6, dtype=np.float32)
     path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], data.tobytes())})
@@ -219,7 +221,7 @@ def test_leased_cupy_arrays_whatever_the_runtime_s_are(cuda: SimulatedCuda, tmp_
             arrays["h.0.w"]
 
 
-def test_cupy_cannot_see_the_host(two_files: dict[str, Path]) -> None:
+def test_cupy_is_refused_on_the_host_device(two_files: dict[str, Path]) -> None:
     with Runtime(arena="8MiB", tensors="dlpack") as runtime:
         runtime.register("a", two_files["a"])
         with runtime.lease("a") as lease:
@@ -245,7 +247,7 @@ def test_cupy_cannot_see_the_host(two_files: dict[str, Path]) -> None:
         ("F4", [4], None),
     ],
 )
-def test_the_cuda_array_interface(
+def test_views_support_the_cuda_array_interface(
     cuda: SimulatedCuda, tmp_path: Path, dtype: str, shape: list[int], name: str | None
 ) -> None:
     bits = {"C64": 64, "BOOL": 8, "F4": 4, "BF16": 16, "F8_E4M3": 8}
