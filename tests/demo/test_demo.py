@@ -83,7 +83,7 @@ def test_too_few_requests_are_refused() -> None:
         demo.run(requests=1)
 
 
-def test_an_unknown_engine_and_one_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = CliRunner().invoke(app, ["demo", "--engine", "another"])
     assert refused.exit_code == 2
     assert "transformers" in refused.output
@@ -94,7 +94,7 @@ def test_an_unknown_engine_and_one_that_is_not_installed(monkeypatch: pytest.Mon
     assert "pip install 'warmserve_rt[demo,vllm]'" in str(missing.exception)
 
 
-def test_content_sees_one_wrong_byte(cast: dict[str, Path]) -> None:
+def test_the_content_check_finds_one_wrong_byte(cast: dict[str, Path]) -> None:
     content = Content(cast["A"], demo.GRANULE)
     tensors = load_file(cast["A"] / "model.safetensors")
     assert all(content.equals(name, tensor.clone()) for name, tensor in tensors.items())
@@ -162,7 +162,7 @@ def test_prewarming_is_never_shown_the_future(
 
 
 @pytest.mark.parametrize("blocks", [None, 2])
-def test_tuning_changes_what_it_should_and_lowers_the_loss(blocks: int | None) -> None:
+def test_tuning_changes_only_the_chosen_blocks_and_lowers_the_loss(blocks: int | None) -> None:
     model, tokenizer = tiny(0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lesson = Lesson("w1 w2", "How w3? w4 w5\nWhy w6? w7", steps=3, rate=1e-2, blocks=blocks)
@@ -174,7 +174,7 @@ def test_tuning_changes_what_it_should_and_lowers_the_loss(blocks: int | None) -
     assert changed == (set(before) if blocks is None else blocks_2_up)
 
 
-def test_lessons_are_as_promised() -> None:
+def test_lessons_contain_none_of_the_demo_s_questions() -> None:
     for lesson in LESSONS.values():
         if lesson:
             pairs = lesson.conversations()
@@ -208,7 +208,7 @@ def test_tenants_are_made_once_and_a_killed_run_goes_on(
     assert sorted(path.name for path in root.iterdir()) == sorted([*LESSONS, "lock"])
 
 
-def test_a_base_model_that_cannot_be_fetched_is_said_so(
+def test_a_base_model_that_cannot_be_fetched_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -217,7 +217,7 @@ def test_a_base_model_that_cannot_be_fetched_is_said_so(
         make_tenants(lambda *progress: None)
 
 
-def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tenants_module, "DISK_NEEDED", 1 << 60)
     with pytest.raises(RuntimeError, match="GB of free disk"):

@@ -38,7 +38,7 @@ def asked(**options: Any) -> traffic.Traffic:
     return traffic.traffic(profiles(), prompts, wanted, **given)
 
 
-def test_it_passes_and_reports(cast: dict[str, Path], tmp_path: Path) -> None:
+def test_the_live_run_passes_and_reports(cast: dict[str, Path], tmp_path: Path) -> None:
     assert live.run(tmp_path / "out.json", requests=20, seconds=2.0) == 0
     out = json.loads((tmp_path / "out.json").read_text())
     assert (out["tokens_match"], out["bytes_match"], out["errors"]) == (True, True, [])
@@ -49,12 +49,14 @@ def test_it_passes_and_reports(cast: dict[str, Path], tmp_path: Path) -> None:
         assert 0 <= numbers["layer_hits"] <= 1
 
 
-def test_it_fails_when_a_granule_is_swapped(cast: dict[str, Path], tmp_path: Path) -> None:
+def test_the_live_run_fails_when_a_granule_is_swapped(
+    cast: dict[str, Path], tmp_path: Path
+) -> None:
     assert live.run(tmp_path / "out.json", requests=20, seconds=2.0, mutate=True) == 1
     assert json.loads((tmp_path / "out.json").read_text())["bytes_match"] is False
 
 
-def test_it_fails_when_tokens_differ(
+def test_the_live_run_fails_when_tokens_differ(
     cast: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run.reference, "_generate", lambda model, prompt, tokens: [1, 2, 3])
@@ -63,12 +65,12 @@ def test_it_fails_when_tokens_differ(
 
 
 @pytest.mark.parametrize("options", [{"requests": 1}, {"seconds": 0.0}, {"seconds": 1e4}])
-def test_runs_that_make_no_sense(options: dict[str, Any]) -> None:
+def test_invalid_runs_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         live.run(**options)
 
 
-def test_the_trace_is_only_compressed() -> None:
+def test_a_faster_replay_only_compresses_the_trace() -> None:
     """A trace replayed twice as fast has the same requests, at half the times."""
     slow, fast = asked(seconds=60.0), asked(seconds=30.0)
     assert np.allclose(slow.workload.time, 2 * fast.workload.time)
@@ -79,7 +81,7 @@ def test_the_trace_is_only_compressed() -> None:
     assert days == pytest.approx(7 * 86400 * 30 / traffic.TRACE_S)
 
 
-def test_what_is_served_is_what_is_predicted() -> None:
+def test_the_served_requests_are_the_predicted_ones() -> None:
     made = asked()
     workload = made.workload
     assert len(made.requests) == len(made.outputs) == len(workload.time)
@@ -91,7 +93,7 @@ def test_what_is_served_is_what_is_predicted() -> None:
     assert {request.prompt for request in made.requests} == set(traffic.PROMPTS)
 
 
-def test_a_forecast_of_the_past_is_near_what_comes() -> None:
+def test_a_forecast_from_history_is_near_the_actual_load() -> None:
     workload = asked(count=400).workload
     expected = traffic.forecaster(workload).forecast(0.0, workload.history_window).average
     came = np.bincount(workload.model, minlength=5) / workload.duration * workload.service
@@ -102,14 +104,14 @@ def outcome(arena: int, bandwidth: float = 1e9) -> Any:
     return predict(asked().workload, Scheduler(), arena=arena, bandwidth=bandwidth, switch_s=0.001)
 
 
-def test_with_room_for_all_everything_is_loaded_once() -> None:
+def test_every_model_is_loaded_once_if_all_fit() -> None:
     everything = 5 * 5 * LAYER
     out = outcome(everything)
     assert out.hits > 0.9  # first starts find the layers that save time
     assert out.loaded == pytest.approx(everything, rel=0.01)
 
 
-def test_with_room_for_one_a_change_of_model_loads_it() -> None:
+def test_a_change_of_model_loads_it_if_only_one_fits() -> None:
     """This holds however far the simulation's steps of KV cache exceed the arena."""
     workload = asked().workload
     out = outcome(5 * LAYER, bandwidth=20e6)  # 2.5 s for a model: no prefill hides it
@@ -118,7 +120,7 @@ def test_with_room_for_one_a_change_of_model_loads_it() -> None:
     assert (out.ttft > 0).all()
 
 
-def test_whose_turn_it_is() -> None:
+def test_requests_of_the_given_tenant_are_served_first() -> None:
     line = live_serving.Line()
     for number, tenant in enumerate("ABAB"):
         line.put(number, tenant)
