@@ -34,14 +34,14 @@ def test_the_example_of_transformers_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "test"])
-def test_each_command_is_enough_by_itself(name: str) -> None:
+def test_each_command_is_self_contained(name: str) -> None:
     (found,) = [each for each in blocks("sh") if each.marker == f"{name}-command"]
     assert found.page == "README.md"
     assert found.code.count("\n") == 1
     assert found.code.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c ")
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert README.count("\n") <= 150
 
 
