@@ -399,7 +399,7 @@ MUTATIONS = [
         "if epoch != self._epoch:",
         "if not self._epoch:",
         "engines/test_transformers_engine.py::"
-        "test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases",
+        "test_a_gate_is_removed_when_its_layer_arrives_and_returns_for_other_leases",
     ),
 ]
 

@@ -88,7 +88,7 @@ def in_thread(work: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_a_lease_that_ends_leaves_its_pass_the_weights(
+def test_a_pass_keeps_its_weights_when_its_lease_ends(
     runtime: Runtime, files: dict[str, Path]
 ) -> None:
     a, b = (load(runtime, files[name], name=name) for name in "ab")
@@ -107,7 +107,7 @@ def test_a_lease_that_ends_leaves_its_pass_the_weights(
     runtime.check_invariants()
 
 
-def test_the_next_pass_is_refused(runtime: Runtime, files: dict[str, Path]) -> None:
+def test_a_pass_after_the_lease_is_refused(runtime: Runtime, files: dict[str, Path]) -> None:
     """The pass is refused even if another thread's pass still holds the weights."""
     a = load(runtime, files["a"], name="a")
     with pass_beyond_its_lease(runtime, a):
@@ -139,7 +139,7 @@ def test_evictions_wait_for_a_pass_as_for_streams(runtime: Runtime, files: dict[
     assert "a" not in runtime.snapshot().models
 
 
-def test_a_swap_of_what_computes_is_refused(runtime: Runtime, files: dict[str, Path]) -> None:
+def test_a_swap_of_a_computing_model_is_refused(runtime: Runtime, files: dict[str, Path]) -> None:
     a = load(runtime, files["a"], name="a")
     load(runtime, files["b"], name="b")
     busy = pytest.raises(Busy, match="a pass still computes with 'a'")
@@ -148,7 +148,7 @@ def test_a_swap_of_what_computes_is_refused(runtime: Runtime, files: dict[str, P
     runtime.swap(evict="a", load="b").wait()
 
 
-def test_a_new_lease_is_busy_to_an_eviction_that_waits_for_a_pass(
+def test_an_eviction_that_waits_for_a_pass_fails_at_a_new_lease(
     runtime: Runtime, files: dict[str, Path]
 ) -> None:
     a = load(runtime, files["a"], name="a")
@@ -198,7 +198,7 @@ def test_a_thread_cannot_wait_for_its_own_pass(runtime: Runtime, files: dict[str
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, asyncio.CancelledError])
-def test_a_pass_that_fails_lets_go(
+def test_a_failed_pass_releases_its_layers(
     runtime: Runtime, files: dict[str, Path], error: type[BaseException]
 ) -> None:
     """torch runs no hooks after an interrupt; the pass must still end."""
@@ -237,7 +237,7 @@ def test_a_pass_within_a_pass_outlives_the_lease(runtime: Runtime, files: dict[s
     runtime.evict("a", wait="nothing")
 
 
-def test_a_pass_holds_what_was_leased_and_no_more(runtime: Runtime, files: dict[str, Path]) -> None:
+def test_a_pass_holds_only_the_leased_layers(runtime: Runtime, files: dict[str, Path]) -> None:
     a = load(runtime, files["a"], name="a")
     runtime.prewarm("a").wait()
     with runtime.lease("a", layers=3):
@@ -265,7 +265,7 @@ def test_a_pass_takes_layers_that_are_leased_while_it_runs(
     runtime.check_invariants()
 
 
-def test_gates_of_one_pass_stay_while_another_needs_none(
+def test_a_pass_without_gates_removes_none_of_another_pass(
     runtime: Runtime, files: dict[str, Path]
 ) -> None:
     """The first pass holds some layers. The second holds all and removes no gate of the first."""
@@ -395,7 +395,7 @@ print(len(ended), runtime.snapshot().leases)
 """
 
 
-def test_a_client_that_hangs_up_kills_nobody(files: dict[str, Path]) -> None:
+def test_a_client_that_hangs_up_does_not_crash_the_process(files: dict[str, Path]) -> None:
     command = [sys.executable, "-c", HANG_UP, *map(str, files.values())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert (done.returncode, done.stdout) == (0, "10 0\n"), done.stderr

@@ -169,7 +169,9 @@ def test_a_second_cancellation_waits_for_the_thread_too(runtime: Runtime, module
     asyncio.run(main())
 
 
-def test_a_slow_consumer_holds_the_thread_up(runtime: Runtime, module: Any, path: Path) -> None:
+def test_a_slow_consumer_delays_the_generating_thread(
+    runtime: Runtime, module: Any, path: Path
+) -> None:
     passes = 0
 
     def count(*_: Any) -> None:
@@ -218,7 +220,7 @@ def test_an_error_arrives_once_after_the_tokens_before_it(runtime: Runtime, modu
     assert_nothing_is_left(runtime)
 
 
-def test_a_lease_that_is_not_had_generates_nothing(
+def test_a_stream_that_gets_no_lease_generates_nothing(
     runtime: Runtime, module: Any, tmp_path: Path
 ) -> None:
     other = load(runtime, save(tmp_path / "b", "llama", 1), name="b")
@@ -243,7 +245,9 @@ def test_a_loop_that_is_closed_ends_the_thread(runtime: Runtime, module: Any) ->
     assert_nothing_is_left(runtime)
 
 
-def test_what_cannot_be_streamed_is_refused(runtime: Runtime, module: Any, path: Path) -> None:
+def test_arguments_that_cannot_be_streamed_are_refused(
+    runtime: Runtime, module: Any, path: Path
+) -> None:
     for words, arguments in {
         "must be bound to a runtime": {"module": plain(path)},
         "buffer must be at least 1, got 0": {"buffer": 0},

@@ -84,7 +84,7 @@ def test_logits_equal_in_another_dtype(
     assert torch.equal(leased_logits(runtime, module), wanted)
 
 
-def test_what_is_in_another_dtype_than_most_is_cast(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_weight_in_another_dtype_than_most_is_cast(runtime: Runtime, tmp_path: Path) -> None:
     path = save(tmp_path / "model", "llama")
     norm = load_file(path / "model.safetensors")["model.norm.weight"]
     rewrite(path, model__norm__weight=norm.half())
@@ -136,7 +136,7 @@ def test_weights_to_be_tied_stay_apart_if_the_checkpoint_has_both(
     assert torch.equal(leased_logits(runtime, module), plain_logits(path))
 
 
-def test_names_without_the_base_models_prefix(runtime: Runtime, tmp_path: Path) -> None:
+def test_names_without_the_base_model_s_prefix_are_found(runtime: Runtime, tmp_path: Path) -> None:
     path = save(tmp_path / "model", "gpt2")
     tensors = load_file(path / "model.safetensors")
     short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -175,7 +175,7 @@ def check_refusal(runtime: Runtime, path: Path, *words: str) -> None:
     assert "refused" not in runtime.snapshot().models
 
 
-def test_experts_that_cannot_be_apart_are_refused(
+def test_experts_that_cannot_be_separated_are_refused(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Families with more than an activation between the products of an expert are refused too."""
@@ -259,7 +259,7 @@ def test_a_module_can_be_bound_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral", "opt"])
-def test_the_first_pass_streams_in(tmp_path: Path, family: str) -> None:
+def test_the_first_pass_computes_while_layers_arrive(tmp_path: Path, family: str) -> None:
     """The pass waits for each layer before the layer computes, and not before its turn."""
     path = save(tmp_path / "model", family)
     with Runtime(arena="96MiB", staging="16MiB", pump=True) as runtime:
@@ -280,7 +280,7 @@ def resident(runtime: Runtime) -> int:
     return sum(layer.residency == "resident" for layer in layers)
 
 
-def test_gates_are_there_only_while_something_is_missing(runtime: Runtime, tmp_path: Path) -> None:
+def test_gates_exist_only_while_a_layer_is_missing(runtime: Runtime, tmp_path: Path) -> None:
     module = load(runtime, save(tmp_path / "model", "llama"), name="chat")
 
     def hooks() -> int:
@@ -295,7 +295,7 @@ def test_gates_are_there_only_while_something_is_missing(runtime: Runtime, tmp_p
     assert hooks() == 0
 
 
-def test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases(
+def test_a_gate_is_removed_when_its_layer_arrives_and_returns_for_other_leases(
     runtime: Runtime, tmp_path: Path
 ) -> None:
     module = load(runtime, save(tmp_path / "model", "llama"), name="chat")
@@ -337,7 +337,7 @@ def test_modules_of_one_configuration_share_nothing(runtime: Runtime, tmp_path: 
     assert torch.equal(leased_logits(runtime, later), wanted[0])
 
 
-def test_what_cannot_be_pickled_is_built_each_time(
+def test_a_module_that_cannot_be_pickled_is_built_each_time(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
@@ -370,7 +370,7 @@ def test_what_cannot_be_pickled_is_built_each_time(
     assert len(built) == 7
 
 
-def test_configurations_are_forgotten_in_time() -> None:
+def test_old_configurations_are_forgotten() -> None:
     blueprints = Blueprints()
     configs = [AutoConfig.for_model("llama", vocab_size=size) for size in range(1, KEPT + 2)]
     made: list[int] = []
@@ -404,7 +404,7 @@ def test_a_load_that_fails_stops_the_pass_at_its_layer(runtime: Runtime, tmp_pat
     assert resident(runtime) == 2
 
 
-def test_which_parts_wait_for_which_layers() -> None:
+def test_gated_parts_are_as_large_as_possible() -> None:
     """Gated parts are as large as possible, but never a container that is not called."""
 
     class Block(nn.Module):

@@ -107,9 +107,7 @@ def test_gpt2_s_transposed_matrices_and_tied_head_are_views(
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-yarn", "qwen3", "gpt2", "mixtral"])
-def test_buffers_are_what_transformers_makes_them(
-    runtime: Runtime, tmp_path: Path, family: str
-) -> None:
+def test_buffers_equal_those_of_transformers(runtime: Runtime, tmp_path: Path, family: str) -> None:
     path = save(tmp_path / "model", family)
     ours = dict(load(runtime, path).named_buffers())
     theirs = dict(plain(path).named_buffers())
@@ -125,7 +123,7 @@ def test_buffers_are_what_transformers_makes_them(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layers", [None, "experts"])
 @pytest.mark.parametrize("family", ["mixtral", *MIXTURES])
-def test_experts_apart_compute_as_transformers_does_up_to_rounding(
+def test_separate_experts_compute_like_transformers_up_to_rounding(
     runtime: Runtime, tmp_path: Path, family: str, layers: Any, dtype: str
 ) -> None:
     path = save(tmp_path / "model", family, save_original_format=True)
@@ -154,7 +152,7 @@ def test_experts_are_views_and_layers_of_their_own(runtime: Runtime, tmp_path: P
         assert module.warmserve_model.layout.tensors[name].layer == names.index(block[3])
 
 
-def test_a_pass_needs_the_experts_alone_that_the_router_chose(
+def test_a_pass_needs_only_the_experts_that_the_router_chose(
     runtime: Runtime, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "model", "mixtral", save_original_format=True)
@@ -195,13 +193,13 @@ def test_an_expert_that_lacks_a_tensor_is_named(runtime: Runtime, tmp_path: Path
         load(runtime, path)
 
 
-def test_an_expert_too_many_is_named(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_surplus_expert_is_named(runtime: Runtime, tmp_path: Path) -> None:
     path = save(tmp_path / "model", "mixtral", save_original_format=True)
     with pytest.raises(ValueError, match=r"experts.3.w\d.weight' has no place in Mixtral"):
         load(runtime, path, num_local_experts=3)
 
 
-def test_experts_in_one_tensor_are_no_layers(runtime: Runtime, tmp_path: Path) -> None:
+def test_experts_in_one_tensor_cannot_be_layers(runtime: Runtime, tmp_path: Path) -> None:
     path = save(tmp_path / "model", "mixtral")
     with pytest.raises(ValueError, match="no tensor belongs to one expert alone"):
         load(runtime, path, layers="experts")
@@ -220,7 +218,7 @@ def t5(tmp_path: Path) -> Path:
     return tmp_path / "t5"
 
 
-def test_two_stacks_stream_in_the_encoder_first(runtime: Runtime, t5: Path) -> None:
+def test_an_encoder_decoder_model_streams_its_encoder_first(runtime: Runtime, t5: Path) -> None:
     wanted = plain(t5, AutoModelForSeq2SeqLM).generate(**BATCH, **GREEDY).tolist()
     module = load(runtime, t5, name="chat", auto_class=AutoModelForSeq2SeqLM)
     stacks = [f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in range(3)]
@@ -233,7 +231,7 @@ def test_two_stacks_stream_in_the_encoder_first(runtime: Runtime, t5: Path) -> N
     assert seen.count("resident") < len(seen)  # the encoder did not wait for the decoder
 
 
-def test_two_stacks_where_one_is_wanted_are_refused(runtime: Runtime, t5: Path) -> None:
+def test_an_encoder_decoder_model_is_refused_as_a_decoder_alone(runtime: Runtime, t5: Path) -> None:
     with pytest.raises(ValueError, match=r"t5 has an encoder and a decoder.*Seq2SeqLM"):
         load(runtime, t5)
     assert not runtime.snapshot().models
@@ -248,7 +246,7 @@ def test_an_encoder_called_by_itself_must_be_leased(runtime: Runtime, t5: Path) 
         module.get_encoder()(PROMPT)
 
 
-def test_an_encoder_that_is_no_layer_of_its_own_is_waited_for(t5: Path) -> None:
+def test_an_encoder_within_a_larger_layer_is_waited_for(t5: Path) -> None:
     """The whole module waits for the one layer, but here the encoder is called by itself."""
     names = [*load_file(t5 / "model.safetensors")]
     with Runtime(arena="96MiB", staging="16MiB", pump=True, poison=True) as runtime:
@@ -299,7 +297,7 @@ def test_quantized_models_are_refused_by_their_method(
 # The real SmolLM2
 
 
-def test_smollm2(tmp_path: Path) -> None:
+def test_smollm2_generates_like_transformers(tmp_path: Path) -> None:
     try:
         path = make_tenants(lambda *_: None, count=1)["A-base"]
     except RuntimeError as error:

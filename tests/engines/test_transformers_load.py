@@ -206,7 +206,7 @@ def test_a_checkpoint_in_float64_computes_in_float64(runtime: Runtime, tmp_path:
         ({"torch_dtype": "auto", "dtype": torch.float16}, "float16"),
     ],
 )
-def test_a_dtype_is_a_name_or_torch_s_own(
+def test_a_dtype_may_be_a_name_or_a_torch_dtype(
     runtime: Runtime, tmp_path: Path, options: Any, dtype: str
 ) -> None:
     module = load(runtime, save(tmp_path / "model", "llama"), **options)
@@ -231,7 +231,7 @@ def test_a_dtype_is_a_name_or_torch_s_own(
         ({"state_dict": {}}, ValueError, "state_dict must be None"),
     ],
 )
-def test_an_option_that_means_nothing_to_load_is_refused(
+def test_an_option_without_meaning_for_load_is_refused(
     runtime: Runtime, tmp_path: Path, options: Any, error: Any, words: str
 ) -> None:
     path = save(tmp_path / "model", "llama")
@@ -250,7 +250,7 @@ def test_an_option_that_means_nothing_to_load_is_refused(
         {"trust_remote_code": False, "subfolder": ""},
     ],
 )
-def test_options_that_ask_for_what_load_does_are_accepted(
+def test_options_that_load_fulfils_anyway_are_accepted(
     runtime: Runtime, tmp_path: Path, options: Any
 ) -> None:
     load(runtime, save(tmp_path / "model", "llama"), name="m", **options)
@@ -273,7 +273,7 @@ def test_options_of_the_configuration_are_passed_on(runtime: Runtime, tmp_path: 
 
 
 @pytest.mark.parametrize("tensors", ["numpy", "torch"])
-def test_leases_may_hand_out_other_tensors_than_torch_s(tmp_path: Path, tensors: Any) -> None:
+def test_leases_may_give_tensors_of_other_frameworks(tmp_path: Path, tensors: Any) -> None:
     path = save(tmp_path / "model", "llama")
     with Runtime(arena="96MiB", tensors=tensors) as runtime:
         module = load(runtime, path, name="m")

@@ -92,7 +92,9 @@ def test_a_change_is_refused_before_it_faults_or_leaves_the_arena(
         assert torch.equal(module(PROMPT).logits, plain_logits(path))
 
 
-def test_what_changes_nothing_is_allowed_without_a_lease(runtime: Runtime, path: Path) -> None:
+def test_a_call_that_changes_nothing_is_allowed_without_a_lease(
+    runtime: Runtime, path: Path
+) -> None:
     module: Any = load(runtime, path, name="m")
     before = addresses(module)
     module.to("cpu").float().cpu().to(torch.float32).requires_grad_(False).eval()
@@ -177,7 +179,7 @@ def test_a_module_is_saved_under_a_lease(runtime: Runtime, path: Path, tmp_path:
         torch.save(module.state_dict(), tmp_path / "state.pt")
 
 
-def test_experts_apart_are_saved_under_the_checkpoint_s_names(
+def test_separate_experts_are_saved_under_the_checkpoint_s_names(
     runtime: Runtime, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "mixture", "mixtral", save_original_format=True)

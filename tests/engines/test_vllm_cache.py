@@ -63,7 +63,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 
 
 class TestCache:
-    def test_what_was_written_is_found_again(self, tmp_path: Path) -> None:
+    def test_a_written_entry_is_found_again(self, tmp_path: Path) -> None:
         state = state_of(1)
         written = Cache(tmp_path).write(KEY, state)
         found = Cache(tmp_path).find(KEY)
@@ -80,7 +80,7 @@ class TestCache:
                     assert [*runtime.digest(model, layer.index)] == found.digests[layer.name]
 
     @pytest.mark.parametrize("changed", ["vLLM", "checkpoint"])
-    def test_of_another_content_it_is_made_again_in_its_place(
+    def test_an_entry_with_other_content_replaces_the_old_one(
         self, tmp_path: Path, changed: str
     ) -> None:
         cache = Cache(tmp_path)
@@ -104,7 +104,7 @@ class TestCache:
         cache.write(Key(KEY.name, KEY.place, {"vLLM": "0.35.0"}), state_of(2))
         assert not old.weights.exists()
 
-    def test_dtypes_and_shards_lie_side_by_side(self, tmp_path: Path) -> None:
+    def test_dtypes_and_shards_have_entries_of_their_own(self, tmp_path: Path) -> None:
         cache = Cache(tmp_path)
         other = Key(KEY.name, {**KEY.place, "dtype": "bfloat16"}, KEY.content)
         first, second = cache.write(KEY, state_of(1)), cache.write(other, state_of(2))
@@ -135,7 +135,7 @@ class TestCache:
         again = cache.write(KEY, state_of(1))
         assert cache.find(KEY) == again
 
-    def test_discarding_forgets_that_entry_and_no_newer_one(self, tmp_path: Path) -> None:
+    def test_discarding_an_entry_keeps_a_newer_one(self, tmp_path: Path) -> None:
         cache = Cache(tmp_path)
         old = cache.write(KEY, state_of(1))
         discard(old, "a reason")
@@ -252,7 +252,7 @@ class Holder:
 
 
 class TestState:
-    def test_what_is_taken_out_and_bound_again_is_the_same_module(self) -> None:
+    def test_an_exported_state_binds_to_an_equal_module(self) -> None:
         module = Whole()
         state = export(module)
         assert state.parameters.keys() == {"first.weight"}
@@ -306,7 +306,7 @@ class TestState:
         with pytest.raises(LayoutDiffers, match=complaint):
             bind_parameters(module, state, {**state.parameters, **change}, exact=True)
 
-    def test_a_buffer_that_is_not_there_is_refused(self) -> None:
+    def test_a_missing_buffer_is_refused(self) -> None:
         state = export(Whole())
         del state.private["first.table"]
         with torch.device("meta"):
@@ -314,7 +314,7 @@ class TestState:
         with pytest.raises(LayoutDiffers, match=r"'first\.table' is missing from"):
             bind_private(module, state)
 
-    def test_a_tensor_in_an_object_that_a_part_keeps_is_refused(self) -> None:
+    def test_a_tensor_inside_another_object_of_a_module_is_refused(self) -> None:
         module = nn.Linear(3, 4)
         with torch.device("meta"):
             module.kernel = Holder()
@@ -342,7 +342,7 @@ class TestArenas:
         keys = [Key(f"m{i}", {"model": i}, {}) for i in range(count)]
         return [cache.write(key, state_of(i, mib=mib)) for i, key in enumerate(keys)]
 
-    def test_the_first_engine_makes_it_as_large_as_its_model(self, tmp_path: Path) -> None:
+    def test_the_first_engine_makes_the_arena_as_large_as_its_model(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
         arena = arenas.obtain("host", None, entry)
         assert arena is not None
@@ -352,7 +352,7 @@ class TestArenas:
         with pytest.raises(ValueError, match=r"must be left out or be 8388608, .* got '9MiB'"):
             arenas.obtain("host", "9MiB")
 
-    def test_a_runtime_of_the_callers_own(self) -> None:
+    def test_an_engine_can_use_the_caller_s_runtime(self) -> None:
         with Runtime(arena="8MiB", tensors="torch") as runtime:
             engine.use(runtime)
             assert arenas.obtain("host", None).runtime is runtime  # type: ignore[union-attr]
@@ -387,7 +387,7 @@ class TestArenas:
             arena.add(two, kept=True)
         arena.add(two).close()  # the two may take turns
 
-    def test_what_arrived_is_compared_with_what_was_written(self, tmp_path: Path) -> None:
+    def test_loaded_weights_are_compared_with_the_written_entry(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
         arena = arenas.obtain("host", None, entry)
         weights = arena.add(entry)
@@ -402,7 +402,7 @@ class TestArenas:
         ):
             weights.verify()
 
-    def test_with_granules_of_another_size_the_bytes_are_read_back(self, tmp_path: Path) -> None:
+    def test_weights_are_read_back_if_granules_have_another_size(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
         with Runtime(arena="16MiB", granule="4MiB", tensors="torch") as runtime:
             engine.use(runtime)
@@ -410,7 +410,7 @@ class TestArenas:
             weights.verify()
             weights.close()
 
-    def test_asleep_it_leaves_its_room_and_awake_all_is_there(self, tmp_path: Path) -> None:
+    def test_sleeping_frees_memory_and_waking_loads_all_layers(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
         arena = arenas.obtain("host", None, entry)
         weights = arena.add(entry)
@@ -428,7 +428,7 @@ class TestArenas:
         assert arena.runtime.snapshot().granules_free == 4
         weights.close()
 
-    def test_told_to_sleep_again_it_evicts_what_came_in_meanwhile(self, tmp_path: Path) -> None:
+    def test_a_second_sleep_evicts_layers_that_arrived_meanwhile(self, tmp_path: Path) -> None:
         (entry,) = self.entries(tmp_path, 1)
         arena = arenas.obtain("host", None, entry)
         weights, other = arena.add(entry), arena.add(entry)

@@ -60,9 +60,7 @@ def error_of(result: Result) -> str:
 
 
 class TestLimit:
-    def test_the_least_recently_used_leave_before_a_new_one_exceeds_it(
-        self, tmp_path: Path
-    ) -> None:
+    def test_the_least_recently_used_entries_make_room_for_a_new_one(self, tmp_path: Path) -> None:
         made = write(tmp_path, "abc", 4 * PER_ENTRY)
         os.close(open_for_use(made["a"].weights))  # it is now the most recently used
         Cache(tmp_path, 3 * PER_ENTRY).write(key_of("d"), state_of(4))
@@ -84,7 +82,7 @@ class TestLimit:
         assert [each.folder for each in done.busy] == [made["a"].folder]
         assert [each.folder for each in done.removed] == [made["b"].folder]
 
-    def test_one_larger_than_the_limit_is_written_and_told(
+    def test_an_entry_larger_than_the_limit_is_written_and_reported(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         write(tmp_path, "ab")
@@ -93,7 +91,7 @@ class TestLimit:
         assert Cache(tmp_path, MIB).find(key_of("c")) == entry
         assert 'more than the cache\'s limit of 1048576 (option "cache_limit"' in caplog.text
 
-    def test_what_was_found_again_is_not_removed(self, tmp_path: Path) -> None:
+    def test_a_write_that_finds_its_entry_removes_nothing(self, tmp_path: Path) -> None:
         write(tmp_path, "ab")
         assert Cache(tmp_path, 2 * PER_ENTRY).write(key_of("b"), state_of(1))
         assert names(tmp_path) == "ab"
@@ -124,7 +122,7 @@ print(Cache(Path({str(tmp_path)!r})).write(key_of("a"), state_of(7)).weights.nam
         assert found
         assert found.weights.name == name
 
-    def test_nothing_but_entries_is_removed(self, tmp_path: Path) -> None:
+    def test_only_entries_are_removed(self, tmp_path: Path) -> None:
         write(tmp_path, "a")
         for name, inside in {"mine": "notes.txt", "locked": "lock", "elsewhere": "x"}.items():
             (tmp_path / name).mkdir()
@@ -137,7 +135,7 @@ print(Cache(Path({str(tmp_path)!r})).write(key_of("a"), state_of(7)).weights.nam
         assert left == {"mine", "locked", "elsewhere", "link", "file"}
         assert (tmp_path / "locked" / "thesis.tex").exists()
 
-    def test_a_share_is_of_the_file_system_and_sizes_are_bytes(self, tmp_path: Path) -> None:
+    def test_a_limit_is_a_share_of_the_file_system_or_bytes(self, tmp_path: Path) -> None:
         import shutil
 
         total = shutil.disk_usage(tmp_path).total
@@ -183,7 +181,7 @@ class TestMessages:
         assert ("warmserve-rt cache prune" in str(told.value)) == full
         assert Cache(tmp_path).find(KEY) is None
 
-    def test_reading_and_discarding_say_the_same(
+    def test_errors_of_reading_and_discarding_name_the_option(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         entry = Cache(tmp_path).write(KEY, state_of(1))
@@ -217,7 +215,7 @@ class TestMessages:
         assert failed.exit_code == 1
         assert "set HOME or XDG_CACHE_HOME" in error_of(failed)
 
-    def test_odd_names_of_models_make_folders(self, tmp_path: Path) -> None:
+    def test_unusual_model_names_make_valid_folders(self, tmp_path: Path) -> None:
         for name in ("a/b", "..", "x" * 300, "\u20ac" * 300, "[red]", "\udcff", "a@b"):
             key = Key(name, {"model": name}, {})
             entry = Cache(tmp_path).write(key, state_of(1))
@@ -226,7 +224,7 @@ class TestMessages:
 
 
 class TestCommand:
-    def test_list_shows_what_is_there_and_what_is_in_use(self, tmp_path: Path) -> None:
+    def test_list_shows_entries_and_which_are_in_use(self, tmp_path: Path) -> None:
         made = write(tmp_path, "ab")
         descriptor = open_for_use(made["b"].weights)
         shown = run("list", "--cache", tmp_path)
@@ -239,7 +237,7 @@ class TestCommand:
         assert "4.0 MiB" in shown.output
         assert run("list", "--cache", tmp_path / "none").output.endswith("has no entries\n")
 
-    def test_names_are_text(self, tmp_path: Path) -> None:
+    def test_list_shows_names_as_plain_text(self, tmp_path: Path) -> None:
         hostile = "[red]m[/] \x1b[2J \u202e :smile: [link=x]"
         Cache(tmp_path).write(key_of("[red]", hostile), state_of(1))
         shown = run("list", "--cache", tmp_path)
@@ -265,7 +263,7 @@ class TestCommand:
         assert done.returncode == 0, done.stderr
         assert "MiB" in done.stdout.decode(encoding)
 
-    def test_prune_keeps_so_many_bytes_of_the_latest(self, tmp_path: Path) -> None:
+    def test_prune_keeps_the_latest_entries_up_to_a_size(self, tmp_path: Path) -> None:
         write(tmp_path, "abc")
         done = run("prune", "--keep", "5MiB", "--cache", tmp_path)
         assert done.exit_code == 0
@@ -275,14 +273,14 @@ class TestCommand:
         assert run("prune", "--keep", 2 * PER_ENTRY, "--cache", tmp_path).exit_code == 0
         assert names(tmp_path) == "bc"
 
-    def test_prune_removes_those_unused_for_a_time(self, tmp_path: Path) -> None:
+    def test_prune_removes_entries_unused_for_a_time(self, tmp_path: Path) -> None:
         write(tmp_path, "abc")
         assert run("prune", "--older-than", "150s", "--cache", tmp_path).exit_code == 0
         assert names(tmp_path) == "bc"
         assert run("prune", "--older-than", "1w", "--cache", tmp_path).exit_code == 0
         assert names(tmp_path) == "bc"
 
-    def test_prune_all_leaves_what_is_in_use_and_says_so(self, tmp_path: Path) -> None:
+    def test_prune_all_keeps_and_reports_entries_in_use(self, tmp_path: Path) -> None:
         made = write(tmp_path, "ab")
         descriptor = open_for_use(made["a"].weights)
         done = run("prune", "--all", "--cache", tmp_path)
@@ -293,7 +291,7 @@ class TestCommand:
         assert run("prune", "--all", "--cache", tmp_path).exit_code == 0
         assert not [*tmp_path.iterdir()]
 
-    def test_prune_removes_what_a_killed_writer_left(self, tmp_path: Path) -> None:
+    def test_prune_removes_files_of_a_killed_writer(self, tmp_path: Path) -> None:
         (entry,) = write(tmp_path, "a").values()
         (entry.folder / "manifest.json").unlink()
         assert "(incomplete)" in run("list", "--cache", tmp_path).output
@@ -320,7 +318,7 @@ class TestCommand:
         assert run(*arguments, "--cache", tmp_path).exit_code == 2
         assert names(tmp_path) == "a"
 
-    def test_what_cannot_be_read_or_removed_is_told(
+    def test_a_failed_read_or_removal_is_reported(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(tmp_path, "ab")

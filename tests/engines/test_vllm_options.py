@@ -40,9 +40,7 @@ from warmserve_rt.engines.vllm.options import Options
         ({"cache_limit": "-1"}, "cache_limit must be .* got '-1'"),
     ],
 )
-def test_an_option_that_cannot_be_meant_is_refused_in_one_sentence(
-    given: object, complaint: str
-) -> None:
+def test_an_invalid_option_is_refused_in_one_sentence(given: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as refused:
         Options.parse(given)  # type: ignore[arg-type]
     assert "model_loader_extra_config" in str(refused.value)

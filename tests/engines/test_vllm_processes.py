@@ -66,7 +66,7 @@ def test_an_engine_in_a_child_refuses_to_start_without_its_parent_s_runtime(
         assert pool.apply(give_it_one_of_its_own) == "its own"
 
 
-def test_a_worker_of_such_an_engine_refuses_too(handed_over: Runtime) -> None:
+def test_a_worker_of_an_engine_in_a_child_refuses_to_start(handed_over: Runtime) -> None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_answer, args=(theirs,))
@@ -79,7 +79,7 @@ def _answer(pipe: object) -> None:
     pipe.send(start_a_worker())  # type: ignore[attr-defined]
 
 
-def test_a_plain_fork_refuses_too(handed_over: Runtime) -> None:
+def test_an_engine_in_a_forked_child_refuses_to_start(handed_over: Runtime) -> None:
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         os.write(write, start_an_engine().encode())
@@ -90,7 +90,7 @@ def test_a_plain_fork_refuses_too(handed_over: Runtime) -> None:
         assert "cannot use its memory" in said.read()
 
 
-def test_another_program_that_is_started_has_engines_of_its_own(handed_over: Runtime) -> None:
+def test_a_started_program_can_have_its_own_engines(handed_over: Runtime) -> None:
     """A server started by a process with a runtime is not one of that process's engines."""
     script = "import test_vllm_processes as t; print(t.start_an_engine(), t.start_a_worker())"
     done = subprocess.run(
@@ -103,7 +103,7 @@ def test_another_program_that_is_started_has_engines_of_its_own(handed_over: Run
     assert done.stdout.split() == ["started", "started"]
 
 
-def test_other_devices_and_this_process_are_not_concerned(
+def test_engines_of_other_devices_and_of_this_process_are_allowed(
     handed_over: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = arenas.obtain("host", None)

@@ -118,7 +118,7 @@ def test_every_parameter_is_in_the_arena_and_shared(make: Make, models: dict[str
     assert {p.data_ptr() for p in one.values()} == {p.data_ptr() for p in two.values()} == views
 
 
-def test_a_plain_engine_beside_it_stays_right(
+def test_a_plain_engine_beside_an_arena_answers_correctly(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
     """Everything that vLLM shares between models keeps its memory."""
@@ -128,7 +128,7 @@ def test_a_plain_engine_beside_it_stays_right(
     shut_down(plain)
 
 
-def test_two_engines_take_turns_in_an_arena_of_one(
+def test_two_engines_take_turns_in_an_arena_that_fits_one(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
 ) -> None:
     pair = {name: make(path, arena="28MiB") for name, path in models.items()}
@@ -159,7 +159,7 @@ def test_an_engine_s_models_are_known_by_name_and_can_be_prewarmed(
     assert runtime().snapshot().bytes_loaded == loaded
 
 
-def test_asleep_it_has_no_memory_and_awake_it_answers(
+def test_sleeping_frees_all_memory_and_waking_answers_again(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
 ) -> None:
     llm = make(models["tied"])
@@ -175,7 +175,7 @@ def test_asleep_it_has_no_memory_and_awake_it_answers(
         assert tokens(llm) == wanted["tied"]
 
 
-def test_told_to_sleep_again_the_worker_evicts_what_came_in_meanwhile(
+def test_a_second_sleep_evicts_weights_that_arrived_meanwhile(
     make: Make, models: dict[str, Path], wanted: dict[str, list[list[int]]]
 ) -> None:
     llm = make(models["tied"])
@@ -300,7 +300,7 @@ def test_a_quantised_model_is_refused_by_the_name_of_its_part(make: Make, tmp_pa
     assert not [*(tmp_path / "cache").glob("*/weights-*")]
 
 
-def test_without_a_leasing_worker_weights_stay_for_good(
+def test_weights_stay_loaded_without_a_leasing_worker(
     make: Make,
     models: dict[str, Path],
     wanted: dict[str, list[list[int]]],
@@ -343,7 +343,7 @@ def test_a_forward_pass_without_a_lease_is_refused(make: Make, models: dict[str,
         model(torch.tensor([1]), torch.tensor([0]))
 
 
-def test_what_reads_weights_outside_of_a_step_takes_a_lease(
+def test_reading_weights_outside_of_a_step_takes_a_lease(
     make: Make, models: dict[str, Path]
 ) -> None:
     llm = make(models["other"])
@@ -415,7 +415,9 @@ class Rest:
         self.calls.append(tags)
 
 
-def test_the_sleep_mode_backend_of_cuda(make: Make, models: dict[str, Path]) -> None:
+def test_the_sleep_mode_backend_evicts_and_loads_the_weights(
+    make: Make, models: dict[str, Path]
+) -> None:
     llm = make(models["other"])
     rest = Rest()
     backend = ArenaBackend(rest)
@@ -437,7 +439,7 @@ def test_the_sleep_mode_backend_of_cuda(make: Make, models: dict[str, Path]) -> 
     assert rest.calls == [2, 1, ["kv_cache"], None, ("kv_cache",)]
 
 
-def test_a_worker_learns_its_backend_whose_weights_it_is_for(
+def test_a_worker_gives_its_weights_to_its_sleep_mode_backend(
     make: Make, models: dict[str, Path]
 ) -> None:
     worker = worker_of(make(models["other"]))
