@@ -82,7 +82,7 @@ ACCEPTED: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("what", ACCEPTED)
-def test_what_a_person_would_expect_is_accepted(what: str, runtime: Runtime, path: Path) -> None:
+def test_expected_arguments_are_accepted(what: str, runtime: Runtime, path: Path) -> None:
     ACCEPTED[what](runtime, path)
     runtime.check_invariants()
 
@@ -197,7 +197,7 @@ def test_other_arguments_are_refused_in_one_sentence(
     assert runtime.snapshot().leases == 0
 
 
-def test_a_bound_module_is_told_from_a_model(runtime: Runtime) -> None:
+def test_a_bound_module_is_not_accepted_as_a_model(runtime: Runtime) -> None:
     class Bound:
         warmserve_model = runtime.model("m")
 
@@ -205,13 +205,13 @@ def test_a_bound_module_is_told_from_a_model(runtime: Runtime) -> None:
         runtime.lease(Bound())  # type: ignore[arg-type]
 
 
-def test_devices_of_torch_are_taken() -> None:
+def test_a_torch_device_is_refused_with_the_right_name() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(ValueError, match="did you mean 'host'"):
         Runtime(torch.device("cpu"))  # type: ignore[arg-type]
 
 
-def test_dtypes_of_torch_are_taken(runtime: Runtime, path: Path) -> None:
+def test_torch_dtypes_are_accepted(runtime: Runtime, path: Path) -> None:
     torch = pytest.importorskip("torch")
     runtime.register("n", path, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="dtype must be 'float32', 'float16' or 'bfloat16', got"):

@@ -38,7 +38,7 @@ SIZES: list[tuple[Any, int]] = [
 
 
 @pytest.mark.parametrize(("size", "nbytes"), SIZES)
-def test_sizes_are_read_as_a_person_means_them(size: Any, nbytes: int) -> None:
+def test_sizes_give_the_expected_bytes(size: Any, nbytes: int) -> None:
     found = parse_bytes(size, "arena", of=lambda: 1000, whole="the device's memory")
     assert (found, type(found)) == (nbytes, int)
 
@@ -148,7 +148,7 @@ BAD: list[tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("function", "arguments", "error", "said"), BAD)
-def test_others_are_refused_in_one_sentence(
+def test_other_values_are_refused_in_one_sentence(
     function: Callable[..., Any], arguments: tuple[Any, ...], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said) as raised:

@@ -61,7 +61,7 @@ def shown(*arguments: str | Path, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("folder", ["[/models]", "[v2]", "[red]"])
-def test_names_and_paths_are_no_markup(tmp_path: Path, folder: str) -> None:
+def test_names_and_paths_are_not_read_as_markup(tmp_path: Path, folder: str) -> None:
     names = ["enc[/x].0", "[red].1", "[bold]m[/].2", ":smile:.3"]
     tensors = {f"{name}.w": ("U8", 1) for name in names}
     path = write(tmp_path / folder / "[i]m.safetensors", tensors)
@@ -78,7 +78,7 @@ def test_control_characters_in_a_name_are_shown_as_escapes(tmp_path: Path) -> No
     assert "\x1b" not in out
 
 
-def test_what_stdout_cannot_encode_is_shown_as_escapes(tmp_path: Path) -> None:
+def test_characters_that_stdout_cannot_encode_are_shown_as_escapes(tmp_path: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     path = write(tmp_path / "层" / "m.safetensors", {"层.0.w": ("U8", 1)})
     out = shown("inspect", path, **plain)
@@ -126,7 +126,7 @@ def test_inspect_shows_dtypes_and_files(tmp_path: Path) -> None:
     assert ["b.safetensors", "5.0"] in rows
 
 
-def test_size_says_what_an_arena_takes(tmp_path: Path) -> None:
+def test_size_shows_the_arena_that_models_need(tmp_path: Path) -> None:
     a = write(tmp_path / "a.safetensors", {f"layers.{i}.w": ("U8", MIB) for i in range(3)})
     b = write(tmp_path / "b.safetensors", {"layers.0.w": ("U8", 9 * MIB)})
     rows = [line.split() for line in shown("size", a, b, "--granule", "4MiB").splitlines()]
@@ -136,7 +136,7 @@ def test_size_says_what_an_arena_takes(tmp_path: Path) -> None:
     assert found["all"] == [str(12 * MIB), "6", str(24 * MIB), "0.023"]
 
 
-def test_the_size_of_a_model_is_what_a_runtime_takes(tmp_path: Path) -> None:
+def test_the_shown_size_is_the_arena_that_a_runtime_needs(tmp_path: Path) -> None:
     from warmserve_rt import Runtime
 
     path = write(tmp_path / "m", {f"layers.{i}.w": ("U8", i * MIB + 1) for i in range(5)})
@@ -172,7 +172,7 @@ def test_wrong_arguments_exit_with_2_and_say_what_is_accepted(
     assert "Traceback" not in done.stderr
 
 
-def test_inspect_needs_typer_alone_and_a_missing_extra_is_told_by_its_command(
+def test_inspect_needs_only_typer_and_commands_name_missing_extras(
     tmp_path: Path,
 ) -> None:
     path = write(tmp_path / "m.safetensors", {"layers.0.w": ("U8", 1)})
@@ -186,7 +186,7 @@ def test_inspect_needs_typer_alone_and_a_missing_extra_is_told_by_its_command(
     assert (done.returncode, "pip install typer" in done.stderr) == (1, True)
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_shown() -> None:
     from importlib.metadata import version
 
     assert shown("--version") == f"warmserve-rt {version('warmserve_rt')}\n"

@@ -51,7 +51,7 @@ def test_each_pattern_finds_an_unclear_sentence(number: int, tmp_path: Path) -> 
     assert problem.endswith(f": {instead}")
 
 
-def test_no_pattern_is_without_a_sentence() -> None:
+def test_every_pattern_has_a_sentence() -> None:
     assert len(SENTENCES) == len(plain_english.PATTERNS)
 
 
@@ -76,7 +76,7 @@ def test_no_pattern_is_without_a_sentence() -> None:
         ("a.json", '{"text": "whoever waits is woken"}\n', []),
     ],
 )
-def test_it_reads_what_people_read(
+def test_the_check_reads_only_comments_docstrings_and_messages(
     name: str, text: str, lines: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name

@@ -96,7 +96,7 @@ def test_a_server_is_strictly_typed(folder: Path) -> None:
     assert problems(folder, SERVER) == []
 
 
-def test_wrong_words_are_errors_for_a_checker(folder: Path) -> None:
+def test_a_type_checker_refuses_wrong_words(folder: Path) -> None:
     source = """
 import warmserve_rt
 from warmserve_rt import Runtime
@@ -114,7 +114,7 @@ warmserve_rt.nothing_of_that_name
     assert lines == [5, 6, 7, 8, 9, 10, 11], found
 
 
-def test_the_lines_of_the_documents_are_strictly_typed(folder: Path) -> None:
+def test_the_examples_of_the_docs_are_strictly_typed(folder: Path) -> None:
     """The blocks on asyncio are left out: their functions have no types, to be short."""
     programs = []
     for block in blocks("python"):
