@@ -63,7 +63,7 @@ def expect(out: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", kernels.CASTS)
-def test_cast_is_torchs_for_every_value(kind: str) -> None:
+def test_cast_equals_torch_for_every_value(kind: str) -> None:
     source_type, target_type = TYPES[kind]
     source = all_of(source_type)
     out = torch.empty(source.shape, dtype=target_type)
@@ -144,7 +144,7 @@ GATHERS = [
 
 
 @pytest.mark.parametrize(("rows", "row_bytes", "pitch", "offset"), GATHERS)
-def test_gather_is_numpys_slice(rows: int, row_bytes: int, pitch: int, offset: int) -> None:
+def test_gather_equals_a_numpy_slice(rows: int, row_bytes: int, pitch: int, offset: int) -> None:
     size = offset + (max(rows - 1, 0) * pitch + row_bytes if rows else 0)
     source = np.random.default_rng(size).integers(0, 256, size + rows * pitch, dtype=np.uint8)
     for skew in (0, 1):
@@ -184,7 +184,7 @@ BYTES = st.binary(min_size=0, max_size=400)
 
 
 @given(BYTES, st.integers(1, 97), st.integers(0, 7))
-def test_digest_is_the_formulas(data: bytes, granule: int, skew: int) -> None:
+def test_digest_follows_the_formula(data: bytes, granule: int, skew: int) -> None:
     room = np.frombuffer(bytes(skew) + data, np.uint8)
     digests = kernels.granule_digest(room[skew:], granule)
     parts = [data[i : i + granule] for i in range(0, len(data), granule)]
@@ -192,7 +192,7 @@ def test_digest_is_the_formulas(data: bytes, granule: int, skew: int) -> None:
     assert digests.tolist() == [digest_model(part) for part in parts]
 
 
-def test_digest_of_megabytes_is_the_formulas() -> None:
+def test_digest_of_megabytes_follows_the_formula() -> None:
     data = np.random.default_rng(1).integers(0, 1 << 32, 3 << 18, dtype=np.uint32)
     digests = kernels.granule_digest(data)
     assert digests.tolist() == [
@@ -244,7 +244,7 @@ def test_exchanged_blocks_change_the_digest(distance: int) -> None:
             assert one(swapped) != one(both)
 
 
-def test_granules_that_changed_places_change_the_digests() -> None:
+def test_swapped_granules_swap_their_digests() -> None:
     data = np.random.default_rng(2).integers(0, 256, 4096, dtype=np.uint8)
     digests = kernels.granule_digest(data, 1024)
     assert len(set(digests.tolist())) == 4
@@ -282,7 +282,7 @@ def test_arguments_that_do_not_fit_are_value_errors() -> None:
     assert not eight.any()
 
 
-def test_what_cannot_be_written_is_refused() -> None:
+def test_a_read_only_target_is_refused() -> None:
     target = np.zeros(4, np.uint16)
     target.flags.writeable = False
     with pytest.raises(ValueError, match="must be writable"):
@@ -303,7 +303,7 @@ def test_buffers_of_any_kind_are_taken() -> None:
     assert out == bytes.fromhex("803f00c0")
 
 
-def test_the_fatbin_is_one_where_there_is_one() -> None:
+def test_the_fatbin_has_the_magic_number_of_fatbins() -> None:
     path = kernels.fatbin_path()
     if path is None:
         pytest.skip("this installation has no GPU kernels")
@@ -311,7 +311,7 @@ def test_the_fatbin_is_one_where_there_is_one() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_nvcc_makes_the_kernels_of_the_same_source(tmp_path: Path) -> None:
+def test_nvcc_compiles_every_kernel(tmp_path: Path) -> None:
     """Compile the kernels; tests/native/kernel_threads.cpp checks their threads without a GPU."""
     ptx = tmp_path / "kernels.ptx"
     source = CSRC / "kernels" / "weight_kernels.cu"
