@@ -63,7 +63,7 @@ def caches(site: Path) -> list[Path]:
     return [path for path in site.rglob("*.nbi") if path.stat().st_size]
 
 
-def test_a_scheduler_plans_where_neither_installation_nor_home_can_be_written(
+def test_a_scheduler_plans_without_a_writable_folder(
     installed: Path,
 ) -> None:
     # A file in place of the folder stops root too.
@@ -72,16 +72,16 @@ def test_a_scheduler_plans_where_neither_installation_nor_home_can_be_written(
     assert caches(installed) == []
 
 
-def test_a_cache_folder_of_the_user_that_cannot_be_made_is_done_without(installed: Path) -> None:
+def test_a_cache_folder_that_cannot_be_made_is_not_needed(installed: Path) -> None:
     assert compute(installed, NUMBA_CACHE_DIR="/dev/null/cache") == "0.25"
 
 
-def test_a_disk_that_is_full_stops_no_compute(installed: Path) -> None:
+def test_a_full_disk_does_not_stop_the_computation(installed: Path) -> None:
     assert compute(installed, "small") == "0.25"
     assert caches(installed) == []
 
 
-def test_a_change_in_a_file_of_a_called_function_is_compiled(installed: Path) -> None:
+def test_a_change_of_a_called_function_recompiles_its_caller(installed: Path) -> None:
     copies = installed / "warmserve_rt/policy/_copies.py"
     caller = installed / "warmserve_rt/policy/_caller.py"
     caller.write_text(

@@ -22,7 +22,7 @@ WIDE = ModelProfile("wide", 2, (GB // 5,) * 40, 1 << 19, 0.05, 1e-5, 0.01)
 LAYERS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4)
 
 
-def test_the_mean_is_the_seconds_saved() -> None:
+def test_the_mean_objective_values_the_seconds_saved() -> None:
     made = value_curve(CHAT, 10e9, 500)
     loads = [each / 10e9 for each in CHAT.layer_bytes]
     computes = CHAT.compute(CHAT.prefill(500))
@@ -34,7 +34,7 @@ def test_the_mean_is_the_seconds_saved() -> None:
     assert mixed.value == pytest.approx(np.mean(each, axis=0))
 
 
-def test_the_budget_is_a_step() -> None:
+def test_the_budget_adds_a_step_to_the_curve() -> None:
     loads = [each / 10e9 for each in CHAT.layer_bytes]
     computes = CHAT.compute(CHAT.prefill(500))
     floor = floor_layers(loads, computes, 0.3)
@@ -64,7 +64,7 @@ def test_densities_fall_along_the_layers_and_add_up(
 # Explanations
 
 
-def test_a_sentence_tells_what_is_kept_why_and_what_is_evicted() -> None:
+def test_a_sentence_names_kept_layers_the_reason_and_evicted_layers() -> None:
     chat, wide = value_curve(CHAT, 10e9, 500), value_curve(WIDE, 10e9, 500)
     assert sentence(chat, 4.1, 12, 0, [(wide, 10)]) == (
         "keeps 12 of 32 layers of chat on device 0: 4.1 expected starts, 0.41 ms saved per MB; "
@@ -91,7 +91,7 @@ def test_a_sentence_tells_what_is_kept_why_and_what_is_evicted() -> None:
         ({"tokens": []}, "prompts"),
     ],
 )
-def test_bad_curves(options: dict[str, Any], said: str) -> None:
+def test_invalid_curve_arguments_are_refused(options: dict[str, Any], said: str) -> None:
     arguments: dict[str, Any] = {"bandwidth": 1e9, "tokens": 10, **options}
     with pytest.raises(ValueError, match=said):
         value_curve(CHAT, **arguments)
@@ -109,6 +109,8 @@ def test_bad_curves(options: dict[str, Any], said: str) -> None:
         (1, [1], [0, math.nan], "finite"),
     ],
 )
-def test_bad_value_curves(width: int, nbytes: list[int], value: list[float], said: str) -> None:
+def test_invalid_value_curves_are_refused(
+    width: int, nbytes: list[int], value: list[float], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         ValueCurve("a", width, np.array(nbytes), np.array(value, float))

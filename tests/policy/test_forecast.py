@@ -79,7 +79,7 @@ def papers(values: list[float], ahead: int) -> float:
 
 @settings(deadline=None)
 @given(histories, st.integers(1, 9))
-def test_the_papers_predictor_is_the_papers_formula(
+def test_the_paper_s_predictor_follows_its_formula(
     history: list[tuple[float, float]], ahead: int
 ) -> None:
     unknown = (math.nan, math.nan)
@@ -120,7 +120,7 @@ def test_the_recent_level_halves_its_distance_in_twenty_minutes() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(loads, loads, loads), min_size=1, max_size=40))
-def test_models_do_not_touch_each_other(rows: list[tuple[float, float, float]]) -> None:
+def test_models_are_forecast_independently(rows: list[tuple[float, float, float]]) -> None:
     values = np.array(rows)
     together = small(3)
     now = learn(together, values)
@@ -143,7 +143,7 @@ def test_models_do_not_touch_each_other(rows: list[tuple[float, float, float]]) 
         max_size=60,
     )
 )
-def test_events_make_the_windows_that_a_step_signal_has(
+def test_events_give_the_windows_of_a_step_signal(
     events: list[tuple[int, float, int]],
 ) -> None:
     live, steps, now = small(2), [[(0.0, 0.0)], [(0.0, 0.0)]], 0.0
@@ -171,7 +171,7 @@ def test_events_make_the_windows_that_a_step_signal_has(
         assert one.peak == pytest.approx(other.peak, abs=1e-6)
 
 
-def test_no_load_is_forecast_as_exactly_none() -> None:
+def test_no_load_gives_a_forecast_of_exactly_zero() -> None:
     forecaster = small(2)
     now = learn(forecaster, np.zeros((3 * SLOTS, 2)))
     for horizon in (1.0, WINDOW, 500.0, 100 * WINDOW):
@@ -190,7 +190,7 @@ def test_a_low_quantile_is_not_below_zero_when_load_ends() -> None:
     assert forecaster.forecast(now, WINDOW).upper[0] == 0
 
 
-def test_load_that_has_ended_is_forgotten_and_its_return_is_met() -> None:
+def test_the_forecast_forgets_ended_load_and_follows_its_return() -> None:
     forecaster = Forecaster(1)
     now = learn(forecaster, np.full((288, 1), 10.0))
     now = learn(forecaster, np.zeros((7 * 288, 1)), now)
@@ -218,7 +218,7 @@ def test_on_the_first_day_the_last_value_is_the_forecast() -> None:
         assert made.peak[0] == pytest.approx(8.0)
 
 
-def test_seconds_ahead_the_level_of_now_counts_for_most() -> None:
+def test_the_current_level_dominates_the_next_seconds() -> None:
     forecaster = small(expert="last")
     now = learn(forecaster, np.full((SLOTS, 1), 2.0))
     forecaster.observe(0, now, 12)
@@ -242,7 +242,7 @@ def test_a_forecast_does_not_leap_where_a_window_or_a_learnt_horizon_ends() -> N
     )
 
 
-def test_history_may_begin_where_a_window_does_but_for_rounding() -> None:
+def test_history_may_begin_at_a_window_up_to_rounding() -> None:
     forecaster = Forecaster(1, window=0.1, horizons=(0.1,), period=0.6, expert="daily")
     forecaster.observe_windows(0.3, [[float(slot)] for slot in range(6)], np.zeros((6, 1)))
     made = [forecaster.forecast(0.9, 0.1 * ahead).average[0] for ahead in range(1, 7)]
@@ -270,7 +270,7 @@ def test_a_long_silence_is_unknown_and_costs_no_more_than_a_short_one(windows: i
         assert made.average[0] == pytest.approx(6.0)
 
 
-def test_after_a_silence_the_forecast_is_still_the_one_made_before_it() -> None:
+def test_a_silence_does_not_change_the_forecast() -> None:
     forecaster = small()
     now = learn(forecaster, np.random.default_rng(0).uniform(0, 50, (40, 1)))
     before = [forecaster.forecast(now, (5 + ahead) * WINDOW) for ahead in (1, 2, 4)]
@@ -280,7 +280,7 @@ def test_after_a_silence_the_forecast_is_still_the_one_made_before_it() -> None:
 
 
 @pytest.mark.parametrize("windows", [2, 9, 12, 33])
-def test_windows_left_out_and_unknown_windows_are_one_to_the_papers_predictor(windows: int) -> None:
+def test_the_paper_s_predictor_treats_omitted_windows_as_unknown(windows: int) -> None:
     random = np.random.default_rng(windows)
     old, new, gap = (
         random.uniform(0, 9, (15, 1)),
@@ -326,7 +326,7 @@ def test_a_window_joined_late_counts_if_half_was_seen(joined: float, average: fl
     assert forecaster.forecast(now + WINDOW, WINDOW).average[0] == pytest.approx(average)
 
 
-def test_time_between_history_and_the_first_call_is_no_load_of_zero() -> None:
+def test_time_between_history_and_the_first_call_does_not_count_as_zero_load() -> None:
     forecaster = small(expert="last")
     now = learn(forecaster, np.full((2, 1), 5.0)) + 2 * WINDOW
     assert forecaster.forecast(now, WINDOW).average[0] == pytest.approx(5.0)
@@ -370,7 +370,7 @@ calls = st.tuples(st.sampled_from(["observe", "advance"]), times | st.floats(0.0
 
 @settings(deadline=None)
 @given(st.lists(calls, max_size=30), times)
-def test_whatever_time_does_a_forecast_is_finite(
+def test_a_forecast_is_finite_for_any_sequence_of_times(
     made: list[tuple[str, float, float]], now: float
 ) -> None:
     forecaster = small(2)
@@ -384,7 +384,7 @@ def test_whatever_time_does_a_forecast_is_finite(
 
 
 @pytest.mark.parametrize("quantile", [0.1, 0.7])
-def test_the_hedge_and_its_upper_forecast_are_their_formulas(quantile: float) -> None:
+def test_the_hedge_and_its_upper_forecast_follow_their_formulas(quantile: float) -> None:
     random = np.random.default_rng(5)
     values = random.gamma(0.6, 10.0, 60) * (random.random(60) > 0.3)
     values[random.random(60) < 0.1] = np.nan
@@ -421,7 +421,7 @@ def test_the_hedge_and_its_upper_forecast_are_their_formulas(quantile: float) ->
             waiting.append((alone, average, upper))
 
 
-def test_the_mean_over_past_days_remembers_as_many_as_it_is_told() -> None:
+def test_the_mean_over_past_days_covers_the_given_number_of_days() -> None:
     forecaster = small(expert="daily", days=2)
     now = learn(forecaster, np.repeat([2.0, 4.0, 8.0], SLOTS)[:, None])
     assert forecaster.forecast(now, WINDOW).average[0] == pytest.approx(3 + (8 - 3) / 2)
@@ -488,7 +488,7 @@ def test_a_saved_forecaster_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
     assert [each.name for each in tmp_path.iterdir()] == ["state"]
 
 
-def test_one_that_has_seen_nothing_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_an_empty_forecaster_can_be_saved_and_loaded(tmp_path: Path) -> None:
     small().save(tmp_path / "state")
     assert is_sane(Forecaster.load(tmp_path / "state").forecast(0.0, 1.0))
 
@@ -596,7 +596,7 @@ def test_a_file_that_is_no_forecaster_is_refused(
         Forecaster.load(path)
 
 
-def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Forecaster.load(tmp_path / "state")
 

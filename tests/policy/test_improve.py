@@ -130,7 +130,7 @@ def steps(count: int) -> list[ValueCurve]:
     return [ValueCurve(f"m{i}", 1, nbytes, value) for i in range(count)]
 
 
-def test_a_part_of_a_step_is_not_sold_for_its_share() -> None:
+def test_a_step_is_not_evicted_in_part() -> None:
     """By the hull, three of the eight layers of m0 would be worth less than all layers of m1."""
     found = improve(
         Curves(steps(2)),
@@ -144,7 +144,7 @@ def test_a_part_of_a_step_is_not_sold_for_its_share() -> None:
     assert found_of(found) == [(0, 0, 8)]
 
 
-def test_a_fleet_of_floors_is_filled() -> None:
+def test_a_fleet_fills_up_with_whole_floors() -> None:
     copies: list[Copy] = []
     for _ in range(3):
         taken = [sum(c.layers for c in copies if c.first == d) * 1e6 for d in range(4)]
@@ -175,7 +175,7 @@ def test_a_curve_stops_where_a_unit_more_is_worth_less() -> None:
     assert nothing.stops.tolist() == [0]
 
 
-def test_what_does_not_fit_whole_comes_in_part() -> None:
+def test_a_copy_that_does_not_fit_is_held_in_part() -> None:
     """The part with the most value per byte does not fit.
 
     The plan holds a smaller part, up to the stop after which another unit is worth less.
@@ -203,7 +203,7 @@ def two_models(value: float) -> list[ValueCurve]:
 
 
 @pytest.mark.parametrize(("value", "stays"), [(1.05, True), (1.2, False)])
-def test_what_is_there_goes_only_for_what_is_clearly_better(value: float, stays: bool) -> None:
+def test_a_held_copy_gives_way_only_to_a_clearly_better_one(value: float, stays: bool) -> None:
     found = improve(
         Curves(two_models(value)),
         np.array([1.0, 1.0]),
@@ -243,7 +243,7 @@ def test_one_copy_can_take_the_room_of_a_hundred() -> None:
     assert found_of(found) == [(100, 0, 1)]
 
 
-def test_what_an_instance_uses_is_no_victim() -> None:
+def test_a_copy_in_use_is_never_evicted() -> None:
     found = improve(
         Curves(two_models(100.0)),
         np.array([1.0, 1.0]),

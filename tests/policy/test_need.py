@@ -36,7 +36,7 @@ def test_starts_are_those_of_a_simulation(rate: float, service: float, batch: in
         assert a == pytest.approx(b, rel=0.06, abs=1e-3)
 
 
-def test_no_requests_no_starts() -> None:
+def test_no_requests_give_no_starts() -> None:
     assert start_rates(0.0, 0.0, 32, 2) == [0.0, 0.0]
     first, second = start_rates(1e-9, 0.0, 32, 2)
     assert first == pytest.approx(1e-9)

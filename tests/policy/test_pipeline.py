@@ -42,7 +42,7 @@ def stepped(loads: list[int], computes: list[int], resident: set[int]) -> int:
 
 
 @given(TIMES, st.data())
-def test_the_formula_is_the_pipeline_stepped(
+def test_the_formula_matches_a_stepped_pipeline(
     times: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     loads, computes = [a for a, _ in times], [b for _, b in times]
@@ -102,7 +102,7 @@ def test_rounding_moves_no_knee(times: list[tuple[float, float]]) -> None:
     ],
     ids=["7B", "7B-batch", "13B-TP2", "70B-TP4-A100", "70B-TP4-H100"],
 )
-def test_what_is_known_of_llamas(
+def test_llama_models_match_hand_computed_values(
     layers: int,
     prefill_ms: float,
     load_ms: float,
@@ -136,12 +136,14 @@ def test_what_is_known_of_llamas(
         ([1.0], [1.0], [-1], "resident layers"),
     ],
 )
-def test_bad_input(loads: list[float], computes: list[float], resident: object, said: str) -> None:
+def test_invalid_input_is_refused(
+    loads: list[float], computes: list[float], resident: object, said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         first_token(loads, computes, resident)  # type: ignore[arg-type]
 
 
-def test_bad_budgets() -> None:
+def test_invalid_and_extreme_budgets_are_handled() -> None:
     with pytest.raises(ValueError, match="budget"):
         floor_layers([1.0], [1.0], math.nan)
     assert floor_layers([1.0], [2.0], 1.5) is None

@@ -67,7 +67,7 @@ def test_groups_are_possible_and_the_best_is_among_them(start: Start, free: set[
 
 @settings(deadline=None)
 @given(starts(1.0), st.sets(st.integers(0, DEVICES - 1)), st.lists(starts(), max_size=3))
-def test_the_group_that_is_taken_costs_all_least(
+def test_the_chosen_group_minimises_the_total_cost(
     start: Start, free: set[int], rivals: list[Start]
 ) -> None:
     def cost(seconds: float, group: tuple[int, ...]) -> float:
@@ -85,7 +85,7 @@ def test_the_group_that_is_taken_costs_all_least(
         assert cost(ready(start, found), found) == pytest.approx(min(cost(*g) for g in among))
 
 
-def test_a_start_leaves_others_what_they_have() -> None:
+def test_a_start_spares_devices_that_hold_layers_of_others() -> None:
     start = Start(1.0, 1, 1.0, [1.0] * NODE)
     rival = Start(0.5, 1, 2.0, [0.0, 2.0, 2.0, 2.0])
     assert start_group(start, 0b1111, NODE, [rival], WAIT) == (1,)
