@@ -149,7 +149,7 @@ def test_a_ticket_can_be_awaited_by_many(runtime: Runtime) -> None:
     asyncio.run(main())
 
 
-def test_a_wait_whose_time_runs_out_says_so(runtime: Runtime) -> None:
+def test_a_wait_that_times_out_raises_timeout_error(runtime: Runtime) -> None:
     # Another task holds "a", because a task that would wait for itself is refused.
     async def apart() -> None:
         entered, leave = asyncio.Event(), asyncio.Event()
@@ -170,7 +170,7 @@ def test_a_wait_whose_time_runs_out_says_so(runtime: Runtime) -> None:
     asyncio.run(apart())
 
 
-def test_a_loop_that_closes_under_a_waiter_leaves_nothing(runtime: Runtime) -> None:
+def test_a_loop_closed_under_a_waiter_leaves_no_descriptor(runtime: Runtime) -> None:
     before = descriptors()
     holder = runtime.lease("a").acquire()
     loop = asyncio.new_event_loop()

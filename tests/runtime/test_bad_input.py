@@ -83,7 +83,7 @@ CHANGES = [replace, shorten, touch, overwrite]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_between_two_loads(
+def test_a_file_changed_between_two_loads_is_refused(
     runtime: Runtime, model: Path, change: Callable[[Path], None]
 ) -> None:
     runtime.register("m", model)
@@ -99,7 +99,7 @@ def test_a_file_that_changes_between_two_loads(
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_during_a_load(
+def test_a_file_changed_during_a_load_gives_no_wrong_bytes(
     device: Device, tmp_path: Path, model: Path, change: Callable[[Path], None]
 ) -> None:
     for steps in range(1, 6):
@@ -126,14 +126,14 @@ def test_a_file_that_changes_during_a_load(
     assert refused
 
 
-def test_a_replaced_file_never_mixes_with_what_is_resident(runtime: Runtime, model: Path) -> None:
+def test_a_replaced_file_never_mixes_with_resident_layers(runtime: Runtime, model: Path) -> None:
     runtime.register("m", model)
     runtime.prewarm("m").wait()
     replace(model)
     assert_serves(runtime, "m")  # all resident bytes are those of the old file
 
 
-def test_a_model_larger_than_the_arena(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_model_larger_than_the_arena_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     big = write_safetensors(tmp_path / "big", {"w": ("U8", [17 << 20], bytes(17 << 20))})
     runtime.register("big", big)
     for attempt in (lambda: runtime.prewarm("big"), lambda: runtime.lease("big").acquire()):
@@ -142,7 +142,7 @@ def test_a_model_larger_than_the_arena(runtime: Runtime, tmp_path: Path) -> None
         assert isinstance(raised.value, MemoryError)
 
 
-def test_a_prewarm_that_cannot_fit_beside_what_is_leased(
+def test_a_prewarm_that_cannot_fit_beside_leased_layers_is_refused(
     runtime: Runtime, tmp_path: Path, model: Path
 ) -> None:
     big = write_safetensors(tmp_path / "big", {"w": ("U8", [12 << 20], bytes(12 << 20))})
@@ -156,7 +156,7 @@ def test_a_prewarm_that_cannot_fit_beside_what_is_leased(
     runtime.prewarm("big").wait()
 
 
-def test_a_lease_that_comes_before_a_prewarm_has_room_fails_the_prewarm(
+def test_a_lease_that_takes_the_room_of_a_prewarm_fails_it(
     device: Device, tmp_path: Path, model: Path
 ) -> None:
     runtime = device.runtime(pump=True)
@@ -168,7 +168,7 @@ def test_a_lease_that_comes_before_a_prewarm_has_room_fails_the_prewarm(
         ticket.wait()
 
 
-def test_an_arena_larger_than_memory() -> None:
+def test_an_arena_larger_than_memory_is_refused() -> None:
     with pytest.raises(OutOfDeviceMemory, match="free of"):
         Runtime(arena="100TiB")
 
@@ -190,12 +190,12 @@ def test_an_arena_larger_than_memory() -> None:
         ({"tensors": "jax"}, "tensors must be 'torch', 'numpy', 'cupy' or 'dlpack', got 'jax'"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Runtime(**{"arena": "16MiB", "staging": "4MiB", "chunk": "2MiB", **options})  # type: ignore[arg-type]
 
 
-def test_unknown_and_repeated_names(runtime: Runtime, model: Path) -> None:
+def test_unknown_and_repeated_names_are_refused(runtime: Runtime, model: Path) -> None:
     made = runtime.register("m", model)
     with pytest.raises(ValueError, match="'m' is registered already"):
         runtime.register("m", model)
@@ -223,13 +223,15 @@ def test_unknown_and_repeated_names(runtime: Runtime, model: Path) -> None:
     assert_serves(runtime, "m")
 
 
-def test_a_model_of_another_runtime(runtime: Runtime, device: Device, model: Path) -> None:
+def test_a_model_of_another_runtime_is_refused(
+    runtime: Runtime, device: Device, model: Path
+) -> None:
     stranger = device.runtime()
     with pytest.raises(ValueError, match="no model"):
         runtime.prewarm(stranger.register("m", model))
 
 
-def test_use_after_close(device: Device, model: Path) -> None:
+def test_every_use_after_close_is_refused(device: Device, model: Path) -> None:
     runtime = device.runtime()
     registered = runtime.register("m", model)
     ticket = runtime.prewarm("m")
@@ -252,7 +254,7 @@ def test_use_after_close(device: Device, model: Path) -> None:
         ticket.wait(5)
 
 
-def test_copies_that_cannot_be_waited_for_keep_their_chunk(device: Device, model: Path) -> None:
+def test_a_copy_whose_wait_fails_keeps_its_chunk(device: Device, model: Path) -> None:
     """The load fails, its only chunk is not reused too early, and the next load succeeds."""
     if device.host_view:
         pytest.skip("this device needs no staging")
@@ -268,7 +270,7 @@ def test_copies_that_cannot_be_waited_for_keep_their_chunk(device: Device, model
     assert_serves(runtime, "m")
 
 
-def test_a_bounded_pool_makes_loads_wait_and_not_grow(device: Device, model: Path) -> None:
+def test_a_bounded_staging_pool_does_not_grow(device: Device, model: Path) -> None:
     runtime, watched = device.watched_runtime(staging="2MiB", chunk="2MiB", loaders=3)
     runtime.register("m", model)
     watched.faults.delay("event_query", 0.01)
@@ -278,7 +280,7 @@ def test_a_bounded_pool_makes_loads_wait_and_not_grow(device: Device, model: Pat
         assert runtime.snapshot().pinned_bytes <= GRANULE
 
 
-def test_tickets(runtime: Runtime, model: Path) -> None:
+def test_a_ticket_reports_its_end_and_progress(runtime: Runtime, model: Path) -> None:
     runtime.register("m", model)
     ticket = runtime.prewarm("m")
     assert select.select([ticket.fileno()], [], [], 20)[0]
@@ -290,7 +292,7 @@ def test_tickets(runtime: Runtime, model: Path) -> None:
         ticket.wait(float("nan"))
 
 
-def test_a_cancelled_ticket(device: Device, model: Path) -> None:
+def test_a_cancelled_ticket_raises_cancelled(device: Device, model: Path) -> None:
     runtime = device.runtime(pump=True)
     runtime.register("m", model)
     ticket = runtime.prewarm("m")
@@ -302,7 +304,7 @@ def test_a_cancelled_ticket(device: Device, model: Path) -> None:
     assert_serves(runtime, "m")
 
 
-def test_a_ticket_that_takes_too_long(device: Device, model: Path) -> None:
+def test_a_load_continues_after_a_wait_times_out(device: Device, model: Path) -> None:
     runtime, watched = device.watched_runtime()
     runtime.register("m", model)
     watched.faults.delay("map", 0.3)
@@ -383,7 +385,7 @@ def test_an_in_place_write_to_weights_faults(model: Path) -> None:
 
 
 @on_the_host
-def test_a_writable_model_takes_writes_and_loses_them(runtime: Runtime, model: Path) -> None:
+def test_a_writable_model_loses_its_writes_at_eviction(runtime: Runtime, model: Path) -> None:
     runtime.register("m", model, writable=True)
     with runtime.lease("m") as lease:
         array = lease.tensors["model.layers.0.weight"]
@@ -443,12 +445,14 @@ def test_sigkill_in_the_middle_of_a_load_leaves_nothing(model: Path) -> None:
         "runtime.evict('m'); runtime.prewarm('m')",
     ],
 )
-def test_the_interpreter_exits_cleanly_whatever_is_open(model: Path, how: str) -> None:
+def test_the_interpreter_exits_cleanly_with_anything_open(model: Path, how: str) -> None:
     done = run(how + "\nprint('bye')", model)
     assert (done.stdout, done.returncode) == ("bye\n", 0), done.stderr
 
 
-def test_no_descriptors_left(runtime: Runtime, model: Path) -> None:
+def test_registering_without_a_free_descriptor_can_be_repeated(
+    runtime: Runtime, model: Path
+) -> None:
     """The limit allows the runtime to open the file, but not to duplicate its descriptor."""
     probe = os.dup(0)
     os.close(probe)

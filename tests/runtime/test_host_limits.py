@@ -146,7 +146,7 @@ def _group(root: Path, version: int, limits: list[tuple[str, int, int]]) -> None
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_what_trim_gave_back_is_taken_again_only_where_there_is_memory(
+def test_trimmed_memory_is_taken_again_only_if_available(
     tmp_path: Path, version: int, model: Path
 ) -> None:
     """Version 0 has no control groups: the machine itself has too little memory."""

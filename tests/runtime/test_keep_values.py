@@ -33,14 +33,14 @@ def resident(runtime: Runtime) -> dict[str, list[int]]:
     }
 
 
-def test_among_equal_values_a_model_loses_its_last_layers_first(runtime: Runtime) -> None:
+def test_a_model_loses_its_last_layers_first_among_equal_values(runtime: Runtime) -> None:
     """Also if its last layer was loaded last."""
     runtime.set_keep_value("a", -1.0)
     runtime.prewarm("c", layers=2).wait(20)
     assert resident(runtime) == {"a": [0], "b": [0, 1, 2], "c": [0, 1]}
 
 
-def test_among_models_of_equal_value_the_one_used_least_recently_loses_first(
+def test_the_least_recently_used_model_loses_first_among_equal_values(
     runtime: Runtime,
 ) -> None:
     with runtime.lease("a"):

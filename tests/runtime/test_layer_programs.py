@@ -24,13 +24,13 @@ def total(program: Program, seeds: int, contents: Contents) -> Counter[str]:
     return sum((program(seed, contents) for seed in range(seeds)), Counter())
 
 
-def test_one_thread_that_steps(contents: Contents) -> None:
+def test_random_programs_hold_on_one_stepping_thread(contents: Contents) -> None:
     counts = total(run, 150, contents)
     places = set(REACHED) - (STAGED_ONLY if contents.device == "host" else set())
     assert not [place for place in places if counts[place] < 5], counts
 
 
-def test_several_threads(contents: Contents) -> None:
+def test_random_programs_hold_on_several_threads(contents: Contents) -> None:
     counts = total(run_threads, 10, contents)
     assert counts["leases, complete"]
     assert counts["leases, streaming, a layer missing"]
@@ -38,7 +38,7 @@ def test_several_threads(contents: Contents) -> None:
 
 @pytest.mark.parametrize("program", [run, run_threads])
 @pytest.mark.parametrize("device", sorted(GRANULES))
-def test_one_wrong_byte_is_seen(device: str, program: Program, tmp_path: Path) -> None:
+def test_the_checks_find_one_wrong_byte(device: str, program: Program, tmp_path: Path) -> None:
     contents = Contents(tmp_path, device)
     for layers in contents.layers.values():
         for i, layer in enumerate(layers):

@@ -16,7 +16,7 @@ from warmserve_rt import OutOfDeviceMemory, Runtime
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_layout_is_loaded_right_or_refused_as_a_plain_model_says(device: str) -> None:
+def test_every_layout_is_loaded_or_refused_as_a_plain_model_predicts(device: str) -> None:
     outcomes = run(device, 400, 7, SparseFile())
     assert min(outcomes[kind] for kind in ("loaded", "OutOfDeviceMemory")) > 20
     assert outcomes["ValueError at registration"] > 5
@@ -25,9 +25,7 @@ def test_every_layout_is_loaded_right_or_refused_as_a_plain_model_says(device: s
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
-def test_a_model_of_2_to_the_32_granules_takes_no_address_of_another(
-    device: str, extra: int
-) -> None:
+def test_a_model_of_2_to_the_32_granules_overlaps_no_other(device: str, extra: int) -> None:
     """Such layers once overlapped, because granules were summed in 32 bits."""
     sizes = [4, *[2**40] * 8191, 2**40 - GRANULE, *[4] * extra]
     with fuzzer(device, SparseFile()) as made:
@@ -39,7 +37,7 @@ def test_a_model_of_2_to_the_32_granules_takes_no_address_of_another(
         made.runtime.unregister(model, None, "streams")
 
 
-def test_a_model_of_more_bytes_than_a_signed_number_counts_is_refused_in_a_sentence() -> None:
+def test_a_model_of_more_than_2_to_the_63_bytes_is_refused_in_one_sentence() -> None:
     files = []
     for number in range(17):
         nbytes = 2**59

@@ -47,7 +47,7 @@ def test_a_lease_loads_what_is_missing(runtime: Runtime) -> None:
         assert_content(runtime, lease, "a")
 
 
-def test_a_lease_on_several_is_all_or_nothing(runtime: Runtime) -> None:
+def test_a_lease_on_several_models_is_all_or_nothing(runtime: Runtime) -> None:
     with runtime.lease(["a", "b"]) as lease:
         assert_content(runtime, lease, "a")
         assert_content(runtime, lease, "b")
@@ -58,7 +58,7 @@ def test_a_lease_on_several_is_all_or_nothing(runtime: Runtime) -> None:
     assert runtime.snapshot().leases == 0
 
 
-def test_what_is_leased_is_never_evicted(runtime: Runtime) -> None:
+def test_a_leased_model_is_never_evicted(runtime: Runtime) -> None:
     with runtime.lease("a") as lease:
         with pytest.raises(Busy, match="'a' is leased"):
             runtime.evict("a")
@@ -142,7 +142,7 @@ def test_a_thread_that_would_wait_for_itself_is_refused(runtime: Runtime) -> Non
         runtime.lease("c").acquire()
 
 
-def test_two_leases_that_would_wait_for_each_other(runtime: Runtime) -> None:
+def test_one_of_two_leases_that_would_wait_for_each_other_is_refused(runtime: Runtime) -> None:
     """One of the two is refused at once; the other is served when the first releases its lease."""
     outcomes: list[str] = []
     both = threading.Barrier(2)

@@ -70,7 +70,7 @@ def gone(runtime: Runtime, name: str) -> bool:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("options", [{}, {"wait": "streams"}, {"wait": "nothing", "timeout": 20}])
-def test_a_lease_makes_it_busy_unless_it_is_to_wait(
+def test_a_lease_makes_the_call_busy_unless_it_may_wait(
     runtime: Runtime, name: str, options: dict[str, Any]
 ) -> None:
     with leased(runtime), pytest.raises(Busy, match="'a' is leased"):
@@ -82,7 +82,7 @@ def test_a_lease_makes_it_busy_unless_it_is_to_wait(
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("options", [{"timeout": 20}, {"wait": "leases"}])
-def test_it_waits_for_the_lease_to_end(
+def test_the_call_waits_for_the_lease_to_end(
     runtime: Runtime, name: str, options: dict[str, Any]
 ) -> None:
     with leased(runtime) as release:
@@ -106,7 +106,7 @@ def test_a_timeout_changes_nothing(runtime: Runtime, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_other_words_and_times_are_refused(runtime: Runtime, name: str) -> None:
+def test_invalid_waits_and_timeouts_are_refused(runtime: Runtime, name: str) -> None:
     with pytest.raises(ValueError, match="'lease'; did you mean 'leases'"):
         CALLS[name](runtime, wait="lease")
     for timeout in (-1, float("nan")):
@@ -117,7 +117,9 @@ def test_other_words_and_times_are_refused(runtime: Runtime, name: str) -> None:
     assert not gone(runtime, name) or name == "evict"
 
 
-def test_a_stream_in_use_makes_it_busy_or_late(device: Device, two_files: dict[str, Path]) -> None:
+def test_a_stream_in_use_makes_the_call_busy_or_late(
+    device: Device, two_files: dict[str, Path]
+) -> None:
     runtime = device.runtime(arena="32MiB", pump=True)  # a stream advances only when stepped
     runtime.register("a", two_files["a"])
     stream = runtime.stream()
@@ -142,7 +144,7 @@ def test_close_is_idempotent(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("name", ASYNC)
-def test_the_event_loop_runs_on_while_one_waits(runtime: Runtime, name: str) -> None:
+def test_the_event_loop_continues_during_a_wait(runtime: Runtime, name: str) -> None:
     async def main() -> int:
         turns = 0
         task = asyncio.ensure_future(ASYNC[name](runtime, timeout=20))
@@ -160,7 +162,7 @@ def test_the_event_loop_runs_on_while_one_waits(runtime: Runtime, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ASYNC)
-def test_many_wait_beside_a_full_executor(runtime: Runtime, name: str) -> None:
+def test_a_wait_needs_no_thread_of_the_executor(runtime: Runtime, name: str) -> None:
     """All threads of the loop's executor are busy; a wait must not need one of them."""
 
     async def main() -> None:

@@ -68,7 +68,7 @@ def run(runtime: Runtime) -> None:
         (None, [0, 1, 2, 3]),
     ],
 )
-def test_any_set_of_layers_is_brought_in(
+def test_any_set_of_layers_can_be_loaded(
     runtime: Runtime, layers: Any, expected: list[int]
 ) -> None:
     ticket = runtime.prewarm("a", layers=layers)
@@ -94,14 +94,14 @@ def test_any_set_of_layers_is_brought_in(
         ([1, "model.layers.1"], "named twice"),
     ],
 )
-def test_layers_that_make_no_sense(runtime: Runtime, layers: Any, problem: str) -> None:
+def test_invalid_layers_are_refused(runtime: Runtime, layers: Any, problem: str) -> None:
     for operation in (runtime.prewarm, runtime.lease, runtime.evict):
         with pytest.raises(ValueError, match=problem):
             operation("a", layers=layers)
     assert resident(runtime, "a") == []
 
 
-def test_more_that_makes_no_sense(runtime: Runtime) -> None:
+def test_invalid_combinations_of_arguments_are_refused(runtime: Runtime) -> None:
     with pytest.raises(TypeError, match=r"got the name 'head': write \['head'\]"):
         runtime.prewarm("a", layers="head")
     with pytest.raises(ValueError, match="layers and keep exclude each other"):
@@ -118,7 +118,7 @@ def test_more_that_makes_no_sense(runtime: Runtime) -> None:
         runtime.set_keep_value("a", 1.0, layer=9)
 
 
-def test_a_part_can_be_kept_or_dropped(runtime: Runtime) -> None:
+def test_chosen_layers_can_be_kept_or_evicted(runtime: Runtime) -> None:
     runtime.prewarm("a").wait(20)
     runtime.evict("a", keep=3)
     assert resident(runtime, "a") == [0, 1, 2]
@@ -181,7 +181,7 @@ def test_a_lease_on_some_layers_holds_no_others(runtime: Runtime) -> None:
     assert [x.leases for x in runtime.snapshot().models["a"].layers] == [0, 0, 0, 0]
 
 
-def test_evicting_what_is_being_filled_spares_the_rest(runtime: Runtime) -> None:
+def test_evicting_filling_layers_keeps_the_others(runtime: Runtime) -> None:
     ticket = runtime.prewarm("a")
     ticket.wait(20, layer=0)
     while runtime.snapshot().models["a"].layers[2].residency != "filling":
@@ -198,7 +198,7 @@ def test_evicting_what_is_being_filled_spares_the_rest(runtime: Runtime) -> None
     assert resident(runtime, "a") == [0, 1, 2, 3]
 
 
-def test_a_cancelled_load_leaves_what_arrived(runtime: Runtime) -> None:
+def test_a_cancelled_load_keeps_the_arrived_layers(runtime: Runtime) -> None:
     ticket = runtime.prewarm("a")
     ticket.wait(20, layer=1)
     ticket.cancel()
@@ -211,7 +211,7 @@ def test_a_cancelled_load_leaves_what_arrived(runtime: Runtime) -> None:
         ticket.wait(0)
 
 
-def test_a_failed_load_leaves_what_arrived(runtime: Runtime, files: dict[str, Path]) -> None:
+def test_a_failed_load_keeps_the_arrived_layers(runtime: Runtime, files: dict[str, Path]) -> None:
     runtime.prewarm("a", layers=2).wait(20)
     os.utime(files["a"], (0, 0))
     with pytest.raises(CorruptCheckpoint):
@@ -225,12 +225,12 @@ def test_a_failed_load_leaves_what_arrived(runtime: Runtime, files: dict[str, Pa
 
 
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
-def test_a_deadline_in_the_past(runtime: Runtime, deadline: float) -> None:
+def test_a_deadline_that_is_not_in_the_future_is_refused(runtime: Runtime, deadline: float) -> None:
     with pytest.raises(ValueError, match="deadline must be"):
         runtime.prewarm("a", deadline=deadline)
 
 
-def test_what_is_late_is_given_up(device: Device, files: dict[str, Path]) -> None:
+def test_a_ticket_past_its_deadline_is_cancelled(device: Device, files: dict[str, Path]) -> None:
     """A loader cancels a late ticket before its next step, or when it has no other work."""
     runtime, watched = device.watched_runtime(loaders=1)
     runtime.register("a", files["a"])
@@ -271,7 +271,7 @@ def test_the_layers_of_a_lease_come_in_order(runtime: Runtime) -> None:
     assert background.done
 
 
-def test_what_nobody_urgent_wants_any_more_is_background_again(runtime: Runtime) -> None:
+def test_a_load_without_urgent_tickets_returns_to_the_background(runtime: Runtime) -> None:
     runtime.prewarm("b", layers=[1])
     runtime.prewarm("b", layers=[1], priority=FOREGROUND).cancel()
     runtime.prewarm("c", layers=[0], priority=1)
@@ -298,7 +298,7 @@ def test_the_background_keeps_its_share_and_no_more(
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_that_is_none(share: float) -> None:
+def test_an_invalid_background_share_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"background_share must be in \[0, 1\], got"):
         Runtime(arena="2MiB", background_share=share)
 
@@ -333,9 +333,7 @@ def test_the_descriptor_tells_that_a_backing_changed(runtime: Runtime) -> None:
     assert changed()
 
 
-def test_an_eviction_waits_for_streams_and_leases_as_it_is_told(
-    device: Device, files: dict[str, Path]
-) -> None:
+def test_an_eviction_waits_as_its_argument_says(device: Device, files: dict[str, Path]) -> None:
     runtime = device.runtime()
     runtime.register("a", files["a"])
     stream = runtime.stream()
@@ -358,7 +356,7 @@ def test_an_eviction_waits_for_streams_and_leases_as_it_is_told(
     runtime.check_invariants()
 
 
-def test_an_eviction_that_waits_for_nothing_spares_what_a_stream_uses(
+def test_an_eviction_that_waits_for_nothing_keeps_layers_that_a_stream_uses(
     device: Device, files: dict[str, Path]
 ) -> None:
     if not device.steps:

@@ -36,7 +36,7 @@ def serves(runtime: Runtime, name: str) -> int:
     return next(n for n in range(3) if found == content("chat", 0, SIZES[0], n))
 
 
-def test_a_name_stands_for_the_first_until_another_is_promoted(
+def test_a_name_means_the_first_revision_until_another_is_promoted(
     runtime: Runtime, paths: list[Path]
 ) -> None:
     first = runtime.register("chat@1", paths[1])
@@ -52,7 +52,7 @@ def test_a_name_stands_for_the_first_until_another_is_promoted(
     assert runtime.snapshot().models.keys() == {"chat@1", "chat@2"}
 
 
-def test_leases_on_the_old_finish(runtime: Runtime, paths: list[Path]) -> None:
+def test_leases_on_the_old_revision_stay_valid(runtime: Runtime, paths: list[Path]) -> None:
     old = runtime.register("chat@1", paths[1])
     runtime.register("chat@2", paths[2])
     bound = runtime.tensors("chat")
@@ -70,7 +70,9 @@ def test_leases_on_the_old_finish(runtime: Runtime, paths: list[Path]) -> None:
     assert serves(runtime, "chat") == 2
 
 
-def test_every_operation_takes_the_name_as_it_stands(runtime: Runtime, paths: list[Path]) -> None:
+def test_every_operation_resolves_the_name_to_the_promoted_revision(
+    runtime: Runtime, paths: list[Path]
+) -> None:
     runtime.register("chat@1", paths[1])
     runtime.register("chat@2", paths[2])
     runtime.promote("chat@2")
@@ -86,7 +88,9 @@ def test_every_operation_takes_the_name_as_it_stands(runtime: Runtime, paths: li
     assert not any(state.granules for state in runtime.snapshot().models.values())
 
 
-def test_one_without_a_revision_is_reached_by_itself(runtime: Runtime, paths: list[Path]) -> None:
+def test_a_model_without_a_revision_can_be_promoted_by_its_name(
+    runtime: Runtime, paths: list[Path]
+) -> None:
     plain = runtime.register("chat", paths[0])
     assert (plain.name, plain.revision) == ("chat", None)
     runtime.register("chat@1", paths[1])
@@ -123,7 +127,7 @@ def test_a_name_whose_revision_is_gone_is_unknown(runtime: Runtime, paths: list[
 
 
 @pytest.mark.parametrize("name", ["chat@", "@1", "@", "chat@1@2", "chat@@1"])
-def test_names_that_are_none(runtime: Runtime, paths: list[Path], name: str) -> None:
+def test_invalid_names_are_refused(runtime: Runtime, paths: list[Path], name: str) -> None:
     with pytest.raises(ValueError, match="must be 'name' or 'name@revision', got"):
         runtime.register(name, paths[0])
     assert runtime.models == ()
@@ -179,7 +183,7 @@ def shaped(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> Path:
 
 
 @pytest.mark.parametrize("how", OTHERS)
-def test_revisions_laid_out_differently_are_refused(
+def test_revisions_of_another_layout_are_refused(
     runtime: Runtime, tmp_path: Path, how: str
 ) -> None:
     tensors, message = OTHERS[how]
@@ -196,9 +200,7 @@ def test_revisions_laid_out_differently_are_refused(
     runtime.register("chat@2", tmp_path / "2")  # no registered revision has the old layout now
 
 
-def test_where_bytes_lie_and_what_they_were_is_no_difference(
-    runtime: Runtime, tmp_path: Path
-) -> None:
+def test_revisions_may_differ_in_files_and_stored_dtypes(runtime: Runtime, tmp_path: Path) -> None:
     """Revisions may differ in shards, in metadata, and in dtypes that a cast makes equal."""
     runtime.register("chat@1", shaped(tmp_path / "1", {**BASE, "h.1.a": ("BF16", [5])}))
     head = {name: entry for name, entry in BASE.items() if name != "h.1.a"}
@@ -216,7 +218,9 @@ def test_where_bytes_lie_and_what_they_were_is_no_difference(
         )
 
 
-def test_promotions_and_finds_by_many_threads(runtime: Runtime, paths: list[Path]) -> None:
+def test_concurrent_promotions_and_lookups_are_consistent(
+    runtime: Runtime, paths: list[Path]
+) -> None:
     """Each promotion returns the model that another one promoted, and every look-up succeeds."""
     models = [runtime.register(f"chat@{n}", path) for n, path in enumerate(paths)]
     befores: list[object] = []

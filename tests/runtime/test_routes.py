@@ -89,7 +89,7 @@ def test_two_links_of_one_speed_nearly_halve_the_time(model: tuple[Path, list[by
     assert seconds[False] / seconds[True] > 1.5
 
 
-def test_what_is_in_the_background_borrows_nobody_s_link(model: tuple[Path, list[bytes]]) -> None:
+def test_a_background_load_uses_no_route(model: tuple[Path, list[bytes]]) -> None:
     path, layers = model
     with testing.simulated_cuda(devices=2, peers=True) as cuda, make(cuda, path) as runtime:
         load(runtime, layers, priority=0)
@@ -116,7 +116,7 @@ def test_a_peer_whose_context_dies_costs_no_bytes(model: tuple[Path, list[bytes]
 
 @pytest.mark.parametrize("function", ["cuMemcpyDtoDAsync_v2", "cuEventRecord", "cuEventQuery"])
 @pytest.mark.parametrize("status", ["failed", "out_of_memory"])
-def test_a_call_on_the_way_that_fails_costs_no_bytes(
+def test_a_failing_call_on_any_link_loses_no_bytes(
     model: tuple[Path, list[bytes]], function: str, status: str
 ) -> None:
     """A load that an error on the device's own link ends is repeated.
@@ -157,7 +157,7 @@ def test_a_stream_waits_for_a_layer_that_came_over_a_peer_s_link(
         assert runtime.snapshot().routes[0].nbytes > 0
 
 
-def test_a_route_that_is_taken_away_takes_nothing_more(model: tuple[Path, list[bytes]]) -> None:
+def test_a_dropped_route_carries_no_further_bytes(model: tuple[Path, list[bytes]]) -> None:
     path, layers = model
     with (
         testing.simulated_cuda(devices=2, peers=True, leaks=True, h2d=400e6) as cuda,
@@ -183,7 +183,7 @@ def test_a_device_that_is_no_peer_is_refused() -> None:
         testing.cuda_driver(cuda, peers=[1])
 
 
-def test_peers_that_make_no_sense_are_refused() -> None:
+def test_invalid_peers_are_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         with pytest.raises(ValueError, match="no device cuda:2"):
             testing.cuda_driver(cuda, peers=[2])
@@ -191,14 +191,14 @@ def test_peers_that_make_no_sense_are_refused() -> None:
             testing.cuda_driver(cuda, peers=[0])
 
 
-def test_a_peer_that_was_not_let_in_is_refused() -> None:
+def test_a_peer_without_access_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda), testing.cuda_driver(cuda, 1)
         with pytest.raises(ValueError, match=r"cuda:1 .* has no access to the memory of cuda:0"):
             Runtime(driver=own, arena="8MiB", tensors="dlpack", routes=[other])
 
 
-def test_one_route_twice_is_refused() -> None:
+def test_a_repeated_route_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda, peers=[1]), testing.cuda_driver(cuda, 1)
         with pytest.raises(ValueError, match=r"'cuda:1 .*' exists already"):
@@ -214,11 +214,11 @@ def test_one_route_twice_is_refused() -> None:
         ("cuda:0", ["cuda:1", "cuda:1"], "named twice"),
     ],
 )
-def test_routes_that_make_no_sense_are_refused(device: str, routes: list[str], why: str) -> None:
+def test_invalid_routes_are_refused(device: str, routes: list[str], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Runtime(device, arena="8MiB", routes=routes)
 
 
-def test_the_host_device_has_no_link_to_help() -> None:
+def test_the_host_device_accepts_no_routes() -> None:
     with pytest.raises(ValueError, match="over no link"):
         Runtime(arena="8MiB", routes=[_native.host_driver()])

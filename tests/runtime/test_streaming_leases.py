@@ -48,7 +48,9 @@ def tensor(layer: int) -> str:
     return f"model.layers.{layer}.weight"
 
 
-def test_a_lease_begins_before_its_layers_are_there(device: Device, files: dict[str, Path]) -> None:
+def test_a_streaming_lease_begins_before_its_layers_arrive(
+    device: Device, files: dict[str, Path]
+) -> None:
     runtime = make(device, files, pump=True)
     with runtime.lease("a", streaming=True) as lease:
         assert "resident" not in states(runtime, "a")
@@ -66,7 +68,7 @@ def test_a_lease_begins_before_its_layers_are_there(device: Device, files: dict[
     assert states(runtime, "a") == ["resident"] * 4
 
 
-def test_it_is_the_stream_that_waits(device: Device, files: dict[str, Path]) -> None:
+def test_the_stream_waits_instead_of_the_caller(device: Device, files: dict[str, Path]) -> None:
     """On a device with its own streams, the caller continues while the copies still run."""
     if not device.cuda:
         pytest.skip("on the host every copy is complete when the wait returns")
@@ -89,7 +91,7 @@ def test_it_is_the_stream_that_waits(device: Device, files: dict[str, Path]) -> 
         assert bytes(out) == content("a", layer, SIZES["a"][layer])
 
 
-def test_a_wait_with_threads(device: Device, runtime: Runtime) -> None:
+def test_layers_can_be_waited_for_in_any_order(device: Device, runtime: Runtime) -> None:
     """Layers are waited for in several orders while loader threads load them."""
     stream = runtime.stream()
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
@@ -109,7 +111,7 @@ def test_a_wait_with_threads(device: Device, runtime: Runtime) -> None:
             assert bytes(out)[: SIZES["a"][layer]] == content("a", layer, SIZES["a"][layer])
 
 
-def test_waits_that_make_no_sense(runtime: Runtime) -> None:
+def test_invalid_waits_are_refused(runtime: Runtime) -> None:
     lease = runtime.lease("a", streaming=True)
     with pytest.raises(StaleView, match="not held"):
         lease.wait(0)
@@ -132,7 +134,7 @@ def test_waits_that_make_no_sense(runtime: Runtime) -> None:
         runtime.model("a").wait(0)
 
 
-def test_several_models_stream_in(runtime: Runtime) -> None:
+def test_a_streaming_lease_can_hold_several_models(runtime: Runtime) -> None:
     with runtime.lease(["a", "b"], streaming=True) as lease:
         for name in ("b", "a"):
             model = runtime.model(name)
@@ -144,7 +146,7 @@ def test_several_models_stream_in(runtime: Runtime) -> None:
                 )
 
 
-def test_a_wait_that_is_too_short(device: Device, files: dict[str, Path]) -> None:
+def test_a_wait_that_times_out_can_be_repeated(device: Device, files: dict[str, Path]) -> None:
     runtime, watched = device.watched_runtime(arena=CAPACITY * GRANULE)
     runtime.register("a", files["a"])
     watched.faults.delay("map", 0.3)
@@ -155,7 +157,9 @@ def test_a_wait_that_is_too_short(device: Device, files: dict[str, Path]) -> Non
         lease.wait(2, timeout=20)
 
 
-def test_a_load_that_fails_under_a_streaming_lease(device: Device, files: dict[str, Path]) -> None:
+def test_a_failed_load_keeps_arrived_layers_of_a_streaming_lease(
+    device: Device, files: dict[str, Path]
+) -> None:
     """Layers that had arrived stay usable to the end of the lease.
 
     A wait for another layer raises the reason, and the load can be tried again.
@@ -190,7 +194,7 @@ def test_a_lease_that_ends_early_gives_up_the_rest(device: Device, files: dict[s
     runtime.check_invariants()
 
 
-def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, Path]) -> None:
+def test_an_unregistered_model_keeps_no_stream(device: Device, files: dict[str, Path]) -> None:
     """The stream was recorded for a whole lease, of which one model never arrived."""
     runtime, watched = device.watched_runtime(
         arena=CAPACITY * GRANULE, chunk=GRANULE, staging=2 * GRANULE, pump=True
@@ -217,7 +221,7 @@ def test_what_is_unregistered_keeps_no_stream(device: Device, files: dict[str, P
     assert watched.strict.live == left
 
 
-def test_whoever_leases_a_model_may_record_for_it(device: Device, files: dict[str, Path]) -> None:
+def test_a_leased_model_can_record_a_stream(device: Device, files: dict[str, Path]) -> None:
     """An engine may have the model but not the lease."""
     if not device.steps:
         device.simulation["d2h"] = 1e6  # the copy takes seconds, but the clock stands still
@@ -276,7 +280,7 @@ def test_an_async_lease_streams_too(device: Device, runtime: Runtime) -> None:
     asyncio.run(main())
 
 
-def test_a_shared_lease_is_joined_past_the_line(runtime: Runtime) -> None:
+def test_joining_a_shared_lease_does_not_wait_in_line(runtime: Runtime) -> None:
     """A thread that joins needs no more room; if it waited in line, all threads would wait."""
     lease = runtime.lease("a", timeout=20).acquire()
     waiting, served = threading.Event(), threading.Event()
@@ -324,7 +328,7 @@ def joined(lease: Lease, then: Callable[[], None] = lambda: None) -> Iterator[No
         other.result(20)
 
 
-def test_a_shared_lease_outlives_who_began_it(runtime: Runtime) -> None:
+def test_a_shared_lease_outlives_its_first_holder(runtime: Runtime) -> None:
     lease = runtime.lease("a", timeout=20).acquire()
     with joined(lease):
         lease.release()

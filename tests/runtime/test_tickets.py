@@ -110,7 +110,7 @@ def test_a_failure_that_nobody_waits_for_is_logged(
     assert not [r for r in caplog.records if "never waited for" in r.getMessage()]
 
 
-def test_the_log_says_what_came_and_went(
+def test_the_log_names_loads_and_evictions(
     device: Device, two_files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "warmserve_rt")
@@ -149,7 +149,7 @@ with Runtime(arena="32MiB") as runtime:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_what_is_shown_is_short(runtime: Runtime, tmp_path: Path) -> None:
+def test_representations_are_short(runtime: Runtime, tmp_path: Path) -> None:
     tensors = {f"model.layers.{i}.w": ("U8", [1], b"0") for i in range(2000)}
     runtime.register("wide", write_safetensors(tmp_path / "wide", tensors))
     lease = runtime.lease("a")

@@ -47,7 +47,9 @@ def every_dtype(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 @pytest.mark.parametrize("framework", ["torch", "numpy"])
 @on_the_host
-def test_every_dtype_byte_for_byte(device: Device, tmp_path: Path, framework: str) -> None:
+def test_views_show_every_dtype_byte_for_byte(
+    device: Device, tmp_path: Path, framework: str
+) -> None:
     tensors = every_dtype(tmp_path / "m")
     runtime = device.runtime(tensors=framework)
     runtime.register("m", tmp_path / "m")
@@ -132,7 +134,7 @@ def floats(device: Device, tmp_path: Path) -> tuple[Runtime, np.ndarray[Any, Any
 
 
 @on_the_host
-def test_the_dlpack_protocol(floats: tuple[Runtime, np.ndarray[Any, Any]]) -> None:
+def test_views_follow_the_dlpack_protocol(floats: tuple[Runtime, np.ndarray[Any, Any]]) -> None:
     runtime, wanted = floats
     model = runtime.model("f")
     with runtime.lease("f"):
@@ -153,7 +155,7 @@ def test_the_dlpack_protocol(floats: tuple[Runtime, np.ndarray[Any, Any]]) -> No
 
 
 @on_the_host
-def test_views_keep_the_addresses_and_nothing_else(
+def test_a_live_view_keeps_only_its_addresses(
     floats: tuple[Runtime, np.ndarray[Any, Any]],
 ) -> None:
     """After unregister, a live view's address is not given to another model."""
@@ -219,7 +221,7 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_read_back_is_what_the_device_has(device: Device, tmp_path: Path) -> None:
+def test_read_back_returns_the_device_s_bytes(device: Device, tmp_path: Path) -> None:
     tensors = every_dtype(tmp_path / "m")
     ones = write_safetensors(tmp_path / "ones", {"w": ("U8", [16 << 20], b"\1" * (16 << 20))})
     runtime = device.runtime()
@@ -236,7 +238,7 @@ def test_read_back_is_what_the_device_has(device: Device, tmp_path: Path) -> Non
         assert read.tobytes() == bytes(expected)  # with zeros between tensors
 
 
-def test_layers_named_by_the_caller(device: Device, tmp_path: Path) -> None:
+def test_layers_may_be_named_by_the_caller(device: Device, tmp_path: Path) -> None:
     tensors = {f"t{i}": ("U8", [10], bytes([i] * 10)) for i in range(4)}
     path = write_safetensors(tmp_path / "m", tensors)
     runtime = device.runtime()
@@ -247,7 +249,7 @@ def test_layers_named_by_the_caller(device: Device, tmp_path: Path) -> None:
             assert bytes_of(runtime, model, name) == data
 
 
-def test_a_directory_with_an_index(device: Device, tmp_path: Path) -> None:
+def test_a_directory_with_an_index_can_be_registered(device: Device, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"h.0.w": ("U8", [3], b"abc")})
     write_safetensors(tmp_path / "b.safetensors", {"h.1.w": ("U8", [3], b"def")})
     index = {"weight_map": {"h.0.w": "a.safetensors", "h.1.w": "b.safetensors"}}
@@ -261,7 +263,7 @@ def test_a_directory_with_an_index(device: Device, tmp_path: Path) -> None:
         }
 
 
-def test_bytes_of_a_layer(device: Device, tmp_path: Path) -> None:
+def test_layer_bytes_gives_a_range_of_a_layer(device: Device, tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "m", {"h.0.w": ("U8", [6], b"abcdef")})
     runtime = device.runtime()
     model = runtime.register("m", path)

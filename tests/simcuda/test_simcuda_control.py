@@ -287,7 +287,7 @@ def test_there_is_one_a_process() -> None:
         ({"library": "/nowhere.so"}, "/nowhere.so does not exist"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, object], sentence: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence), simulated_cuda(**options):  # type: ignore[arg-type]
         raise AssertionError
     with simulated_cuda():
