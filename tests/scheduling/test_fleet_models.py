@@ -88,7 +88,7 @@ def test_a_fleet_of_a_revision_knows_it_by_its_bare_name(world: World, tmp_path:
     assert world.held()["chat@2"] == ALL
 
 
-def test_a_model_that_is_unregistered_is_told_once_and_the_others_are_planned(
+def test_an_unregistered_model_is_reported_once_and_the_others_are_planned(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.begin(recent=1.0, memory=1e6)
@@ -122,7 +122,7 @@ def test_a_model_that_is_registered_again_is_loaded_again(world: World, tmp_path
         assert len(world.fleet.errors) == told
 
 
-def test_a_model_of_other_layers_under_the_name_is_told_once(world: World, tmp_path: Path) -> None:
+def test_a_model_with_other_layers_is_reported_once(world: World, tmp_path: Path) -> None:
     world.begin(recent=1.0, memory=1e6)
     world.runtimes[0].unregister("a")
     register(world, tmp_path, "a", SIZES["a"][:3])
@@ -215,7 +215,7 @@ def test_a_fleet_whose_last_model_is_removed_goes_on_with_the_next(world: World)
         ("b", {"width": 2}, "b needs 2 devices"),
     ],
 )
-def test_additions_that_make_no_sense(
+def test_invalid_additions_are_refused(
     world: World, name: str, options: dict[str, Any], problem: str
 ) -> None:
     world.fleet.remove("b")
@@ -225,7 +225,7 @@ def test_additions_that_make_no_sense(
     assert world.fleet.models == ("a", "c")
 
 
-def test_services_that_are_not_of_the_models_are_refused(world: World) -> None:
+def test_services_of_other_models_are_refused(world: World) -> None:
     for service in ([1.0], {"a": 1.0, "b": 1.0}):
         with pytest.raises(ValueError, match="seconds for each of a, b, c"):
             world.fleet.begin(Scheduler(), Forecaster(3), service)
@@ -274,7 +274,7 @@ def test_models_come_and_go_in_many_threads_while_plans_are_made(tmp_path: Path)
 # The forecaster.
 
 
-def test_a_forecast_survives_others_coming_and_going() -> None:
+def test_a_forecast_does_not_change_when_other_models_come_and_go() -> None:
     random = np.random.default_rng(5)
     history = random.uniform(0, 9, (400, 3))
     alone, changing = Forecaster(["b"]), Forecaster(["a", "b", "c"])
@@ -307,7 +307,7 @@ def test_names_are_saved_with_the_forecasts(tmp_path: Path) -> None:
     assert before.tolist() == after.tolist() == [1.0, 0.0]
 
 
-def test_names_that_repeat_or_are_none_are_refused() -> None:
+def test_repeated_and_invalid_names_are_refused() -> None:
     for names in (["a", "a"], ["a", 3]):
         with pytest.raises(ValueError, match="names of models must be strings, each given once"):
             Forecaster(names)  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.finish()
 
 
-def test_what_is_asked_for_more_is_resident(world: World) -> None:
+def test_models_with_more_requests_get_more_layers(world: World) -> None:
     world.begin()
     world.settle()
     assert world.held() == {}  # no requests, no loads
@@ -130,7 +130,7 @@ def test_what_is_asked_for_more_is_resident(world: World) -> None:
     assert world.held() == {"a": [0, 1, 2, 3], "b": [0, 1]}
 
 
-def test_when_demand_changes_what_is_worth_less_gives_way(world: World) -> None:
+def test_layers_of_less_value_are_evicted_when_demand_changes(world: World) -> None:
     world.begin(memory=10.0, recent=1.0)
     world.ask("a", 8)
     world.settle()
@@ -145,7 +145,7 @@ def test_when_demand_changes_what_is_worth_less_gives_way(world: World) -> None:
     assert min(worth["c"]) > worth["a"][0]
 
 
-def test_layers_beyond_the_plan_go_first(world: World) -> None:
+def test_layers_beyond_the_plan_are_evicted_first(world: World) -> None:
     """This holds also for a model without requests, whose first layers stay useful longer."""
     world.runtimes[0].prewarm("b").wait(5)
     world.begin()
@@ -158,7 +158,7 @@ def test_layers_beyond_the_plan_go_first(world: World) -> None:
     assert world.held() == {"a": [0, 1, 2, 3], "b": [0, 1]}
 
 
-def test_a_lease_is_never_planned_away(world: World) -> None:
+def test_a_plan_never_evicts_leased_layers(world: World) -> None:
     scheduler = world.begin(recent=1.0, memory=10.0)
     with world.runtimes[0].lease("b"):
         world.ask("a", 50)
@@ -171,7 +171,7 @@ def test_a_lease_is_never_planned_away(world: World) -> None:
     assert not world.fleet.errors
 
 
-def test_what_a_lease_holds_beside_the_leading_layers_is_no_room(world: World) -> None:
+def test_leased_layers_beyond_the_leading_ones_are_not_free_room(world: World) -> None:
     device = world.fleet.devices[0]
     with world.runtimes[0].lease("b", layers=[2, 3]):
         device.refresh()
@@ -181,7 +181,7 @@ def test_what_a_lease_holds_beside_the_leading_layers_is_no_room(world: World) -
     assert device.room == 6 * GRANULE
 
 
-def test_what_is_on_its_way_counts_once(world: World) -> None:
+def test_loading_layers_count_once(world: World) -> None:
     world.begin()
     world.ask("a", 8)
     world.plan()
@@ -199,7 +199,7 @@ def test_what_is_on_its_way_counts_once(world: World) -> None:
     assert world.held() == {"a": [0, 1, 2, 3]}
 
 
-def test_a_load_that_is_no_longer_wanted_is_called_off(world: World) -> None:
+def test_a_load_that_is_no_longer_planned_is_cancelled(world: World) -> None:
     world.begin(recent=1.0, memory=5.0)
     world.ask("a", 8)
     world.plan()
@@ -212,7 +212,7 @@ def test_a_load_that_is_no_longer_wanted_is_called_off(world: World) -> None:
     assert sum(map(len, held.values())) == 6
 
 
-def test_it_says_what_it_would_do_and_does_nothing(world: World) -> None:
+def test_a_dry_run_explains_its_plan_and_does_nothing(world: World) -> None:
     scheduler = world.begin(dry_run=True)
     world.ask("a", 8)
     world.ask("b", 2)
@@ -225,7 +225,7 @@ def test_it_says_what_it_would_do_and_does_nothing(world: World) -> None:
     assert keep == {0.0}
 
 
-def test_what_finds_one_device_busy_is_held_on_another(tmp_path: Path) -> None:
+def test_a_model_is_held_on_another_device_if_one_is_busy(tmp_path: Path) -> None:
     world = World(tmp_path, 2, exclusive=True)
     world.begin(busy_memory=1.0)
     with world.runtimes[0].lease("a"):
@@ -236,7 +236,7 @@ def test_what_finds_one_device_busy_is_held_on_another(tmp_path: Path) -> None:
     world.finish()
 
 
-def test_a_model_two_devices_wide_comes_on_both(tmp_path: Path) -> None:
+def test_a_model_two_devices_wide_is_loaded_on_both(tmp_path: Path) -> None:
     world = World(tmp_path, 2, width=2)
     world.begin()
     world.ask("a", 8)
@@ -246,7 +246,7 @@ def test_a_model_two_devices_wide_comes_on_both(tmp_path: Path) -> None:
     world.finish()
 
 
-def test_an_exclusive_device_is_its_lease_s(tmp_path: Path) -> None:
+def test_a_lease_occupies_an_exclusive_device(tmp_path: Path) -> None:
     world = World(tmp_path, exclusive=True)
     device = world.fleet.devices[0]
     assert device.occupants == {}
@@ -257,7 +257,7 @@ def test_an_exclusive_device_is_its_lease_s(tmp_path: Path) -> None:
     world.finish()
 
 
-def test_a_load_that_fails_is_told_and_tried_again_later(world: World) -> None:
+def test_a_failed_load_is_reported_and_repeated_later(world: World) -> None:
     world.begin(recent=1.0, memory=1e6)
     world.ask("a", 8)
     world.watched[0].faults.arm([(0, None)])
@@ -271,7 +271,7 @@ def test_a_load_that_fails_is_told_and_tried_again_later(world: World) -> None:
     assert world.held() == {"a": [0, 1, 2, 3]}
 
 
-def test_a_file_that_has_changed_ends_no_planning(world: World, tmp_path: Path) -> None:
+def test_a_changed_file_does_not_stop_the_planning(world: World, tmp_path: Path) -> None:
     world.begin(recent=1.0, memory=1e6)
     write_model(tmp_path / "a", "a", SIZES["a"], revision=1)
     world.ask("a", 8)
@@ -303,7 +303,7 @@ def test_a_scheduler_that_raises_is_asked_again(world: World) -> None:
     assert world.held() == {"a": [0, 1, 2, 3]}
 
 
-def test_close_calls_off_what_it_loads(world: World) -> None:
+def test_close_cancels_the_fleet_s_loads(world: World) -> None:
     world.begin()
     world.ask("a", 8)
     world.plan()
@@ -330,7 +330,7 @@ def test_close_calls_off_what_it_loads(world: World) -> None:
         ({"layers": 5}, "a has 4 layers on device 0, and 5"),
     ],
 )
-def test_fleets_that_make_no_sense(world: World, options: dict[str, Any], problem: str) -> None:
+def test_invalid_fleets_are_refused(world: World, options: dict[str, Any], problem: str) -> None:
     profiles = [world.profile(n, options.get("width", 1)) for n in options.get("profiles", "a")]
     if "rename" in options or "layers" in options:
         profiles = [
@@ -344,7 +344,7 @@ def test_fleets_that_make_no_sense(world: World, options: dict[str, Any], proble
         )
 
 
-def test_events_that_make_no_sense(world: World) -> None:
+def test_invalid_events_are_refused(world: World) -> None:
     world.begin()
     with pytest.raises(ValueError, match="'z' has no profile: the fleet has a, b, c"):
         world.fleet.arrived("z", 1)
@@ -357,7 +357,7 @@ def test_events_that_make_no_sense(world: World) -> None:
 # The loop.
 
 
-def test_calls_come_in_order_and_the_next_is_told() -> None:
+def test_calls_run_in_order_and_poll_returns_the_next_time() -> None:
     clock, made = Clock(), []
     loop = Loop(clock, pytest.fail)
     assert loop.poll() is None
@@ -370,7 +370,7 @@ def test_calls_come_in_order_and_the_next_is_told() -> None:
     assert made == [0, 1, 2]
 
 
-def test_of_calls_that_raise_only_timers_come_again() -> None:
+def test_a_timer_that_raises_is_repeated_but_a_posted_call_is_not() -> None:
     clock, errors = Clock(), []
     loop = Loop(clock, errors.append)
     loop.post(lambda: [].pop())
@@ -382,7 +382,7 @@ def test_of_calls_that_raise_only_timers_come_again() -> None:
     assert len(errors) == 3
 
 
-def test_the_thread_wakes_for_what_is_due_sooner_and_ends() -> None:
+def test_the_thread_wakes_for_an_earlier_call_and_ends_at_close() -> None:
     before = threading.active_count()
     loop = Loop(time.monotonic, pytest.fail)
     loop.after(3600.0, lambda: None)
@@ -400,7 +400,7 @@ def test_the_thread_wakes_for_what_is_due_sooner_and_ends() -> None:
     assert loop.poll() is None
 
 
-def test_a_thread_of_its_own_prewarms(device: Device, tmp_path: Path) -> None:
+def test_the_fleet_s_own_thread_prewarms(device: Device, tmp_path: Path) -> None:
     """Use every kind of device, with the runtime's own loaders."""
     runtime = device.runtime(arena=6 * GRANULE)
     for name, sizes in SIZES.items():

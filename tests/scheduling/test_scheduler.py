@@ -58,14 +58,14 @@ def held(run: Fleet) -> dict[int, int]:
     return found
 
 
-def test_everything_is_held_where_everything_fits() -> None:
+def test_every_model_is_held_if_all_fit() -> None:
     run = fleet(models(4), 0.5)
     run.run()
     assert set(held(run)) == {0, 1, 2, 3}
     assert run.start_hits / run.start_layers > 0.9
 
 
-def test_what_is_asked_for_more_is_held_more() -> None:
+def test_models_with_more_requests_hold_more_layers() -> None:
     run = fleet(models(12), 0.6, alpha=1.5, memory=20 * GB, devices=2, seconds=300)
     run.run()
     layers = held(run)
@@ -82,7 +82,7 @@ def test_a_steady_load_settles() -> None:
     assert run.links.loaded_bytes - loaded[0] < 18 * GB * starts
 
 
-def test_memory_and_every_request_in_all_that() -> None:
+def test_memory_is_never_exceeded_and_every_request_is_served() -> None:
     run = fleet(models(6, width=2), 1.0)
     over: list[float] = []
 
@@ -96,7 +96,7 @@ def test_memory_and_every_request_in_all_that() -> None:
     assert not np.isnan(run.first_token).any()
 
 
-def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
+def test_a_dry_run_explains_its_plan_and_does_nothing() -> None:
     scheduler = Scheduler(dry_run=True)
     run = fleet(models(4), 0.5, scheduler)
     run.controller.begin(run)
@@ -108,7 +108,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
     assert not any(device.shards for device in run.devices)
 
 
-def test_an_explanation_names_what_gives_way() -> None:
+def test_an_explanation_names_the_evicted_layers() -> None:
     scheduler = Scheduler(dry_run=True)
     run = fleet(models(2), 0.5, scheduler, memory=12 * GB, devices=1)
     run.memory.preload(run.devices[0], 1, 0)
@@ -181,13 +181,13 @@ def test_draining_frees_devices_for_a_model_that_waits() -> None:
 @pytest.mark.parametrize(
     "options", [{"objective": "fast"}, {"objective": 2.0}, {"objective": float("nan")}]
 )
-def test_an_objective_that_there_is_not(options: dict[str, Any]) -> None:
+def test_an_invalid_objective_is_refused(options: dict[str, Any]) -> None:
     run = fleet(models(2), 0.5, Scheduler(**options))
     with pytest.raises(ValueError, match="objective"):
         run.run()
 
 
 @pytest.mark.parametrize(("prefills", "seconds"), [(float("nan"), 0.2), (5.0, -1.0)])
-def test_an_slo_that_is_none(prefills: float, seconds: float) -> None:
+def test_an_invalid_slo_is_refused(prefills: float, seconds: float) -> None:
     with pytest.raises(ValueError, match="SLO"):
         Slo(prefills, seconds)
