@@ -309,7 +309,7 @@ MUTATIONS = [
         "csrc/simcuda/shadow.cpp",
         "if (overlaps && !before && (write || earlier.write)) race = true;",
         "if (overlaps && !before && write) race = true;",
-        "simcuda/test_simcuda_races.py::test_timing_does_not_matter[0]",
+        "simcuda/test_simcuda_races.py::test_the_found_races_do_not_depend_on_timing[0]",
     ),
     Mutation(
         "the simulator does not report memory that is unmapped while in use",
@@ -317,21 +317,21 @@ MUTATIONS = [
         'call.sim->detector.take_away(mapping->uses, "unmapped", "cuMemUnmap", call.number);',
         "",
         "simcuda/test_simcuda_behaviour.py::"
-        "test_the_stream_that_waits_is_not_the_host_that_waits[virtual]",
+        "test_a_wait_of_a_stream_is_not_a_wait_of_the_host[virtual]",
     ),
     Mutation(
         "the simulator reads pinned memory when a copy is enqueued",
         "csrc/simcuda/api_copy.cpp",
         "if (copy.from_place == Place::pageable && !stream.capture) {",
         "if (copy.from_place != Place::device && !stream.capture) {",
-        "simcuda/test_simcuda_behaviour.py::test_when_a_source_is_read[virtual-True]",
+        "simcuda/test_simcuda_behaviour.py::test_pinned_sources_are_read_late_and_pageable_ones_early[virtual-True]",
     ),
     Mutation(
         "the simulator reads pageable memory when a copy runs",
         "csrc/simcuda/api_copy.cpp",
         "if (copy.from_place == Place::pageable && !stream.capture) {",
         "if (false) {",
-        "simcuda/test_simcuda_behaviour.py::test_when_a_source_is_read[virtual-False]",
+        "simcuda/test_simcuda_behaviour.py::test_pinned_sources_are_read_late_and_pageable_ones_early[virtual-False]",
     ),
     Mutation(
         "the simulator writes to read-only memory",
@@ -355,7 +355,7 @@ MUTATIONS = [
         "csrc/simcuda/capture.cpp",
         "    capture->invalid = true;\n    result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;",
         "    result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;",
-        "simcuda/test_simcuda_capture.py::test_a_call_of_another_thread[allocate-0-0-True]",
+        "simcuda/test_simcuda_capture.py::test_a_call_of_another_thread_can_invalidate_a_capture[allocate-0-0-True]",
     ),
     Mutation(
         "loading breaks a stream capture of another thread",

@@ -100,7 +100,7 @@ READS, WRITES = "ctypes.string_at(address + G, 1)", "ctypes.memset(address + G, 
         ("cuda.share(address, 2 * G, READ_WRITE); cuda.unmap(address, 2 * G)", READS, True),
     ],
 )
-def test_where_the_cpu_reaches_memory_of_the_host(calls: str, access: str, dead: bool) -> None:
+def test_access_of_the_cpu_to_host_memory_is_enforced(calls: str, access: str, dead: bool) -> None:
     with simulated_cuda(integrated=True) as simulated:
         body = f"""
             address = cuda.reserve(2 * G)
@@ -169,7 +169,7 @@ def test_the_cpu_and_the_device_see_the_same_bytes(option: str) -> None:
         cuda.release_primary()
 
 
-def test_the_device_races_with_itself_in_memory_of_the_host() -> None:
+def test_the_device_can_race_with_itself_in_host_memory() -> None:
     # With the real clock, the work may also run after the unmap, which adds another violation.
     with simulated_cuda(integrated=True, clock="virtual", check=False) as simulated:
         cuda = Cuda(simulated.library).start()
@@ -182,7 +182,7 @@ def test_the_device_races_with_itself_in_memory_of_the_host() -> None:
         assert kinds(simulated) == ["race", "use-while-unmapped"]
 
 
-def test_a_device_without_memory_of_the_host(cuda: Cuda) -> None:
+def test_a_device_without_host_memory_refuses_it(cuda: Cuda) -> None:
     assert (cuda.attribute(18), cuda.attribute(141)) == (0, 0)
     assert code(cuda.create, G, Prop(location=HOST_NUMA)) == 801
     address = cuda.mapped(G)
@@ -191,7 +191,9 @@ def test_a_device_without_memory_of_the_host(cuda: Cuda) -> None:
 
 
 @pytest.mark.parametrize("registered", [True, False])
-def test_when_a_source_is_read(simulated: SimulatedCuda, cuda: Cuda, registered: bool) -> None:
+def test_pinned_sources_are_read_late_and_pageable_ones_early(
+    simulated: SimulatedCuda, cuda: Cuda, registered: bool
+) -> None:
     """Pinned memory is read when the copy runs, pageable memory before the call returns."""
     stream, address = cuda.stream(), cuda.mapped(G)
     source = cuda.pinned(PAGE, b"early") if registered else Pinned(PAGE)
@@ -213,7 +215,7 @@ def test_a_copy_to_the_host_arrives_when_it_runs(cuda: Cuda) -> None:
     assert host[:5] == b"xxxxx"
 
 
-def test_unmap_does_not_wait_and_what_is_pending_dies(simulated: SimulatedCuda, cuda: Cuda) -> None:
+def test_unmap_does_not_wait_and_pending_work_dies(simulated: SimulatedCuda, cuda: Cuda) -> None:
     stream, other = cuda.stream(), cuda.stream()
     address, host = cuda.mapped(G), cuda.pinned(PAGE)
     event = cuda.event()
@@ -256,7 +258,7 @@ def test_addresses_are_looked_up_when_the_copy_runs(simulated: SimulatedCuda, cu
     assert kinds(simulated) == ["use-while-unmapped"]
 
 
-def test_a_use_that_was_waited_for_is_over(simulated: SimulatedCuda, cuda: Cuda) -> None:
+def test_memory_can_be_unmapped_after_a_wait(simulated: SimulatedCuda, cuda: Cuda) -> None:
     stream, address, host = cuda.stream(), cuda.mapped(G), cuda.pinned(PAGE)
     event = cuda.event()
     cuda.htod(address, host.address, 10, stream)
@@ -269,9 +271,7 @@ def test_a_use_that_was_waited_for_is_over(simulated: SimulatedCuda, cuda: Cuda)
     assert not simulated.violations
 
 
-def test_the_stream_that_waits_is_not_the_host_that_waits(
-    simulated: SimulatedCuda, cuda: Cuda
-) -> None:
+def test_a_wait_of_a_stream_is_not_a_wait_of_the_host(simulated: SimulatedCuda, cuda: Cuda) -> None:
     stream, other, address, event = cuda.stream(), cuda.stream(), cuda.mapped(G), cuda.event()
     cuda.memset(address, 1, G, stream)
     cuda.record(event, stream)
@@ -281,7 +281,7 @@ def test_the_stream_that_waits_is_not_the_host_that_waits(
 
 
 @pytest.mark.parametrize(("registered", "found"), [(True, []), (False, ["race"])])
-def test_a_copy_that_was_only_staged_is_not_over(
+def test_a_staged_copy_may_still_run_after_its_call(
     simulated: SimulatedCuda, cuda: Cuda, registered: bool, found: list[str]
 ) -> None:
     """When a synchronous copy from pageable memory returns, only its source may be reused."""
@@ -306,7 +306,7 @@ def test_operations_that_race_run_one_after_the_other(simulated: SimulatedCuda, 
     assert kinds(simulated) == ["race"] * 10
 
 
-def test_a_staged_copy_waits_for_what_is_before_it(simulated: SimulatedCuda, cuda: Cuda) -> None:
+def test_a_staged_copy_waits_for_earlier_work(simulated: SimulatedCuda, cuda: Cuda) -> None:
     blocking, stream, address = cuda.stream(BLOCKING), cuda.stream(), cuda.mapped(G)
     source = Pinned(PAGE)
     cuda.memset(address, 1, 10, blocking)
@@ -316,7 +316,7 @@ def test_a_staged_copy_waits_for_what_is_before_it(simulated: SimulatedCuda, cud
     assert not simulated.violations
 
 
-def test_host_memory_that_is_unregistered_while_in_use(
+def test_unregistering_host_memory_in_use_is_a_violation(
     simulated: SimulatedCuda, cuda: Cuda
 ) -> None:
     stream, host = cuda.stream(), cuda.pinned(PAGE)
@@ -376,7 +376,7 @@ def test_memory_outlives_its_release(simulated: SimulatedCuda, cuda: Cuda) -> No
     assert cuda.memory()[0] == free
 
 
-def test_what_pointers_say_of_themselves(cuda: Cuda) -> None:
+def test_pointer_attributes_describe_reservation_and_mapping(cuda: Cuda) -> None:
     address, handle = cuda.reserve(3 * G), cuda.create(G)
     assert code(cuda.pointer_attribute, 13, address) == 1  # MAPPED
     cuda.map(address + G, G, handle)
@@ -389,7 +389,7 @@ def test_what_pointers_say_of_themselves(cuda: Cuda) -> None:
     assert (begin.value, nbytes.value) == (address + G, G)  # this range is the mapping
 
 
-def test_a_pointer_that_is_none_of_the_drivers_has_no_attributes(cuda: Cuda) -> None:
+def test_a_pointer_unknown_to_the_driver_has_no_attributes(cuda: Cuda) -> None:
     names = (ctypes.c_int * 2)(2, 9)  # MEMORY_TYPE, DEVICE_ORDINAL
     values = [ctypes.c_int(7), ctypes.c_int(7)]
     data = (ctypes.c_void_p * 2)(*map(ctypes.addressof, values))
@@ -399,7 +399,7 @@ def test_a_pointer_that_is_none_of_the_drivers_has_no_attributes(cuda: Cuda) -> 
 
 
 @pytest.mark.parametrize("recorded_again", [False, True])
-def test_a_wait_is_for_the_event_as_it_was(
+def test_a_wait_keeps_the_recorded_position_of_its_event(
     simulated: SimulatedCuda, cuda: Cuda, recorded_again: bool
 ) -> None:
     stream, waiter, event = cuda.stream(), cuda.stream(), cuda.event()
@@ -429,7 +429,7 @@ def test_the_legacy_stream_orders_blocking_streams(
     assert kinds(simulated) == ["race"] * races
 
 
-def test_reading_what_was_never_written(simulated: SimulatedCuda, cuda: Cuda) -> None:
+def test_reading_unwritten_bytes_is_a_violation(simulated: SimulatedCuda, cuda: Cuda) -> None:
     address, host = cuda.mapped(G), cuda.pinned(PAGE)
     cuda.htod(address + 100, host.address, 50)
     cuda.dtoh(host.address, address + 100, 50)
@@ -459,9 +459,7 @@ def test_a_dead_context_does_nothing_more(simulated: SimulatedCuda, cuda: Cuda) 
     assert simulated.peek(address, 3) == b"ooo"
 
 
-def test_what_a_dead_context_would_have_done_needs_no_waiting(
-    simulated: SimulatedCuda, cuda: Cuda
-) -> None:
+def test_pending_work_of_a_dead_context_needs_no_wait(simulated: SimulatedCuda, cuda: Cuda) -> None:
     stream, address, host = cuda.stream(), cuda.mapped(G), cuda.pinned(PAGE)
     busy(cuda, stream)
     cuda.htod(address, host.address, 10, stream)
@@ -472,7 +470,9 @@ def test_what_a_dead_context_would_have_done_needs_no_waiting(
     assert not simulated.violations
 
 
-def test_somebody_destroys_the_primary_context(simulated: SimulatedCuda, cuda: Cuda) -> None:
+def test_calls_fail_after_the_primary_context_is_destroyed(
+    simulated: SimulatedCuda, cuda: Cuda
+) -> None:
     stream, address = cuda.stream(), cuda.mapped(G)
     simulated.destroy_primary_context()
     assert code(cuda.memset, address, 0, 1, stream) == 709

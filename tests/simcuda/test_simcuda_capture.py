@@ -75,7 +75,7 @@ def test_a_capture_records_and_runs_nothing(cuda: Cuda) -> None:
     ],
 )
 @pytest.mark.parametrize("call", ["allocate", "query"])
-def test_a_call_of_another_thread(
+def test_a_call_of_another_thread_can_invalidate_a_capture(
     cuda: Cuda, capture: int, other: int, dies: bool, call: str
 ) -> None:
     stream, event = cuda.stream(), cuda.event()
@@ -86,7 +86,7 @@ def test_a_call_of_another_thread(
 
 
 @pytest.mark.parametrize("mode", [GLOBAL, THREAD_LOCAL, RELAXED])
-def test_a_call_of_the_thread_that_captures(cuda: Cuda, mode: int) -> None:
+def test_a_call_of_the_capturing_thread_can_invalidate_it(cuda: Cuda, mode: int) -> None:
     stream = cuda.stream()
     cuda.begin_capture(stream, mode)
     allowed = mode == RELAXED
@@ -94,7 +94,7 @@ def test_a_call_of_the_thread_that_captures(cuda: Cuda, mode: int) -> None:
     assert code(cuda.end_capture, stream) == (0 if allowed else 901)
 
 
-def test_a_relaxed_thread_may_while_it_captures(cuda: Cuda) -> None:
+def test_a_relaxed_thread_may_allocate_while_it_captures(cuda: Cuda) -> None:
     stream = cuda.stream()
     cuda.begin_capture(stream, GLOBAL)
     assert cuda.exchange_mode(RELAXED) == GLOBAL
@@ -103,7 +103,7 @@ def test_a_relaxed_thread_may_while_it_captures(cuda: Cuda) -> None:
     assert code(cuda.end_capture, stream) == 0
 
 
-def test_memory_management_is_no_forbidden_call(cuda: Cuda) -> None:
+def test_memory_management_is_allowed_during_a_capture(cuda: Cuda) -> None:
     """Known only indirectly: PyTorch guards its allocations, but not its expandable segments."""
     stream = cuda.stream()
     cuda.begin_capture(stream, GLOBAL)
@@ -121,7 +121,7 @@ def test_a_captured_stream_cannot_be_waited_for(cuda: Cuda) -> None:
 
 
 @pytest.mark.parametrize("mode", [GLOBAL, RELAXED])
-def test_an_event_of_a_capture_cannot_be_asked(cuda: Cuda, mode: int) -> None:
+def test_a_captured_event_cannot_be_queried(cuda: Cuda, mode: int) -> None:
     stream, event = cuda.stream(), cuda.event()
     cuda.begin_capture(stream, mode)
     cuda.record(event, stream)
@@ -159,18 +159,18 @@ def test_a_fork_must_join_again(cuda: Cuda) -> None:
     cuda.call("cuGraphDestroy", cuda.end_capture(origin))
 
 
-def test_a_capture_may_not_depend_on_what_is_outside(cuda: Cuda) -> None:
+def test_a_capture_may_not_depend_on_work_outside_it(cuda: Cuda) -> None:
     stream, other, event = cuda.stream(), cuda.stream(), cuda.event()
     cuda.record(event, other)
     cuda.begin_capture(stream)
     assert code(cuda.wait, stream, event) == 905
 
 
-def test_another_thread_cannot_end_it(cuda: Cuda) -> None:
+def test_another_thread_cannot_end_a_capture(cuda: Cuda) -> None:
     stream = cuda.stream()
     cuda.begin_capture(stream)
     assert in_thread(cuda, RELAXED, lambda: cuda.end_capture(stream)) == 908
 
 
-def test_what_never_began_cannot_end(cuda: Cuda) -> None:
+def test_a_capture_that_never_began_cannot_end(cuda: Cuda) -> None:
     assert code(cuda.end_capture, cuda.stream()) == 401

@@ -18,7 +18,7 @@ CLIENTS = Path(__file__).with_name("clients")
 
 
 @pytest.mark.parametrize("client", ["bindings", "numba_arrays", "cupy_views"])
-def test_a_client_that_knows_nothing_of_the_simulator(client: str, tmp_path: Path) -> None:
+def test_an_independent_program_runs_on_the_simulator(client: str, tmp_path: Path) -> None:
     with simulated_cuda(memory="1GiB") as cuda:
         done = subprocess.run(
             [sys.executable, CLIENTS / f"{client}.py"],

@@ -19,7 +19,7 @@ RATE = 1e9
 plain = simulated_cuda_fixture(memory="64MiB", leaks=True)
 
 
-def test_the_fixture(plain: SimulatedCuda) -> None:
+def test_the_fixture_gives_an_unused_driver(plain: SimulatedCuda) -> None:
     cuda = Cuda(plain.library).start()
     assert cuda.memory() == (64 << 20, 64 << 20)
     cuda.release_primary()
@@ -31,7 +31,7 @@ def elapsed(simulated: SimulatedCuda, work: Callable[[], object]) -> float:
     return simulated.now - before
 
 
-def test_copies_take_their_time() -> None:
+def test_copies_take_bytes_over_bandwidth() -> None:
     with simulated_cuda(clock="virtual", h2d=RATE, d2h=RATE / 2) as simulated:
         cuda = Cuda(simulated.library).start()
         host, there, back = cuda.pinned(4 * G), cuda.mapped(4 * G), cuda.mapped(4 * G)
@@ -76,7 +76,7 @@ def test_engines_are_shared_between_streams() -> None:
         assert simulated.now - begun == pytest.approx(2 * G / RATE, rel=1e-6)
 
 
-def test_calls_cost_what_was_said() -> None:
+def test_calls_take_their_given_cost() -> None:
     costs = {"cuMemMap": (1.5, 0.25), "cuMemSetAccess": (3.0, 36.0), "cuMemUnmap": (0.0, 26.0)}
     with simulated_cuda(clock="virtual", costs=costs) as simulated:
         cuda = Cuda(simulated.library).start()
@@ -99,7 +99,7 @@ def test_calls_cost_what_was_said() -> None:
 
 
 @pytest.mark.parametrize("name", ["cuMemRelease", "cuEventDestroy", "cuEventDestroy_v2"])
-def test_calls_that_concern_no_bytes_pay_for_none(name: str) -> None:
+def test_calls_without_bytes_pay_no_cost_per_byte(name: str) -> None:
     with simulated_cuda(clock="virtual", costs={name: (3.0, 100.0)}) as simulated:
         cuda = Cuda(simulated.library).start()
         handle, event = cuda.create(G), cuda.event()
@@ -111,7 +111,7 @@ def test_calls_that_concern_no_bytes_pay_for_none(name: str) -> None:
         assert elapsed(simulated, calls) == pytest.approx(3e-6, abs=1e-9)
 
 
-def test_a_plain_name_is_all_versions_of_a_function() -> None:
+def test_a_plain_name_means_all_versions_of_a_function() -> None:
     with simulated_cuda(clock="virtual", costs={"cuMemcpyHtoD": (5.0, 0.0)}) as simulated:
         cuda = Cuda(simulated.library).start()
         address, host = cuda.mapped(G), cuda.pinned(PAGE)
@@ -125,7 +125,7 @@ def test_a_plain_name_is_all_versions_of_a_function() -> None:
         assert elapsed(simulated, newer) == pytest.approx(5e-6)
 
 
-def test_calls_take_that_long_by_the_real_clock_too() -> None:
+def test_calls_take_their_given_cost_by_the_real_clock_too() -> None:
     with simulated_cuda(costs={"cuMemAddressReserve": (2e3, 0)}) as simulated:
         cuda = Cuda(simulated.library).start()
         taken = [elapsed(simulated, lambda: cuda.reserve(G)) for _ in range(20)]
@@ -174,7 +174,7 @@ def test_content_may_be_a_sample() -> None:
         assert host[: 2 * G] == granule * 2
 
 
-def test_memory_is_bounded_and_others_take_of_it() -> None:
+def test_memory_is_bounded_and_shared_with_other_processes() -> None:
     with simulated_cuda(memory="8MiB") as simulated:
         cuda = Cuda(simulated.library).start()
         held = [cuda.create(G)]
@@ -189,7 +189,7 @@ def test_memory_is_bounded_and_others_take_of_it() -> None:
         cuda.create(3 * G)
 
 
-def test_faults() -> None:
+def test_faults_fail_the_chosen_calls() -> None:
     with simulated_cuda() as simulated:
         cuda = Cuda(simulated.library).start()
         faults, address, handle = simulated.faults, cuda.reserve(G), cuda.create(G)
@@ -218,7 +218,7 @@ def test_faults() -> None:
             faults.arm([(1, 1)], only="cuMemPonder")
 
 
-def test_counts_and_leaks() -> None:
+def test_calls_are_counted_and_leaks_reported() -> None:
     with simulated_cuda(check=False) as simulated:
         cuda = Cuda(simulated.library).start()
         cuda.create(G)
@@ -233,7 +233,7 @@ def test_counts_and_leaks() -> None:
         assert len(left) == str(raised.value).count("  leak")
 
 
-def test_a_new_driver_knows_nothing_of_the_last() -> None:
+def test_a_new_driver_starts_without_earlier_state() -> None:
     for _ in range(2):
         with simulated_cuda() as simulated:
             cuda = Cuda(simulated.library)
@@ -268,7 +268,7 @@ def test_options_reach_programs() -> None:
         assert found.stdout == "2\n"
 
 
-def test_there_is_one_a_process() -> None:
+def test_a_process_can_open_only_one_driver() -> None:
     with simulated_cuda(), pytest.raises(ValueError, match="already open"), simulated_cuda():
         raise AssertionError
     with simulated_cuda():

@@ -42,17 +42,17 @@ def parametrized(rows: list[Row]) -> pytest.MarkDecorator:
 
 
 @parametrized(MEMORY)
-def test_device_memory(row: Row, cuda: Cuda) -> None:
+def test_misuse_of_device_memory_is_refused(row: Row, cuda: Cuda) -> None:
     check(row, cuda)
 
 
 @parametrized(HOST)
-def test_host_memory(row: Row, cuda: Cuda) -> None:
+def test_misuse_of_host_memory_is_refused(row: Row, cuda: Cuda) -> None:
     check(row, cuda)
 
 
 @parametrized(WORK)
-def test_work_and_contexts(row: Row, cuda: Cuda) -> None:
+def test_misuse_of_work_and_contexts_is_refused(row: Row, cuda: Cuda) -> None:
     check(row, cuda)
 
 
@@ -62,7 +62,7 @@ def test_an_event_that_was_never_recorded_is_complete(cuda: Cuda) -> None:
 
 
 @pytest.mark.parametrize("call", ["cuDeviceGetCount", "cuMemGetInfo_v2", "cuMemAddressReserve"])
-def test_before_init(call: str) -> None:
+def test_calls_before_init_are_refused(call: str) -> None:
     with simulated_cuda() as simulated:
         c = Cuda(simulated.library)
         calls = {
@@ -73,12 +73,12 @@ def test_before_init(call: str) -> None:
         assert code(calls[call]) == 3
 
 
-def test_without_a_device() -> None:
+def test_init_fails_without_a_device() -> None:
     with simulated_cuda(visible="") as simulated:
         assert code(Cuda(simulated.library).init) == 100
 
 
-def test_after_fork(cuda: Cuda) -> None:
+def test_a_forked_child_is_refused(cuda: Cuda) -> None:
     child = os.fork()
     if child == 0:
         os._exit(code(cuda.memory))

@@ -67,19 +67,19 @@ NON_BLOCKING, BLOCKING = (("legacy", kind, kind) for kind in ("non-blocking", "b
     ],
 )
 @pytest.mark.parametrize("clock", ["real", "virtual"])
-def test_what_is_known(
+def test_known_programs_have_their_known_races(
     streams: tuple[str, ...], ops: list[Op], races: set[int], clock: str
 ) -> None:
     assert judge(Program(streams, 1, tuple(ops)), clock) == races
 
 
-def test_random_programs() -> None:
+def test_random_programs_have_the_races_of_the_model() -> None:
     paced = {"h2d": 1e5, "d2h": 1e4, "d2d": 1e6}  # so slow that queries find work in progress
     racy = sum(bool(judge(generate(seed), **(paced if seed % 2 else {}))) for seed in range(300))
     assert 200 < racy < 300  # both kinds occur
 
 
-def test_ordered_programs_and_the_same_with_one_call_missing() -> None:
+def test_race_free_programs_race_without_one_of_their_calls() -> None:
     planted = 0
     for seed in range(60):
         program = generate(seed, race_free=True)
@@ -91,7 +91,7 @@ def test_ordered_programs_and_the_same_with_one_call_missing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_timing_does_not_matter(seed: int) -> None:
+def test_the_found_races_do_not_depend_on_timing(seed: int) -> None:
     program = generate(seed)
     queries = any(op.kind == "query" for op in program.ops)  # their answers depend on timing
     found = [
@@ -104,5 +104,5 @@ def test_timing_does_not_matter(seed: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(2, 25))
-def test_small_programs(rng: random.Random, length: int) -> None:
+def test_small_programs_have_the_races_of_the_model(rng: random.Random, length: int) -> None:
     judge(generate(rng, length))
