@@ -66,7 +66,7 @@ bool writable(void* memory) {
 
 }  // namespace
 
-TEST(a_new_granule_is_zero_whoever_had_its_memory) {
+TEST(a_new_granule_is_zero_after_any_earlier_use) {
   for (const bool huge_pages : {true, false}) {
     Bench bench({.huge_pages = huge_pages});
     for (int i = 0; i < 3; ++i) {
@@ -94,7 +94,7 @@ TEST(a_granule_released_while_mapped_lives_until_it_is_unmapped) {
   Bench::ok(bench.driver->granule_release(next));
 }
 
-TEST(a_granule_at_two_addresses_is_one) {
+TEST(a_granule_at_two_addresses_has_one_content) {
   Bench bench;
   const Handle a = bench.granule(), b = bench.granule();
   unsigned char* first = bench.map(0, {a, b});
@@ -109,7 +109,7 @@ TEST(a_granule_at_two_addresses_is_one) {
   for (const Handle handle : {a, b}) Bench::ok(bench.driver->granule_release(handle));
 }
 
-TEST(access_is_what_was_set) {
+TEST(memory_has_the_access_that_was_set) {
   Bench bench;
   const Handle granule = bench.granule();
   CHECK(!readable(bench.at(0)));
@@ -131,7 +131,7 @@ TEST(a_hidden_host_view_is_null) {
   Bench::ok(bench.driver->granule_release(granule));
 }
 
-TEST(sizes_that_are_no_multiple_are_refused) {
+TEST(sizes_that_are_not_multiples_of_a_granule_are_refused) {
   Bench bench;
   Handle granule{};
   Address address = 0;
@@ -146,7 +146,7 @@ TEST(sizes_that_are_no_multiple_are_refused) {
 
 // Requests beyond the limits must fail, because the kernel's out-of-memory killer could kill any
 // process.
-TEST(more_addresses_than_there_are) {
+TEST(reserving_more_addresses_than_exist_fails) {
   Bench bench;
   Address address = 0;
   CHECK(bench.driver->address_reserve(std::uint64_t{1} << 60, &address) ==
@@ -169,7 +169,7 @@ struct Machine {
       std::filesystem::temp_directory_path() / ("warmserve-machine-" + std::to_string(::getpid()));
 };
 
-TEST(what_is_available_is_the_least_of_machine_and_groups) {
+TEST(available_memory_is_the_least_of_machine_and_groups) {
   const auto meminfo = std::pair("/proc/meminfo", "MemTotal: 9 kB\nMemAvailable:     4096 kB\n");
   CHECK(available_memory(Machine({meminfo}).root) == 4096 * kKiB);
   // Version 2: a group without a limit inside a group that is full, except for page cache.
@@ -185,7 +185,7 @@ TEST(what_is_available_is_the_least_of_machine_and_groups) {
   CHECK(available_memory(full.root) == 31000);
 }
 
-TEST(what_is_available_in_groups_of_the_first_version) {
+TEST(available_memory_respects_groups_of_the_first_version) {
   const Machine machine(
       {{"/proc/meminfo", "MemAvailable: 4096 kB\n"},
        {"/proc/self/cgroup", "4:memory:/service\n1:cpu:/\n0::/\n"},

@@ -71,7 +71,7 @@ TEST(a_map_at_an_address_that_is_not_aligned_is_refused) {
     CHECK(bench.map(bench.first + offset) == Status::invalid);
 }
 
-TEST(what_is_not_mapped_is_not_unmapped_and_gets_no_access) {
+TEST(unmapped_addresses_cannot_be_unmapped_or_given_access) {
   Bench bench;
   const auto both = [&](Address address, std::uint64_t bytes) {
     return bench.driver->unmap(address, bytes) == Status::invalid &&
@@ -89,7 +89,7 @@ TEST(what_is_not_mapped_is_not_unmapped_and_gets_no_access) {
   CHECK(both(bench.first, kGranule));
 }
 
-TEST(a_part_of_what_was_mapped_together_can_be_unmapped) {
+TEST(a_part_of_a_mapping_can_be_unmapped) {
   Bench bench;
   CHECK(bench.map(bench.first, 2) == Status::ok);
   CHECK(bench.driver->unmap(bench.first, kGranule) == Status::ok);

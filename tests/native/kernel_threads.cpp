@@ -203,7 +203,7 @@ TEST(many_short_rows_are_gathered_whole) {
   CHECK(to.untouched_outside());
 }
 
-TEST(a_launch_is_parsed_as_what_it_was) {
+TEST(a_launch_is_parsed_into_its_call) {
   const KernelCall calls[] = {DigestCall{1, 2, 3, 8}, CastCall{.count = 9},
                               GatherCall{1, 2, 3, 4, 5}};
   for (const KernelCall& call : calls) {

@@ -78,7 +78,7 @@ TEST(leases_are_given_in_order_of_arrival) {
   runtime.end_lease(small);
 }
 
-TEST(nobody_passes_the_head_of_the_line_but_who_holds_it_all) {
+TEST(only_an_owner_that_holds_every_model_passes_the_line) {
   Bench bench;
   Runtime& runtime = *bench.runtime;
   const auto& m = bench.models;
@@ -138,7 +138,7 @@ TEST(leases_that_would_wait_for_each_other_are_refused) {
   for (const LeasePtr& lease : {first, waits}) runtime.end_lease(lease);
 }
 
-TEST(what_can_never_fit_is_said_at_once) {
+TEST(a_lease_that_can_never_fit_is_refused_at_once) {
   Bench bench;
   CHECK_THROWS(out_of_device_memory,
                bench.runtime->begin_lease({bench.models[0], bench.models[1], bench.models[2]}, 1));
@@ -162,7 +162,7 @@ TEST(a_lease_in_line_for_a_model_that_is_unregistered_ends) {
   CHECK(bench.files[2].is_in(runtime, bench.models[2]));
 }
 
-TEST(an_interrupt_while_in_line) {
+TEST(an_interrupt_ends_a_wait_in_line) {
   Bench bench;
   Runtime& runtime = *bench.runtime;
   const auto& m = bench.models;
@@ -175,7 +175,7 @@ TEST(an_interrupt_while_in_line) {
   CHECK(bench.files[2].is_in(runtime, m[2]));
 }
 
-TEST(an_interrupt_while_loading) {
+TEST(an_interrupt_ends_a_wait_for_a_load) {
   Bench bench;
   Runtime& runtime = *bench.runtime;
   const ModelPtr& model = bench.models[0];
@@ -190,7 +190,7 @@ TEST(an_interrupt_while_loading) {
 }
 
 // An eviction has to wait for a stream that has not passed its fence.
-TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
+TEST(an_interrupt_or_a_timeout_ends_a_wait_for_a_stream) {
   Bench bench;
   Runtime& runtime = *bench.runtime;
   const ModelPtr model = bench.models[0];
@@ -218,7 +218,7 @@ TEST(an_interrupt_or_a_timeout_while_a_stream_still_reads) {
   CHECK(bench.files[0].equals(0, copied.data()));
 }
 
-TEST(an_interrupt_while_closing) {
+TEST(an_interrupt_ends_a_wait_of_close) {
   Bench bench;
   Runtime& runtime = *bench.runtime;
   const auto stream = std::make_shared<Stream>(runtime.device());
@@ -236,7 +236,7 @@ TEST(an_interrupt_while_closing) {
 
 // A load that has to evict layers waits for their fences. If it is cancelled during that wait, a
 // ticket that joins it at that time must not fail.
-TEST(a_cancelled_fill_that_somebody_wants_again) {
+TEST(a_ticket_that_joins_a_cancelled_load_does_not_fail) {
   Bench bench;
   Runtime& runtime = *bench.runtime;
   const auto& m = bench.models;

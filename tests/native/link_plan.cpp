@@ -105,7 +105,7 @@ Deadline measure(Links& links) {
 
 }  // namespace
 
-TEST(a_load_is_over_as_soon_as_all_links_together_allow) {
+TEST(a_load_ends_as_soon_as_all_links_together_allow) {
   std::mt19937 random(1);
   for (int round = 0; round < 3000; ++round) {
     std::vector<double> rates;
@@ -124,7 +124,7 @@ TEST(a_load_is_over_as_soon_as_all_links_together_allow) {
 }
 
 // As in real loads: few chunks, and speeds that must be measured first.
-TEST(with_few_chunks_and_unknown_speeds_it_is_nearly_as_soon) {
+TEST(a_load_of_few_chunks_over_unmeasured_links_ends_nearly_as_soon) {
   std::mt19937 random(2);
   for (int round = 0; round < 3000; ++round) {
     std::vector<double> rates;
@@ -139,7 +139,7 @@ TEST(with_few_chunks_and_unknown_speeds_it_is_nearly_as_soon) {
   }
 }
 
-TEST(a_link_that_slows_down_takes_few_and_one_that_recovers_takes_its_part) {
+TEST(a_slow_link_gets_few_pieces_and_a_recovered_link_its_share) {
   Links links = make({20e9, 20e9});
   const std::uint64_t part = 1000 * kPiece;
   std::vector<std::uint64_t> carried;  // by the second link, in each part
@@ -153,7 +153,7 @@ TEST(a_link_that_slows_down_takes_few_and_one_that_recovers_takes_its_part) {
   CHECK(links[1]->carried / kPiece >= 480);
 }
 
-TEST(a_link_that_stands_still_is_waited_for_by_nobody_but_its_own_pieces) {
+TEST(no_new_piece_waits_for_a_stalled_link) {
   Links links = make({10e9, 40e9});
   Deadline now = measure(links);
   links[1]->rate = 1;
@@ -163,7 +163,7 @@ TEST(a_link_that_stands_still_is_waited_for_by_nobody_but_its_own_pieces) {
   CHECK(earliest_finish(links, kPiece, now) == links[0].get());
 }
 
-TEST(a_link_that_takes_nothing_is_given_nothing) {
+TEST(a_closed_link_gets_no_pieces) {
   Links links = make({1e9, 50e9, 50e9});
   measure(links);
   links[1]->open = links[2]->open = false;
@@ -171,7 +171,7 @@ TEST(a_link_that_takes_nothing_is_given_nothing) {
   CHECK(links[0]->carried == 20 * kPiece);
 }
 
-TEST(one_that_was_not_tried_yet_gets_one_piece) {
+TEST(an_unmeasured_link_gets_one_piece) {
   Links links = make({10e9, 10e9});
   const Deadline now{};
   for (const auto& link : links) {
@@ -183,7 +183,7 @@ TEST(one_that_was_not_tried_yet_gets_one_piece) {
   CHECK(earliest_finish(links, kPiece, now + takes(kPiece, 10e9)) == links[0].get());
 }
 
-TEST(the_speed_is_that_of_the_time_in_which_there_was_work) {
+TEST(the_speed_counts_only_time_with_work) {
   LinkTraffic traffic;
   CHECK(traffic.bandwidth() == 0);
   Deadline now{};

@@ -137,7 +137,7 @@ TEST(bytes_go_over_both_links) {
   bench.load();
 }
 
-TEST(what_is_not_urgent_stays_on_the_own_link) {
+TEST(a_background_load_uses_only_the_own_link) {
   Bench bench;
   bench.connect();
   bench.load(kBackground);
@@ -146,7 +146,7 @@ TEST(what_is_not_urgent_stays_on_the_own_link) {
   CHECK(bench.route().bytes > 0);
 }
 
-TEST(without_loaders_whoever_waits_moves_both) {
+TEST(a_waiting_thread_moves_both_links_without_loaders) {
   Bench bench(0);
   bench.connect();
   bench.load();
@@ -177,7 +177,7 @@ TEST(a_peer_s_call_that_fails_costs_no_bytes) {
       }
 }
 
-TEST(the_own_link_s_errors_are_still_the_load_s) {
+TEST(an_error_of_the_own_link_fails_the_load) {
   Bench bench;
   bench.connect();
   bench.load();
@@ -190,7 +190,7 @@ TEST(the_own_link_s_errors_are_still_the_load_s) {
   bench.load();
 }
 
-TEST(what_a_route_spoils_is_sent_again) {
+TEST(pieces_that_a_route_spoils_are_sent_again) {
   Bench bench;
   bench.runtime->add_route(std::make_shared<Scripted>(
       "spoils", [](int piece) { return piece < 2 ? Act::carry : Act::spoil; }));
@@ -198,7 +198,7 @@ TEST(what_a_route_spoils_is_sent_again) {
   CHECK(bench.route().error == "it was told to");
 }
 
-TEST(a_route_that_refuses_is_asked_no_more) {
+TEST(a_route_that_refuses_is_not_used_again) {
   Bench bench;
   std::atomic<int> asked{0};
   bench.runtime->add_route(std::make_shared<Scripted>("refuses", [&](int) {
@@ -210,14 +210,14 @@ TEST(a_route_that_refuses_is_asked_no_more) {
   CHECK(asked == 1 && bench.route().error == "it was told to refuse");
 }
 
-TEST(a_route_without_room_holds_nobody_up) {
+TEST(a_full_route_delays_no_load) {
   Bench bench;
   bench.runtime->add_route(std::make_shared<Scripted>("full", [](int) { return Act::full; }));
   bench.load();
   CHECK(bench.route().bytes == 0 && bench.route().error.empty());
 }
 
-TEST(a_layer_is_there_when_its_last_chunk_is_whatever_way_it_came) {
+TEST(a_layer_arrives_with_its_last_chunk_over_any_link) {
   Bench bench;
   auto route = std::make_shared<Scripted>("slow", [](int) { return Act::carry; });
   Scripted& slow = *route;
@@ -240,7 +240,7 @@ TEST(a_layer_is_there_when_its_last_chunk_is_whatever_way_it_came) {
   bench.runtime->end_lease(lease);
 }
 
-TEST(a_route_that_is_dropped_ends_what_it_has_begun) {
+TEST(a_dropped_route_finishes_its_pieces) {
   Bench bench;
   auto route = std::make_shared<Scripted>("leaves", [](int) { return Act::carry; });
   const std::weak_ptr<Scripted> left = route;
@@ -265,7 +265,7 @@ TEST(a_route_that_is_dropped_ends_what_it_has_begun) {
   bench.load();
 }
 
-TEST(an_eviction_waits_for_what_is_under_way_on_a_route) {
+TEST(an_eviction_waits_for_pieces_on_a_route) {
   Bench bench;
   auto route = std::make_shared<Scripted>("slow", [](int) { return Act::carry; });
   Scripted& slow = *route;
@@ -279,7 +279,7 @@ TEST(an_eviction_waits_for_what_is_under_way_on_a_route) {
   bench.load();
 }
 
-TEST(routes_that_make_no_sense_are_refused) {
+TEST(invalid_routes_are_refused) {
   Bench bench;
   bench.connect();
   CHECK_THROWS(invalid_argument, bench.connect());
@@ -292,7 +292,7 @@ TEST(routes_that_make_no_sense_are_refused) {
 }
 
 // Routes are added, fail, refuse copies and are removed while threads load and evict.
-TEST(routes_that_come_and_go_under_load) {
+TEST(routes_can_come_and_go_under_load) {
   Bench bench(3);
   std::atomic<bool> over{false};
   std::jthread changing([&] {

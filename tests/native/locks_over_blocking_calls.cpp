@@ -47,7 +47,7 @@ void live_a_little(Runtime& runtime, const ModelPtr& a, const ModelPtr& b) {
 
 }  // namespace
 
-TEST(others_go_on_while_one_waits) {
+TEST(other_threads_continue_while_one_waits) {
   for (const HostOptions& host : {HostOptions{}, HostOptions{.host_view = false},
                                   HostOptions{.threads = false, .host_view = false}}) {
     const auto probe = std::make_shared<Probe>(make_device(host));

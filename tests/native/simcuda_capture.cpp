@@ -33,7 +33,7 @@ CUgraphExec instantiate(CUgraph graph) {
 
 }  // namespace
 
-TEST(unsafe_calls_poison_by_the_modes_of_both_threads) {
+TEST(the_modes_of_both_threads_decide_whether_an_unsafe_call_poisons) {
   context = begin();
   const CUevent e = event();
   const CUstream s = stream(), other = stream();
@@ -74,7 +74,7 @@ TEST(unsafe_calls_poison_by_the_modes_of_both_threads) {
   OK(cuStreamEndCapture(s, &graph));
 }
 
-TEST(what_conflicts_with_a_capture_whatever_the_mode) {
+TEST(some_calls_conflict_with_a_capture_in_any_mode) {
   context = begin();
   CUstreamCaptureMode mode = kRelaxed;
   OK(cuThreadExchangeStreamCaptureMode(&mode));

@@ -190,7 +190,7 @@ class Program {
 
 }  // namespace
 
-TEST(random_programs_against_brute_force) {
+TEST(random_programs_agree_with_brute_force) {
   for (unsigned seed = 0; seed < 3000; ++seed) Program(seed).run(10 + static_cast<int>(seed % 40));
   CHECK(Program::races > 10'000);
 }
@@ -217,7 +217,7 @@ TEST(a_use_that_is_waited_for_is_no_violation) {
   CHECK(violations() == 0);
 }
 
-TEST(what_is_taken_away_in_use) {
+TEST(taking_memory_in_use_is_a_violation) {
   begin("clock=virtual\nh2d=1e9\n");
   const CUstream s = stream(), t = stream();
   const CUevent e = event();
@@ -251,7 +251,7 @@ TEST(what_is_taken_away_in_use) {
   CHECK(violations() == 4);
 }
 
-TEST(bytes_that_were_never_written) {
+TEST(reading_unwritten_bytes_is_a_violation) {
   begin("clock=virtual\n");
   const CUdeviceptr at = mapped(2 * kGranule);
   unsigned char host[256];

@@ -98,7 +98,7 @@ TEST(memory_lives_as_long_as_something_needs_it) {
   CHECK(available() == all);
 }
 
-TEST(there_is_only_so_much) {
+TEST(memory_is_bounded) {
   begin();
   std::vector<CUmemGenericAllocationHandle> handles;
   for (int i = 0; i < 32; ++i) handles.push_back(create());
@@ -114,7 +114,7 @@ TEST(there_is_only_so_much) {
   FAILS(OUT_OF_MEMORY, cuMemAlloc_v2(&plain, 1));
 }
 
-TEST(shared_by_descriptor) {
+TEST(memory_can_be_shared_by_descriptor) {
   begin();
   CUmemAllocationProp wanted = prop();
   wanted.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
@@ -134,7 +134,7 @@ TEST(shared_by_descriptor) {
                                                     CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
 }
 
-TEST(registered_memory) {
+TEST(registration_obeys_the_rules) {
   begin();
   std::vector<unsigned char> host(3 << 20);
   unsigned char* const at = host.data();
@@ -157,7 +157,7 @@ TEST(registered_memory) {
   OK(cuMemFreeHost(nullptr));
 }
 
-TEST(registering_what_the_cpu_may_only_read) {
+TEST(registering_read_only_memory_needs_a_flag) {
   const int fd = ::memfd_create("read-only", 0);
   CHECK(fd >= 0 && ::ftruncate(fd, 3 * 4096) == 0);
   for (const int sharing : {MAP_PRIVATE, MAP_SHARED}) {
@@ -187,7 +187,7 @@ TEST(registering_what_the_cpu_may_only_read) {
   ::close(fd);
 }
 
-TEST(the_cpu_reaches_memory_of_the_host) {
+TEST(the_cpu_reaches_host_memory) {
   begin("integrated=1");
   CUmemAllocationProp of_host = prop();
   of_host.location.type = CU_MEM_LOCATION_TYPE_HOST_NUMA;
@@ -233,7 +233,7 @@ TEST(only_leading_bytes_are_kept) {
 }
 
 // Granules that are adjacent in the address space are not adjacent in the store.
-TEST(kernels_see_one_range) {
+TEST(kernels_see_adjacent_granules_as_one_range) {
   begin();
   const CUdeviceptr at = reserve(4 * kGranule);
   std::vector<CUmemGenericAllocationHandle> handles;
@@ -273,7 +273,7 @@ TEST(kernels_see_one_range) {
   CHECK(violations() == 1);
 }
 
-TEST(a_store_to_read_only_memory_kills) {
+TEST(a_store_to_read_only_memory_kills_the_context) {
   begin();
   const CUdeviceptr at = mapped(), other = mapped();
   const CUstream s = stream();
@@ -285,7 +285,7 @@ TEST(a_store_to_read_only_memory_kills) {
   FAILS(ILLEGAL_ADDRESS, cuStreamSynchronize(s));
 }
 
-TEST(misaligned_kernels_die_so) {
+TEST(a_misaligned_kernel_fails_with_that_error) {
   begin();
   const CUdeviceptr at = mapped();
   const CUstream s = stream();

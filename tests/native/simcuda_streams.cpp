@@ -40,7 +40,7 @@ TEST(pinned_memory_is_read_late_and_pageable_at_the_call) {
   }
 }
 
-TEST(a_wait_is_for_the_event_as_it_was) {
+TEST(a_wait_keeps_the_recorded_position_of_its_event) {
   for (const std::string clock : kClocks) {
     begin(clock + kSlow);
     const CUstream first = stream(), second = stream(), third = stream();
@@ -85,7 +85,7 @@ TEST(the_legacy_stream_waits_and_is_waited_for) {
   }
 }
 
-TEST(host_functions_run_in_order_and_may_not_call) {
+TEST(host_functions_run_in_order_and_may_not_call_cuda) {
   for (const std::string clock : kClocks) {
     begin(clock + kSlow);
     const CUstream s = stream();
@@ -110,7 +110,7 @@ TEST(host_functions_run_in_order_and_may_not_call) {
   }
 }
 
-TEST(destroyed_streams_do_what_they_were_told) {
+TEST(destroyed_streams_finish_their_work) {
   for (const std::string clock : kClocks) {
     begin(clock + kSlow);
     const CUdeviceptr at = mapped();
@@ -127,7 +127,7 @@ TEST(destroyed_streams_do_what_they_were_told) {
   }
 }
 
-TEST(what_is_unmapped_too_early_dies_when_it_runs) {
+TEST(work_on_memory_unmapped_too_early_dies_when_it_runs) {
   for (const std::string clock : kClocks) {
     begin(clock + kSlow);
     const CUstream s = stream();
@@ -144,7 +144,7 @@ TEST(what_is_unmapped_too_early_dies_when_it_runs) {
 }
 
 // The virtual clock is exact.
-TEST(virtual_time) {
+TEST(virtual_time_is_exact) {
   begin("clock=virtual\nh2d=1e9\nd2h=5e8\ncost.cuMemcpyHtoDAsync=2+1\ncost.cuMemUnmap=10+100\n");
   const CUstream one = stream(), two = stream();
   const CUdeviceptr at = mapped(3 * kGranule);
@@ -194,7 +194,7 @@ TEST(virtual_time) {
   CHECK(polls == static_cast<int>(std::ceil(2 * copy / 10e-6)));
 }
 
-TEST(real_time) {
+TEST(real_time_is_at_least_the_given_cost) {
   begin("h2d=1e8\ncost.cuMemCreate=3000\n");
   const CUstream one = stream(), two = stream();
   const CUdeviceptr at = mapped();
@@ -209,7 +209,7 @@ TEST(real_time) {
   CHECK(simcuda_now() - begun >= 3e-3);
 }
 
-TEST(threads_of_the_program) {
+TEST(threads_can_use_one_context) {
   for (const std::string clock : kClocks) {
     const CUcontext context = begin(clock + "h2d=1e9\n");
     std::vector<std::thread> threads;
@@ -249,7 +249,7 @@ TEST(threads_of_the_program) {
 }
 
 // While cuMemFree waits, other threads wait for other work. The detector must not lose their waits.
-TEST(a_free_that_waits_takes_no_knowledge_away) {
+TEST(a_waiting_free_keeps_the_waits_of_other_threads) {
   const CUcontext context = begin(kSlow);
   const CUstream slow = stream();
   unsigned char* const unused = pinned(64);

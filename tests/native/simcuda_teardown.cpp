@@ -67,7 +67,7 @@ TEST(the_process_ends_with_work_in_flight) {
         }) == 0);
 }
 
-TEST(calls_after_the_end_say_so) {
+TEST(calls_after_the_end_are_refused) {
   CHECK(in_child([] {
           static const struct AtEnd {
             ~AtEnd() {
@@ -115,7 +115,7 @@ TEST(handles_do_not_outlive_a_reset) {
   FAILS(INVALID_VALUE, cuMemUnmap(at, kGranule));
 }
 
-TEST(a_child_has_no_driver) {
+TEST(a_forked_child_has_no_driver) {
   begin();
   CHECK(in_child([] {
           int count = 0;
@@ -147,7 +147,7 @@ TEST(the_last_release_ends_the_context) {
   CHECK(violations() == 0);
 }
 
-TEST(others_destroy_the_context) {
+TEST(calls_fail_after_the_context_is_destroyed) {
   for (const std::string clock : {"clock=real\n", "clock=virtual\n"}) {
     begin(clock + kSlow);
     const CUstream s = stream();
@@ -161,7 +161,7 @@ TEST(others_destroy_the_context) {
   }
 }
 
-TEST(errors_stay) {
+TEST(context_errors_are_permanent) {
   begin();
   const CUstream s = stream();
   const CUevent e = event();
@@ -176,7 +176,7 @@ TEST(errors_stay) {
   OK(cuMemUnmap(at, kGranule));
 }
 
-TEST(faults_by_function_and_count) {
+TEST(faults_are_chosen_by_function_and_count) {
   begin();
   simcuda_clear_faults();
   simcuda_fault("cuMemUnmap", 2, 3, CUDA_ERROR_UNKNOWN);

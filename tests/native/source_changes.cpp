@@ -101,13 +101,13 @@ TEST(reads_that_are_short_or_interrupted_are_continued) {
   CHECK(calls > 100);
 }
 
-TEST(more_blocks_than_one_call_takes) {
+TEST(more_blocks_than_one_call_takes_are_read) {
   const Scattered source(1'000'000);
   const LayerSource whole{{{0, 0, 0, 1'000'000}}};
   CHECK(source.read(whole, 0, 1'000'000, 512) == source.content());
 }
 
-TEST(many_small_segments_with_holes) {
+TEST(many_small_segments_with_holes_are_read) {
   const Scattered source(300'000);
   LayerSource scattered;
   for (std::uint64_t i = 0, at = 3; i < 2000; ++i) {
@@ -126,7 +126,7 @@ TEST(many_small_segments_with_holes) {
 }
 
 // The file is read in pieces, and converted elements cross the borders of blocks.
-TEST(casts_of_reads_that_are_short_or_interrupted) {
+TEST(casts_continue_after_short_or_interrupted_reads) {
   const std::uint64_t count = 200'001;
   const Scattered source(4 * count + 6);
   const auto content = source.content();
@@ -156,7 +156,7 @@ TEST(casts_of_reads_that_are_short_or_interrupted) {
   }
 }
 
-TEST(a_cast_of_a_file_that_ends_too_soon) {
+TEST(a_cast_of_a_file_that_ends_too_soon_is_refused) {
   const Scattered source(4096);
   const LayerSource whole{{{0, 0, 0, 2048, CastKind::f32_to_bf16}}};
   CHECK(source.read(whole, 0, 2048, 4096).size() == 2048);
@@ -192,14 +192,14 @@ TEST(a_read_that_fails_says_why) {
   CHECK_THROWS(general, source.read({{{0, 0, 0, 4096}}}, 0, 4096, 4096));
 }
 
-TEST(a_file_that_ends_too_soon) {
+TEST(a_file_that_ends_too_soon_is_refused) {
   const Scattered source(4096);
   CHECK_THROWS(corrupt_checkpoint, source.read({{{0, 100, 0, 4096}}}, 0, 4096, 4096));
   CHECK_THROWS(corrupt_checkpoint, source.read({{{0, 1 << 30, 0, 9}}}, 0, 9, 4096));
 }
 
 // The read returns its full length, with zeros for the part that was cut off.
-TEST(a_file_cut_inside_a_read) {
+TEST(a_file_truncated_during_a_read_is_refused) {
   const Scattered source(100'000);
   const ReadsGo go([&](int descriptor, const iovec* vectors, int count, off_t offset) {
     const ssize_t got = real_preadv(descriptor, vectors, count, offset);
@@ -211,7 +211,7 @@ TEST(a_file_cut_inside_a_read) {
 
 // The file changes between two loads in one of these ways. The whole model fails; other models
 // still work.
-TEST(a_model_whose_file_changed) {
+TEST(a_changed_file_fails_only_its_model) {
   using Change = void (*)(const char* path);
   const Change cut = [](const char* path) { CHECK(::truncate(path, 1000) == 0); };
   const Change touch = [](const char* path) {
@@ -261,7 +261,7 @@ TEST(a_model_whose_file_changed) {
 }
 
 // The first chunks have arrived when the file is truncated.
-TEST(a_model_whose_file_is_cut_while_it_loads) {
+TEST(a_load_fails_if_its_file_is_truncated) {
   for (const bool host_view : {true, false}) {
     const Watched device({.threads = false, .host_view = host_view});
     const auto runtime = Runtime::make(device.driver, options(4, 0));

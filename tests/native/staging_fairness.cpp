@@ -41,7 +41,7 @@ class Waiter {
 
 }  // namespace
 
-TEST(first_come_first_served) {
+TEST(waiters_are_served_in_order_of_arrival) {
   Bench bench;
   auto taken = bench.take_all();
   CHECK(taken.size() == kChunks);
@@ -55,7 +55,7 @@ TEST(first_come_first_served) {
   CHECK(order == std::vector{0, 1, 2, 3, 4, 5});
 }
 
-TEST(nobody_passes_those_who_wait) {
+TEST(a_new_request_does_not_pass_waiting_ones) {
   Bench bench;
   auto taken = bench.take_all();
   std::atomic<bool> tried{false};
@@ -70,7 +70,7 @@ TEST(nobody_passes_those_who_wait) {
   taken.pop_back();
 }
 
-TEST(never_more_than_was_allowed) {
+TEST(the_pool_never_exceeds_its_limit) {
   Bench bench;
   std::atomic<std::size_t> lent{0};
   std::vector<std::jthread> threads;
@@ -92,7 +92,7 @@ TEST(never_more_than_was_allowed) {
   CHECK(bench.watched.strict->live().at("pinned") <= kChunks);
 }
 
-TEST(pinned_only_when_needed_and_returned) {
+TEST(chunks_are_pinned_only_when_needed_and_released_at_the_end) {
   Watched watched;
   {
     StagingPool pool(std::make_shared<Device>(watched.driver), kChunks * kChunk, kChunk);
@@ -135,7 +135,7 @@ TEST(a_wait_that_is_interrupted_leaves_the_line) {
   CHECK(bench.pool.available() == kChunks);
 }
 
-TEST(a_pin_that_fails_costs_nothing) {
+TEST(a_failed_pin_loses_no_chunk) {
   Bench bench;
   bench.watched.driver->arm({{1, 2}}, Primitive::pinned_create, Status::out_of_memory);
   CHECK_THROWS(out_of_device_memory, bench.pool.try_acquire());
@@ -145,7 +145,7 @@ TEST(a_pin_that_fails_costs_nothing) {
 }
 
 // Two threads ask for a chunk while the only chunk is being pinned for a third, whose pin fails.
-TEST(a_pin_that_fails_lets_the_next_one_try) {
+TEST(a_failed_pin_lets_the_next_waiter_try) {
   Watched watched;
   StagingPool pool(std::make_shared<Device>(watched.driver), kChunk, kChunk);
   watched.driver->arm({{1, 1}}, Primitive::pinned_create, Status::out_of_memory);
@@ -165,7 +165,7 @@ TEST(a_pin_that_fails_lets_the_next_one_try) {
   CHECK(failed == 1 && served == 2);
 }
 
-TEST(sizes_that_make_no_chunk) {
+TEST(sizes_that_make_no_chunk_are_refused) {
   const auto device = std::make_shared<Device>(Watched().driver);
   CHECK_THROWS(invalid_argument, StagingPool(device, kChunk - 1, kChunk));
   CHECK_THROWS(invalid_argument, StagingPool(device, kMiB, 0));

@@ -76,8 +76,8 @@ void chain_of_waits(bool threads) {
 
 }  // namespace
 
-TEST(waits_across_streams_with_threads) { chain_of_waits(true); }
-TEST(waits_across_streams_without_threads) { chain_of_waits(false); }
+TEST(streams_wait_for_each_other_with_threads) { chain_of_waits(true); }
+TEST(streams_wait_for_each_other_without_threads) { chain_of_waits(false); }
 
 TEST(an_event_never_recorded_is_complete) {
   for (const bool threads : {true, false}) {
@@ -110,7 +110,7 @@ TEST(a_wait_keeps_the_position_it_began_with) {
   CHECK(bench.driver->event_wait(event, microseconds(0)) == Status::ok && bench.word(3) == 1);
 }
 
-TEST(an_event_destroyed_while_pending_still_orders_what_waits_for_it) {
+TEST(an_event_destroyed_while_pending_still_orders_its_waiters) {
   for (const bool threads : {true, false}) {
     Bench bench(threads);
     const StreamId a = bench.stream(), b = bench.stream();
@@ -166,7 +166,7 @@ TEST(a_timed_wait_ends_when_its_time_has_passed) {
 }
 
 // A thread that synchronizes a stream also waits for a step that another thread is running.
-TEST(a_stream_stepped_by_two_threads) {
+TEST(two_threads_can_step_one_stream) {
   Bench bench(false);
   const StreamId stream = bench.stream();
   const EventId event = bench.event();
@@ -193,7 +193,7 @@ TEST(a_stream_stepped_by_two_threads) {
   }
 }
 
-TEST(many_threads_on_shared_streams) {
+TEST(many_threads_can_share_streams) {
   Bench bench(true);
   const StreamId streams[] = {bench.stream(), bench.stream()};
   std::vector<std::jthread> threads;
@@ -225,7 +225,7 @@ TEST(many_threads_on_shared_streams) {
 }
 
 // Even if the user did not wait for the work, the driver's destructor must not access freed memory.
-TEST(a_driver_destroyed_with_work_under_way) {
+TEST(a_driver_can_be_destroyed_with_work_in_flight) {
   for (const bool threads : {true, false}) {
     std::vector<std::byte> from(16 * kMiB), to(16 * kMiB);
     auto driver = make_host_driver({.threads = threads});

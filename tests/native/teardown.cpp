@@ -55,7 +55,7 @@ bool child_succeeds(Body body) {
 
 }  // namespace
 
-TEST(a_runtime_that_gets_no_threads) {
+TEST(a_runtime_that_gets_no_threads_is_refused) {
   for (const int threads : {0, 1, 2}) {
     const Watched device;
     threads_left = threads;
@@ -65,7 +65,7 @@ TEST(a_runtime_that_gets_no_threads) {
   }
 }
 
-TEST(a_runtime_destroyed_while_it_loads) {
+TEST(a_runtime_can_be_destroyed_during_a_load) {
   for (const bool host_view : {true, false})
     for (int steps = 0; steps < 12; ++steps) {
       Watched device({.host_view = host_view});
@@ -81,7 +81,7 @@ TEST(a_runtime_destroyed_while_it_loads) {
     }
 }
 
-TEST(a_runtime_destroyed_between_two_steps) {
+TEST(a_runtime_can_be_destroyed_between_two_steps) {
   for (const bool host_view : {true, false})
     for (int steps = 0; steps < 45; steps += 3) {
       Watched device({.threads = false, .host_view = host_view});
@@ -98,7 +98,7 @@ TEST(a_runtime_destroyed_between_two_steps) {
 
 // The swap has loaded its model but not yet evicted the other one. Its ticket must end
 // nevertheless.
-TEST(a_swap_that_is_closed_upon) {
+TEST(closing_ends_the_ticket_of_a_swap) {
   Watched device({.threads = false});
   const ModelFile files[] = {{1, kLayers}, {2, kLayers}};
   const auto runtime = Runtime::make(device.driver, options(8, 0));
@@ -111,7 +111,7 @@ TEST(a_swap_that_is_closed_upon) {
   CHECK(runtime->done(ticket));
 }
 
-TEST(a_runtime_destroyed_under_a_lease) {
+TEST(a_runtime_can_be_destroyed_under_a_lease) {
   Watched device;
   const ModelFile file(1, kLayers);
   auto runtime = Runtime::make(device.driver, options(5));
@@ -125,7 +125,7 @@ TEST(a_runtime_destroyed_under_a_lease) {
   device.expect_returned();
 }
 
-TEST(closed_by_two_threads_at_once) {
+TEST(two_threads_can_close_a_runtime_at_once) {
   for (int i = 0; i < 20; ++i) {
     Watched device;
     const ModelFile file(1, kLayers);
@@ -155,7 +155,7 @@ TEST(close_gives_all_memory_back) {
   }
 }
 
-TEST(threads_that_wait_while_it_is_closed) {
+TEST(closing_ends_the_waits_of_other_threads) {
   for (int i = 0; i < 20; ++i) {
     Watched device;
     const ModelFile file(1, kLayers);
@@ -267,7 +267,7 @@ TEST(a_forked_child_may_have_a_runtime_of_its_own) {
 }
 
 // Static objects are destroyed while loaders and streams are working.
-TEST(a_process_that_exits_with_a_live_runtime) {
+TEST(a_process_can_exit_with_a_live_runtime) {
   if (check::simulator()) return;  // as above
   for (const bool announced : {true, false})
     CHECK(child_succeeds([&] {

@@ -212,11 +212,11 @@ void mix(const HostOptions& host) {
 
 }  // namespace
 
-TEST(where_the_cpu_fills_granules) { mix({}); }
-TEST(where_bytes_go_by_staging) { mix({.host_view = false}); }
+TEST(threads_can_mix_operations_with_host_views) { mix({}); }
+TEST(threads_can_mix_operations_with_staging) { mix({.host_view = false}); }
 
 // Two threads unregister and re-register models that the others are using.
-TEST(models_that_come_and_go) {
+TEST(threads_can_replace_models_that_others_use) {
   using enum ErrorKind;
   Watched device({.host_view = false});
   auto runtime = Runtime::make(device.driver, options(6));
@@ -261,7 +261,7 @@ TEST(models_that_come_and_go) {
 
 // A loader that is about to sleep must see a request that arrives at that time. The layer has no
 // bytes, so it is loaded and evicted at once and requests arrive at the highest rate.
-TEST(no_request_is_slept_through) {
+TEST(a_loader_misses_no_request_before_it_sleeps) {
   for (const bool host_view : {true, false}) {
     const Watched device({.host_view = host_view});
     const auto runtime = Runtime::make(device.driver, options(1, 1));
