@@ -173,7 +173,8 @@ MUTATIONS = [
         "warmserve_rt/core/views.py",
         "if not self._here(layer):",
         "if False:",
-        "runtime/test_streaming_leases.py::test_a_streaming_lease_begins_before_its_layers_arrive[host]",
+        "runtime/test_streaming_leases.py::"
+        "test_a_streaming_lease_begins_before_its_layers_arrive[host]",
     ),
     Mutation(
         "a thread that joins a lease waits in the queue",
@@ -324,14 +325,16 @@ MUTATIONS = [
         "csrc/simcuda/api_copy.cpp",
         "if (copy.from_place == Place::pageable && !stream.capture) {",
         "if (copy.from_place != Place::device && !stream.capture) {",
-        "simcuda/test_simcuda_behaviour.py::test_pinned_sources_are_read_late_and_pageable_ones_early[virtual-True]",
+        "simcuda/test_simcuda_behaviour.py::"
+        "test_pinned_sources_are_read_late_and_pageable_ones_early[virtual-True]",
     ),
     Mutation(
         "the simulator reads pageable memory when a copy runs",
         "csrc/simcuda/api_copy.cpp",
         "if (copy.from_place == Place::pageable && !stream.capture) {",
         "if (false) {",
-        "simcuda/test_simcuda_behaviour.py::test_pinned_sources_are_read_late_and_pageable_ones_early[virtual-False]",
+        "simcuda/test_simcuda_behaviour.py::"
+        "test_pinned_sources_are_read_late_and_pageable_ones_early[virtual-False]",
     ),
     Mutation(
         "the simulator writes to read-only memory",
@@ -355,21 +358,22 @@ MUTATIONS = [
         "csrc/simcuda/capture.cpp",
         "    capture->invalid = true;\n    result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;",
         "    result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;",
-        "simcuda/test_simcuda_capture.py::test_a_call_of_another_thread_can_invalidate_a_capture[allocate-0-0-True]",
+        "simcuda/test_simcuda_capture.py::"
+        "test_a_call_of_another_thread_can_invalidate_a_capture[allocate-0-0-True]",
     ),
     Mutation(
         "loading breaks a stream capture of another thread",
         "csrc/driver/cuda/context.cpp",
         "cuda.cuThreadExchangeStreamCaptureMode(&mode_));",
         "cuda.cuThreadExchangeStreamCaptureMode(&(mode_ = CU_STREAM_CAPTURE_MODE_GLOBAL)));",
-        "cuda/test_cuda_peers.py::test_a_load_does_not_invalidate_a_capture_of_other_code",
+        "cuda/test_cuda_interop.py::test_a_load_does_not_invalidate_a_capture_of_other_code",
     ),
     Mutation(
         "the calling thread's current context is not restored",
         "csrc/driver/cuda/context.cpp",
         "if (switched_) cuda.cuCtxSetCurrent(before_);",
         "",
-        "cuda/test_cuda_peers.py::test_a_load_restores_the_thread_s_context_and_capture_mode",
+        "cuda/test_cuda_interop.py::test_a_load_restores_the_thread_s_context_and_capture_mode",
     ),
     Mutation(
         "a lost context is called again",
