@@ -673,6 +673,6 @@ def test_a_bad_call_is_refused_and_teaches_nothing(name: str) -> None:
         ({"expert": "oracle"}, "expert must be one of hedge, .* got 'oracle'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, object], sentence: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         small(**options)  # type: ignore[arg-type]
