@@ -61,8 +61,8 @@ def watch(path: Path, arena: int, staged: bool) -> dict[str, int]:
     """Run the process; return its report, its peak in bytes and the number of samples.
 
     The process is stopped for each sample. An arena is mapped at two addresses, and half of it is
-    counted at each. A page that is unmapped from one of them during the kernel's count would be
-    counted one and a half times.
+    counted at each. If a page were unmapped from one of them while the kernel counts, the page
+    would be counted one and a half times.
     """
     command = [sys.executable, __file__, "--serve", str(path), "--arena", str(arena)]
     child = subprocess.Popen(command + ["--staged"] * staged, stdout=subprocess.PIPE)

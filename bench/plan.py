@@ -159,8 +159,10 @@ def timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def speed(bench: Bench, rounds: int) -> None:
-    """Time a plan on empty devices, on a settled fleet, and on one whose needs have changed: of 1 %
-    of the models, at least one, the need has tripled or fallen to a third."""
+    """Time a plan on empty devices, on a settled fleet, and on one whose needs have changed.
+
+    For 1 % of the models, but at least one, the need has tripled or fallen to a third.
+    """
     known = curves("mean")
     begin = perf_counter()
     fleet(known, 16, 40, 1).plan([])()

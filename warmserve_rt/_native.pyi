@@ -31,8 +31,8 @@ class TensorTable:
     @overload
     def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None: ...
     def __len__(self) -> int: ...
-    # (metadata of the next file, None); if another file has a tensor of the same name,
-    # (None, (message, number of that file)).
+    # Adds the next file and returns (its metadata, None). If another file has a tensor of the same
+    # name, returns (None, (message, number of that file)).
     def add(
         self, header: bytes, start: int, size: int
     ) -> tuple[StringTable, None] | tuple[None, tuple[str, int]]: ...

@@ -195,8 +195,7 @@ std::exception_ptr CopyEngine::enqueue(InFlightCopy& pending) {
   return nullptr;
 }
 
-// Returns an event that is not waited for: re-recording one that is waited for would delay the
-// waiter.
+// Returns an event without waiters, because recording an event again would delay its waiters.
 std::shared_ptr<Event> CopyEngine::spare_event() {
   const auto spare = std::find_if(spare_events_.begin(), spare_events_.end(),
                                   [](const auto& event) { return event.use_count() == 1; });

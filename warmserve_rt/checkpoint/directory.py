@@ -38,7 +38,7 @@ class Directory:
         os.close(self._fd)
 
     def names(self) -> list[str]:
-        """Return the names in the directory that are not hidden, sorted."""
+        """Return the sorted names of the directory's files, without hidden ones."""
         with naming(self.path):
             return sorted(name for name in os.listdir(self._fd) if not name.startswith("."))
 

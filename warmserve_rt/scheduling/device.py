@@ -149,8 +149,8 @@ class RuntimeDevice:
         Parameters
         ----------
         model, rank
-            The number of the model. A device has one rank of each model, so that ``rank`` tells
-            nothing more.
+            The number of the model. ``rank`` is not used, because a device has only one rank of
+            each model.
         layers
             The number of leading layers to keep.
         values

@@ -20,7 +20,7 @@ DASHES = (
 
 @dataclass(frozen=True)
 class Scale:
-    """A map from values to pixels. ``shape`` is applied to both ends and to each value."""
+    """A map from values to pixels, linear in ``shape(value)``."""
 
     low: float
     high: float

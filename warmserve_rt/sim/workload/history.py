@@ -14,8 +14,8 @@ def with_history(workload: Workload, seconds: float) -> Workload:
     """Return the workload with its first ``seconds`` as history and the rest as the run.
 
     The history is rounded down to whole windows. The dispersion is that of the counts in intervals
-    as long as a request takes alone, over the whole history. If the history has fewer than two such
-    intervals, or no request, it is that of a Poisson process.
+    as long as a request takes alone, over the whole history. If the history has no request, or
+    fewer than two such intervals, the dispersion is that of a Poisson process.
 
     Parameters
     ----------
