@@ -101,7 +101,7 @@ class Loading(Inspecting):
         return ticket
 
     def step(self) -> bool:
-        """Load one chunk, or do one step of making room for it; for ``Runtime(pump=True)``.
+        """Load one chunk of a runtime with ``pump=True``, or do one step of making room for it.
 
         Returns False if nothing can be done now. Raises ValueError for a runtime without ``pump``.
         """

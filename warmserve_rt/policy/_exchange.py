@@ -59,8 +59,10 @@ def offer(
     offers: Offers,
     n: int,
 ) -> int:
-    """Append to ``offers``, from index ``n`` on, the gain of each later stop for copy r, or for a
-    new copy if r is negative, unless its room costs too much. Return the new number of offers.
+    """Append the gain of each later stop of copy r to ``offers``, and return their new number.
+
+    If r is negative, the stops are those of a new copy. The first free index of ``offers`` is
+    ``n``. A stop whose room costs too much is left out.
 
     ``most_free`` and ``cheapest``: the most free bytes and the cheapest room of any device.
     """
