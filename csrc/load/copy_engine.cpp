@@ -59,20 +59,18 @@ StagingPool::Chunk CopyEngine::chunk() {
 
 std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer& layer,
                                std::uint64_t begin, std::uint64_t end, const CopyOptions& options) {
-  const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
-  const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
-  read_layer(model.files, layer.source, begin, end, destination);
-  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
-                 end, options.sums);
-  std::this_thread::sleep_until(options.not_before);
+  const std::uint64_t zeros = std::clamp(layer.bytes, begin, end);  // from here on
+  std::shared_ptr<StagingPool::Chunk> chunk;
+  if (begin < zeros) chunk = read_chunk(model, layer, begin, zeros, options);
   const Deadline deadline = Clock::now() + staging_timeout_;
-  const std::uint64_t piece = options.urgent ? end - begin : ceil_div(end - begin, kPieces);
+  const std::uint64_t piece = options.urgent ? zeros - begin : ceil_div(zeros - begin, kPieces);
   std::uint64_t at = begin;
   while (at < end) {
-    const std::uint64_t bytes = std::min(piece, end - at);
-    const auto pending = std::make_shared<InFlightCopy>(
-        InFlightCopy{load, options.generation, bytes, options.urgent, chunk,
-                     copies_of(layer, at, bytes, chunk->data() + (at - begin))});
+    const bool bytes_left = at < zeros;
+    const std::uint64_t bytes = bytes_left ? std::min(piece, zeros - at) : end - at;
+    const auto pending = std::make_shared<InFlightCopy>(InFlightCopy{
+        load, options.generation, bytes, options.urgent, bytes_left ? chunk : nullptr,
+        copies_of(layer, at, bytes, bytes_left ? chunk->data() + (at - begin) : nullptr)});
     try {
       if (!send_piece(pending, deadline, options)) break;
     } catch (...) {
@@ -86,8 +84,21 @@ std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer&
   return at - begin;
 }
 
-// Returns the copies to the granules of layer bytes [begin, begin + bytes). Adjacent granules
-// take one copy.
+// Reads layer bytes [begin, end) into a chunk.
+std::shared_ptr<StagingPool::Chunk> CopyEngine::read_chunk(const Model& model, const Layer& layer,
+                                                           std::uint64_t begin, std::uint64_t end,
+                                                           const CopyOptions& options) {
+  const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
+  const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
+  read_layer(model.files, layer.source, begin, end, destination);
+  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
+                 end, options.sums);
+  std::this_thread::sleep_until(options.not_before);
+  return chunk;
+}
+
+// Returns the copies to the granules of layer bytes [begin, begin + bytes), from null if `from` is.
+// Adjacent granules take one copy.
 std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
                                         std::uint64_t bytes, const std::byte* from) const {
   const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + bytes;
@@ -99,7 +110,7 @@ std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
       ++last;
     const std::uint64_t stop = std::min(end, (last + 1) * granule_bytes);
     copies.push_back({arena_.window(layer.granules[first]) + at % granule_bytes,
-                      from + (at - begin), stop - at});
+                      from ? from + (at - begin) : nullptr, stop - at});
     at = stop;
   }
   return copies;
@@ -122,11 +133,15 @@ bool CopyEngine::send_piece(const InFlightCopyPtr& pending, Deadline deadline,
   }
 }
 
-// Starts the copies of a piece on the link that would finish them first; copies that are not urgent
-// use the own link only. Returns false if the chosen route is full and the own link is busy, if the
+// Starts the copies of a piece on the link that would finish them first; zeros, and copies that are
+// not urgent, use the own link only. Returns false if the chosen route is full and the own link is busy, if the
 // copies are not urgent and the limit of such copies is reached, or if every link is still busy
 // with its first piece, so that no speed is known.
 bool CopyEngine::begin(const InFlightCopyPtr& pending) {
+  if (pending->zeros()) {
+    begin_on_own_link(pending);
+    return true;
+  }
   for (;;) {
     Link* const link = links_.choose(pending->bytes, pending->urgent, Clock::now());
     if (!link) return false;
@@ -159,6 +174,7 @@ void CopyEngine::begin_on_own_link(const InFlightCopyPtr& pending) {
   if (const auto error = enqueue(*pending))
     completions_.push_back({pending->load, pending->generation, 0, error});
   links_.own().in_flight.push_back(pending);
+  if (pending->zeros()) return;
   links_.own().traffic.sent(pending->bytes, Clock::now());
   if (!pending->urgent) not_urgent_ += pending->bytes;
 }
@@ -182,7 +198,10 @@ std::exception_ptr CopyEngine::enqueue(InFlightCopy& pending) {
   bool under_way = false;
   try {
     for (const Copy& copy : pending.copies) {
-      stream_->copy_to_device(copy.to, copy.from, copy.bytes);
+      if (copy.from)
+        stream_->copy_to_device(copy.to, copy.from, copy.bytes);
+      else
+        stream_->fill_zero(copy.to, copy.bytes);
       under_way = true;
     }
     const std::shared_ptr<Event> event = spare_event();
@@ -284,9 +303,11 @@ CopyEngine::Reaped CopyEngine::reap_link(std::unique_lock<std::mutex>& lock, Lin
       begin_again(pending);
       continue;
     }
-    link.traffic.completed(pending->bytes, Clock::now());
-    link.carried += pending->bytes;
-    if (!pending->urgent) not_urgent_ -= pending->bytes;
+    if (!pending->zeros()) {
+      link.traffic.completed(pending->bytes, Clock::now());
+      link.carried += pending->bytes;
+      if (!pending->urgent) not_urgent_ -= pending->bytes;
+    }
     event.reset();
     if (pending->event) spare_events_.push_back(std::move(pending->event));
     if (route_copy)

@@ -24,16 +24,19 @@ namespace warmserve {
 
 class Arena;
 
-// A piece whose copies are in flight on a link.
+// A piece whose copies are in flight on a link, or zeros that the device writes. No link carries the
+// zeros; they are enqueued with the own link's copies.
 struct InFlightCopy {
   LayerLoad* load;
   unsigned generation;
   std::uint64_t bytes;
   bool urgent;
-  std::shared_ptr<StagingPool::Chunk> chunk;
+  std::shared_ptr<StagingPool::Chunk> chunk;  // null: zeros
   std::vector<Copy> copies;
   std::shared_ptr<Event> event{};           // null if recording failed: then synchronize the stream
   std::shared_ptr<RouteCopy> route_copy{};  // set on a route, which has no event
+
+  bool zeros() const noexcept { return !chunk; }
 };
 
 class CopyEngine {
@@ -65,8 +68,8 @@ class CopyEngine {
   void drop_route(const std::string& name);
   std::vector<RouteState> routes();
 
-  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. Returns how many
-  // bytes it sent; fewer if options.wanted() became false or an error occurred, which
+  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. The device writes the
+  // zeros behind the layer's last byte. Returns how many bytes it sent; fewer if options.wanted() became false or an error occurred, which
   // take_completions() reports. The granules of the bytes sent may be reused once
   // take_completions() has reported that their copies are over. Throws if an error occurred before
   // the first piece. Blocks for a staging chunk, the file, and copies in flight.
@@ -92,6 +95,9 @@ class CopyEngine {
   enum class Copies { over, moving, stuck, failed };
 
   StagingPool::Chunk chunk();
+  std::shared_ptr<StagingPool::Chunk> read_chunk(const Model& model, const Layer& layer,
+                                                 std::uint64_t begin, std::uint64_t end,
+                                                 const CopyOptions& options);
   std::vector<Copy> copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
                               const std::byte* from) const;
   bool send_piece(const InFlightCopyPtr& pending, Deadline deadline, const CopyOptions& options);
