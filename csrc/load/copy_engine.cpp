@@ -60,17 +60,17 @@ StagingPool::Chunk CopyEngine::chunk() {
 std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer& layer,
                                std::uint64_t begin, std::uint64_t end, const CopyOptions& options) {
   const std::uint64_t zeros = std::clamp(layer.bytes, begin, end);  // from here on
-  std::shared_ptr<StagingPool::Chunk> chunk;
-  if (begin < zeros) chunk = read_chunk(model, layer, begin, zeros, options);
+  HostBytes bytes_read;
+  if (begin < zeros) bytes_read = bytes_of(model, layer, begin, zeros, options);
   const Deadline deadline = Clock::now() + staging_timeout_;
   const std::uint64_t piece = options.urgent ? zeros - begin : ceil_div(zeros - begin, kPieces);
   std::uint64_t at = begin;
   while (at < end) {
-    const bool bytes_left = at < zeros;
-    const std::uint64_t bytes = bytes_left ? std::min(piece, zeros - at) : end - at;
+    const bool from_host = at < zeros;
+    const std::uint64_t bytes = from_host ? std::min(piece, zeros - at) : end - at;
     const auto pending = std::make_shared<InFlightCopy>(InFlightCopy{
-        load, options.generation, bytes, options.urgent, bytes_left ? chunk : nullptr,
-        copies_of(layer, at, bytes, bytes_left ? chunk->data() + (at - begin) : nullptr)});
+        load, options.generation, bytes, options.urgent, from_host ? bytes_read.owner : nullptr,
+        copies_of(layer, at, bytes, from_host ? &bytes_read.memory : nullptr)});
     try {
       if (!send_piece(pending, deadline, options)) break;
     } catch (...) {
@@ -84,35 +84,58 @@ std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer&
   return at - begin;
 }
 
-// Reads layer bytes [begin, end) into a chunk.
-std::shared_ptr<StagingPool::Chunk> CopyEngine::read_chunk(const Model& model, const Layer& layer,
-                                                           std::uint64_t begin, std::uint64_t end,
-                                                           const CopyOptions& options) {
-  const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
-  const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
-  read_layer(model.files, layer.source, begin, end, destination);
-  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
+// Returns memory that has layer bytes [begin, end): the image, or else a staging chunk. Reads the
+// files, unless the image has the bytes already; then it checks that the files are unchanged.
+CopyEngine::HostBytes CopyEngine::bytes_of(const Model& model, const Layer& layer,
+                                           std::uint64_t begin, std::uint64_t end,
+                                           const CopyOptions& options) {
+  if (options.cached) {
+    check_files_unchanged(model.files, layer.source, begin, end);
+    return {options.image, options.image->memory()};
+  }
+  HostBytes made;
+  if (options.image) {
+    made = {options.image, options.image->memory()};
+  } else {
+    const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
+    made = {chunk, {begin, staging_.chunk_bytes(), {chunk->data()}}};
+  }
+  read_layer(model.files, layer.source, begin, end, made.memory);
+  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, made.memory, begin,
                  end, options.sums);
   std::this_thread::sleep_until(options.not_before);
-  return chunk;
+  return made;
 }
 
-// Returns the copies to the granules of layer bytes [begin, begin + bytes), from null if `from` is.
-// Adjacent granules take one copy.
+// Returns the copies of layer bytes [begin, begin + bytes) from the memory to the layer's granules;
+// null: zeros. One copy covers adjacent granules if their bytes are adjacent in the memory.
 std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
-                                        std::uint64_t bytes, const std::byte* from) const {
-  const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + bytes;
+                                        std::uint64_t bytes, const Destination* from) const {
+  const std::uint64_t granule_bytes = arena_.granule_bytes();
   std::vector<Copy> copies;
-  for (std::uint64_t at = begin; at < end;) {
-    const std::size_t first = at / granule_bytes;
-    std::size_t last = first;
-    while ((last + 1) * granule_bytes < end && layer.granules[last + 1] == layer.granules[last] + 1)
-      ++last;
-    const std::uint64_t stop = std::min(end, (last + 1) * granule_bytes);
-    copies.push_back({arena_.window(layer.granules[first]) + at % granule_bytes,
-                      from ? from + (at - begin) : nullptr, stop - at});
-    at = stop;
+  const auto add = [&](const std::byte* memory, std::uint64_t at, std::uint64_t end) {
+    while (at < end) {
+      const std::uint64_t stop = std::min(end, (at / granule_bytes + 1) * granule_bytes);
+      const Address to = arena_.window(layer.granules[at / granule_bytes]) + at % granule_bytes;
+      Copy* const last = copies.empty() ? nullptr : &copies.back();
+      if (last && last->to + last->bytes == to &&
+          (last->from ? last->from + last->bytes == memory : !memory))
+        last->bytes += stop - at;
+      else
+        copies.push_back({to, memory, stop - at});
+      if (memory) memory += stop - at;
+      at = stop;
+    }
+  };
+  if (!from) {
+    add(nullptr, begin, begin + bytes);
+    return copies;
   }
+  std::uint64_t at = begin;
+  for_each_piece(*from, begin, begin + bytes, [&](const std::byte* memory, std::uint64_t count) {
+    add(memory, at, at + count);
+    at += count;
+  });
   return copies;
 }
 
@@ -134,9 +157,9 @@ bool CopyEngine::send_piece(const InFlightCopyPtr& pending, Deadline deadline,
 }
 
 // Starts the copies of a piece on the link that would finish them first; zeros, and copies that are
-// not urgent, use the own link only. Returns false if the chosen route is full and the own link is busy, if the
-// copies are not urgent and the limit of such copies is reached, or if every link is still busy
-// with its first piece, so that no speed is known.
+// not urgent, use the own link only. Returns false if the chosen route is full and the own link is
+// busy, if a limit of the bytes in flight is reached, or if every link is still busy with its first
+// piece, so that no speed is known.
 bool CopyEngine::begin(const InFlightCopyPtr& pending) {
   if (pending->zeros()) {
     begin_on_own_link(pending);
@@ -148,6 +171,8 @@ bool CopyEngine::begin(const InFlightCopyPtr& pending) {
     if (!link->route) {
       if (!pending->urgent && not_urgent_ && not_urgent_ + pending->bytes > staging_.chunk_bytes())
         return false;
+      const LinkTraffic& own = links_.own().traffic;
+      if (!own.idle() && own.in_flight() + pending->bytes > staging_.bytes()) return false;
       begin_on_own_link(pending);
       return true;
     }
