@@ -249,6 +249,29 @@ MUTATIONS = [
         "runtime/test_views.py::test_read_back_returns_the_device_s_bytes",
     ),
     Mutation(
+        "a layer of a changed file is served from the host cache",
+        "csrc/load/copy_engine.cpp",
+        "check_files_unchanged(model.files, layer.source, begin, end);",
+        "",
+        "runtime/test_host_cache.py::"
+        "test_a_changed_file_is_never_served_from_the_cache[host-staged-touch]",
+    ),
+    Mutation(
+        "a reload keeps the images of the old files",
+        "csrc/runtime/runtime.cpp",
+        "host_cache_.drop(lock, *model);",
+        "",
+        "runtime/test_host_cache.py::"
+        "test_a_changed_file_is_never_served_from_the_cache[host-staged-replace]",
+    ),
+    Mutation(
+        "the device does not write the zeros behind a layer",
+        "csrc/load/copy_engine.cpp",
+        "stream_->fill_zero(copy.to, copy.bytes);",
+        "{}",
+        "runtime/test_padding.py::test_bytes_behind_a_layer_are_zero[simcuda-1000]",
+    ),
+    Mutation(
         "every block of a cast reads the start of the slice",
         "csrc/model/source.cpp",
         "source += elements * width.from;",

@@ -237,7 +237,8 @@ class ModelState:
     def leases(self) -> int: ...
     @property
     def backing_epoch(self) -> int: ...
-    # Each layer as a `row`, a subclass of tuple: (residency, nbytes, granules, leases, keep_value).
+    # Each layer as a `row`, a subclass of tuple: (residency, nbytes, granules, leases,
+    # keep_value, cached).
     def layers(self, row: type[_Row]) -> tuple[_Row, ...]: ...
 
 class RouteState:
@@ -250,7 +251,29 @@ class RouteState:
     @property
     def error(self) -> str: ...  # why the route accepts no more copies; "": it does
 
+class HostCacheState:
+    @property
+    def budget_bytes(self) -> int: ...
+    @property
+    def pinned_bytes(self) -> int: ...
+    @property
+    def bytes_in_use(self) -> int: ...
+    @property
+    def error(self) -> str: ...  # why fewer bytes than the budget are pinned; "": nothing failed
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def hit_bytes(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+
 class RuntimeState:
+    @property
+    def host_cache(self) -> HostCacheState: ...
     @property
     def granule_bytes(self) -> int: ...
     @property
@@ -287,6 +310,7 @@ class Runtime:
         *,
         arena: int,
         staging: int,
+        host_cache: int,
         granule: int,
         chunk: int,
         headroom: int,
@@ -328,6 +352,9 @@ class Runtime:
         priority: int,
         deadline: float | None,
         evict_below: float,
+    ) -> Ticket: ...
+    def prewarm_host(
+        self, model: Model, layers: Layers, priority: int, deadline: float | None
     ) -> Ticket: ...
     def swap(self, evict: Model, load: Model, priority: int) -> Ticket: ...
     def evict(

@@ -157,8 +157,8 @@ py::dict driver_calls(Runtime& runtime) {
 }
 
 // Returns each layer as a `row`, a subclass of tuple with the fields (residency, bytes, granules,
-// leases, keep value). Rows are allocated like the interpreter's own tuples, because a snapshot of
-// many layers makes many of them.
+// leases, keep value, cached). Rows are allocated like the interpreter's own tuples, because a
+// snapshot of many layers makes many of them.
 py::tuple layer_rows(const ModelState& state, const py::type& row) {
   auto* const type = reinterpret_cast<PyTypeObject*>(row.ptr());
   if (!PyType_IsSubtype(type, &PyTuple_Type))
@@ -169,9 +169,12 @@ py::tuple layer_rows(const ModelState& state, const py::type& row) {
   for (const LayerState& layer : state.layers) {
     PyObject* const name = names[static_cast<std::size_t>(layer.residency)].ptr();
     Py_INCREF(name);
-    PyObject* const values[] = {
-        name, PyLong_FromUnsignedLongLong(layer.bytes), PyLong_FromUnsignedLongLong(layer.granules),
-        PyLong_FromUnsignedLong(layer.leases), PyFloat_FromDouble(layer.keep_value)};
+    PyObject* const values[] = {name,
+                                PyLong_FromUnsignedLongLong(layer.bytes),
+                                PyLong_FromUnsignedLongLong(layer.granules),
+                                PyLong_FromUnsignedLong(layer.leases),
+                                PyFloat_FromDouble(layer.keep_value),
+                                PyBool_FromLong(layer.cached)};
     PyObject* const made = type->tp_alloc(type, std::size(values));
     if (!made || std::find(std::begin(values), std::end(values), nullptr) != std::end(values)) {
       for (PyObject* const value : values) Py_XDECREF(value);
@@ -196,7 +199,23 @@ void bind_state(py::module_& m) {
       .def_readonly("nbytes", &RouteState::bytes)
       .def_readonly("bandwidth", &RouteState::bandwidth)
       .def_readonly("error", &RouteState::error);
+  py::class_<HostCacheState>(m, "HostCacheState")
+      .def_property_readonly("budget_bytes",
+                             [](const HostCacheState& s) { return s.slabs.budget_bytes; })
+      .def_property_readonly("pinned_bytes",
+                             [](const HostCacheState& s) { return s.slabs.pinned_bytes; })
+      .def_property_readonly("bytes_in_use",
+                             [](const HostCacheState& s) { return s.slabs.lent_bytes; })
+      .def_property_readonly("error", [](const HostCacheState& s) { return s.slabs.error; })
+      .def_readonly("layers", &HostCacheState::layers)
+      .def_property_readonly("hits", [](const HostCacheState& s) { return s.counters.hits; })
+      .def_property_readonly("misses", [](const HostCacheState& s) { return s.counters.misses; })
+      .def_property_readonly("hit_bytes",
+                             [](const HostCacheState& s) { return s.counters.hit_bytes; })
+      .def_property_readonly("evictions",
+                             [](const HostCacheState& s) { return s.counters.evictions; });
   py::class_<RuntimeState>(m, "RuntimeState")
+      .def_readonly("host_cache", &RuntimeState::host_cache)
       .def_readonly("granule_bytes", &RuntimeState::granule_bytes)
       .def_readonly("pinned_bytes", &RuntimeState::pinned_bytes)
       .def_readonly("headroom_bytes", &RuntimeState::headroom_bytes)
@@ -220,15 +239,16 @@ void bind_state(py::module_& m) {
 void bind_runtime(py::module_& m) {
   py::class_<Runtime, RuntimePtr>(m, "Runtime")
       .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
-                       std::uint64_t granule, std::uint64_t chunk, std::uint64_t headroom,
-                       unsigned loaders, double staging_timeout, bool poison,
-                       double background_share, std::uint64_t read_bandwidth,
+                       std::uint64_t host_cache, std::uint64_t granule, std::uint64_t chunk,
+                       std::uint64_t headroom, unsigned loaders, double staging_timeout,
+                       bool poison, double background_share, std::uint64_t read_bandwidth,
                        const std::vector<std::shared_ptr<Driver>>& peers) {
              const py::gil_scoped_release release;
              const RuntimePtr runtime = Runtime::make(
                  std::move(driver),
                  {.arena_bytes = arena,
                   .staging_bytes = staging,
+                  .host_cache_bytes = host_cache,
                   .granule_bytes = granule,
                   .chunk_bytes = chunk,
                   .headroom_bytes = headroom,
@@ -244,9 +264,9 @@ void bind_runtime(py::module_& m) {
              return runtime;
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
-           py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
-           py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
-           py::arg("read_bandwidth"), py::arg("peers"))
+           py::arg("host_cache"), py::arg("granule"), py::arg("chunk"), py::arg("headroom"),
+           py::arg("loaders"), py::arg("staging_timeout"), py::arg("poison"),
+           py::arg("background_share"), py::arg("read_bandwidth"), py::arg("peers"))
       .def("register", &register_model<Layout>, py::arg("name"), py::arg("files"),
            py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
       .def("register", &register_model<std::vector<LayerTuple>>, py::arg("name"), py::arg("files"),
@@ -272,6 +292,15 @@ void bind_runtime(py::module_& m) {
           },
           py::arg("model"), py::arg("layers"), py::arg("priority"), py::arg("deadline"),
           py::arg("evict_below"))
+      .def(
+          "prewarm_host",
+          [](const RuntimePtr& self, const PyModel& model, const Layers& layers, int priority,
+             std::optional<double> deadline_in) {
+            return PyTicket{
+                self, self->prewarm_host(select(model, layers), priority, deadline(deadline_in)),
+                model.model};
+          },
+          py::arg("model"), py::arg("layers"), py::arg("priority"), py::arg("deadline"))
       .def(
           "swap",
           [](const RuntimePtr& self, const PyModel& evict, const PyModel& load, int priority) {

@@ -42,7 +42,8 @@ enum class Access { none, read, read_write };
   X(map) X(unmap) X(set_access) X(pinned_create) \
   X(pinned_release) X(stream_create) X(stream_destroy) X(stream_synchronize) \
   X(stream_wait_event) X(event_create) X(event_destroy) X(event_record) \
-  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) X(copy_to_peer) X(launch)
+  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) X(copy_to_peer) X(fill_zero) \
+  X(launch)
 // clang-format on
 enum class Primitive : int {
 #define X(name) name,
@@ -176,6 +177,9 @@ class Driver {
   // records it.
   // Precondition: the range is mapped with read_write access.
   virtual void peer_wrote(Address, std::uint64_t) noexcept {}
+  // Enqueues zeros, which no link carries.
+  // Precondition: when this runs, the range is writable, and no other use of it races with this.
+  virtual Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) = 0;
   // Enqueues a kernel. Returns invalid if the call is a misuse (kernels.h), and failed if the
   // device has no kernels. Precondition: when the kernel runs, every range that it touches
   // (kernels.h) is pinned, or mapped with the access it needs, and the ranges that it reads are

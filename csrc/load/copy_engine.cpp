@@ -59,20 +59,18 @@ StagingPool::Chunk CopyEngine::chunk() {
 
 std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer& layer,
                                std::uint64_t begin, std::uint64_t end, const CopyOptions& options) {
-  const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
-  const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
-  read_layer(model.files, layer.source, begin, end, destination);
-  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
-                 end, options.sums);
-  std::this_thread::sleep_until(options.not_before);
+  const std::uint64_t zeros = std::clamp(layer.bytes, begin, end);  // from here on
+  HostBytes bytes_read;
+  if (begin < zeros) bytes_read = bytes_of(model, layer, begin, zeros, options);
   const Deadline deadline = Clock::now() + staging_timeout_;
-  const std::uint64_t piece = options.urgent ? end - begin : ceil_div(end - begin, kPieces);
+  const std::uint64_t piece = options.urgent ? zeros - begin : ceil_div(zeros - begin, kPieces);
   std::uint64_t at = begin;
   while (at < end) {
-    const std::uint64_t bytes = std::min(piece, end - at);
-    const auto pending = std::make_shared<InFlightCopy>(
-        InFlightCopy{load, options.generation, bytes, options.urgent, chunk,
-                     copies_of(layer, at, bytes, chunk->data() + (at - begin))});
+    const bool from_host = at < zeros;
+    const std::uint64_t bytes = from_host ? std::min(piece, zeros - at) : end - at;
+    const auto pending = std::make_shared<InFlightCopy>(InFlightCopy{
+        load, options.generation, bytes, options.urgent, from_host ? bytes_read.owner : nullptr,
+        copies_of(layer, at, bytes, from_host ? &bytes_read.memory : nullptr)});
     try {
       if (!send_piece(pending, deadline, options)) break;
     } catch (...) {
@@ -86,22 +84,58 @@ std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer&
   return at - begin;
 }
 
-// Returns the copies to the granules of layer bytes [begin, begin + bytes). Adjacent granules
-// take one copy.
-std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
-                                        std::uint64_t bytes, const std::byte* from) const {
-  const std::uint64_t granule_bytes = arena_.granule_bytes(), end = begin + bytes;
-  std::vector<Copy> copies;
-  for (std::uint64_t at = begin; at < end;) {
-    const std::size_t first = at / granule_bytes;
-    std::size_t last = first;
-    while ((last + 1) * granule_bytes < end && layer.granules[last + 1] == layer.granules[last] + 1)
-      ++last;
-    const std::uint64_t stop = std::min(end, (last + 1) * granule_bytes);
-    copies.push_back({arena_.window(layer.granules[first]) + at % granule_bytes,
-                      from + (at - begin), stop - at});
-    at = stop;
+// Returns memory that has layer bytes [begin, end): the image, or else a staging chunk. Reads the
+// files, unless the image has the bytes already; then it checks that the files are unchanged.
+CopyEngine::HostBytes CopyEngine::bytes_of(const Model& model, const Layer& layer,
+                                           std::uint64_t begin, std::uint64_t end,
+                                           const CopyOptions& options) {
+  if (options.cached) {
+    check_files_unchanged(model.files, layer.source, begin, end);
+    return {options.image, options.image->memory()};
   }
+  HostBytes made;
+  if (options.image) {
+    made = {options.image, options.image->memory()};
+  } else {
+    const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
+    made = {chunk, {begin, staging_.chunk_bytes(), {chunk->data()}}};
+  }
+  read_layer(model.files, layer.source, begin, end, made.memory);
+  add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, made.memory, begin,
+                 end, options.sums);
+  std::this_thread::sleep_until(options.not_before);
+  return made;
+}
+
+// Returns the copies of layer bytes [begin, begin + bytes) from the memory to the layer's granules;
+// null: zeros. One copy covers adjacent granules if their bytes are adjacent in the memory.
+std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
+                                        std::uint64_t bytes, const Destination* from) const {
+  const std::uint64_t granule_bytes = arena_.granule_bytes();
+  std::vector<Copy> copies;
+  const auto add = [&](const std::byte* memory, std::uint64_t at, std::uint64_t end) {
+    while (at < end) {
+      const std::uint64_t stop = std::min(end, (at / granule_bytes + 1) * granule_bytes);
+      const Address to = arena_.window(layer.granules[at / granule_bytes]) + at % granule_bytes;
+      Copy* const last = copies.empty() ? nullptr : &copies.back();
+      if (last && last->to + last->bytes == to &&
+          (last->from ? last->from + last->bytes == memory : !memory))
+        last->bytes += stop - at;
+      else
+        copies.push_back({to, memory, stop - at});
+      if (memory) memory += stop - at;
+      at = stop;
+    }
+  };
+  if (!from) {
+    add(nullptr, begin, begin + bytes);
+    return copies;
+  }
+  std::uint64_t at = begin;
+  for_each_piece(*from, begin, begin + bytes, [&](const std::byte* memory, std::uint64_t count) {
+    add(memory, at, at + count);
+    at += count;
+  });
   return copies;
 }
 
@@ -122,17 +156,23 @@ bool CopyEngine::send_piece(const InFlightCopyPtr& pending, Deadline deadline,
   }
 }
 
-// Starts the copies of a piece on the link that would finish them first; copies that are not urgent
-// use the own link only. Returns false if the chosen route is full and the own link is busy, if the
-// copies are not urgent and the limit of such copies is reached, or if every link is still busy
-// with its first piece, so that no speed is known.
+// Starts the copies of a piece on the link that would finish them first; zeros, and copies that are
+// not urgent, use the own link only. Returns false if the chosen route is full and the own link is
+// busy, if a limit of the bytes in flight is reached, or if every link is still busy with its first
+// piece, so that no speed is known.
 bool CopyEngine::begin(const InFlightCopyPtr& pending) {
+  if (pending->zeros()) {
+    begin_on_own_link(pending);
+    return true;
+  }
   for (;;) {
     Link* const link = links_.choose(pending->bytes, pending->urgent, Clock::now());
     if (!link) return false;
     if (!link->route) {
       if (!pending->urgent && not_urgent_ && not_urgent_ + pending->bytes > staging_.chunk_bytes())
         return false;
+      const LinkTraffic& own = links_.own().traffic;
+      if (!own.idle() && own.in_flight() + pending->bytes > staging_.bytes()) return false;
       begin_on_own_link(pending);
       return true;
     }
@@ -159,6 +199,7 @@ void CopyEngine::begin_on_own_link(const InFlightCopyPtr& pending) {
   if (const auto error = enqueue(*pending))
     completions_.push_back({pending->load, pending->generation, 0, error});
   links_.own().in_flight.push_back(pending);
+  if (pending->zeros()) return;
   links_.own().traffic.sent(pending->bytes, Clock::now());
   if (!pending->urgent) not_urgent_ += pending->bytes;
 }
@@ -182,7 +223,10 @@ std::exception_ptr CopyEngine::enqueue(InFlightCopy& pending) {
   bool under_way = false;
   try {
     for (const Copy& copy : pending.copies) {
-      stream_->copy_to_device(copy.to, copy.from, copy.bytes);
+      if (copy.from)
+        stream_->copy_to_device(copy.to, copy.from, copy.bytes);
+      else
+        stream_->fill_zero(copy.to, copy.bytes);
       under_way = true;
     }
     const std::shared_ptr<Event> event = spare_event();
@@ -283,9 +327,11 @@ CopyEngine::Reaped CopyEngine::reap_link(std::unique_lock<std::mutex>& lock, Lin
       begin_again(pending);
       continue;
     }
-    link.traffic.completed(pending->bytes, Clock::now());
-    link.carried += pending->bytes;
-    if (!pending->urgent) not_urgent_ -= pending->bytes;
+    if (!pending->zeros()) {
+      link.traffic.completed(pending->bytes, Clock::now());
+      link.carried += pending->bytes;
+      if (!pending->urgent) not_urgent_ -= pending->bytes;
+    }
     event.reset();
     if (pending->event) spare_events_.push_back(std::move(pending->event));
     if (route_copy)

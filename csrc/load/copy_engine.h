@@ -7,7 +7,8 @@
 // Several loader threads may send at once. take_completions() returns the outcomes of all sends, on
 // any thread. Enqueued copies cannot be cancelled. Copies that are not urgent are therefore limited
 // to one chunk's bytes in flight, so an urgent copy or a cancellation waits for at most one chunk.
-// Urgent copies are limited by the number of staging chunks only.
+// Urgent copies on the own link are limited to the bytes of the staging memory, even if they read
+// the host cache.
 #pragma once
 
 #include <functional>
@@ -18,22 +19,26 @@
 
 #include "load/links.h"
 #include "memory/staging.h"
+#include "model/host_cache.h"
 #include "model/model.h"
 
 namespace warmserve {
 
 class Arena;
 
-// A piece whose copies are in flight on a link.
+// A piece whose copies are in flight on a link, or zeros that the device writes. No link carries
+// the zeros; they are enqueued with the own link's copies.
 struct InFlightCopy {
   LayerLoad* load;
   unsigned generation;
   std::uint64_t bytes;
   bool urgent;
-  std::shared_ptr<StagingPool::Chunk> chunk;
+  std::shared_ptr<const void> memory;  // a chunk or an image, which the copies read; null: zeros
   std::vector<Copy> copies;
   std::shared_ptr<Event> event{};           // null if recording failed: then synchronize the stream
   std::shared_ptr<RouteCopy> route_copy{};  // set on a route, which has no event
+
+  bool zeros() const noexcept { return !memory; }
 };
 
 class CopyEngine {
@@ -53,6 +58,8 @@ class CopyEngine {
     Deadline not_before;                  // earliest time of the copies
     const std::function<bool()>& wanted;  // called before each piece, without a lock
     std::span<std::uint64_t> sums;        // see add_to_digests
+    HostImagePtr image;                   // read the files into this; null: into a staging chunk
+    bool cached;                          // the image has the bytes: read no file
   };
 
   CopyEngine(const Arena& arena, StagingPool& staging, std::chrono::milliseconds staging_timeout)
@@ -65,11 +72,12 @@ class CopyEngine {
   void drop_route(const std::string& name);
   std::vector<RouteState> routes();
 
-  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. Returns how many
-  // bytes it sent; fewer if options.wanted() became false or an error occurred, which
-  // take_completions() reports. The granules of the bytes sent may be reused once
-  // take_completions() has reported that their copies are over. Throws if an error occurred before
-  // the first piece. Blocks for a staging chunk, the file, and copies in flight.
+  // Sends layer bytes [begin, end), at most a chunk, to the layer's granules. The device writes the
+  // zeros behind the layer's last byte. Returns how many bytes it sent; fewer if options.wanted()
+  // became false or an error occurred, which take_completions() reports. The granules of the bytes
+  // sent may be reused once take_completions() has reported that their copies are over. Throws if
+  // an error occurred before the first piece. Blocks for a staging chunk, the file, and copies in
+  // flight.
   std::uint64_t send(LayerLoad* load, const Model& model, const Layer& layer, std::uint64_t begin,
                      std::uint64_t end, const CopyOptions& options);
   // Finds the copies that are over. With `wait`, and if there is no outcome yet, blocks up to a
@@ -91,9 +99,16 @@ class CopyEngine {
  private:
   enum class Copies { over, moving, stuck, failed };
 
+  // Host memory that has bytes of a layer.
+  struct HostBytes {
+    std::shared_ptr<const void> owner;
+    Destination memory;
+  };
   StagingPool::Chunk chunk();
+  HostBytes bytes_of(const Model& model, const Layer& layer, std::uint64_t begin, std::uint64_t end,
+                     const CopyOptions& options);
   std::vector<Copy> copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
-                              const std::byte* from) const;
+                              const Destination* from) const;
   bool send_piece(const InFlightCopyPtr& pending, Deadline deadline, const CopyOptions& options);
   bool begin(const InFlightCopyPtr& pending);
   void begin_on_own_link(const InFlightCopyPtr& pending);

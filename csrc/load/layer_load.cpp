@@ -20,6 +20,8 @@ void LayerLoad::restart() {
   verdict = Verdict::wanted;
   begin = sent = done = 0;
   sums.clear();
+  image.reset();
+  cached = false;
 }
 
 void LayerLoad::check() const {
@@ -29,13 +31,20 @@ void LayerLoad::check() const {
                                           std::to_string(layer->index) + " of '" + model->name +
                                           "' " + what);
   };
-  require(layer->load == this, "is not the load of its layer");
+  require((to_host ? layer->host_load : layer->load) == this, "is not the load of its layer");
   require(begin <= span, "has handed out more bytes than the layer has");
   require(sent <= begin, "has sent more bytes than were handed out");
   // A copy may be seen to arrive before the thread that sent it counts it as sent.
   require(done <= (workers ? begin : sent), "has more bytes arrived than sent");
+  require(image || !cached, "is said to be in the host cache but has no image");
   require(failed() ? in_flight <= begin : in_flight == begin - done,
           "counts the bytes in flight wrong");
+  if (to_host) {
+    require(phase == Phase::queued || image, "is loaded to the host cache without an image");
+    require(phase != Phase::starting && phase != Phase::undoing && !cached,
+            "is loaded to the host cache but uses granules");
+    return;
+  }
   switch (phase) {
     case Phase::queued:
       require(begin == 0 && idle(), "is queued but has handed out bytes");

@@ -1,4 +1,5 @@
-// The load of one layer: its rank, its phase and its counts of bytes.
+// The load of one layer to the device, or to the host cache: its rank, its phase and its counts of
+// bytes.
 //
 // README.md beside this file has the life of a layer: one table and a diagram.
 #pragma once
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "load/ticket.h"
+#include "model/host_cache.h"
 
 namespace warmserve {
 
@@ -31,7 +33,8 @@ struct LayerLoad {
     queued,    // has no granules
     starting,  // a loader thread makes room and takes granules
     copying,   // chunks are handed out
-    arriving,  // all bytes are sent and the granules are mapped; the last copies may be in flight
+    arriving,  // all bytes are sent and the granules are mapped; the last copies may be in flight;
+               // to the host cache: all bytes are read
     undoing,   // a loader thread unmaps the layer and frees its granules
   };
   enum class Verdict {
@@ -45,6 +48,7 @@ struct LayerLoad {
   ModelPtr model;      // keeps the layer alive
   std::uint64_t span;  // bytes to write: whole granules, to overwrite all bytes of earlier tenants
   Rank rank;
+  bool to_host = false;  // to the host cache: without granules, and the layer stays as it is
   std::vector<TicketPtr> tickets{};  // empty: the load is unwanted
   unsigned generation = 0;           // incremented when the first ticket joins an unwanted load
   Phase phase = Phase::queued;
@@ -55,6 +59,8 @@ struct LayerLoad {
   std::uint64_t in_flight = 0;        // bytes handed to loader threads that have not arrived
   unsigned workers = 0;               // loader threads that work on a chunk of the load
   std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
+  HostImagePtr image{};               // host memory that the copies read; null: staging chunks
+  bool cached = false;                // the image has the bytes already: no file is read
   Next listed = Next::none;           // the list of LoadQueue that contains the load
 
   // Returns the ticket of the highest rank. Precondition: `tickets` is not empty.

@@ -18,6 +18,7 @@ namespace warmserve {
 class LinkTraffic {
  public:
   bool idle() const { return under_way_ == 0; }
+  std::uint64_t in_flight() const { return under_way_; }  // bytes
   void sent(std::uint64_t bytes, Deadline now) {
     if (idle()) since_ = now;
     under_way_ += bytes;

@@ -8,15 +8,19 @@ void LoadQueue::add(const Lock& lock, const TicketPtr& ticket) {
   if (ticket->deadline != kNever) deadlines_.emplace(ticket->deadline, ticket);
   for (const Selection& wanted : ticket->wants)
     wanted.for_each([&](Layer& layer) {
-      if (layer.residency == Residency::resident) return;
-      if (!layer.load) {
+      const bool to_host = ticket->to_host;
+      if (to_host ? layer.image || !layer.bytes : layer.residency == Residency::resident) return;
+      LayerLoad*& slot = load_of(layer, to_host);
+      if (!slot) {
+        const std::uint64_t span =
+            to_host ? layer.bytes : layer.granules_needed * state_.arena.granule_bytes();
         const Rank rank{ticket->priority, ticket->deadline, sequence_++};
-        auto made = std::make_unique<LayerLoad>(LayerLoad{
-            &layer, wanted.model, layer.granules_needed * state_.arena.granule_bytes(), rank});
-        layer.load = made.get();
+        auto made =
+            std::make_unique<LayerLoad>(LayerLoad{&layer, wanted.model, span, rank, to_host});
+        slot = made.get();
         order_.emplace(rank, std::move(made));
       }
-      LayerLoad& load = *layer.load;
+      LayerLoad& load = *slot;
       if (load.tickets.empty()) ++load.generation;
       load.tickets.push_back(ticket);
       rerank(load);
@@ -54,16 +58,18 @@ void LoadQueue::drop(const Lock& lock, const TicketPtr& ticket, std::exception_p
   ticket->finish(state_, lock, why);
 }
 
-void LoadQueue::drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why) {
+void LoadQueue::drop_layers(const Lock& lock, const Selection& selection, bool to_host,
+                            std::exception_ptr why) {
   selection.for_each([&](Layer& layer) {
-    if (!layer.load) return;
-    for (const TicketPtr& ticket : release(lock, *layer.load)) {
+    LayerLoad* const load = load_of(layer, to_host);
+    if (!load) return;
+    for (const TicketPtr& ticket : release(lock, *load)) {
       ticket->partial_error = why;
-      ticket->bytes_total -= layer.load->span;
-      ticket->bytes_done -= layer.load->done;
+      ticket->bytes_total -= load->span;
+      ticket->bytes_done -= load->done;
       if (ticket->loads.empty()) ticket->finish(state_, lock, why);
     }
-    if (layer.load->phase == LayerLoad::Phase::queued) erase(lock, *layer.load);
+    if (load->phase == LayerLoad::Phase::queued) erase(lock, *load);
   });
   state_.wake();
 }
@@ -76,9 +82,16 @@ std::vector<TicketPtr> LoadQueue::release(const Lock& lock, LayerLoad& load) {
 }
 
 void LoadQueue::erase(const Lock&, LayerLoad& load) {
-  load.layer->load = nullptr;
+  load_of(*load.layer, load.to_host) = nullptr;
   unlist(load);
   order_.erase(load.rank);
+}
+
+void LoadQueue::erase_host_loads(const Lock& lock) {
+  std::vector<LayerLoad*> loads;
+  for (const auto& [rank, load] : order_)
+    if (load->to_host) loads.push_back(load.get());
+  for (LayerLoad* load : loads) erase(lock, *load);
 }
 
 void LoadQueue::expire(const Lock& lock) {
@@ -112,7 +125,7 @@ void LoadQueue::relist(const Lock&, LayerLoad& load) {
 std::uint64_t LoadQueue::granules_queued(const Lock&) const {
   std::uint64_t granules = 0;
   for (const auto& [rank, load] : list(LayerLoad::Next::start))
-    granules += load->layer->granules_needed;
+    if (!load->to_host) granules += load->layer->granules_needed;
   return granules;
 }
 

@@ -1,4 +1,4 @@
-// The queue of layers to load, and its order.
+// The queue of layers to load, to the device or to the host cache, and its order.
 //
 // All tickets that want a layer share its load. Loads are ordered by higher priority, then earlier
 // deadline, then earlier request; a load has the rank of its most urgent ticket. While foreground
@@ -26,12 +26,16 @@ class LoadQueue {
   // Ends the ticket with `why`. Layers that no other ticket wants are cancelled; layers that have
   // arrived stay.
   void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why);
-  // Cancels the loads of these layers. Tickets that also want other layers continue with those.
-  void drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why);
+  // Cancels the loads of these layers to the device, or with `to_host` to the host cache. Tickets
+  // that also want other layers continue with those.
+  void drop_layers(const Lock& lock, const Selection& selection, bool to_host,
+                   std::exception_ptr why);
   // Detaches all tickets from the load and returns them.
   std::vector<TicketPtr> release(const Lock& lock, LayerLoad& load);
   // Removes the load from the queue and destroys it.
   void erase(const Lock&, LayerLoad& load);
+  // Erases the loads to the host cache. Precondition: no ticket wants them, and all are idle.
+  void erase_host_loads(const Lock& lock);
 
   // Drops the tickets whose deadline has passed.
   void expire(const Lock& lock);
@@ -65,6 +69,9 @@ class LoadQueue {
 
   List& list(LayerLoad::Next next) { return lists_[static_cast<std::size_t>(next)]; }
   const List& list(LayerLoad::Next next) const { return lists_[static_cast<std::size_t>(next)]; }
+  static LayerLoad*& load_of(Layer& layer, bool to_host) {
+    return to_host ? layer.host_load : layer.load;
+  }
   void unlist(LayerLoad& load);
   void rerank(LayerLoad& load);
   // Returns the first load behind `before` that has a turn; null if no load has one.

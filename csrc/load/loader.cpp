@@ -24,8 +24,10 @@ void give_up_if(bool unwanted) {
 
 }  // namespace
 
-Loader::Loader(SharedState& state, StagingPool& staging, const Options& options)
+Loader::Loader(SharedState& state, StagingPool& staging, HostCache& host_cache,
+               const Options& options)
     : state_(state),
+      host_cache_(host_cache),
       chunk_bytes_(staging.chunk_bytes()),
       copy_engine_(state.arena, staging, options.staging_timeout),
       pump_(options.loaders == 0),
@@ -60,7 +62,8 @@ void Loader::run() {
       continue;  // step_once() may release the lock, so a wake may have been missed
     const auto woken = [&] { return stopping_ || state_.version != seen; };
     Deadline until = queue_.next_deadline();
-    if (copy_engine_.under_way()) until = std::min(until, Clock::now() + kPollInterval);
+    if (copy_engine_.under_way() || host_room_wanted_)
+      until = std::min(until, Clock::now() + kPollInterval);
     if (until == kNever)
       state_.work.wait(lock, woken);
     else
@@ -96,7 +99,7 @@ void Loader::drop_swaps(const Lock& lock, std::exception_ptr why) {
 }
 
 bool Loader::step_once(Lock& lock) {
-  state_.room_wanted = false;
+  state_.room_wanted = host_room_wanted_ = false;
   queue_.expire(lock);
   if (!state_.arena.filled_by_host() && account_completions(lock, false)) return true;
   if (finish_swap(lock)) return true;
@@ -123,6 +126,7 @@ LoadQueue::Visited Loader::step_load(Lock& lock, LayerLoad& load) {
       return worked;
     case LayerLoad::Next::start: break;
   }
+  if (load.to_host) return start_to_host(lock, load);
   Layer& layer = *load.layer;
   if (layer.busy) return cannot;
   if (layer.residency == resident) {  // it was draining; the drain failed, so it is still mapped
@@ -226,8 +230,44 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
     undo(lock, load);
   } else if (load.span == 0) {
     complete(lock, load);
+  } else {
+    choose_source(lock, load);
   }
   state_.wake();
+}
+
+// Chooses the memory that the load's copies read: an image in the host cache, a new image that the
+// load fills from the files, or staging chunks.
+void Loader::choose_source(const Lock& lock, LayerLoad& load) {
+  load.image = host_cache_.find(lock, *load.layer);
+  load.cached = load.image != nullptr;
+  if (!load.cached) load.image = host_cache_.make(lock, *load.layer);
+}
+
+// Takes an image for a load to the host cache. Waits while images are in use or memory is being
+// pinned; otherwise the load's tickets end with busy.
+LoadQueue::Visited Loader::start_to_host(Lock& lock, LayerLoad& load) {
+  if (load.layer->image) {  // a load to the device has made it meanwhile
+    complete(lock, load);
+    return LoadQueue::Visited::worked;
+  }
+  load.image = host_cache_.make(lock, *load.layer);
+  if (load.image) {
+    load.phase = Phase::copying;
+    queue_.relist(lock, load);
+    return LoadQueue::Visited::worked;
+  }
+  if (host_cache_.room_is_coming(lock)) {
+    host_room_wanted_ = true;
+    return LoadQueue::Visited::cannot;
+  }
+  fail(lock, load,
+       std::make_exception_ptr(Error(
+           ErrorKind::busy, load.most_urgent()->what +
+                                " to the host cache does not fit beside layers of a higher keep "
+                                "value")));
+  undo(lock, load);
+  return LoadQueue::Visited::worked;
 }
 
 void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
@@ -242,22 +282,27 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
   const std::uint64_t bytes = load.layer->bytes;
   const unsigned generation = load.generation;
   const bool urgent = load.foreground();
-  const Deadline not_before = pace_.take(std::min(end, bytes) - std::min(begin, bytes));
+  const std::uint64_t read = load.cached ? 0 : std::min(end, bytes) - std::min(begin, bytes);
+  const Deadline not_before = pace_.take(read);
+  const bool cached = load.cached;
+  const HostImagePtr image = load.image;
   std::vector<std::uint64_t> sums(load.layer->source.digests.size());
   lock.unlock();
   std::exception_ptr error;
   std::uint64_t sent = 0;
-  const bool by_host = state_.arena.filled_by_host();
+  const bool by_host = load.to_host || state_.arena.filled_by_host();
   const auto wanted = [&] {
     const Lock relock = state_.lock();
     return !load.unwanted();
   };
   try {
-    if (by_host)
+    if (load.to_host)
+      sent = read_into_image(load, begin, end, not_before, sums);
+    else if (by_host)
       sent = write_through_host_view(load, begin, end, not_before, sums);
     else
       sent = copy_engine_.send(&load, *load.model, *load.layer, begin, end,
-                               {generation, urgent, not_before, wanted, sums});
+                               {generation, urgent, not_before, wanted, sums, image, cached});
   } catch (...) {
     error = std::current_exception();
   }
@@ -270,12 +315,18 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
   if (by_host) arrived(lock, load, sent);
   const bool last = load.sent == load.span;
   // A cancelled load must be undone even if a ticket joins it before that.
-  if (sent < end - begin || (last && load.unwanted()))
+  if (sent < end - begin || (last && load.unwanted())) {
     abandon(lock, load, Verdict::failed);
-  else if (const auto wrong = last ? wrong_content(load) : nullptr)
+  } else if (const auto wrong = last && !cached ? wrong_content(load) : nullptr) {
     on_error(lock, load, generation, wrong);
-  else if (last)
-    map(lock, load);
+  } else if (last) {
+    if (image && !cached) host_cache_.keep(lock, *load.layer, image);
+    if (load.to_host)
+      load.phase = Phase::arriving;
+    else
+      map(lock, load);
+    queue_.relist(lock, load);
+  }
   --load.workers;
   complete_if_all_arrived(lock, load);
   state_.wake();

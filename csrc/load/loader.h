@@ -1,9 +1,11 @@
-// Loads layers, chunk by chunk.
+// Loads layers, chunk by chunk, to the device or to the host cache.
 //
 // A queued load holds no granules. A loader thread starts it: it makes room and takes granules. All
 // loader threads copy its chunks. The thread that sends the last chunk maps the granules. Then the
 // load completes, or it is undone. While a load waits for room, no load behind it is started. A
 // load that is cancelled or preempted stops between two chunks.
+//
+// A load to the host cache takes an image instead of granules, and nothing is mapped.
 //
 // With pump there are no loader threads; only step() makes progress.
 #pragma once
@@ -16,6 +18,7 @@
 #include "load/copy_engine.h"
 #include "load/load_queue.h"
 #include "load/pace.h"
+#include "model/host_cache.h"
 #include "model/mapping.h"
 
 namespace warmserve {
@@ -31,7 +34,7 @@ class Loader {
     double background_share = 0;       // see LoadQueue
     std::uint64_t read_bandwidth = 0;  // bytes per second of all threads together; 0: no limit
   };
-  Loader(SharedState& state, StagingPool& staging, const Options& options);
+  Loader(SharedState& state, StagingPool& staging, HostCache& host_cache, const Options& options);
   ~Loader();
   Loader(const Loader&) = delete;
 
@@ -50,7 +53,10 @@ class Loader {
     queue_.drop(lock, ticket, why);
   }
   void drop_layers(const Lock& lock, const Selection& selection, std::exception_ptr why) {
-    queue_.drop_layers(lock, selection, why);
+    queue_.drop_layers(lock, selection, false, why);
+  }
+  void drop_host_layers(const Lock& lock, const Selection& selection, std::exception_ptr why) {
+    queue_.drop_layers(lock, selection, true, why);
   }
   // Ends every ticket that has still to evict the model that it swaps out.
   void drop_swaps(const Lock&, std::exception_ptr why);
@@ -78,6 +84,8 @@ class Loader {
   void check_invariants(const Lock& lock) const { queue_.check_invariants(lock); }
   // Ends the loader threads, each after its current chunk. Idempotent. Blocks.
   void stop();
+  // Ends the loads to the host cache that no ticket wants. Precondition: stop() was called.
+  void erase_host_loads(const Lock& lock) { queue_.erase_host_loads(lock); }
   // Releases the resources of copies. Precondition: stop() was called and all loads have ended.
   void release() { copy_engine_.release(); }
 
@@ -89,6 +97,10 @@ class Loader {
   LoadQueue::Visited step_load(Lock& lock, LayerLoad& load);
   Room find_room(const Lock&, LayerLoad& load, std::vector<Layer*>& victims);
   void start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victims);
+  void choose_source(const Lock& lock, LayerLoad& load);
+  LoadQueue::Visited start_to_host(Lock& lock, LayerLoad& load);
+  std::uint64_t read_into_image(const LayerLoad& load, std::uint64_t begin, std::uint64_t end,
+                                Deadline not_before, std::span<std::uint64_t> sums);
   void copy_chunk(Lock& lock, LayerLoad& load);
   void map(Lock& lock, LayerLoad& load);
   std::uint64_t write_through_host_view(const LayerLoad& load, std::uint64_t begin,
@@ -99,6 +111,7 @@ class Loader {
   void arrived(const Lock& lock, LayerLoad& load, std::uint64_t bytes);
   void complete_if_all_arrived(const Lock& lock, LayerLoad& load);
   void undo(Lock& lock, LayerLoad& load);
+  void start_again(const Lock& lock, LayerLoad& load);
   void complete(const Lock& lock, LayerLoad& load);
   void abandon(const Lock& lock, LayerLoad& load, Verdict why);
   void fail(const Lock& lock, LayerLoad& load, std::exception_ptr error);
@@ -107,6 +120,7 @@ class Loader {
   bool finish_swap(Lock& lock);
 
   SharedState& state_;
+  HostCache& host_cache_;
   const std::uint64_t chunk_bytes_;
   CopyEngine copy_engine_;
 
@@ -114,6 +128,7 @@ class Loader {
   bool pump_, stopping_ = false;
   LoadQueue queue_;
   Pace pace_;
+  bool host_room_wanted_ = false;   // a load to the host cache waits for memory that is pinned
   std::deque<TicketPtr> swapping_;  // loaded, but the model that they swap out is not evicted yet
 
   std::vector<std::thread> threads_;  // last: they use all members above

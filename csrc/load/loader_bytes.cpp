@@ -1,4 +1,5 @@
-// The bytes of a load: writing them through the host's view of granules, and comparing digests.
+// The bytes of a load: writing them through the host's view of granules or to the host cache, and
+// comparing digests.
 #include <algorithm>
 #include <thread>
 
@@ -25,6 +26,17 @@ std::uint64_t Loader::write_through_host_view(const LayerLoad& load, std::uint64
     arena.device()->driver().host_wrote(arena.handle(layer.granules[i]), from % granule_bytes,
                                         to - from);
   }
+  return end - begin;
+}
+
+std::uint64_t Loader::read_into_image(const LayerLoad& load, std::uint64_t begin, std::uint64_t end,
+                                      Deadline not_before, std::span<std::uint64_t> sums) {
+  const Layer& layer = *load.layer;
+  const Destination memory = load.image->memory();
+  read_layer(load.model->files, layer.source, begin, end, memory);
+  add_to_digests(layer.source.digests, {state_.arena.granule_bytes(), layer.bytes}, memory, begin,
+                 end, sums);
+  std::this_thread::sleep_until(not_before);
   return end - begin;
 }
 

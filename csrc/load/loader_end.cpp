@@ -24,6 +24,8 @@ void Loader::arrived(const Lock& lock, LayerLoad& load, std::uint64_t bytes) {
 // Drains the layer to absent. Then a load without tickets ends; a load with tickets is queued
 // again.
 void Loader::undo(Lock& lock, LayerLoad& load) {
+  if (load.to_host)
+    return load.tickets.empty() ? queue_.erase(lock, load) : start_again(lock, load);
   Layer& layer = *load.layer;
   if (layer.residency == filling) state_.transition(lock, layer, draining);
   layer.unmap_failed = true;
@@ -39,6 +41,10 @@ void Loader::undo(Lock& lock, LayerLoad& load) {
   }
   state_.arena.give(freed);
   if (load.tickets.empty()) return queue_.erase(lock, load);
+  start_again(lock, load);
+}
+
+void Loader::start_again(const Lock& lock, LayerLoad& load) {
   for (const TicketPtr& ticket : load.tickets) ticket->bytes_done -= load.done;
   load.restart();
   queue_.relist(lock, load);
@@ -47,7 +53,7 @@ void Loader::undo(Lock& lock, LayerLoad& load) {
 void Loader::complete(const Lock& lock, LayerLoad& load) {
   Layer& layer = *load.layer;
   const std::vector<TicketPtr> tickets = queue_.release(lock, load);
-  if (layer.residency == filling) {
+  if (!load.to_host && layer.residency == filling) {
     layer.filled_at = ++state_.clock;
     state_.transition(lock, layer, resident);
     state_.counters.bytes_loaded += layer.bytes;

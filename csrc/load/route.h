@@ -13,10 +13,10 @@
 
 namespace warmserve {
 
-// Host bytes and their destination on the device.
+// Host bytes and their destination on the device. Routes never get a copy without `from`.
 struct Copy {
   Address to;
-  const std::byte* from;
+  const std::byte* from;  // null: zeros, which the device's own stream writes
   std::uint64_t bytes;
 };
 

@@ -23,11 +23,12 @@ bool wants_layer(const std::vector<Selection>& wants, const Layer& layer) noexce
 class Ticket {
  public:
   Ticket(std::string what, int priority, std::vector<Selection> wants, Deadline deadline = kNever,
-         double evict_below = kNoLimit)
+         double evict_below = kNoLimit, bool to_host = false)
       : what(std::move(what)),
         priority(priority),
         deadline(deadline),
         evict_below(evict_below),
+        to_host(to_host),
         wants(std::move(wants)) {}
   Ticket(const Ticket&) = delete;
 
@@ -35,6 +36,7 @@ class Ticket {
   const int priority;
   const Deadline deadline;             // cancelled at this time
   const double evict_below;            // layers of this keep value or more are not evicted for it
+  const bool to_host;                  // the layers are loaded to the host cache only
   const std::vector<Selection> wants;  // the layers to load
   std::uint64_t bytes_total = 0, bytes_done = 0;
   std::unordered_set<LayerLoad*> loads;  // not complete yet

@@ -40,6 +40,7 @@ class StagingPool {
   StagingPool(DevicePtr device, std::uint64_t bytes, std::uint64_t chunk_bytes);
 
   std::uint64_t chunk_bytes() const noexcept { return chunk_bytes_; }
+  std::uint64_t bytes() const noexcept { return count_ * chunk_bytes_; }  // the most it pins
   // Returns the number of chunks that can be lent now.
   std::size_t available() const;
   std::uint64_t pinned_bytes() const;

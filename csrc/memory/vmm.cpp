@@ -173,6 +173,10 @@ void Stream::copy_from_device(std::byte* to, Address from, std::uint64_t bytes) 
 void Stream::copy_to_peer(Address to, Address from, std::uint64_t bytes) {
   device_->call(Primitive::copy_to_peer, &Driver::copy_to_peer, to, from, bytes, id_);
 }
+
+void Stream::fill_zero(Address to, std::uint64_t bytes) {
+  device_->call(Primitive::fill_zero, &Driver::fill_zero, to, bytes, id_);
+}
 void Stream::launch(const KernelCall& call) {
   device_->call(Primitive::launch, &Driver::launch, call, id_);
 }

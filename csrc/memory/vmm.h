@@ -171,6 +171,7 @@ class Stream {
   void copy_to_device(Address to, const std::byte* from, std::uint64_t bytes);
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
   void copy_to_peer(Address to, Address from, std::uint64_t bytes);
+  void fill_zero(Address to, std::uint64_t bytes);
   void launch(const KernelCall& call);
   // Makes work that is enqueued later wait for the event as it is recorded now.
   void wait_for(const Event& event);

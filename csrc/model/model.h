@@ -26,6 +26,7 @@ const char* to_string(Residency residency) noexcept;
 struct Model;
 struct LayerLoad;
 struct Layer;
+struct HostImage;
 
 // A layer's position among its model's candidates for eviction; see EvictionOrder.
 struct CandidateKey {
@@ -52,8 +53,10 @@ struct Layer {
   std::uint32_t passes = 0;   // the passes among `holds`
   double keep_value = 0;
   std::uint64_t filled_at = 0;            // the runtime's logical clock
-  LayerLoad* load = nullptr;              // the pending load, if any
+  LayerLoad* load = nullptr;              // the pending load to the device, if any
+  LayerLoad* host_load = nullptr;         // the pending load to the host cache, if any
   std::optional<CandidateKey> candidate;  // its key in the model's candidates, if it is one
+  std::shared_ptr<HostImage> image;       // its bytes in the host cache; null: not cached
 
   std::vector<GranuleId> granules;
   std::optional<Mapping> mapping;

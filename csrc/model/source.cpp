@@ -138,4 +138,16 @@ void read_layer(const std::vector<File>& files, const LayerSource& source, std::
   }
 }
 
+void check_files_unchanged(const std::vector<File>& files, const LayerSource& source,
+                           std::uint64_t begin, std::uint64_t end) {
+  const File* last = nullptr;
+  for (const Segment& segment : source.segments) {
+    const File* const file = &files[segment.file];
+    if (segment.layer_offset >= end) break;
+    if (segment.layer_offset + segment.bytes <= begin || file == last) continue;
+    file->check_unchanged(!source.digests.empty());
+    last = file;
+  }
+}
+
 }  // namespace warmserve

@@ -71,4 +71,8 @@ struct LayerSource {
 void read_layer(const std::vector<File>& files, const LayerSource& source, std::uint64_t begin,
                 std::uint64_t end, const Destination& destination);
 
+// Throws corrupt_checkpoint, as read_layer(), if a file of layer bytes [begin, end) has changed.
+void check_files_unchanged(const std::vector<File>& files, const LayerSource& source,
+                           std::uint64_t begin, std::uint64_t end);
+
 }  // namespace warmserve

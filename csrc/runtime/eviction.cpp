@@ -51,8 +51,9 @@ void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadl
 
 // Removes a model from the state and returns its reservation and uses. The caller destroys them
 // without the lock, because dropping the last reference to a stream waits for the stream's work.
-Runtime::Detached Runtime::detach(const Lock&, Model& model) {
+Runtime::Detached Runtime::detach(const Lock& lock, Model& model) {
   model.registered = false;
+  host_cache_.drop(lock, model);
   state_.models.erase(model.name);
   return {std::move(model.reservation), std::exchange(model.uses, {})};
 }
@@ -71,6 +72,7 @@ void Runtime::unregister(const ModelPtr& model, Deadline deadline, const Poll& p
   } while (model->leases + model->passes);
   const auto why = cancelled("'" + model->name + "' was unregistered");
   loader_.drop_layers(lock, model, why);
+  loader_.drop_host_layers(lock, model, why);
   for (const LeasePtr& lease : lease_queue_.cancel_waiters(lock, model))
     lease->entry->finish(state_, lock, why);
   while (const LeasePtr next = lease_queue_.admit_next(lock)) serve(lock, next);
@@ -200,10 +202,14 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
     SharedState& state;
   } end{lock, closing_, state_};
   const auto why = cancelled("the runtime was closed");
-  for (const auto& [name, model] : state_.models) loader_.drop_layers(lock, model, why);
+  for (const auto& [name, model] : state_.models) {
+    loader_.drop_layers(lock, model, why);
+    loader_.drop_host_layers(lock, model, why);
+  }
   loader_.drop_swaps(lock, why);
   lock.unlock();
   loader_.stop();
+  host_slabs_.stop();
   lock.lock();
   while (!state_.models.empty()) {
     const ModelPtr model = state_.models.begin()->second;
@@ -212,11 +218,13 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
     if (model->registered) detached.push_back(detach(lock, *model));
   }
   wait_until(lock, kNever, poll, [&] { return state_.granules_in_hand == 0; });
+  loader_.erase_host_loads(lock);
   if (arena_.free_count()) trim_locked(lock);
   lock.unlock();
   detached.clear();
   loader_.release();
   staging_.release();
+  host_slabs_.release();
   arena_.release();
   if (!device_->retry_releases())
     throw Error(ErrorKind::general,

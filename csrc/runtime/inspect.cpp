@@ -85,7 +85,10 @@ void Runtime::wait(const TicketPtr& ticket, const ModelPtr& model, std::uint32_t
                                                  "'");
   enter();
   Lock lock = state_.lock();
-  const auto over = [&] { return !layer.load || !ticket->loads.contains(layer.load); };
+  const auto over = [&] {
+    LayerLoad* const load = ticket->to_host ? layer.host_load : layer.load;
+    return !load || !ticket->loads.contains(load);
+  };
   if (!wait_until(lock, deadline, poll, over))
     throw Error(ErrorKind::timeout, "layer " + std::to_string(index) + " of '" + model->name +
                                         "' did not arrive in time");
@@ -174,6 +177,7 @@ RuntimeState Runtime::state() {
   state.headroom_bytes = arena_.headroom();
   state.pinned_bytes = staging_.pinned_bytes();
   state.staging_chunks_free = staging_.available();
+  state.host_cache.slabs = host_slabs_.state();
   const Lock lock = lock_open();
   state.granule_bytes = arena_.granule_bytes();
   state.granules = arena_.capacity();
@@ -181,6 +185,8 @@ RuntimeState Runtime::state() {
   state.granules_trimmed = arena_.trimmed_count();
   state.leases = lease_queue_.leases();
   state.counters = state_.counters;
+  state.host_cache.counters = host_cache_.counters(lock);
+  state.host_cache.layers = host_cache_.images(lock);
   state.routes = loader_.routes();
   for (const auto& [name, model] : state_.models) {
     ModelState& shown = state.models.emplace_back();
@@ -190,7 +196,7 @@ RuntimeState Runtime::state() {
     for (const Layer& layer : model->layers)
       shown.layers.push_back({layer.residency, layer.bytes, layer.granules_needed,
                               layer.holds - layer.passes + model->whole_holds - model->whole_passes,
-                              layer.keep_value});
+                              layer.keep_value, layer.image != nullptr});
   }
   return state;
 }

@@ -42,9 +42,12 @@ Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
                        .headroom_bytes = options.headroom_bytes,
                        .poison = options.poison}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
+      host_slabs_(device_, arena_.filled_by_host() ? 0 : options.host_cache_bytes,
+                  options.loaders > 0),
       state_(arena_),
+      host_cache_(state_, host_slabs_),
       lease_queue_(state_),
-      loader_(state_, staging_,
+      loader_(state_, staging_, host_cache_,
               {.loaders = options.loaders,
                .staging_timeout = options.staging_timeout,
                .background_share = options.background_share,
@@ -177,10 +180,18 @@ void Runtime::reload(const ModelPtr& model, std::vector<File> files,
                 "'" + model->name + "' is registered with layers of other sizes");
   Lock lock = lock_alive();
   require_registered(lock, *model);
+  const auto any_host_load = [&] {
+    return std::ranges::any_of(model->layers, [](const Layer& layer) { return layer.host_load; });
+  };
   do {
     evict_locked(lock, model, deadline, poll, WaitFor::streams);
     require_registered(lock, *model);  // another thread may have unregistered it meanwhile
-  } while (model->leases + model->passes);
+    loader_.drop_host_layers(lock, model, cancelled("'" + model->name + "' was reloaded"));
+    if (!wait_until(lock, deadline, poll, [&] { return !any_host_load(); }))
+      throw Error(ErrorKind::timeout, "'" + model->name + "' was still being read");
+    require_registered(lock, *model);
+  } while (model->leases + model->passes + model->layers.size() - model->missing);
+  host_cache_.drop(lock, *model);
   model->files.swap(made->files);
   for (Layer& layer : model->layers) std::swap(layer.source, made->layers[layer.index].source);
 }
@@ -226,6 +237,30 @@ TicketPtr Runtime::prewarm(const Selection& selection, int priority, Deadline de
     throw Error(ErrorKind::busy, ticket->what +
                                      " does not fit beside the layers that are leased, being "
                                      "loaded, or of a keep value of evict_below or more");
+  loader_.request(lock, ticket);
+  return ticket;
+}
+
+TicketPtr Runtime::prewarm_host(const Selection& selection, int priority, Deadline deadline) {
+  if (deadline <= Clock::now())
+    throw Error(ErrorKind::invalid_argument, "the deadline has already passed");
+  const auto ticket =
+      std::make_shared<Ticket>("prewarm of '" + selection.model->name + "'", priority,
+                               std::vector{selection}, deadline, kNoLimit, true);
+  const std::uint64_t budget = host_slabs_.state().budget_bytes;
+  const Lock lock = lock_alive();
+  check(lock, selection);
+  if (!budget)
+    throw Error(ErrorKind::invalid_argument,
+                arena_.filled_by_host()
+                    ? device_->facts().name + " needs no host cache: the CPU writes its memory"
+                    : "this runtime has no host cache: give Runtime(host_cache=)");
+  std::uint64_t need = 0;  // of one model, so it cannot overflow
+  selection.for_each([&](const Layer& layer) { need += HostImage::bytes_for(layer); });
+  if (need > budget)
+    throw Error(ErrorKind::invalid_argument, ticket->what + " to the host cache needs " +
+                                                 format_bytes(need) + " of a budget of " +
+                                                 format_bytes(budget));
   loader_.request(lock, ticket);
   return ticket;
 }
@@ -325,6 +360,7 @@ void Runtime::check_invariants() {
   const Lock lock = lock_open();
   state_.check_invariants(lock);
   loader_.check_invariants(lock);
+  host_cache_.check_invariants(lock);
 }
 
 }  // namespace warmserve

@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "load/loader.h"
+#include "memory/host_slabs.h"
+#include "model/host_cache.h"
 #include "model/layer_shape.h"
 #include "runtime/lease_queue.h"
 
@@ -23,6 +25,7 @@ namespace warmserve {
 
 struct RuntimeOptions {
   std::uint64_t arena_bytes = 0, staging_bytes = 0;
+  std::uint64_t host_cache_bytes = 0;  // unused if the CPU writes the device's memory itself
   std::uint64_t granule_bytes = 2 * kMiB, chunk_bytes = 8 * kMiB;
   std::uint64_t headroom_bytes = 0;  // device memory left to other users of the device
   unsigned loaders = 1;              // threads; 0: pump
@@ -42,6 +45,7 @@ struct LayerState {
   std::uint64_t granules = 0;
   std::uint32_t leases = 0;
   double keep_value = 0;
+  bool cached = false;  // in the host cache
 };
 struct ModelState {
   std::string name;
@@ -49,12 +53,18 @@ struct ModelState {
   std::uint64_t backing_epoch = 0;
   std::vector<LayerState> layers;
 };
+struct HostCacheState {
+  HostSlabs::State slabs;
+  HostCache::Counters counters;
+  std::size_t layers = 0;  // in the cache
+};
 struct RuntimeState {
   std::uint64_t granule_bytes = 0, pinned_bytes = 0;
   std::uint64_t headroom_bytes = 0;
   std::uint32_t granules = 0, granules_free = 0, granules_trimmed = 0;
   std::size_t leases = 0, staging_chunks_free = 0;
   Counters counters;
+  HostCacheState host_cache;
   std::vector<RouteState> routes;
   std::vector<ModelState> models;
 };
@@ -95,6 +105,10 @@ class Runtime {
   // Strong, wait-free.
   TicketPtr prewarm(const Selection& selection, int priority, Deadline deadline = kNever,
                     double evict_below = kNoLimit);
+  // Queues a load of the selected layers to the host cache. Images of lower or equal keep value are
+  // evicted for it. The ticket ends with busy if there are too few. Throws invalid_argument if the
+  // runtime has no host cache, or if the layers exceed its budget. Strong, wait-free.
+  TicketPtr prewarm_host(const Selection& selection, int priority, Deadline deadline = kNever);
   // As prewarm() of `load`, but room for it is made by evicting `evict` before other models.
   // `evict` is absent when the ticket is done. Throws busy while a lease or a pass holds a layer of
   // `evict`. Strong, wait-free.
@@ -249,7 +263,9 @@ class Runtime {
   DevicePtr device_;
   Arena arena_;
   StagingPool staging_;
+  HostSlabs host_slabs_;
   SharedState state_;
+  HostCache host_cache_;
   LeaseQueue lease_queue_;
   Loader loader_;
   std::uint64_t next_id_ = 0;

@@ -201,6 +201,13 @@ const Breach kBreaches[] = {
        x.lawful(x.fill(x.a));
        return x.fill(x.b);
      }},
+    {"zeros beside another stream's write",
+     [](Bench& x) {
+       x.lawful(x.fill(x.a));
+       return x.strict.fill_zero(x.address, kPinned, x.b);
+     }},
+    {"zeros to an unmapped address",
+     [](Bench& x) { return x.strict.fill_zero(x.address + kGranule - 4096, 8192, x.a); }},
     {"copying to a peer bytes that were never written",
      [](Bench& x) { return x.strict.copy_to_peer(x.address + kMiB, x.address, kPinned, x.a); }},
     {"unmapping memory that is still being copied to a peer",
@@ -316,6 +323,7 @@ TEST(lawful_use_is_let_through) {
   strict.host_wrote(bench.granule, 0, kGranule);
   ok(strict.copy_from_device(bench.pinned, bench.address + kMiB, kPinned, bench.a));
   ok(strict.copy_to_peer(bench.address + kPinned, bench.address, kPinned, bench.a));
+  ok(strict.fill_zero(bench.address + kPinned, kPinned, bench.a));
   ok(strict.stream_synchronize(bench.a));
   strict.peer_wrote(bench.address + kPinned, kPinned);
   ok(strict.copy_from_device(bench.pinned, bench.address + kPinned, kPinned, bench.b));

@@ -37,11 +37,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_model(folder / name, name, sizes) for name, sizes in SIZES.items()}
 
 
-def make(device: Device, files: dict[str, Path], watched: testing.Watched) -> Runtime:
+def make(
+    device: Device, files: dict[str, Path], watched: testing.Watched, host_cache: str | int = 0
+) -> Runtime:
     runtime = Runtime(
         arena=CAPACITY * GRANULE,
         staging=2 * GRANULE,
         chunk=GRANULE,
+        host_cache=host_cache,
         staging_timeout=0.25,
         pump=True,
         tensors=device.tensors,
@@ -175,6 +178,16 @@ def step_by_step(runtime: Runtime) -> None:
     ticket.wait(20)
 
 
+def load_into_the_host_cache(runtime: Runtime) -> None:
+    runtime.prewarm("one").wait()
+
+
+def load_from_the_host_cache(runtime: Runtime) -> None:
+    runtime.evict("one")
+    runtime.prewarm("one").wait()
+
+
+CACHED = (load_into_the_host_cache, load_from_the_host_cache)
 OPERATIONS = [
     (prewarm, ()),
     (lease, ()),
@@ -190,6 +203,8 @@ OPERATIONS = [
     (read_back, ("bystander",)),
     (cancel, ("one",)),
     (step_by_step, ("one",)),
+    (load_into_the_host_cache, ()),
+    (load_from_the_host_cache, ("one",)),
 ]
 
 
@@ -221,7 +236,7 @@ def test_a_failing_driver_call_loses_nothing(
 ) -> None:
     for call in range(1, 500):
         watched = device.watch(pump=True)
-        runtime = make(device, files, watched)
+        runtime = make(device, files, watched, "8MiB" if operation in CACHED else 0)
         for name in resident:
             runtime.prewarm(name).wait()
         injected = attempt(watched, MODES[mode](call), partial(operation, runtime))

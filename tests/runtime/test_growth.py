@@ -129,8 +129,13 @@ def test_a_snapshot_holds_every_layer_as_a_plain_value(tmp_path: Path) -> None:
         layers = runtime.snapshot().models["m"].layers
         assert all(type(layer) is LayerSnapshot for layer in layers)
         assert layers == (
-            LayerSnapshot("absent", 10, 1, 0, 0.0),
+            LayerSnapshot("absent", 10, 1, 0, 0.0, False),
             LayerSnapshot(
-                residency="resident", nbytes=3 << 20, granules=2, leases=0, keep_value=0.5
+                residency="resident",
+                nbytes=3 << 20,
+                granules=2,
+                leases=0,
+                keep_value=0.5,
+                cached=False,
             ),
         )

@@ -223,6 +223,7 @@ def world(seed: int, contents: Contents, *, pump: bool, tapes: int) -> Iterator[
             loaders=2,
             poison=rng.random() < 0.2,
             background_share=rng.choice([0.0, 0.05, 0.3, 1.0]),
+            host_cache=rng.choice([0, 2, 8]) << 20,
             tensors="dlpack" if cuda else "numpy",
         )
         pinned = stack.enter_context(ExitStack())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from warmserve_rt import _arguments as check
 from warmserve_rt._log import debug
@@ -26,6 +27,7 @@ class Loading(Inspecting):
         priority: int = BACKGROUND,
         deadline: float | None = None,
         evict_below: float = math.inf,
+        to: Literal["device", "host"] = "device",
     ) -> Ticket:
         """Start loading the layers that are not resident, in execution order.
 
@@ -43,6 +45,10 @@ class Loading(Inspecting):
             raises TimeoutError. Default: none.
         evict_below : float
             Only layers of a lower keep value are evicted for this load. Default: any layer.
+        to : "device" or "host"
+            "host" loads the layers to the host cache only, for a later load to the device. Layers
+            of a lower or equal keep value leave the cache for it; the ticket raises Busy if they
+            are too few.
 
         Returns
         -------
@@ -58,8 +64,9 @@ class Loading(Inspecting):
             The layers do not fit beside those that are leased. With ``evict_below``: they do not
             fit beside those that are leased, being loaded, or of this keep value or more.
         ValueError
-            A layer is unknown or repeated, no layer is named, the deadline has passed, or
-            ``evict_below`` is not a number.
+            A layer is unknown or repeated, no layer is named, the deadline has passed,
+            ``evict_below`` is not a number, or is given together with ``to="host"``. The runtime
+            has no host cache, or the layers exceed it.
 
         Guarantee: per layer (every layer keeps a defined state, and calling again continues from
         there).
@@ -69,7 +76,13 @@ class Loading(Inspecting):
         found = self.model(model)
         chosen, level = layer_indices(found, layers), _priority(priority)
         below = check.number("evict_below", evict_below, finite=False)
-        ticket = Ticket(self.native.prewarm(found.native, chosen, level, deadline, below), found)
+        if check.choice("to", to, ("device", "host")) == "host":
+            if below != math.inf:
+                raise ValueError('evict_below must not be given for to="host"')
+            native = self.native.prewarm_host(found.native, chosen, level, deadline)
+        else:
+            native = self.native.prewarm(found.native, chosen, level, deadline, below)
+        ticket = Ticket(native, found)
         debug("%s", ticket)
         return ticket
 

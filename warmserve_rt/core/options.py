@@ -21,6 +21,7 @@ def open_runtime(
     *,
     arena: Size | None,
     staging: Size,
+    host_cache: Size,
     headroom: Size | None,
     granule: Size,
     chunk: Size,
@@ -50,6 +51,7 @@ def open_runtime(
         raise ValueError("read_bandwidth must be at least one byte a second, got 0")
     granule_bytes, chunk_bytes = parse_bytes(granule, "granule"), parse_bytes(chunk, "chunk")
     staging_bytes = parse_bytes(staging, "staging", of=_machine_bytes, whole=_MACHINE)
+    host_cache_bytes = parse_bytes(host_cache, "host_cache", of=_machine_bytes, whole=_MACHINE)
     if driver is not None and not isinstance(driver, _native.Driver):
         raise TypeError(f"driver must be a device's driver, got {check.shown(driver)}")
     driver, peers = open_devices(device, driver, routes, pump=pump)
@@ -73,6 +75,7 @@ def open_runtime(
         driver,
         arena=total,
         staging=staging_bytes,
+        host_cache=host_cache_bytes,
         granule=granule_bytes,
         chunk=chunk_bytes,
         headroom=spare or 0,

@@ -37,6 +37,11 @@ class Runtime(Registering, Loading, Evicting):
     staging : size
         The most pinned host memory to use, in chunks of ``chunk`` bytes. "5%" is a share of the
         machine's memory. Unused if the CPU can access the device's memory directly.
+    host_cache : size
+        Pinned host memory that keeps layers which have been loaded, so that loading them again
+        reads no file. "50%" is a share of the machine's memory. It is pinned in the background and
+        kept until :meth:`close`; layers leave it by keep value. Unused if the CPU can access the
+        device's memory directly. Default: 0, no cache.
     headroom : size, optional
         Device memory to leave to others (torch's activations, KV caches), or a share of the
         device's memory. If less would stay free, the arena is refused, and later not grown back.
@@ -97,6 +102,7 @@ class Runtime(Registering, Loading, Evicting):
         arena: Size | None = None,
         staging: Size = "256MiB",
         *,
+        host_cache: Size = 0,
         headroom: Size | None = None,
         granule: Size = "2MiB",
         chunk: Size = "8MiB",
@@ -115,6 +121,7 @@ class Runtime(Registering, Loading, Evicting):
                 device,
                 arena=arena,
                 staging=staging,
+                host_cache=host_cache,
                 headroom=headroom,
                 granule=granule,
                 chunk=chunk,

@@ -17,13 +17,14 @@ _SHOWN = 20  # models that the repr of a snapshot shows
 
 class LayerSnapshot(NamedTuple):
     """One layer: the bytes of its tensors (``nbytes``), the ``granules`` that it occupies unless it
-    is absent, and how many leases hold it."""
+    is absent, how many leases hold it, and whether it is in the host cache (``cached``)."""
 
     residency: str  # "absent", "filling", "resident" or "draining"
     nbytes: int
     granules: int
     leases: int
     keep_value: float
+    cached: bool
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,6 +70,26 @@ class RouteSnapshot:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class HostCacheSnapshot:
+    """The host cache: its budget, the bytes pinned so far, the bytes in use and the layers there.
+
+    ``hits`` and ``misses`` count the loads of a layer since the runtime was made, ``hit_bytes`` the
+    bytes of the layers that were found, ``evictions`` the layers that left the cache to make room.
+    ``error`` says why fewer bytes than the budget are pinned; it is empty if nothing failed.
+    """
+
+    budget_bytes: int
+    pinned_bytes: int
+    bytes_in_use: int
+    layers: int
+    hits: int
+    misses: int
+    hit_bytes: int
+    evictions: int
+    error: str
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
     """One device.
@@ -90,6 +111,7 @@ class Snapshot:
     layers_loaded: int
     layers_evicted: int
     driver_calls: Mapping[str, tuple[int, int]]
+    host_cache: HostCacheSnapshot
     routes: tuple[RouteSnapshot, ...]
     models: Mapping[str, ModelSnapshot]
 
@@ -121,6 +143,7 @@ class Snapshot:
     def of(cls, native: _native.Runtime) -> Snapshot:
         """Read the runtime's books. Wait-free."""
         state = native.state()
+        cache = state.host_cache
         return cls(
             granule_bytes=state.granule_bytes,
             granules=state.granules,
@@ -133,6 +156,17 @@ class Snapshot:
             layers_loaded=state.layers_loaded,
             layers_evicted=state.layers_evicted,
             driver_calls=native.driver_calls(),
+            host_cache=HostCacheSnapshot(
+                budget_bytes=cache.budget_bytes,
+                pinned_bytes=cache.pinned_bytes,
+                bytes_in_use=cache.bytes_in_use,
+                layers=cache.layers,
+                hits=cache.hits,
+                misses=cache.misses,
+                hit_bytes=cache.hit_bytes,
+                evictions=cache.evictions,
+                error=cache.error,
+            ),
             routes=tuple(
                 RouteSnapshot(x.name, x.nbytes, x.bandwidth, x.error) for x in state.routes
             ),

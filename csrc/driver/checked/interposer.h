@@ -62,6 +62,8 @@ class Interposer : public Driver {
                     bytes, stream)
   WARMSERVE_FORWARD(copy_to_peer, (Address to, Address from, std::uint64_t bytes, StreamId stream),
                     to, from, bytes, stream)
+  WARMSERVE_FORWARD(fill_zero, (Address to, std::uint64_t bytes, StreamId stream), to, bytes,
+                    stream)
   WARMSERVE_FORWARD(launch, (const KernelCall& call, StreamId stream), call, stream)
 #undef WARMSERVE_FORWARD
 

@@ -54,6 +54,7 @@ class StrictDriver final : public Interposer {
   Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                           StreamId stream) override;
   Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override;
+  Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) override;
   void peer_wrote(Address address, std::uint64_t bytes) noexcept override;
   Status launch(const KernelCall& call, StreamId stream) override;
 

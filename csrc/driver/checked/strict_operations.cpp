@@ -96,6 +96,12 @@ Status StrictDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes,
              [&] { return Interposer::copy_to_peer(to, from, bytes, stream); });
 }
 
+Status StrictDriver::fill_zero(Address to, std::uint64_t bytes, StreamId stream) {
+  const Guard guard(mutex_);
+  return use("fill_zero", std::vector<Touched>{{to, bytes, true}}, stream,
+             [&] { return Interposer::fill_zero(to, bytes, stream); });
+}
+
 // Does not require the whole granule to be quiet: this device's streams may use other bytes of it.
 void StrictDriver::peer_wrote(Address address, std::uint64_t bytes) noexcept {
   const Guard guard(mutex_);

@@ -206,6 +206,7 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, std::size_t, CUstream)) \
   X(cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, std::size_t, CUstream)) \
   X(cuMemcpyDtoDAsync_v2, (CUdeviceptr, CUdeviceptr, std::size_t, CUstream)) \
+  X(cuMemsetD8Async, (CUdeviceptr, unsigned char, std::size_t, CUstream)) \
   X(cuStreamCreateWithPriority, (CUstream*, unsigned, int)) \
   X(cuStreamDestroy_v2, (CUstream)) \
   X(cuStreamSynchronize, (CUstream)) \

@@ -68,6 +68,7 @@ class CudaDriver final : public Driver {
   Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                           StreamId stream) override;
   Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override;
+  Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) override;
   Status launch(const KernelCall& call, StreamId stream) override;
 
  private:
@@ -291,6 +292,11 @@ Status CudaDriver::copy_from_device(std::byte* to, Address from, std::uint64_t b
 // Both addresses are in the unified address space, and the other device grants this one access.
 Status CudaDriver::copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) {
   return CALL(cuMemcpyDtoDAsync_v2, CUdeviceptr{to}, CUdeviceptr{from}, bytes, stream_of(stream));
+}
+
+Status CudaDriver::fill_zero(Address to, std::uint64_t bytes, StreamId stream) {
+  return CALL(cuMemsetD8Async, CUdeviceptr{to}, static_cast<unsigned char>(0), bytes,
+              stream_of(stream));
 }
 
 Status CudaDriver::launch(const KernelCall& call, StreamId stream) {

@@ -255,6 +255,9 @@ class HostDriver final : public Driver {
   Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override {
     return streams_.enqueue(stream, [=] { std::memcpy(pointer(to), pointer(from), bytes); });
   }
+  Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) override {
+    return streams_.enqueue(stream, [=] { std::memset(pointer(to), 0, bytes); });
+  }
   Status launch(const KernelCall& call, StreamId stream) override {
     if (misuse(call) != Misuse::none) return Status::invalid;
     return streams_.enqueue(stream, [call] { run_on_cpu(call); });
