@@ -428,6 +428,20 @@ MUTATIONS = [
         "engines/test_transformers_engine.py::"
         "test_a_gate_is_removed_when_its_layer_arrives_and_returns_for_other_leases",
     ),
+    Mutation(
+        "a new copy takes the room of wider ones",
+        "warmserve_rt/policy/_places.py",
+        "crowds = crowding(devices.free, first, width, more, node)",
+        "crowds = 0.0",
+        "policy/test_improve.py::test_a_new_copy_leaves_room_for_wider_ones[free1-5]",
+    ),
+    Mutation(
+        "new copies crowd on the first of equal devices",
+        "warmserve_rt/policy/_places.py",
+        "better = crowds < least or (crowds == least and room > most)",
+        "better = crowds < least",
+        "policy/test_improve.py::test_a_new_copy_leaves_room_for_wider_ones[free0-3]",
+    ),
 ]
 
 

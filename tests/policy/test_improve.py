@@ -30,7 +30,8 @@ def markets(
 ) -> tuple[list[ValueCurve], list[float], list[Copy], list[float], list[float]]:
     curves = [curve(draw, f"m{i}") for i in range(draw(st.integers(1, 5)))]
     need = [draw(st.floats(0.0, 2.0)) for _ in curves]
-    available = [draw(st.floats(0.1, 1.0)) for _ in range(DEVICES)]
+    # Groups of equal availability are equally good, and are told apart by their free bytes.
+    available = [draw(st.just(1.0) | st.floats(0.1, 1.0)) for _ in range(DEVICES)]
     free = [draw(st.integers(0, 30)) * 1_000_003.0 for _ in range(DEVICES)]
     copies = []
     for model, each in enumerate(curves):
@@ -192,6 +193,44 @@ def test_a_copy_that_does_not_fit_is_held_in_part() -> None:
         margin=0.1,
     )
     assert found_of(found) == [(0, 0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("free", "first"),
+    [
+        ([6, 8, 6, 9], 3),  # none takes room of a wider copy, and the last has most
+        ([9, 9, 9, 9, 6, 8, 6, 7], 5),  # on the first four, a copy of four devices would lose room
+    ],
+)
+def test_a_new_copy_leaves_room_for_wider_ones(free: list[int], first: int) -> None:
+    found = improve(
+        Curves([ValueCurve("m", 1, np.array([2_000_000]), np.array([0.0, 1.0]))]),
+        np.array([1.0]),
+        [],
+        np.array(free) * 1e6,
+        np.ones(len(free)),
+        4,
+        margin=0.1,
+        most=1,
+    )
+    assert found_of(found) == [(0, first, 1)]
+
+
+def test_copies_on_half_filled_devices_can_be_extended() -> None:
+    """Each model comes to its floor first, and then to its end on the same device."""
+    nbytes = np.full(8, 1_000_000, np.int64)
+    value = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.1, 1.2, 1.3, 1.4])
+    copies = improve(
+        Curves([ValueCurve(f"m{i}", 1, nbytes, value) for i in range(4)]),
+        np.ones(4),
+        [],
+        np.full(4, 8e6),
+        np.ones(4),
+        4,
+        margin=0.1,
+        most=1,
+    )
+    assert sorted(found_of(copies)) == [(0, 0, 8), (1, 1, 8), (2, 2, 8), (3, 3, 8)]
 
 
 def two_models(value: float) -> list[ValueCurve]:

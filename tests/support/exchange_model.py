@@ -127,6 +127,21 @@ class Market:
                 chosen[victim] = left
         return chosen, lost
 
+    def crowding(self, first: int, width: int, more: float) -> float:
+        """Return the bytes that wider copies lose if ``more`` bytes on each device are taken."""
+        lost, wide = 0.0, 2 * width
+        while wide <= self.node:
+            begin = first // wide * wide
+            if begin // self.node == (begin + wide - 1) // self.node:
+                before = self.free[begin : begin + wide]
+                after = [
+                    free - more * (first <= device < first + width)
+                    for device, free in enumerate(before, begin)
+                ]
+                lost += wide * (min(before) - min(after))
+            wide *= 2
+        return lost
+
     def spend(self, first: int, width: int, more: float) -> None:
         for device in range(first, first + width):
             self.free[device] -= more
@@ -166,16 +181,20 @@ class Market:
                 self.spend(own.first, width, more)
                 self.order(model)
                 return True
-            best, net = None, 0.0
+            best, net, rank = None, 0.0, (0.0, 0.0)
             for first in range(0, len(self.free) - width + 1, width):
                 if first // self.node != (first + width - 1) // self.node:
                     continue
                 worth = gain * self.chance(first, width)
-                if worth <= net or any(h.model == model and h.first == first for h in self.held):
+                if worth < net or any(h.model == model and h.first == first for h in self.held):
                     continue
                 got = self.victims(first, width, more, worth / (1 + self.margin), None)
-                if got is not None and worth - (1 + self.margin) * got[1] > net:
-                    best, net = (first, got[0]), worth - (1 + self.margin) * got[1]
+                if got is None:
+                    continue
+                gained = worth - (1 + self.margin) * got[1]
+                mine = (-self.crowding(first, width, more), min(self.free[first : first + width]))
+                if gained > net or (gained == net > 0 and mine > rank):
+                    best, net, rank = (first, got[0]), gained, mine
             if best is not None:
                 self.slots += [None]
                 self.slots[self.slots.index(None)] = Held(model, best[0], end, False)

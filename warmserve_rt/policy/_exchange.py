@@ -14,19 +14,8 @@ import numpy as np
 
 from ._arrays import F64, I64
 from ._compiled import jit
-from ._copies import (
-    Copies,
-    Devices,
-    Models,
-    chance,
-    nbytes,
-    put,
-    renew,
-    spend,
-    take,
-    touch,
-    worth_of,
-)
+from ._copies import Copies, Devices, Models, nbytes, put, renew, spend, take, touch, worth_of
+from ._places import place_copy
 from ._victims import room_costs, victims
 
 
@@ -84,58 +73,6 @@ def offer(
         offers.density[n] = gain / more / models.width[m]
         n += 1
     return n
-
-
-@jit
-def place_copy(
-    models: Models,
-    copies: Copies,
-    devices: Devices,
-    node: int,
-    margin: float,
-    m: int,
-    gain: float,
-    more: float,
-    since: int,
-    rows: I64,
-    left: I64,
-    best_rows: I64,
-    best_left: I64,
-) -> tuple[int, int]:
-    """Choose the group for a new copy by the highest gain less the loss of its victims.
-
-    Consider groups that changed in an exchange after ``since``. Write the victims to ``best_rows``
-    and ``best_left``. Return the first device of the group, or -1, and the number of victims.
-    """
-    width = models.width[m]
-    place, found, net = -1, 0, 0.0
-    for first in range(0, len(devices.free) - width + 1, width):
-        if first // node != (first + width - 1) // node:
-            continue
-        newest = -1
-        for d in range(first, first + width):
-            newest = max(newest, devices.changed[d])
-        if newest <= since:
-            continue
-        worth = gain * chance(devices.available, first, width)
-        costs = room_costs(devices, first, width, more)
-        if worth <= net or costs >= worth / (1 + margin) or worth - (1 + margin) * costs <= net:
-            continue
-        held = False
-        r = copies.head[m]
-        while r >= 0:
-            held = held or copies.first[r] == first
-            r = copies.next[r]
-        if held:
-            continue
-        got, lost = victims(
-            models, copies, devices, first, width, more, worth / (1 + margin), -1, rows, left
-        )
-        gained = worth - (1 + margin) * lost
-        if got >= 0 and gained > net:
-            net, place, found = gained, first, got
-            best_rows[:got], best_left[:got] = rows[:got], left[:got]
-    return place, found
 
 
 @jit
