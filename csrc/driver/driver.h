@@ -10,6 +10,9 @@
 // - "Precondition" marks a duty of the caller. StrictDriver checks these duties.
 // - Any thread may call any primitive. The caller must keep one thread from using an object while
 //   another thread destroys it.
+// - No thread calls the driver while it is marked by LockMark: every call may wait for a lock of
+// the
+//   driver, which another thread may hold for milliseconds.
 #pragma once
 
 #include <memory>

@@ -218,6 +218,7 @@ class Fence {
   std::shared_ptr<Stream> stream_;  // kept alive for waiters
   std::optional<Event> event_;
 };
+using FencePtr = std::shared_ptr<const Fence>;
 
 class PinnedRegion {
  public:

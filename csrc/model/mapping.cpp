@@ -47,11 +47,10 @@ void unmap_layers(const Arena& arena, const std::vector<Layer*>& run) {
 }
 
 // Returns the fences that draining the layers must wait for.
-std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
-                                                    const std::vector<Layer*>& layers) {
+std::vector<FencePtr> fences_of(const Lock&, const std::vector<Layer*>& layers) {
   std::map<const Model*, LayerSet> drained;
   for (const Layer* layer : layers) drained[layer->model].insert(layer->index);
-  std::vector<std::shared_ptr<const Fence>> fences;
+  std::vector<FencePtr> fences;
   for (const auto& [model, set] : drained)
     for (const Use& use : model->uses)
       if (use.layers.intersects(set)) fences.push_back(use.fence);

@@ -67,7 +67,7 @@ struct Layer {
 
 // The position in a user's stream that ends its use of these layers. Unmapping waits for it.
 struct Use {
-  std::shared_ptr<const Fence> fence;
+  FencePtr fence;
   LayerSet layers;
 };
 

@@ -229,6 +229,7 @@ class Runtime {
   void check(const Lock&, const Selection& selection) const;
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;
   void serve(const Lock& lock, const LeasePtr& lease);
+  void forget_past_uses(Model& model);
   void await_entry(const LeasePtr& lease, Deadline deadline, const Poll& poll);
   static Ticket* awaited(const Lock&, const Lease& lease, bool all);
   template <typename Made>
@@ -240,7 +241,7 @@ class Runtime {
   void await_users(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                    WaitFor wait_for, const std::function<bool()>& leased,
                    const std::function<bool()>& in_use);
-  bool streams_in_use(const Lock&) const;
+  std::vector<FencePtr> all_fences(const Lock&) const;
   bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                     WaitFor wait_for);
