@@ -236,6 +236,7 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
   if (arena_.free_count()) trim_locked(lock);
   lock.unlock();
   detached.clear();
+  readers_.clear();
   loader_.release();
   staging_.release();
   arena_.release();

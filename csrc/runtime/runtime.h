@@ -232,10 +232,9 @@ class Runtime {
   void forget_past_uses(Model& model);
   void await_entry(const LeasePtr& lease, Deadline deadline, const Poll& poll);
   static Ticket* awaited(const Lock&, const Lease& lease, bool all);
-  template <typename Made>
+  struct Reader;
   void with_resident(const ModelPtr& model, std::uint32_t layer,
-                     const std::function<std::shared_ptr<Made>()>& make,
-                     const std::function<void(Made&, const Layer&)>& work);
+                     const std::function<void(Reader&, const Layer&)>& work);
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
   void await_users(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
@@ -254,6 +253,9 @@ class Runtime {
   LeaseQueue lease_queue_;
   Loader loader_;
   std::uint64_t next_id_ = 0;
+  // Idle readers: as many as calls of read_back() and digest() have run at once. Kept until
+  // close().
+  std::vector<std::shared_ptr<Reader>> readers_;
   bool closed_ = false;
   bool closing_ = false;  // a thread is inside close()
 };
