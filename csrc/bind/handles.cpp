@@ -283,6 +283,8 @@ void bind_handles(py::module_& m) {
           },
           py::arg("out"), py::arg("view"))
       .def(
+          "refuse_capture", [](const PyStream& self) { self.stream->refuse_capture(); }, NoGil())
+      .def(
           "step", [](const PyStream& self) { return self.stream->step(); }, NoGil())
       .def("synchronize", [](const PyStream& self) { self.stream->synchronize(); }, NoGil());
 }

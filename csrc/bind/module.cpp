@@ -343,10 +343,12 @@ void bind_runtime(py::module_& m) {
           py::arg("priority"))
       .def(
           "adopt_stream",
-          [](Runtime& self, std::uint64_t handle) {
-            return PyStream{Stream::adopt(self.device(), handle)};
+          [](Runtime& self, std::uint64_t handle, bool refuse_capture) {
+            std::shared_ptr<Stream> stream = Stream::adopt(self.device(), handle);
+            if (refuse_capture) stream->refuse_capture();
+            return PyStream{std::move(stream)};
           },
-          py::arg("handle"))
+          py::arg("handle"), py::arg("refuse_capture") = false, NoGil())
       .def(
           "device_memory",
           [](const Runtime& self) {

@@ -135,8 +135,10 @@ bool Runtime::await_layer(const LeasePtr& lease, const ModelPtr& model, std::uin
   const Layer& layer = layer_of(*model, index);
   const auto where = [&] { return "layer " + std::to_string(index) + " of '" + model->name + "'"; };
   std::optional<CopyEngine::Events> copies;
-  Lock lock = lock_alive();
   const bool pass = lease && lease->pass;
+  // A pass may be captured while its layers are resident: then the stream waits for nothing.
+  if (stream && !pass) stream->refuse_capture();
+  Lock lock = lock_alive();
   if (lease && !lease->wants_layer(layer)) {
     if (!pass) throw Error(ErrorKind::invalid_argument, where() + " is not in this lease");
     if (!layer.leased()) throw Error(ErrorKind::stale_view, where() + " is not leased");
@@ -174,6 +176,7 @@ bool Runtime::await_layer(const LeasePtr& lease, const ModelPtr& model, std::uin
       loader_.request(lock, lease->arriving.back());
     }
     lock.unlock();
+    if (pass) stream->refuse_capture();
     for (const auto& event : *copies) stream->wait_for(*event);
     copies.reset();
     lock.lock();
@@ -210,6 +213,7 @@ void Runtime::record(const LeasePtr& lease, const std::shared_ptr<Stream>& strea
     for (const Selection& wanted : lease->wants) add_use(lock, wanted, fence, crowded);
   }
   for (const ModelPtr& model : crowded) forget_past_uses(*model);
+  fence->require_recorded();
 }
 
 void Runtime::record(const ModelPtr& model, const std::shared_ptr<Stream>& stream) {
@@ -225,6 +229,7 @@ void Runtime::record(const ModelPtr& model, const std::shared_ptr<Stream>& strea
     add_use(lock, Selection(model, std::move(leased)), fence, crowded);
   }
   for (const ModelPtr& each : crowded) forget_past_uses(*each);
+  fence->require_recorded();
 }
 
 // Removes the uses whose streams have passed them, which keeps the list about as long as the number

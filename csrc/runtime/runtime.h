@@ -135,8 +135,8 @@ class Runtime {
   // its copies are enqueued and makes the stream wait for them; copies on a route have no event, so
   // then it blocks until the layer is resident. Without a lease, any lease on the layer suffices.
   // Returns true if the layer is resident: while it is held, no further wait for it is needed.
-  // Throws stale_view if the layer is not held, invalid_argument if it is not in the lease,
-  // timeout, and the error of the layer's load.
+  // Throws stale_view if the layer is not held, invalid_argument if it is not in the lease or the
+  // stream is being captured, timeout, and the error of the layer's load.
   bool await_layer(const LeasePtr& lease, const ModelPtr& model, std::uint32_t layer,
                    const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
   // Begins a pass of the calling thread on the layers of the model that leases hold now. The pass
@@ -155,7 +155,9 @@ class Runtime {
   // await_layer(). Wait-free.
   bool arrived(const LeasePtr& lease, const ModelPtr& model, std::uint32_t layer);
   // Protects the work enqueued on the stream so far: the lease's layers are unmapped only after it
-  // has completed. Throws stale_view unless the lease is held. Wait-free.
+  // has completed. Throws stale_view unless the lease is held. Throws invalid_argument if the
+  // stream is being captured or was destroyed, and the driver's error if it refuses an adopted
+  // stream; earlier work of the stream is protected even then. Wait-free, but calls the driver.
   void record(const LeasePtr& lease, const std::shared_ptr<Stream>& stream);
   // As above, for every layer of the model that any lease or pass holds.
   void record(const ModelPtr& model, const std::shared_ptr<Stream>& stream);

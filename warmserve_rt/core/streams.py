@@ -13,11 +13,22 @@ with ``__cuda_stream__``, or a CUstream as an int."""
 
 
 def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
-    """Return the runtime's object for a stream.
+    """Return the runtime's object for a stream that a lease is to record or that is to wait.
+
+    Errors are those of :func:`adopted_stream`, and ValueError if the stream is being captured.
+    """
+    if isinstance(stream, _native.Stream):
+        stream.refuse_capture()
+        return stream
+    return runtime.adopt_stream(_handle(stream), True)
+
+
+def adopted_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
+    """Return the runtime's object for a stream, which may be in a capture.
 
     The owner of a foreign stream must keep it alive until the lease that records it has ended.
     Raises TypeError if ``stream`` is not a stream, ValueError if the device accepts only its own
-    streams.
+    streams, or if the stream was destroyed or belongs to another device or context.
     """
     if isinstance(stream, _native.Stream):
         return stream

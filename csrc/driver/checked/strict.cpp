@@ -283,6 +283,26 @@ Status StrictDriver::stream_synchronize(StreamId stream) {
   return status;
 }
 
+Status StrictDriver::stream_capturing(StreamId stream, bool* out) {
+  {
+    const Guard guard(mutex_);
+    if (!streams_.contains(stream)) return violation("stream_capturing of an unknown stream");
+  }
+  return Interposer::stream_capturing(stream, out);
+}
+
+Status StrictDriver::device_synchronize() {
+  VectorClock clock;
+  {
+    const Guard guard(mutex_);
+    for (const auto& [stream, known] : streams_) join(clock, known);
+  }
+  const Status status = Interposer::device_synchronize();
+  const Guard guard(mutex_);
+  if (status == Status::ok) join(host_, clock);
+  return status;
+}
+
 Status StrictDriver::stream_wait_event(StreamId stream, EventId event) {
   const Guard guard(mutex_);
   if (!streams_.contains(stream) || !events_.contains(event))

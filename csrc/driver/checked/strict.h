@@ -44,6 +44,8 @@ class StrictDriver final : public Interposer {
   Status stream_step(StreamId stream) override;
   Status stream_destroy(StreamId stream) override;
   Status stream_synchronize(StreamId stream) override;
+  Status stream_capturing(StreamId stream, bool* out) override;
+  Status device_synchronize() override;
   Status stream_wait_event(StreamId stream, EventId event) override;
   Status event_create(EventId* out) override;
   Status event_destroy(EventId event) override;

@@ -71,7 +71,7 @@ Status Context::translate(const char* function, CUresult result) {
   if (result == CUDA_ERROR_NOT_READY) return Status::not_ready;
   failed_call = function;
   failed_with = result;
-  if (is_sticky(result)) {
+  if (is_sticky(result) && !works()) {
     CUresult none = CUDA_SUCCESS;
     lost_.compare_exchange_strong(none, result);  // only the first error is kept
     return Status::device_lost;
@@ -82,6 +82,21 @@ Status Context::translate(const char* function, CUresult result) {
     case CUDA_ERROR_INVALID_HANDLE: return Status::invalid;
     default: return Status::failed;
   }
+}
+
+// Makes a stream and waits for it. In a context that has died, both fail.
+bool Context::works() const {
+  CUcontext before = nullptr;
+  if (library_.cuCtxGetCurrent(&before) != CUDA_SUCCESS) return false;
+  if (before != context_ && library_.cuCtxSetCurrent(context_) != CUDA_SUCCESS) return false;
+  CUstream own = nullptr;
+  CUresult result = library_.cuStreamCreateWithPriority(&own, CU_STREAM_NON_BLOCKING, 0);
+  if (result == CUDA_SUCCESS) {
+    result = library_.cuStreamSynchronize(own);
+    library_.cuStreamDestroy_v2(own);
+  }
+  if (before != context_) library_.cuCtxSetCurrent(before);
+  return !is_sticky(result);
 }
 
 Context::Scope::Scope(Context& context) : context_(context) {

@@ -44,7 +44,9 @@ class Context {
   };
 
   // Translates a result of `function`. An error from which the context cannot recover is sticky:
-  // every later scope has the status device_lost.
+  // every later scope has the status device_lost. Others' objects may cause such errors too (a
+  // stream of a context that was destroyed), so the context counts as lost only if a stream of our
+  // own does not work in it either.
   Status translate(const char* function, CUresult result);
   // Calls a function in a scope of its own.
   template <typename Function, typename... Args>
@@ -54,6 +56,8 @@ class Context {
   }
 
  private:
+  bool works() const;
+
   const Library library_;
   CUdevice device_ = 0;
   CUcontext context_ = nullptr;
