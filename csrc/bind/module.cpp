@@ -265,6 +265,7 @@ void bind_runtime(py::module_& m) {
           "prewarm",
           [](const RuntimePtr& self, const PyModel& model, const Layers& layers, int priority,
              std::optional<double> deadline_in, double evict_below) {
+            reservation_of(model);
             return PyTicket{
                 self,
                 self->prewarm(select(model, layers), priority, deadline(deadline_in), evict_below),
@@ -275,6 +276,7 @@ void bind_runtime(py::module_& m) {
       .def(
           "swap",
           [](const RuntimePtr& self, const PyModel& evict, const PyModel& load, int priority) {
+            reservation_of(load);
             return PyTicket{self, self->swap(evict.model, load.model, priority), load.model};
           },
           py::arg("evict"), py::arg("load"), py::arg("priority"))
@@ -312,8 +314,11 @@ void bind_runtime(py::module_& m) {
              const Layers& layers) {
             std::vector<Selection> wanted;
             wanted.reserve(models.size());
-            for (const py::handle model : models)
-              wanted.push_back(select(model.cast<PyModel&>(), layers));
+            for (const py::handle model : models) {
+              const PyModel& each = model.cast<PyModel&>();
+              wanted.push_back(select(each, layers));
+              if (!each.model->reserved.load(std::memory_order_acquire)) reservation_of(each);
+            }
             return PyLease(self, self->begin_lease(std::move(wanted), owner));
           },
           py::arg("models"), py::arg("owner"), py::arg("layers") = py::none())
@@ -340,7 +345,7 @@ void bind_runtime(py::module_& m) {
           [](Runtime& self, const std::string& priority) {
             return PyStream{std::make_shared<Stream>(self.device(), stream_priority(priority))};
           },
-          py::arg("priority"))
+          py::arg("priority"), NoGil())
       .def(
           "adopt_stream",
           [](Runtime& self, std::uint64_t handle, bool refuse_capture) {

@@ -81,6 +81,7 @@ struct Model {
   std::uint64_t bytes = 0;     // of the layers, without padding to granules
   std::uint64_t granules = 0;  // of all layers; their bytes are at most kMostBytes
   ReservationPtr reservation;  // created at the first prewarm or view; set once, under the lock
+  std::atomic<bool> reserved{false};  // whether `reservation` is set; readable without the lock
 
   // Changes whenever the granules at an address of the model change. Readable without the lock.
   std::atomic<std::uint64_t> backing_epoch{0};

@@ -45,7 +45,8 @@ void Runtime::serve(const Lock& lock, const LeasePtr& lease) {
 }
 
 LeasePtr Runtime::begin_lease(std::vector<Selection> wants, std::uint64_t owner) {
-  for (const Selection& wanted : wants) reservation(wanted.model);
+  for (const Selection& wanted : wants)
+    if (!wanted.model->reserved.load(std::memory_order_acquire)) reservation(wanted.model);
   auto lease = std::make_shared<Lease>();
   lease->wants = std::move(wants);
   lease->owner = owner;

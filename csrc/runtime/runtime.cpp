@@ -196,6 +196,7 @@ ReservationPtr Runtime::reservation(const ModelPtr& model) {
   const Lock lock = lock_alive();
   require_registered(lock, *model);
   if (!model->reservation) model->reservation = std::move(made);
+  model->reserved.store(true, std::memory_order_release);
   return model->reservation;
 }
 
