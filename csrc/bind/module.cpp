@@ -366,6 +366,7 @@ void bind_runtime(py::module_& m) {
       .def("state", &Runtime::state)
       .def("driver_calls", &driver_calls)
       .def("step", &Runtime::step, NoGil())
+      .def("stop", &Runtime::stop, NoGil())
       .def("check_invariants", &Runtime::check_invariants)
       .def(
           "close",

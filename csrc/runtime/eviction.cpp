@@ -181,6 +181,10 @@ bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   return ended;
 }
 
+void Runtime::stop() {
+  if (device_->usable()) loader_.stop();
+}
+
 void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
   std::vector<Detached> detached;
   enter();

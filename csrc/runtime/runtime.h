@@ -210,6 +210,10 @@ class Runtime {
   RuntimeState state();
   bool step();
   void check_invariants();
+  // Ends the loader threads, whatever is leased. Afterwards loads make progress only in step() and
+  // while a caller waits for them. Idempotent; does nothing in a forked child. Blocks for the
+  // threads' present chunks.
+  void stop();
   // Ends the loader threads, evicts all models and frees all memory. Throws busy for users that
   // `wait_for` does not cover, and timeout; after both nothing has changed. Throws general if the
   // driver refuses a release; a repeated call continues from there. Per layer. Blocks.

@@ -381,6 +381,30 @@ def test_the_interpreter_exits_with_work_in_flight(two_files: dict[str, Path], h
     assert printed == "bye\n"
 
 
+@pytest.mark.parametrize("device", ["host", "cuda:0"])
+def test_the_loader_threads_end_at_exit_whatever_is_leased(
+    two_files: dict[str, Path], device: str
+) -> None:
+    """A loader that runs on would call the driver while the process takes it down."""
+    with testing.simulated_cuda() as cuda:
+        printed = script(
+            f"""
+            import atexit, os, sys
+            def threads():
+                return len(os.listdir("/proc/self/task"))
+            atexit.register(lambda: print(threads() - before))  # runs after the package's own
+            from warmserve_rt import Runtime
+            runtime = Runtime("{device}", arena="8MiB", tensors="dlpack", loaders=9)
+            before = threads() - 9
+            runtime.register("a", sys.argv[1])
+            lease = runtime.lease("a").acquire()
+            """,
+            cuda,
+            two_files["a"],
+        )
+    assert int(printed) < 5  # the driver's streams may have begun threads
+
+
 # Checking content without copying it back
 
 
