@@ -294,6 +294,7 @@ class Runtime:
         loaders: int,
         staging_timeout: float,
         poison: bool,
+        fence_device: bool,
         background_share: float,
         read_bandwidth: int,
         peers: Sequence[Driver],

@@ -221,7 +221,7 @@ void bind_runtime(py::module_& m) {
   py::class_<Runtime, RuntimePtr>(m, "Runtime")
       .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
                        std::uint64_t granule, std::uint64_t chunk, std::uint64_t headroom,
-                       unsigned loaders, double staging_timeout, bool poison,
+                       unsigned loaders, double staging_timeout, bool poison, bool fence_device,
                        double background_share, std::uint64_t read_bandwidth,
                        const std::vector<std::shared_ptr<Driver>>& peers) {
              const py::gil_scoped_release release;
@@ -236,6 +236,7 @@ void bind_runtime(py::module_& m) {
                   .staging_timeout = std::chrono::milliseconds(
                       static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
                   .poison = poison,
+                  .fence_device = fence_device,
                   .background_share = background_share,
                   .read_bandwidth = read_bandwidth});
              for (const auto& peer : peers)
@@ -245,8 +246,8 @@ void bind_runtime(py::module_& m) {
            }),
            py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
            py::arg("granule"), py::arg("chunk"), py::arg("headroom"), py::arg("loaders"),
-           py::arg("staging_timeout"), py::arg("poison"), py::arg("background_share"),
-           py::arg("read_bandwidth"), py::arg("peers"))
+           py::arg("staging_timeout"), py::arg("poison"), py::arg("fence_device"),
+           py::arg("background_share"), py::arg("read_bandwidth"), py::arg("peers"))
       .def("register", &register_model<Layout>, py::arg("name"), py::arg("files"),
            py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
       .def("register", &register_model<std::vector<LayerTuple>>, py::arg("name"), py::arg("files"),

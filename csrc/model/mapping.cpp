@@ -66,6 +66,14 @@ void wait_unless_lost(const Fence& fence, Deadline deadline, const Poll& poll) {
   }
 }
 
+void synchronize_unless_lost(Device& device) {
+  try {
+    device.synchronize();
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::device_lost) throw;
+  }
+}
+
 }  // namespace
 
 void map_layer(const Arena& arena, Layer& layer) {
@@ -88,6 +96,7 @@ void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers,
   std::exception_ptr error;
   try {
     for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
+    if (state.fence_device) synchronize_unless_lost(*state.arena.device());
     for (const auto& run : adjacent_runs(layers)) unmap_layers(state.arena, run);
     lock.lock();
     std::set<Model*> models;

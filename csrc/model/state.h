@@ -51,11 +51,13 @@ struct Counters {
 // or over a driver call.
 class SharedState {
  public:
-  explicit SharedState(Arena& arena) : arena(arena) {}
+  explicit SharedState(Arena& arena, bool fence_device = false)
+      : arena(arena), fence_device(fence_device) {}
 
   Lock lock() { return Lock(mutex_); }
 
   Arena& arena;
+  const bool fence_device;          // see RuntimeOptions
   std::condition_variable changed;  // callers wait here for tickets and layers
   std::condition_variable work;     // loader threads wait here for something to do
   std::uint64_t version = 0;  // incremented by wake(); a loader thread that missed one looks again

@@ -42,7 +42,7 @@ Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
                        .headroom_bytes = options.headroom_bytes,
                        .poison = options.poison}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
-      state_(arena_),
+      state_(arena_, options.fence_device),
       lease_queue_(state_),
       loader_(state_, staging_,
               {.loaders = options.loaders,

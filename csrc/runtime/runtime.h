@@ -27,7 +27,10 @@ struct RuntimeOptions {
   std::uint64_t headroom_bytes = 0;  // device memory left to other users of the device
   unsigned loaders = 1;              // threads; 0: pump
   std::chrono::milliseconds staging_timeout{30'000};  // a load's longest wait for a staging chunk
-  bool poison = false;               // evicted addresses stay readable and read as NaN
+  bool poison = false;  // evicted addresses stay readable and read as NaN
+  // Debugging aid: an eviction waits for all work of the device before it unmaps, so that work that
+  // was not recorded does not kill the CUDA context.
+  bool fence_device = false;
   double background_share = 0.05;    // share of the bytes moved while foreground loads wait; [0, 1]
   std::uint64_t read_bandwidth = 0;  // upper limit for all loads, in bytes per second; 0: no limit
 };
