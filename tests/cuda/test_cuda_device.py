@@ -165,7 +165,7 @@ def test_another_process_holds_the_memory(cuda: SimulatedCuda) -> None:
 
 
 def test_memory_that_is_taken_half_way(cuda: SimulatedCuda) -> None:
-    cuda.faults.arm([(4, None)], only="cuMemCreate", status="out_of_memory")
+    cuda.faults.arm([(3, None)], only="cuMemCreate", status="out_of_memory")
     with pytest.raises(
         OutOfDeviceMemory,
         match=r"an arena of 8 MiB: granule_create: out of memory: cuMemCreate returned "

@@ -39,7 +39,9 @@ Context::Context(const std::string& library, int ordinal) : library_(library) {
 
 // A lost context is not released: the objects that the last release would destroy are gone.
 Context::~Context() {
-  if (!lost()) library_.cuDevicePrimaryCtxRelease_v2(device_);
+  if (lost()) return;
+  for (const CUdevice peer : peers_) library_.cuDevicePrimaryCtxRelease_v2(peer);
+  library_.cuDevicePrimaryCtxRelease_v2(device_);
 }
 
 int Context::attribute(CUdevice_attribute which) const {
@@ -47,7 +49,7 @@ int Context::attribute(CUdevice_attribute which) const {
   return library_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : 0;
 }
 
-CUdevice Context::peer(int ordinal) const {
+CUdevice Context::open_peer(int ordinal) {
   CUdevice peer = 0;
   int reaches = 0;
   const std::string asked = "cuda:" + std::to_string(ordinal);
@@ -56,6 +58,13 @@ CUdevice Context::peer(int ordinal) const {
   if (peer == device_ || library_.cuDeviceCanAccessPeer(&reaches, peer, device_) != CUDA_SUCCESS ||
       !reaches)
     throw Error(ErrorKind::invalid_argument, asked + " does not reach the memory of " + name_);
+  CUcontext context = nullptr;
+  const CUresult result = library_.cuDevicePrimaryCtxRetain(&context, peer);
+  if (result != CUDA_SUCCESS)
+    throw Error(ErrorKind::general, "the context of " + asked + ", a peer of " + name_ +
+                                        ", is unavailable: cuDevicePrimaryCtxRetain returned " +
+                                        describe(result));
+  peers_.push_back(peer);
   return peer;
 }
 

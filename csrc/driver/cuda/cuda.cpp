@@ -94,7 +94,7 @@ CudaDriver::CudaDriver(const CudaOptions& options)
   facts_.granularity = granules_.granularity();
   facts_.host_view = granules_.integrated();
   facts_.cuda_ordinal = options.ordinal;
-  for (const int ordinal : options.peers) peers_.push_back(context_.peer(ordinal));
+  for (const int ordinal : options.peers) peers_.push_back(context_.open_peer(ordinal));
   facts_.peers = options.peers;
   load_kernels(options.kernels);
   CALL(cuCtxGetStreamPriorityRange, &least_priority_, &greatest_priority_);
