@@ -285,8 +285,8 @@ MUTATIONS = [
     Mutation(
         "a wait for a fence does not poll for signals",
         "csrc/memory/vmm.cpp",
-        "if (poll) poll();",
-        "(void)poll;",
+        '"a stream did not reach its fence in time");\n    if (poll) poll();',
+        '"a stream did not reach its fence in time");\n    (void)poll;',
         "runtime/test_leases.py::test_signals_are_seen_in_every_wait[host-evict]",
     ),
     Mutation(
@@ -400,6 +400,91 @@ MUTATIONS = [
         "if not self._epoch:",
         "engines/test_transformers_engine.py::"
         "test_a_gate_goes_with_its_layer_s_arrival_and_comes_back_with_other_leases",
+    ),
+    Mutation(
+        "streams are asked under the runtime's lock whether they have passed their fences",
+        "csrc/runtime/leases.cpp",
+        "for (const Use& use : model.uses) past.push_back(use.fence);",
+        "for (const Use& use : model.uses)\n"
+        "      if (passed(*use.fence)) past.push_back(use.fence);",
+        "runtime/test_driver_locks.py::test_many_recorded_streams[host]",
+    ),
+    Mutation(
+        "a stream that is being captured is recorded",
+        "csrc/memory/vmm.cpp",
+        "    stream_->refuse_capture();",
+        "",
+        "cuda/test_cuda_streams.py::test_a_stream_in_a_capture_is_refused",
+    ),
+    Mutation(
+        "an eviction does not wait for the end of a capture",
+        "csrc/memory/vmm.cpp",
+        "  stream_->await_capture_end(deadline, poll);",
+        "",
+        "cuda/test_cuda_streams.py::test_a_lease_released_inside_a_capture_keeps_earlier_work_safe",
+    ),
+    Mutation(
+        "the work of a destroyed stream is not waited for",
+        "csrc/memory/vmm.cpp",
+        "    stream_->device()->synchronize();",
+        "    {}",
+        "cuda/test_cuda_streams.py::test_work_of_a_stream_that_was_destroyed_is_waited_for",
+    ),
+    Mutation(
+        "a stream of another context is accepted",
+        "csrc/driver/cuda/cuda.cpp",
+        "if (context != context_.handle()) {",
+        "if (false) {",
+        "cuda/test_cuda_streams.py::test_streams_of_another_device_or_context_are_refused",
+    ),
+    Mutation(
+        "an error of another's stream loses the device",
+        "csrc/driver/cuda/context.cpp",
+        "if (is_sticky(result) && !works()) {",
+        "if (is_sticky(result)) {",
+        "cuda/test_cuda_streams.py::test_the_error_of_another_s_stream_does_not_lose_the_device",
+    ),
+    Mutation(
+        "a fence of the device waits for the recorded streams only",
+        "csrc/model/mapping.cpp",
+        "if (state.fence_device) synchronize_unless_lost(*state.arena.device());",
+        "",
+        "cuda/test_unrecorded_work.py::test_unrecorded_work_is_waited_for_with_a_fence_of_the_device[device]",
+    ),
+    Mutation(
+        "memory is pinned for each layer that is read",
+        "csrc/runtime/inspect.cpp",
+        "readers_.push_back(std::move(reader));",
+        "{}",
+        "cuda/test_cuda_calls.py::test_reading_layers_registers_no_memory_per_call",
+    ),
+    Mutation(
+        "a feature that was refused for a granule is requested again",
+        "csrc/driver/cuda/granules.cpp",
+        "kind_.allocFlags = kind.allocFlags;",
+        "",
+        "cuda/test_cuda_calls.py::test_a_feature_that_the_nth_granule_lacks_is_dropped_for_the_rest",
+    ),
+    Mutation(
+        "a peer gets access before it has a context",
+        "csrc/driver/cuda/context.cpp",
+        "const CUresult result = library_.cuDevicePrimaryCtxRetain(&context, peer);",
+        "const CUresult result = CUDA_SUCCESS;",
+        "cuda/test_cuda_calls.py::test_a_peer_has_a_context_before_access_is_set",
+    ),
+    Mutation(
+        "a copy to the host is enqueued with the interpreter's lock",
+        "csrc/bind/handles.cpp",
+        "const py::gil_scoped_release release;  // a copy to pageable memory waits for the stream",
+        "",
+        "cuda/test_interpreter_lock.py::test_other_threads_run_while_the_driver_is_called",
+    ),
+    Mutation(
+        "loader threads run on at the exit if a model is leased",
+        "warmserve_rt/core/_at_exit.py",
+        "runtime._stop()",
+        "pass",
+        "cuda/test_cuda_device.py::test_the_loader_threads_end_at_exit_whatever_is_leased",
     ),
 ]
 
