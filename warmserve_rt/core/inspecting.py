@@ -17,7 +17,7 @@ from .model import Model
 from .revisions import Revisions
 from .selection import layer_index
 from .snapshot import Snapshot
-from .streams import StreamLike, adopted_stream
+from .streams import StreamLike, native_stream
 from .views import Framework
 
 StreamPriority = Literal["background", "normal", "urgent"]
@@ -200,7 +200,7 @@ class Inspecting:
             The device accepts only its own streams, or the stream was destroyed or belongs to
             another device or to another context than the primary one.
         """
-        return adopted_stream(self.native, stream)
+        return native_stream(self.native, stream)
 
     def check_invariants(self) -> None:
         """Raise WarmServeError if the runtime's state is inconsistent, naming the first fault."""

@@ -13,18 +13,7 @@ with ``__cuda_stream__``, or a CUstream as an int."""
 
 
 def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
-    """Return the runtime's object for a stream that a lease is to record or that is to wait.
-
-    Errors are those of :func:`adopted_stream`, and ValueError if the stream is being captured.
-    """
-    if isinstance(stream, _native.Stream):
-        stream.refuse_capture()
-        return stream
-    return runtime.adopt_stream(_handle(stream), True)
-
-
-def adopted_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
-    """Return the runtime's object for a stream, which may be in a capture.
+    """Return the runtime's object for a stream.
 
     The owner of a foreign stream must keep it alive until the lease that records it has ended.
     Raises TypeError if ``stream`` is not a stream, ValueError if the device accepts only its own
@@ -33,6 +22,18 @@ def adopted_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stre
     if isinstance(stream, _native.Stream):
         return stream
     return runtime.adopt_stream(_handle(stream))
+
+
+def stream_of_new_lease(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
+    """As :func:`native_stream`, but raise ValueError also if the stream is being captured.
+
+    Recording a stream and waiting on it check this in the native core, after the stream's earlier
+    work is protected.
+    """
+    if isinstance(stream, _native.Stream):
+        stream.refuse_capture()
+        return stream
+    return runtime.adopt_stream(_handle(stream), True)
 
 
 def _handle(stream: StreamLike) -> int:
