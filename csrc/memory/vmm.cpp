@@ -152,10 +152,14 @@ Stream::Stream(DevicePtr device, StreamPriority priority) : device_(std::move(de
   device_->call(Primitive::stream_create, &Driver::stream_create, priority, &id_);
 }
 std::shared_ptr<Stream> Stream::adopt(DevicePtr device, std::uint64_t handle) {
+  if (!device->usable())
+    throw Error(
+        ErrorKind::general,
+        device->facts().name + " cannot be used in a forked child or at the end of a process");
   StreamId id{};
   if (const Status status = device->driver().stream_adopt(handle, &id); status != Status::ok) {
-    device->require_alive();
     const std::string detail = device->driver().detail();
+    if (status == Status::device_lost) throw Error(ErrorKind::device_lost, detail);
     throw Error(ErrorKind::invalid_argument,
                 detail.empty()
                     ? device->facts().name + " accepts only streams made by Runtime.stream()"
@@ -171,6 +175,7 @@ Stream::~Stream() {
   });
 }
 void Stream::refuse_capture() const {
+  if (!device_->usable()) return;  // the operation that uses the stream says why it fails
   bool capturing = false;
   const Status status =
       device_->attempt(Primitive::stream_capturing, &Driver::stream_capturing, id_, &capturing);

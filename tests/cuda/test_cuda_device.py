@@ -282,6 +282,7 @@ def test_a_lost_device_says_so_at_every_later_call(two_files: dict[str, Path], h
             lambda: runtime.digest("a", 0),
             lambda: runtime.trim(),
             lambda: runtime.stream(),
+            lambda: runtime.adopt_stream(1),
             lambda: runtime.set_keep_value("a", 1.0),
         ):
             with pytest.raises(DeviceLost, match=said):
