@@ -80,13 +80,16 @@ void bind_drivers(py::module_& m) {
       .def_property_readonly("granularity", [](const Driver& d) { return d.facts().granularity; })
       .def_property_readonly("cuda_ordinal", [](const Driver& d) { return d.facts().cuda_ordinal; })
       .def_property_readonly("no_kernels", [](const Driver& d) { return d.facts().no_kernels; })
-      .def("memory", [](Driver& d) {
-        std::uint64_t available = 0, total = 0;
-        if (d.memory(&available, &total) != Status::ok)
-          throw Error(ErrorKind::general,
-                      d.facts().name + " does not report its memory: " + d.detail());
-        return std::pair(available, total);
-      });
+      .def(
+          "memory",
+          [](Driver& d) {
+            std::uint64_t available = 0, total = 0;
+            if (d.memory(&available, &total) != Status::ok)
+              throw Error(ErrorKind::general,
+                          d.facts().name + " does not report its memory: " + d.detail());
+            return std::pair(available, total);
+          },
+          py::call_guard<py::gil_scoped_release>());
   m.def(
       "host_driver",
       [](bool threads, bool host_view, bool huge_pages, const std::string& root) {

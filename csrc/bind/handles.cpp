@@ -32,7 +32,7 @@ dlpack::View bytes_at(const PyModel& self, const ReservationPtr& reservation, st
 dlpack::View view(const PyModel& self, std::uint32_t layer, std::uint64_t offset,
                   std::vector<std::int64_t> shape, std::uint64_t bytes, std::uint8_t code,
                   std::uint8_t bits, std::uint16_t lanes) {
-  dlpack::View made = bytes_at(self, self.runtime->reservation(self.model), layer, offset, bytes);
+  dlpack::View made = bytes_at(self, reservation_of(self), layer, offset, bytes);
   made.dtype = {code, bits, lanes};
   made.shape = std::move(shape);
   return made;
@@ -43,7 +43,7 @@ dlpack::View tensor(const PyModel& self, std::uint32_t layer, std::uint64_t offs
                     bool as_bytes) {
   if (type >= element_types().size())
     throw Error(ErrorKind::invalid_argument, "unknown element type");
-  dlpack::View made = bytes_at(self, self.runtime->reservation(self.model), layer, offset, bytes);
+  dlpack::View made = bytes_at(self, reservation_of(self), layer, offset, bytes);
   made.set_elements(type, std::move(shape), as_bytes);
   return made;
 }
@@ -54,7 +54,7 @@ dlpack::View tensor(const PyModel& self, std::uint32_t layer, std::uint64_t offs
 std::pair<py::list, py::list> capsules(const PyModel& self, const Layout& layout,
                                        std::uint32_t layer, std::size_t first, std::size_t last) {
   if (layer >= layout.bytes.size()) throw py::index_error("layer index out of range");
-  const ReservationPtr reservation = self.runtime->reservation(self.model);
+  const ReservationPtr reservation = reservation_of(self);
   const auto members = layout.members_of(layer);
   const py::none none;
   py::list names, capsules;
@@ -93,6 +93,13 @@ Deadline deadline(std::optional<double> seconds) {
   if (*seconds > 1e9) return kNever;
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(
                             std::chrono::duration<double>(std::max(*seconds, 0.0)));
+}
+
+ReservationPtr reservation_of(const PyModel& model) {
+  if (model.model->reserved.load(std::memory_order_acquire))
+    return model.runtime->reservation(model.model);
+  const py::gil_scoped_release release;
+  return model.runtime->reservation(model.model);
 }
 
 Selection select(const PyModel& model, const Layers& layers) {
@@ -278,10 +285,13 @@ void bind_handles(py::module_& m) {
             const py::buffer_info info = out.request(true);
             if (static_cast<std::uint64_t>(info.size * info.itemsize) < from.bytes)
               throw Error(ErrorKind::invalid_argument, "the buffer is smaller than the view");
+            const py::gil_scoped_release release;  // a copy to pageable memory waits for the stream
             self.stream->copy_from_device(static_cast<std::byte*>(info.ptr), from.address,
                                           from.bytes);
           },
           py::arg("out"), py::arg("view"))
+      .def(
+          "refuse_capture", [](const PyStream& self) { self.stream->refuse_capture(); }, NoGil())
       .def(
           "step", [](const PyStream& self) { return self.stream->step(); }, NoGil())
       .def("synchronize", [](const PyStream& self) { self.stream->synchronize(); }, NoGil());

@@ -46,9 +46,20 @@ struct PyPass {
 };
 struct PyStream {
   std::shared_ptr<Stream> stream;
+  explicit PyStream(std::shared_ptr<Stream> s) : stream(std::move(s)) {}
+  PyStream(PyStream&&) = default;
+  // Without the GIL: dropping the last reference to a stream of ours waits for the stream's work,
+  // which may need the GIL.
+  ~PyStream() {
+    if (!stream || stream->adopted()) return;
+    const pybind11::gil_scoped_release release;
+    stream.reset();
+  }
 };
 using Layers = std::optional<std::vector<std::uint32_t>>;  // nullopt: all layers
 
+// Returns the model's reservation. Without the GIL if the driver has still to make it.
+ReservationPtr reservation_of(const PyModel& model);
 Selection select(const PyModel& model, const Layers& layers);
 // Converts a timeout in seconds to a deadline; nullopt: never.
 Deadline deadline(std::optional<double> seconds);

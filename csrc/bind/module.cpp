@@ -238,35 +238,38 @@ void bind_state(py::module_& m) {
 
 void bind_runtime(py::module_& m) {
   py::class_<Runtime, RuntimePtr>(m, "Runtime")
-      .def(py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
-                       std::uint64_t host_cache, std::uint64_t granule, std::uint64_t chunk,
-                       std::uint64_t headroom, unsigned loaders, double staging_timeout,
-                       bool poison, double background_share, std::uint64_t read_bandwidth,
-                       const std::vector<std::shared_ptr<Driver>>& peers) {
-             const py::gil_scoped_release release;
-             const RuntimePtr runtime = Runtime::make(
-                 std::move(driver),
-                 {.arena_bytes = arena,
-                  .staging_bytes = staging,
-                  .host_cache_bytes = host_cache,
-                  .granule_bytes = granule,
-                  .chunk_bytes = chunk,
-                  .headroom_bytes = headroom,
-                  .loaders = loaders,
-                  .staging_timeout = std::chrono::milliseconds(
-                      static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
-                  .poison = poison,
-                  .background_share = background_share,
-                  .read_bandwidth = read_bandwidth});
-             for (const auto& peer : peers)
-               runtime->add_route(
-                   make_peer_route(std::make_shared<Device>(peer), *runtime->device(), chunk));
-             return runtime;
-           }),
-           py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
-           py::arg("host_cache"), py::arg("granule"), py::arg("chunk"), py::arg("headroom"),
-           py::arg("loaders"), py::arg("staging_timeout"), py::arg("poison"),
-           py::arg("background_share"), py::arg("read_bandwidth"), py::arg("peers"))
+      .def(
+          py::init([](std::shared_ptr<Driver> driver, std::uint64_t arena, std::uint64_t staging,
+                      std::uint64_t host_cache, std::uint64_t granule, std::uint64_t chunk,
+                      std::uint64_t headroom, unsigned loaders, double staging_timeout, bool poison,
+                      bool fence_device, double background_share, std::uint64_t read_bandwidth,
+                      const std::vector<std::shared_ptr<Driver>>& peers) {
+            const py::gil_scoped_release release;
+            const RuntimePtr runtime = Runtime::make(
+                std::move(driver),
+                {.arena_bytes = arena,
+                 .staging_bytes = staging,
+                 .host_cache_bytes = host_cache,
+                 .granule_bytes = granule,
+                 .chunk_bytes = chunk,
+                 .headroom_bytes = headroom,
+                 .loaders = loaders,
+                 .staging_timeout = std::chrono::milliseconds(
+                     static_cast<std::int64_t>(std::clamp(staging_timeout, 0.0, 1e9) * 1e3)),
+                 .poison = poison,
+                 .fence_device = fence_device,
+                 .background_share = background_share,
+                 .read_bandwidth = read_bandwidth});
+            for (const auto& peer : peers)
+              runtime->add_route(
+                  make_peer_route(std::make_shared<Device>(peer), *runtime->device(), chunk));
+            return runtime;
+          }),
+          py::arg("driver"), py::kw_only(), py::arg("arena"), py::arg("staging"),
+          py::arg("host_cache"), py::arg("granule"), py::arg("chunk"), py::arg("headroom"),
+          py::arg("loaders"), py::arg("staging_timeout"), py::arg("poison"),
+          py::arg("fence_device"), py::arg("background_share"), py::arg("read_bandwidth"),
+          py::arg("peers"))
       .def("register", &register_model<Layout>, py::arg("name"), py::arg("files"),
            py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
       .def("register", &register_model<std::vector<LayerTuple>>, py::arg("name"), py::arg("files"),
@@ -285,6 +288,7 @@ void bind_runtime(py::module_& m) {
           "prewarm",
           [](const RuntimePtr& self, const PyModel& model, const Layers& layers, int priority,
              std::optional<double> deadline_in, double evict_below) {
+            reservation_of(model);
             return PyTicket{
                 self,
                 self->prewarm(select(model, layers), priority, deadline(deadline_in), evict_below),
@@ -304,6 +308,7 @@ void bind_runtime(py::module_& m) {
       .def(
           "swap",
           [](const RuntimePtr& self, const PyModel& evict, const PyModel& load, int priority) {
+            reservation_of(load);
             return PyTicket{self, self->swap(evict.model, load.model, priority), load.model};
           },
           py::arg("evict"), py::arg("load"), py::arg("priority"))
@@ -341,8 +346,11 @@ void bind_runtime(py::module_& m) {
              const Layers& layers) {
             std::vector<Selection> wanted;
             wanted.reserve(models.size());
-            for (const py::handle model : models)
-              wanted.push_back(select(model.cast<PyModel&>(), layers));
+            for (const py::handle model : models) {
+              const PyModel& each = model.cast<PyModel&>();
+              wanted.push_back(select(each, layers));
+              if (!each.model->reserved.load(std::memory_order_acquire)) reservation_of(each);
+            }
             return PyLease(self, self->begin_lease(std::move(wanted), owner));
           },
           py::arg("models"), py::arg("owner"), py::arg("layers") = py::none())
@@ -369,13 +377,15 @@ void bind_runtime(py::module_& m) {
           [](Runtime& self, const std::string& priority) {
             return PyStream{std::make_shared<Stream>(self.device(), stream_priority(priority))};
           },
-          py::arg("priority"))
+          py::arg("priority"), NoGil())
       .def(
           "adopt_stream",
-          [](Runtime& self, std::uint64_t handle) {
-            return PyStream{Stream::adopt(self.device(), handle)};
+          [](Runtime& self, std::uint64_t handle, bool refuse_capture) {
+            std::shared_ptr<Stream> stream = Stream::adopt(self.device(), handle);
+            if (refuse_capture) stream->refuse_capture();
+            return PyStream{std::move(stream)};
           },
-          py::arg("handle"))
+          py::arg("handle"), py::arg("refuse_capture") = false, NoGil())
       .def(
           "device_memory",
           [](const Runtime& self) {
@@ -388,6 +398,7 @@ void bind_runtime(py::module_& m) {
       .def("state", &Runtime::state)
       .def("driver_calls", &driver_calls)
       .def("step", &Runtime::step, NoGil())
+      .def("stop", &Runtime::stop, NoGil())
       .def("check_invariants", &Runtime::check_invariants)
       .def(
           "close",

@@ -10,6 +10,9 @@
 // - "Precondition" marks a duty of the caller. StrictDriver checks these duties.
 // - Any thread may call any primitive. The caller must keep one thread from using an object while
 //   another thread destroys it.
+// - No thread calls the driver while it is marked by LockMark: every call may wait for a lock of
+// the
+//   driver, which another thread may hold for milliseconds.
 #pragma once
 
 #include <memory>
@@ -40,10 +43,10 @@ enum class Access { none, read, read_write };
 #define WARMSERVE_PRIMITIVES(X) \
   X(granule_create) X(granule_release) X(address_reserve) X(address_free) \
   X(map) X(unmap) X(set_access) X(pinned_create) \
-  X(pinned_release) X(stream_create) X(stream_destroy) X(stream_synchronize) \
-  X(stream_wait_event) X(event_create) X(event_destroy) X(event_record) \
-  X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) X(copy_to_peer) X(fill_zero) \
-  X(launch)
+  X(pinned_release) X(device_synchronize) X(stream_create) X(stream_destroy) \
+  X(stream_synchronize) X(stream_capturing) X(stream_wait_event) X(event_create) X(event_destroy) \
+  X(event_record) X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) \
+  X(copy_to_peer) X(fill_zero) X(launch)
 // clang-format on
 enum class Primitive : int {
 #define X(name) name,
@@ -133,13 +136,22 @@ class Driver {
 
   virtual Status stream_create(StreamPriority priority, StreamId* out) = 0;
   // Wraps a stream created elsewhere on this device. Its owner must keep it alive while we use it;
-  // we never destroy it. Returns invalid if the device accepts only its own streams.
+  // we never destroy it. Returns invalid if the device accepts only its own streams, or if the
+  // handle is of no live stream of this device; detail() then says which.
   virtual Status stream_adopt(std::uint64_t, StreamId*) { return Status::invalid; }
   // Destroys a stream. Blocks.
   // Precondition: the caller has waited for everything enqueued.
   virtual Status stream_destroy(StreamId stream) = 0;
   // Waits until everything enqueued so far has completed. Blocks.
   virtual Status stream_synchronize(StreamId stream) = 0;
+  // Reports whether the stream is being captured into a graph. An event that is recorded then
+  // becomes part of the graph and can never be queried. Returns invalid for a stream that its owner
+  // has destroyed.
+  virtual Status stream_capturing(StreamId stream, bool* out) = 0;
+  // Waits until everything that this process has enqueued on the device so far has completed, also
+  // on streams that were created elsewhere. Fails while a stream of the device is being captured.
+  // Blocks.
+  virtual Status device_synchronize() = 0;
   // Makes work that is enqueued later wait for the event as it is recorded now.
   virtual Status stream_wait_event(StreamId stream, EventId event) = 0;
   // Runs the next enqueued operation. Returns not_ready if none can run.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <thread>
 
 namespace warmserve {
 namespace {
@@ -151,10 +152,19 @@ Stream::Stream(DevicePtr device, StreamPriority priority) : device_(std::move(de
   device_->call(Primitive::stream_create, &Driver::stream_create, priority, &id_);
 }
 std::shared_ptr<Stream> Stream::adopt(DevicePtr device, std::uint64_t handle) {
+  if (!device->usable())
+    throw Error(
+        ErrorKind::general,
+        device->facts().name + " cannot be used in a forked child or at the end of a process");
   StreamId id{};
-  if (device->driver().stream_adopt(handle, &id) != Status::ok)
+  if (const Status status = device->driver().stream_adopt(handle, &id); status != Status::ok) {
+    const std::string detail = device->driver().detail();
+    if (status == Status::device_lost) throw Error(ErrorKind::device_lost, detail);
     throw Error(ErrorKind::invalid_argument,
-                device->facts().name + " accepts only streams made by Runtime.stream()");
+                detail.empty()
+                    ? device->facts().name + " accepts only streams made by Runtime.stream()"
+                    : "the stream cannot be used on " + device->facts().name + ": " + detail);
+  }
   return std::shared_ptr<Stream>(new Stream(std::move(device), id, Adopted{}));
 }
 Stream::~Stream() {
@@ -163,6 +173,36 @@ Stream::~Stream() {
     const Status status = driver.stream_synchronize(id);
     return status == Status::ok ? driver.stream_destroy(id) : status;
   });
+}
+void Stream::refuse_capture() const {
+  if (!device_->usable()) return;  // the operation that uses the stream says why it fails
+  bool capturing = false;
+  const Status status =
+      device_->attempt(Primitive::stream_capturing, &Driver::stream_capturing, id_, &capturing);
+  if (status == Status::invalid)
+    throw Error(ErrorKind::invalid_argument,
+                "the stream cannot be used on " + device_->facts().name +
+                    ", its owner may have destroyed it: " + device_->driver().detail());
+  if (status != Status::ok) device_->fail(Primitive::stream_capturing, status);
+  if (capturing)
+    throw Error(ErrorKind::invalid_argument,
+                "the stream is being captured into a CUDA graph: acquire the lease before the "
+                "capture begins, record the stream after the capture has ended, and replay the "
+                "graph under a lease");
+}
+void Stream::await_capture_end(Deadline deadline, const Poll& poll) const {
+  for (;;) {
+    bool capturing = false;
+    const Status status =
+        device_->attempt(Primitive::stream_capturing, &Driver::stream_capturing, id_, &capturing);
+    if (status != Status::ok || !capturing) return;
+    const Clock::time_point now = Clock::now();
+    if (now >= deadline)
+      throw Error(ErrorKind::timeout,
+                  "a stream was still being captured at the end of the timeout");
+    std::this_thread::sleep_for(std::min<Clock::duration>(kPollInterval, deadline - now));
+    if (poll) poll();
+  }
 }
 void Stream::copy_to_device(Address to, const std::byte* from, std::uint64_t bytes) {
   device_->call(Primitive::copy_to_device, &Driver::copy_to_device, to, from, bytes, id_);
@@ -225,16 +265,29 @@ void Event::wait(Deadline deadline, const Poll& poll) const {
 
 Fence::Fence(std::shared_ptr<Stream> stream) noexcept : stream_(std::move(stream)) {
   try {
+    stream_->refuse_capture();
+  } catch (const Error&) {
+    refused_ = std::current_exception();
+    return;
+  }
+  try {
     event_.emplace(stream_->device());
+  } catch (const Error&) {
+    return;
+  }
+  try {
     event_->record(stream_->id());
   } catch (const Error&) {
     event_.reset();
+    if (stream_->adopted()) refused_ = std::current_exception();
   }
 }
 bool Fence::complete() const { return event_ && event_->complete(); }
 void Fence::wait(Deadline deadline, const Poll& poll) const {
-  if (event_)
-    event_->wait(deadline, poll);
+  if (event_) return event_->wait(deadline, poll);
+  stream_->await_capture_end(deadline, poll);
+  if (stream_->adopted())
+    stream_->device()->synchronize();
   else
     stream_->synchronize();
 }

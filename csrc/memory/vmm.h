@@ -37,6 +37,8 @@ class Device {
   bool usable() const noexcept;
   // Reports the bytes left for granules, and the total; both 0 if the device does not tell.
   void memory(std::uint64_t* available, std::uint64_t* total) const noexcept;
+  // Waits for everything that the process has enqueued on the device. Blocks.
+  void synchronize() { call(Primitive::device_synchronize, &Driver::device_synchronize); }
   // Throws device_lost, with the reason, after any call has returned that status.
   void require_alive() const;
   bool lost() const noexcept { return lost_.load(std::memory_order_relaxed); }
@@ -161,13 +163,20 @@ class Stream {
  public:
   explicit Stream(DevicePtr device, StreamPriority priority = StreamPriority::normal);
   // Wraps a stream created elsewhere. Its owner must keep it alive as long as this object. Throws
-  // invalid_argument if the device accepts only its own streams.
+  // invalid_argument if the device accepts only its own streams, or if the handle is of no live
+  // stream of the device.
   static std::shared_ptr<Stream> adopt(DevicePtr device, std::uint64_t handle);
   ~Stream();  // waits for enqueued work, unless the stream is adopted
   Stream(const Stream&) = delete;
 
   StreamId id() const noexcept { return id_; }
+  bool adopted() const noexcept { return !owned_; }
   const DevicePtr& device() const noexcept { return device_; }
+  // Throws invalid_argument, with a sentence that says how to capture, if the stream is being
+  // captured, or if its owner has destroyed it.
+  void refuse_capture() const;
+  // Waits while the stream is being captured. Blocks. Throws timeout, or what poll throws.
+  void await_capture_end(Deadline deadline, const Poll& poll) const;
   void copy_to_device(Address to, const std::byte* from, std::uint64_t bytes);
   void copy_from_device(std::byte* to, Address from, std::uint64_t bytes);
   void copy_to_peer(Address to, Address from, std::uint64_t bytes);
@@ -207,18 +216,27 @@ class Event {
 };
 
 // A position in a stream that must be reached before the memory it guards is unmapped. Creating one
-// never fails: if the driver refuses an event, wait() synchronizes the whole stream instead.
+// never fails. If the stream is being captured, or the driver refuses an event, wait() waits for
+// the end of the capture and then for the whole stream; for the whole device if the stream is
+// adopted, because its owner may have destroyed it.
 class Fence {
  public:
   explicit Fence(std::shared_ptr<Stream> stream) noexcept;
+  // Throws if the stream is being captured, was destroyed, or is adopted and cannot be recorded.
+  // The fence guards the memory even then.
+  void require_recorded() const {
+    if (refused_) std::rethrow_exception(refused_);
+  }
   bool complete() const;  // also false if the fence has no event
-  // Blocks. Throws timeout, or what poll throws; without an event it ignores the deadline and poll.
+  // Blocks. Throws timeout, or what poll throws; the wait for a whole stream ignores both.
   void wait(Deadline deadline, const Poll& poll) const;
 
  private:
   std::shared_ptr<Stream> stream_;  // kept alive for waiters
   std::optional<Event> event_;
+  std::exception_ptr refused_;
 };
+using FencePtr = std::shared_ptr<const Fence>;
 
 class PinnedRegion {
  public:

@@ -47,11 +47,10 @@ void unmap_layers(const Arena& arena, const std::vector<Layer*>& run) {
 }
 
 // Returns the fences that draining the layers must wait for.
-std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
-                                                    const std::vector<Layer*>& layers) {
+std::vector<FencePtr> fences_of(const Lock&, const std::vector<Layer*>& layers) {
   std::map<const Model*, LayerSet> drained;
   for (const Layer* layer : layers) drained[layer->model].insert(layer->index);
-  std::vector<std::shared_ptr<const Fence>> fences;
+  std::vector<FencePtr> fences;
   for (const auto& [model, set] : drained)
     for (const Use& use : model->uses)
       if (use.layers.intersects(set)) fences.push_back(use.fence);
@@ -62,6 +61,14 @@ std::vector<std::shared_ptr<const Fence>> fences_of(const Lock&,
 void wait_unless_lost(const Fence& fence, Deadline deadline, const Poll& poll) {
   try {
     fence.wait(deadline, poll);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::device_lost) throw;
+  }
+}
+
+void synchronize_unless_lost(Device& device) {
+  try {
+    device.synchronize();
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::device_lost) throw;
   }
@@ -89,6 +96,7 @@ void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers,
   std::exception_ptr error;
   try {
     for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
+    if (state.fence_device) synchronize_unless_lost(*state.arena.device());
     for (const auto& run : adjacent_runs(layers)) unmap_layers(state.arena, run);
     lock.lock();
     std::set<Model*> models;

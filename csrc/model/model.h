@@ -70,7 +70,7 @@ struct Layer {
 
 // The position in a user's stream that ends its use of these layers. Unmapping waits for it.
 struct Use {
-  std::shared_ptr<const Fence> fence;
+  FencePtr fence;
   LayerSet layers;
 };
 
@@ -84,6 +84,7 @@ struct Model {
   std::uint64_t bytes = 0;     // of the layers, without padding to granules
   std::uint64_t granules = 0;  // of all layers; their bytes are at most kMostBytes
   ReservationPtr reservation;  // created at the first prewarm or view; set once, under the lock
+  std::atomic<bool> reserved{false};  // whether `reservation` is set; readable without the lock
 
   // Changes whenever the granules at an address of the model change. Readable without the lock.
   std::atomic<std::uint64_t> backing_epoch{0};

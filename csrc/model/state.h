@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/eventfd.h"
+#include "base/lock_mark.h"
 #include "memory/arena.h"
 #include "model/eviction_order.h"
 #include "model/model.h"
@@ -18,10 +19,26 @@
 namespace warmserve {
 
 // The runtime's lock, which only SharedState::lock() makes. A function that takes a const Lock&
-// needs it held; one that takes a Lock& may also drop it.
+// needs it held; one that takes a Lock& may also drop it. While a thread holds it, the thread is
+// marked. A wait on a condition variable keeps the mark, because the thread calls nothing then.
 class Lock : public std::unique_lock<std::mutex> {
+ public:
+  Lock(Lock&&) noexcept = default;
+  ~Lock() {
+    if (owns_lock()) LockMark::clear();
+  }
+  void lock() {
+    std::unique_lock<std::mutex>::lock();
+    LockMark::set();
+  }
+  void unlock() {
+    LockMark::clear();
+    std::unique_lock<std::mutex>::unlock();
+  }
+
+ private:
   friend class SharedState;
-  explicit Lock(std::mutex& mutex) : std::unique_lock<std::mutex>(mutex) {}
+  explicit Lock(std::mutex& mutex) : std::unique_lock<std::mutex>(mutex) { LockMark::set(); }
 };
 
 struct Counters {
@@ -30,14 +47,17 @@ struct Counters {
   std::uint64_t layers_examined = 0;
 };
 
-// The state of a runtime's models, under one lock, which is never held over a call that may block.
+// The state of a runtime's models, under one lock, which is never held over a call that may block
+// or over a driver call.
 class SharedState {
  public:
-  explicit SharedState(Arena& arena) : arena(arena) {}
+  explicit SharedState(Arena& arena, bool fence_device = false)
+      : arena(arena), fence_device(fence_device) {}
 
   Lock lock() { return Lock(mutex_); }
 
   Arena& arena;
+  const bool fence_device;          // see RuntimeOptions
   std::condition_variable changed;  // callers wait here for tickets and layers
   std::condition_variable work;     // loader threads wait here for something to do
   std::uint64_t version = 0;  // incremented by wake(); a loader thread that missed one looks again

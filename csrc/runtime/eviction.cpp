@@ -27,6 +27,25 @@ std::string why_late(const Model& model) {
          std::string(" at the end of the timeout");
 }
 
+// Returns whether a stream has still to pass one of the fences. A lost device no longer uses
+// memory. Drops the lock while it asks the driver, and while it drops the fences: dropping the last
+// reference to a stream may block.
+bool any_pending(Lock& lock, std::vector<FencePtr> fences) {
+  lock.unlock();
+  bool pending = false;
+  std::exception_ptr failure;
+  try {
+    pending = !std::all_of(fences.begin(), fences.end(),
+                           [](const FencePtr& fence) { return fence->complete(); });
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::device_lost) failure = std::current_exception();
+  }
+  fences.clear();
+  lock.lock();
+  if (failure) std::rethrow_exception(failure);
+  return pending;
+}
+
 }  // namespace
 
 // Waits until no lease and no pass uses the layers; throws busy for users that `wait_for` does not
@@ -99,17 +118,21 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
   const auto gone = [&] {
     return !any([](const Layer& l) { return l.residency != Residency::absent; });
   };
+  const auto fences = [&] {
+    std::vector<FencePtr> found;
+    for (const Use& use : selection.model->uses)
+      if (use.layers.intersects(selection.layers)) found.push_back(use.fence);
+    return found;
+  };
   const auto settled = [&] {  // no thread works on any of the layers
     return !any([](const Layer& l) { return l.busy || l.residency == Residency::filling; });
   };
   do {
     await_users(lock, selection, deadline, poll, wait_for, leased, held);
-    const auto in_use = [&](const Use& use) {
-      return use.layers.intersects(selection.layers) && !use.fence->complete();
-    };
-    if (const auto& uses = selection.model->uses;
-        wait_for == WaitFor::none && std::any_of(uses.begin(), uses.end(), in_use))
+    const std::uint64_t epoch = selection.model->lease_epoch;
+    if (wait_for == WaitFor::none && any_pending(lock, fences()))
       throw Error(ErrorKind::busy, "a stream still uses " + name);
+    if (selection.model->lease_epoch != epoch) continue;  // a lease began without the lock
     loader_.drop_layers(lock, selection, cancelled(name + " was evicted"));
     std::vector<Layer*> layers;
     selection.for_each([&](Layer& layer) {
@@ -132,34 +155,36 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
   } while (!gone());
 }
 
-bool Runtime::streams_in_use(const Lock&) const {
-  try {
-    for (const auto& [name, model] : state_.models)
-      for (const Use& use : model->uses)
-        if (!use.fence->complete()) return true;
-  } catch (const Error& error) {
-    if (error.kind() != ErrorKind::device_lost) throw;  // a lost device no longer uses memory
-  }
-  return false;
+std::vector<FencePtr> Runtime::all_fences(const Lock&) const {
+  std::vector<FencePtr> fences;
+  for (const auto& [name, model] : state_.models)
+    for (const Use& use : model->uses) fences.push_back(use.fence);
+  return fences;
 }
 
 // Waits for the streams that still use any model. Returns false if the deadline passes first.
 // Releases the lock while it waits.
 bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
-  std::vector<std::shared_ptr<const Fence>> fences;
-  for (const auto& [name, model] : state_.models)
-    for (const Use& use : model->uses) fences.push_back(use.fence);
+  std::vector<FencePtr> fences = all_fences(lock);
   lock.unlock();
   bool ended = true;
+  std::exception_ptr failure;
   try {
     for (const auto& fence : fences) fence->wait(deadline, poll);
   } catch (const Error& error) {
     ended = error.kind() == ErrorKind::device_lost;  // a lost device no longer uses memory
-    if (!ended && error.kind() != ErrorKind::timeout) throw;
+    if (!ended && error.kind() != ErrorKind::timeout) failure = std::current_exception();
+  } catch (...) {  // of poll
+    failure = std::current_exception();
   }
   fences.clear();  // without the lock: dropping the last reference to a stream may block
   lock.lock();
+  if (failure) std::rethrow_exception(failure);
   return ended;
+}
+
+void Runtime::stop() {
+  if (device_->usable()) loader_.stop();
 }
 
 void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
@@ -184,7 +209,7 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
           throw Error(ErrorKind::timeout, "close: " + why_late(*model));
       throw Error(ErrorKind::timeout, "close: another thread was still closing the runtime");
     }
-    if (wait_for == WaitFor::none && streams_in_use(lock))
+    if (wait_for == WaitFor::none && any_pending(lock, all_fences(lock)))
       throw Error(ErrorKind::busy, "close: a stream still uses a model");
     if (deadline != kNever && !await_streams(lock, deadline, poll))
       throw Error(ErrorKind::timeout,
@@ -222,6 +247,7 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
   if (arena_.free_count()) trim_locked(lock);
   lock.unlock();
   detached.clear();
+  readers_.clear();
   loader_.release();
   staging_.release();
   host_slabs_.release();

@@ -8,21 +8,18 @@
 namespace warmserve {
 namespace {
 
-// A stream and the memory that its work writes.
-struct ReadBack {
-  ReadBack(const DevicePtr& device, std::uint64_t size)
-      : bytes(new std::byte[size]), stream(device) {}
-  std::unique_ptr<std::byte[]> bytes;
-  Stream stream;
-};
-struct Digest {
-  Digest(const DevicePtr& device, std::uint64_t size)
-      : region(device, ceil_div(size, 4 * kKiB) * 4 * kKiB), stream(device) {}
+// Small enough for the cores' caches, so that the second copy of a read_back() is fast.
+constexpr std::uint64_t kReaderBytes = 1 * kMiB;
+
+}  // namespace
+
+// A stream, and pinned memory that its work writes. It is kept from call to call, because releasing
+// pinned memory waits for every stream of a CUDA context.
+struct Runtime::Reader {
+  explicit Reader(const DevicePtr& device) : region(device, kReaderBytes), stream(device) {}
   PinnedRegion region;
   Stream stream;
 };
-
-}  // namespace
 
 bool Runtime::done(const TicketPtr& ticket) {
   enter();
@@ -103,13 +100,13 @@ void Runtime::cancel(const TicketPtr& ticket) {
   if (!ticket->done) loader_.drop(lock, ticket, cancelled(ticket->what + " was cancelled"));
 }
 
-// Runs work(*made) while the layer is kept resident. When `work` returns normally, all its device
-// work has ended. When it throws, device work may still run; then `made`, which owns the stream and
-// the memory that the work writes, is kept as a use of the layer until that work ends.
-template <typename Made>
+// Runs work(reader, layer) while the layer is kept resident. When `work` returns normally, all its
+// device work has ended. When it throws, device work may still run; then the reader is not used
+// again, and a use of the layer keeps it until that work ends.
 void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
-                            const std::function<std::shared_ptr<Made>()>& make,
-                            const std::function<void(Made&, const Layer&)>& work) {
+                            const std::function<void(Reader&, const Layer&)>& work) {
+  std::shared_ptr<Reader> reader;
+  FencePtr fence;
   Lock lock = lock_alive();
   require_registered(lock, *model);
   Layer& layer = layer_of(*model, index);
@@ -119,38 +116,43 @@ void Runtime::with_resident(const ModelPtr& model, std::uint32_t index,
                                            "' is " + to_string(layer.residency));
   if (!layer.bytes) return;
   state_.mark_busy(lock, layer);  // keeps the layer from eviction
+  if (!readers_.empty()) {
+    reader = std::move(readers_.back());
+    readers_.pop_back();
+  }
   lock.unlock();
-  std::shared_ptr<Made> made;
   std::exception_ptr error;
   try {
-    made = make();
-    work(*made, layer);
-    made.reset();  // without the lock: destroying the stream may block
+    if (!reader) reader = std::make_shared<Reader>(device_);
+    work(*reader, layer);
   } catch (...) {
     error = std::current_exception();
+    if (reader)
+      fence = std::make_shared<const Fence>(std::shared_ptr<Stream>(reader, &reader->stream));
   }
   lock.lock();
   state_.mark_idle(lock, layer);
-  if (error && made) {
+  if (fence) {
     LayerSet used;
     used.insert(index);
-    model->uses.push_back(
-        {std::make_shared<const Fence>(std::shared_ptr<Stream>(made, &made->stream)), used});
+    model->uses.push_back({fence, used});
+  } else if (reader) {
+    readers_.push_back(std::move(reader));
   }
   state_.wake();
   if (error) std::rethrow_exception(error);
 }
 
 void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* out) {
-  with_resident<ReadBack>(
-      model, index,
-      [&] { return std::make_shared<ReadBack>(device_, layer_of(*model, index).bytes); },
-      [&](ReadBack& read, const Layer& layer) {
-        read.stream.copy_from_device(read.bytes.get(), model->reservation->address() + layer.offset,
-                                     layer.bytes);
-        read.stream.synchronize();
-        std::memcpy(out, read.bytes.get(), layer.bytes);
-      });
+  with_resident(model, index, [&](Reader& reader, const Layer& layer) {
+    const Address from = model->reservation->address() + layer.offset;
+    for (std::uint64_t at = 0; at < layer.bytes; at += kReaderBytes) {
+      const std::uint64_t bytes = std::min(kReaderBytes, layer.bytes - at);
+      reader.stream.copy_from_device(reader.region.data(), from + at, bytes);
+      reader.stream.synchronize();
+      std::memcpy(out + at, reader.region.data(), bytes);
+    }
+  });
 }
 
 std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t index) {
@@ -158,16 +160,19 @@ std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t 
   if (!none.empty())
     throw Error(ErrorKind::general, device_->facts().name + " has no kernels: " + none);
   std::vector<std::uint64_t> digests(layer_of(*model, index).granules_needed);
-  const std::uint64_t size = digests.size() * sizeof digests[0];
-  with_resident<Digest>(
-      model, index, [&] { return std::make_shared<Digest>(device_, size); },
-      [&](Digest& digest, const Layer& layer) {
-        digest.stream.launch(DigestCall{model->reservation->address() + layer.offset, layer.bytes,
-                                        arena_.granule_bytes(),
-                                        reinterpret_cast<Address>(digest.region.data())});
-        digest.stream.synchronize();
-        std::memcpy(digests.data(), digest.region.data(), size);
-      });
+  constexpr std::uint64_t kMost = kReaderBytes / sizeof(std::uint64_t);  // granules of one launch
+  with_resident(model, index, [&](Reader& reader, const Layer& layer) {
+    const Address from = model->reservation->address() + layer.offset;
+    for (std::uint64_t granule = 0; granule < digests.size(); granule += kMost) {
+      const std::uint64_t count = std::min<std::uint64_t>(kMost, digests.size() - granule);
+      const std::uint64_t begin = granule * arena_.granule_bytes();
+      const std::uint64_t bytes = std::min(count * arena_.granule_bytes(), layer.bytes - begin);
+      reader.stream.launch(DigestCall{from + begin, bytes, arena_.granule_bytes(),
+                                      reinterpret_cast<Address>(reader.region.data())});
+      reader.stream.synchronize();
+      std::memcpy(digests.data() + granule, reader.region.data(), count * sizeof digests[0]);
+    }
+  });
   return digests;
 }
 

@@ -8,19 +8,23 @@ namespace warmserve {
 
 namespace {
 
-// Completed uses. Destroy them without the lock: dropping the last reference to a stream may block.
-using Fences = std::vector<std::shared_ptr<const Fence>>;
+// Uses of a model that are kept before those in the past are removed.
+constexpr std::size_t kManyUses = 8;
 
-void add_use(const Lock&, const Selection& used, const std::shared_ptr<const Fence>& fence,
-             Fences* past) {
-  std::vector<Use>& uses = used.model->uses;
-  if (uses.size() >= 8)  // keeps the list about as long as the number of pending uses
-    std::erase_if(uses, [&](const Use& use) {
-      const bool complete = use.fence->complete();
-      if (complete) past->push_back(use.fence);
-      return complete;
-    });
-  uses.push_back({fence, used.layers});
+// Adds a use. Adds the model to `crowded` if it has many.
+void add_use(const Lock&, const Selection& used, const FencePtr& fence,
+             std::vector<ModelPtr>& crowded) {
+  used.model->uses.push_back({fence, used.layers});
+  if (used.model->uses.size() > kManyUses) crowded.push_back(used.model);
+}
+
+// If the driver cannot tell, an eviction finds out.
+bool passed(const Fence& fence) noexcept {
+  try {
+    return fence.complete();
+  } catch (const Error&) {
+    return false;
+  }
 }
 
 }  // namespace
@@ -41,7 +45,8 @@ void Runtime::serve(const Lock& lock, const LeasePtr& lease) {
 }
 
 LeasePtr Runtime::begin_lease(std::vector<Selection> wants, std::uint64_t owner) {
-  for (const Selection& wanted : wants) reservation(wanted.model);
+  for (const Selection& wanted : wants)
+    if (!wanted.model->reserved.load(std::memory_order_acquire)) reservation(wanted.model);
   auto lease = std::make_shared<Lease>();
   lease->wants = std::move(wants);
   lease->owner = owner;
@@ -131,8 +136,10 @@ bool Runtime::await_layer(const LeasePtr& lease, const ModelPtr& model, std::uin
   const Layer& layer = layer_of(*model, index);
   const auto where = [&] { return "layer " + std::to_string(index) + " of '" + model->name + "'"; };
   std::optional<CopyEngine::Events> copies;
-  Lock lock = lock_alive();
   const bool pass = lease && lease->pass;
+  // A pass may be captured while its layers are resident: then the stream waits for nothing.
+  if (stream && !pass) stream->refuse_capture();
+  Lock lock = lock_alive();
   if (lease && !lease->wants_layer(layer)) {
     if (!pass) throw Error(ErrorKind::invalid_argument, where() + " is not in this lease");
     if (!layer.leased()) throw Error(ErrorKind::stale_view, where() + " is not leased");
@@ -170,6 +177,7 @@ bool Runtime::await_layer(const LeasePtr& lease, const ModelPtr& model, std::uin
       loader_.request(lock, lease->arriving.back());
     }
     lock.unlock();
+    if (pass) stream->refuse_capture();
     for (const auto& event : *copies) stream->wait_for(*event);
     copies.reset();
     lock.lock();
@@ -199,22 +207,46 @@ bool Runtime::arrived(const LeasePtr& lease, const ModelPtr& model, std::uint32_
 void Runtime::record(const LeasePtr& lease, const std::shared_ptr<Stream>& stream) {
   enter();
   const auto fence = std::make_shared<const Fence>(stream);
-  Fences past;
-  const Lock lock = lock_alive();
-  if (!lease->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
-  for (const Selection& wanted : lease->wants) add_use(lock, wanted, fence, &past);
+  std::vector<ModelPtr> crowded;
+  {
+    const Lock lock = lock_alive();
+    if (!lease->admitted) throw Error(ErrorKind::stale_view, "the lease is not held");
+    for (const Selection& wanted : lease->wants) add_use(lock, wanted, fence, crowded);
+  }
+  for (const ModelPtr& model : crowded) forget_past_uses(*model);
+  fence->require_recorded();
 }
 
 void Runtime::record(const ModelPtr& model, const std::shared_ptr<Stream>& stream) {
   enter();
   const auto fence = std::make_shared<const Fence>(stream);
-  Fences past;
-  const Lock lock = lock_alive();
-  LayerSet leased;
-  for (const Layer& layer : model->layers)
-    if (layer.held()) leased.insert(layer.index);
-  if (leased.empty()) throw Error(ErrorKind::stale_view, "'" + model->name + "' is not leased");
-  add_use(lock, Selection(model, std::move(leased)), fence, &past);
+  std::vector<ModelPtr> crowded;
+  {
+    const Lock lock = lock_alive();
+    LayerSet leased;
+    for (const Layer& layer : model->layers)
+      if (layer.held()) leased.insert(layer.index);
+    if (leased.empty()) throw Error(ErrorKind::stale_view, "'" + model->name + "' is not leased");
+    add_use(lock, Selection(model, std::move(leased)), fence, crowded);
+  }
+  for (const ModelPtr& each : crowded) forget_past_uses(*each);
+  fence->require_recorded();
+}
+
+// Removes the uses whose streams have passed them, which keeps the list about as long as the number
+// of pending uses. The driver is asked without the lock, and dropping the last reference to a
+// stream, which may block, also happens without it.
+void Runtime::forget_past_uses(Model& model) {
+  std::vector<FencePtr> past;
+  {
+    const Lock lock = state_.lock();
+    for (const Use& use : model.uses) past.push_back(use.fence);
+  }
+  std::erase_if(past, [](const FencePtr& fence) { return !passed(*fence); });
+  const Lock lock = state_.lock();
+  std::erase_if(model.uses, [&](const Use& use) {
+    return std::find(past.begin(), past.end(), use.fence) != past.end();
+  });
 }
 
 void Runtime::end_lease(const LeasePtr& lease) {

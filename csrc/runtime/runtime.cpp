@@ -44,7 +44,7 @@ Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       host_slabs_(device_, arena_.filled_by_host() ? 0 : options.host_cache_bytes,
                   options.loaders > 0),
-      state_(arena_),
+      state_(arena_, options.fence_device),
       host_cache_(state_, host_slabs_),
       lease_queue_(state_),
       loader_(state_, staging_, host_cache_,
@@ -207,6 +207,7 @@ ReservationPtr Runtime::reservation(const ModelPtr& model) {
   const Lock lock = lock_alive();
   require_registered(lock, *model);
   if (!model->reservation) model->reservation = std::move(made);
+  model->reserved.store(true, std::memory_order_release);
   return model->reservation;
 }
 

@@ -30,7 +30,10 @@ struct RuntimeOptions {
   std::uint64_t headroom_bytes = 0;  // device memory left to other users of the device
   unsigned loaders = 1;              // threads; 0: pump
   std::chrono::milliseconds staging_timeout{30'000};  // a load's longest wait for a staging chunk
-  bool poison = false;               // evicted addresses stay readable and read as NaN
+  bool poison = false;  // evicted addresses stay readable and read as NaN
+  // Debugging aid: an eviction waits for all work of the device before it unmaps, so that work that
+  // was not recorded does not kill the CUDA context.
+  bool fence_device = false;
   double background_share = 0.05;    // share of the bytes moved while foreground loads wait; [0, 1]
   std::uint64_t read_bandwidth = 0;  // upper limit for all loads, in bytes per second; 0: no limit
 };
@@ -149,8 +152,8 @@ class Runtime {
   // its copies are enqueued and makes the stream wait for them; copies on a route have no event, so
   // then it blocks until the layer is resident. Without a lease, any lease on the layer suffices.
   // Returns true if the layer is resident: while it is held, no further wait for it is needed.
-  // Throws stale_view if the layer is not held, invalid_argument if it is not in the lease,
-  // timeout, and the error of the layer's load.
+  // Throws stale_view if the layer is not held, invalid_argument if it is not in the lease or the
+  // stream is being captured, timeout, and the error of the layer's load.
   bool await_layer(const LeasePtr& lease, const ModelPtr& model, std::uint32_t layer,
                    const std::shared_ptr<Stream>& stream, Deadline deadline, const Poll& poll);
   // Begins a pass of the calling thread on the layers of the model that leases hold now. The pass
@@ -169,7 +172,9 @@ class Runtime {
   // await_layer(). Wait-free.
   bool arrived(const LeasePtr& lease, const ModelPtr& model, std::uint32_t layer);
   // Protects the work enqueued on the stream so far: the lease's layers are unmapped only after it
-  // has completed. Throws stale_view unless the lease is held. Wait-free.
+  // has completed. Throws stale_view unless the lease is held. Throws invalid_argument if the
+  // stream is being captured or was destroyed, and the driver's error if it refuses an adopted
+  // stream; earlier work of the stream is protected even then. Wait-free, but calls the driver.
   void record(const LeasePtr& lease, const std::shared_ptr<Stream>& stream);
   // As above, for every layer of the model that any lease or pass holds.
   void record(const ModelPtr& model, const std::shared_ptr<Stream>& stream);
@@ -222,6 +227,10 @@ class Runtime {
   RuntimeState state();
   bool step();
   void check_invariants();
+  // Ends the loader threads, whatever is leased. Afterwards loads make progress only in step() and
+  // while a caller waits for them. Idempotent; does nothing in a forked child. Blocks for the
+  // threads' present chunks.
+  void stop();
   // Ends the loader threads, evicts all models and frees all memory. Throws busy for users that
   // `wait_for` does not cover, and timeout; after both nothing has changed. Throws general if the
   // driver refuses a release; a repeated call continues from there. Per layer. Blocks.
@@ -243,18 +252,18 @@ class Runtime {
   void check(const Lock&, const Selection& selection) const;
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;
   void serve(const Lock& lock, const LeasePtr& lease);
+  void forget_past_uses(Model& model);
   void await_entry(const LeasePtr& lease, Deadline deadline, const Poll& poll);
   static Ticket* awaited(const Lock&, const Lease& lease, bool all);
-  template <typename Made>
+  struct Reader;
   void with_resident(const ModelPtr& model, std::uint32_t layer,
-                     const std::function<std::shared_ptr<Made>()>& make,
-                     const std::function<void(Made&, const Layer&)>& work);
+                     const std::function<void(Reader&, const Layer&)>& work);
   bool wait_until(Lock& lock, Deadline deadline, const Poll& poll,
                   const std::function<bool()>& done);
   void await_users(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                    WaitFor wait_for, const std::function<bool()>& leased,
                    const std::function<bool()>& in_use);
-  bool streams_in_use(const Lock&) const;
+  std::vector<FencePtr> all_fences(const Lock&) const;
   bool await_streams(Lock& lock, Deadline deadline, const Poll& poll);
   void evict_locked(Lock& lock, const Selection& selection, Deadline deadline, const Poll& poll,
                     WaitFor wait_for);
@@ -269,6 +278,9 @@ class Runtime {
   LeaseQueue lease_queue_;
   Loader loader_;
   std::uint64_t next_id_ = 0;
+  // Idle readers: as many as calls of read_back() and digest() have run at once. Kept until
+  // close().
+  std::vector<std::shared_ptr<Reader>> readers_;
   bool closed_ = false;
   bool closing_ = false;  // a thread is inside close()
 };

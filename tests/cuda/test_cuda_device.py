@@ -165,7 +165,7 @@ def test_memory_that_another_process_holds_cannot_be_reserved(cuda: SimulatedCud
 
 
 def test_an_arena_whose_memory_runs_out_halfway_is_refused(cuda: SimulatedCuda) -> None:
-    cuda.faults.arm([(4, None)], only="cuMemCreate", status="out_of_memory")
+    cuda.faults.arm([(3, None)], only="cuMemCreate", status="out_of_memory")
     with pytest.raises(
         OutOfDeviceMemory,
         match=r"an arena of 8 MiB: granule_create: out of memory: cuMemCreate returned "
@@ -282,6 +282,7 @@ def test_a_lost_device_says_so_at_every_later_call(two_files: dict[str, Path], h
             lambda: runtime.digest("a", 0),
             lambda: runtime.trim(),
             lambda: runtime.stream(),
+            lambda: runtime.adopt_stream(1),
             lambda: runtime.set_keep_value("a", 1.0),
         ):
             with pytest.raises(DeviceLost, match=said):
@@ -381,6 +382,30 @@ def test_the_interpreter_exits_with_work_in_flight(two_files: dict[str, Path], h
             two_files["a"],
         )
     assert printed == "bye\n"
+
+
+@pytest.mark.parametrize("device", ["host", "cuda:0"])
+def test_the_loader_threads_end_at_exit_whatever_is_leased(
+    two_files: dict[str, Path], device: str
+) -> None:
+    """A loader that runs on would call the driver while the process takes it down."""
+    with testing.simulated_cuda() as cuda:
+        printed = script(
+            f"""
+            import atexit, os, sys
+            def threads():
+                return len(os.listdir("/proc/self/task"))
+            atexit.register(lambda: print(threads() - before))  # runs after the package's own
+            from warmserve_rt import Runtime
+            runtime = Runtime("{device}", arena="8MiB", tensors="dlpack", loaders=9)
+            before = threads() - 9
+            runtime.register("a", sys.argv[1])
+            lease = runtime.lease("a").acquire()
+            """,
+            cuda,
+            two_files["a"],
+        )
+    assert int(printed) < 5  # the driver's streams may have begun threads
 
 
 # Checking content without copying it back

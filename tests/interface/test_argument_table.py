@@ -118,6 +118,7 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (made(read_bandwidth=-5), ValueError, "read_bandwidth must be a whole number of bytes"),
     (made(pump=1), TypeError, "pump must be True or False, got 1"),
     (made(poison="no"), TypeError, "poison must be True or False, got 'no'"),
+    (made(fence="stream"), ValueError, "fence must be 'streams' or 'device', got 'stream'"),
     (made(tensors="jax"), ValueError, "jax"),
     (made(driver="cuda"), TypeError, "driver must be a device's driver, got 'cuda'"),
     (made(routes="cuda:1"), TypeError, "routes must be a sequence of 'cuda:N', got 'cuda:1'"),

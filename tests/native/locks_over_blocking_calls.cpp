@@ -1,5 +1,5 @@
-// No call that may block is made under the runtime's lock: while one thread waits, other threads
-// can lease, query and cancel.
+// No driver call is made under the runtime's lock: while one thread waits in it, other threads can
+// lease, query and cancel.
 #include <future>
 #include <thread>
 
@@ -8,7 +8,9 @@
 namespace warmserve {
 namespace {
 
-// Before each primitive that may block, runs operations that need the lock on another thread.
+// Before each primitive, runs operations that need the lock on another thread. Excepted are the
+// calls that CopyEngine makes under its own lock, for which a holder of the runtime's lock may
+// wait.
 class Probe final : public Interposer {
  public:
   using Interposer::Interposer;
@@ -17,10 +19,9 @@ class Probe final : public Interposer {
  private:
   Status before(Primitive primitive) override {
     using enum Primitive;
-    const bool blocks = primitive == granule_create || primitive == pinned_create ||
-                        primitive == stream_destroy || primitive == stream_synchronize ||
-                        primitive == event_wait;
-    if (!blocks || !operation_) return Status::ok;
+    const bool in_copy_engine = primitive == stream_create || primitive == copy_to_device ||
+                                primitive == event_create || primitive == event_record;
+    if (in_copy_engine || !operation_) return Status::ok;
     auto done = std::async(std::launch::async, operation_);
     if (done.wait_for(std::chrono::seconds(10)) != std::future_status::ready)
       check::fail(__FILE__, __LINE__, std::string(to_string(primitive)) + " under the lock");

@@ -1,6 +1,7 @@
 // StrictDriver reports each breach of a contract of driver.h, and reports no legal use.
 #include <functional>
 
+#include "base/lock_mark.h"
 #include "fixtures.h"
 
 namespace warmserve {
@@ -295,6 +296,25 @@ TEST(a_stream_that_has_a_thread_is_not_stepped) {
   Bench bench(true);
   CHECK(bench.strict.stream_step(bench.a) == Status::invalid);
   CHECK(bench.strict.violations().size() == 1);
+}
+
+TEST(a_call_under_the_runtime_s_lock_is_caught) {
+  Bench bench;
+  LockMark::set();
+  CHECK(bench.strict.event_query(bench.event) == Status::invalid);
+  CHECK(bench.strict.stream_synchronize(bench.a) == Status::invalid);
+  LockMark::clear();
+  CHECK(bench.strict.violations().size() == 2);
+  CHECK(bench.strict.event_query(bench.event) == Status::ok);
+}
+
+// After it the host is ordered behind all streams.
+TEST(a_wait_for_the_device_is_a_wait_for_each_stream) {
+  Bench bench;
+  bench.lawful(bench.fill(bench.a));
+  bench.lawful(bench.strict.device_synchronize());
+  bench.lawful(bench.strict.unmap(bench.address, kGranule));
+  CHECK(bench.strict.violations().empty());
 }
 
 // A copy that is refused in its second half does not count as a use of its first half.

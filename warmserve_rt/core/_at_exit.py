@@ -1,4 +1,8 @@
-"""Close open runtimes when the interpreter exits. The end of the process frees the others."""
+"""Close open runtimes when the interpreter exits.
+
+A runtime that is in use cannot be closed. Its loader threads end all the same: they must not call
+the driver while the process takes it down. The end of the process frees its memory.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from warmserve_rt._errors import WarmServeError
 
 class Closable(Protocol):
     def close(self) -> None: ...
+    def _stop(self) -> None: ...
 
 
 _open: weakref.WeakSet[Closable] = weakref.WeakSet()
@@ -28,4 +33,5 @@ def _close_all() -> None:
     for runtime in list(_open):
         with suppress(WarmServeError):
             runtime.close()
+        runtime._stop()
     _native.process_exits()

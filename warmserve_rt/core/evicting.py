@@ -228,6 +228,11 @@ class Evicting(Inspecting):
         self._models.remove(model)
         log.info("unregistered %r", model.name)
 
+    def _stop(self) -> None:
+        """End the loader threads, whatever is leased, for the exit of the interpreter."""
+        if self._open is not None:
+            self._open.stop()
+
     def _close(self, wait: Wait, timeout: float | None, poll: Poll | None = None) -> None:
         native = self._open
         if native is None:

@@ -197,7 +197,8 @@ class Inspecting:
         TypeError
             ``stream`` is not a stream.
         ValueError
-            The device accepts only its own streams.
+            The device accepts only its own streams, or the stream was destroyed or belongs to
+            another device or to another context than the primary one.
         """
         return native_stream(self.native, stream)
 

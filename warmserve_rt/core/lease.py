@@ -15,7 +15,7 @@ from warmserve_rt._units import format_bytes
 from ._acquisitions import Acquisitions
 from ._awaiting import until_over
 from .selection import layer_index
-from .streams import StreamLike, native_stream
+from .streams import StreamLike, native_stream, stream_of_new_lease
 from .views import LeasedTensors, Tensors
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Lease:
 
         After an exception nothing is held; layers that have arrived stay resident.
         """
-        ours = None if stream is None else native_stream(self._native, stream)
+        ours = None if stream is None else stream_of_new_lease(self._native, stream)
         owner = threading.get_ident()
         native = self._begin(owner)
         if native.wait(self._timeout, not self._streaming):

@@ -29,6 +29,7 @@ def open_runtime(
     staging_timeout: float,
     pump: bool,
     poison: bool,
+    fence: str,
     background_share: float,
     read_bandwidth: Size | None,
     tensors: Framework | None,
@@ -41,6 +42,7 @@ def open_runtime(
     """
     device = checked_device(device)
     pump, poison = check.flag("pump", pump), check.flag("poison", poison)
+    check.choice("fence", fence, ("streams", "device"))
     threads = loader_count(loaders, pump=pump)
     share = check.fraction("background_share", background_share)
     wait = min(check.seconds("staging_timeout", staging_timeout), 1e9)
@@ -82,6 +84,7 @@ def open_runtime(
         loaders=threads,
         staging_timeout=wait,
         poison=poison,
+        fence_device=fence == "device",
         background_share=share,
         read_bandwidth=bandwidth,
         peers=peers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from warmserve_rt import _arguments as check
 from warmserve_rt import _native
@@ -59,6 +60,11 @@ class Runtime(Registering, Loading, Evicting):
         Start no threads; the caller loads by calling :meth:`step`.
     poison : bool
         Let evicted addresses read as NaN instead of faulting, for debugging.
+    fence : "streams" or "device"
+        What an eviction waits for before it unmaps layers. "streams": the recorded streams that use
+        them. "device": these, and all work of this process on the device, for debugging: if a
+        program that dies of an illegal access then works, some work was not recorded. It is slow,
+        and an eviction fails, and ends the capture, while any stream of the device is captured.
     background_share : float
         The most that loads of priority BACKGROUND or lower get while foreground loads wait, as a
         share of the bytes, 0 to 1. While no foreground load waits they get everything.
@@ -110,6 +116,7 @@ class Runtime(Registering, Loading, Evicting):
         staging_timeout: float = 30.0,
         pump: bool = False,
         poison: bool = False,
+        fence: Literal["streams", "device"] = "streams",
         background_share: float = 0.05,
         read_bandwidth: Size | None = None,
         tensors: Framework | None = None,
@@ -129,6 +136,7 @@ class Runtime(Registering, Loading, Evicting):
                 staging_timeout=staging_timeout,
                 pump=pump,
                 poison=poison,
+                fence=fence,
                 background_share=background_share,
                 read_bandwidth=read_bandwidth,
                 tensors=tensors,

@@ -17,11 +17,23 @@ def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Strea
 
     The owner of a foreign stream must keep it alive until the lease that records it has ended.
     Raises TypeError if ``stream`` is not a stream, ValueError if the device accepts only its own
-    streams.
+    streams, or if the stream was destroyed or belongs to another device or context.
     """
     if isinstance(stream, _native.Stream):
         return stream
     return runtime.adopt_stream(_handle(stream))
+
+
+def stream_of_new_lease(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
+    """As :func:`native_stream`, but raise ValueError also if the stream is being captured.
+
+    Recording a stream and waiting on it check this in the native core, after the stream's earlier
+    work is protected.
+    """
+    if isinstance(stream, _native.Stream):
+        stream.refuse_capture()
+        return stream
+    return runtime.adopt_stream(_handle(stream), True)
 
 
 def _handle(stream: StreamLike) -> int:

@@ -48,6 +48,8 @@ class Interposer : public Driver {
   WARMSERVE_FORWARD(stream_create, (StreamPriority priority, StreamId* out), priority, out)
   WARMSERVE_FORWARD(stream_destroy, (StreamId stream), stream)
   WARMSERVE_FORWARD(stream_synchronize, (StreamId stream), stream)
+  WARMSERVE_FORWARD(stream_capturing, (StreamId stream, bool* out), stream, out)
+  WARMSERVE_FORWARD(device_synchronize, ())
   WARMSERVE_FORWARD(stream_wait_event, (StreamId stream, EventId event), stream, event)
   WARMSERVE_FORWARD(event_create, (EventId * out), out)
   WARMSERVE_FORWARD(event_destroy, (EventId event), event)

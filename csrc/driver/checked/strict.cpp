@@ -3,13 +3,21 @@
 
 #include <algorithm>
 
+#include "base/lock_mark.h"
+
 namespace warmserve {
 
 using Guard = std::lock_guard<std::mutex>;
 
 std::vector<std::string> StrictDriver::violations() const {
+  std::vector<std::string> all;
+  {
+    const Guard guard(marked_mutex_);
+    for (const std::string& call : marked_) all.push_back(call + " under the runtime's lock");
+  }
   const Guard guard(mutex_);
-  return violations_;
+  all.insert(all.end(), violations_.begin(), violations_.end());
+  return all;
 }
 
 std::map<std::string, std::size_t> StrictDriver::live() const {
@@ -20,6 +28,16 @@ std::map<std::string, std::size_t> StrictDriver::live() const {
           {"pinned", pinned_.size()},
           {"streams", streams_.size() - adopted_.size()},
           {"events", events_.size()}};
+}
+
+Status StrictDriver::before(Primitive primitive) { return check_mark(to_string(primitive)); }
+
+// Callable with and without mutex_.
+Status StrictDriver::check_mark(const char* call) {
+  if (!LockMark::held()) return Status::ok;
+  const Guard guard(marked_mutex_);
+  marked_.insert(call);
+  return Status::invalid;
 }
 
 Status StrictDriver::violation(const std::string& what) {
@@ -61,6 +79,11 @@ bool StrictDriver::quiet(const GranuleState& granule) const {
 void StrictDriver::forget_if_dead(Handle handle) {
   const auto granule = granules_.find(handle);
   if (granule->second.released && granule->second.mappings == 0) granules_.erase(granule);
+}
+
+Status StrictDriver::memory(std::uint64_t* available, std::uint64_t* total) {
+  const Status marked = check_mark("memory");
+  return marked == Status::ok ? Interposer::memory(available, total) : marked;
 }
 
 Status StrictDriver::granule_create(std::uint64_t bytes, Handle* out) {
@@ -217,6 +240,7 @@ Status StrictDriver::stream_create(StreamPriority priority, StreamId* out) {
 
 // Earlier work of its owner is unknown here, so the stream is treated as new.
 Status StrictDriver::stream_adopt(std::uint64_t handle, StreamId* out) {
+  if (const Status marked = check_mark("stream_adopt"); marked != Status::ok) return marked;
   const Status status = Interposer::stream_adopt(handle, out);
   const Guard guard(mutex_);
   if (status == Status::ok && streams_.emplace(*out, host_).second) adopted_.insert(*out);
@@ -254,6 +278,26 @@ Status StrictDriver::stream_synchronize(StreamId stream) {
     clock = found->second;  // the call need not wait for later work
   }
   const Status status = Interposer::stream_synchronize(stream);
+  const Guard guard(mutex_);
+  if (status == Status::ok) join(host_, clock);
+  return status;
+}
+
+Status StrictDriver::stream_capturing(StreamId stream, bool* out) {
+  {
+    const Guard guard(mutex_);
+    if (!streams_.contains(stream)) return violation("stream_capturing of an unknown stream");
+  }
+  return Interposer::stream_capturing(stream, out);
+}
+
+Status StrictDriver::device_synchronize() {
+  VectorClock clock;
+  {
+    const Guard guard(mutex_);
+    for (const auto& [stream, known] : streams_) join(clock, known);
+  }
+  const Status status = Interposer::device_synchronize();
   const Guard guard(mutex_);
   if (status == Status::ok) join(host_, clock);
   return status;

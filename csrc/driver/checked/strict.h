@@ -28,6 +28,7 @@ class StrictDriver final : public Interposer {
   // Returns the number of live objects by kind; all are zero once their owners are destroyed.
   std::map<std::string, std::size_t> live() const;
 
+  Status memory(std::uint64_t* available, std::uint64_t* total) override;
   Status granule_create(std::uint64_t bytes, Handle* out) override;
   Status granule_release(Handle handle) override;
   void host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept override;
@@ -43,6 +44,8 @@ class StrictDriver final : public Interposer {
   Status stream_step(StreamId stream) override;
   Status stream_destroy(StreamId stream) override;
   Status stream_synchronize(StreamId stream) override;
+  Status stream_capturing(StreamId stream, bool* out) override;
+  Status device_synchronize() override;
   Status stream_wait_event(StreamId stream, EventId event) override;
   Status event_create(EventId* out) override;
   Status event_destroy(EventId event) override;
@@ -79,6 +82,8 @@ class StrictDriver final : public Interposer {
   };
   using Mappings = std::map<Address, MappingState>;
 
+  Status before(Primitive primitive) override;
+  Status check_mark(const char* call);
   Status violation(const std::string& what);
   std::optional<std::pair<Mappings::iterator, Mappings::iterator>> whole(Address address,
                                                                          std::uint64_t bytes);
@@ -92,7 +97,9 @@ class StrictDriver final : public Interposer {
   std::vector<Touched> touched_by_copy(Address address, const std::byte* host, std::uint64_t bytes,
                                        bool write);
 
-  mutable std::mutex mutex_;  // guards all below; held over inner calls that do not block
+  mutable std::mutex marked_mutex_;  // guards marked_; a leaf
+  std::set<std::string> marked_;     // calls that were made under the runtime's lock
+  mutable std::mutex mutex_;         // guards all below; held over inner calls that do not block
   std::vector<std::string> violations_;
   std::map<Handle, GranuleState> granules_;
   std::map<Address, std::uint64_t> reservations_;

@@ -190,6 +190,7 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuDevicePrimaryCtxRelease_v2, (CUdevice)) \
   X(cuCtxGetCurrent, (CUcontext*)) \
   X(cuCtxSetCurrent, (CUcontext)) \
+  X(cuCtxSynchronize, ()) \
   X(cuCtxGetStreamPriorityRange, (int*, int*)) \
   X(cuThreadExchangeStreamCaptureMode, (CUstreamCaptureMode*)) \
   X(cuMemGetInfo_v2, (std::size_t*, std::size_t*)) \
@@ -211,6 +212,8 @@ inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(0x2);
   X(cuStreamDestroy_v2, (CUstream)) \
   X(cuStreamSynchronize, (CUstream)) \
   X(cuStreamWaitEvent, (CUstream, CUevent, unsigned)) \
+  X(cuStreamGetCtx, (CUstream, CUcontext*)) \
+  X(cuStreamIsCapturing, (CUstream, CUstreamCaptureStatus*)) \
   X(cuEventCreate, (CUevent*, unsigned)) \
   X(cuEventDestroy_v2, (CUevent)) \
   X(cuEventRecord, (CUevent, CUstream)) \

@@ -39,7 +39,9 @@ Context::Context(const std::string& library, int ordinal) : library_(library) {
 
 // A lost context is not released: the objects that the last release would destroy are gone.
 Context::~Context() {
-  if (!lost()) library_.cuDevicePrimaryCtxRelease_v2(device_);
+  if (lost()) return;
+  for (const CUdevice peer : peers_) library_.cuDevicePrimaryCtxRelease_v2(peer);
+  library_.cuDevicePrimaryCtxRelease_v2(device_);
 }
 
 int Context::attribute(CUdevice_attribute which) const {
@@ -47,7 +49,7 @@ int Context::attribute(CUdevice_attribute which) const {
   return library_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : 0;
 }
 
-CUdevice Context::peer(int ordinal) const {
+CUdevice Context::open_peer(int ordinal) {
   CUdevice peer = 0;
   int reaches = 0;
   const std::string asked = "cuda:" + std::to_string(ordinal);
@@ -56,6 +58,13 @@ CUdevice Context::peer(int ordinal) const {
   if (peer == device_ || library_.cuDeviceCanAccessPeer(&reaches, peer, device_) != CUDA_SUCCESS ||
       !reaches)
     throw Error(ErrorKind::invalid_argument, asked + " does not reach the memory of " + name_);
+  CUcontext context = nullptr;
+  const CUresult result = library_.cuDevicePrimaryCtxRetain(&context, peer);
+  if (result != CUDA_SUCCESS)
+    throw Error(ErrorKind::general, "the context of " + asked + ", a peer of " + name_ +
+                                        ", is unavailable: cuDevicePrimaryCtxRetain returned " +
+                                        describe(result));
+  peers_.push_back(peer);
   return peer;
 }
 
@@ -71,7 +80,7 @@ Status Context::translate(const char* function, CUresult result) {
   if (result == CUDA_ERROR_NOT_READY) return Status::not_ready;
   failed_call = function;
   failed_with = result;
-  if (is_sticky(result)) {
+  if (is_sticky(result) && !works()) {
     CUresult none = CUDA_SUCCESS;
     lost_.compare_exchange_strong(none, result);  // only the first error is kept
     return Status::device_lost;
@@ -82,6 +91,21 @@ Status Context::translate(const char* function, CUresult result) {
     case CUDA_ERROR_INVALID_HANDLE: return Status::invalid;
     default: return Status::failed;
   }
+}
+
+// Makes a stream and waits for it. In a context that has died, both fail.
+bool Context::works() const {
+  CUcontext before = nullptr;
+  if (library_.cuCtxGetCurrent(&before) != CUDA_SUCCESS) return false;
+  if (before != context_ && library_.cuCtxSetCurrent(context_) != CUDA_SUCCESS) return false;
+  CUstream own = nullptr;
+  CUresult result = library_.cuStreamCreateWithPriority(&own, CU_STREAM_NON_BLOCKING, 0);
+  if (result == CUDA_SUCCESS) {
+    result = library_.cuStreamSynchronize(own);
+    library_.cuStreamDestroy_v2(own);
+  }
+  if (before != context_) library_.cuCtxSetCurrent(before);
+  return !is_sticky(result);
 }
 
 Context::Scope::Scope(Context& context) : context_(context) {

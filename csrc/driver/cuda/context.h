@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "driver/cuda/library.h"
 #include "driver/driver.h"
@@ -20,8 +21,11 @@ class Context {
   CUdevice device() const noexcept { return device_; }
   const std::string& name() const noexcept { return name_; }  // "cuda:0 (NVIDIA H100)"
   int attribute(CUdevice_attribute which) const;              // 0 if the driver does not know it
-  // Returns another device. Throws invalid_argument if it cannot access this device's memory.
-  CUdevice peer(int ordinal) const;
+  CUcontext handle() const noexcept { return context_; }
+  // Returns another device, and retains its primary context as long as this object lives: access
+  // can be set only for a device that has a context. Throws invalid_argument if the device cannot
+  // access this device's memory, general if it refuses a context.
+  CUdevice open_peer(int ordinal);
   bool lost() const noexcept { return lost_.load() != CUDA_SUCCESS; }
   std::string detail() const;  // Driver::detail
 
@@ -44,7 +48,9 @@ class Context {
   };
 
   // Translates a result of `function`. An error from which the context cannot recover is sticky:
-  // every later scope has the status device_lost.
+  // every later scope has the status device_lost. Others' objects may cause such errors too (a
+  // stream of a context that was destroyed), so the context counts as lost only if a stream of our
+  // own does not work in it either.
   Status translate(const char* function, CUresult result);
   // Calls a function in a scope of its own.
   template <typename Function, typename... Args>
@@ -54,10 +60,13 @@ class Context {
   }
 
  private:
+  bool works() const;
+
   const Library library_;
   CUdevice device_ = 0;
   CUcontext context_ = nullptr;
   std::string name_;
+  std::vector<CUdevice> peers_;  // whose primary contexts are retained
   std::atomic<CUresult> lost_{CUDA_SUCCESS};
 };
 

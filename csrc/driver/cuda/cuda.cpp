@@ -20,8 +20,8 @@ using namespace cuda;
 CUstream stream_of(StreamId id) { return reinterpret_cast<CUstream>(id); }
 CUevent event_of(EventId id) { return reinterpret_cast<CUevent>(id); }
 
-// The reason why this thread got no host memory to pin.
-thread_local std::string host_failure;
+// The reason why a primitive failed on this thread, if no function of libcuda gave one.
+thread_local std::string own_detail;
 
 class CudaDriver final : public Driver {
  public:
@@ -30,7 +30,7 @@ class CudaDriver final : public Driver {
 
   const DeviceFacts& facts() const noexcept override { return facts_; }
   std::string detail() const override {
-    std::string own = std::exchange(host_failure, {});
+    std::string own = std::exchange(own_detail, {});
     return own.empty() ? context_.detail() : own;
   }
   Status memory(std::uint64_t* available, std::uint64_t* total) override;
@@ -50,12 +50,11 @@ class CudaDriver final : public Driver {
   Status pinned_create(std::uint64_t bytes, std::byte** out) override;
   Status pinned_release(std::byte* address, std::uint64_t bytes) override;
   Status stream_create(StreamPriority priority, StreamId* out) override;
-  Status stream_adopt(std::uint64_t handle, StreamId* out) override {
-    *out = StreamId{handle};  // 0 is the legacy default stream
-    return Status::ok;
-  }
+  Status stream_adopt(std::uint64_t handle, StreamId* out) override;
   Status stream_destroy(StreamId stream) override;
   Status stream_synchronize(StreamId stream) override;
+  Status stream_capturing(StreamId stream, bool* out) override;
+  Status device_synchronize() override;
   Status stream_wait_event(StreamId stream, EventId event) override;
   Status stream_step(StreamId) override { return Status::invalid; }
   Status event_create(EventId* out) override;
@@ -96,7 +95,7 @@ CudaDriver::CudaDriver(const CudaOptions& options)
   facts_.granularity = granules_.granularity();
   facts_.host_view = granules_.integrated();
   facts_.cuda_ordinal = options.ordinal;
-  for (const int ordinal : options.peers) peers_.push_back(context_.peer(ordinal));
+  for (const int ordinal : options.peers) peers_.push_back(context_.open_peer(ordinal));
   facts_.peers = options.peers;
   load_kernels(options.kernels);
   CALL(cuCtxGetStreamPriorityRange, &least_priority_, &greatest_priority_);
@@ -214,7 +213,7 @@ Status CudaDriver::pinned_create(std::uint64_t bytes, std::byte** out) {
   std::string why;
   std::byte* memory = allocate_touched(bytes, &why);
   if (!memory) {
-    host_failure = std::move(why);
+    own_detail = std::move(why);
     return Status::out_of_memory;
   }
   const Status status = CALL(cuMemHostRegister_v2, memory, bytes,
@@ -251,6 +250,38 @@ Status CudaDriver::stream_destroy(StreamId stream) {
 Status CudaDriver::stream_synchronize(StreamId stream) {
   return CALL(cuStreamSynchronize, stream_of(stream));
 }
+
+// A stream of another context would take our device's events only to fail at each use.
+Status CudaDriver::stream_adopt(std::uint64_t handle, StreamId* out) {
+  const StreamId id{handle};  // 0 is the legacy default stream of this context
+  CUcontext context = nullptr;
+  if (const Status status = CALL(cuStreamGetCtx, stream_of(id), &context); status != Status::ok)
+    return status;
+  if (context != context_.handle()) {
+    own_detail = "it belongs to another device, or to a context that is not the primary one";
+    return Status::invalid;
+  }
+  *out = id;
+  return Status::ok;
+}
+
+// The legacy stream is not captured itself, but any use of it ends the captures of blocking
+// streams.
+Status CudaDriver::stream_capturing(StreamId stream, bool* out) {
+  const Context::Scope scope(context_);
+  if (scope.status() != Status::ok) return scope.status();
+  CUstreamCaptureStatus capture = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = context_.library().cuStreamIsCapturing(stream_of(stream), &capture);
+  *out = capture != CU_STREAM_CAPTURE_STATUS_NONE || result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  return *out ? Status::ok : context_.translate("cuStreamIsCapturing", result);
+}
+
+Status CudaDriver::device_synchronize() {
+  const Context::Scope scope(context_);
+  if (scope.status() != Status::ok) return scope.status();
+  return context_.translate("cuCtxSynchronize", context_.library().cuCtxSynchronize());
+}
+
 Status CudaDriver::stream_wait_event(StreamId stream, EventId event) {
   return CALL(cuStreamWaitEvent, stream_of(stream), event_of(event), 0u);
 }

@@ -29,32 +29,42 @@ Granules::Granules(Context& context) : context_(context) {
       Status::ok)
     throw Error(ErrorKind::general, context_.name() + ": " + context_.detail());
   granularity_ = granularity;
-  choose_kind();
 }
 
 Granules::~Granules() { settle(); }
 
-// The attributes promise features that some systems refuse (a container may forbid them). This
-// drops refused features, the network card's first.
-void Granules::choose_kind() {
-  const auto possible = [this] {
-    CUmemGenericAllocationHandle handle = 0;
-    const CUmemAllocationProp* kind = &kind_;
-    const Status status = CALL(cuMemCreate, &handle, std::size_t{granularity_}, kind, 0ull);
-    if (status == Status::ok) drop(handle);
-    return status == Status::ok || status == Status::out_of_memory;
-  };
-  if (possible()) return;
-  kind_.allocFlags.gpuDirectRDMACapable = 0;
-  if (possible()) return;
-  kind_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_NONE;
+// Creates memory of the best kind that the system grants. The attributes promise features that some
+// systems refuse: a container may forbid them, or their resources run out after some granules. A
+// feature that is refused is dropped for all later granules, the network card's first.
+Status Granules::make(std::uint64_t bytes, CUmemGenericAllocationHandle* out) {
+  CUmemAllocationProp kind;
+  {
+    const std::lock_guard lock(mutex_);
+    kind = kind_;
+  }
+  const CUmemAllocationProp* wanted = &kind;
+  for (bool lesser = false;; lesser = true) {
+    const Status status = CALL(cuMemCreate, out, bytes, wanted, 0ull);
+    if (status == Status::ok && lesser) {
+      const std::lock_guard lock(mutex_);
+      kind_.allocFlags = kind.allocFlags;
+      kind_.requestedHandleTypes = kind.requestedHandleTypes;
+    }
+    if (status == Status::ok || status == Status::out_of_memory || status == Status::device_lost)
+      return status;
+    if (kind.allocFlags.gpuDirectRDMACapable)
+      kind.allocFlags.gpuDirectRDMACapable = 0;
+    else if (kind.requestedHandleTypes != CU_MEM_HANDLE_TYPE_NONE)
+      kind.requestedHandleTypes = CU_MEM_HANDLE_TYPE_NONE;
+    else
+      return status;
+  }
 }
 
 Status Granules::create(std::uint64_t bytes, Handle* out) {
   settle();
   CUmemGenericAllocationHandle handle = 0;
-  const CUmemAllocationProp* kind = &kind_;
-  Status status = CALL(cuMemCreate, &handle, bytes, kind, 0ull);
+  Status status = make(bytes, &handle);
   if (status != Status::ok) return status;
   CUdeviceptr view = 0;
   if (integrated()) status = show(handle, bytes, &view);

@@ -33,14 +33,13 @@ class Granules {
     std::uint64_t bytes;
     CUdeviceptr view;  // address for both the CPU and the device; 0 unless integrated
   };
-  void choose_kind();
+  Status make(std::uint64_t bytes, CUmemGenericAllocationHandle* out);
   Status show(CUmemGenericAllocationHandle handle, std::uint64_t bytes, CUdeviceptr* view);
   void hide(CUdeviceptr view, std::uint64_t bytes, bool mapped);
   void drop(CUmemGenericAllocationHandle handle);
   void settle();
 
   Context& context_;
-  CUmemAllocationProp kind_{};
   std::uint64_t granularity_ = 0;
 
   struct Hidden {
@@ -48,7 +47,8 @@ class Granules {
     std::uint64_t bytes;
     bool mapped;
   };
-  std::mutex mutex_;  // guards all below; a leaf; not held over driver calls
+  std::mutex mutex_;            // guards all below; a leaf; not held over driver calls
+  CUmemAllocationProp kind_{};  // location: set at construction, read without the lock
   std::unordered_map<std::uint64_t, Granule> granules_;
   // Views and handles that the driver has refused to free so far.
   std::vector<Hidden> kept_views_;

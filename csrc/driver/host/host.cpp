@@ -234,6 +234,11 @@ class HostDriver final : public Driver {
   Status stream_destroy(StreamId s) override { return streams_.stream_destroy(s); }
   Status stream_synchronize(StreamId s) override { return streams_.stream_synchronize(s); }
   Status stream_step(StreamId s) override { return streams_.stream_step(s); }
+  Status stream_capturing(StreamId, bool* out) override {
+    *out = false;
+    return Status::ok;
+  }
+  Status device_synchronize() override { return streams_.synchronize_all(); }
   Status stream_wait_event(StreamId s, EventId e) override {
     return streams_.stream_wait_event(s, e);
   }

@@ -2,6 +2,7 @@
 
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "base/os_failure.h"
 
@@ -133,6 +134,19 @@ Status HostStreams::stream_synchronize(StreamId id) {
     const auto blocker = stream->queue.front().wait_for;
     if (blocker && !drive(lock, blocker)) return Status::failed;
     step(lock, *stream);
+  }
+  return Status::ok;
+}
+
+Status HostStreams::synchronize_all() {
+  std::vector<StreamId> all;
+  {
+    Lock lock(mutex_);
+    for (const auto& [id, stream] : streams_) all.push_back(StreamId{id});
+  }
+  for (const StreamId id : all) {
+    const Status status = stream_synchronize(id);
+    if (status != Status::ok && status != Status::invalid) return status;  // invalid: destroyed
   }
   return Status::ok;
 }

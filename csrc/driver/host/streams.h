@@ -22,6 +22,7 @@ class HostStreams {
   Status stream_create(StreamId* out, std::string* why);
   Status stream_destroy(StreamId stream);
   Status stream_synchronize(StreamId stream);
+  Status synchronize_all();
   Status stream_wait_event(StreamId stream, EventId event);
   Status stream_step(StreamId stream);
   Status event_create(EventId* out);
