@@ -184,7 +184,9 @@ bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
 }
 
 void Runtime::stop() {
-  if (device_->usable()) loader_.stop();
+  if (!device_->usable()) return;
+  loader_.stop();
+  host_slabs_.stop();
 }
 
 void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
