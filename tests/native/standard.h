@@ -9,8 +9,8 @@
 #include <condition_variable>
 #include <deque>
 #include <exception>
-#include <functional>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
