@@ -10,6 +10,8 @@ WARMSERVE_KERNELS
     the package is built without kernels for GPUs.
 WARMSERVE_BUILD_JOBS
     How many compilers run at once.
+WARMSERVE_CXXFLAGS
+    Further arguments of the C++ compiler. They come last, so that "-O0" replaces "-O3".
 WARMSERVE_SANITIZE
     The argument of -fsanitize, for running the suite on instrumented native code.
 WARMSERVE_OBJECTS
@@ -36,6 +38,7 @@ SANITIZE = os.environ.get("WARMSERVE_SANITIZE")
 if SANITIZE:
     optimise = "-O1" if SANITIZE == "thread" else "-Og"  # tests/native/Makefile says why
     FLAGS = [f"-fsanitize={SANITIZE}", optimise, "-g1", "-fno-omit-frame-pointer"]
+FLAGS += os.environ.get("WARMSERVE_CXXFLAGS", "").split()
 OBJECTS = os.environ.get("WARMSERVE_OBJECTS")
 LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
