@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from enum import Enum
+from typing import Any, Final, TypeAlias
 
 from warmserve_rt import _arguments as check
 from warmserve_rt import _native
@@ -10,6 +11,20 @@ from warmserve_rt import _native
 StreamLike: TypeAlias = Any
 """A stream of ``Runtime.stream()``, torch (``torch.cuda.current_stream()``) or CuPy, any object
 with ``__cuda_stream__``, or a CUstream as an int."""
+
+
+class StreamChoice(Enum):
+    """The defaults of ``stream`` where None has another meaning."""
+
+    CURRENT = "CURRENT_STREAMS"
+    OF_LEASE = "STREAM_OF_LEASE"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+CURRENT_STREAMS: Final = StreamChoice.CURRENT
+STREAM_OF_LEASE: Final = StreamChoice.OF_LEASE
 
 
 def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:
@@ -21,10 +36,13 @@ def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Strea
     """
     if isinstance(stream, _native.Stream):
         return stream
-    return runtime.adopt_stream(_handle(stream))
+    return runtime.adopt_stream(stream_handle(stream))
 
 
-def _handle(stream: StreamLike) -> int:
+def stream_handle(stream: StreamLike) -> int:
+    """Return the CUstream of a stream. Raises TypeError if ``stream`` is not a stream."""
+    if isinstance(stream, _native.Stream):
+        return stream.handle
     if hasattr(stream, "__index__") and not isinstance(stream, bool):
         return check.integer("stream", stream, 0, 2**64 - 1)
     protocol = getattr(stream, "__cuda_stream__", None)

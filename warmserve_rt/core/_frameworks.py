@@ -1,0 +1,68 @@
+"""The streams of torch and CuPy, if the process has imported them. Nothing is imported here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from .streams import StreamLike, stream_handle
+
+_LEGACY = (0, 1)  # the default stream, by its two handles
+
+
+def current_streams(ordinal: int) -> list[StreamLike]:
+    """Return the current streams of this thread on a CUDA device, one for each framework.
+
+    A framework has none if it is not imported, or cannot use the device.
+    """
+    found = (_torch_stream(ordinal), _cupy_stream(ordinal))
+    return [stream for stream in found if stream is not None]
+
+
+def is_captured(stream: StreamLike) -> bool:
+    """Return whether a stream of torch or CuPy is being captured. False for any other stream.
+
+    False also if the framework cannot tell, because its device fails. The runtime's own calls then
+    say so.
+    """
+    if stream_handle(stream) in _LEGACY:  # it cannot be captured
+        return False
+    ask: Callable[[], bool] | None = getattr(stream, "is_capturing", None)  # CuPy's
+    with suppress(RuntimeError):  # also CuPy's errors
+        return bool(ask()) if ask else _torch_captures(stream)
+    return False
+
+
+# Another thread may be importing the framework: then its functions are missing.
+
+
+def _torch_stream(ordinal: int) -> StreamLike | None:
+    cuda: Any = sys.modules.get("torch.cuda")
+    is_initialized = getattr(cuda, "is_initialized", None)
+    if is_initialized is None or not is_initialized():
+        return None
+    return cuda.current_stream(ordinal)
+
+
+def _cupy_stream(ordinal: int) -> StreamLike | None:
+    cuda: Any = sys.modules.get("cupy.cuda")
+    get_current_stream = getattr(cuda, "get_current_stream", None)
+    if get_current_stream is None:
+        return None
+    try:
+        return get_current_stream(ordinal)
+    except cuda.runtime.CUDARuntimeError:  # CuPy cannot use CUDA, so it has enqueued no work
+        return None
+
+
+def _torch_captures(stream: StreamLike) -> bool:
+    cuda: Any = sys.modules.get("torch.cuda")
+    if not isinstance(stream, getattr(cuda, "Stream", ())):
+        return False
+    current = cuda.current_device() == stream.device_index and cuda.current_stream() == stream
+    if current:
+        return bool(cuda.is_current_stream_capturing())
+    with cuda.stream(stream):  # torch asks only its current stream
+        return bool(cuda.is_current_stream_capturing())
