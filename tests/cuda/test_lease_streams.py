@@ -13,46 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_runtime import make
-from framework_streams import CupyCuda, TorchCuda
+from framework_streams import CupyCuda, Gpu, TorchCuda, simulated_gpu
 
-from warmserve_rt import Busy, Runtime, StaleView, WarmServeError, testing
-from warmserve_rt.testing.cuda_api import Cuda, code
-from warmserve_rt.testing.simcuda import SimulatedCuda
-
-NBYTES = 4096
-
-
-class Gpu:
-    """A runtime on a simulated device, and work on its model "a" as a framework enqueues it.
-
-    The clock is virtual: enqueued work is in flight until somebody waits for it.
-    """
-
-    def __init__(self, cuda: SimulatedCuda, runtime: Runtime) -> None:
-        self.cuda, self.runtime = cuda, runtime
-        self.raw = Cuda(cuda.library).start()
-        self._host = self.raw.pinned(2 * NBYTES)
-
-    def read(self, stream: int, layer: int = 0) -> None:
-        """Enqueue work that reads the layer."""
-        address = self.runtime.model("a").layer_bytes(layer).address
-        nbytes = min(NBYTES, self.runtime.model("a").layers[layer].nbytes)
-        self.raw.dtoh(self._host.address + layer * NBYTES, address, nbytes, stream)
-
-    def faults(self) -> set[str]:
-        """Evict the model, and return what the driver found to be wrong with it."""
-        self.runtime.evict("a")
-        code(self.raw.context_synchronize)  # fails if the context has died
-        return {found.kind for found in self.cuda.violations}
+from warmserve_rt import Busy, Runtime, StaleView, WarmServeError
 
 
 @pytest.fixture
 def gpu(two_files: dict[str, Path]) -> Iterator[Gpu]:
-    with testing.simulated_cuda(memory="64MiB", clock="virtual", d2h=1e9, check=False) as cuda:
-        with make(cuda, two_files, pump=True) as runtime:
-            yield Gpu(cuda, runtime)
-        gc.collect()
+    with simulated_gpu(two_files) as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,14 +1,19 @@
-"""Stand-ins for torch.cuda and cupy.cuda whose streams are those of a simulated CUDA device."""
+"""A simulated CUDA device with work of frameworks in flight, and stand-ins for these frameworks."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from warmserve_rt.testing.cuda_api import Cuda
+from cuda_runtime import make
+
+from warmserve_rt import Runtime, testing
+from warmserve_rt.testing.cuda_api import Cuda, code
+from warmserve_rt.testing.simcuda import SimulatedCuda
 
 
 class _Driver:
@@ -106,3 +111,39 @@ class CupyCuda(ModuleType):
 
 class _CupyError(RuntimeError):
     pass
+
+
+NBYTES = 4096
+
+
+class Gpu:
+    """A runtime on a simulated device, and work on its model "a" as a framework enqueues it.
+
+    The clock is virtual: enqueued work is in flight until somebody waits for it.
+    """
+
+    def __init__(self, cuda: SimulatedCuda, runtime: Runtime) -> None:
+        self.cuda, self.runtime = cuda, runtime
+        self.raw = Cuda(cuda.library).start()
+        self._host = self.raw.pinned(2 * NBYTES)
+
+    def read(self, stream: int, layer: int = 0) -> None:
+        """Enqueue work that reads the layer."""
+        address = self.runtime.model("a").layer_bytes(layer).address
+        nbytes = min(NBYTES, self.runtime.model("a").layers[layer].nbytes)
+        self.raw.dtoh(self._host.address + layer * NBYTES, address, nbytes, stream)
+
+    def faults(self) -> set[str]:
+        """Evict the model, and return what the driver found to be wrong with it."""
+        self.runtime.evict("a")
+        code(self.raw.context_synchronize)  # fails if the context has died
+        return {found.kind for found in self.cuda.violations}
+
+
+@contextmanager
+def simulated_gpu(files: dict[str, Path]) -> Iterator[Gpu]:
+    """Open a runtime with the models of the fixture `two_files`."""
+    with testing.simulated_cuda(memory="64MiB", clock="virtual", d2h=1e9, check=False) as cuda:
+        with make(cuda, files, pump=True) as runtime:
+            yield Gpu(cuda, runtime)
+        gc.collect()

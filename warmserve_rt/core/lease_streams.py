@@ -9,7 +9,7 @@ from warmserve_rt import _arguments as check
 from warmserve_rt import _native
 from warmserve_rt._errors import DeviceLost, WarmServeError
 
-from ._frameworks import current_streams, is_captured
+from .framework_streams import current_streams, is_captured
 from .streams import StreamLike, native_stream, stream_handle
 
 
