@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from framework_streams import CupyCuda, Gpu, TorchCuda, simulated_gpu
 
-from warmserve_rt import Busy, Runtime, StaleView, WarmServeError
+from warmserve_rt import Busy, DeviceLost, Runtime, StaleView
+from warmserve_rt.core import lease_streams
 
 
 @pytest.fixture
@@ -216,14 +217,14 @@ def capture(gpu: Gpu, stream: int) -> Iterator[None]:
     gpu.raw.call("cuGraphDestroy", gpu.raw.end_capture(stream))
 
 
-REFUSED = "being captured: acquire the lease before the capture begins, release it after"
+REFUSED = "being captured into a CUDA graph: acquire the lease before the capture begins"
 
 
 def test_a_lease_cannot_begin_in_a_capture(gpu: Gpu, framework: TorchCuda | CupyCuda) -> None:
     stream = framework.current[0] = gpu.raw.stream()
     lease = gpu.runtime.lease("a")
     for begin in (lease.acquire, lambda: asyncio.run(lease.__aenter__())):
-        with capture(gpu, stream), pytest.raises(WarmServeError, match=f"cannot begin.*{REFUSED}"):
+        with capture(gpu, stream), pytest.raises(ValueError, match=f"cannot begin.*{REFUSED}"):
             begin()
     assert gpu.runtime.snapshot().leases == 0
     with capture(gpu, stream), gpu.runtime.lease("a", stream=None):
@@ -239,7 +240,7 @@ def test_a_lease_that_cannot_end_in_a_capture_is_held_and_loses_no_record(
     gpu.read(stream)
     with capture(gpu, stream):
         gpu.read(stream, 1)
-        with pytest.raises(WarmServeError, match=f"cannot end.*{REFUSED}"):
+        with pytest.raises(ValueError, match=f"cannot end.*{REFUSED}"):
             lease.release()
         assert lease.held
     lease.release()
@@ -256,7 +257,7 @@ def test_the_stream_of_the_acquisition_is_captured_at_the_release(
     lease = gpu.runtime.lease("a")
     lease.acquire(framework_stream(framework)) if given else lease.acquire()
     framework.current[0] = 0
-    with capture(gpu, captured), pytest.raises(WarmServeError, match="cannot end"):
+    with capture(gpu, captured), pytest.raises(ValueError, match="cannot end"):
         lease.release()
     lease.release()
     assert not gpu.faults()
@@ -302,6 +303,18 @@ def test_a_lost_device_keeps_no_lease(gpu: Gpu, framework: TorchCuda | CupyCuda)
     lease.release()
     assert not lease.held
     assert gpu.runtime.snapshot().leases == 0
+
+
+def test_a_device_that_is_found_lost_at_the_release(
+    gpu: Gpu, torch_cuda: TorchCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(ordinal: int) -> None:
+        raise DeviceLost("the context died")
+
+    lease = gpu.runtime.lease("a").acquire()
+    monkeypatch.setattr(lease_streams, "current_streams", lost)
+    lease.release()
+    assert not lease.held
 
 
 def test_the_primary_context_is_reset_under_a_lease(

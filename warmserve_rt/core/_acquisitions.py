@@ -57,7 +57,7 @@ class Acquisitions:
     def release_latest(self, owner: int) -> None:
         """Record the streams of the acquisition that :meth:`latest` finds, and release it.
 
-        If a stream is being captured, raise WarmServeError and release nothing.
+        If a stream is being captured, raise ValueError and release nothing.
         """
         while True:
             found = self.latest("release()", owner)

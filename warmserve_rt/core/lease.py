@@ -48,7 +48,7 @@ class Lease:
     If waiting leases would deadlock, the newest request fails with ``Busy``.
 
     A stream that is being captured cannot be recorded: acquire the lease before the capture begins,
-    release it after the capture has ended, and hold a lease while the graph is replayed.
+    release it after the capture has ended, and replay the graph under a lease.
     """
 
     __slots__ = (
@@ -127,7 +127,7 @@ class Lease:
             The lease was not acquired within its timeout.
         CorruptCheckpoint
             A file has changed or a digest differs. Other errors of loading are raised too.
-        WarmServeError
+        ValueError
             The stream is being captured (see the class).
 
         After an exception nothing is held; layers that have arrived stay resident.
@@ -199,7 +199,7 @@ class Lease:
         ------
         StaleView
             The lease is not held.
-        WarmServeError
+        ValueError
             A stream to record is being captured (see the class). The lease is still held.
         """
         self._acquired.release_latest(threading.get_ident())

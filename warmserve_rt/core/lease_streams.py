@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 from warmserve_rt import _arguments as check
 from warmserve_rt import _native
-from warmserve_rt._errors import DeviceLost, WarmServeError
+from warmserve_rt._errors import DeviceLost
 
 from .framework_streams import current_streams, is_captured
 from .streams import StreamLike, native_stream, stream_handle
@@ -50,7 +50,7 @@ def given_stream(native: _native.Runtime, stream: StreamLike | None) -> FindStre
 class StreamUse:
     """The streams of one acquisition of a lease, from the acquisition to its release.
 
-    Raises WarmServeError if a stream is being captured.
+    Raises ValueError if a stream is being captured.
     """
 
     __slots__ = ("_at_acquire", "_find", "_native")
@@ -63,7 +63,7 @@ class StreamUse:
     def at_release(self) -> list[_native.Stream]:
         """Return the streams to record: those of the acquisition, and those found now.
 
-        Raises WarmServeError if one is being captured. Returns none if the device is lost, because
+        Raises ValueError if one is being captured. Returns none if the device is lost, because
         there is no memory left to protect.
         """
         try:
@@ -96,8 +96,8 @@ def _refuse_captured(what: str, used: Iterable[UsedStream]) -> None:
     # An event that is recorded in a capture belongs to the graph and never completes.
     for each in used:
         if is_captured(each.source):
-            raise WarmServeError(
+            raise ValueError(
                 f"a lease cannot {what} while its stream {check.shown(each.source)} is being "
-                "captured: acquire the lease before the capture begins, release it after the "
-                "capture has ended, and hold a lease while the graph is replayed"
+                "captured into a CUDA graph: acquire the lease before the capture begins, release "
+                "it after the capture has ended, and replay the graph under a lease"
             )
