@@ -119,7 +119,7 @@ NBYTES = 4096
 class Gpu:
     """A runtime on a simulated device, and work on its model "a" as a framework enqueues it.
 
-    The clock is virtual: enqueued work is in flight until somebody waits for it.
+    The clock is virtual: enqueued work is in flight until a caller waits for it.
     """
 
     def __init__(self, cuda: SimulatedCuda, runtime: Runtime) -> None:

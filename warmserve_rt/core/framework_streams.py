@@ -59,7 +59,8 @@ def _cupy_stream(ordinal: int) -> StreamLike | None:
 
 def _torch_captures(stream: StreamLike) -> bool:
     cuda: Any = sys.modules.get("torch.cuda")
-    if not isinstance(stream, getattr(cuda, "Stream", ())):
+    kind: Any = getattr(cuda, "Stream", ())
+    if not isinstance(stream, kind):
         return False
     current = cuda.current_device() == stream.device_index and cuda.current_stream() == stream
     if current:

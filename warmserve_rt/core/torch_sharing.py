@@ -38,10 +38,10 @@ def _reduced(tensor: Any) -> Any:
     if tensor.is_cuda:
         address = tensor.data_ptr()
         with _changes:
-            names = [model.name for model, range_ in _addresses.items() if address in range_]
+            names = [model.name for model, own in _addresses.items() if address in own]
         if names:
             raise TypeError(
                 f"a tensor of {names[0]!r} is in an arena, and CUDA cannot share that memory with "
                 "another process: send a copy, tensor.clone(), made under a lease"
             )
-    return reduce_tensor(tensor)
+    return reduce_tensor(tensor)  # type: ignore[no-untyped-call]
