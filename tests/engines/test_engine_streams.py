@@ -230,7 +230,7 @@ def test_work_outside_a_step_is_recorded(
 # The weights of an engine whose worker takes no leases
 
 
-def test_weights_that_no_lease_records_are_released_after_the_device_has_finished(
+def test_closing_kept_weights_waits_for_the_device(
     gpu: Gpu, torch_cuda: TorchCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from warmserve_rt.engines.vllm.weights import Arena, Weights

@@ -189,6 +189,22 @@ def test_a_slow_consumer_holds_the_thread_up(runtime: Runtime, module: Any, path
     assert_nothing_is_left(runtime)
 
 
+def test_an_error_of_the_release_ends_the_stream(
+    runtime: Runtime, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = Lease.release
+
+    def fail(lease: Lease) -> None:
+        release(lease)
+        raise ValueError("not recorded")
+
+    monkeypatch.setattr(Lease, "release", fail)
+    stream = stream_tokens(runtime, module, PROMPT, max_new_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="not recorded"):
+        asyncio.run(asyncio.wait_for(collect(stream), 20))
+    assert_nothing_is_left(runtime)
+
+
 def test_an_error_arrives_once_after_the_tokens_before_it(runtime: Runtime, module: Any) -> None:
     passes = 0
 
@@ -215,22 +231,6 @@ def test_an_error_arrives_once_after_the_tokens_before_it(runtime: Runtime, modu
         return got
 
     assert len(asyncio.run(main())) == 2
-    assert_nothing_is_left(runtime)
-
-
-def test_an_error_of_the_release_ends_the_stream(
-    runtime: Runtime, module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = Lease.release
-
-    def fail(lease: Lease) -> None:
-        release(lease)
-        raise ValueError("not recorded")
-
-    monkeypatch.setattr(Lease, "release", fail)
-    stream = stream_tokens(runtime, module, PROMPT, max_new_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="not recorded"):
-        asyncio.run(asyncio.wait_for(collect(stream), 20))
     assert_nothing_is_left(runtime)
 
 

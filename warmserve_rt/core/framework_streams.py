@@ -7,18 +7,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .streams import StreamLike, stream_handle
+from .streams import StreamLike
 
 _LEGACY = (0, 1)  # the default stream, by its two handles
 
 
-def current_streams(ordinal: int) -> list[StreamLike]:
-    """Return the current streams of this thread on a CUDA device, one for each framework.
+def current_streams(ordinal: int) -> dict[int, StreamLike]:
+    """Return this thread's current streams on a CUDA device by their handles.
 
     A framework has none if it is not imported, or cannot use the device.
     """
-    found = (_torch_stream(ordinal), _cupy_stream(ordinal))
-    return [stream for stream in found if stream is not None]
+    found: dict[int, StreamLike] = {}
+    if (stream := _torch_stream(ordinal)) is not None:
+        found[stream.cuda_stream] = stream
+    if (stream := _cupy_stream(ordinal)) is not None:
+        found[stream.ptr] = stream
+    return found
 
 
 def is_captured(stream: StreamLike) -> bool:
@@ -27,7 +31,8 @@ def is_captured(stream: StreamLike) -> bool:
     False also if the framework cannot tell, because its device fails. The runtime's own calls then
     say so.
     """
-    if stream_handle(stream) in _LEGACY:  # it cannot be captured
+    handle = getattr(stream, "cuda_stream", getattr(stream, "ptr", None))  # torch's, CuPy's
+    if handle in _LEGACY:  # it cannot be captured
         return False
     ask: Callable[[], bool] | None = getattr(stream, "is_capturing", None)  # CuPy's
     with suppress(RuntimeError):  # also CuPy's errors

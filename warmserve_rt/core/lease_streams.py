@@ -10,7 +10,7 @@ from warmserve_rt import _native
 from warmserve_rt._errors import DeviceLost
 
 from .framework_streams import current_streams, is_captured
-from .streams import StreamLike, native_stream, stream_handle
+from .streams import StreamLike, native_stream
 
 
 class UsedStream(NamedTuple):
@@ -30,9 +30,9 @@ class CurrentStreams:
         self._ordinal = ordinal
 
     def __call__(self, native: _native.Runtime) -> tuple[UsedStream, ...]:
-        by_handle = {stream_handle(each): each for each in current_streams(self._ordinal)}
         return tuple(
-            UsedStream(native.adopt_stream(handle), stream) for handle, stream in by_handle.items()
+            UsedStream(native.adopt_stream(handle), stream)
+            for handle, stream in current_streams(self._ordinal).items()
         )
 
 

@@ -36,13 +36,10 @@ def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Strea
     """
     if isinstance(stream, _native.Stream):
         return stream
-    return runtime.adopt_stream(stream_handle(stream))
+    return runtime.adopt_stream(_handle(stream))
 
 
-def stream_handle(stream: StreamLike) -> int:
-    """Return the CUstream of a stream. Raises TypeError if ``stream`` is not a stream."""
-    if isinstance(stream, _native.Stream):
-        return stream.handle
+def _handle(stream: StreamLike) -> int:
     if hasattr(stream, "__index__") and not isinstance(stream, bool):
         return check.integer("stream", stream, 0, 2**64 - 1)
     protocol = getattr(stream, "__cuda_stream__", None)
