@@ -42,7 +42,7 @@ MUTATIONS = [
     Mutation(
         "a lease does not record the streams that are current at its release",
         "warmserve_rt/core/lease_streams.py",
-        "(*self._at_acquire, *now)",
+        "{**self._at_acquire, **now}",
         "self._at_acquire",
         "cuda/test_lease_streams.py::"
         "test_the_streams_of_the_acquisition_and_of_the_release_are_recorded[torch]",
@@ -50,7 +50,7 @@ MUTATIONS = [
     Mutation(
         "a lease ends in a capture and loses the record of its stream",
         "warmserve_rt/core/lease_streams.py",
-        '_refuse_captured("end", used.values())',
+        '_refuse_captured("end", used)',
         "",
         "cuda/test_lease_streams.py::"
         "test_a_lease_that_cannot_end_in_a_capture_is_held_and_loses_no_record[cupy]",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from warmserve_rt import _arguments as check
@@ -20,7 +20,9 @@ class UsedStream(NamedTuple):
     source: StreamLike  # the caller's object, kept alive because its end may destroy the stream
 
 
-FindStreams: TypeAlias = Callable[[_native.Runtime], tuple[UsedStream, ...]]
+Used: TypeAlias = Mapping[int, UsedStream]  # by handle
+# Finds the streams in use now. Takes the runtime and the streams that are known already.
+FindStreams: TypeAlias = Callable[[_native.Runtime, Used], Used]
 
 
 class CurrentStreams:
@@ -29,11 +31,11 @@ class CurrentStreams:
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
 
-    def __call__(self, native: _native.Runtime) -> tuple[UsedStream, ...]:
-        return tuple(
-            UsedStream(native.adopt_stream(handle), stream)
+    def __call__(self, native: _native.Runtime, known: Used) -> Used:
+        return {
+            handle: known.get(handle) or UsedStream(native.adopt_stream(handle), stream)
             for handle, stream in current_streams(self._ordinal).items()
-        )
+        }
 
 
 def given_stream(native: _native.Runtime, stream: StreamLike | None) -> FindStreams | None:
@@ -43,8 +45,9 @@ def given_stream(native: _native.Runtime, stream: StreamLike | None) -> FindStre
     """
     if stream is None:
         return None
-    used = (UsedStream(native_stream(native, stream), stream),)
-    return lambda _: used
+    found = native_stream(native, stream)
+    used = {found.handle: UsedStream(found, stream)}
+    return lambda *_: used
 
 
 class StreamUse:
@@ -57,7 +60,7 @@ class StreamUse:
 
     def __init__(self, native: _native.Runtime, find: FindStreams) -> None:
         self._native, self._find = native, find
-        self._at_acquire = find(native)
+        self._at_acquire = find(native, {})
         _refuse_captured("begin", self._at_acquire)
 
     def at_release(self) -> list[_native.Stream]:
@@ -67,11 +70,11 @@ class StreamUse:
         there is no memory left to protect.
         """
         try:
-            now = self._find(self._native)
+            now = self._find(self._native, self._at_acquire)
         except DeviceLost:
             return []
-        used = {each.native.handle: each for each in (*self._at_acquire, *now)}
-        _refuse_captured("end", used.values())
+        used = {**self._at_acquire, **now}
+        _refuse_captured("end", used)
         return [each.native for each in used.values()]
 
 
@@ -92,9 +95,9 @@ def record_all(lease: _native.Lease, streams: Iterable[_native.Stream]) -> None:
         raise errors[0]
 
 
-def _refuse_captured(what: str, used: Iterable[UsedStream]) -> None:
+def _refuse_captured(what: str, used: Used) -> None:
     # An event that is recorded in a capture belongs to the graph and never completes.
-    for each in used:
+    for each in used.values():
         if is_captured(each.source):
             raise ValueError(
                 f"a lease cannot {what} while its stream {check.shown(each.source)} is being "
