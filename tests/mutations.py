@@ -40,6 +40,30 @@ MUTATIONS = [
         "runtime/test_leases.py::test_work_on_a_stream_outlives_the_release",
     ),
     Mutation(
+        "a lease does not record the streams that are current at its release",
+        "warmserve_rt/core/lease_streams.py",
+        "{**self._at_acquire, **now}",
+        "self._at_acquire",
+        "cuda/test_lease_streams.py::"
+        "test_the_streams_of_the_acquisition_and_of_the_release_are_recorded[torch]",
+    ),
+    Mutation(
+        "a lease ends in a capture and loses the record of its stream",
+        "warmserve_rt/core/lease_streams.py",
+        '_refuse_captured("end", used)',
+        "",
+        "cuda/test_lease_streams.py::"
+        "test_a_lease_that_cannot_end_in_a_capture_is_held_and_loses_no_record[cupy]",
+    ),
+    Mutation(
+        "a step of vLLM records only the stream that is current when it begins",
+        "warmserve_rt/engines/vllm/worker.py",
+        "lease.acquire()",
+        "lease.acquire(torch.cuda.current_stream())",
+        "engines/test_engine_streams.py::"
+        "test_a_step_records_the_stream_that_vllm_sets_under_the_lease[1]",
+    ),
+    Mutation(
         "the backing epoch does not advance",
         "csrc/model/state.cpp",
         "layer.model->backing_epoch.fetch_add(1, std::memory_order_release);",

@@ -94,18 +94,29 @@ def run_guide(found: list[Block], tmp_path: Path, capfd: Any) -> None:
         assert "has arrived" in out
         assert "chat: 13 of 13 layers are resident" in out
         assert [model.name for model in runtime.models] == ["code", "narrow", "chat@2"]
-    (gpu,) = [block for block in found if block.marker == "gpu-example"]
+    gpu, capture = (
+        next(block for block in found if block.marker == marker)
+        for marker in ("gpu-example", "capture-example")
+    )
     run_on_simulated_gpu(
         f"""
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 stream = SimpleNamespace(cuda_stream=0)
-sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(current_stream=lambda: stream))
+replayed = []
+cuda = SimpleNamespace(
+    is_initialized=lambda: True, current_stream=lambda ordinal: stream, Stream=lambda: stream,
+    stream=nullcontext, CUDAGraph=lambda: SimpleNamespace(replay=lambda: replayed.append(1)),
+    graph=nullcontext,
+)
+sys.modules["torch"], sys.modules["torch.cuda"] = SimpleNamespace(cuda=cuda), cuda
 path, inputs, called = {str(path)!r}, {{"x": 1}}, []
 model = lambda **given: called.append(given)
 {gpu.code.replace('headroom="4GiB"', 'headroom="4GiB", tensors="dlpack"')}
-assert called == [inputs]
-assert lease.held is False and runtime.snapshot().layers_loaded == {LAYERS + 1}
+{capture.code}
+assert called == [inputs] * 3 and replayed == [1]
+assert runtime.snapshot().leases == 0 and runtime.snapshot().layers_loaded == {LAYERS + 1}
 runtime.close()
 """,
         tmp_path,
@@ -130,7 +141,7 @@ runtime.close()
         tmp_path,
     )
     asyncio_blocks = [block for block in found if block.marker.startswith("asyncio-")]
-    assert len(unmarked) + 2 + len(asyncio_blocks) == len(found)
+    assert len(unmarked) + 3 + len(asyncio_blocks) == len(found)
     run_under_asyncio(asyncio_blocks, tmp_path, capfd)
 
 

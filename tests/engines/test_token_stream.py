@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from tiny_transformers import PROMPT, plain, save  # noqa: E402
 
-from warmserve_rt import OutOfDeviceMemory, Runtime  # noqa: E402
+from warmserve_rt import Lease, OutOfDeviceMemory, Runtime  # noqa: E402
 from warmserve_rt.engines.transformers import load, stream_tokens  # noqa: E402
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
@@ -188,6 +188,22 @@ def test_a_slow_consumer_delays_the_generating_thread(
         assert [first, *await collect(stream)] == wanted(path, 30)
 
     asyncio.run(main())
+    assert_nothing_is_left(runtime)
+
+
+def test_an_error_of_the_release_ends_the_stream(
+    runtime: Runtime, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = Lease.release
+
+    def fail(lease: Lease) -> None:
+        release(lease)
+        raise ValueError("not recorded")
+
+    monkeypatch.setattr(Lease, "release", fail)
+    stream = stream_tokens(runtime, module, PROMPT, max_new_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="not recorded"):
+        asyncio.run(asyncio.wait_for(collect(stream), 20))
     assert_nothing_is_left(runtime)
 
 

@@ -73,6 +73,8 @@ ACCEPTED: dict[str, Call] = {
     "timeout of numpy": lambda r, p: r.prewarm("m").wait(np.float64(9)),
     "timeout without end": lambda r, p: r.prewarm("m").wait(INF),
     "timeout of a lease": lambda r, p: r.lease("m", timeout=np.int64(9)).acquire().release(),
+    "stream, none": lambda r, p: r.lease("m", stream=None).acquire().release(),
+    "stream of a lease": lambda r, p: r.lease("m", stream=r.stream()).acquire().release(),
     "timeout, a huge one": lambda r, p: r.lease("m", timeout=1e300).acquire().release(),
     "keep_value, an integer": lambda r, p: r.set_keep_value("m", 3),
     "keep_value of numpy": lambda r, p: r.set_keep_value("m", np.float32(3)),
@@ -175,6 +177,8 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (lambda r, p: r.lease(3), TypeError, "model must be a name or a registered model, got 3"),  # type: ignore[arg-type]
     (lambda r, p: r.lease([3]), TypeError, "model must be a name or a registered model, got 3"),  # type: ignore[list-item]
     (lambda r, p: r.lease([]), ValueError, "a lease needs at least one model"),
+    (lambda r, p: r.lease("m", stream="x"), TypeError, "stream must be one of Runtime.stream"),
+    (lambda r, p: r.lease("m", stream=1), ValueError, "accepts only streams made by Runtime.str"),
     (lambda r, p: r.lease("m").acquire("x"), TypeError, "stream must be one of Runtime.stream"),
     (lambda r, p: r.lease("m").acquire(-1), ValueError, "stream must be an integer from 0 to"),
     (lambda r, p: r.set_keep_value("m", "x"), TypeError, "keep_value must be a number, got 'x'"),  # type: ignore[arg-type]

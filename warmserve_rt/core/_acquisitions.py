@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from warmserve_rt._errors import StaleView
 
+from .lease_streams import record_all
+
 if TYPE_CHECKING:
     from warmserve_rt import _native
+
+    from .lease_streams import StreamUse
 
 
 class Acquisition(NamedTuple):
@@ -17,7 +21,7 @@ class Acquisition(NamedTuple):
 
     owner: int  # the thread's or the task's number
     native: _native.Lease
-    stream: _native.Stream | None  # to record on release
+    streams: StreamUse | None  # to record on release
 
 
 class Acquisitions:
@@ -38,8 +42,8 @@ class Acquisitions:
         """Return whether this very acquisition has not been released."""
         return any(each is acquisition for each in self._list)
 
-    def add(self, owner: int, native: _native.Lease, stream: _native.Stream | None) -> None:
-        self._list.append(Acquisition(owner, native, stream))
+    def add(self, owner: int, native: _native.Lease, streams: StreamUse | None) -> None:
+        self._list.append(Acquisition(owner, native, streams))
 
     def latest(self, what: str, owner: int | None = None) -> Acquisition:
         """Return the latest acquisition of the owner (by default this thread), or the latest of
@@ -50,13 +54,22 @@ class Acquisitions:
         me = owner or threading.get_ident()
         return next((each for each in reversed(acquired) if each.owner == me), acquired[-1])
 
-    def remove_latest(self, owner: int) -> Acquisition:
-        """Remove the acquisition that :meth:`latest` finds, and return it."""
+    def release_latest(self, owner: int) -> None:
+        """Record the streams of the acquisition that :meth:`latest` finds, and release it.
+
+        If a stream is being captured, raise ValueError and release nothing.
+        """
         while True:
             found = self.latest("release()", owner)
+            streams = () if found.streams is None else found.streams.at_release()
             with suppress(ValueError):  # another thread without its own removed it
                 self._list.remove(found)
-                return found
+                break
+        try:
+            if streams:
+                record_all(found.native, streams)
+        finally:
+            found.native.release()
 
     def share(self, owner: int) -> _native.Lease | None:
         """Return a native lease on the layers that are held, or None if none are."""

@@ -13,6 +13,7 @@ from warmserve_rt._errors import WarmServeError
 from warmserve_rt._log import log
 from warmserve_rt._units import format_bytes
 
+from .lease_streams import CurrentStreams, FindStreams
 from .model import Model
 from .revisions import Revisions
 from .selection import layer_index
@@ -27,12 +28,20 @@ class Inspecting:
     """The part of :class:`Runtime` that reads its state."""
 
     def __init__(
-        self, native: _native.Runtime, device: str, framework: Framework, granule_bytes: int
+        self,
+        native: _native.Runtime,
+        device: str,
+        cuda_ordinal: int,
+        framework: Framework,
+        granule_bytes: int,
     ) -> None:
         self._open: _native.Runtime | None = native
         self._device = device
         self._framework: Framework = framework
         self._granule_bytes = granule_bytes
+        self._current_streams: FindStreams | None = (
+            CurrentStreams(cuda_ordinal) if cuda_ordinal >= 0 else None
+        )
         self._models = Revisions()
         self._failed_routes: set[str] = set()  # names whose failure has been logged
 

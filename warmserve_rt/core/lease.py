@@ -14,8 +14,9 @@ from warmserve_rt._units import format_bytes
 
 from ._acquisitions import Acquisitions
 from ._awaiting import until_over
+from .lease_streams import FindStreams, StreamUse, given_stream
 from .selection import layer_index
-from .streams import StreamLike, native_stream, stream_of_new_lease
+from .streams import STREAM_OF_LEASE, StreamLike, native_stream
 from .views import LeasedTensors, Tensors
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Lease:
     load. Without ``streaming`` all layers are resident once the lease is acquired. With it, a layer
     may be used after :meth:`wait`.
 
+    On CUDA a lease may be released while the device still computes. The release records streams:
+    the given one, or those that are current in torch and in CuPy when a thread acquires the lease
+    and when it releases it. No layer is unmapped before their work so far completes.
+
     Notes
     -----
     Any thread or asyncio task may acquire a lease that is already held. That acquisition takes no
@@ -41,11 +46,15 @@ class Lease:
 
     Leases nest, also on the same model. We assume that a thread waiting for a lease releases none.
     If waiting leases would deadlock, the newest request fails with ``Busy``.
+
+    A stream that is being captured cannot be recorded: acquire the lease before the capture begins,
+    release it after the capture has ended, and replay the graph under a lease.
     """
 
     __slots__ = (
         "__weakref__",
         "_acquired",
+        "_find_streams",
         "_layers",
         "_models",
         "_native",
@@ -61,12 +70,14 @@ class Lease:
         *,
         streaming: bool,
         timeout: float | None,
+        find_streams: FindStreams | None,
     ) -> None:
         self._native = native
         self._models = tuple(models)
         self._layers = layers
         self._streaming = streaming
         self._timeout = timeout
+        self._find_streams = find_streams  # None: the release records nothing
         self._acquired = Acquisitions()
 
     def __repr__(self) -> str:
@@ -93,7 +104,7 @@ class Lease:
         """Whether any thread or task has acquired the lease and not released it."""
         return bool(self._acquired)
 
-    def acquire(self, stream: StreamLike | None = None) -> Lease:
+    def acquire(self, stream: StreamLike | None = STREAM_OF_LEASE) -> Lease:
         """Acquire the lease and return it.
 
         Blocks, in order of arrival, until every layer is resident, or with ``streaming`` until the
@@ -101,10 +112,10 @@ class Lease:
 
         Parameters
         ----------
-        stream : stream, optional
-            :meth:`release` records this stream: its work may continue after the release, and the
-            layers are not unmapped before it completes. Accepted are streams of
-            :meth:`Runtime.stream`, torch and CuPy, and any object with ``__cuda_stream__``.
+        stream : stream or None, optional
+            The stream that :meth:`release` records: one of :meth:`Runtime.stream`, torch or CuPy,
+            or any object with ``__cuda_stream__``. None: it records none, so all work on the layers
+            must be complete then. Default: as given to :meth:`Runtime.lease`.
 
         Raises
         ------
@@ -116,15 +127,20 @@ class Lease:
             The lease was not acquired within its timeout.
         CorruptCheckpoint
             A file has changed or a digest differs. Other errors of loading are raised too.
+        ValueError
+            The stream is being captured (see the class).
 
         After an exception nothing is held; layers that have arrived stay resident.
         """
-        ours = None if stream is None else stream_of_new_lease(self._native, stream)
+        find = self._find_streams
+        if stream is not STREAM_OF_LEASE:
+            find = given_stream(self._native, stream)
+        streams = None if find is None else StreamUse(self._native, find)
         owner = threading.get_ident()
         native = self._begin(owner)
         if native.wait(self._timeout, not self._streaming):
             debug("waited for %s", self)
-        self._acquired.add(owner, native, ours)
+        self._acquired.add(owner, native, streams)
         return self
 
     def wait(
@@ -145,7 +161,7 @@ class Lease:
         layer : int or str
             Index or name.
         stream : stream, optional
-            As for :meth:`acquire`.
+            A stream as for :meth:`acquire`.
         model : Model, optional
             The layer's model; required if the lease is on several.
         timeout : float, optional
@@ -177,8 +193,16 @@ class Lease:
 
     def release(self) -> None:
         """Release the latest acquisition of this thread (or task), or the latest of all if it has
-        none. Wait-free. Raises StaleView if the lease is not held."""
-        self._leave(threading.get_ident())
+        none. Wait-free.
+
+        Raises
+        ------
+        StaleView
+            The lease is not held.
+        ValueError
+            A stream to record is being captured (see the class). The lease is still held.
+        """
+        self._acquired.release_latest(threading.get_ident())
 
     def __enter__(self) -> Lease:
         return self.acquire()
@@ -187,6 +211,8 @@ class Lease:
         self.release()
 
     async def __aenter__(self) -> Lease:
+        find = self._find_streams
+        streams = None if find is None else StreamUse(self._native, find)
         owner = id(asyncio.current_task())
         native = self._begin(owner)
         everything = not self._streaming
@@ -201,11 +227,11 @@ class Lease:
         except BaseException:
             native.release()
             raise
-        self._acquired.add(owner, native, None)
+        self._acquired.add(owner, native, streams)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._leave(id(asyncio.current_task()))
+        self._acquired.release_latest(id(asyncio.current_task()))
 
     @property
     def tensors(self) -> LeasedTensors:
@@ -258,14 +284,6 @@ class Lease:
         if len(self._models) != 1:
             raise ValueError("the lease is on several models: name one of them")
         return self._models[0]
-
-    def _leave(self, owner: int) -> None:
-        mine = self._acquired.remove_latest(owner)
-        try:
-            if mine.stream is not None:
-                mine.native.record(mine.stream)
-        finally:
-            mine.native.release()
 
     def _begin(self, owner: int) -> _native.Lease:
         shared = self._acquired.share(owner)

@@ -35,8 +35,9 @@ def open_runtime(
     tensors: Framework | None,
     driver: _native.Driver | None,
     routes: Sequence[Route],
-) -> tuple[_native.Runtime, str, Framework, int]:
-    """Return the native runtime, its device's name, its tensors' framework and its granule's bytes.
+) -> tuple[_native.Runtime, str, int, Framework, int]:
+    """Return the native runtime, its device's name and CUDA ordinal (-1: not CUDA), its tensors'
+    framework and its granule's bytes.
 
     Arguments and errors are those of :class:`Runtime`.
     """
@@ -90,7 +91,7 @@ def open_runtime(
         peers=peers,
     )
     log.info("made an arena of %s on %s", format_bytes(total), driver.name)
-    return native, driver.name, framework, granule_bytes
+    return native, driver.name, driver.cuda_ordinal, framework, granule_bytes
 
 
 def _machine_bytes() -> int:

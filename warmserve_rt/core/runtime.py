@@ -12,12 +12,14 @@ from warmserve_rt._units import Size
 from ._at_exit import close_at_exit
 from .evicting import Evicting
 from .lease import Lease
+from .lease_streams import given_stream
 from .loading import Loading
 from .model import Model
 from .options import open_runtime
 from .registering import Registering
 from .routes import Route
 from .selection import Layers, layer_indices
+from .streams import CURRENT_STREAMS, StreamLike
 from .views import Framework
 
 _ONE_MODEL = (str, Model)
@@ -159,6 +161,7 @@ class Runtime(Registering, Loading, Evicting):
         layers: Layers | None = None,
         streaming: bool = False,
         timeout: float | None = None,
+        stream: StreamLike | None = CURRENT_STREAMS,
     ) -> Lease:
         """Return a lease that is not yet acquired. See :class:`Lease`.
 
@@ -173,12 +176,16 @@ class Runtime(Registering, Loading, Evicting):
             layer.
         timeout : float, optional
             Seconds that each acquisition waits at most. Default: no limit.
+        stream : stream or None, optional
+            The stream that each release records, as for :meth:`Lease.acquire`. None: none. Default:
+            on CUDA the streams that are current in torch and in CuPy at the acquisition and at the
+            release; on the host none.
 
         Raises
         ------
         ValueError, TypeError
-            A model or layer is unknown, no model is named, or ``layers`` is given for several
-            models.
+            A model or layer is unknown, no model is named, ``layers`` is given for several models,
+            or ``stream`` is not a stream of the device.
         """
         if isinstance(models, _ONE_MODEL):
             models = (models,)
@@ -194,4 +201,9 @@ class Runtime(Registering, Loading, Evicting):
             streaming = check.flag("streaming", streaming)
         if timeout is not None:
             timeout = check.timeout(timeout)
-        return Lease(self.native, wanted, chosen, streaming=streaming, timeout=timeout)
+        find = self._current_streams
+        if stream is not CURRENT_STREAMS:
+            find = given_stream(self.native, stream)
+        return Lease(
+            self.native, wanted, chosen, streaming=streaming, timeout=timeout, find_streams=find
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from enum import Enum
+from typing import Any, Final, TypeAlias
 
 from warmserve_rt import _arguments as check
 from warmserve_rt import _native
@@ -10,6 +11,20 @@ from warmserve_rt import _native
 StreamLike: TypeAlias = Any
 """A stream of ``Runtime.stream()``, torch (``torch.cuda.current_stream()``) or CuPy, any object
 with ``__cuda_stream__``, or a CUstream as an int."""
+
+
+class StreamChoice(Enum):
+    """The defaults of ``stream`` where None has another meaning."""
+
+    CURRENT = "CURRENT_STREAMS"
+    OF_LEASE = "STREAM_OF_LEASE"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+CURRENT_STREAMS: Final = StreamChoice.CURRENT
+STREAM_OF_LEASE: Final = StreamChoice.OF_LEASE
 
 
 def native_stream(runtime: _native.Runtime, stream: StreamLike) -> _native.Stream:

@@ -15,6 +15,8 @@ from warmserve_rt import _native
 from warmserve_rt._errors import StaleView, WarmServeError
 from warmserve_rt.checkpoint import CHUNK, TYPES
 
+from .torch_sharing import refuse_sharing
+
 if TYPE_CHECKING:
     from warmserve_rt.checkpoint.layout import Layout, TensorSpec
 
@@ -81,11 +83,13 @@ def _torch_tensors(model: _native.Model, layout: Layout) -> dict[str, Any]:
     from torch.utils.dlpack import from_dlpack
 
     tensors: dict[str, Any] = {}
-    if torch.version.cuda is None and len(layout) and _device_type(model) == _CUDA:
-        raise WarmServeError(
-            f"torch {torch.__version__} is a build without CUDA and cannot see the device: install "
-            "a build with CUDA, or choose tensors='cupy' or 'dlpack'"
-        )
+    if len(layout) and _device_type(model) == _CUDA:
+        if torch.version.cuda is None:
+            raise WarmServeError(
+                f"torch {torch.__version__} is a build without CUDA and cannot see the device: "
+                "install a build with CUDA, or choose tensors='cupy' or 'dlpack'"
+            )
+        refuse_sharing(model, layout)
     for layer in range(len(layout)):
         count = layout.native.layer(layer)[2]
         for first in range(0, count, CHUNK):

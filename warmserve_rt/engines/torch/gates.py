@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from warmserve_rt._errors import StaleView
+from warmserve_rt.core.framework_streams import is_captured
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -43,11 +44,12 @@ def guard(
     pass, and only the next pass raises StaleView.
 
     Under a streaming lease, or a lease on some layers, each part of the module waits for the layers
-    that it computes with. On the host the thread waits; on CUDA torch's current stream waits. The
-    part raises StaleView for a layer whose lease ended before the layer arrived.
+    that it computes with. On the host the thread waits; on CUDA torch's current stream waits, or
+    the thread if that stream is being captured. The part raises StaleView for a layer whose lease
+    ended before the layer arrived.
 
-    On CUDA a pass is also recorded: the weights stay mapped until the device has finished the work
-    that the pass enqueued.
+    On CUDA a pass is also recorded, even if its leases have ended: the weights stay mapped until
+    the device has finished the work that the pass enqueued. A captured pass enqueues none.
     """
     gates = Gates(module, runtime, model)
     for entry in dict.fromkeys((module, *entries)):
@@ -156,8 +158,11 @@ class Gates:
 
     def _wait(self, held: _native.Pass, layers: list[int]) -> bool:
         """Wait for the layers. Return False if some are not resident yet and torch's current
-        stream waits for them instead of the thread."""
-        stream = self._stream() if self.on_cuda else None
+        stream waits for them instead of the thread.
+
+        A stream that is being captured cannot wait, because the graph would, too.
+        """
+        stream = self._uncaptured_stream() if self.on_cuda else None
         there = True
         for layer in layers:
             there &= held.wait(layer, stream)
@@ -168,13 +173,14 @@ class Gates:
 
         A stream capture computes nothing and is skipped; the caller of its replays records them.
         """
-        if not torch.cuda.is_current_stream_capturing():
-            held.record(self._stream())
+        if stream := self._uncaptured_stream():
+            held.record(stream)
 
-    def _stream(self) -> _native.Stream:
+    def _uncaptured_stream(self) -> _native.Stream | None:
         """Return torch's current stream of the arena's device, which may differ from torch's
-        current device."""
-        return self._runtime.adopt_stream(torch.cuda.current_stream(self._device))
+        current device. None if it is being captured."""
+        stream = torch.cuda.current_stream(self._device)
+        return None if is_captured(stream) else self._runtime.adopt_stream(stream)
 
 
 def gated_parts(module: nn.Module, own: Mapping[nn.Module, set[int]]) -> dict[nn.Module, list[int]]:

@@ -128,8 +128,9 @@ def load(
     Making a copy needs a lease, and so does `save_pretrained()`. RWKV needs `rescale_every=0`,
     because its forward pass would otherwise write to its weights.
 
-    On CUDA a lease may end while the device still computes: each pass is recorded, and an eviction
-    waits for it. Replays of a CUDA graph are not recorded: call `lease.record(stream)` after them.
+    On CUDA a lease may end while the device still computes: each pass is recorded, and so is the
+    stream that is current in torch when the lease ends. An eviction waits for both. A replay of a
+    CUDA graph is no pass: call `lease.record(stream)` after a replay on another stream.
 
     Guarantee: strong (after an exception the model is not registered).
     """

@@ -129,9 +129,11 @@ async def _stream(
             generate(**arguments, streamer=streamer, stopping_criteria=criteria)
         except BaseException as raised:
             error = raised
-        finally:
+        try:
             lease.release()
-            channel.finish(error)
+        except BaseException as raised:
+            error = error or raised
+        channel.finish(error)
 
     await lease.__aenter__()
     thread = threading.Thread(

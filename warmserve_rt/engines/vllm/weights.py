@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 
+import torch
+
 from warmserve_rt._errors import CorruptCheckpoint, OutOfDeviceMemory, WarmServeError
 from warmserve_rt._units import parse_bytes
 from warmserve_rt.checkpoint.layout import LayerSpec
@@ -210,7 +212,8 @@ class Weights:
         Blocks until the layers are resident. Errors of loading pass through.
         """
         same_granules = self.runtime.snapshot().granule_bytes == GRANULE
-        with self.runtime.lease(self.model, streaming=True) as lease:
+        # Digests and copies are complete when they return: there is no stream to record.
+        with self.runtime.lease(self.model, streaming=True, stream=None) as lease:
             for layer in self.model.layers:
                 lease.wait(layer.index)
                 if self._digest(layer.index, same_granules) != self.digests.get(layer.name):
@@ -237,11 +240,23 @@ class Weights:
         self.arena._wake(self)
 
     def close(self) -> None:
-        """Release the weights' memory in the arena. Idempotent. Raises Busy while a step runs."""
+        """Release the weights' memory in the arena. Idempotent. Raises Busy while a step runs.
+
+        On CUDA, blocks until the device has finished the work of an engine that takes no leases.
+        """
         if self._hold is not None:
+            if self.arena.is_open:
+                self._synchronize()
             self._hold.release()
             self._hold = None
         if not self._closed:
             self._closed = True
             self.arena._leave(self)
             self._let_go()
+
+    def _synchronize(self) -> None:
+        """Wait for all work of the CUDA device, because nothing has recorded the streams that an
+        engine without a leasing worker uses."""
+        tensors = self.model.tensors("torch").values()
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)

@@ -28,7 +28,8 @@ class Worker(_Base):  # type: ignore[misc]
     """vLLM's worker of this platform, for models of the load format "warmserve".
 
     A step holds a lease from :meth:`execute_model` to the end of :meth:`sample_tokens`. Between
-    steps the weights may be evicted; each other operation that reads them takes its own lease.
+    steps the weights may be evicted; each other operation that reads them takes its own lease. On
+    CUDA a lease records torch's current streams, of which vLLM may set another one meanwhile.
     """
 
     warmserve_leases = True
@@ -58,7 +59,7 @@ class Worker(_Base):  # type: ignore[misc]
             return super().execute_model(scheduler_output)
         if lease.held:  # the previous step was aborted between its two halves
             lease.release()
-        lease.acquire(self._stream())
+        lease.acquire()
         goes_on = False
         try:
             output = super().execute_model(scheduler_output)
@@ -100,15 +101,8 @@ class Worker(_Base):  # type: ignore[misc]
             return
         runtime = self._weights[0].runtime
         models = [weights.model for weights in self._weights]
-        lease = runtime.lease(models, streaming=gated)
-        lease.acquire(self._stream())
-        try:
+        with runtime.lease(models, streaming=gated):
             yield
-        finally:
-            lease.release()
-
-    def _stream(self) -> Any:
-        return None if current_platform.is_cpu() else torch.cuda.current_stream()
 
     def determine_available_memory(self) -> int:
         """Return the bytes available for the KV cache.
