@@ -176,6 +176,9 @@ class Driver {
   // records it.
   // Precondition: the range is mapped with read_write access.
   virtual void peer_wrote(Address, std::uint64_t) noexcept {}
+  // Announces that this thread has just read `bytes` of a file into memory that copies read. A
+  // simulated device takes the time of such a read on its own clock; others do nothing.
+  virtual void host_read(std::uint64_t) noexcept {}
   // Enqueues a kernel. Returns invalid if the call is a misuse (kernels.h), and failed if the
   // device has no kernels. Precondition: when the kernel runs, every range that it touches
   // (kernels.h) is pinned, or mapped with the access it needs, and the ranges that it reads are

@@ -62,6 +62,7 @@ std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer&
   const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
   const Destination destination{begin, staging_.chunk_bytes(), {chunk->data()}};
   read_layer(model.files, layer.source, begin, end, destination);
+  arena_.device()->driver().host_read(std::min(end, layer.bytes) - std::min(begin, layer.bytes));
   add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, destination, begin,
                  end, options.sums);
   std::this_thread::sleep_until(options.not_before);

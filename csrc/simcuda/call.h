@@ -42,6 +42,7 @@ class Call {
 
  private:
   void begin(Need need, std::uint64_t bytes);
+  void pay(double cost, Need need);
 };
 
 // Returns a context's answer to work and to waits: SUCCESS, CONTEXT_IS_DESTROYED or its sticky

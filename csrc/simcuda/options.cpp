@@ -1,5 +1,7 @@
 #include "simcuda/options.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -61,9 +63,11 @@ bool parse_cost(const std::string& function, const std::string& text, Options* o
   return true;
 }
 
-bool parse_clock(const std::string& text, bool* is_virtual) {
-  *is_virtual = text == "virtual";
-  return text == "virtual" || text == "real";
+bool parse_clock(const std::string& text, ClockKind* out) {
+  *out = text == "virtual"      ? ClockKind::virtual_time
+         : text == "concurrent" ? ClockKind::concurrent
+                                : ClockKind::real;
+  return *out != ClockKind::real || text == "real";
 }
 
 bool parse_seconds(const std::string& text, Nanoseconds* out) {
@@ -90,11 +94,16 @@ bool set(const std::string& key, const std::string& value, Options* out) {
   if (key == "posix_fd") return parse(value, &out->posix_fd);
   if (key == "rdma") return parse(value, &out->rdma);
   if (key == "read_only_register") return parse(value, &out->read_only_register);
-  if (key == "clock") return parse_clock(value, &out->virtual_clock);
+  if (key == "clock") return parse_clock(value, &out->clock);
   if (key == "h2d") return parse(value, &out->rates[0]);
   if (key == "d2h") return parse(value, &out->rates[1]);
   if (key == "d2d") return parse(value, &out->rates[2]);
   if (key == "launch") return parse_seconds(value, &out->launch);
+  if (key == "copy_start") return parse_seconds(value, &out->copy_start);
+  if (key == "mapping_lock") return parse(value, &out->mapping_lock);
+  if (key == "context_lock") return parse(value, &out->context_lock);
+  if (key == "read") return parse(value, &out->read);
+  if (key == "dram") return parse(value, &out->dram);
   if (key == "content") return parse(value, &out->content);
   if (key == "detector") return parse(value, &out->detector);
   if (key.rfind("cost.", 0) == 0) return parse_cost(key.substr(5), value, out);
@@ -135,6 +144,10 @@ bool parse_options(const std::string& text, Options* out, std::string* error) {
   }
   if (options.host_memory() && options.content != 0) {
     *error = "content must be 0 with host_numa or integrated, because the CPU reads all bytes";
+    return false;
+  }
+  if (options.concurrent() && ::access("/proc/self/schedstat", R_OK) != 0) {
+    *error = "clock=concurrent reads /proc/self/schedstat, which this system does not have";
     return false;
   }
   *out = options;
