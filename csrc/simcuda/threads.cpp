@@ -1,7 +1,7 @@
-// A thread was asleep throughout an interval if it was asleep at both ends and did not run in
-// between. Every thread is examined twice: first all of them, then all of them again. If each was
-// asleep throughout its own interval, all of them were asleep between the two rounds. Nothing but
-// a timer or another process can then wake one.
+// The processor time of every thread is read, then its state, then its time again. If no time has
+// changed, no thread ran between the two rounds of times, so none woke another one. If all states
+// say asleep, all threads were therefore asleep together. Only a timer or another process can wake
+// one then.
 #include "simcuda/threads.h"
 
 #include <dirent.h>
@@ -10,45 +10,41 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <vector>
 
 namespace warmserve::simcuda {
 namespace {
 
 constexpr const char* kTasks = "/proc/self/task";
+constexpr std::int64_t kEnded = -1;
 
 std::uint64_t links() {
   struct stat status{};
   return ::stat(kTasks, &status) == 0 ? status.st_nlink : 0;
 }
 
-// Reads the start of a file of /proc. Returns false if its thread has ended.
-template <std::size_t N>
-bool read_start(int descriptor, char (&text)[N]) {
-  const ssize_t got = ::pread(descriptor, text, N - 1, 0);
-  text[std::max<ssize_t>(got, 0)] = 0;
-  return got > 0;
+// Returns the clock of a thread's processor time, as pthread_getcpuclockid does for a pthread_t.
+clockid_t clock_of(pid_t thread) {
+  constexpr unsigned kOfThread = 4, kScheduled = 2;
+  return static_cast<clockid_t>(~static_cast<unsigned>(thread) << 3 | kOfThread | kScheduled);
+}
+
+std::int64_t time_on(clockid_t clock) {
+  timespec time{};
+  if (::clock_gettime(clock, &time) != 0) return kEnded;
+  return time.tv_sec * 1'000'000'000 + time.tv_nsec;
 }
 
 // Returns whether the thread is neither running nor ready to run, nor in an operation that the
 // system will end by itself, such as reading a disk.
 bool sleeps(int state) {
-  char text[512];
-  if (!read_start(state, text)) return false;
+  char text[256];
+  const ssize_t got = ::pread(state, text, sizeof text - 1, 0);
+  text[std::max<ssize_t>(got, 0)] = 0;
   const char* const end = std::strrchr(text, ')');  // of the name, which may have parentheses
   return end && end[1] == ' ' && std::strchr("SItTZX", end[2]);
-}
-
-// Returns how often the thread was given a processor, or 0.
-std::uint64_t times_run(int runs) {
-  char text[128];
-  if (!read_start(runs, text)) return 0;
-  const char* const last = std::strrchr(text, ' ');
-  return last ? std::strtoull(last, nullptr, 10) : 0;
 }
 
 }  // namespace
@@ -61,11 +57,8 @@ pid_t this_thread_id() noexcept {
 Threads::~Threads() { forget(); }
 
 void Threads::forget() {
-  for (const auto& [id, files] : files_) {
-    ::close(files.state);
-    ::close(files.runs);
-  }
-  files_.clear();
+  for (const Thread& thread : threads_) ::close(thread.state);
+  threads_.clear();
   links_ = 0;
 }
 
@@ -78,11 +71,10 @@ bool Threads::refresh() {
   bool complete = true;
   while (const dirent* const entry = ::readdir(folder)) {
     if (entry->d_name[0] == '.') continue;
-    const std::string path = std::string(kTasks) + "/" + entry->d_name;
-    const Files files{::open((path + "/stat").c_str(), O_RDONLY | O_CLOEXEC),
-                      ::open((path + "/schedstat").c_str(), O_RDONLY | O_CLOEXEC)};
-    files_[static_cast<pid_t>(std::atol(entry->d_name))] = files;
-    complete = complete && files.state >= 0 && files.runs >= 0;
+    const std::string path = std::string(kTasks) + "/" + entry->d_name + "/stat";
+    const auto id = static_cast<pid_t>(std::atol(entry->d_name));
+    threads_.push_back({id, ::open(path.c_str(), O_RDONLY | O_CLOEXEC), clock_of(id)});
+    complete = complete && threads_.back().state >= 0;
   }
   ::closedir(folder);
   links_ = before;
@@ -95,23 +87,24 @@ bool Threads::all_asleep(std::span<const pid_t> asleep) {
     return false;
   }
   struct Examined {
-    Files files;
-    std::uint64_t runs;
+    const Thread* thread;
+    std::int64_t time;
   };
-  std::vector<Examined> all;
-  for (const auto& [id, files] : files_) {
-    if (id == this_thread_id() || std::find(asleep.begin(), asleep.end(), id) != asleep.end())
+  std::vector<Examined> examined;
+  for (const Thread& thread : threads_) {
+    if (thread.id == this_thread_id() ||
+        std::find(asleep.begin(), asleep.end(), thread.id) != asleep.end())
       continue;
-    const std::uint64_t runs = times_run(files.runs);
-    if (runs == 0) {  // it has ended
+    examined.push_back({&thread, time_on(thread.clock)});
+    if (examined.back().time == kEnded) {
       forget();
       return false;
     }
-    if (!sleeps(files.state)) return false;
-    all.push_back({files, runs});
   }
-  for (const Examined& each : all)
-    if (!sleeps(each.files.state) || times_run(each.files.runs) != each.runs) return false;
+  for (const Examined& each : examined)
+    if (!sleeps(each.thread->state)) return false;
+  for (const Examined& each : examined)
+    if (time_on(each.thread->clock) != each.time) return false;
   return links() == links_;
 }
 

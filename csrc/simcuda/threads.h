@@ -2,10 +2,11 @@
 #pragma once
 
 #include <sys/types.h>
+#include <time.h>
 
 #include <cstdint>
-#include <map>
 #include <span>
+#include <vector>
 
 namespace warmserve::simcuda {
 
@@ -22,13 +23,16 @@ class Threads {
   bool all_asleep(std::span<const pid_t> asleep);
 
  private:
-  struct Files {
-    int state, runs;  // descriptors of the thread's stat and schedstat
+  struct Thread {
+    pid_t id;
+    int state;        // a descriptor of the thread's file "stat"
+    clockid_t clock;  // of its processor time
   };
 
   bool refresh();
   void forget();
-  std::map<pid_t, Files> files_;
+
+  std::vector<Thread> threads_;
   std::uint64_t links_ = 0;  // hard links of /proc/self/task: grows with the number of threads
 };
 
