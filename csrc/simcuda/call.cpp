@@ -132,12 +132,12 @@ Event* Call::event(CUevent handle) {
 // Pays the cost of the call itself. The kernel's lock is held for a map call only: set-access and
 // unmap calls take it for each mapping.
 void Call::pay(double cost, Need need) {
-  const auto paid = static_cast<Nanoseconds>(cost + 0.5);
   const bool in_context = need == Need::work || is_mapping_call(function);
-  const Held context(*this, paid > 0 && in_context && sim->options.context_lock, sim->context_lock);
-  const Held mapping(*this, paid > 0 && function == Function::cuMemMap && sim->options.mapping_lock,
-                     sim->mapping_lock);
-  sim->pay(lock, paid);
+  const bool in_kernel = function == Function::cuMemMap;
+  const Held context(*this, cost > 0 && in_context && sim->options.context_lock, sim->context_lock);
+  const Held mapping(*this, cost > 0 && in_kernel && sim->options.mapping_lock, sim->mapping_lock);
+  if (is_mapping_call(function)) cost = beside_copies(cost);
+  sim->pay(lock, static_cast<Nanoseconds>(cost + 0.5));
 }
 
 void Call::pay_for_mappings(Address address, std::uint64_t bytes) {
@@ -149,8 +149,13 @@ void Call::pay_for_mappings(Address address, std::uint64_t bytes) {
   const Held context(*this, sim->options.context_lock, sim->context_lock);
   for (std::size_t i = 0; i < turns; ++i) {
     const Held mapping(*this, sim->options.mapping_lock, sim->mapping_lock);
-    sim->pay(lock, static_cast<Nanoseconds>(turn + 0.5));
+    sim->pay(lock, static_cast<Nanoseconds>(beside_copies(turn) + 0.5));
   }
+}
+
+// Returns the cost of a mapping now: the kernel writes page tables by a copy engine.
+double Call::beside_copies(double cost) const {
+  return sim->traffic(Engine::h2d) > 0 ? cost * sim->options.mapping_beside_copies : cost;
 }
 
 CUresult Call::not_ready() {

@@ -105,14 +105,19 @@ double Simulator::read_rate() const {
   const auto readers = std::count_if(sleepers_.begin(), sleepers_.end(),
                                      [](const Sleeper* each) { return each->unread > 0; });
   if (readers == 0 || options.dram == 0) return options.read;
-  double left = options.dram;
-  for (const auto& device : busy_)
-    for (const Engine engine : {Engine::h2d, Engine::d2h})
-      for (const Busy& busy : device[static_cast<std::size_t>(engine)])
-        if (busy.begin <= virtual_now_ && virtual_now_ < busy.end)
-          left -= options.rates[static_cast<std::size_t>(engine)];
-  left = std::max(left, kLeastShare * options.dram);
+  const double left = std::max(options.dram - traffic(Engine::h2d) - traffic(Engine::d2h),
+                               kLeastShare * options.dram);
   return std::min(options.read, left / kReadTransfers / static_cast<double>(readers));
+}
+
+double Simulator::traffic(Engine engine) const {
+  const auto index = static_cast<std::size_t>(engine);
+  const Nanoseconds time = now();
+  double sum = 0;
+  for (const auto& device : busy_)
+    for (const Busy& busy : device[index])
+      if (busy.begin <= time && time < busy.end) sum += options.rates[index];
+  return sum;
 }
 
 // Returns when a copy engine next begins or stops to use the host's memory.

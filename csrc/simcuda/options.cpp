@@ -100,6 +100,7 @@ bool set(const std::string& key, const std::string& value, Options* out) {
   if (key == "copy_start") return parse_seconds(value, &out->copy_start);
   if (key == "mapping_lock") return parse(value, &out->mapping_lock);
   if (key == "context_lock") return parse(value, &out->context_lock);
+  if (key == "mapping_beside_copies") return parse(value, &out->mapping_beside_copies);
   if (key == "read") return parse(value, &out->read);
   if (key == "dram") return parse(value, &out->dram);
   if (key == "content") return parse(value, &out->content);

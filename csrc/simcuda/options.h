@@ -44,6 +44,7 @@ struct Options {
   std::array<Cost, kFunctions> costs{};
   bool any_cost = false;
   bool mapping_lock = false, context_lock = false;
+  double mapping_beside_copies = 1;
   double read = 0, dram = 0;  // bytes per second; 0: no limit
   std::uint64_t content = 0;
 

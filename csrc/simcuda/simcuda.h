@@ -44,6 +44,7 @@ extern "C" {
 //                             it has any. A NAME without version means all its versions
 //   mapping_lock=0            1: all threads share a lock, held for the cost of cuMemMap and for
 //                             the cost of each mapping in cuMemSetAccess and cuMemUnmap
+//   mapping_beside_copies=1   factor of these three costs while a paced engine copies from the host
 //   context_lock=0            1: these three calls also hold a lock for their whole cost, and calls
 //                             that need a context hold it for theirs
 //   read=0                    bytes per second that one thread reads out of the page cache; 0:

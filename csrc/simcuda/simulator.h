@@ -218,6 +218,8 @@ class Simulator {
   void host_read(Lock& lock, std::uint64_t bytes);
   void take(Lock& lock, CostLock& wanted);  // blocks
   void give(CostLock& held);
+  // Returns the bytes per second that the engine copies now, on all devices together.
+  double traffic(Engine engine) const;
   void schedule(Stream& stream, OperationPtr operation);
   void schedule_virtual(const OperationPtr& operation, Nanoseconds not_before);
   // Stops the threads and their current operations. Returns false if a host function does not

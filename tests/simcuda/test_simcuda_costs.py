@@ -109,6 +109,24 @@ def test_a_launch_waits_for_a_mapping_call(lock: bool) -> None:
         assert waits["seconds"] == pytest.approx(24 * US + 240 * US - SLACK if lock else 0)
 
 
+def test_mapping_is_slower_beside_copies() -> None:
+    """The copy takes 200 us: half of the mappings take twice as long."""
+    costs = {"cuMemSetAccess": (0.0, 20.0)}
+    options = {"costs": costs, "mapping_lock": True, "mapping_beside_copies": 2.0}
+    with concurrent(h2d=G / 200e-6, **options) as simulated:
+        cuda = Cuda(simulated.library).start()
+        to, source, stream = cuda.mapped(G), cuda.pinned(G), cuda.stream(NON_BLOCKING)
+        address, alone = mapped(cuda, 10), mapped(cuda, 10)
+        begin = simulated.now
+        cuda.set_access(alone, 10 * G)
+        assert simulated.now - begin == pytest.approx(10 * 20 * US)
+        cuda.htod(to, source.address, G, stream)
+        begin = simulated.now
+        cuda.set_access(address, 10 * G)
+        cuda.synchronize(stream)
+        assert simulated.now - begin == pytest.approx((5 * 40 + 5 * 20) * US)
+
+
 @pytest.mark.parametrize("threads", [1, 4, 8])
 def test_reads_share_the_memory(threads: int) -> None:
     """One thread reads at most at `read`; a byte takes three bytes of the memory's bandwidth."""

@@ -65,6 +65,7 @@ def simulated_cuda(
     read: float | None = None,
     dram: float | None = None,
     mapping_lock: bool | None = None,
+    mapping_beside_copies: float | None = None,
     context_lock: bool | None = None,
     costs: Mapping[str, tuple[float, float]] | None = None,
     content: int | None = None,
@@ -108,6 +109,8 @@ def simulated_cuda(
         reads and copies share. Concurrent clock only. Default: no limit.
     mapping_lock : bool, optional
         Map, set-access and unmap calls of all threads take turns, mapping by mapping.
+    mapping_beside_copies : float, optional
+        Factor of these calls' costs while a copy from the host is moving. Default: 1.
     context_lock : bool, optional
         These calls also hold a lock that launches, queries and copies take for their own cost.
         :meth:`SimulatedCuda.report` counts waits for both locks as ``lock_waits``.
@@ -162,6 +165,7 @@ def simulated_cuda(
         "read": read,
         "dram": dram,
         "mapping_lock": mapping_lock,
+        "mapping_beside_copies": mapping_beside_copies,
         "context_lock": context_lock,
     }
     options = _options(

@@ -15,7 +15,7 @@ from warmserve_rt.checkpoint.layout import build_layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-TURNS = {"2gb": LLAMA_2GIB, "13gb": Llama(4096, 11008, 4096, 32000, 32)}  # 2.2, 13.5 GB
+SMALL, LARGE = LLAMA_2GIB, Llama(4096, 11008, 4096, 32000, 32)  # 2.2, 13.5 GB
 EXPERTS = 64
 
 
