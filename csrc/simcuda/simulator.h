@@ -214,7 +214,7 @@ class Simulator {
   void pay(Lock& lock, Nanoseconds cost);
   // Concurrent clock: blocks until then.
   void sleep_until(Lock& lock, Nanoseconds until);
-  // Concurrent clock: blocks for the time that a read of so many bytes takes.
+  // Concurrent clock: blocks for the time in which this thread reads `bytes` of a file.
   void host_read(Lock& lock, std::uint64_t bytes);
   void take(Lock& lock, CostLock& wanted);  // blocks
   void give(CostLock& held);

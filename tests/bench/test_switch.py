@@ -1,4 +1,4 @@
-"""Risk: bench/switch.py breaks, and nobody notices before its figures are wanted."""
+"""Risk: a change breaks bench/switch.py, which runs seldom."""
 
 from __future__ import annotations
 

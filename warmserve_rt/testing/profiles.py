@@ -10,7 +10,7 @@ __all__ = ["PROFILES", "Profile"]
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device's copies, calls and host memory cost.
+    """The costs of a device's copies and calls, and of its host's memory.
 
     Parameters
     ----------
@@ -35,11 +35,11 @@ _H200 = Profile(
         "copy_start": 2.2e-6,  # measured: copies of 2 MiB reach 52 GB/s
         "launch": 2.5e-6,  # estimate
         "mapping_lock": True,  # NVIDIA's kernel modules 595.45 take one lock of the system
-        # Chosen: without it, loads with granules of 2 MiB are 14 % faster than measured, and those
-        # with 16 MiB are not. No GPU was asked for it alone.
-        "mapping_beside_copies": 1.4,
-        "read": 4.7e9,  # measured with four loaders: 4.3 to 4.75
-        "dram": 154e9,  # chosen: 12 loaders read 3 GB/s each, and their copies take 36 GB/s
+        # Measured: in a swap, a granule takes twice as long as alone. That copies are the cause is
+        # chosen: loads with granules of 2 MiB are then as slow as measured, unlike with a factor 1.
+        "mapping_beside_copies": 2.0,
+        "read": 4.6e9,  # measured with four loaders: 4.3 to 4.75
+        "dram": 148e9,  # chosen: 12 loaders then read as fast as measured, 3 GB/s each
     },
     costs={
         # Measured on calls for 1 to 256 granules of 2 to 32 MiB, by one thread.
