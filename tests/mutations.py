@@ -368,6 +368,27 @@ MUTATIONS = [
         "test_a_wait_of_a_stream_is_not_a_wait_of_the_host[virtual]",
     ),
     Mutation(
+        "the simulated time advances while a thread of the program runs",
+        "csrc/simcuda/threads.cpp",
+        "if (!sleeps(each.thread->state)) return false;",
+        "",
+        "simcuda/test_simcuda_costs.py::test_the_clock_stands_while_a_thread_runs",
+    ),
+    Mutation(
+        "simulated mapping calls of several threads overlap",
+        "csrc/simcuda/concurrent.cpp",
+        "if (!std::exchange(wanted.held, true)) return;",
+        "if (!std::exchange(wanted.held, true) || true) return;",
+        "simcuda/test_simcuda_costs.py::test_mapping_calls_take_turns[True-3]",
+    ),
+    Mutation(
+        "a load's reads take no time on the simulated device",
+        "csrc/load/copy_engine.cpp",
+        "arena_.device()->driver().host_read(end - begin);",
+        "",
+        "simcuda/test_simcuda_costs.py::test_a_load_takes_the_time_of_its_reads[1]",
+    ),
+    Mutation(
         "the simulator reads pinned memory when a copy is enqueued",
         "csrc/simcuda/api_copy.cpp",
         "if (copy.from_place == Place::pageable && !stream.capture) {",

@@ -191,9 +191,9 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, i
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def scratch(parent: Path | None = None) -> Iterator[Path]:
     """Yield a temporary directory for checkpoints; remove it afterwards."""
-    with tempfile.TemporaryDirectory(prefix="warmserve-bench-") as directory:
+    with tempfile.TemporaryDirectory(prefix="warmserve-bench-", dir=parent) as directory:
         yield Path(directory)
 
 

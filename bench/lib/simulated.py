@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from warmserve_rt.testing.profiles import PROFILES
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
-# Microseconds per call and per granule that it concerns. gpu.sh measured them on an H200 (driver
-# 580.159) from whole calls on 1 to 256 granules of 2 to 32 MiB.
+# Microseconds per call and per granule that it concerns: those of an H200.
 COSTS = {
-    "cuMemCreate": (13.0, 0.05),
-    "cuMemMap": (7.7, 0.0),
-    "cuMemSetAccess": (24.0, 30.0),
-    "cuMemUnmap": (12.0, 25.0),
+    name: PROFILES["h200"].costs[name]
+    for name in ("cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap")
 }
 BANDWIDTH = 25e9  # bytes per second, host to device
 

@@ -192,6 +192,9 @@ class Driver {
   // Enqueues zeros, which no link carries.
   // Precondition: when this runs, the range is writable, and no other use of it races with this.
   virtual Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) = 0;
+  // Announces that this thread has just read `bytes` of a file into memory that copies read. A
+  // simulated device takes the time of such a read on its own clock; others do nothing.
+  virtual void host_read(std::uint64_t) noexcept {}
   // Enqueues a kernel. Returns invalid if the call is a misuse (kernels.h), and failed if the
   // device has no kernels. Precondition: when the kernel runs, every range that it touches
   // (kernels.h) is pinned, or mapped with the access it needs, and the ranges that it reads are

@@ -101,6 +101,7 @@ CopyEngine::HostBytes CopyEngine::bytes_of(const Model& model, const Layer& laye
     made = {chunk, {begin, staging_.chunk_bytes(), {chunk->data()}}};
   }
   read_layer(model.files, layer.source, begin, end, made.memory);
+  arena_.device()->driver().host_read(end - begin);
   add_to_digests(layer.source.digests, {arena_.granule_bytes(), layer.bytes}, made.memory, begin,
                  end, options.sums);
   std::this_thread::sleep_until(options.not_before);

@@ -34,6 +34,7 @@ std::uint64_t Loader::read_into_image(const LayerLoad& load, std::uint64_t begin
   const Layer& layer = *load.layer;
   const Destination memory = load.image->memory();
   read_layer(load.model->files, layer.source, begin, end, memory);
+  state_.arena.device()->driver().host_read(end - begin);
   add_to_digests(layer.source.digests, {state_.arena.granule_bytes(), layer.bytes}, memory, begin,
                  end, sums);
   std::this_thread::sleep_until(not_before);

@@ -15,9 +15,32 @@ bool kills_contexts(CUresult error) {
   }
 }
 
+bool is_mapping_call(Function function) {
+  return function == Function::cuMemMap || function == Function::cuMemSetAccess ||
+         function == Function::cuMemUnmap;
+}
+
+// Holds a lock of the real driver while a call pays a cost.
+class Held {
+ public:
+  Held(Call& call, bool wanted, CostLock& lock) : call_(call), lock_(wanted ? &lock : nullptr) {
+    if (lock_) call_.sim->take(call_.lock, *lock_);
+  }
+  ~Held() {
+    if (lock_) call_.sim->give(*lock_);
+  }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+ private:
+  Call& call_;
+  CostLock* const lock_;
+};
+
 }  // namespace
 
-constexpr Nanoseconds kPoll = 10'000;  // minimum time of a query that returns NOT_READY
+// The time of a query that returns NOT_READY, if calls of its function cost nothing.
+constexpr Nanoseconds kPoll = 10'000;
 
 CUresult state_of(const Context& context) {
   return context.destroyed ? CUDA_ERROR_CONTEXT_IS_DESTROYED : context.sticky;
@@ -68,10 +91,10 @@ void Call::begin(Need need, std::uint64_t bytes) {
     status = CUDA_ERROR_NOT_INITIALIZED;
     return;
   }
-  if (sim->options.any_cost || sim->options.virtual_clock) {
+  if (sim->options.any_cost || sim->options.virtual_clock()) {
     const Cost cost = sim->options.costs[index];
     const std::uint64_t granules = ceil_div(bytes, sim->options.granularity);
-    sim->pay(lock, static_cast<Nanoseconds>(cost.call + cost.granule * granules + 0.5));
+    pay(cost.call + cost.granule * static_cast<double>(granules), need);
   }
   context = current_context(*sim);
   if (need == Need::nothing || need == Need::driver) return;
@@ -106,15 +129,38 @@ Event* Call::event(CUevent handle) {
   return found;
 }
 
+// Pays the cost of the call itself. The kernel's lock is held for a map call only: set-access and
+// unmap calls take it for each mapping.
+void Call::pay(double cost, Need need) {
+  const bool in_context = need == Need::work || is_mapping_call(function);
+  const bool in_kernel = function == Function::cuMemMap;
+  const Held context(*this, cost > 0 && in_context && sim->options.context_lock, sim->context_lock);
+  const Held mapping(*this, cost > 0 && in_kernel && sim->options.mapping_lock, sim->mapping_lock);
+  if (is_mapping_call(function)) cost = beside_copies(cost);
+  sim->pay(lock, static_cast<Nanoseconds>(cost + 0.5));
+}
+
 void Call::pay_for_mappings(Address address, std::uint64_t bytes) {
   const double each = sim->options.costs[static_cast<std::size_t>(function)].granule;
   if (each == 0) return;
   const std::size_t mappings = sim->memory.whole(address, bytes).size();
-  sim->pay(lock, static_cast<Nanoseconds>(each * static_cast<double>(mappings) + 0.5));
+  const std::size_t turns = sim->options.mapping_lock ? mappings : 1;
+  const double turn = each * static_cast<double>(mappings) / static_cast<double>(turns);
+  const Held context(*this, sim->options.context_lock, sim->context_lock);
+  for (std::size_t i = 0; i < turns; ++i) {
+    const Held mapping(*this, sim->options.mapping_lock, sim->mapping_lock);
+    sim->pay(lock, static_cast<Nanoseconds>(beside_copies(turn) + 0.5));
+  }
+}
+
+// Returns the cost of a mapping now: the kernel writes page tables by a copy engine.
+double Call::beside_copies(double cost) const {
+  return sim->traffic(Engine::h2d) > 0 ? cost * sim->options.mapping_beside_copies : cost;
 }
 
 CUresult Call::not_ready() {
-  if (sim->options.virtual_clock) sim->pay(lock, kPoll);
+  const bool paid = sim->options.costs[static_cast<std::size_t>(function)].call > 0;
+  if (sim->options.virtual_clock() && !paid) sim->pay(lock, kPoll);
   return CUDA_ERROR_NOT_READY;
 }
 

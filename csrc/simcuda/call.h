@@ -42,6 +42,8 @@ class Call {
 
  private:
   void begin(Need need, std::uint64_t bytes);
+  void pay(double cost, Need need);
+  double beside_copies(double cost) const;
 };
 
 // Returns a context's answer to work and to waits: SUCCESS, CONTEXT_IS_DESTROYED or its sticky

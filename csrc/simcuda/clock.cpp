@@ -1,6 +1,6 @@
 // Time and the scheduling of operations. With the real clock each stream has a thread. With the
 // virtual clock only calls advance time: an operation's end is known when it is enqueued, and the
-// operation runs when the clock reaches it.
+// operation runs when the clock reaches it. concurrent.cpp has what the concurrent clock adds.
 #include <algorithm>
 #include <cmath>
 #include <system_error>
@@ -15,7 +15,7 @@ constexpr Nanoseconds kSpin = 100'000;  // the last part of a cost is spun; slee
 }  // namespace
 
 Nanoseconds Simulator::now() const {
-  if (options.virtual_clock) return virtual_now_;
+  if (options.virtual_clock()) return virtual_now_;
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() -
                                                               began_)
       .count();
@@ -27,10 +27,8 @@ void Simulator::pause(Lock& lock, Nanoseconds until) {
 }
 
 void Simulator::pay(Lock& lock, Nanoseconds cost) {
-  if (options.virtual_clock) {
-    advance(lock, virtual_now_ + cost);
-    return;
-  }
+  if (options.concurrent()) return sleep_until(lock, virtual_now_ + cost);
+  if (options.virtual_clock()) return advance(lock, virtual_now_ + cost);
   if (cost <= 0) return;
   lock.unlock();
   const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(cost);
@@ -43,7 +41,8 @@ void Simulator::pay(Lock& lock, Nanoseconds cost) {
 Nanoseconds Simulator::duration(const Work& work) const {
   if (const auto* copy = std::get_if<Copy>(&work)) {
     const double rate = options.rates[static_cast<std::size_t>(copy->engine())];
-    return rate > 0 ? static_cast<Nanoseconds>(std::llround(copy->bytes / rate * 1e9)) : 0;
+    if (rate <= 0) return 0;
+    return options.copy_start + static_cast<Nanoseconds>(std::llround(copy->bytes / rate * 1e9));
   }
   return std::holds_alternative<Launch>(work) ? options.launch : 0;
 }
@@ -88,7 +87,7 @@ void Simulator::schedule_virtual(const OperationPtr& operation, Nanoseconds not_
 
 void Simulator::schedule(Stream& stream, OperationPtr operation) {
   const OperationPtr before = std::exchange(stream.tail, operation);
-  if (options.virtual_clock) {
+  if (options.virtual_clock()) {
     if (before && !before->done) operation->after.push_back(before);
     schedule_virtual(operation, virtual_now_);
     return;
@@ -184,6 +183,9 @@ bool Simulator::stop(std::chrono::milliseconds patience) {
     }
     all.insert(all.end(), leaving_.begin(), leaving_.end());
     for (const StreamPtr& stream : all) stream->wake.notify_all();
+    for (Sleeper* const sleeper : sleepers_) sleeper->wake.notify_all();
+    for (CostLock* const held : {&mapping_lock, &context_lock})
+      for (Sleeper* const sleeper : held->queue) sleeper->wake.notify_all();
     pacing_.notify_all();
     done_.notify_all();
     if (!done_.wait_for(lock, patience, [&] { return workers_ == 0; })) return false;

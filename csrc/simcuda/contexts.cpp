@@ -78,7 +78,7 @@ void Simulator::destroy_context(Lock& lock, Context* context, bool drop_work) {
   kill_context(*context, CUDA_ERROR_CONTEXT_IS_DESTROYED);
   // Running operations may still access memory that is about to be freed. With the virtual clock no
   // operation runs concurrently.
-  if (drop_work && !options.virtual_clock) synchronize_context(lock, context);
+  if (drop_work && !options.virtual_clock()) synchronize_context(lock, context);
   for (const StreamPtr& stream : std::set<StreamPtr>(context->streams)) {
     streams.take(stream->handle);
     remove_stream(lock, stream);

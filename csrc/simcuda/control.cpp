@@ -3,6 +3,8 @@
 #include "simcuda/simcuda.h"
 #pragma GCC visibility pop
 
+#include <sys/prctl.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -73,6 +75,15 @@ std::string report(const Simulator& sim) {
   for (std::size_t i = 0; i < kEngines; ++i) {
     out +=
         separator + quoted(name_of(static_cast<Engine>(i))) + ": " + std::to_string(sim.copied[i]);
+    separator = ", ";
+  }
+  out += "}, \"lock_waits\": {";
+  separator = "";
+  for (const auto& [name, lock] :
+       {std::pair{"mapping", &sim.mapping_lock}, {"context", &sim.context_lock}}) {
+    std::snprintf(seconds, sizeof seconds, "%.9f", static_cast<double>(lock->waited) * 1e-9);
+    out += separator + quoted(name) + ": {\"calls\": " + std::to_string(lock->waits) +
+           ", \"seconds\": " + seconds + "}";
     separator = ", ";
   }
   return out + "}}";
@@ -164,6 +175,23 @@ void simcuda_destroy_primary_context(void) {
   Locked locked;
   if (!locked.sim || locked.sim->devices.empty() || !locked.sim->devices[0].primary) return;
   locked.sim->destroy_context(locked.lock, locked.sim->devices[0].primary, true);
+}
+
+void simcuda_host_read(unsigned long long bytes) {
+  Locked locked;
+  if (locked.sim) locked.sim->host_read(locked.lock, bytes);
+}
+
+void simcuda_sleep(unsigned long long nanoseconds) {
+  {
+    Locked locked;
+    if (locked.sim && locked.sim->options.concurrent()) {
+      const auto slack = std::max(::prctl(PR_GET_TIMERSLACK), 0);
+      locked.sim->pay(locked.lock, static_cast<Nanoseconds>(nanoseconds) + slack);
+      return;
+    }
+  }
+  std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds));
 }
 
 double simcuda_now(void) {

@@ -124,7 +124,7 @@ void Simulator::access_memory(Lock& lock, const Operation& operation, Move move)
 
 CUresult Simulator::copy(Lock& lock, Operation& operation, const Copy& copy) {
   Nanoseconds end = 0;
-  if (const Nanoseconds length = duration(copy); length > 0 && !options.virtual_clock) {
+  if (const Nanoseconds length = duration(copy); length > 0 && !options.virtual_clock()) {
     end = reserve_engine(operation.context->device, copy.engine(), now(), length);
     pause(lock, end - std::min(length, static_cast<Nanoseconds>(copy.bytes / kOwnRate * 1e9)));
     if (stopping_ || state_of(*operation.context) != CUDA_SUCCESS) return CUDA_SUCCESS;
@@ -214,7 +214,7 @@ CUresult Simulator::launch(Lock& lock, Operation& operation, const Launch& launc
   };
   if (result == CUDA_SUCCESS) access_memory(lock, operation, run);
   for (Physical* const physical : pinned) memory.unpin(physical);
-  if (!options.virtual_clock && options.launch > 0) pause(lock, began + options.launch);
+  if (!options.virtual_clock() && options.launch > 0) pause(lock, began + options.launch);
   return result;
 }
 

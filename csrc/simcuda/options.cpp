@@ -61,9 +61,11 @@ bool parse_cost(const std::string& function, const std::string& text, Options* o
   return true;
 }
 
-bool parse_clock(const std::string& text, bool* is_virtual) {
-  *is_virtual = text == "virtual";
-  return text == "virtual" || text == "real";
+bool parse_clock(const std::string& text, ClockKind* out) {
+  *out = text == "virtual"      ? ClockKind::virtual_time
+         : text == "concurrent" ? ClockKind::concurrent
+                                : ClockKind::real;
+  return *out != ClockKind::real || text == "real";
 }
 
 bool parse_seconds(const std::string& text, Nanoseconds* out) {
@@ -90,11 +92,17 @@ bool set(const std::string& key, const std::string& value, Options* out) {
   if (key == "posix_fd") return parse(value, &out->posix_fd);
   if (key == "rdma") return parse(value, &out->rdma);
   if (key == "read_only_register") return parse(value, &out->read_only_register);
-  if (key == "clock") return parse_clock(value, &out->virtual_clock);
+  if (key == "clock") return parse_clock(value, &out->clock);
   if (key == "h2d") return parse(value, &out->rates[0]);
   if (key == "d2h") return parse(value, &out->rates[1]);
   if (key == "d2d") return parse(value, &out->rates[2]);
   if (key == "launch") return parse_seconds(value, &out->launch);
+  if (key == "copy_start") return parse_seconds(value, &out->copy_start);
+  if (key == "mapping_lock") return parse(value, &out->mapping_lock);
+  if (key == "context_lock") return parse(value, &out->context_lock);
+  if (key == "mapping_beside_copies") return parse(value, &out->mapping_beside_copies);
+  if (key == "read") return parse(value, &out->read);
+  if (key == "dram") return parse(value, &out->dram);
   if (key == "content") return parse(value, &out->content);
   if (key == "detector") return parse(value, &out->detector);
   if (key.rfind("cost.", 0) == 0) return parse_cost(key.substr(5), value, out);

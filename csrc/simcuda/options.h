@@ -24,6 +24,10 @@ struct Cost {
   double call = 0, granule = 0;  // nanoseconds
 };
 
+// "virtual_time" is the time of one thread; costs of several threads add up. In "concurrent" time
+// they overlap: time advances when every thread of the process waits.
+enum class ClockKind { real, virtual_time, concurrent };
+
 struct Options {
   int devices = 1;
   std::optional<std::vector<int>> visible;
@@ -33,13 +37,19 @@ struct Options {
   bool peers = false;  // any two devices are peers
   bool integrated = false, host_numa = false, posix_fd = true, rdma = true;
   bool read_only_register = true;
-  bool virtual_clock = false, detector = true;
+  ClockKind clock = ClockKind::real;
+  bool detector = true;
   std::array<double, kEngines> rates{};  // bytes per second; 0: no pacing
-  Nanoseconds launch = 0;
+  Nanoseconds launch = 0, copy_start = 0;
   std::array<Cost, kFunctions> costs{};
   bool any_cost = false;
+  bool mapping_lock = false, context_lock = false;
+  double mapping_beside_copies = 1;
+  double read = 0, dram = 0;  // bytes per second; 0: no limit
   std::uint64_t content = 0;
 
+  bool virtual_clock() const { return clock != ClockKind::real; }
+  bool concurrent() const { return clock == ClockKind::concurrent; }
   // Returns the number of devices that a program sees.
   int visible_devices() const;
   // Returns whether cuMemCreate can allocate memory of the host, which the CPU can access at the

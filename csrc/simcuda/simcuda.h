@@ -32,12 +32,27 @@ extern "C" {
 //   integrated=0              1: the device has no memory of its own; implies host_numa=1
 //   clock=real                "real": streams are threads. "virtual": there are no threads; time
 //                             advances by the costs of calls and by waits, and work runs when its
-//                             time has come
+//                             time has come. "concurrent": as "virtual" for programs of several
+//                             threads, whose costs overlap: time advances only while every thread
+//                             of the process sleeps. Timed waits of the program still end by the
+//                             real clock
 //   h2d=0  d2h=0  d2d=0       bytes per second of the copy engines, of which each device has its
 //                             own; 0: no pacing
+//   copy_start=0              seconds that a paced engine takes for each copy, whatever its size
 //   launch=0                  minimum seconds that a kernel takes
 //   cost.NAME=A+B             a call takes A microseconds, plus B for each granule of its bytes, if
 //                             it has any. A NAME without version means all its versions
+//   mapping_lock=0            1: all threads share a lock, held for the cost of cuMemMap and for
+//                             the cost of each mapping in cuMemSetAccess and cuMemUnmap
+//   mapping_beside_copies=1   factor of these three costs while a paced engine copies from the host
+//   context_lock=0            1: these three calls also hold a lock for their whole cost, and calls
+//                             that need a context hold it for theirs
+//   read=0                    bytes per second that one thread reads out of the page cache; 0:
+//   reads
+//                             take no time. Concurrent clock only, see simcuda_host_read()
+//   dram=0                    bytes per second of the host's memory. Each byte read takes three of
+//                             it (read, read for ownership, write back), each byte that a paced
+//                             engine copies from or to the host takes one; 0: no limit
 //   content=0                 leading bytes of each granule whose content is kept; 0: all of them.
 //                             Other bytes read as zeros
 //   detector=1                detect races, and memory that is released while in use
@@ -62,6 +77,13 @@ void simcuda_others_hold(unsigned long long bytes);
 void simcuda_break_context(int error);
 void simcuda_destroy_primary_context(void);
 
+// Says that the calling thread has just read that many bytes of a file into memory. On the
+// concurrent clock the call takes the time of the read (options `read` and `dram`), on others none.
+void simcuda_host_read(unsigned long long bytes);
+// Sleeps: on the concurrent clock in its time, with the timer slack that the system gives the
+// thread; on others in real time.
+void simcuda_sleep(unsigned long long nanoseconds);
+
 // Returns the seconds on the clock since the reset.
 double simcuda_now(void);
 // Reads the current content of device memory, whatever access is set. Returns 0, or -1 if part of
@@ -70,7 +92,8 @@ int simcuda_peek(unsigned long long address, void* out, unsigned long long bytes
 
 // Returns the observations since the reset, as JSON: {"violations": [{"kind": KIND, "message":
 // TEXT, "call": N}], "live": {KIND: COUNT, ...}, "calls": {FUNCTION: COUNT, ...}, "seconds": S,
-// "copied": {"h2d": BYTES, "d2h": BYTES, "d2d": BYTES}}. `call` is the number of the offending cu*
+// "copied": {"h2d": BYTES, "d2h": BYTES, "d2d": BYTES}, "lock_waits": {"mapping": {"calls": N,
+// "seconds": S}, "context": {"calls": N, "seconds": S}}}. `call` is the number of the offending cu*
 // call since the reset, counted from 1. The caller frees the text with simcuda_free().
 //
 // Kinds: race (unordered overlapping accesses, at least one of them a write), use-while-unmapped

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <string>
@@ -16,6 +17,7 @@
 
 #include "simcuda/detector.h"
 #include "simcuda/handles.h"
+#include "simcuda/threads.h"
 
 namespace warmserve::simcuda {
 
@@ -111,6 +113,26 @@ struct Fault {
   CUresult error;
 };
 
+constexpr Nanoseconds kNeverDue = std::numeric_limits<Nanoseconds>::max();
+
+// A thread that waits for a time on the concurrent clock, or for a cost lock.
+struct Sleeper {
+  Nanoseconds until = kNeverDue;
+  double unread = 0;  // bytes of a file that the thread is still reading
+  bool woken = false;
+  pid_t thread = 0;
+  std::condition_variable wake;
+};
+
+// A lock of the real driver, held while a thread pays certain costs. Threads get it in the order in
+// which they asked.
+struct CostLock {
+  bool held = false;
+  std::deque<Sleeper*> queue;
+  std::uint64_t waits = 0;  // calls that had to wait, and the time they waited
+  Nanoseconds waited = 0;
+};
+
 class Simulator {
  public:
   explicit Simulator(const Options& options);
@@ -140,6 +162,7 @@ class Simulator {
   const char* last_fault = "";
   std::vector<Fault> faults;
   std::array<std::uint64_t, kEngines> copied{};
+  CostLock mapping_lock, context_lock;
 
   // --- contexts (contexts.cpp) ---
   Context* find_context(CUcontext handle) const;
@@ -183,12 +206,20 @@ class Simulator {
   // Adds the stream's operations to the host's vector clock: the host has waited for all of them.
   void know_stream(Stream& stream);
 
-  // --- time and execution (clock.cpp, execute.cpp) ---
+  // --- time and execution (clock.cpp, concurrent.cpp, execute.cpp) ---
   Nanoseconds now() const;
   // Virtual clock: moves the time to `to` and runs the operations due by then. May release the lock
   // for host functions.
   void advance(Lock& lock, Nanoseconds to);
   void pay(Lock& lock, Nanoseconds cost);
+  // Concurrent clock: blocks until then.
+  void sleep_until(Lock& lock, Nanoseconds until);
+  // Concurrent clock: blocks for the time in which this thread reads `bytes` of a file.
+  void host_read(Lock& lock, std::uint64_t bytes);
+  void take(Lock& lock, CostLock& wanted);  // blocks
+  void give(CostLock& held);
+  // Returns the bytes per second that the engine copies now, on all devices together.
+  double traffic(Engine engine) const;
   void schedule(Stream& stream, OperationPtr operation);
   void schedule_virtual(const OperationPtr& operation, Nanoseconds not_before);
   // Stops the threads and their current operations. Returns false if a host function does not
@@ -221,6 +252,12 @@ class Simulator {
   Nanoseconds duration(const Work& work) const;
   Nanoseconds reserve_engine(int device, Engine engine, Nanoseconds ready, Nanoseconds duration);
 
+  void sleep(Lock& lock, Sleeper& self);
+  void conduct(Lock& lock, const Sleeper& self);
+  void step(Lock& lock);
+  double read_rate() const;
+  Nanoseconds next_traffic_change() const;
+
   struct Later {
     bool operator()(const OperationPtr& a, const OperationPtr& b) const {
       return a->end != b->end ? a->end > b->end : a->sequence > b->sequence;
@@ -235,6 +272,9 @@ class Simulator {
   std::uint64_t next_sequence_ = 0;
   std::vector<OperationPtr> due_;  // virtual clock: a heap by Later
   std::array<std::array<std::vector<Busy>, kEngines>, kMaxDevices> busy_;  // by device
+  std::vector<Sleeper*> sleepers_;  // concurrent clock: threads that wait
+  bool conducting_ = false;         // one of them moves the clock
+  Threads threads_;                 // used by that thread, without the lock
   std::condition_variable done_;    // notified when an operation or thread ends, and by stop()
   std::condition_variable pacing_;  // notified by stop() only
   std::size_t moving_ = 0;          // operations that move bytes without the lock

@@ -86,7 +86,7 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
     end.join(clocks[i]);
   }
   std::vector<OperationPtr> leaves;
-  if (options.virtual_clock) {
+  if (options.virtual_clock()) {
     add(&first, stream.tail);
     std::vector<OperationPtr> made;
     for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
@@ -104,7 +104,7 @@ CUresult Simulator::launch_graph(Stream& stream, GraphExec& exec, const Origin& 
     }
   }
   auto last = std::make_shared<Operation>();
-  if (!options.virtual_clock) last->work = GraphRun{exec.graph};
+  if (!options.virtual_clock()) last->work = GraphRun{exec.graph};
   last->context = stream.context;
   last->call = origin.call;
   last->races = races;
@@ -167,7 +167,10 @@ void Simulator::know_stream(Stream& stream) {
 
 CUresult Simulator::wait_for(Lock& lock, const OperationPtr& operation, Context* context) {
   if (operation && !operation->done) {
-    if (options.virtual_clock) advance(lock, operation->end);
+    if (options.concurrent())
+      sleep_until(lock, operation->end);
+    else if (options.virtual_clock())
+      advance(lock, operation->end);
     ++waiting_;
     done_.wait(lock, [&] { return operation->done || stopping_; });
     --waiting_;

@@ -19,20 +19,18 @@ see its violations.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from warmserve_rt._units import parse_bytes
 
-from ._simcuda_library import Control, Faults
+from ._simcuda_library import Control, SimulatedCuda, Violation
+from .profiles import PROFILES, Profile
 
 __all__ = ["SimulatedCuda", "Violation", "simulated_cuda", "simulated_cuda_fixture"]
 
@@ -40,104 +38,12 @@ LIBRARY = Path(__file__).parent.with_name("libwarmserve_simcuda.so")
 _open = threading.Lock()  # held while a simulated driver is open
 
 
-@dataclass(frozen=True)
-class Violation:
-    """An operation that CUDA forbids or leaves undefined."""
-
-    kind: str  # race, use-while-unmapped, uninitialised-read, leak, misuse
-    message: str
-    call: int  # the number of the offending driver call, counted from 1; 0: no call
-
-    def __str__(self) -> str:
-        return f"{self.kind} at call {self.call}: {self.message}"
-
-
-class SimulatedCuda:
-    """The simulated driver of this process; made by :func:`simulated_cuda`."""
-
-    def __init__(self, library: Path, control: Control) -> None:
-        self.library = library
-        """A path with the name ``libcuda.so.1``, for code that opens the library by path."""
-        self.faults = Faults(control)
-        self._control = control
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment for a subprocess that opens ``libcuda.so.1`` itself."""
-        folders = [str(self.library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
-        return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, folders))}
-
-    def report(self) -> dict[str, Any]:
-        """Return violations, live, calls, seconds and copied (see csrc/simcuda/simcuda.h)."""
-        text = self._control.report()
-        try:
-            report: dict[str, Any] = json.loads(ctypes.string_at(text))
-        finally:
-            self._control.free(text)
-        return report
-
-    @property
-    def violations(self) -> list[Violation]:
-        return [Violation(**found) for found in self.report()["violations"]]
-
-    @property
-    def live(self) -> dict[str, int]:
-        """The number of existing objects, by kind."""
-        return dict(self.report()["live"])
-
-    @property
-    def calls(self) -> dict[str, int]:
-        """The number of calls of each called function, including injected failures."""
-        return dict(self.report()["calls"])
-
-    @property
-    def copied(self) -> dict[str, int]:
-        """Copied bytes by direction: h2d, d2h, d2d."""
-        return dict(self.report()["copied"])
-
-    @property
-    def now(self) -> float:
-        """Seconds on the driver's clock since it was reset."""
-        return float(self._control.now())
-
-    def peek(self, address: int, nbytes: int) -> bytes:
-        """Return device memory as it is now, regardless of access rights and of pending work.
-
-        Raises ValueError if the range is not mapped.
-        """
-        out = ctypes.create_string_buffer(nbytes)
-        if self._control.peek(address, out, nbytes):
-            raise ValueError(f"[{address:#x}, +{nbytes}) is not mapped")
-        return out.raw
-
-    def others_hold(self, nbytes: int | str) -> None:
-        """Set the number of bytes of device 0 that other processes hold from now on."""
-        self._control.others_hold(parse_bytes(nbytes, "nbytes"))
-
-    def break_context(self, error: int) -> None:
-        """Make the context of device 0 fail: all work returns this CUresult from now on."""
-        self._control.break_context(error)
-
-    def destroy_primary_context(self) -> None:
-        """Destroy the primary context, like a library that resets a context it shares."""
-        self._control.destroy_primary_context()
-
-    def check(self, leaks: bool = True) -> None:
-        """Raise AssertionError if there was a violation.
-
-        With ``leaks``, also raise it if an object of the driver still exists. Each kind of leaked
-        object is reported once.
-        """
-        if leaks:
-            self._control.check_leaks()
-        found = [each for each in self.violations if leaks or each.kind != "leak"]
-        if found:
-            lines = "\n".join(f"  {each}" for each in found)
-            raise AssertionError(f"{len(found)} violations of CUDA's rules:\n{lines}")
-
-
 def _options(given: Mapping[str, object], costs: Mapping[str, tuple[float, float]]) -> str:
-    lines = [f"{key}={value}" for key, value in given.items() if value is not None]
+    lines = [
+        f"{key}={int(value) if isinstance(value, bool) else value}"
+        for key, value in given.items()
+        if value is not None
+    ]
     lines += [f"cost.{name}={call!r}+{granule!r}" for name, (call, granule) in costs.items()]
     return "".join(f"{line}\n" for line in lines)
 
@@ -149,11 +55,18 @@ def simulated_cuda(
     peers: bool = False,
     memory: int | str = "8GiB",
     granularity: int | str = "2MiB",
-    clock: Literal["real", "virtual"] = "real",
+    profile: Literal["h200"] | None = None,
+    clock: Literal["real", "virtual", "concurrent"] | None = None,
     h2d: float | None = None,
     d2h: float | None = None,
     d2d: float | None = None,
-    launch: float = 0.0,
+    copy_start: float | None = None,
+    launch: float | None = None,
+    read: float | None = None,
+    dram: float | None = None,
+    mapping_lock: bool | None = None,
+    mapping_beside_copies: float | None = None,
+    context_lock: bool | None = None,
     costs: Mapping[str, tuple[float, float]] | None = None,
     content: int | None = None,
     driver_version: int = 13000,
@@ -177,12 +90,30 @@ def simulated_cuda(
         Any two devices can access each other's memory once access is set.
     memory, granularity : int or str
         Bytes of each device, and its granularity.
-    clock : "real" or "virtual"
-        Virtual: no threads; time is counted and not waited for.
+    profile : "h200", optional
+        Take costs that were measured on this device for ``clock`` to ``costs``, as far as these are
+        not given. See ``docs/testing.md``. Default: every cost is zero.
+    clock : "real", "virtual" or "concurrent", optional
+        Virtual: streams have no threads; time is counted and not waited for, and the costs of all
+        threads add up. Concurrent: the same, but the costs of several threads overlap, and time
+        advances only while every thread of the process sleeps. Default: the profile's, or real.
     h2d, d2h, d2d : float, optional
         Bytes per second of each device's copy engines. Default: as fast as possible.
-    launch : float
+    copy_start : float, optional
+        Seconds that a copy engine takes for each copy besides its bytes. Only for engines with a
+        speed.
+    launch : float, optional
         Minimum duration of a kernel in seconds.
+    read, dram : float, optional
+        Bytes per second that a thread reads out of the page cache, and of the host's memory, which
+        reads and copies share. Concurrent clock only. Default: no limit.
+    mapping_lock : bool, optional
+        Map, set-access and unmap calls of all threads take turns, mapping by mapping.
+    mapping_beside_copies : float, optional
+        Factor of these calls' costs while a copy from the host is moving. Default: 1.
+    context_lock : bool, optional
+        These calls also hold a lock that launches, queries and copies take for their own cost.
+        :meth:`SimulatedCuda.report` counts waits for both locks as ``lock_waits``.
     costs : mapping of function to (float, float), optional
         Microseconds that a function takes for each call and for each granule it concerns, as in
         ``{"cuMemSetAccess": (24.0, 30.0)}``. For cuMemSetAccess and cuMemUnmap the second number is
@@ -218,11 +149,29 @@ def simulated_cuda(
     -----
     Objects that are not released before the end of the ``with`` are destroyed: do not use them.
     """
+    if profile is not None and profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     path = Path(library or LIBRARY).resolve()
     if not path.exists():
         raise ValueError(f"library must be a simulated driver, but {path} does not exist")
+    costs_of = PROFILES[profile] if profile else Profile()
+    paced = {
+        "clock": clock,
+        "h2d": h2d,
+        "d2h": d2h,
+        "d2d": d2d,
+        "copy_start": copy_start,
+        "launch": launch,
+        "read": read,
+        "dram": dram,
+        "mapping_lock": mapping_lock,
+        "mapping_beside_copies": mapping_beside_copies,
+        "context_lock": context_lock,
+    }
     options = _options(
         {
+            **costs_of.options,
+            **{key: value for key, value in paced.items() if value is not None},
             "devices": devices,
             "peers": int(peers),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible,
@@ -233,15 +182,10 @@ def simulated_cuda(
             "granularity": parse_bytes(granularity, "granularity"),
             "integrated": int(integrated),
             "host_numa": int(host_numa),
-            "clock": clock,
-            "h2d": h2d,
-            "d2h": d2h,
-            "d2d": d2d,
-            "launch": launch,
             "content": content,
             "detector": int(detector),
         },
-        costs or {},
+        {**costs_of.costs, **(costs or {})},
     )
     if not _open.acquire(blocking=False):
         raise ValueError("a simulated driver is already open: a process can have only one")

@@ -27,6 +27,7 @@ class Interposer : public Driver {
   void peer_wrote(Address address, std::uint64_t bytes) noexcept override {
     inner_->peer_wrote(address, bytes);
   }
+  void host_read(std::uint64_t bytes) noexcept override { inner_->host_read(bytes); }
   Status stream_step(StreamId stream) override { return inner_->stream_step(stream); }
 
 #define WARMSERVE_FORWARD(name, parameters, ...)                      \

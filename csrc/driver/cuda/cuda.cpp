@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -68,6 +67,9 @@ class CudaDriver final : public Driver {
                           StreamId stream) override;
   Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override;
   Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) override;
+  void host_read(std::uint64_t bytes) noexcept override {
+    if (const auto read = context_.library().simcuda_host_read) read(bytes);
+  }
   Status launch(const KernelCall& call, StreamId stream) override;
 
  private:
@@ -307,7 +309,7 @@ Status CudaDriver::event_wait(EventId event, std::chrono::microseconds timeout) 
     const Status status = event_query(event);
     const auto left = timeout - std::chrono::duration_cast<microseconds>(Clock::now() - begin);
     if (status != Status::not_ready || left <= microseconds(0)) return status;
-    std::this_thread::sleep_for(std::min(pause, left));
+    context_.library().sleep(std::min(pause, left));
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <thread>
+
 #include "base/error.h"
 
 namespace warmserve::cuda {
@@ -51,7 +53,17 @@ Library::Library(const std::string& name) {
     throw unusable(name + " (CUDA " + version_text(version) + ") lacks " #function ": update it");
   WARMSERVE_CUDA_FUNCTIONS(X)
 #undef X
+  simcuda_host_read =
+      reinterpret_cast<decltype(simcuda_host_read)>(::dlsym(library, "simcuda_host_read"));
+  simcuda_sleep = reinterpret_cast<decltype(simcuda_sleep)>(::dlsym(library, "simcuda_sleep"));
   require_started("cuInit", cuInit(0));
+}
+
+void Library::sleep(std::chrono::nanoseconds time) const {
+  if (simcuda_sleep)
+    simcuda_sleep(static_cast<unsigned long long>(time.count()));
+  else
+    std::this_thread::sleep_for(time);
 }
 
 std::string describe(CUresult result) {

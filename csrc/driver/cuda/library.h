@@ -1,6 +1,7 @@
 // libcuda, opened at run time: every function that this project calls, by its exported name.
 #pragma once
 
+#include <chrono>
 #include <string>
 
 #include "driver/cuda/abi.h"
@@ -17,6 +18,13 @@ struct Library {
 #define X(name, parameters) CUresult(*name) parameters = nullptr;
   WARMSERVE_CUDA_FUNCTIONS(X)
 #undef X
+  // Functions of the simulated driver, on whose clock reads of files and sleeps take time; null in
+  // other libraries.
+  void (*simcuda_host_read)(unsigned long long bytes) = nullptr;
+  void (*simcuda_sleep)(unsigned long long nanoseconds) = nullptr;
+
+  // Blocks. On the simulated driver's clock, if it has one of its own.
+  void sleep(std::chrono::nanoseconds time) const;
 };
 
 // Returns "CUDA_ERROR_ILLEGAL_ADDRESS (700)", or only the number if abi.h has no name for it.
