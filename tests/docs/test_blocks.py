@@ -83,7 +83,7 @@ def run_guide(found: list[Block], tmp_path: Path, capfd: Any) -> None:
         runtime.prewarm("code").wait()
         names: dict[str, Any] = {"runtime": runtime, "path": path}
         unmarked = [block for block in found if not block.marker]
-        assert len(unmarked) == 5
+        assert len(unmarked) == 6
         unmarked[0].run(names)
         state = runtime.snapshot().models
         assert [layer.residency for layer in state["chat"].layers] == ["resident"] * (LAYERS + 1)

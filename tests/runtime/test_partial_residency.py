@@ -204,7 +204,8 @@ def test_a_cancelled_load_keeps_the_arrived_layers(runtime: Runtime) -> None:
     ticket.cancel()
     ticket.cancel()  # a second cancellation does nothing
     run(runtime)
-    assert resident(runtime, "a") == [0, 1]
+    # Layer 2 is one chunk, which may have been sent before the cancellation.
+    assert resident(runtime, "a") in ([0, 1], [0, 1, 2])
     with runtime.lease("a", layers=2):
         pass
     with pytest.raises(Cancelled):
