@@ -217,7 +217,7 @@ def test_a_new_copy_leaves_room_for_wider_ones(free: list[int], first: int) -> N
 
 
 def test_copies_on_half_filled_devices_can_be_extended() -> None:
-    """Each model comes to its floor first, and then to its end on the same device."""
+    """A copy is held up to its floor first, and then up to its end on the same device."""
     nbytes = np.full(8, 1_000_000, np.int64)
     value = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.1, 1.2, 1.3, 1.4])
     copies = improve(
