@@ -131,7 +131,7 @@ def steps(count: int) -> list[ValueCurve]:
     return [ValueCurve(f"m{i}", 1, nbytes, value) for i in range(count)]
 
 
-def test_a_step_is_not_evicted_in_part() -> None:
+def test_a_part_of_a_step_is_not_sold_for_its_share() -> None:
     """By the hull, three of the eight layers of m0 would be worth less than all layers of m1."""
     found = improve(
         Curves(steps(2)),
@@ -145,7 +145,7 @@ def test_a_step_is_not_evicted_in_part() -> None:
     assert found_of(found) == [(0, 0, 8)]
 
 
-def test_a_fleet_fills_up_with_whole_floors() -> None:
+def test_a_fleet_of_floors_is_filled() -> None:
     copies: list[Copy] = []
     for _ in range(3):
         taken = [sum(c.layers for c in copies if c.first == d) * 1e6 for d in range(4)]
@@ -176,7 +176,7 @@ def test_a_curve_stops_where_a_unit_more_is_worth_less() -> None:
     assert nothing.stops.tolist() == [0]
 
 
-def test_a_copy_that_does_not_fit_is_held_in_part() -> None:
+def test_what_does_not_fit_whole_comes_in_part() -> None:
     """The part with the most value per byte does not fit.
 
     The plan holds a smaller part, up to the stop after which another unit is worth less.
@@ -217,7 +217,7 @@ def test_a_new_copy_leaves_room_for_wider_ones(free: list[int], first: int) -> N
 
 
 def test_copies_on_half_filled_devices_can_be_extended() -> None:
-    """Each model reaches its floor first, and then its end on the same device."""
+    """A copy is held up to its floor first, and then up to its end on the same device."""
     nbytes = np.full(8, 1_000_000, np.int64)
     value = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.1, 1.2, 1.3, 1.4])
     copies = improve(
@@ -242,7 +242,7 @@ def two_models(value: float) -> list[ValueCurve]:
 
 
 @pytest.mark.parametrize(("value", "stays"), [(1.05, True), (1.2, False)])
-def test_a_held_copy_gives_way_only_to_a_clearly_better_one(value: float, stays: bool) -> None:
+def test_what_is_there_goes_only_for_what_is_clearly_better(value: float, stays: bool) -> None:
     found = improve(
         Curves(two_models(value)),
         np.array([1.0, 1.0]),
@@ -282,7 +282,7 @@ def test_one_copy_can_take_the_room_of_a_hundred() -> None:
     assert found_of(found) == [(100, 0, 1)]
 
 
-def test_a_copy_in_use_is_never_evicted() -> None:
+def test_what_an_instance_uses_is_no_victim() -> None:
     found = improve(
         Curves(two_models(100.0)),
         np.array([1.0, 1.0]),
