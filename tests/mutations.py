@@ -369,8 +369,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the simulated time advances while a thread of the program runs",
-        "csrc/simcuda/threads.cpp",
-        "if (!sleeps(each.thread->state)) return false;",
+        "csrc/simcuda/concurrent.cpp",
+        "all = all && threads_.all_asleep(asleep);",
         "",
         "simcuda/test_simcuda_costs.py::test_the_clock_stands_while_a_thread_runs",
     ),
