@@ -70,7 +70,7 @@ std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer&
     const std::uint64_t bytes = from_host ? std::min(piece, zeros - at) : end - at;
     const auto pending = std::make_shared<InFlightCopy>(InFlightCopy{
         load, options.generation, bytes, options.urgent, from_host ? bytes_read.owner : nullptr,
-        copies_of(layer, at, bytes, from_host ? &bytes_read.memory : nullptr)});
+        copies_of(layer, at, bytes, from_host ? &bytes_read : nullptr)});
     try {
       if (!send_piece(pending, deadline, options)) break;
     } catch (...) {
@@ -91,11 +91,11 @@ CopyEngine::HostBytes CopyEngine::bytes_of(const Model& model, const Layer& laye
                                            const CopyOptions& options) {
   if (options.cached) {
     check_files_unchanged(model.files, layer.source, begin, end);
-    return {options.image, options.image->memory()};
+    return {options.image, options.image->memory(), options.image->units.slabs()};
   }
   HostBytes made;
   if (options.image) {
-    made = {options.image, options.image->memory()};
+    made = {options.image, options.image->memory(), options.image->units.slabs()};
   } else {
     const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
     made = {chunk, {begin, staging_.chunk_bytes(), {chunk->data()}}};
@@ -109,21 +109,21 @@ CopyEngine::HostBytes CopyEngine::bytes_of(const Model& model, const Layer& laye
 }
 
 // Returns the copies of layer bytes [begin, begin + bytes) from the memory to the layer's granules;
-// null: zeros. One copy covers adjacent granules if their bytes are adjacent in the memory.
+// null: zeros. One copy covers adjacent granules if their bytes are adjacent in one pinned region.
 std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
-                                        std::uint64_t bytes, const Destination* from) const {
+                                        std::uint64_t bytes, const HostBytes* from) const {
   const std::uint64_t granule_bytes = arena_.granule_bytes();
   std::vector<Copy> copies;
   const auto add = [&](const std::byte* memory, std::uint64_t at, std::uint64_t end) {
+    bool joins = !copies.empty() && (!from || from->continues(at));
     while (at < end) {
       const std::uint64_t stop = std::min(end, (at / granule_bytes + 1) * granule_bytes);
       const Address to = arena_.window(layer.granules[at / granule_bytes]) + at % granule_bytes;
-      Copy* const last = copies.empty() ? nullptr : &copies.back();
-      if (last && last->to + last->bytes == to &&
-          (last->from ? last->from + last->bytes == memory : !memory))
-        last->bytes += stop - at;
+      if (joins && copies.back().ends_at(to, memory))
+        copies.back().bytes += stop - at;
       else
         copies.push_back({to, memory, stop - at});
+      joins = true;
       if (memory) memory += stop - at;
       at = stop;
     }
@@ -133,10 +133,11 @@ std::vector<Copy> CopyEngine::copies_of(const Layer& layer, std::uint64_t begin,
     return copies;
   }
   std::uint64_t at = begin;
-  for_each_piece(*from, begin, begin + bytes, [&](const std::byte* memory, std::uint64_t count) {
-    add(memory, at, at + count);
-    at += count;
-  });
+  for_each_piece(from->memory, begin, begin + bytes,
+                 [&](const std::byte* memory, std::uint64_t count) {
+                   add(memory, at, at + count);
+                   at += count;
+                 });
   return copies;
 }
 

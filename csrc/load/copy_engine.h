@@ -103,12 +103,18 @@ class CopyEngine {
   struct HostBytes {
     std::shared_ptr<const void> owner;
     Destination memory;
+    std::span<const std::uint32_t> slabs{};  // of the blocks of an image
+    // Returns whether the block at a layer offset continues the pinned region of the one before.
+    bool continues(std::uint64_t offset) const {
+      const std::uint64_t block = (offset - memory.layer_offset) / memory.block_bytes;
+      return slabs.empty() || block == 0 || slabs[block] == slabs[block - 1];
+    }
   };
   StagingPool::Chunk chunk();
   HostBytes bytes_of(const Model& model, const Layer& layer, std::uint64_t begin, std::uint64_t end,
                      const CopyOptions& options);
   std::vector<Copy> copies_of(const Layer& layer, std::uint64_t begin, std::uint64_t bytes,
-                              const Destination* from) const;
+                              const HostBytes* from) const;
   bool send_piece(const InFlightCopyPtr& pending, Deadline deadline, const CopyOptions& options);
   bool begin(const InFlightCopyPtr& pending);
   void begin_on_own_link(const InFlightCopyPtr& pending);

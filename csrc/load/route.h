@@ -18,6 +18,11 @@ struct Copy {
   Address to;
   const std::byte* from;  // null: zeros, which the device's own stream writes
   std::uint64_t bytes;
+
+  // Returns whether the copy ends where a copy of these addresses would begin.
+  bool ends_at(Address next_to, const std::byte* next_from) const {
+    return to + bytes == next_to && (from ? from + bytes == next_from : !next_from);
+  }
 };
 
 // Copies on a route that were started together. Thread-safe.

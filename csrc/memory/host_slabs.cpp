@@ -76,7 +76,8 @@ bool HostSlabs::pin_next() {
              ": " + error;
     return false;
   }
-  for (std::uint64_t at = 0; at < bytes; at += kUnitBytes) free_.insert(slab->data() + at);
+  const auto number = static_cast<std::uint32_t>(slabs_.size());
+  for (std::uint64_t at = 0; at < bytes; at += kUnitBytes) free_.emplace(slab->data() + at, number);
   slabs_.push_back(std::move(slab));
   pinned_ += bytes;
   return true;
@@ -100,15 +101,21 @@ std::size_t HostSlabs::free_units() const {
 std::optional<HostSlabs::Units> HostSlabs::take(std::size_t count) {
   const std::lock_guard lock(mutex_);
   if (count > free_.size()) return std::nullopt;
-  const auto end = std::next(free_.begin(), static_cast<std::ptrdiff_t>(count));
-  std::vector<std::byte*> blocks(free_.begin(), end);
-  free_.erase(free_.begin(), end);
-  return Units(this, std::move(blocks));
+  Units units(this);
+  units.blocks_.reserve(count);
+  units.slabs_.reserve(count);
+  units.nodes_.reserve(count);
+  while (units.nodes_.size() < count) {
+    units.blocks_.push_back(free_.begin()->first);
+    units.slabs_.push_back(free_.begin()->second);
+    units.nodes_.push_back(free_.extract(free_.begin()));
+  }
+  return units;
 }
 
-void HostSlabs::give_back(const std::vector<std::byte*>& blocks) noexcept {
+void HostSlabs::give_back(std::vector<Free::node_type>& nodes) noexcept {
   const std::lock_guard lock(mutex_);
-  free_.insert(blocks.begin(), blocks.end());
+  for (auto& node : nodes) free_.insert(std::move(node));
 }
 
 void HostSlabs::stop() {

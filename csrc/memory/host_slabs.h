@@ -6,10 +6,10 @@
 // it has. The pool has its own lock, a leaf.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -20,6 +20,8 @@
 namespace warmserve {
 
 class HostSlabs {
+  using Free = std::map<std::byte*, std::uint32_t>;  // units by address, with their slab's number
+
  public:
   static constexpr std::uint64_t kUnitBytes = 2 * kMiB;
 
@@ -27,19 +29,26 @@ class HostSlabs {
   class Units {
    public:
     Units(Units&& other) noexcept
-        : pool_(std::exchange(other.pool_, nullptr)), blocks_(std::move(other.blocks_)) {}
+        : pool_(std::exchange(other.pool_, nullptr)),
+          blocks_(std::move(other.blocks_)),
+          slabs_(std::move(other.slabs_)),
+          nodes_(std::move(other.nodes_)) {}
     Units& operator=(Units&&) = delete;
     ~Units() {
-      if (pool_) pool_->give_back(blocks_);
+      if (pool_) pool_->give_back(nodes_);
     }
     const std::vector<std::byte*>& blocks() const noexcept { return blocks_; }
+    // The number of each block's slab. A copy may not cross from one slab to another, also if their
+    // addresses are adjacent.
+    const std::vector<std::uint32_t>& slabs() const noexcept { return slabs_; }
 
    private:
     friend class HostSlabs;
-    Units(HostSlabs* pool, std::vector<std::byte*> blocks) noexcept
-        : pool_(pool), blocks_(std::move(blocks)) {}
+    explicit Units(HostSlabs* pool) noexcept : pool_(pool) {}
     HostSlabs* pool_;
     std::vector<std::byte*> blocks_;
+    std::vector<std::uint32_t> slabs_;
+    std::vector<Free::node_type> nodes_;  // so that giving back allocates nothing
   };
 
   struct State {
@@ -68,7 +77,7 @@ class HostSlabs {
  private:
   void pin_all();
   bool pin_next();
-  void give_back(const std::vector<std::byte*>& blocks) noexcept;
+  void give_back(std::vector<Free::node_type>& nodes) noexcept;
 
   const DevicePtr device_;
   const std::uint64_t budget_;
@@ -76,7 +85,7 @@ class HostSlabs {
   mutable std::mutex mutex_;  // guards all below
   std::vector<std::unique_ptr<PinnedRegion>> slabs_;
   std::uint64_t pinned_ = 0;
-  std::set<std::byte*> free_;  // in the order of their addresses
+  Free free_;
   std::string error_;
   bool stopping_ = false;
 

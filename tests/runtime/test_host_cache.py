@@ -3,6 +3,7 @@ although it has a layer."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,6 +287,25 @@ def test_the_cache_keeps_what_is_pinned_if_pinning_fails(tmp_path: Path) -> None
         assert load(runtime, "m") == expected(1)
         assert runtime.snapshot().host_cache.hits == 2
     watched.check()
+
+
+def test_no_copy_crosses_from_one_pinned_slab_to_another(tmp_path: Path) -> None:
+    nbytes = 600 * MIB  # three slabs
+    header = json.dumps({"w": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}})
+    path = tmp_path / "m.safetensors"
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(file.tell() + nbytes)
+    with testing.simulated_cuda(memory="1GiB", content=4096, detector=False) as cuda:
+        driver = testing.watch(cuda=cuda).driver
+        with Runtime(
+            driver=driver, arena="640MiB", granule="8MiB", host_cache="600MiB", tensors="dlpack",
+            pump=True,
+        ) as runtime:  # fmt: skip
+            runtime.register("m", path)
+            runtime.prewarm("m", to="host").wait()
+            runtime.prewarm("m").wait()
+            assert runtime.snapshot().host_cache.hits == 1
 
 
 @pytest.fixture

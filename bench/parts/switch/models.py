@@ -17,6 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 SMALL, LARGE = LLAMA_2GIB, Llama(4096, 11008, 4096, 32000, 32)  # 2.2, 13.5 GB
 EXPERTS = 64
+UNIT = 2 << 20  # bytes that the host cache lends
 
 
 def shortened(model: Llama, share: float) -> Llama:
@@ -68,3 +69,10 @@ def arena_for(path: Path, granule: int) -> int:
     with closing(open_checkpoint(path)) as opened:
         needs = [math.ceil(layer.nbytes / granule) for layer in build_layout(opened).layers]
     return (sum(needs) + max(needs) // 2) * granule
+
+
+def cache_for(path: Path) -> int:
+    """Return the bytes of a host cache for two such models, in units of 2 MiB."""
+    with closing(open_checkpoint(path)) as opened:
+        layers = build_layout(opened).layers
+    return 2 * sum(math.ceil(layer.nbytes / UNIT) for layer in layers) * UNIT
