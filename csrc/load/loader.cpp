@@ -139,7 +139,10 @@ LoadQueue::Visited Loader::step_load(Lock& lock, LayerLoad& load) {
   }
   std::vector<Layer*> victims;
   switch (find_room(lock, load, victims)) {
-    case Room::enough: start(lock, load, victims); return worked;
+    case Room::enough:
+      if (!victims.empty() && evicts_behind_another(load)) return LoadQueue::Visited::no_room;
+      start(lock, load, victims);
+      return worked;
     case Room::later: return LoadQueue::Visited::no_room;
     case Room::never: {
       const TicketPtr ticket = load.most_urgent();
@@ -150,6 +153,14 @@ LoadQueue::Visited Loader::step_load(Lock& lock, LayerLoad& load) {
     }
   }
   return cannot;
+}
+
+// Returns whether a load that is ahead of this one is evicting layers now. The driver unmaps
+// granules one after the other, whichever thread asks, so a second eviction would only delay the
+// first one.
+bool Loader::evicts_behind_another(const LayerLoad& load) const {
+  return std::any_of(evicting_.begin(), evicting_.end(),
+                     [&](const LayerLoad* other) { return other->rank < load.rank; });
 }
 
 // Returns whether the load can get granules now, later or never. Sets `victims` if layers have to
@@ -196,6 +207,7 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
   state_.transition(lock, layer, filling);
   state_.mark_busy(lock, layer);
   load.phase = Phase::starting;
+  if (!victims.empty()) evicting_.push_back(&load);
   queue_.relist(lock, load);
   std::exception_ptr error;
   bool gave_up = false;  // remembered: a ticket may join the load before the lock is taken again
@@ -220,6 +232,7 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
     error = std::current_exception();
   }
   if (!lock.owns_lock()) lock.lock();
+  std::erase(evicting_, &load);
   state_.mark_idle(lock, layer);
   load.phase = Phase::copying;
   queue_.relist(lock, load);

@@ -96,6 +96,7 @@ class Loader {
   bool step_once(Lock& lock);
   LoadQueue::Visited step_load(Lock& lock, LayerLoad& load);
   Room find_room(const Lock&, LayerLoad& load, std::vector<Layer*>& victims);
+  bool evicts_behind_another(const LayerLoad& load) const;
   void start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victims);
   void choose_source(const Lock& lock, LayerLoad& load);
   LoadQueue::Visited start_to_host(Lock& lock, LayerLoad& load);
@@ -128,6 +129,7 @@ class Loader {
   bool pump_, stopping_ = false;
   LoadQueue queue_;
   Pace pace_;
+  std::vector<const LayerLoad*> evicting_;  // the loads that evict layers for their room now
   bool host_room_wanted_ = false;   // a load to the host cache waits for memory that is pinned
   std::deque<TicketPtr> swapping_;  // loaded, but the model that they swap out is not evicted yet
 

@@ -30,6 +30,7 @@ HostImagePtr HostCache::make(const Lock&, const Layer& layer) {
 bool HostCache::make_room(const Layer& layer, std::size_t units) {
   std::size_t have = slabs_.free_units();
   if (units <= have) return true;
+  if (slabs_.growing()) return false;  // memory is still being pinned
   std::vector<Layer*> order;
   for (Layer* other : cached_)
     if (other->image.use_count() == 1 && other->keep_value <= layer.keep_value)
