@@ -67,7 +67,7 @@ def main() -> None:
         choices=["host", "simulator", "foreground", "cancel", "interleavings"],
         help="run only this part",
     )
-    bench = Bench.start("stream", parser, rounds=1, programs=4, threaded=2)
+    bench = Bench.start("stream", parser, rounds=1, every=3, programs=4, threaded=2)
     only = bench.args.only
     with scratch() as folder:
         if only in (None, "simulator"):

@@ -61,7 +61,7 @@ def test_a_bench_runs_and_has_its_targets(name: str, device: str) -> None:
     wanted = set() if (name, device) in WITHOUT_TARGETS else targets(name)
     assert wanted or (name, device) in WITHOUT_TARGETS
     assert wanted <= set(re.findall(r"\w+", done.stdout)), done.stdout
-    assert "failed" not in done.stdout, done.stdout
+    assert ": failed: " not in done.stdout, done.stdout  # a part, in a process of its own
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("vllm")), reason="vLLM is installed")
