@@ -1,4 +1,4 @@
-"""Risk: a bench breaks, or loses a target, and nobody notices before its figures are wanted."""
+"""Risk: a bench breaks or loses a target, and only the person who wants its figures notices."""
 
 from __future__ import annotations
 
