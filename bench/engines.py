@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: SmolLM2)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each kind")
-    bench = Bench.start("engines", parser)
+    bench = Bench.start("engines", parser, rounds=1)
     model: Path = bench.args.model or next(iter(make_tenants(lambda *_: None, count=1).values()))
     with scratch() as directory:
         cache = directory / "cache"
