@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -29,12 +30,16 @@ from lib.harness import (
     write_hollow_checkpoint,
 )
 from lib.simulated import BANDWIDTH, COSTS
+from lib.support import SUPPORT
 from warmserve_rt import FOREGROUND, Model, Runtime, _native, testing
 from warmserve_rt.checkpoint import open_checkpoint
 from warmserve_rt.checkpoint.layout import LayerSpec, build_layout
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 LLAMA_7B = Llama(4096, 11008, 4096, 32000, 32)  # 13.5 GB in bf16
+SHORT = Llama(2048, 5632, 256, 32000, 8)  # 1 GB
+QUICK = Llama(512, 1408, 64, 8000, 8)  # 60 MB, in 8 + 8 * 3 granules
+CALLS = ((2, 1), (2, 8), (2, 64), (2, 256), (8, 64), (32, 16))  # MiB of a granule, granules
 
 MEMORY_CALLS = (
     "cuMemCreate",
@@ -51,8 +56,8 @@ SAMPLE = 4096  # bytes of each granule that the simulator keeps
 def driver_ops(bench: Bench) -> None:
     """Time the operations in microseconds per granule; "ro": mapped read-only."""
     with device(bench.args.device, memory="8GiB") as (driver, _):
-        for mib, batch in ((2, 1), (2, 8), (2, 64), (2, 256), (8, 64), (32, 16)):
-            rounds = max(3, 256 // batch)
+        for mib, batch in bench.size(CALLS, CALLS[:2]):
+            rounds = bench.size(max(3, 256 // batch), 1)
             for writable in (True, False):
                 taken = _native.time_driver(
                     driver, granule=mib * MIB, batch=batch, rounds=rounds, writable=writable
@@ -86,9 +91,9 @@ def samples(layer: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int, int]]]
         yield granule, pieces
 
 
-def write_marked_checkpoint(path: Path) -> int:
-    """Write a file of 13.5 GB with random bytes at the start of each granule, holes elsewhere."""
-    nbytes = write_hollow_checkpoint(path, LLAMA_7B.shapes())
+def write_marked_checkpoint(path: Path, llama: Llama) -> int:
+    """Write a file with random bytes at the start of each granule, holes elsewhere."""
+    nbytes = write_hollow_checkpoint(path, llama.shapes())
     with closing(open_checkpoint(path)) as opened:
         layout = build_layout(opened)
     with path.open("r+b") as file:
@@ -123,13 +128,14 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
     flight.
     """
     path = folder / "llama-7b"
-    nbytes = write_marked_checkpoint(path)
+    nbytes = write_marked_checkpoint(path, bench.size(LLAMA_7B, QUICK))
+    arena = bench.size("13.25GiB", "80MiB")
     with device(
         "simcuda", memory="16GiB", clock="virtual", h2d=BANDWIDTH, costs=COSTS, content=SAMPLE
     ) as (driver, cuda):
         assert cuda
         with Runtime(
-            driver=driver, arena="13.25GiB", staging="256MiB", pump=True, tensors="dlpack"
+            driver=driver, arena=arena, staging="256MiB", pump=True, tensors="dlpack"
         ) as runtime:
             start_up = cuda.now
             model = runtime.register("llama", path)
@@ -163,11 +169,12 @@ def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
     """
     bandwidth = 2e9
     path = folder / "llama-1b"
-    write_checkpoint(path, LLAMA_2GIB.shapes())
+    write_checkpoint(path, bench.size(LLAMA_2GIB, QUICK).shapes())
+    arena = bench.size("2200MiB", "80MiB")
     with (
         device("simcuda", memory="3GiB", h2d=bandwidth, costs=COSTS) as (driver, _),
         Runtime(
-            driver=driver, arena="2200MiB", staging="256MiB", loaders=1, tensors="dlpack"
+            driver=driver, arena=arena, staging="256MiB", loaders=1, tensors="dlpack"
         ) as runtime,
     ):
         model = runtime.register("llama", path)
@@ -184,16 +191,17 @@ def activation(bench: Bench, folder: Path) -> None:
     The arena is full: it holds one model and the tail layers of another. The bench then leases the
     second model and counts calls until its first layer is mapped and its copies are in flight.
     """
-    small = Llama(2048, 5632, 256, 32000, 8)
+    shapes = bench.size(SHORT, QUICK).shapes()
     for name in "ab":
-        write_hollow_checkpoint(folder / name, small.shapes())
+        write_hollow_checkpoint(folder / name, shapes)
+    arena = bench.size("1400MiB", "96MiB")
     with device("simcuda", memory="8GiB", clock="virtual", h2d=BANDWIDTH, costs=COSTS) as (
         driver,
         cuda,
     ):
         assert cuda
         with Runtime(
-            driver=driver, arena="1400MiB", staging="128MiB", pump=True, tensors="dlpack"
+            driver=driver, arena=arena, staging="128MiB", pump=True, tensors="dlpack"
         ) as runtime:
             for name in "ab":
                 runtime.register(name, folder / name)
@@ -226,11 +234,12 @@ def activation(bench: Bench, folder: Path) -> None:
 def simulator(bench: Bench) -> None:
     best = 0.0
     with device("simcuda") as (driver, _):
-        for _ in range(5):
-            rounds = 200_000
+        for _ in range(bench.size(5, 1)):
+            rounds = bench.size(200_000, 200)
             taken = _native.time_driver(driver, granule=2 * MIB, batch=1, rounds=rounds)
             best = max(best, rounds / taken["cycles"])
     bench.target("sim_cycles_per_s", best, "1/s", ">=", 500_000)
+    sys.path.append(str(SUPPORT))
     import stream_programs
 
     expected = found = false = 0
@@ -254,7 +263,7 @@ def simulator(bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=2000, help="random programs with races")
-    bench = Bench.start("driver_ops", parser)
+    bench = Bench.start("driver_ops", parser, programs=8)
     print(f"driver operations on {bench.args.device}", flush=True)
     driver_ops(bench)
     if bench.args.device == "simcuda":

@@ -13,14 +13,22 @@ import os
 import signal
 import statistics
 from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
+from typing import Any
 
+from lib.harness import Bench, interleaved, not_run, ratio, scratch, seconds
+
+if not find_spec("vllm"):
+    not_run("vLLM is missing; .ci/engine_tests makes an environment with it")
+
+# isort: split
 import psutil
 
 from engines_transformers import measure as measure_transformers
-from lib.harness import Bench, interleaved, ratio, scratch, seconds
 from load import huge_pages, read, reclaim
 from parts.engines.vllm import Engine, close_arena, engine, write_other  # before vLLM
 
@@ -96,8 +104,8 @@ def bench_decode(bench: Bench, plain: Engine, ours: Engine) -> None:
     for streams in (1, 6):
         taken = interleaved(
             {
-                "plain": lambda n=streams: seconds(lambda: plain.tokens(n, 32)),
-                "ours": lambda n=streams: seconds(lambda: ours.tokens(n, 32)),
+                "plain": partial(seconds, partial(plain.tokens, streams, 32)),
+                "ours": partial(seconds, partial(ours.tokens, streams, 32)),
             },
             2 * bench.args.rounds,  # each takes seconds, so other load may disturb it
         )
@@ -138,7 +146,7 @@ def bench_step(bench: Bench, ours: Engine) -> None:
     runner.execute_model, runner.sample_tokens = (lambda *_: None), (lambda *_: "output")
     worker.annotate_profile = lambda _: ExitStack()
 
-    def step(kind: type) -> float:
+    def step(kind: Any) -> float:
         begin = perf_counter()
         for _ in range(steps):
             kind.execute_model(worker, scheduled)
@@ -183,7 +191,7 @@ def check_alternation(answers: Answers, models: list[Path], cache: Path) -> floa
     with engine(models[0], cache) as alone:
         (weights,) = alone.worker._weights
         layers = weights.runtime.snapshot().models[weights.model.name].layers
-        granules = sum(layer.granules for layer in layers)
+        granules: int = sum(layer.granules for layer in layers)
     close_arena()
     arena = int(1.2 * granules) * GRANULE
     with (
@@ -232,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: SmolLM2)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each kind")
-    bench = Bench.start("engines", parser)
+    bench = Bench.start("engines", parser, rounds=1)
     model: Path = bench.args.model or next(iter(make_tenants(lambda *_: None, count=1).values()))
     with scratch() as directory:
         cache = directory / "cache"

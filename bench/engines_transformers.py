@@ -43,7 +43,6 @@ from warmserve_rt.engines import transformers as transformers_engine
 from warmserve_rt.engines.transformers import load
 from warmserve_rt.engines.transformers.blueprints import Blueprints
 
-PASSES = 1000  # passes with and without the hooks, in turns
 TOKENS = 8
 Part = Callable[[], None]
 
@@ -82,7 +81,8 @@ def measure(
 
     def gates() -> None:
         with place.runtime(size + size // 8 + 64 * MIB) as runtime:
-            measure_gates(bench, place, runtime, load(runtime, model, name="chat"))
+            module = load(runtime, model, name="chat")
+            measure_gates(bench, place, runtime, module, bench.size(1000, 10))
 
     def tokens() -> None:
         with place.runtime(size + size // 8 + 64 * MIB) as runtime:
@@ -147,7 +147,8 @@ def measure_binding(bench: Bench, place: Place, runtime: Runtime, model: Path, r
     bench.row("weights_there_vs_from_pretrained", ready, "times")
 
 
-def measure_gates(bench: Bench, place: Place, runtime: Runtime, module: Any) -> None:
+def measure_gates(bench: Bench, place: Place, runtime: Runtime, module: Any, passes: int) -> None:
+    """Measure what the hooks add to a pass, by `passes` passes with and without them in turns."""
     runtime.prewarm("chat").wait()
     with runtime.lease("chat", layers=1):
         try:
@@ -167,15 +168,15 @@ def measure_gates(bench: Bench, place: Place, runtime: Runtime, module: Any) -> 
         for part in waiting:
             stack.enter_context(computing_nothing(part))
         with runtime.lease("chat"):
-            bench.target("gate_us_per_token", hooks_us(waiting), "us", "<=", 5)
+            bench.target("gate_us_per_token", hooks_us(waiting, passes), "us", "<=", 5)
         # Under a lease without the last layer. Parts that compute with that layer are left out.
         with runtime.lease("chat", layers=range(len(module.warmserve_model.layers) - 1)):
-            parts = [part for part in waiting if passes(part)]
-            bench.row("gate_us_per_token_of_a_part", hooks_us(parts), "us")
-            bench.row("gate_us_of_a_first_pass", hooks_us(parts, renew), "us")
+            parts = [part for part in waiting if has_layers(part)]
+            bench.row("gate_us_per_token_of_a_part", hooks_us(parts, passes), "us")
+            bench.row("gate_us_of_a_first_pass", hooks_us(parts, passes, renew), "us")
 
 
-def passes(part: nn.Module) -> bool:
+def has_layers(part: nn.Module) -> bool:
     try:
         part()
     except StaleView:
@@ -183,10 +184,12 @@ def passes(part: nn.Module) -> bool:
     return True
 
 
-def hooks_us(parts: list[nn.Module], prepare: Callable[[], None] = lambda: None) -> float:
+def hooks_us(
+    parts: list[nn.Module], passes: int, prepare: Callable[[], None] = lambda: None
+) -> float:
     """Return the microseconds that hooks add to the calls of these parts, which compute nothing.
 
-    The result is the median over PASSES passes; ``prepare`` runs before each.
+    The result is the median over the passes; ``prepare`` runs before each.
     """
     hooks = [part._forward_pre_hooks for part in parts]
     none: list[Any] = [OrderedDict() for _ in parts]
@@ -200,7 +203,7 @@ def hooks_us(parts: list[nn.Module], prepare: Callable[[], None] = lambda: None)
             part()
         return perf_counter() - begin
 
-    taken = interleaved({"without": lambda: timed(none), "with": lambda: timed(hooks)}, PASSES)
+    taken = interleaved({"without": lambda: timed(none), "with": lambda: timed(hooks)}, passes)
     difference = [w - wo for w, wo in zip(taken["with"], taken["without"], strict=True)]
     return 1e6 * statistics.median(difference)
 
@@ -242,7 +245,7 @@ def main() -> int:
     which.add_argument("--model", type=Path, help="a directory (default: the demo's SmolLM2)")
     which.add_argument("--made", choices=SIZES, help="two random Llamas of this size instead")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each kind")
-    bench = Bench.start("engines-transformers", parser)
+    bench = Bench.start("engines-transformers", parser, made="tiny", rounds=1)
     failed = 0
 
     def run(part: Part) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from lib.harness import MIB, Bench, scratch
 from warmserve_rt import Runtime
@@ -41,6 +41,8 @@ SIZES = {
     1: "n_group topk_group first_k_dense_replace",
 }
 SMALL = SETTINGS | {name: size for size, names in SIZES.items() for name in names.split()}
+# transformers does not annotate its factories.
+AUTO: Any = AutoModelForCausalLM
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers")
 # Some families have several kinds of blocks and need more than two, or derive the head's size.
 ATTEMPTS = ({"head_dim": 16, **dict.fromkeys(DEPTH, 2)}, dict.fromkeys(DEPTH, 8))
@@ -53,11 +55,11 @@ def small_models(kind: str) -> Iterator[Any]:
             large = AutoConfig.for_model(kind)
             config = AutoConfig.for_model(kind, **shrunk(large, SMALL | attempt))
             with torch.device("meta"):
-                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+                size = sum(p.numel() for p in AUTO.from_config(config).parameters())
             if size > LARGEST:
                 continue
             torch.manual_seed(0)
-            model: Any = AutoModelForCausalLM.from_config(config).eval()
+            model = AUTO.from_config(config).eval()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
             for part in model.modules():  # as after training; some are zeroed again on load
@@ -84,7 +86,7 @@ def compared(kind: str, directory: Path) -> str:
     for model in small_models(kind):
         try:
             model.save_pretrained(path)
-            plain: Any = AutoModelForCausalLM.from_pretrained(path).eval()
+            plain = AUTO.from_pretrained(path).eval()
         except Exception:
             continue
         for parameter in plain.parameters():  # gives the same alignment as ours
@@ -108,11 +110,12 @@ def compared(kind: str, directory: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="transformers' names (default: all)")
-    bench = Bench.start("families", parser)
+    bench = Bench.start("families", parser, families=["llama"])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    output: Any = logging
+    output.set_verbosity_error()
+    output.disable_progress_bar()
     counts = dict.fromkeys(("equal", "close", "refused", "not tried", "different"), 0)
     with scratch() as directory:
         for kind in bench.args.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from lib.harness import MIB, Bench, scratch, write_checkpoint
 from parts.gpu import content, speed, with_torch
@@ -45,7 +46,7 @@ PART_LIMIT = 60.0  # seconds
 # The simulated device copies at this rate, so that copies are still in flight at the next call.
 # Calls take time, so that a cost model can be fitted: microseconds per call and per granule. They
 # are so short that the simulator spins, because a sleep takes longer than requested.
-SIMULATED = {
+SIMULATED: dict[str, Any] = {
     "memory": "8GiB",
     "h2d": 2e9,
     "costs": {
@@ -81,7 +82,7 @@ class Report:
 def environment(device: str) -> Iterator[Mapping[str, str]]:
     """Yield an environment in which ``libcuda.so.1`` is the device's driver."""
     if device == "simcuda":
-        with simulated_cuda(**SIMULATED, check=False) as cuda:  # type: ignore[arg-type]
+        with simulated_cuda(**SIMULATED, check=False) as cuda:
             yield cuda.environment
     else:
         yield os.environ
@@ -109,7 +110,7 @@ def start_part(
     device = "cuda:0" if simulated else bench.args.device
     command = [sys.executable, __file__, "--part", name, "--device", device]
     command += ["--folder", str(folder), "--json", str(out), "--leases", str(bench.args.leases)]
-    command += ["--simulated"] if simulated else []
+    command += ["--simulated"] * simulated + ["--quick"] * bench.args.quick
     begin = monotonic()
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=180, help="seconds for the assumptions")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--simulated", action="store_true", help=argparse.SUPPRESS)
-    bench = Bench.start("gpu", parser)
+    bench = Bench.start("gpu", parser, leases=20, rows="granularity")
     if bench.args.device not in ("cuda:0", "simcuda"):
         parser.error("--device must be cuda:0, or simcuda, which needs no GPU")
     if bench.args.folder:
@@ -182,7 +183,7 @@ def main() -> None:
             report.assumptions = [asdict(outcome) for outcome in outcomes]
             report.failed += [o.name for o in outcomes if o.outcome == "refuted"]
             report.write(bench)
-        for name, llama in checkpoints(simulated).items():
+        for name, llama in checkpoints(simulated, bench.args.quick).items():
             nbytes = write_checkpoint(folder / f"{name}.safetensors", llama.shapes())
             bench.row(f"checkpoint_{name}_mib", nbytes / MIB, "MiB")
         for name in [bench.args.part] if bench.args.part else PARTS:

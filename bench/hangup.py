@@ -48,7 +48,8 @@ def make_models(folder: Path) -> dict[str, list[int]]:
             pad_token_id=0,
             eos_token_id=None,
         )
-        module = AutoModelForCausalLM.from_config(config).eval()
+        auto: Any = AutoModelForCausalLM
+        module = auto.from_config(config).eval()
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         module.save_pretrained(folder / str(seed))
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=6, help="concurrent clients")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # the server's own process
-    bench = Bench.start("hangup", parser)
+    bench = Bench.start("hangup", parser, hang_ups=6)
     args = bench.args
     if args.serve:
         print(json.dumps(serve(args.serve, args.hang_ups, args.at_once, args.seed)))

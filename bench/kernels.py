@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from lib.harness import MIB, Bench, interleaved, ratio, seconds
 from warmserve_rt import kernels
 
-BUFFER = 192 * MIB
-ROUNDS = 9
 WIDTHS = {  # bytes of an element, in and out
     "f32_to_bf16": (4, 2),
     "f32_to_f16": (4, 2),
@@ -44,10 +43,11 @@ SHARDS = {
 class Memory:
     """Two filled buffers, and the plain read and copy that kernels are compared with."""
 
-    def __init__(self) -> None:
-        words = np.random.default_rng(0).integers(0, 1 << 63, BUFFER // 8, dtype=np.int64)
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        words = np.random.default_rng(0).integers(0, 1 << 63, nbytes // 8, dtype=np.int64)
         self.source = words.view(np.uint8)
-        self.target = np.ones(BUFFER, np.uint8)
+        self.target = np.ones(nbytes, np.uint8)
 
     def read(self, nbytes: int) -> None:
         """Sum 64-bit words; numpy's loop does little more than load them."""
@@ -63,7 +63,7 @@ def compare(
 ) -> float:
     """Record GB/s of both, each of which moves `nbytes`; return the kernel's relative speed."""
     runs = {"kernel": lambda: seconds(kernel), "plain": lambda: seconds(plain)}
-    samples = interleaved(runs, ROUNDS)
+    samples = interleaved(runs, bench.args.rounds)
     for key, label in (("kernel", name), ("plain", f"{name}_beside")):
         bench.row(f"{label}_gbps", nbytes / statistics.median(samples[key]) / 1e9, "GB/s")
     share = ratio(samples["plain"], samples["kernel"])
@@ -75,7 +75,7 @@ def casts(bench: Bench, memory: Memory) -> dict[str, float]:
     """Return the speed relative to a copy, for each kind and, with scales, each shape of blocks."""
     shares = {}
     for kind, (wide, narrow) in WIDTHS.items():
-        count = BUFFER // max(wide, narrow) // COLUMNS * COLUMNS
+        count = memory.nbytes // max(wide, narrow) // COLUMNS * COLUMNS
         source = memory.source[: count * wide]
         target = memory.target[: count * narrow]
         moved = count * (wide + narrow)
@@ -83,8 +83,8 @@ def casts(bench: Bench, memory: Memory) -> dict[str, float]:
             bench,
             kind,
             moved,
-            lambda kind=kind, source=source, target=target: kernels.cast(kind, source, target),
-            lambda moved=moved: memory.copy(moved // 16 * 8),
+            partial(kernels.cast, kind, source, target),
+            partial(memory.copy, moved // 16 * 8),
         )
         if wide > 1:
             continue
@@ -96,10 +96,8 @@ def casts(bench: Bench, memory: Memory) -> dict[str, float]:
                 bench,
                 f"{kind}_{label}",
                 moved,
-                lambda kind=kind, matrix=matrix, target=target, scales=scales, block=block: (
-                    kernels.cast(kind, matrix, target, scales, block=block)
-                ),
-                lambda moved=moved: memory.copy(moved // 16 * 8),
+                partial(kernels.cast, kind, matrix, target, scales, block=block),
+                partial(memory.copy, moved // 16 * 8),
             )
     return shares
 
@@ -107,32 +105,36 @@ def casts(bench: Bench, memory: Memory) -> dict[str, float]:
 def gathers(bench: Bench, memory: Memory) -> dict[str, float]:
     shares = {}
     for name, (row_bytes, pitch) in SHARDS.items():
-        rows = BUFFER // pitch
+        rows = memory.nbytes // pitch
         shares[name] = compare(
             bench,
             f"gather_{name}",
             2 * rows * row_bytes,
-            lambda rows=rows, row_bytes=row_bytes, pitch=pitch: kernels.gather_rows(
+            partial(
+                kernels.gather_rows,
                 memory.source,
                 memory.target[: rows * row_bytes],
                 rows=rows,
                 row_bytes=row_bytes,
                 pitch=pitch,
             ),
-            lambda nbytes=rows * row_bytes: memory.copy(nbytes),
+            partial(memory.copy, rows * row_bytes),
         )
     return shares
 
 
 def main() -> None:
-    bench = Bench.start("kernels", argparse.ArgumentParser(description=__doc__))
-    memory = Memory()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one warm-up")
+    parser.add_argument("--mib", type=int, default=192, help="size of a buffer (default: 192)")
+    bench = Bench.start("kernels", parser, rounds=1, mib=2)
+    memory = Memory(bench.args.mib * MIB)
     digest = compare(
         bench,
         "digest",
-        BUFFER,
+        memory.nbytes,
         lambda: kernels.granule_digest(memory.source),
-        lambda: memory.read(BUFFER),
+        lambda: memory.read(memory.nbytes),
     )
     kinds = casts(bench, memory)
     shards = gathers(bench, memory)

@@ -27,6 +27,7 @@ from lib.harness import (
     LLAMA_2GIB,
     MIB,
     Bench,
+    Llama,
     huge_share,
     interleaved,
     ratio,
@@ -37,6 +38,7 @@ from lib.harness import (
 from warmserve_rt import Runtime
 
 ARENA, CHUNK, GRANULE = int(2.25 * GIB), 8 * MIB, 2 * MIB
+QUICK, QUICK_ARENA = Llama(256, 704, 64, 2000, 2), 32 * MIB
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which is missing from the mmap module
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
@@ -51,13 +53,13 @@ def huge_pages(nbytes: int) -> Iterator[memoryview]:
             yield view
 
 
-def reclaim() -> None:
-    """Make sure that the machine really has the memory that it reports as free.
+def reclaim(nbytes: int = ARENA) -> None:
+    """Make sure that the machine really has as much memory as it reports as free.
 
     A virtual machine may have lent free memory to its host, and then waits milliseconds for each
     2 MiB. This affects all candidates equally, so we do it before timing starts.
     """
-    with huge_pages(ARENA):
+    with huge_pages(nbytes):
         pass
 
 
@@ -112,23 +114,23 @@ class Ways:
     as it is held. The allocation is timed only if the method says so.
     """
 
-    def __init__(self, path: Path, device: str, chunk: str) -> None:
-        self.path, self.device, self.chunk = path, device, chunk
+    def __init__(self, path: Path, device: str, chunk: str, arena: int) -> None:
+        self.path, self.device, self.chunk, self.arena = path, device, chunk, arena
         self.nbytes = path.stat().st_size
         self.arena_us: list[float] = []  # per granule
         self.huge_shares: list[float] = []
 
     def warmserve(self, loaders: int, dtype: str | None = None) -> float:
         made: list[Runtime] = []
-        reclaim()
+        reclaim(self.arena)
         taken = seconds(
             lambda: made.append(
-                Runtime(self.device, ARENA, chunk=self.chunk, loaders=loaders, tensors="torch")
+                Runtime(self.device, self.arena, chunk=self.chunk, loaders=loaders, tensors="torch")
             )
         )
-        self.arena_us.append(1e6 * taken / (ARENA // GRANULE))
+        self.arena_us.append(1e6 * taken / (self.arena // GRANULE))
         with made.pop() as runtime:
-            self.huge_shares.append(huge_share(ARENA))
+            self.huge_shares.append(huge_share(self.arena))
 
             def load() -> None:
                 runtime.register("model", self.path, dtype=dtype)
@@ -137,27 +139,27 @@ class Ways:
             return seconds(load)
 
     def limit(self, threads: int) -> float:
-        reclaim()
+        reclaim(self.arena)
         with huge_pages(self.nbytes) as memory:
             return seconds(lambda: read(self.path, memory, threads))
 
     def safetensors_clone(self) -> float:
         """Time cloning; includes the allocation."""
-        reclaim()
+        reclaim(self.arena)
         return seconds(lambda: clone(self.path))
 
     def safetensors_copy(self) -> float:
-        reclaim()
+        reclaim(self.arena)
         with huge_pages(self.nbytes) as memory:
             return seconds(lambda: copy(self.path, memory))
 
     def torch_to(self) -> float:
         """Time the conversion; includes the allocation."""
-        reclaim()
+        reclaim(self.arena)
         return seconds(lambda: convert(self.path))
 
     def torch_copy(self) -> float:
-        reclaim()
+        reclaim(self.arena)
         with huge_pages(self.nbytes // 2) as memory:
             return seconds(lambda: convert_into(self.path, memory))
 
@@ -169,15 +171,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one warm-up")
     parser.add_argument("--chunk", default="8MiB", help="runtime's chunk (default: 8MiB)")
-    bench = Bench.start("load", parser)
+    bench = Bench.start("load", parser, rounds=1)
     torch.set_num_threads(1)
     # Otherwise the C library would keep some memory of freed clones and reuse it.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)
 
+    arena = bench.size(ARENA, QUICK_ARENA)
     with scratch() as directory:
         path = directory / "model.safetensors"
-        nbytes = write_checkpoint(path, LLAMA_2GIB.shapes())
-        ways = Ways(path, bench.args.device, bench.args.chunk)
+        nbytes = write_checkpoint(path, bench.size(LLAMA_2GIB, QUICK).shapes())
+        ways = Ways(path, bench.args.device, bench.args.chunk, arena)
         runs: dict[str, Callable[[], float]] = {
             "warmserve": lambda: ways.warmserve(2),
             "limit": lambda: ways.limit(2),
@@ -188,8 +191,8 @@ def main() -> None:
             "safetensors_mmap": ways.safetensors_mmap,
         }
         samples = interleaved(runs, bench.args.rounds)
-        wide = write_checkpoint(path, LLAMA_1GIB_OF_F32.shapes(), "F32")
-        of_f32 = Ways(path, bench.args.device, bench.args.chunk)
+        wide = write_checkpoint(path, bench.size(LLAMA_1GIB_OF_F32, QUICK).shapes(), "F32")
+        of_f32 = Ways(path, bench.args.device, bench.args.chunk, arena)
         casts: dict[str, Callable[[], float]] = {
             "f32_uncast": lambda: of_f32.warmserve(1),
             "f32_as_bf16": lambda: of_f32.warmserve(1, "bfloat16"),

@@ -22,6 +22,7 @@ CHECKPOINTS = {  # GiB
     "0.2": Llama(1024, 2816, 256, 32000, 4),
     "4": Llama(2048, 5632, 256, 32000, 46),
 }
+QUICK = {"0.2": Llama(256, 704, 64, 2000, 2)}
 PERIOD = 0.002  # seconds between two samples
 
 
@@ -89,7 +90,7 @@ def watch(path: Path, arena: int, staged: bool) -> dict[str, int]:
 def measure(bench: Bench) -> None:
     worst = 0.0
     with scratch() as directory:
-        for size, llama in CHECKPOINTS.items():
+        for size, llama in bench.size(CHECKPOINTS, QUICK).items():
             path = directory / "model.safetensors"
             arena = write_checkpoint(path, llama.shapes()) + 128 * MIB
             for how in ("direct", "staged"):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib.harness import GIB, Bench, scratch, seconds
@@ -23,6 +24,17 @@ from warmserve_rt import Runtime
 from warmserve_rt._errors import CorruptCheckpoint
 
 HOSTILE = 90_000_000  # bytes of a header
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registration in a process of its own; `gap` is the longest time between two ticks."""
+
+    seconds: float
+    cpu: float
+    nbytes: int
+    gap: float
+    outcome: str
 
 
 class Ticker:
@@ -68,17 +80,12 @@ def register_once(path: Path) -> None:
             except CorruptCheckpoint as error:
                 outcome = str(error).partition(": ")[2][:80]
             taken = time.perf_counter() - began
-        report = {
-            "seconds": taken,
-            "cpu": time.process_time() - cpu,
-            "bytes": peak() - before,
-            "gap": ticker.longest,
-            "outcome": outcome,
-        }
-    print(json.dumps(report))
+        cpu = time.process_time() - cpu
+        report = Registered(taken, cpu, peak() - before, ticker.longest, outcome)
+    print(json.dumps(asdict(report)))
 
 
-def hostile(path: Path, rounds: int) -> dict[str, float | str]:
+def hostile(path: Path, rounds: int) -> Registered:
     """Return the minimum of times and gaps over several rounds, and the maximum of memory.
 
     Other load on the machine can only increase times and gaps.
@@ -90,14 +97,14 @@ def hostile(path: Path, rounds: int) -> dict[str, float | str]:
         )
         if done.returncode:
             raise RuntimeError(f"{path}: {done.stderr}")
-        runs.append(json.loads(done.stdout))
-    return {
-        "seconds": min(run["seconds"] for run in runs),
-        "cpu": min(run["cpu"] for run in runs),
-        "bytes": max(run["bytes"] for run in runs),
-        "gap": min(run["gap"] for run in runs),
-        "outcome": runs[0]["outcome"],
-    }
+        runs.append(Registered(**json.loads(done.stdout)))
+    return Registered(
+        seconds=min(run.seconds for run in runs),
+        cpu=min(run.cpu for run in runs),
+        nbytes=max(run.nbytes for run in runs),
+        gap=min(run.gap for run in runs),
+        outcome=runs[0].outcome,
+    )
 
 
 def measure_hostile(bench: Bench, directory: Path) -> None:
@@ -107,26 +114,30 @@ def measure_hostile(bench: Bench, directory: Path) -> None:
         write_header(path, kind, bench.args.size)
         found[kind] = run = hostile(path, bench.args.rounds)
         print(
-            f"  {kind:<22} {run['seconds']:6.2f} s, CPU {run['cpu']:.2f} s, "
-            f"{run['bytes'] / GIB:6.2f} GiB "
-            f"{1e3 * run['gap']:6.0f} ms  {run['outcome']}",
+            f"  {kind:<22} {run.seconds:6.2f} s, CPU {run.cpu:.2f} s, "
+            f"{run.nbytes / GIB:6.2f} GiB "
+            f"{1e3 * run.gap:6.0f} ms  {run.outcome}",
             flush=True,
         )
-    for name, key, scale, unit, bound in (
-        ("hostile_90mb_s", "seconds", 1.0, "s", 4),
-        ("hostile_90mb_gib", "bytes", GIB, "GiB", 1.2),
-        ("gil_held_ms_max", "gap", 1e-3, "ms", 50),
+    seconds_of = {kind: run.seconds for kind, run in found.items()}
+    gib_of = {kind: run.nbytes / GIB for kind, run in found.items()}
+    gap_ms_of = {kind: 1e3 * run.gap for kind, run in found.items()}
+    for name, values, unit, bound in (
+        ("hostile_90mb_s", seconds_of, "s", 4),
+        ("hostile_90mb_gib", gib_of, "GiB", 1.2),
+        ("gil_held_ms_max", gap_ms_of, "ms", 50),
     ):
-        worst = max(found, key=lambda kind: found[kind][key])
-        bench.target(name, found[worst][key] / scale, unit, "<=", bound)
+        worst = max(values, key=lambda kind: values[kind])
+        bench.target(name, values[worst], unit, "<=", bound)
         print(f"    the worst kind: {worst}")
 
 
 def measure_good(bench: Bench, directory: Path) -> None:
     path = directory / "model.safetensors"
+    few, many = bench.size(20_000, 200), bench.size(200_000, 2_000)
     for tensors, name, scale, unit, bound in (
-        (20_000, "register_20k_tensors_ms", 1e-3, "ms", 150),
-        (200_000, "register_200k_tensors_s", 1.0, "s", 1.5),
+        (few, "register_20k_tensors_ms", 1e-3, "ms", 150),
+        (many, "register_200k_tensors_s", 1.0, "s", 1.5),
     ):
         write_blocks(path, tensors, 10)
         times, first, shots = [], [], []
@@ -134,12 +145,12 @@ def measure_good(bench: Bench, directory: Path) -> None:
             with Runtime(arena="2MiB", device=bench.args.device) as runtime:
                 times.append(seconds(lambda: runtime.register("model", path)))
                 model = runtime.model("model")
-                if tensors == 20_000:
+                if tensors == few:
                     first.append(seconds(model.tensors))
         bench.target(name, statistics.median(times) / scale, unit, "<=", bound)
         if first:
             bench.target("tensors_20k_first_ms", 1e3 * statistics.median(first), "ms", "<=", 60)
-    write_blocks(path, 20_000, 1)
+    write_blocks(path, few, 1)
     with Runtime(arena="2MiB", device=bench.args.device) as runtime:
         runtime.register("model", path)
         for _ in range(bench.args.rounds + 3):
@@ -153,7 +164,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="rounds of each kind (default: 2)")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, help="only these kinds of headers")
     parser.add_argument("--size", type=int, default=HOSTILE, help="bytes of a hostile header")
-    bench = Bench.start("register", parser)
+    kinds = ["many_tensors", "last_is_cut"]  # one that is accepted, one that is refused
+    bench = Bench.start("register", parser, rounds=1, kinds=kinds, size=100_000)
     if bench.args.once:
         register_once(bench.args.once)
         return

@@ -25,6 +25,7 @@ from warmserve_rt import Runtime
 
 RATIOS = [0.5, 1.0, 4.0]
 CANCELLED = Llama(1024, 2816, 256, 8000, 12)
+QUICK_CANCELLED = Llama(256, 704, 64, 2000, 4)
 
 
 def cancel(bench: Bench, folder: Path, rounds: int) -> None:
@@ -33,11 +34,11 @@ def cancel(bench: Bench, folder: Path, rounds: int) -> None:
     The bound is the time of one chunk at the source's bandwidth, plus 1 ms.
     """
     path = folder / "cancelled.safetensors"
-    nbytes = write_checkpoint(path, CANCELLED.shapes())
+    nbytes = write_checkpoint(path, bench.size(CANCELLED, QUICK_CANCELLED).shapes())
     chunk, bandwidth = 8 * MIB, 2e9
     taken = []
     with Runtime(
-        arena=2 * nbytes, chunk=chunk, loaders=1, read_bandwidth=int(bandwidth)
+        arena=2 * nbytes + 32 * MIB, chunk=chunk, loaders=1, read_bandwidth=int(bandwidth)
     ) as runtime:
         runtime.register("m", path)
         for _ in range(rounds):
@@ -66,7 +67,7 @@ def main() -> None:
         choices=["host", "simulator", "foreground", "cancel", "interleavings"],
         help="run only this part",
     )
-    bench = Bench.start("stream", parser)
+    bench = Bench.start("stream", parser, rounds=1, every=3, programs=4, threaded=2)
     only = bench.args.only
     with scratch() as folder:
         if only in (None, "simulator"):
@@ -74,18 +75,22 @@ def main() -> None:
             ttft_on_the_simulator(bench, folder, RATIOS)
         if only in (None, "cancel"):
             print("cancelled loads", flush=True)
-            cancel(bench, folder, 300)
-    if only in (None, "host", "foreground"):
-        from parts.stream.host import foreground_slowdown, ttft_on_the_host
-        from warmserve_rt.demo.tenants import make_tenants
+            cancel(bench, folder, bench.size(300, 3))
+        if only in (None, "host", "foreground"):
+            from parts.engines.random_models import make_tiny
+            from parts.stream.host import foreground_slowdown, ttft_on_the_host
+            from warmserve_rt.demo.tenants import make_tenants
 
-        (path,) = make_tenants(lambda what, done, of: None, count=1).values()
-        if only != "foreground":
-            print("first tokens of SmolLM2 on the host", flush=True)
-            ttft_on_the_host(bench, path, RATIOS, bench.args.rounds, bench.args.every)
-        if only != "host":
-            print("a start beside prewarming", flush=True)
-            foreground_slowdown(bench, path, 1.0, bench.args.rounds)
+            if bench.args.quick:
+                path = make_tiny(folder / "tiny")
+            else:
+                (path,) = make_tenants(lambda what, done, of: None, count=1).values()
+            if only != "foreground":
+                print("first tokens of a language model on the host", flush=True)
+                ttft_on_the_host(bench, path, RATIOS, bench.args.rounds, bench.args.every)
+            if only != "host":
+                print("a start beside prewarming", flush=True)
+                foreground_slowdown(bench, path, 1.0, bench.args.rounds)
     if only in (None, "interleavings"):
         print("random programs", flush=True)
         interleavings(bench, bench.args.programs, bench.args.threaded)

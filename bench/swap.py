@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
 
-from lib.harness import MIB, Bench, Llama, huge_share, scratch, write_checkpoint
+from lib.harness import MIB, Bench, Llama, Results, huge_share, scratch, write_checkpoint
 from warmserve_rt import Model, Runtime
 
 GRANULE = 2 * MIB
@@ -23,6 +23,8 @@ MAPPING = ("unmap", "map", "set_access")
 # The models' layers differ in size, so that a swap cannot reuse granules one to one.
 LLAMAS = {"a": Llama(2048, 5632, 256, 32000, 9), "b": Llama(1536, 4096, 256, 49152, 15)}
 ARENA = 544 * GRANULE  # the larger of the two models plus half a layer
+QUICK_LLAMAS = {"a": Llama(512, 1408, 64, 4000, 3), "b": Llama(384, 1024, 64, 6000, 5)}
+QUICK_ARENA = 20 * GRANULE
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ def saturate(runtime: Runtime, models: tuple[Model, ...]) -> Iterator[None]:
         yield
 
 
-def measure_leases(bench: Bench, directory: Path) -> None:
-    with Runtime(bench.args.device, (2 + 128 + 192) * GRANULE) as runtime:
+def measure_leases(bench: Results, directory: Path) -> None:
+    count = bench.size(128, 8)
+    with Runtime(bench.args.device, (2 + count + 3 * count // 2) * GRANULE) as runtime:
         few = register(runtime, directory / "few.safetensors", layers(2, 1))
-        many = register(runtime, directory / "many.safetensors", layers(128, 1))
+        many = register(runtime, directory / "many.safetensors", layers(count, 1))
         # Loading one is mostly mapping, loading the other mostly copying.
-        small = register(runtime, directory / "small.safetensors", layers(128, 1))
-        large = register(runtime, directory / "large.safetensors", layers(8, 16))
+        small = register(runtime, directory / "small.safetensors", layers(count, 1))
+        large = register(runtime, directory / "large.safetensors", layers(8, count // 8))
         for model in (few, many):
             runtime.set_keep_value(model, 1.0)
             runtime.prewarm(model).wait()
@@ -88,9 +91,10 @@ def measure_leases(bench: Bench, directory: Path) -> None:
         taken: dict[str, list[float]] = {kind: [] for kind in kinds}  # in microseconds
         background = saturate(runtime, (small, large))
         began, before = perf_counter(), runtime.snapshot().bytes_loaded
-        for _ in range(bench.args.leases // 1000):
+        together = bench.size(1000, 10)
+        for _ in range(bench.args.leases // together):
             for kind, call in kinds.items():
-                for _ in range(1000):
+                for _ in range(together):
                     next(background)
                     begin = perf_counter_ns()
                     call()
@@ -139,13 +143,13 @@ def swap(runtime: Runtime, evict: Model, load: Model) -> Swap:
 
 
 def measure_swaps(bench: Bench, directory: Path, scattered: bool) -> list[Swap]:
-    arena = 2 * ARENA if scattered else ARENA
+    arena = bench.size(ARENA, QUICK_ARENA) * (2 if scattered else 1)
     with Runtime(bench.args.device, arena, tensors="numpy") as runtime:
         if scattered:
             scatter(runtime, directory / "filler.safetensors")
         a, b = (
             register(runtime, directory / f"{name}.safetensors", llama.shapes())
-            for name, llama in LLAMAS.items()
+            for name, llama in bench.size(LLAMAS, QUICK_LLAMAS).items()
         )
         runtime.prewarm(a).wait()
         turns = [(a, b), (b, a)] * (bench.args.swaps // 2 + 1)
@@ -184,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leases", type=int, default=100_000, help="timed leases of each kind")
     parser.add_argument("--swaps", type=int, default=20, help="timed swaps of each kind")
-    bench = Bench.start("swap", parser)
+    bench = Bench.start("swap", parser, leases=20, swaps=2)
     with scratch() as directory:
         measure_leases(bench, directory)
         for scattered in (False, True):

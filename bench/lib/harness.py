@@ -11,6 +11,7 @@ import platform
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,16 +19,33 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
+from typing import Any, NoReturn, Protocol, TypeVar
 
 GIB, MIB = 1 << 30, 1 << 20
 _WIDTHS = {"BF16": 2, "F32": 4}  # bytes of an element
 Interval = tuple[float, float] | None  # low and high
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
+_NOT_RUN = 3  # exit status of a bench that cannot run here
+T = TypeVar("T")
+
+
+class Results(Protocol):
+    """The part of a bench that measurements use, so that they can also run elsewhere."""
+
+    args: argparse.Namespace
+
+    def row(self, name: str, value: float, unit: str) -> None: ...
+    def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None: ...
+    def size(self, whole: T, quick: T) -> T: ...
 
 
 @dataclass
 class Bench:
-    """One bench: its arguments and results. A missed target is a result, not a failure."""
+    """One bench: its arguments and results. A missed target is a result, not a failure.
+
+    With ``--quick`` a bench runs at its smallest size, which shows only that it works: the values
+    mean nothing, and no bound is judged.
+    """
 
     name: str
     args: argparse.Namespace
@@ -36,11 +54,25 @@ class Bench:
     intervals: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, name: str, parser: argparse.ArgumentParser) -> Bench:
-        """Parse the command line; `parser` has the bench's own arguments."""
+    def start(cls, name: str, parser: argparse.ArgumentParser, **quick: Any) -> Bench:
+        """Parse the command line.
+
+        `parser` has the bench's own arguments, and `quick` the defaults of some with ``--quick``.
+        """
         parser.add_argument("--json", type=Path, metavar="FILE", help="write results to this file")
         parser.add_argument("--device", default="host", help="runtime's device (default: host)")
+        parser.add_argument(
+            "--quick",
+            action="store_true",
+            help="run at the smallest size, to see that the bench works; judge no bound",
+        )
+        if parser.parse_args().quick:
+            parser.set_defaults(**quick)
         return cls(name, parser.parse_args())
+
+    def size(self, whole: T, quick: T) -> T:
+        """Return the size of something: ``whole``, or ``quick`` with ``--quick``."""
+        return quick if self.args.quick else whole
 
     def row(self, name: str, value: float, unit: str, interval: Interval = None) -> None:
         """Record and print a result, with its 95 % interval if it has one."""
@@ -52,10 +84,10 @@ class Bench:
         self, name: str, value: float, unit: str, op: str, bound: float, interval: Interval = None
     ) -> None:
         """Record and print a result and whether the value, not its interval, meets its bound."""
-        met = _COMPARE[op](value, bound)
+        met = self.size(_COMPARE[op](value, bound), None)
         self.results[name] = value = _round(value)
         self.targets.append({"name": name, "value": value, "op": op, "bound": bound, "met": met})
-        verdict = "met" if met else "MISSED"
+        verdict = {True: "met", False: "MISSED", None: "not judged"}[met]
         within = self._within(name, interval)
         print(f"* {name:<32} {value:>10} {unit:<6} {op} {bound:g}: {verdict}{within}", flush=True)
 
@@ -79,6 +111,12 @@ class Bench:
         }
         if self.args.json:
             self.args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def not_run(why: str) -> NoReturn:
+    """Say why this bench cannot run here, and exit with status 3."""
+    print(f"not run: {why}", file=sys.stderr)
+    sys.exit(_NOT_RUN)
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -47,6 +47,11 @@ def make(path: Path, size: str, device: torch.device, seed: int) -> Path:
     return path
 
 
+def make_tiny(path: Path) -> Path:
+    """Save a random Llama of 20 MB for the host."""
+    return make(path, "tiny", torch.device("cpu"), 1)
+
+
 def make_other(model: Path, path: Path) -> Path:
     """Save a model of the same configuration that answers differently.
 

@@ -38,7 +38,8 @@ _load_s: list[float] = []
 
 def _time_loads() -> None:
     load_general_plugins()
-    for loader in (BaseModelLoader, ArenaLoader):
+    loaders: tuple[Any, ...] = BaseModelLoader, ArenaLoader
+    for loader in loaders:
         original = loader.load_model
 
         def timed(self: Any, *args: Any, _original: Any = original, **options: Any) -> Any:
@@ -57,7 +58,11 @@ class Engine:
     """One LLM. ``load_s``: seconds inside load_model, or 0 if it ran in another process."""
 
     def __init__(self, model: Path, cache: Path | None = None, **loader: Any) -> None:
-        sizes = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 27}
+        sizes: dict[str, Any] = {
+            "max_model_len": 256,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 1 << 27,
+        }
         _load_s.clear()
         if cache is None:
             self.llm = vllm_engines.plain_engine(model, **sizes)

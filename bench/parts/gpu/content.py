@@ -6,6 +6,7 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def digest(part: Part) -> None:
         differing, granules, speeds = 0, 0, []
         for layer in a.layers:
             try:
-                taken = seconds(lambda i=layer.index: runtime.digest(a, i))
+                taken = seconds(partial(runtime.digest, a, layer.index))
                 found = runtime.digest(a, layer.index)
             except WarmServeError as error:
                 raise NotRun(str(error)) from None

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ import numpy.typing as npt
 from lib.cuda import LIBRARY, NotRun
 from lib.harness import MIB, Llama
 from warmserve_rt import Model, Runtime, _native
+
+T = TypeVar("T")
 
 __all__ = ["NotRun", "Part", "arena_for", "layer_address", "layer_bytes"]
 
@@ -24,19 +26,21 @@ MEDIUM = {"a": Llama(2048, 5632, 256, 32000, 9), "b": Llama(1536, 4096, 256, 491
 LARGE = {"large": Llama(2048, 5632, 256, 32000, 22)}  # 2 GiB
 
 
-def checkpoints(simulated: bool) -> Mapping[str, Llama]:
+def checkpoints(simulated: bool, quick: bool) -> Mapping[str, Llama]:
     """Return the checkpoints by file name; the simulated device copies slowly, so all are small."""
+    small_a, small_b = SMALL.values()
+    if quick:
+        return {**SMALL, "a": small_a, "b": small_b, "large": small_a}
     if not simulated:
         return {**SMALL, **MEDIUM, **LARGE}
-    small_a, small_b = SMALL.values()
     return {**SMALL, "a": small_a, "b": small_b, "large": Llama(1024, 2816, 256, 32000, 3)}
 
 
 @dataclass
 class Part:
-    """The settings and results of a part. It can replace a Bench."""
+    """The settings and results of a part."""
 
-    args: argparse.Namespace  # device, leases
+    args: argparse.Namespace  # device, leases, quick
     folder: Path  # has the checkpoints
     simulated: bool
     rows: list[tuple[str, float, str]] = field(default_factory=list)
@@ -47,6 +51,9 @@ class Part:
 
     def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None:
         self.targets.append((name, value, unit, op, bound))
+
+    def size(self, whole: T, quick: T) -> T:
+        return quick if self.args.quick else whole
 
     def yes(self, name: str, value: bool) -> None:
         """Record a condition with the target that it holds."""
@@ -90,7 +97,7 @@ def layer_bytes(model: Model, path: Path, layer: int) -> npt.NDArray[np.uint8]:
         for segment in spec.segments:
             file.seek(segment.file_offset)
             piece = wanted[segment.layer_offset : segment.layer_offset + segment.nbytes]
-            file.readinto(memoryview(piece))
+            file.readinto(piece.data)
     return wanted
 
 

@@ -10,22 +10,27 @@ from lib.harness import MIB, seconds
 from parts.gpu.part import GRANULE, NotRun, Part, arena_for
 from warmserve_rt import Model, Runtime
 
-_REGION = 256 * MIB
-
 
 def _gb_per_s(nbytes: int, taken: list[float]) -> float:
     return nbytes / statistics.median(taken) / 1e9
 
 
+def _region(part: Part) -> tuple[int, int]:
+    """Return the bytes at either end of copies, and the bytes to copy for one time."""
+    region = part.size(256 * MIB, 8 * MIB)
+    return region, region if part.simulated else 16 * region
+
+
 def _copies(
-    cuda: Gpu, address: int, host: int, chunk: int, total: int, back: bool = False
+    cuda: Gpu, address: int, host: int, chunk: int, sizes: tuple[int, int], back: bool = False
 ) -> float:
     """Return GB/s of copies of one size, one after the other in one stream."""
     stream = cuda.stream()
+    region, total = sizes
 
     def once() -> None:
         for at in range(0, total, chunk):
-            place = at % _REGION
+            place = at % region
             if back:
                 cuda.dtoh(host + place, address + place, chunk, stream)
             else:
@@ -48,27 +53,27 @@ def _granules(cuda: Gpu, nbytes: int) -> int:
 def bandwidth(part: Part) -> None:
     """Measure the device's limit: only copies from pinned memory."""
     cuda = Gpu()
-    total = _REGION if part.simulated else 16 * _REGION
-    host = cuda.pinned(_REGION, b"x" * _REGION)
-    one, many = cuda.mapped(_REGION), _granules(cuda, _REGION)
+    region, _ = sizes = _region(part)
+    host = cuda.pinned(region, b"x" * region)
+    one, many = cuda.mapped(region), _granules(cuda, region)
     speeds = {}
-    for mib in (2, 8, 32, 256):
-        speeds[mib] = _copies(cuda, many, host.address, mib * MIB, total)
+    for mib in part.size((2, 8, 32, 256), (2, 8)):
+        speeds[mib] = _copies(cuda, many, host.address, mib * MIB, sizes)
         part.row(f"h2d_{mib}MiB_gb_per_s", speeds[mib], "GB/s")
     part.row("h2d_limit_gb_per_s", max(speeds.values()), "GB/s")
-    large = _copies(cuda, one, host.address, _REGION, total)
+    large = _copies(cuda, one, host.address, region, sizes)
     part.row("h2d_one_granule_gb_per_s", large, "GB/s")
-    part.row("d2h_gb_per_s", _copies(cuda, many, host.address, _REGION, total, True), "GB/s")
-    pageable = Pinned(_REGION)
-    pageable[:_REGION] = b"x" * _REGION
-    part.row("h2d_pageable_gb_per_s", _copies(cuda, many, pageable.address, _REGION, total), "GB/s")
-    pin = seconds(lambda: cuda.register(pageable.address, _REGION))
-    part.row("register_touched_gb_per_s", _REGION / pin / 1e9, "GB/s")
-    alloc = seconds(lambda: cuda.host_alloc(_REGION))
-    part.row("host_alloc_gb_per_s", _REGION / alloc / 1e9, "GB/s")
+    part.row("d2h_gb_per_s", _copies(cuda, many, host.address, region, sizes, True), "GB/s")
+    pageable = Pinned(region)
+    pageable[:region] = b"x" * region
+    part.row("h2d_pageable_gb_per_s", _copies(cuda, many, pageable.address, region, sizes), "GB/s")
+    pin = seconds(lambda: cuda.register(pageable.address, region))
+    part.row("register_touched_gb_per_s", region / pin / 1e9, "GB/s")
+    alloc = seconds(lambda: cuda.host_alloc(region))
+    part.row("host_alloc_gb_per_s", region / alloc / 1e9, "GB/s")
 
 
-def _loads(runtime: Runtime, model: Model, rounds: int = 5) -> float:
+def _loads(runtime: Runtime, model: Model, rounds: int) -> float:
     taken = []
     for _ in range(rounds + 1):
         runtime.evict(model)
@@ -85,18 +90,17 @@ def load(part: Part) -> None:
     from load import huge_pages, read  # needs torch and safetensors
 
     path, threads = part.path("large"), 2 if part.simulated else 4
-    nbytes = path.stat().st_size
+    nbytes, rounds = path.stat().st_size, part.size(5, 1)
     with huge_pages(nbytes) as memory:
         read(path, memory, threads)
         reading = _gb_per_s(
-            nbytes, [seconds(lambda: read(path, memory, threads)) for _ in range(5)]
+            nbytes, [seconds(lambda: read(path, memory, threads)) for _ in range(rounds)]
         )
     part.row("read_limit_gb_per_s", reading, "GB/s")
     cuda = Gpu()
-    host, address = cuda.pinned(_REGION, b"x" * _REGION), _granules(cuda, _REGION)
-    copying = _copies(
-        cuda, address, host.address, 32 * MIB, (1 if part.simulated else 16) * _REGION
-    )
+    region, _ = sizes = _region(part)
+    host, address = cuda.pinned(region, b"x" * region), _granules(cuda, region)
+    copying = _copies(cuda, address, host.address, min(32 * MIB, region), sizes)
     part.row("copy_limit_gb_per_s", copying, "GB/s")
     limit, ratios = min(reading, copying), {}
     for chunk in (2, 8, 32):
@@ -107,7 +111,7 @@ def load(part: Part) -> None:
             loaders=threads,
         ) as runtime:
             (model,) = part.register(runtime, "large")
-            speed = _loads(runtime, model)
+            speed = _loads(runtime, model, rounds)
         part.row(f"load_{chunk}MiB_gb_per_s", speed, "GB/s")
         ratios[chunk] = speed / limit
     part.row("load_vs_copy_limit", ratios[8] * limit / copying, "times")
@@ -133,7 +137,7 @@ def swap(part: Part) -> None:
 
 def _swaps(part: Part, runtime: Runtime, a: Model, b: Model, prefix: str) -> None:
     taken, mapping, calls, speeds, creates = [], [], [], [], 0
-    for turn, (evict, incoming) in enumerate([(a, b), (b, a)] * 6):
+    for turn, (evict, incoming) in enumerate([(a, b), (b, a)] * part.size(6, 2)):
         before, begin = runtime.snapshot(), perf_counter()
         runtime.swap(evict=evict, load=incoming).wait()
         spent, after = perf_counter() - begin, runtime.snapshot()
@@ -166,4 +170,4 @@ def lease(part: Part) -> None:
         raise NotRun(f"bench/swap.py cannot be imported: {error}") from None
     folder = part.folder / "leases"  # its checkpoints may have the names of ours
     folder.mkdir()
-    measure_leases(part, folder)  # type: ignore[arg-type]
+    measure_leases(part, folder)

@@ -37,7 +37,8 @@ def _torch_with_cuda() -> Any:
         import torch
     except ImportError:
         raise NotRun("torch is not installed") from None
-    if not torch.backends.cuda.is_built():
+    backend: Any = torch.backends.cuda
+    if not backend.is_built():
         raise NotRun("torch is built without CUDA")
     if not torch.cuda.is_available():
         raise NotRun("torch sees no CUDA device")

@@ -10,13 +10,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from time import perf_counter
 
 from lib.harness import Bench, scratch
+from lib.support import SUPPORT
 
 DEVICES = ("host", "simcuda")
-PROGRAM = Path(__file__).resolve().parents[3] / "tests/support/layer_programs.py"
+PROGRAM = SUPPORT / "layer_programs.py"
 
 
 def interleavings(bench: Bench, pump: int, threaded: int) -> None:

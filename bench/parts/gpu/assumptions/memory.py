@@ -116,7 +116,7 @@ def _(cuda: Gpu) -> None:
 @assumed("exhaustion", "creating too much returns 2 and breaks nothing", DOCUMENTED, alone=True)
 def _(cuda: Gpu) -> str:
     free = cuda.memory()[0]
-    handles = []
+    handles: list[int] = []
     try:
         while len(handles) * _HOST <= free:
             handles.append(cuda.create(_HOST))
