@@ -273,6 +273,13 @@ MUTATIONS = [
         "runtime/test_views.py::test_read_back_returns_the_device_s_bytes",
     ),
     Mutation(
+        "loads evict beside each other",
+        "csrc/load/loader.cpp",
+        "[&](const LayerLoad* other) { return other->rank < load.rank; });",
+        "[&](const LayerLoad* other) { return other == &load; });",
+        "bench/test_switch.py::test_it_runs_at_its_smallest_size",
+    ),
+    Mutation(
         "a layer of a changed file is served from the host cache",
         "csrc/load/copy_engine.cpp",
         "check_files_unchanged(model.files, layer.source, begin, end);",
