@@ -9,6 +9,9 @@
 //   mapping      granules placed in a reservation, with an access right
 //   poison       a granule of NaN, mapped at the addresses of evicted layers to find stale reads
 //   staging      bounded pinned host memory; loads pass it if the CPU cannot write granules
+//   host cache   pinned host memory that keeps layers which have been loaded
+//   image        a layer's bytes in the host cache, in the layer's layout
+//   slab, unit   a pinned region of the host cache; the part of it that is lent at once
 //   chunk        a block of staging memory; also the bytes that a loader thread loads at once
 //
 // Models
