@@ -280,6 +280,14 @@ MUTATIONS = [
         "bench/test_switch.py::test_it_runs_at_its_smallest_size",
     ),
     Mutation(
+        "a load that waits for the device keeps those behind it from evicting",
+        "csrc/load/loader.cpp",
+        "if (std::erase(evicting_, &load)) state_.wake();",
+        "",
+        "runtime/test_eviction_order.py::"
+        "test_a_load_that_waits_for_the_device_lets_those_behind_it_evict",
+    ),
+    Mutation(
         "a layer of a changed file is served from the host cache",
         "csrc/load/copy_engine.cpp",
         "check_files_unchanged(model.files, layer.source, begin, end);",

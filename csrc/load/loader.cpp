@@ -216,6 +216,8 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
       const Lock relock = state_.lock();
       gave_up = stopping_ || load.tickets.empty();
       give_up_if(gave_up);
+      // It waits for work on the device, so it unmaps nothing: the loads behind it may evict.
+      if (std::erase(evicting_, &load)) state_.wake();
     };
     if (!victims.empty()) drain_and_unmap(state_, lock, victims, kNever, poll, granules);
     lock.unlock();
