@@ -79,7 +79,7 @@ MUTATIONS = [
     ),
     Mutation(
         "granule ids claimed by a load that fails to start are lost",
-        "csrc/load/loader.cpp",
+        "csrc/load/loader_start.cpp",
         "arena.return_trimmed(fresh);",
         "",
         "runtime/test_fault_walk.py::"
@@ -87,7 +87,7 @@ MUTATIONS = [
     ),
     Mutation(
         "granules taken by a load that fails to start are lost",
-        "csrc/load/loader.cpp",
+        "csrc/load/loader_start.cpp",
         "arena.give(granules);",
         "",
         "runtime/test_fault_walk.py::"
@@ -209,7 +209,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the layers of a ticket evict each other",
-        "csrc/load/loader.cpp",
+        "csrc/load/loader_start.cpp",
         "return ticket.wants_layer(layer);",
         "return !ticket.wants_layer(layer);",
         "runtime/test_state_machine.py::test_every_interleaving_keeps_the_rules[host]",
@@ -274,14 +274,14 @@ MUTATIONS = [
     ),
     Mutation(
         "loads evict beside each other",
-        "csrc/load/loader.cpp",
+        "csrc/load/loader_start.cpp",
         "[&](const LayerLoad* other) { return other->rank < load.rank; });",
         "[&](const LayerLoad* other) { return other == &load; });",
         "bench/test_switch.py::test_it_runs_at_its_smallest_size",
     ),
     Mutation(
         "a load that waits for the device keeps those behind it from evicting",
-        "csrc/load/loader.cpp",
+        "csrc/load/loader_start.cpp",
         "if (std::erase(evicting_, &load)) state_.wake();",
         "",
         "runtime/test_eviction_order.py::"

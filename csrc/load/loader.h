@@ -23,6 +23,11 @@
 
 namespace warmserve {
 
+// Throws cancelled if no ticket wants the work any more.
+inline void give_up_if(bool unwanted) {
+  if (unwanted) throw Error(ErrorKind::cancelled, "no ticket wants this work any more");
+}
+
 class Loader {
   using Phase = LayerLoad::Phase;
   using Verdict = LayerLoad::Verdict;
