@@ -40,7 +40,8 @@ if SANITIZE:
     FLAGS = [f"-fsanitize={SANITIZE}", optimise, "-g1", "-fno-omit-frame-pointer"]
 FLAGS += os.environ.get("WARMSERVE_CXXFLAGS", "").split()
 OBJECTS = os.environ.get("WARMSERVE_OBJECTS")
-LINK = ["-pthread", *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
+# Without symbols a wheel is 0.1 MB smaller.
+LINK = ["-pthread", f"-fsanitize={SANITIZE}" if SANITIZE else "-Wl,--strip-all"]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
 
 # The folders of csrc/ that make the core, below bind/; csrc/README.md has their order.
