@@ -20,7 +20,8 @@ class Probe final : public Interposer {
   Status before(Primitive primitive) override {
     using enum Primitive;
     const bool in_copy_engine = primitive == stream_create || primitive == copy_to_device ||
-                                primitive == event_create || primitive == event_record;
+                                primitive == fill_zero || primitive == event_create ||
+                                primitive == event_record;
     if (in_copy_engine || !operation_) return Status::ok;
     auto done = std::async(std::launch::async, operation_);
     if (done.wait_for(std::chrono::seconds(10)) != std::future_status::ready)
