@@ -517,7 +517,7 @@ class TestArenas:
             descriptors.append(len(os.listdir("/proc/self/fd")))
             if not failed:
                 break
-        assert 20 < call < 499
+        assert 10 < call < 499
         assert descriptors[-1] == descriptors[0]
 
 
