@@ -293,7 +293,7 @@ MUTATIONS = [
         "check_files_unchanged(model.files, layer.source, begin, end);",
         "",
         "runtime/test_host_cache.py::"
-        "test_a_changed_file_is_never_served_from_the_cache[host-staged-touch]",
+        "test_a_changed_file_is_never_served_from_the_cache[touch-host-staged]",
     ),
     Mutation(
         "a reload keeps the images of the old files",
@@ -301,7 +301,7 @@ MUTATIONS = [
         "host_cache_.drop(lock, *model);",
         "",
         "runtime/test_host_cache.py::"
-        "test_a_changed_file_is_never_served_from_the_cache[host-staged-replace]",
+        "test_a_changed_file_is_never_served_from_the_cache[replace-host-staged]",
     ),
     Mutation(
         "the device does not write the zeros behind a layer",
