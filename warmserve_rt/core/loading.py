@@ -46,9 +46,9 @@ class Loading(Inspecting):
         evict_below : float
             Only layers of a lower keep value are evicted for this load. Default: any layer.
         to : "device" or "host"
-            "host" loads the layers to the host cache only, for a later load to the device. Layers
-            of a lower or equal keep value leave the cache for it; the ticket raises Busy if they
-            are too few.
+            "host" loads the layers to the host cache only. A later load to the device then reads
+            no file. Layers of a lower or equal keep value leave the cache to make room. If they
+            are too few, the ticket raises Busy.
 
         Returns
         -------

@@ -25,7 +25,7 @@ def crowding(free: F64, first: int, width: int, more: float, node: int) -> float
     taken.
 
     A wider group of w devices has room for w times the fewest free bytes of any of its devices. The
-    result is the sum of what the groups of 2, 4, 8, ... times the width around this one lose.
+    result sums the losses of the groups around this one that are 2, 4, 8, ... times as wide.
     """
     left = least_free(free, first, width) - more
     lost, wide = 0.0, 2 * width

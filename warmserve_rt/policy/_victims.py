@@ -1,4 +1,4 @@
-"""The layers that are dropped to make room for others, and a lower bound of what that costs."""
+"""Choose the layers to drop so that others have room, and bound their value from below."""
 
 from __future__ import annotations
 
