@@ -89,16 +89,16 @@ std::uint64_t CopyEngine::send(LayerLoad* load, const Model& model, const Layer&
 CopyEngine::HostBytes CopyEngine::bytes_of(const Model& model, const Layer& layer,
                                            std::uint64_t begin, std::uint64_t end,
                                            const CopyOptions& options) {
-  if (options.cached) {
-    check_files_unchanged(model.files, layer.source, begin, end);
-    return {options.image, options.image->memory(), options.image->units.slabs()};
-  }
   HostBytes made;
-  if (options.image) {
-    made = {options.image, options.image->memory(), options.image->units.slabs()};
+  if (const HostImagePtr& image = options.image) {
+    made = {image, image->memory(begin, end), image->slabs(begin)};
   } else {
     const auto chunk = std::make_shared<StagingPool::Chunk>(this->chunk());
     made = {chunk, {begin, staging_.chunk_bytes(), {chunk->data()}}};
+  }
+  if (options.cached) {
+    check_files_unchanged(model.files, layer.source, begin, end);
+    return made;
   }
   read_layer(model.files, layer.source, begin, end, made.memory);
   arena_.device()->driver().host_read(end - begin);

@@ -32,7 +32,7 @@ std::uint64_t Loader::write_through_host_view(const LayerLoad& load, std::uint64
 std::uint64_t Loader::read_into_image(const LayerLoad& load, std::uint64_t begin, std::uint64_t end,
                                       Deadline not_before, std::span<std::uint64_t> sums) {
   const Layer& layer = *load.layer;
-  const Destination memory = load.image->memory();
+  const Destination memory = load.image->memory(begin, end);
   read_layer(load.model->files, layer.source, begin, end, memory);
   state_.arena.device()->driver().host_read(end - begin);
   add_to_digests(layer.source.digests, {state_.arena.granule_bytes(), layer.bytes}, memory, begin,

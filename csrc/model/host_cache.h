@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <unordered_set>
 
 #include "memory/host_slabs.h"
@@ -21,8 +22,20 @@ struct HostImage {
   static std::uint64_t bytes_for(const Layer& layer) {
     return ceil_div(layer.bytes, HostSlabs::kUnitBytes) * HostSlabs::kUnitBytes;
   }
-  // Returns the memory of the layer's bytes.
-  Destination memory() const { return {0, HostSlabs::kUnitBytes, units.blocks()}; }
+  // Returns the memory of layer bytes [begin, end), in whole units.
+  Destination memory(std::uint64_t begin, std::uint64_t end) const {
+    const std::uint64_t first = begin / HostSlabs::kUnitBytes;
+    const auto block = [&](std::uint64_t unit) {
+      return units.blocks().begin() + static_cast<std::ptrdiff_t>(unit);
+    };
+    return {first * HostSlabs::kUnitBytes,
+            HostSlabs::kUnitBytes,
+            {block(first), block(ceil_div(end, HostSlabs::kUnitBytes))}};
+  }
+  // Returns the slabs of those units.
+  std::span<const std::uint32_t> slabs(std::uint64_t begin) const {
+    return std::span(units.slabs()).subspan(begin / HostSlabs::kUnitBytes);
+  }
 
   HostSlabs::Units units;
   std::uint64_t last_use = 0;  // the runtime's logical clock
