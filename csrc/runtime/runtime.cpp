@@ -248,20 +248,22 @@ TicketPtr Runtime::prewarm_host(const Selection& selection, int priority, Deadli
   const auto ticket =
       std::make_shared<Ticket>("prewarm of '" + selection.model->name + "'", priority,
                                std::vector{selection}, deadline, kNoLimit, true);
-  const std::uint64_t budget = host_slabs_.state().budget_bytes;
+  const HostSlabs::State slabs = host_slabs_.state();
   const Lock lock = lock_alive();
   check(lock, selection);
-  if (!budget)
+  if (!slabs.budget_bytes)
     throw Error(ErrorKind::invalid_argument,
                 arena_.filled_by_host()
                     ? device_->facts().name + " needs no host cache: the CPU writes its memory"
                     : "this runtime has no host cache: give Runtime(host_cache=)");
   std::uint64_t need = 0;  // of one model, so it cannot overflow
   selection.for_each([&](const Layer& layer) { need += HostImage::bytes_for(layer); });
-  if (need > budget)
-    throw Error(ErrorKind::invalid_argument, ticket->what + " to the host cache needs " +
-                                                 format_bytes(need) + " of a budget of " +
-                                                 format_bytes(budget));
+  const std::uint64_t most = slabs.error.empty() ? slabs.budget_bytes : slabs.pinned_bytes;
+  if (need > most)
+    throw Error(ErrorKind::invalid_argument,
+                ticket->what + " to the host cache needs " + format_bytes(need) +
+                    " of a budget of " + format_bytes(most) +
+                    (slabs.error.empty() ? "" : "; " + slabs.error));
   loader_.request(lock, ticket);
   return ticket;
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,33 @@ def test_the_cache_keeps_what_is_pinned_if_pinning_fails(tmp_path: Path) -> None
         assert load(runtime, "m") == expected(1)
         assert runtime.snapshot().host_cache.hits == 2
     watched.check()
+
+
+def test_a_prewarm_to_memory_that_could_not_be_pinned_is_refused(tmp_path: Path) -> None:
+    watched = testing.watch(host_view=False, pump=True)
+    watched.faults.arm([(1, 1)], only="pinned_create", status="out_of_memory")
+    with Runtime(
+        driver=watched.driver, arena="8MiB", host_cache="8MiB", pump=True, tensors="numpy"
+    ) as runtime:
+        runtime.register("m", write(tmp_path / "m", 1))
+        with pytest.raises(ValueError, match=r"a budget of 0 .*; the host cache stays at"):
+            runtime.prewarm("m", to="host")
+        assert load(runtime, "m") == expected(1)
+    watched.check()
+
+
+def test_a_runtime_can_be_closed_while_its_cache_is_pinned() -> None:
+    watched = testing.watch(host_view=False)
+    Runtime(driver=watched.driver, arena="4MiB", host_cache="1GiB", tensors="numpy").close()
+    watched.check()
+
+
+def test_a_process_can_exit_while_the_cache_is_pinned() -> None:
+    program = """
+from warmserve_rt import Runtime, testing
+runtime = Runtime(driver=testing.watch(host_view=False).driver, arena="4MiB", host_cache="1GiB")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/", timeout=60)
 
 
 def test_no_copy_crosses_from_one_pinned_slab_to_another(tmp_path: Path) -> None:
