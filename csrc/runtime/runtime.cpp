@@ -260,10 +260,10 @@ TicketPtr Runtime::prewarm_host(const Selection& selection, int priority, Deadli
   selection.for_each([&](const Layer& layer) { need += HostImage::bytes_for(layer); });
   const std::uint64_t most = slabs.error.empty() ? slabs.budget_bytes : slabs.pinned_bytes;
   if (need > most)
-    throw Error(ErrorKind::invalid_argument,
-                ticket->what + " to the host cache needs " + format_bytes(need) +
-                    " of a budget of " + format_bytes(most) +
-                    (slabs.error.empty() ? "" : "; " + slabs.error));
+    throw Error(ErrorKind::invalid_argument, ticket->what + " to the host cache needs " +
+                                                 format_bytes(need) + " of a budget of " +
+                                                 format_bytes(most) +
+                                                 (slabs.error.empty() ? "" : "; " + slabs.error));
   loader_.request(lock, ticket);
   return ticket;
 }
