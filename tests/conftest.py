@@ -93,6 +93,8 @@ class Device:
         options.setdefault("staging", "4MiB")
         options.setdefault("chunk", "2MiB")
         options.setdefault("tensors", self.tensors)
+        options.setdefault("granule", "2MiB")  # so that models have the same layers on each device
+        options.setdefault("max_padding", 1)
         runtime = Runtime(driver=watched.driver, **options)
         self._made.append((runtime, watched))
         return runtime, watched

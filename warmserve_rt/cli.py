@@ -38,7 +38,15 @@ app = typer.Typer(
 )
 app.command()(simulate)
 app.add_typer(cache.app, name="cache")
-Granule = Annotated[str, typer.Option(help="Bytes of a granule, such as 2MiB.")]
+Granule = Annotated[str, typer.Option(help="Bytes of a granule: 2MiB on the host, 8MiB on CUDA.")]
+MaxPadding = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Most of a layer's granules that may stay unused: 1 on the host, 0.05 on CUDA.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="Cast weights to bfloat16, float16 or float32.")]
 
 
@@ -117,6 +125,7 @@ def live(
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="File or directory.")],
     granule: Granule = "2MiB",
+    max_padding: MaxPadding = 1.0,
     dtype: Dtype = None,
 ) -> None:
     """Show the layers of a checkpoint, as a runtime would lay them out, and its files."""
@@ -124,7 +133,7 @@ def inspect(
 
     from ._terminal import make_console, plain, print_table
 
-    (sizes,), _ = _measure([checkpoint], granule, dtype)
+    (sizes,), _ = _measure([checkpoint], granule, max_padding, dtype)
     layers = [
         [
             (layer.name, ""),
@@ -150,12 +159,13 @@ def inspect(
 def size(
     checkpoints: Annotated[list[Path], typer.Argument(help="Files or directories.")],
     granule: Granule = "2MiB",
+    max_padding: MaxPadding = 1.0,
     dtype: Dtype = None,
 ) -> None:
     """Show how large an arena must be to hold all layers of all these checkpoints."""
     from ._terminal import make_console, print_table
 
-    found, nbytes = _measure(checkpoints, granule, dtype)
+    found, nbytes = _measure(checkpoints, granule, max_padding, dtype)
     rows = [(each.path, each.layout.nbytes, each.total) for each in found]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     print_table(
@@ -175,7 +185,9 @@ def size(
     )
 
 
-def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[Sizes], int]:
+def _measure(
+    paths: list[Path], granule: str, max_padding: float, dtype: str | None
+) -> tuple[list[Sizes], int]:
     """Return the sizes of each checkpoint, and the bytes of a granule."""
     try:
         from ._terminal import plain
@@ -193,7 +205,8 @@ def _measure(paths: list[Path], granule: str, dtype: str | None) -> tuple[list[S
     except ValueError as error:
         raise typer.BadParameter(plain(error)) from None
     try:
-        return [measure(path, nbytes, dtype) for path in paths], nbytes
+        found = [measure(path, nbytes, dtype, max_padding=max_padding) for path in paths]
+        return found, nbytes
     except (WarmServeError, OSError, ValueError) as error:
         raise SystemExit(f"warmserve-rt: {plain(error)}") from None
 

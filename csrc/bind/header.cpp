@@ -7,6 +7,7 @@
 #include "bind/kernels.h"
 #include "checkpoint/grouping.h"
 #include "checkpoint/layout.h"
+#include "checkpoint/merging.h"
 
 namespace py = pybind11;
 
@@ -126,11 +127,13 @@ std::vector<std::uint8_t> checked_types(const TensorTable& table,
 }
 
 std::shared_ptr<Layout> lay_out_by_name(const TablePtr& table, bool experts,
-                                        const Array<std::uint8_t>& types) {
+                                        const Array<std::uint8_t>& types, std::uint64_t granule,
+                                        double max_padding) {
   std::vector<std::uint8_t> casts = checked_types(*table, types);
   const py::gil_scoped_release release;
   const Groups groups = group_by_name(*table, experts);
-  return share(lay_out(table, groups.names, groups.of, std::move(casts)));
+  return share(
+      merge(lay_out(table, groups.names, groups.of, std::move(casts)), granule, max_padding));
 }
 
 std::shared_ptr<Layout> lay_out_groups(const TablePtr& table, const std::vector<std::string>& names,
@@ -251,8 +254,8 @@ void bind_headers(py::module_& m) {
            })
       .def("tensors", &tensors_of, py::arg("layer"), py::arg("first"), py::arg("last"))
       .def("segments", &segments_of, py::arg("layer"), py::arg("first"), py::arg("last"));
-  m.def("lay_out_by_name", &lay_out_by_name, py::arg("table"), py::arg("experts"),
-        py::arg("types"));
+  m.def("lay_out_by_name", &lay_out_by_name, py::arg("table"), py::arg("experts"), py::arg("types"),
+        py::arg("granule"), py::arg("max_padding"));
   m.def("lay_out_groups", &lay_out_groups, py::arg("table"), py::arg("names"), py::arg("group_of"),
         py::arg("types"));
   m.def(

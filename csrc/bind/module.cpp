@@ -289,10 +289,10 @@ void bind_runtime(py::module_& m) {
           py::arg("model"), py::arg("layer"), py::arg("out"))
       .def(
           "digest",
-          [](Runtime& self, const PyModel& model, std::uint32_t layer) {
-            return self.digest(model.model, layer);
+          [](Runtime& self, const PyModel& model, std::uint32_t layer, std::uint64_t piece) {
+            return self.digest(model.model, layer, piece);
           },
-          py::arg("model"), py::arg("layer"), NoGil())
+          py::arg("model"), py::arg("layer"), py::arg("piece"), NoGil())
       .def(
           "stream",
           [](Runtime& self, const std::string& priority) {

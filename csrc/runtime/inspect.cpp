@@ -155,22 +155,24 @@ void Runtime::read_back(const ModelPtr& model, std::uint32_t index, std::byte* o
   });
 }
 
-std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t index) {
+std::vector<std::uint64_t> Runtime::digest(const ModelPtr& model, std::uint32_t index,
+                                           std::uint64_t piece_bytes) {
   const std::string& none = device_->facts().no_kernels;
   if (!none.empty())
     throw Error(ErrorKind::general, device_->facts().name + " has no kernels: " + none);
-  std::vector<std::uint64_t> digests(layer_of(*model, index).granules_needed);
-  constexpr std::uint64_t kMost = kReaderBytes / sizeof(std::uint64_t);  // granules of one launch
+  if (piece_bytes == 0) throw Error(ErrorKind::invalid_argument, "a piece must have bytes");
+  std::vector<std::uint64_t> digests(ceil_div(layer_of(*model, index).bytes, piece_bytes));
+  constexpr std::uint64_t kMost = kReaderBytes / sizeof(std::uint64_t);  // pieces of one launch
   with_resident(model, index, [&](Reader& reader, const Layer& layer) {
     const Address from = model->reservation->address() + layer.offset;
-    for (std::uint64_t granule = 0; granule < digests.size(); granule += kMost) {
-      const std::uint64_t count = std::min<std::uint64_t>(kMost, digests.size() - granule);
-      const std::uint64_t begin = granule * arena_.granule_bytes();
-      const std::uint64_t bytes = std::min(count * arena_.granule_bytes(), layer.bytes - begin);
-      reader.stream.launch(DigestCall{from + begin, bytes, arena_.granule_bytes(),
+    for (std::uint64_t first = 0; first < digests.size(); first += kMost) {
+      const std::uint64_t count = std::min<std::uint64_t>(kMost, digests.size() - first);
+      const std::uint64_t begin = first * piece_bytes;
+      const std::uint64_t bytes = std::min(count * piece_bytes, layer.bytes - begin);
+      reader.stream.launch(DigestCall{from + begin, bytes, piece_bytes,
                                       reinterpret_cast<Address>(reader.region.data())});
       reader.stream.synchronize();
-      std::memcpy(digests.data() + granule, reader.region.data(), count * sizeof digests[0]);
+      std::memcpy(digests.data() + first, reader.region.data(), count * sizeof digests[0]);
     }
   });
   return digests;

@@ -212,9 +212,10 @@ class Runtime {
   // Copies a resident layer's bytes to `out`. Throws stale_view unless resident. Blocks.
   void read_back(const ModelPtr& model, std::uint32_t layer, std::byte* out);
 
-  // Computes a digest (kernels.h) of each of the layer's granules on the device. Throws as
+  // Computes a digest (kernels.h) of each `piece_bytes` bytes of the layer on the device. Throws as
   // read_back(), and general if the device has no kernels. Blocks.
-  std::vector<std::uint64_t> digest(const ModelPtr& model, std::uint32_t layer);
+  std::vector<std::uint64_t> digest(const ModelPtr& model, std::uint32_t layer,
+                                    std::uint64_t piece_bytes);
 
   // Adds a route that foreground loads may use beside the device's own link. Throws
   // invalid_argument for a duplicate name, or if the CPU writes the device's memory itself. Strong,

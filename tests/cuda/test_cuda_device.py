@@ -100,8 +100,9 @@ def test_the_device_is_found_by_its_name(two_files: dict[str, Path]) -> None:
             """
             import sys
             from warmserve_rt import Runtime
+            granules = {"granule": "2MiB", "max_padding": 1}
             for name in ("cuda", "cuda:0", "cuda:1"):
-                with Runtime(name, arena="8MiB", tensors="dlpack") as runtime:
+                with Runtime(name, arena="8MiB", tensors="dlpack", **granules) as runtime:
                     runtime.register("a", sys.argv[1])
                     with runtime.lease("a") as lease:
                         view = lease.tensors["model.layers.0.weight"]

@@ -83,7 +83,7 @@ def run_guide(found: list[Block], tmp_path: Path, capfd: Any) -> None:
         runtime.prewarm("code").wait()
         names: dict[str, Any] = {"runtime": runtime, "path": path}
         unmarked = [block for block in found if not block.marker]
-        assert len(unmarked) == 6
+        assert len(unmarked) == 7
         unmarked[0].run(names)
         state = runtime.snapshot().models
         assert [layer.residency for layer in state["chat"].layers] == ["resident"] * (LAYERS + 1)
@@ -91,6 +91,7 @@ def run_guide(found: list[Block], tmp_path: Path, capfd: Any) -> None:
         for block in unmarked[1:]:
             block.run(names)
         out = capfd.readouterr().out
+        assert "['model.layers.0 to head']" in out  # merged
         assert "has arrived" in out
         assert "chat: 13 of 13 layers are resident" in out
         assert [model.name for model in runtime.models] == ["code", "narrow", "chat@2"]

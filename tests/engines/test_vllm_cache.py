@@ -497,6 +497,7 @@ class TestArenas:
             watched = device.watch(pump=True)
             with Runtime(
                 arena="8MiB",
+                granule="2MiB",
                 staging="16MiB",
                 staging_timeout=0.25,
                 pump=True,

@@ -14,7 +14,13 @@ WEIGHT = "model.layers.0.weight"
 
 
 def make(cuda: SimulatedCuda, files: dict[str, Path] | None = None, **options: object) -> Runtime:
-    defaults: dict[str, object] = {"arena": "8MiB", "staging": "4MiB", "chunk": "2MiB"}
+    defaults: dict[str, object] = {
+        "arena": "8MiB",
+        "staging": "4MiB",
+        "granule": GRANULE,
+        "max_padding": 1,
+        "chunk": "2MiB",
+    }
     runtime = Runtime(
         driver=testing.cuda_driver(cuda),
         tensors="dlpack",

@@ -180,6 +180,9 @@ def build_layout(
     checkpoint: Checkpoint,
     grouping: Grouping | None = None,
     casts: Mapping[str, DType] = MappingProxyType({}),
+    *,
+    granule: int = 1,
+    max_padding: float = 1.0,
 ) -> Layout:
     """Lay out every tensor of a checkpoint in exactly one layer.
 
@@ -201,7 +204,15 @@ def build_layout(
         - a function from a tensor's name to its layer. Numbered layers execute in their order,
           others in the order in which the checkpoint's files first need them.
     casts : mapping from tensor names to dtypes
-        The tensors to cast: see `dtypes.planned_casts`. Casts do not change the layers.
+        The tensors to cast: see `dtypes.planned_casts`.
+    granule : int
+        Bytes of a granule.
+    max_padding : float
+        The largest share of a layer's granules that its tensors may leave unused, 0 to 1. If the
+        caller does not group the tensors, a layer that leaves more is merged with the layers that
+        follow it, until the merged layer leaves less; the last layers are merged with those before
+        them. Only a model that is one merged layer may leave more. A merged layer is named after
+        its first and last parts, as in "model.layers.0 to model.layers.3". Default: merge none.
 
     Raises
     ------
@@ -216,7 +227,8 @@ def build_layout(
     if grouping is None or isinstance(grouping, str):
         if grouping not in (None, "experts"):
             raise TypeError(_WRONG_GROUPING.format(grouping))
-        return Layout(_native.lay_out_by_name(table, grouping == "experts", types))
+        experts = grouping == "experts"
+        return Layout(_native.lay_out_by_name(table, experts, types, granule, max_padding))
     groups = _groups(checkpoint.tensors, grouping)
     group_of = np.full(len(table), len(groups), np.uint32)  # by the tensor's number
     for number, (layer, names) in enumerate(groups):

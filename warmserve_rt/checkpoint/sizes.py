@@ -27,17 +27,19 @@ class Sizes:
         return sum(self.granules)
 
 
-def measure(path: Path, granule: int, dtype: str | None = None) -> Sizes:
+def measure(
+    path: Path, granule: int, dtype: str | None = None, *, max_padding: float = 1.0
+) -> Sizes:
     """Read a checkpoint's headers and return its sizes.
 
-    Every layer takes whole granules of `granule` bytes, at least one. Raises as `open_checkpoint`,
-    `planned_casts` and `build_layout`.
+    Every layer takes whole granules of `granule` bytes. Layers are merged as `build_layout` says.
+    Raises as `open_checkpoint`, `planned_casts` and `build_layout`.
     """
     with closing(open_checkpoint(path, allow_symlinks=True)) as opened:
         casts = {} if dtype is None else planned_casts(opened.tensors, dtype)
-        layout = build_layout(opened, None, casts)
+        layout = build_layout(opened, None, casts, granule=granule, max_padding=max_padding)
         files = tuple((str(file.path), file.identity.size) for file in opened.files)
-    counts = tuple(max(1, -(-layer.nbytes // granule)) for layer in layout.layers)
+    counts = tuple(-(-layer.nbytes // granule) for layer in layout.layers)
     return Sizes(str(path), files, layout, counts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from warmserve_rt import _arguments as check
 from warmserve_rt import _native
@@ -14,6 +15,19 @@ from warmserve_rt.kernels import fatbin_path
 DEFAULT_ARENA = 2 << 30
 MOST_LOADERS = 1024
 
+
+@dataclass(frozen=True)
+class Granules:
+    """A granule's bytes, and the largest share of a layer's granules that may stay unused."""
+
+    nbytes: int
+    max_padding: float
+
+
+# The host maps a granule of 2 MiB in microseconds. A GPU takes as long to map one of 2 MiB as one
+# of 8 MiB: with 2 MiB, mapping takes longer than copying (bench/switch.py).
+HOST_GRANULES = Granules(2 << 20, 1.0)
+CUDA_GRANULES = Granules(8 << 20, 0.05)
 
 _NAME = re.compile(r"(host)|cuda(?::([0-9]+))?")
 
@@ -73,6 +87,11 @@ def open_driver(device: str, *, pump: bool, peers: Sequence[int] = ()) -> _nativ
         if hidden is None or "device" not in str(error):
             raise
         raise type(error)(f"{error} (CUDA_VISIBLE_DEVICES is {hidden!r})") from None
+
+
+def usual_granules(*, cuda: bool) -> Granules:
+    """Return the granules of a runtime whose caller names no other."""
+    return CUDA_GRANULES if cuda else HOST_GRANULES
 
 
 def loader_count(asked: int | None, *, pump: bool) -> int:

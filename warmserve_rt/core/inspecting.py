@@ -11,7 +11,7 @@ from warmserve_rt import _arguments as check
 from warmserve_rt import _native
 from warmserve_rt._errors import WarmServeError
 from warmserve_rt._log import log
-from warmserve_rt._units import format_bytes
+from warmserve_rt._units import Size, format_bytes, parse_bytes
 
 from .lease_streams import CurrentStreams, FindStreams
 from .model import Model
@@ -22,6 +22,8 @@ from .streams import StreamLike, native_stream
 from .views import Framework
 
 StreamPriority = Literal["background", "normal", "urgent"]
+
+_PIECE_UNIT = 4096  # bytes; a digest takes eight, so no call returns more than a few of the layer
 
 
 class Inspecting:
@@ -34,11 +36,12 @@ class Inspecting:
         cuda_ordinal: int,
         framework: Framework,
         granule_bytes: int,
+        max_padding: float,
     ) -> None:
         self._open: _native.Runtime | None = native
         self._device = device
         self._framework: Framework = framework
-        self._granule_bytes = granule_bytes
+        self._granule_bytes, self._max_padding = granule_bytes, max_padding
         self._current_streams: FindStreams | None = (
             CurrentStreams(cuda_ordinal) if cuda_ordinal >= 0 else None
         )
@@ -134,29 +137,40 @@ class Inspecting:
         self.native.read_back(found.native, index, out)
         return out
 
-    def digest(self, model: Model | str, layer: int | str) -> npt.NDArray[np.uint64]:
-        """Compute a digest of each granule of a resident layer, on the device.
+    def digest(
+        self, model: Model | str, layer: int | str, *, piece: Size | None = None
+    ) -> npt.NDArray[np.uint64]:
+        """Compute digests of a resident layer, on the device.
 
         Parameters
         ----------
         model : Model or str
         layer : int or str
             Index or name.
+        piece : size, optional
+            The bytes that one digest covers, a multiple of 4 KiB. Default: a granule.
 
         Returns
         -------
-        array of uint64, shape ``(granules,)``
-            Equal to :func:`kernels.granule_digest` of the layer's bytes.
+        array of uint64, shape ``(pieces,)``
+            Equal to :func:`kernels.granule_digest` of the layer's bytes with granules of ``piece``
+            bytes. The last piece may be shorter.
 
         Raises
         ------
         StaleView, ValueError
-            As for :meth:`read_back`.
+            As for :meth:`read_back`; ValueError also for another ``piece``.
         WarmServeError
             No kernels are available for the device.
         """
         found = self.model(model)
-        return np.array(self.native.digest(found.native, layer_index(found, layer)), np.uint64)
+        nbytes = self._granule_bytes if piece is None else parse_bytes(piece, "piece")
+        if nbytes < 1 or nbytes % _PIECE_UNIT:
+            raise ValueError(
+                f"piece must be a positive multiple of 4 KiB, got {check.shown(piece)}"
+            )
+        index = layer_index(found, layer)
+        return np.array(self.native.digest(found.native, index, nbytes), np.uint64)
 
     def device_memory(self) -> tuple[int, int]:
         """Return the device's free bytes and its total bytes; zeros if the device does not report

@@ -9,7 +9,7 @@ from warmserve_rt import _native
 from warmserve_rt._log import log
 from warmserve_rt._units import Size, format_bytes, parse_bytes
 
-from .devices import arena_bytes, checked_device, loader_count
+from .devices import arena_bytes, checked_device, loader_count, usual_granules
 from .routes import Route, open_devices
 from .views import Framework, checked_framework
 
@@ -23,7 +23,8 @@ def open_runtime(
     staging: Size,
     host_cache: Size,
     headroom: Size | None,
-    granule: Size,
+    granule: Size | None,
+    max_padding: float | None,
     chunk: Size,
     loaders: int | None,
     staging_timeout: float,
@@ -35,9 +36,9 @@ def open_runtime(
     tensors: Framework | None,
     driver: _native.Driver | None,
     routes: Sequence[Route],
-) -> tuple[_native.Runtime, str, int, Framework, int]:
+) -> tuple[_native.Runtime, str, int, Framework, int, float]:
     """Return the native runtime, its device's name and CUDA ordinal (-1: not CUDA), its tensors'
-    framework and its granule's bytes.
+    framework, its granule's bytes and the largest padding of a layer.
 
     Arguments and errors are those of :class:`Runtime`.
     """
@@ -52,13 +53,18 @@ def open_runtime(
         bandwidth := parse_bytes(read_bandwidth, "read_bandwidth")
     ):
         raise ValueError("read_bandwidth must be at least one byte a second, got 0")
-    granule_bytes, chunk_bytes = parse_bytes(granule, "granule"), parse_bytes(chunk, "chunk")
+    if max_padding is not None:
+        max_padding = check.fraction("max_padding", max_padding)
+    asked = None if granule is None else parse_bytes(granule, "granule")
+    chunk_bytes = parse_bytes(chunk, "chunk")
     staging_bytes = parse_bytes(staging, "staging", of=_machine_bytes, whole=_MACHINE)
     host_cache_bytes = parse_bytes(host_cache, "host_cache", of=_machine_bytes, whole=_MACHINE)
     if driver is not None and not isinstance(driver, _native.Driver):
         raise TypeError(f"driver must be a device's driver, got {check.shown(driver)}")
     driver, peers = open_devices(device, driver, routes, pump=pump)
     opened = driver
+    usual = usual_granules(cuda=driver.cuda_ordinal >= 0)
+    granule_bytes = usual.nbytes if asked is None else asked
 
     def of_device(name: str, size: Size | None) -> int | None:
         if size is None:
@@ -91,7 +97,8 @@ def open_runtime(
         peers=peers,
     )
     log.info("made an arena of %s on %s", format_bytes(total), driver.name)
-    return native, driver.name, driver.cuda_ordinal, framework, granule_bytes
+    padding = usual.max_padding if max_padding is None else max_padding
+    return native, driver.name, driver.cuda_ordinal, framework, granule_bytes, padding
 
 
 def _machine_bytes() -> int:

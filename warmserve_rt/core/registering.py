@@ -55,6 +55,7 @@ class Registering(Inspecting):
             (:func:`dtypes.planned_casts`). Default: no casts.
         layers : grouping, optional
             How tensors form layers if their names do not tell; see :func:`layout.build_layout`.
+            Layers that the caller forms are not merged (``max_padding`` of :class:`Runtime`).
         writable : bool
             Allow in-place writes to the weights, which eviction discards. Otherwise they fault.
         allow_symlinks : bool
@@ -90,7 +91,16 @@ class Registering(Inspecting):
         if checkpoint is None:
             checkpoint, revision = bare, revision or named_revision
         checkpoint = check.paths("checkpoint", checkpoint)
-        origin = Origin(checkpoint, dtype, layers, allow_symlinks, variant, revision, verify)
+        origin = Origin(
+            checkpoint,
+            dtype,
+            layers,
+            allow_symlinks,
+            variant,
+            revision,
+            verify,
+            self._max_padding,
+        )
         with origin.opened(self._granule_bytes, digests) as opened:
 
             def make() -> Model:

@@ -81,6 +81,7 @@ class Origin:
     variant: str | None = None
     revision: str | None = None
     verify: Verify | None = None
+    max_padding: float = 1.0
 
     @contextmanager
     def opened(self, granule_bytes: int, digests: Digests | None) -> Iterator[Opened]:
@@ -97,7 +98,13 @@ class Origin:
             )
         ) as checkpoint:
             casts = {} if self.dtype is None else planned_casts(checkpoint.tensors, self.dtype)
-            layout = build_layout(checkpoint, self.grouping, casts)
+            layout = build_layout(
+                checkpoint,
+                self.grouping,
+                casts,
+                granule=granule_bytes,
+                max_padding=self.max_padding,
+            )
             yield Opened(checkpoint, layout, _checks(layout, granule_bytes, self.verify, digests))
 
 

@@ -48,9 +48,13 @@ class Runtime(Registering, Loading, Evicting):
     headroom : size, optional
         Device memory to leave to others (torch's activations, KV caches), or a share of the
         device's memory. If less would stay free, the arena is refused, and later not grown back.
-    granule : size
-        A multiple of the device's granularity. Every layer takes whole granules. A GPU maps a
-        granule of 8 MiB as fast as one of 2 MiB.
+    granule : size, optional
+        A multiple of the device's granularity. Every layer takes whole granules. Default: 2 MiB on
+        the host, and 8 MiB on CUDA, because a GPU maps one of 8 MiB as fast as one of 2 MiB.
+    max_padding : float, optional
+        The largest share of a layer's granules that its tensors may leave unused, 0 to 1.
+        :meth:`register` merges neighbouring layers that would leave more: they are then resident
+        together. 1 merges none. Default: 0.05 on CUDA, and 1 on the host, whose granules are small.
     chunk : size
         Bytes of one copy through the staging memory.
     loaders : int, optional
@@ -112,7 +116,8 @@ class Runtime(Registering, Loading, Evicting):
         *,
         host_cache: Size = 0,
         headroom: Size | None = None,
-        granule: Size = "2MiB",
+        granule: Size | None = None,
+        max_padding: float | None = None,
         chunk: Size = "8MiB",
         loaders: int | None = None,
         staging_timeout: float = 30.0,
@@ -133,6 +138,7 @@ class Runtime(Registering, Loading, Evicting):
                 host_cache=host_cache,
                 headroom=headroom,
                 granule=granule,
+                max_padding=max_padding,
                 chunk=chunk,
                 loaders=loaders,
                 staging_timeout=staging_timeout,

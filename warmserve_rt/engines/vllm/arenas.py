@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from contextlib import closing
 
 from warmserve_rt._errors import WarmServeError
-from warmserve_rt.checkpoint import open_checkpoint
-from warmserve_rt.checkpoint.layout import build_layout
+from warmserve_rt.core.devices import usual_granules
 from warmserve_rt.core.runtime import Runtime
 
 from . import processes
-from .cache import GRANULE, Entry
+from .cache import Entry, layers_of
 from .weights import Arena
 
 log = logging.getLogger(__name__)
@@ -92,16 +90,15 @@ def obtain(device: str, size: int | str | None, entry: Entry | None = None) -> A
         processes.refuse_if_marked(device)
         if size is None and entry is None:
             return None
-        wanted = size if size is not None else _needed(entry)
+        wanted = size if size is not None else _needed(entry, device)
         _arenas[device] = Arena(Runtime(device, arena=wanted, tensors="torch"), wanted)
         return _arenas[device]
 
 
-def _needed(entry: Entry | None) -> int:
+def _needed(entry: Entry | None, device: str) -> int:
     assert entry is not None
-    with closing(open_checkpoint(entry.weights)) as opened:
-        layers = build_layout(opened).layers
-    return sum(-(-layer.nbytes // GRANULE) * GRANULE for layer in layers)
+    granule = usual_granules(cuda=device != "host").nbytes
+    return sum(-(-layer.nbytes // granule) * granule for layer in layers_of(entry.weights))
 
 
 def _forget_parents() -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from .entries import LOCK, MANIFEST, open_for_use, prune, remove_unused
 __all__ = ["Cache", "Entry", "Key", "discard", "open_for_use"]
 
 FORMAT = 1  # raise when the meaning of the manifest changes
-GRANULE = 2 << 20  # bytes covered by one digest
+PIECE = 2 << 20  # bytes covered by one digest
 PAGE = 4096
 _UNUSUAL = re.compile(r"[^\w.+-]")
 _NAME_LENGTH = 50  # characters of at most 4 bytes; the name of a folder may have 255 bytes
@@ -210,8 +210,7 @@ def _write(folder: Path, key: Key, state: State) -> None:
     content = save({name: each.clone() for name, each in state.private.items()})
     private.write_bytes(content)
     _sync(private)
-    with closing(open_checkpoint(weights)) as opened:
-        layers = build_layout(opened).layers
+    layers = layers_of(weights)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "key": {"place": dict(key.place), "content": dict(key.content)},
@@ -259,13 +258,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         os.fsync(file.fileno())
 
 
+def layers_of(weights: Path) -> Sequence[LayerSpec]:
+    """Return the layers of an entry's weights, which its digests are named after."""
+    with closing(open_checkpoint(weights)) as opened:
+        return build_layout(opened).layers
+
+
 def layer_digest(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> list[int]:
-    """Return a digest of each granule of a layer as a runtime lays it out, with zeros between
+    """Return a digest of each piece of a layer as a runtime lays it out, with zeros between
     tensors."""
     whole = np.zeros(layer.nbytes, np.uint8)
     for spec in layer.tensors:
         whole[spec.offset : spec.offset + spec.nbytes] = _bytes_of(tensors[spec.name])
-    return [int(each) for each in granule_digest(whole, GRANULE)]
+    return [int(each) for each in granule_digest(whole, PIECE)]
 
 
 def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from warmserve_rt.core.runtime import Runtime
 from warmserve_rt.core.ticket import Ticket
 from warmserve_rt.kernels import granule_digest
 
-from .cache import GRANULE, Entry, discard, open_for_use
+from .cache import PIECE, Entry, discard, layers_of, open_for_use
 
 
 class Arena:
@@ -56,7 +56,8 @@ class Arena:
         if size == self._asked:
             return True
         with suppress(ValueError):  # a share of the device's memory
-            return -(-parse_bytes(size) // GRANULE) * GRANULE == self.nbytes
+            granule = self.runtime.snapshot().granule_bytes
+            return -(-parse_bytes(size) // granule) * granule == self.nbytes
         return False
 
     def add(self, entry: Entry, *, kept: bool = False) -> Weights:
@@ -89,7 +90,12 @@ class Arena:
             undo.callback(os.close, in_use)
             known = any(model.name == name for model in self.runtime.models)
             if not known:
-                self.runtime.register(name, entry.weights)
+                # Grouped here, so that the runtime merges no layers: digests are of each layer.
+                layers = {
+                    layer.name: [tensor.name for tensor in layer.tensors]
+                    for layer in layers_of(entry.weights)
+                }
+                self.runtime.register(name, entry.weights, layers=layers)
             model = self.runtime.model(name)
             try:
                 self._admit(model, kept)
@@ -176,8 +182,8 @@ class Weights:
 
     @property
     def digests(self) -> Mapping[str, list[int]]:
-        """For each layer, the digests of its granules as they were written to the cache
-        (:func:`kernels.granule_digest`)."""
+        """For each layer, the digests of its pieces of ``PIECE`` bytes as they were written to the
+        cache (:func:`kernels.granule_digest`)."""
         return self._entry.digests
 
     def prewarm(self) -> Ticket:
@@ -211,20 +217,18 @@ class Weights:
 
         Blocks until the layers are resident. Errors of loading pass through.
         """
-        same_granules = self.runtime.snapshot().granule_bytes == GRANULE
         # Digests and copies are complete when they return: there is no stream to record.
         with self.runtime.lease(self.model, streaming=True, stream=None) as lease:
             for layer in self.model.layers:
                 lease.wait(layer.index)
-                if self._digest(layer.index, same_granules) != self.digests.get(layer.name):
+                if self._digest(layer.index) != self.digests.get(layer.name):
                     return layer
         return None
 
-    def _digest(self, layer: int, same_granules: bool) -> list[int]:
-        if same_granules:
-            with suppress(WarmServeError):  # without kernels for this device we read back below
-                return [int(each) for each in self.runtime.digest(self.model, layer)]
-        return [int(x) for x in granule_digest(self.runtime.read_back(self.model, layer), GRANULE)]
+    def _digest(self, layer: int) -> list[int]:
+        with suppress(WarmServeError):  # without kernels for this device we read back below
+            return [int(each) for each in self.runtime.digest(self.model, layer, piece=PIECE)]
+        return [int(x) for x in granule_digest(self.runtime.read_back(self.model, layer), PIECE)]
 
     def sleep(self) -> None:
         """Evict the weights once all engines that share them sleep.
