@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 app.command()(simulate)
 app.add_typer(cache.app, name="cache")
-Granule = Annotated[str, typer.Option(help="Bytes of a granule: 2MiB on the host, 8MiB on CUDA.")]
+Granule = Annotated[str, typer.Option(help="Bytes of a granule: 2MiB on the host, 16MiB on CUDA.")]
 MaxPadding = Annotated[
     float,
     typer.Option(

@@ -137,11 +137,11 @@ def test_reloading_merges_the_same_layers(device: Device, tmp_path: Path) -> Non
 def test_layers_are_merged_on_cuda_alone_unless_the_caller_asks(
     device: Device, tmp_path: Path
 ) -> None:
-    path = write_blocks(tmp_path / "m.safetensors", [MIB] * 8)
+    path = write_blocks(tmp_path / "m.safetensors", [2 * MIB] * 8)
     runtime = device.runtime(arena="32MiB", granule=None, max_padding=None)
     model = runtime.register("m", path)
     granule = runtime.snapshot().granule_bytes
-    assert (granule, len(model.layers)) == ((8 * MIB, 1) if device.cuda else (2 * MIB, 8))
+    assert (granule, len(model.layers)) == ((16 * MIB, 1) if device.cuda else (2 * MIB, 8))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

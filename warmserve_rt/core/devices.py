@@ -25,9 +25,9 @@ class Granules:
 
 
 # The host maps a granule of 2 MiB in microseconds. A GPU takes as long to map one of 2 MiB as one
-# of 8 MiB: with 2 MiB, mapping takes longer than copying (bench/switch.py).
+# of 16 MiB: with 2 MiB, mapping takes longer than copying (bench/switch.py).
 HOST_GRANULES = Granules(2 << 20, 1.0)
-CUDA_GRANULES = Granules(8 << 20, 0.05)
+CUDA_GRANULES = Granules(16 << 20, 0.05)
 
 _NAME = re.compile(r"(host)|cuda(?::([0-9]+))?")
 

@@ -50,7 +50,7 @@ class Runtime(Registering, Loading, Evicting):
         device's memory. If less would stay free, the arena is refused, and later not grown back.
     granule : size, optional
         A multiple of the device's granularity. Every layer takes whole granules. Default: 2 MiB on
-        the host, and 8 MiB on CUDA, because a GPU maps one of 8 MiB as fast as one of 2 MiB.
+        the host, and 16 MiB on CUDA, because a GPU maps one of 16 MiB as fast as one of 2 MiB.
     max_padding : float, optional
         The largest share of a layer's granules that its tensors may leave unused, 0 to 1.
         :meth:`register` merges neighbouring layers that would leave more: they are then resident
