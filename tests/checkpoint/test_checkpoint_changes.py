@@ -26,7 +26,14 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
 
     A chunk is half a granule.
     """
-    options: dict[str, Any] = {"arena": "32MiB", "tensors": "numpy", "chunk": "1MiB", "loaders": 2}
+    options: dict[str, Any] = {
+        "arena": "32MiB",
+        "granule": GRANULE,
+        "max_padding": 1,
+        "tensors": "numpy",
+        "chunk": "1MiB",
+        "loaders": 2,
+    }
     if request.param == "cuda":
         with testing.simulated_cuda(memory="1GiB") as cuda:
             options |= {"driver": testing.cuda_driver(cuda), "tensors": "dlpack"}

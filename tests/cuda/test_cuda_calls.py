@@ -115,7 +115,7 @@ def test_a_peer_has_a_context_before_access_is_set() -> None:
     with testing.simulated_cuda(devices=2, peers=True, memory="64MiB") as cuda:
         driver = testing.cuda_driver(cuda, 0, peers=[1])
         assert cuda.live["contexts"] == 2
-        with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
+        with Runtime(driver=driver, arena="16MiB", tensors="dlpack") as runtime:
             runtime.check_invariants()
         del runtime, driver
         gc.collect()

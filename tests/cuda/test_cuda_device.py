@@ -139,7 +139,7 @@ def test_a_failure_of_any_call_while_opening_is_named(last: str) -> None:
             injected = cuda.faults.injected
             cuda.faults.disarm()
             if driver:
-                with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
+                with Runtime(driver=driver, arena="16MiB", tensors="dlpack") as runtime:
                     runtime.check_invariants()
                 del driver, runtime
                 gc.collect()
@@ -325,14 +325,14 @@ def test_a_forked_child_is_refused_and_its_parent_unharmed(
         """
         import os, sys
         from warmserve_rt import Runtime, WarmServeError
-        runtime = Runtime("cuda:0", arena="8MiB", tensors="dlpack")
+        runtime = Runtime("cuda:0", arena="16MiB", tensors="dlpack")
         runtime.register("a", sys.argv[1])
         lease = runtime.lease("a").acquire()
         before = runtime.read_back("a", 0).tobytes()
         child = os.fork()
         if child == 0:
             said = []
-            for use in (lambda: runtime.prewarm("a"), lambda: Runtime("cuda:0", arena="8MiB")):
+            for use in (lambda: runtime.prewarm("a"), lambda: Runtime("cuda:0", arena="16MiB")):
                 try:
                     use()
                 except WarmServeError as error:
@@ -374,7 +374,7 @@ def test_the_interpreter_exits_with_work_in_flight(two_files: dict[str, Path], h
             f"""
             import sys
             from warmserve_rt import Runtime
-            runtime = Runtime("cuda:0", arena="8MiB", tensors="dlpack")
+            runtime = Runtime("cuda:0", arena="16MiB", tensors="dlpack")
             runtime.register("a", sys.argv[1])
             {how}
             print("bye")
@@ -398,7 +398,7 @@ def test_the_loader_threads_end_at_exit_whatever_is_leased(
                 return len(os.listdir("/proc/self/task"))
             atexit.register(lambda: print(threads() - before))  # runs after the package's own
             from warmserve_rt import Runtime
-            runtime = Runtime("{device}", arena="8MiB", tensors="dlpack", loaders=9)
+            runtime = Runtime("{device}", arena="16MiB", tensors="dlpack", loaders=9)
             before = threads() - 9
             runtime.register("a", sys.argv[1])
             lease = runtime.lease("a").acquire()
@@ -430,7 +430,7 @@ def test_everything_but_digests_works_without_kernels(
     cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     driver = _native.cuda_driver(library=str(cuda.library))
-    with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
+    with Runtime(driver=driver, arena="16MiB", tensors="dlpack") as runtime:
         runtime.register("a", two_files["a"])
         with runtime.lease("a"):
             assert bytes_of(runtime, "a", WEIGHT) == content("a", 0, SIZES[0])

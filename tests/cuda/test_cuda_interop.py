@@ -147,8 +147,8 @@ def test_frameworks_that_cannot_see_the_device_are_refused(
     cuda: SimulatedCuda, two_files: dict[str, Path]
 ) -> None:
     with pytest.raises(ValueError, match="'numpy': it cannot see this device's memory"):
-        Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="numpy")
-    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="torch") as runtime:
+        Runtime(driver=testing.cuda_driver(cuda), arena="16MiB", tensors="numpy")
+    with Runtime(driver=testing.cuda_driver(cuda), arena="16MiB", tensors="torch") as runtime:
         runtime.register("a", two_files["a"])
         with runtime.lease("a") as lease:
             import torch
@@ -162,7 +162,7 @@ def test_frameworks_that_cannot_see_the_device_are_refused(
 def test_capsules_name_the_device(two_files: dict[str, Path]) -> None:
     with testing.simulated_cuda(devices=2) as cuda:
         driver = testing.cuda_driver(cuda, 1)
-        with Runtime(driver=driver, arena="8MiB", tensors="dlpack") as runtime:
+        with Runtime(driver=driver, arena="16MiB", tensors="dlpack") as runtime:
             runtime.register("a", two_files["a"])
             with runtime.lease("a") as lease:
                 view = lease.tensors[WEIGHT]
@@ -190,7 +190,7 @@ def test_cupy_arrays_are_views_of_the_arena(cuda: SimulatedCuda, tmp_path: Path)
 
     wanted = np.arange(6, dtype=np.float32).reshape(2, 3)
     path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], wanted.tobytes())})
-    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="cupy") as runtime:
+    with Runtime(driver=testing.cuda_driver(cuda), arena="16MiB", tensors="cupy") as runtime:
         runtime.register("f", path)
         with runtime.lease("f") as lease:
             array = lease.tensors["h.0.w"]
@@ -207,7 +207,7 @@ def test_a_lease_gives_cupy_arrays_in_a_runtime_of_another_framework(
     cupy = pytest.importorskip("cupy")
     data = np.arange(6, dtype=np.float32)
     path = write_safetensors(tmp_path / "f", {"h.0.w": ("F32", [2, 3], data.tobytes())})
-    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="dlpack") as runtime:
+    with Runtime(driver=testing.cuda_driver(cuda), arena="16MiB", tensors="dlpack") as runtime:
         runtime.register("f", path)
         lease = runtime.lease("f")
         with pytest.raises(StaleView, match="not held"):
@@ -254,7 +254,7 @@ def test_views_support_the_cuda_array_interface(
     width = bits.get(dtype) or int(dtype[1:])
     nbytes = int(np.prod(shape)) * width // 8
     path = write_safetensors(tmp_path / "f", {"h.0.w": (dtype, shape, bytes(nbytes))})
-    with Runtime(driver=testing.cuda_driver(cuda), arena="8MiB", tensors="dlpack") as runtime:
+    with Runtime(driver=testing.cuda_driver(cuda), arena="16MiB", tensors="dlpack") as runtime:
         for model, writable in (("f", False), ("g", True)):
             runtime.register(model, path, writable=writable)
             with runtime.lease(model) as lease:

@@ -117,7 +117,7 @@ model = lambda **given: called.append(given)
 {gpu.code.replace('headroom="4GiB"', 'headroom="4GiB", tensors="dlpack"')}
 {capture.code}
 assert called == [inputs] * 3 and replayed == [1]
-assert runtime.snapshot().leases == 0 and runtime.snapshot().layers_loaded == {LAYERS + 1}
+assert runtime.snapshot().leases == 0 and runtime.snapshot().layers_loaded == 1  # merged
 runtime.close()
 """,
         tmp_path,

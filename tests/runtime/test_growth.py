@@ -103,6 +103,7 @@ def test_twice_the_layers_take_twice_the_operations(
             Runtime(
                 arena=layers * GRANULE,
                 granule=GRANULE,
+                max_padding=1,
                 chunk=GRANULE,
                 staging=4 * GRANULE,
                 pump=True,

@@ -43,7 +43,9 @@ def test_padding_is_not_sent_over_the_link(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "m", tensors)
     with testing.simulated_cuda(memory="64MiB") as cuda:
         driver = testing.watch(cuda=cuda).driver
-        with Runtime(driver=driver, arena="16MiB", granule="4MiB", tensors="dlpack") as runtime:
+        with Runtime(
+            driver=driver, arena="16MiB", granule="4MiB", max_padding=1, tensors="dlpack"
+        ) as runtime:
             model = runtime.register("m", path)
             before = cuda.copied["h2d"]
             runtime.prewarm(model).wait()

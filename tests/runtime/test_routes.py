@@ -39,6 +39,8 @@ def make(
     runtime = Runtime(
         driver=testing.cuda_driver(cuda, ordinal, peers=[other] if routes else []),
         arena=LAYERS * LAYER,
+        granule="2MiB",
+        max_padding=1,
         staging=16 * CHUNK,
         chunk=CHUNK,
         tensors="dlpack",
@@ -195,14 +197,14 @@ def test_a_peer_without_access_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda), testing.cuda_driver(cuda, 1)
         with pytest.raises(ValueError, match=r"cuda:1 .* has no access to the memory of cuda:0"):
-            Runtime(driver=own, arena="8MiB", tensors="dlpack", routes=[other])
+            Runtime(driver=own, arena="16MiB", tensors="dlpack", routes=[other])
 
 
 def test_a_repeated_route_is_refused() -> None:
     with testing.simulated_cuda(devices=2, peers=True) as cuda:
         own, other = testing.cuda_driver(cuda, peers=[1]), testing.cuda_driver(cuda, 1)
         with pytest.raises(ValueError, match=r"'cuda:1 .*' exists already"):
-            Runtime(driver=own, arena="8MiB", tensors="dlpack", routes=[other, other])
+            Runtime(driver=own, arena="16MiB", tensors="dlpack", routes=[other, other])
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ class Fuzzer:
         absent = [index for index in range(len(layers)) if index not in chosen and granules[index]]
         if absent and self.digests:
             try:
-                self.runtime.digest(model, absent[0])
+                self.runtime.digest(model, absent[0], GRANULE)
                 raise AssertionError("digest() of an absent layer was not refused")
             except StaleView:
                 pass
