@@ -1,6 +1,9 @@
 #include "driver/host_memory.h"
 
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -26,6 +29,16 @@ bool touch(std::byte* memory, std::uint64_t bytes) noexcept {
   return ::madvise(memory, bytes, kPopulateWrite) == 0 || errno == EINVAL;
 }
 
+// Asks for pages of one NUMA node; copies to a device from another node are slower. The request is
+// a preference, and we ignore its failure: a container may forbid the call or the node.
+void prefer_node(std::byte* memory, std::uint64_t bytes, int node) noexcept {
+  constexpr int kMostNodes = 1024, kBits = 8 * sizeof(unsigned long);
+  if (node < 0 || node >= kMostNodes) return;
+  unsigned long nodes[kMostNodes / kBits] = {};
+  nodes[node / kBits] = 1ul << (node % kBits);
+  ::syscall(SYS_mbind, memory, bytes, MPOL_PREFERRED, nodes, kMostNodes + 1, 0);
+}
+
 }  // namespace
 
 std::byte* reserve_aligned(std::uint64_t bytes, std::uint64_t alignment) noexcept {
@@ -46,7 +59,7 @@ std::byte* reserve_aligned(std::uint64_t bytes, std::uint64_t alignment) noexcep
   return aligned;
 }
 
-std::byte* allocate_touched(std::uint64_t bytes, std::string* why) {
+std::byte* allocate_touched(std::uint64_t bytes, int node, std::string* why) {
   const std::uint64_t available = available_memory();
   if (bytes > kMostBytes || available < kKeptForProcess || bytes > available - kKeptForProcess) {
     *why = format_bytes(bytes) + " are needed, but " + format_bytes(available) +
@@ -64,6 +77,7 @@ std::byte* allocate_touched(std::uint64_t bytes, std::string* why) {
   auto* memory = static_cast<std::byte*>(mapped);
   ::madvise(memory, bytes, MADV_HUGEPAGE);
   ::madvise(memory, bytes, MADV_DONTFORK);
+  prefer_node(memory, bytes, node);
   const std::uint64_t cores = std::max(1u, std::thread::hardware_concurrency());
   const std::uint64_t parts =
       std::clamp<std::uint64_t>(bytes / kPerThread, 1, std::min(cores, kMostThreads));

@@ -68,6 +68,15 @@ bool parse_clock(const std::string& text, ClockKind* out) {
   return *out != ClockKind::real || text == "real";
 }
 
+// Parses a number from -1 on.
+bool parse_node(const std::string& text, int* out) {
+  if (text == "-1") {
+    *out = -1;
+    return true;
+  }
+  return parse(text, out);
+}
+
 bool parse_seconds(const std::string& text, Nanoseconds* out) {
   double seconds = 0;
   if (!parse(text, &seconds) || seconds > 1e6) return false;
@@ -91,6 +100,7 @@ bool set(const std::string& key, const std::string& value, Options* out) {
   if (key == "host_numa") return parse(value, &out->host_numa);
   if (key == "posix_fd") return parse(value, &out->posix_fd);
   if (key == "rdma") return parse(value, &out->rdma);
+  if (key == "numa_node") return parse_node(value, &out->numa_node);
   if (key == "read_only_register") return parse(value, &out->read_only_register);
   if (key == "clock") return parse_clock(value, &out->clock);
   if (key == "h2d") return parse(value, &out->rates[0]);

@@ -37,6 +37,7 @@ struct Options {
   bool peers = false;  // any two devices are peers
   bool integrated = false, host_numa = false, posix_fd = true, rdma = true;
   bool read_only_register = true;
+  int numa_node = 0;
   ClockKind clock = ClockKind::real;
   bool detector = true;
   std::array<double, kEngines> rates{};  // bytes per second; 0: no pacing

@@ -27,6 +27,7 @@ extern "C" {
 //   memory=8589934592         bytes of each device
 //   granularity=2097152       bytes
 //   posix_fd=1  rdma=1  read_only_register=1    device attributes
+//   numa_node=0               the node of the host next to every device; -1: there are no nodes
 //   host_numa=0               1: memory of the host's NUMA node 0 can be created and mapped; the
 //                             CPU reaches it if access for that node is set. Not with `content`
 //   integrated=0              1: the device has no memory of its own; implies host_numa=1

@@ -195,6 +195,27 @@ def test_the_headroom_is_left_alone_and_reported(
         runtime.prewarm("a").wait()
 
 
+def ranges_that_prefer(node: int) -> int:
+    """Return the number of this process's address ranges that prefer memory of a NUMA node."""
+    lines = Path("/proc/self/numa_maps").read_text().splitlines()
+    return sum(f"prefer:{node}" in line.split()[1] for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="a kernel without NUMA")
+@pytest.mark.parametrize(("node", "prefers"), [(0, True), (-1, False), (900, False)])
+def test_pinned_memory_is_on_the_node_next_to_the_device(
+    two_files: dict[str, Path], node: int, prefers: bool
+) -> None:
+    """Node 900 does not exist: pinning goes on without it."""
+    with testing.simulated_cuda(memory="64MiB", numa_node=node) as cuda:
+        before = ranges_that_prefer(0)
+        with make(cuda, two_files, host_cache="8MiB") as runtime:
+            runtime.prewarm("a").wait()
+            assert (ranges_that_prefer(0) > before) == prefers
+            assert bytes(runtime.read_back("a", 1)) == content("a", 1, SIZES[1])
+    assert ranges_that_prefer(0) == before
+
+
 def test_granules_are_shareable_if_the_device_allows_it(cuda: SimulatedCuda) -> None:
     """POSIX file descriptors and RDMA must be enabled when a granule is created, not later."""
     posix_fd, rdma = 1, 15

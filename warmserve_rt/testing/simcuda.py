@@ -73,6 +73,7 @@ def simulated_cuda(
     capability: int = 90,
     integrated: bool = False,
     host_numa: bool = False,
+    numa_node: int = 0,
     visible: str | None = None,
     name: str = "Simulated CUDA",
     detector: bool = True,
@@ -127,6 +128,8 @@ def simulated_cuda(
         The device has no memory but the host's. Implies ``host_numa``.
     host_numa : bool
         The CPU can be given access to host memory that is mapped for the device.
+    numa_node : int
+        The host's NUMA node next to each device; -1 if the host has no nodes.
     visible : str, optional
         As CUDA_VISIBLE_DEVICES. Default: the environment's.
     detector : bool
@@ -182,6 +185,7 @@ def simulated_cuda(
             "granularity": parse_bytes(granularity, "granularity"),
             "integrated": int(integrated),
             "host_numa": int(host_numa),
+            "numa_node": numa_node,
             "content": content,
             "detector": int(detector),
         },

@@ -44,9 +44,9 @@ Context::~Context() {
   library_.cuDevicePrimaryCtxRelease_v2(device_);
 }
 
-int Context::attribute(CUdevice_attribute which) const {
+int Context::attribute(CUdevice_attribute which, int unknown) const {
   int value = 0;
-  return library_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : 0;
+  return library_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : unknown;
 }
 
 CUdevice Context::open_peer(int ordinal) {

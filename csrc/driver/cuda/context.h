@@ -20,7 +20,8 @@ class Context {
   const Library& library() const noexcept { return library_; }
   CUdevice device() const noexcept { return device_; }
   const std::string& name() const noexcept { return name_; }  // "cuda:0 (NVIDIA H100)"
-  int attribute(CUdevice_attribute which) const;              // 0 if the driver does not know it
+  // Returns `unknown` if the driver does not know the attribute.
+  int attribute(CUdevice_attribute which, int unknown = 0) const;
   CUcontext handle() const noexcept { return context_; }
   // Returns another device, and retains its primary context as long as this object lives: access
   // can be set only for a device that has a context. Throws invalid_argument if the device cannot

@@ -208,7 +208,7 @@ class HostDriver final : public Driver {
   Status pinned_create(std::uint64_t bytes, std::byte** out) override {
     if (bytes == 0) return refuse(Status::invalid, "cannot pin 0 bytes");
     std::string why;
-    std::byte* memory = allocate_touched(bytes, &why);
+    std::byte* memory = allocate_touched(bytes, kAnyNode, &why);
     if (!memory) return refuse(Status::out_of_memory, why);
     const std::lock_guard lock(mutex_);
     pinned_[memory] = bytes;
