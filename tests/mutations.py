@@ -590,7 +590,9 @@ MUTATIONS = [
 ]
 
 
-def run(tree: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    tree: Path, *command: str, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(tree), "WARMSERVE_BUILD_JOBS": "2", **more}
     return subprocess.run(
         [sys.executable, *command],
@@ -598,13 +600,13 @@ def run(tree: Path, *command: str, **more: str) -> subprocess.CompletedProcess[s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 
 def build(tree: Path, flags: str = "") -> None:
     more = {"WARMSERVE_KERNELS": "none", "WARMSERVE_CXXFLAGS": flags}  # no test needs GPU kernels
-    done = run(tree, "setup.py", "-q", "build_ext", "--inplace", **more)
+    done = run(tree, "setup.py", "-q", "build_ext", "--inplace", timeout=1200, **more)
     if done.returncode:
         raise SystemExit(f"the build failed:\n{done.stderr}")
 
@@ -637,6 +639,14 @@ def failure(tree: Path, *names: str) -> str | None:
     return f"{done.stdout}{done.stderr}" if done.returncode else None
 
 
+def copy_sources(tree: Path) -> None:
+    """Copy this tree and its object files, so that only files newer than these are compiled."""
+    ignore = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    for objects in (ROOT / "build").glob("temp.*"):
+        shutil.copytree(objects, tree / "build" / objects.name)
+
+
 def survives(built: Path, flags: str, tree: Path, mutation: Mutation) -> bool:
     shutil.copytree(built, tree)  # keeps file times, so that only the mutated file is compiled
     path = tree / mutation.file
@@ -656,8 +666,7 @@ def main(names: list[str]) -> int:
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "built")
-        ignore = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__")
-        shutil.copytree(ROOT, built, ignore=ignore)
+        copy_sources(built)
         build(built)
         flags = precompile_standard_headers(Path(folder))
 
