@@ -171,10 +171,11 @@ def start_experiment(
         found = start_part(name, bench, folder, env, simulated, min(left, PART_LIMIT))
     if found["outcome"] == "ran" and not found["decides"]:
         found["outcome"] = "failed: it decided nothing"
-    undecided = [] if found["outcome"] == "ran" else [_verdict(found["outcome"])]
     says = "would decide" if simulated else "decides"
+    undecided = [] if found["outcome"] == "ran" else [_verdict(found["outcome"])]
     for sentence in (*found["decides"], *undecided):
-        print(f"  {says}: {sentence}", flush=True)
+        decided = not sentence.startswith(("FAILED", "NOT RUN"))
+        print(experiments.wrapped(f"{says}: {sentence}" if decided else sentence), flush=True)
     if any(sentence.startswith("FAILED") for sentence in found["decides"]):
         found["outcome"] = "failed: a question was not answered"
     return {"question": experiment.question, "expected": experiment.expected, **found}
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", default="", metavar="TEXT", help="only assumptions with this text in the name"
     )
-    parser.add_argument("--part", choices=WORK, help="run only this part")
+    parser.add_argument("--part", choices=WORK, metavar="NAME", help="run only this part")
     parser.add_argument(
         "--experiments", nargs="*", choices=EXPERIMENTS, metavar="NUMBER",
         help="run these experiments, or all, and nothing else",
@@ -237,6 +238,8 @@ def main() -> None:
         parser.error("--device must be cuda:0, or simcuda, which needs no GPU")
     if bench.args.folder:
         run_part(bench.args)
+    if bench.args.part in EXPERIMENTS:
+        bench.args.experiments = [bench.args.part]
     simulated = bench.args.device == "simcuda"
     report = Report(simulated, bench.args.device)
     with environment(bench.args.device) as env, scratch() as folder:

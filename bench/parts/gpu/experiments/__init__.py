@@ -31,11 +31,13 @@ class Experiment:
 
     def heading(self) -> str:
         """Return the first lines of the experiment's block."""
-        lines = (f"{self.number}: {self.question}", f"expected: {self.expected}")
-        return "\n".join(
-            textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=" " * 4)
-            for line, indent in zip(lines, ("\n", "  "), strict=True)
-        )
+        question = wrapped(f"{self.number}: {self.question}", "")
+        return f"\n{question}\n{wrapped(f'expected: {self.expected}')}"
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """Return a paragraph of an experiment's block."""
+    return textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=" " * 4)
 
 
 ALL: dict[str, Experiment] = {}

@@ -22,7 +22,7 @@ from .page_cache import rate
 from .ptx import SpinCall, functions
 
 _SPIN = 60.0  # seconds; the process is killed earlier
-_BLOCKS, _THREADS = 2048, 256  # more than a GPU runs at once
+_BLOCKS, _THREADS = 1024, 256  # about as many as an H200 runs at once
 
 
 def _spin(cuda: Gpu, time: float, store: int = 0, blocks: int = 1, threads: int = 1) -> int:
