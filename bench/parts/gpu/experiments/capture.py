@@ -72,7 +72,11 @@ def _captured_event(part: Part, cuda: Gpu) -> None:
     part.decide(
         f"the query of an event recorded in a capture returns {query}, the capture ends with "
         f"{end}: a fence must "
-        + ("refuse streams that are captured" if query else "tell captured events by another way")
+        + (
+            "refuse streams that are captured"
+            if query
+            else "recognise captured events in another way"
+        )
     )
 
 
