@@ -91,12 +91,12 @@ def write_random(file: IO[bytes], nbytes: int) -> None:
 
 def page_cache(nbytes: int, folder: Path) -> int:
     """Return the page cache of a new file, mapped for reading only."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
             write_random(file, nbytes)
-        except OSError as error:
-            raise NotRun(f"{folder}: {error}") from None
-        address = mapped(nbytes, mmap.MAP_SHARED, file.fileno(), mmap.PROT_READ)
+            address = mapped(nbytes, mmap.MAP_SHARED, file.fileno(), mmap.PROT_READ)
+    except OSError as error:
+        raise NotRun(f"{folder}: {error}") from None
     touch(address, nbytes, POPULATE_READ)
     return address
 
