@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Runs everything that needs a GPU, in less than ten minutes, and writes one JSON file:
 #
-#     bench/gpu.sh [--device cuda:0|simcuda] [--out FILE.json] [--venv DIR] [--limit SECONDS]
+#     bench/gpu.sh [--experiments] [--device cuda:0|simcuda] [--out FILE.json] [--venv DIR]
+#                  [--limit SECONDS]
 #
 # Builds and installs the package into an environment of its own (temporary, or --venv, which is
 # reused if it exists), runs the GPU's benches, then the tests on the device in the remaining time.
+# With --experiments it first runs the experiments of parts/gpu/experiments (at most 8 minutes) and
+# a short switch.py; the other benches and the tests then have what is left of the time.
 # Needs no network if the interpreter has the packages for the build (pybind11, setuptools) and for
 # the tests (pytest, hypothesis, numpy). The exit status is 0 if every step ran to its end. The file
 # lists all failures; it is rewritten after each step.
@@ -68,13 +71,15 @@ esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 device='' out='' venv='' limit=570
+benches=(gpu driver_ops kernels)
 while [ $# -gt 0 ]; do
   case $1 in
+    --experiments) benches=(experiments switch "${benches[@]}"); shift; continue ;;
     --device) device=$2 ;;
     --out) out=$2 ;;
     --venv) venv=$2 ;;
     --limit) limit=$2 ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
   esac
   shift 2
 done
@@ -125,16 +130,22 @@ step environment 60 "$self" --environment || exit 1
 step build "$limit" "$self" --build || exit 1
 cd "$work"
 run=("$venv/bin/python" -u)
-for bench in gpu driver_ops kernels; do
-  [ -e "$root/bench/$bench.py" ] || continue
+for bench in "${benches[@]}"; do
+  script=$root/bench/$bench.py arguments=(--json "$work/$bench.json")
+  case $device-$bench in
+    *-experiments) script=$root/bench/gpu.py arguments+=(--experiments) ;;
+    simcuda-switch) arguments+=(--share 0) ;;  # one block of each model
+    *-switch) arguments+=(--rounds 2) ;;
+  esac
+  [ -e "$script" ] || continue
   case $device-$bench in
     simcuda-*) most=$limit ;;  # the machine may be slow
+    *-experiments) most=500 ;;
     *-gpu) most=330 ;;
     *) most=90 ;;
   esac
-  arguments=(--json "$work/$bench.json")
-  grep -q 'args.device' "$root/bench/$bench.py" && arguments+=(--device "$device")
-  step "$bench" "$most" "${run[@]}" "$root/bench/$bench.py" "${arguments[@]}" || ok=1
+  grep -q 'args.device' "$script" && arguments+=(--device "$device")
+  step "$bench" "$most" "${run[@]}" "$script" "${arguments[@]}" || ok=1
 done
 step tests "$limit" "$self" --tests "$device" || ok=1
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from parts.gpu.assumptions.misuses import HOST, MEMORY, WORK, G, Row
+from parts.gpu.assumptions.stream_misuses import STREAMS
 from warmserve_rt.testing import simulated_cuda
 from warmserve_rt.testing.cuda_api import Cuda, CudaError, code
 from warmserve_rt.testing.simcuda import SimulatedCuda, Violation
@@ -53,6 +54,11 @@ def test_misuse_of_host_memory_is_refused(row: Row, cuda: Cuda) -> None:
 
 @parametrized(WORK)
 def test_misuse_of_work_and_contexts_is_refused(row: Row, cuda: Cuda) -> None:
+    check(row, cuda)
+
+
+@parametrized(STREAMS)
+def test_misuse_of_questions_about_streams_is_refused(row: Row, cuda: Cuda) -> None:
     check(row, cuda)
 
 

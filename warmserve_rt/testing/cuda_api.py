@@ -209,6 +209,11 @@ class Cuda:
         self.call("cuStreamGetPriority", stream, ctypes.byref(value))
         return value.value
 
+    def stream_context(self, stream: int) -> int:
+        context = u64()
+        self.call("cuStreamGetCtx", stream, ctypes.byref(context))
+        return context.value
+
     def stream_destroy(self, stream: int) -> None:
         self.call("cuStreamDestroy_v2", stream)
 
@@ -270,6 +275,12 @@ class Cuda:
 
     def begin_capture(self, stream: int, mode: int = GLOBAL) -> None:
         self.call("cuStreamBeginCapture_v2", stream, mode)
+
+    def capture_status(self, stream: int) -> int:
+        """Return 0 if the stream is not captured, 1 if it is, and 2 if its capture is invalid."""
+        status = i32()
+        self.call("cuStreamIsCapturing", stream, ctypes.byref(status))
+        return status.value
 
     def end_capture(self, stream: int) -> int:
         graph = u64()

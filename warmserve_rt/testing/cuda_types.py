@@ -75,6 +75,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamDestroy_v2": (u64,),
     "cuStreamQuery": (u64,),
     "cuStreamGetPriority": (u64, pointer),
+    "cuStreamGetCtx": (u64, pointer),
+    "cuStreamIsCapturing": (u64, pointer),
     "cuStreamSynchronize": (u64,),
     "cuStreamWaitEvent": (u64, u64, u32),
     "cuStreamBeginCapture_v2": (u64, i32),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+_BENCHES = ("experiments", "switch", "gpu", "driver_ops", "kernels")
 _TAIL = 2000  # last characters of a failed step's output
 
 
@@ -82,21 +83,24 @@ def main() -> None:
     work, device, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     benches = {
         name: json.loads(path.read_text())
-        for name in ("gpu", "driver_ops", "kernels")
+        for name in _BENCHES
         if (path := work / f"{name}.json").exists()
     }
-    done, tested, gpu = steps(work), tests(work), benches.get("gpu", {})
+    done, tested = steps(work), tests(work)
+    experiments = benches.get("experiments", {})
+    gpu = benches.get("gpu", {})
+    facts = gpu or experiments
     report = {
         "simulated": device == "simcuda",
         "device": device,
-        "gpu": gpu.get("device", "unknown"),
-        "driver_version": gpu.get("driver_version", 0),
+        "gpu": facts.get("device", "unknown"),
+        "driver_version": facts.get("driver_version", 0),
         "machine": machine(),
         "failed": {
             "steps": [name for name, step in done.items() if step["status"]],
             "parts": [
                 name
-                for name, part in gpu.get("parts", {}).items()
+                for name, part in {**experiments.get("parts", {}), **gpu.get("parts", {})}.items()
                 if part["outcome"].startswith("failed")
             ],
             "refuted": [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import json
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,20 +43,56 @@ def checkpoints(simulated: bool, quick: bool) -> Mapping[str, Llama]:
 class Part:
     """The settings and results of a part."""
 
-    args: argparse.Namespace  # device, leases, quick
+    args: argparse.Namespace  # device, leases, quick, json
     folder: Path  # has the checkpoints
     simulated: bool
+    prefix: str = ""  # of the names of rows
     rows: list[tuple[str, float, str]] = field(default_factory=list)
     targets: list[tuple[str, float, str, str, float]] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
+
+    def save(self, outcome: str = "") -> None:
+        """Write the results so far; without an outcome the part has not ended."""
+        found = {
+            "outcome": outcome,
+            "rows": self.rows,
+            "targets": self.targets,
+            "decides": self.decisions,
+        }
+        partial = self.args.json.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.replace(self.args.json)
 
     def row(self, name: str, value: float, unit: str) -> None:
-        self.rows.append((name, value, unit))
+        self.rows.append((self.prefix + name, value, unit))
+        self.save()
 
     def target(self, name: str, value: float, unit: str, op: str, bound: float) -> None:
         self.targets.append((name, value, unit, op, bound))
+        self.save()
+
+    def decide(self, sentence: str) -> None:
+        """Record a sentence that follows from the results."""
+        self.decisions.append(sentence)
+        self.save()
+
+    @contextmanager
+    def question(self, about: str) -> Iterator[None]:
+        """Enclose the answer to one of several questions; the others survive its failure."""
+        try:
+            yield
+        except NotRun as error:
+            self.decide(f"NOT RUN, {about}: {error}")
+        except Exception as error:
+            traceback.print_exc()
+            self.decide(f"FAILED, {about}: {type(error).__name__}: {error}")
 
     def size(self, whole: T, quick: T) -> T:
         return quick if self.args.quick else whole
+
+    def scale(self, whole: T, small: T) -> T:
+        """Return the size of something on a GPU, or its small size with --quick or simulated."""
+        return small if self.args.quick or self.simulated else whole
 
     def yes(self, name: str, value: bool) -> None:
         """Record a condition with the target that it holds."""

@@ -14,7 +14,7 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
 def torch(part: Part) -> None:
-    torch = _torch_with_cuda()
+    torch = torch_with_cuda()
     arena = 2 * arena_for(part, "small_a", "small_b")  # for both models
     with part.runtime(arena=arena, staging="32MiB", tensors="torch") as runtime:
         a, b = part.register(runtime, "small_a", "small_b")
@@ -32,7 +32,7 @@ def torch(part: Part) -> None:
         _pass_that_outlives_its_lease(part, torch, runtime, a)
 
 
-def _torch_with_cuda() -> Any:
+def torch_with_cuda() -> Any:
     try:
         import torch
     except ImportError:

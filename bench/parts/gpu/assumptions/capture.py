@@ -206,3 +206,28 @@ def _(cuda: Gpu) -> None:
     cuda.graph_launch(executable, stream)
     cuda.synchronize(stream)
     expect(content(cuda, address, 5), b"late!", "content")
+
+
+@assumed("capture status", "0 before, 1 in, 2 in an invalid capture, 0 after its end", DOCUMENTED)
+def _(cuda: Gpu) -> None:
+    stream = cuda.stream()
+    got = [cuda.capture_status(stream)]
+    cuda.begin_capture(stream)
+    got.append(cuda.capture_status(stream))
+    code(cuda.synchronize, stream)  # invalidates the capture
+    got.append(cuda.capture_status(stream))
+    code(cuda.end_capture, stream)
+    expect([*got, cuda.capture_status(stream)], [0, 1, 2, 0], "status")
+
+
+@assumed("the context of a stream", "where it was made, whatever is current", DOCUMENTED)
+def _(cuda: Gpu) -> None:
+    own, stream = cuda.current(), cuda.stream()
+    if cuda.device_count() < 2:
+        expect(cuda.stream_context(stream) == own, True, "this context:")
+        return
+    cuda.set_current(cuda.retain_primary(1))
+    got = cuda.stream_context(stream)
+    cuda.release_primary(1)
+    cuda.set_current(own)
+    expect(got == own, True, "this context:")

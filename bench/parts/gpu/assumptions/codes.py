@@ -9,9 +9,17 @@ from lib.cuda import CudaError, Gpu, NotRun
 
 from . import Assumption, Refuted, add
 from .misuses import HOST, MEMORY, WORK
+from .stream_misuses import STREAMS
 
-# Rows that would affect other rows, for example by reserving addresses that these need.
-_ALONE = {"init with flags", "reserve with a hint"}
+# Rows that would affect other rows, for example by reserving addresses that these need, or that may
+# end the process.
+_ALONE = {
+    "init with flags",
+    "reserve with a hint",
+    "context of a dead stream",
+    "status of a dead stream",
+    "synchronize a destroyed context",
+}
 _ELSEWHERE = {"create too much": "exhaustion is a row of its own"}
 
 
@@ -36,7 +44,7 @@ def _check(row: Any) -> Callable[[Gpu], str | None]:
 
 
 def _add_all() -> None:
-    for row in [*MEMORY, *HOST, *WORK]:
+    for row in [*MEMORY, *HOST, *WORK, *STREAMS]:
         assumes = f"{row.function} returns {row.error}" if row.function else "no error"
         add(Assumption(row.name, assumes, row.source, _check(row), row.name in _ALONE))
 

@@ -7,10 +7,18 @@ import mmap
 import os
 import resource
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lib.cuda import Gpu, NotRun, code
+from parts.gpu.host_memory import (
+    DONTFORK,
+    HUGEPAGE,
+    HUGETLB,
+    NORESERVE,
+    POPULATE_WRITE,
+    advise,
+    mapped,
+    memfd,
+)
 from warmserve_rt.testing.cuda_api import PAGE
 
 from . import DOCUMENTED, GRANULE, GUESS, MEASURED, OBSERVED, Refuted, assumed, expect
@@ -18,19 +26,6 @@ from .memory import content
 
 _PORTABLE_MAPPED, _READ_ONLY = 3, 8
 _NBYTES = 16 << 20
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_HUGEPAGE, _DONTFORK, _POPULATE_WRITE, _HUGETLB, _NORESERVE = 14, 10, 23, 0x40000, 0x4000
-
-
-def mapped(nbytes: int, flags: int, fd: int = -1, protection: int = 3) -> int:
-    """Map memory until the process ends; pinned memory must not be unmapped earlier."""
-    address = _libc.mmap(None, nbytes, protection, flags, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise NotRun(f"mmap: {os.strerror(ctypes.get_errno())}")
-    return int(address)
 
 
 def pins(cuda: Gpu, address: int, nbytes: int, flags: int = _PORTABLE_MAPPED) -> None:
@@ -45,21 +40,11 @@ def pins(cuda: Gpu, address: int, nbytes: int, flags: int = _PORTABLE_MAPPED) ->
     cuda.unregister(address)
 
 
-@contextmanager
-def memfd(nbytes: int) -> Iterator[int]:
-    fd = os.memfd_create("warmserve-bench")
-    try:
-        os.ftruncate(fd, nbytes)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 @assumed("pinning as the runtime does", "huge, touched, MADV_DONTFORK", OBSERVED)
 def _(cuda: Gpu) -> None:
-    address = mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    for advice in (_HUGEPAGE, _DONTFORK, _POPULATE_WRITE):
-        _libc.madvise(address, _NBYTES, advice)
+    address = mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    for advice in (HUGEPAGE, DONTFORK, POPULATE_WRITE):
+        advise(address, _NBYTES, advice)
     pins(cuda, address, _NBYTES)
 
 
@@ -76,7 +61,7 @@ def _(cuda: Gpu) -> None:
 
 @assumed("pinning pages of hugetlbfs", "works", GUESS)
 def _(cuda: Gpu) -> None:
-    pins(cuda, mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _HUGETLB), _NBYTES)
+    pins(cuda, mapped(_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | HUGETLB), _NBYTES)
 
 
 @assumed("pinning a file's page cache to write to it", "1: Linux keeps no such pin", MEASURED)
