@@ -39,6 +39,7 @@ from warmserve_rt.testing.simcuda import SimulatedCuda
 LLAMA_7B = Llama(4096, 11008, 4096, 32000, 32)  # 13.5 GB in bf16
 SHORT = Llama(2048, 5632, 256, 32000, 8)  # 1 GB
 QUICK = Llama(512, 1408, 64, 8000, 8)  # 60 MB, in 8 + 8 * 3 granules
+GRANULE = "2MiB"  # of the runtimes
 CALLS = ((2, 1), (2, 8), (2, 64), (2, 256), (8, 64), (32, 16))  # MiB of a granule, granules
 
 MEMORY_CALLS = (
@@ -135,7 +136,13 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
     ) as (driver, cuda):
         assert cuda
         with Runtime(
-            driver=driver, arena=arena, staging="256MiB", pump=True, tensors="dlpack"
+            driver=driver,
+            arena=arena,
+            staging="256MiB",
+            pump=True,
+            tensors="dlpack",
+            granule=GRANULE,
+            max_padding=1,
         ) as runtime:
             start_up = cuda.now
             model = runtime.register("llama", path)
@@ -174,7 +181,13 @@ def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
     with (
         device("simcuda", memory="3GiB", h2d=bandwidth, costs=COSTS) as (driver, _),
         Runtime(
-            driver=driver, arena=arena, staging="256MiB", loaders=1, tensors="dlpack"
+            driver=driver,
+            arena=arena,
+            staging="256MiB",
+            loaders=1,
+            tensors="dlpack",
+            granule=GRANULE,
+            max_padding=1,
         ) as runtime,
     ):
         model = runtime.register("llama", path)
@@ -201,7 +214,13 @@ def activation(bench: Bench, folder: Path) -> None:
     ):
         assert cuda
         with Runtime(
-            driver=driver, arena=arena, staging="128MiB", pump=True, tensors="dlpack"
+            driver=driver,
+            arena=arena,
+            staging="128MiB",
+            pump=True,
+            tensors="dlpack",
+            granule=GRANULE,
+            max_padding=1,
         ) as runtime:
             for name in "ab":
                 runtime.register(name, folder / name)

@@ -42,6 +42,8 @@ def make(
 ) -> Runtime:
     runtime = Runtime(
         arena=CAPACITY * GRANULE,
+        granule=GRANULE,
+        max_padding=1,
         staging=2 * GRANULE,
         chunk=GRANULE,
         host_cache=host_cache,

@@ -73,6 +73,8 @@ class Machine(RuleBasedStateMachine):
         self.watched = self.device.watch(pump=True)
         self.runtime = Runtime(
             arena=CAPACITY * GRANULE,
+            granule=GRANULE,
+            max_padding=1,
             staging=3 * GRANULE,
             chunk=GRANULE,
             pump=True,

@@ -217,6 +217,7 @@ def world(seed: int, contents: Contents, *, pump: bool, tapes: int) -> Iterator[
             driver=watched.driver,
             arena=rng.choice([6, 8, 8]) * granule,
             granule=granule,
+            max_padding=1,
             chunk=chunk,
             staging=chunk * rng.choice([1, 2, 3]),
             pump=pump,
