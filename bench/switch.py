@@ -162,7 +162,7 @@ def small(bench: Bench, path: Path) -> None:
         bench.row(f"{name}_gb_per_s", nbytes / statistics.median(taken) / 1e9, "GB/s")
 
     rounds = range(bench.args.rounds)
-    for loaders in LOADERS:
+    for loaders in bench.size(LOADERS, (SWAPPERS,)):
         for granule in GRANULES:
             with turn(bench, path, granule, loaders) as at:
                 taken = [load(at) for _ in rounds]
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="share of the models' blocks (default: 1)"
     )
-    bench = Bench.start("switch", parser)
+    bench = Bench.start("switch", parser, share=0.0)
     simulated = bench.args.device == "simcuda"
     with scratch(MEMORY if simulated and MEMORY.is_dir() else None) as folder:
         shares = waste(folder, min(GRANULES) * MIB)
