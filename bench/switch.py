@@ -30,7 +30,7 @@ MEMORY = Path("/dev/shm")  # a hole in a file of this file system reads as zeros
 GRANULES = (2, 8, 16)  # MiB
 CACHED_GRANULE = 16  # MiB; mapping one takes a fifth of copying it
 LOADERS = (4, 8, 12)
-SWAPPERS = 8  # loaders
+SWAPPERS, FEW = 8, 2  # loaders
 RATIOS = (0.5, 1.0, 4.0)  # of copying a model to computing it
 COMPUTED = 20e6  # bytes per second; slow copies to the host stand for computation
 
@@ -197,13 +197,14 @@ def cached(bench: Bench, path: Path) -> None:
 
 def streaming_starts(bench: Bench, path: Path) -> None:
     """Measure times to first token of a model that is in the host cache."""
-    worst = 0.0
-    with turn(bench, path, CACHED_GRANULE, SWAPPERS, cached=True, d2h=COMPUTED) as at:
-        for ratio in RATIOS:
-            found = statistics.median(first_token(at, ratio) for _ in range(bench.args.rounds))
-            bench.row(f"ttft_vs_bound_cached_ratio_{ratio:g}", found, "times")
-            worst = max(worst, found)
-    bench.target("ttft_vs_bound_cached", worst, "times", "<=", 1.05)
+    worst: dict[int, float] = {}
+    for loaders in FEW, SWAPPERS:
+        with turn(bench, path, CACHED_GRANULE, loaders, cached=True, d2h=COMPUTED) as at:
+            for ratio in RATIOS:
+                found = statistics.median(first_token(at, ratio) for _ in range(bench.args.rounds))
+                bench.row(f"ttft_vs_bound_{loaders}_loaders_ratio_{ratio:g}", found, "times")
+                worst[loaders] = max(worst.get(loaders, 0.0), found)
+    bench.target("ttft_vs_bound_cached", worst[SWAPPERS], "times", "<=", 1.05)
 
 
 def large(bench: Bench, path: Path) -> None:

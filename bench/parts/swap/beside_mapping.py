@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from resource import RUSAGE_THREAD, getrusage
 from threading import Event, Thread
 from time import perf_counter, perf_counter_ns
 
@@ -41,15 +43,22 @@ def mapping_s(state: Snapshot) -> float:
     return sum(state.driver_calls[name][1] for name in CALLS) / 1e9
 
 
-def lease_us(runtime: Runtime, model: Model, count: int) -> list[float]:
-    """Acquire and release leases; return the microseconds of each."""
-    taken = []
-    for _ in range(count):
-        begin = perf_counter_ns()
-        with runtime.lease(model):
-            pass
-        taken.append((perf_counter_ns() - begin) / 1e3)
-    return taken
+@dataclass
+class Leases:
+    """Timed leases, and how often the thread waited meanwhile, for any lock."""
+
+    us: list[float] = field(default_factory=list)
+    waits: int = 0
+
+    def time(self, runtime: Runtime, model: Model, count: int) -> None:
+        """Acquire and release leases."""
+        before = getrusage(RUSAGE_THREAD).ru_nvcsw
+        for _ in range(count):
+            begin = perf_counter_ns()
+            with runtime.lease(model):
+                pass
+            self.us.append((perf_counter_ns() - begin) / 1e3)
+        self.waits += getrusage(RUSAGE_THREAD).ru_nvcsw - before
 
 
 def measure_leases_beside_mapping(bench: Bench, directory: Path) -> None:
@@ -81,19 +90,20 @@ def measure_leases_beside_mapping(bench: Bench, directory: Path) -> None:
             runtime.prewarm(model).wait()
         runtime.prewarm(other, to="host").wait()
         together = bench.size(5000, 10)
-        quiet: list[float] = []
-        beside: list[float] = []
+        alone, beside = Leases(), Leases()
         called = elapsed = 0.0
         for _ in range(bench.args.leases // together):
-            quiet += lease_us(runtime, resident, together)
+            alone.time(runtime, resident, together)
             with mapping(runtime, other):
                 before, begin = mapping_s(runtime.snapshot()), perf_counter()
-                beside += lease_us(runtime, resident, together)
+                beside.time(runtime, resident, together)
                 called += mapping_s(runtime.snapshot()) - before
                 elapsed += perf_counter() - begin
     bench.row("mapping_beside_leases", called / elapsed, "of the time")
-    for kind, taken in (("without_mapping", quiet), ("beside_mapping", beside)):
-        bench.row(f"lease_{kind}_p50_us", statistics.median(taken), "us")
-    bench.row("lease_without_mapping_p99_us", quantile(quiet, 0.99), "us")
-    bench.row("lease_beside_mapping_p999_us", quantile(beside, 0.999), "us")
-    bench.target("lease_beside_mapping_p99_us", quantile(beside, 0.99), "us", "<=", 100)
+    for kind, leases in (("without_mapping", alone), ("beside_mapping", beside)):
+        bench.row(f"lease_{kind}_p50_us", statistics.median(leases.us), "us")
+        waits = leases.waits / len(leases.us)
+        bench.row(f"lease_{kind}_waits", waits, "for each lease")
+    bench.row("lease_without_mapping_p99_us", quantile(alone.us, 0.99), "us")
+    bench.row("lease_beside_mapping_p999_us", quantile(beside.us, 0.999), "us")
+    bench.target("lease_beside_mapping_p99_us", quantile(beside.us, 0.99), "us", "<=", 100)
