@@ -24,6 +24,7 @@ from lib.harness import MIB, Bench, Llama, interleaved, ratio, scratch, seconds,
 from warmserve_rt import Runtime, _native
 
 GRANULE, UNIT = 2 * MIB, 2 * MIB  # of the arena, and of the host cache
+SLACK = 128 * MIB, 32 * MIB  # a layer ends inside a granule and a unit
 PIECE = 2 * MIB  # of a prewarm's copies: a quarter of a chunk
 MODEL, QUICK = Llama(2048, 5632, 256, 32000, 9), Llama(512, 1408, 64, 4000, 3)
 SMALL, QUICK_SMALL = Llama(1024, 2816, 256, 8000, 8), Llama(256, 704, 64, 2000, 2)
@@ -36,7 +37,7 @@ def runtime_for(bench: Bench, nbytes: int, host_cache: int) -> Iterator[Runtime]
     driver = _native.host_driver(host_view=False)
     with Runtime(
         driver=driver,
-        arena=nbytes + bench.size(64, 16) * GRANULE,  # a layer ends inside a granule
+        arena=nbytes + bench.size(*SLACK),
         granule=GRANULE,
         host_cache=host_cache,
         tensors="numpy",
@@ -47,7 +48,7 @@ def runtime_for(bench: Bench, nbytes: int, host_cache: int) -> Iterator[Runtime]
 class FileReads:
     """Counts the bytes that all threads of this process read by system calls, as the kernel does.
 
-    Nothing that a runtime reports is used. Reads through a mapping of a file are not counted.
+    The count does not depend on the runtime. Reads through a mapping of a file are not in it.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ def speed(bench: Bench, directory: Path) -> None:
     """
     path = directory / "model.safetensors"
     size = write_checkpoint(path, bench.size(MODEL, QUICK).shapes())
-    with runtime_for(bench, size, host_cache=2 * size) as runtime:
+    with runtime_for(bench, size, host_cache=size + bench.size(*SLACK)) as runtime:
         model = runtime.register("model", path)
         filling = FileReads()
         runtime.prewarm(model, to="host").wait()  # also waits until memory is pinned

@@ -29,7 +29,7 @@ SHARED = ("mixed-24", "servegen-periodic")  # grids that are also compared with 
 
 @dataclass(frozen=True)
 class Study:
-    """What a run of the bench simulates.
+    """The cases that a run of the bench simulates.
 
     ``claimed`` has the cases of the paper's claim, ``every`` those of the comparison with
     WarmServe, and ``grids`` the rates to try for each case. ``starts_s`` has the times of an engine
