@@ -125,7 +125,14 @@ class Ways:
         reclaim(self.arena)
         taken = seconds(
             lambda: made.append(
-                Runtime(self.device, self.arena, chunk=self.chunk, loaders=loaders, tensors="torch")
+                Runtime(
+                    self.device,
+                    self.arena,
+                    granule=GRANULE,
+                    chunk=self.chunk,
+                    loaders=loaders,
+                    tensors="torch",
+                )
             )
         )
         self.arena_us.append(1e6 * taken / (self.arena // GRANULE))

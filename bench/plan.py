@@ -32,6 +32,7 @@ from warmserve_rt.sim.workload.catalogue import paper_models
 from warmserve_rt.sim.workload.workloads import azure, power_law
 
 MARGIN, MOVES = 0.5, 16  # the scheduler's own
+SIZES = ((16, 100), (100, 1000), (1000, 10000))  # devices, models
 SETTLED = 400  # plans after which a fleet counts as settled, if each still finds an exchange
 NODE, CAPACITY, BANDWIDTH, TOKENS, BUDGET_S = 8, 80 * 10**9, 25e9, 512, 0.3
 # Layers, MB of a layer, MB of embedding and head, KV KB per token, prefill ms of 0 and of 512
@@ -167,7 +168,10 @@ def speed(bench: Bench, rounds: int) -> None:
     begin = perf_counter()
     fleet(known, 16, 40, 1).plan([])()
     bench.row("first_plan_ms", (perf_counter() - begin) * 1e3, "ms")
-    for devices, models in ((16, 100), (100, 1000), (1000, 10000)):
+    for devices, models in SIZES:
+        name = f"improve_{devices}x{models}"
+        bound = {(16, 100): 5, (1000, 10000): 1000}.get((devices, models))
+        devices, models = bench.size((devices, models), (8, 20))
         some = fleet(known, devices, models, 1)
         settled = some.settle(some.from_bound())
         random = np.random.default_rng(2)
@@ -179,10 +183,8 @@ def speed(bench: Bench, rounds: int) -> None:
             "settled": timed(some.plan(settled), rounds),
             "changed": timed(some.plan(settled, need), rounds),
         }
-        name = f"improve_{devices}x{models}"
         for state, ms in taken.items():
             bench.row(f"{name}_{state}_ms", ms, "ms")
-        bound = {(16, 100): 5, (1000, 10000): 1000}.get((devices, models))
         if bound is not None:
             bench.target(f"{name}_ms", max(taken.values()), "ms", "<=", bound)
     bench.row("arrays_10000_ms", timed(lambda: Curves(some.curves), rounds), "ms")
@@ -197,7 +199,7 @@ def drift(bench: Bench, plans: int) -> None:
     The sixteen devices hold half of the bytes that about 40 models need.
     """
     random = np.random.default_rng(3)
-    some = of_tightness(curves("mean"), 16, 0.5, 3)
+    some = of_tightness(curves("mean"), bench.size(16, 4), 0.5, 3)
     copies = some.settle([])
     taken, gap, new = [], [], []
     for _ in range(plans):
@@ -226,18 +228,19 @@ def drift(bench: Bench, plans: int) -> None:
     bench.row("drift_plan_ms_max", max(taken), "ms")
     bench.row("drift_gap_median", statistics.median(gap), "")
     bench.row("drift_gap_max", max(gap), "")
-    bench.row("drift_loaded_share", statistics.mean(new) / (16 * CAPACITY), "a plan")
+    bench.row("drift_loaded_share", statistics.mean(new) / (some.devices * CAPACITY), "a plan")
 
 
 def gaps(bench: Bench, seeds: int) -> None:
     """Plan on empty devices until no exchange is left, and compare with the linear bound."""
-    grid = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+    whole = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+    grid = bench.size(whole, (0.5,))
     for objective in ("mean", 0.5, "slo"):
         known = curves(objective)
         for devices in (16, 128):
             found = {}
             for tightness, seed in itertools.product(grid, range(seeds)):
-                some = of_tightness(known, devices, tightness, seed)
+                some = of_tightness(known, bench.size(devices, 4), tightness, seed)
                 found[tightness, seed] = some.gap(some.settle([]))
             name = f"improve_gap_{objective}_{devices}"
             bench.row(f"{name}_median", statistics.median(found.values()), "")
@@ -250,7 +253,8 @@ def gaps(bench: Bench, seeds: int) -> None:
 
 def million(bench: Bench) -> None:
     """Simulate a million requests on 16 GPUs under this project's own policy, in one process."""
-    workload = azure(paper_models(), 20.0, 50_000.0, seed=1, service="conv")
+    arrivals = bench.size(50_000.0, 20.0)  # seconds
+    workload = azure(paper_models(), 20.0, arrivals, seed=1, service="conv")
     simulate("scheduler", power_law(paper_models(), 1.0, 60.0, seed=1), Hardware())
     taken = seconds(lambda: simulate("scheduler", workload, Hardware()))
     bench.row("sim_requests", len(workload.time), "")
@@ -261,11 +265,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each timed operation")
     parser.add_argument("--seeds", type=int, default=10, help="seeds of each tightness")
-    bench = Bench.start("plan", parser)
+    bench = Bench.start("plan", parser, rounds=1, seeds=1)
     print("time", flush=True)
     speed(bench, bench.args.rounds)
     print("drifting needs", flush=True)
-    drift(bench, 200)
+    drift(bench, bench.size(200, 3))
     print("gap to the linear bound", flush=True)
     gaps(bench, bench.args.seeds)
     million(bench)

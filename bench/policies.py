@@ -6,6 +6,7 @@ python bench/policies.py [--full] [--only claim,cases,rates,ablations,scaling] [
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -14,57 +15,39 @@ from typing import Any
 from bounds.static import late_at_least
 from lib.fleets import Case, Run, geomean, jackknife, mean_of, perform_all, workload_of
 from lib.harness import Bench, Interval
+from parts.policies.study import Study, quick, whole
 from warmserve_rt.sim.core.devices import Hardware
 from warmserve_rt.sim.study.metrics import Slo
 
 OURS, THEIRS = "scheduler", "warmserve"
-PAPER = [Case(f"paper-{rate}", "azure-conv", "paper", rate, 900) for rate in (15, 20, 25)]
-SCARCE = [
-    Case("mixed-24", "azure", "24", 0.6, 1800),
-    Case("mixed-40", "azure", "40", 0.6, 1800),
-    Case("servegen-periodic", "servegen-periodic", "24", 0.8, 1800),
-    Case("servegen-middle", "servegen-middle", "24", 0.8, 1800),
-    Case("servegen-aperiodic", "servegen-aperiodic", "24", 0.8, 1800),
-]
-GRIDS = [
-    (Case("paper", "azure-conv", "paper", 0, 600), (10, 15, 20, 25, 30)),
-    (Case("mixed-24", "azure", "24", 0, 600), (0.1, 0.4, 1.6, 3.2, 4.8, 6.4, 8, 9.6, 12.8, 16)),
-    (Case("mixed-40", "azure", "40", 0, 900), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
-    (Case("servegen-periodic", "servegen-periodic", "24", 0, 900), (0.4, 0.8, 1.2, 1.6, 2.4)),
-    (Case("servegen-middle", "servegen-middle", "24", 0, 900), (0.4, 0.8, 1.6, 2.4, 3.2)),
-    (Case("servegen-aperiodic", "servegen-aperiodic", "24", 0, 900), (0.4, 0.8, 1.6, 2.4, 3.2)),
-]
-SHARED = (GRIDS[1], GRIDS[3])  # also compared with static sharing
-STARTS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-INTERFERENCE = (0.0, 0.35, 1.0)
 STILL_GB = (1152, 1000, 900, 800)  # all memory, and what working instances leave of it
 LEAST_SEEDS = 3  # for an interval: with two seeds it has 12.7 standard errors on each side
 
 
-def over(seeds: range, of: Callable[[Sequence[int]], float]) -> tuple[float, Interval]:
+def over(seeds: Sequence[int], of: Callable[[Sequence[int]], float]) -> tuple[float, Interval]:
     """Return a ratio over all seeds, and its interval if there are enough seeds."""
     return of(seeds), jackknife(of, seeds) if len(seeds) >= LEAST_SEEDS else None
 
 
-def claim(bench: Bench, seeds: range) -> None:
+def claim(bench: Bench, study: Study) -> None:
     """Compare autoscaling with WarmServe by P99 on the paper's four models: the paper's claim."""
-    cases = PAPER[1:]
+    cases, seeds = study.claimed, study.seeds
     runs = [Run(case, THEIRS, seed) for case in cases for seed in seeds]
     runs += [
         Run(case, "autoscaling", seed, engine_start_s=start)
         for case in cases
         for seed in seeds
-        for start in STARTS_S
+        for start in study.starts_s
     ]
     runs += [Run(case, "warmserve-polls", seed) for case in cases for seed in seeds]
     found = perform_all(runs)
 
-    def gain(policy: str, **more: float) -> tuple[float, Interval]:
+    def gain(policy: str, start: float = Run.engine_start_s) -> tuple[float, Interval]:
         """Return the geometric mean over cases of this policy's P99 relative to WarmServe's."""
 
         def of(some: Sequence[int]) -> float:
             return geomean(
-                mean_of(found, Run(case, policy, 0, **more), some, "ttft_p99")
+                mean_of(found, Run(case, policy, 0, engine_start_s=start), some, "ttft_p99")
                 / mean_of(found, Run(case, THEIRS, 0), some, "ttft_p99")
                 for case in cases
             )
@@ -72,35 +55,37 @@ def claim(bench: Bench, seeds: range) -> None:
         return over(seeds, of)
 
     print("P99 of autoscaling over WarmServe, by engine start time (only autoscaling pays it):")
-    for start in STARTS_S:
+    for start in study.starts_s:
         if start != 5.0:
-            value, within = gain("autoscaling", engine_start_s=start)
+            value, within = gain("autoscaling", start)
             bench.row(f"paper_p99_gain_start{start:g}", value, "x", within)
-    value, within = gain("autoscaling", engine_start_s=5.0)
+    value, within = gain("autoscaling", 5.0)
     bench.target("paper_p99_gain_start5", value, "x", ">=", 20, within)
     value, within = gain("warmserve-polls")
     bench.row("warmserve_polls_p99", value, "x of event-driven", within)
 
 
-def cases(bench: Bench, seeds: range) -> None:
+def cases(bench: Bench, study: Study) -> None:
     """Compare ours with WarmServe if memory leaves head-room, and with the bounds h0 and h1."""
-    fast = [replace(case, bandwidth=52.0) for case in (*PAPER, *SCARCE)]
-    every = [*PAPER, *SCARCE, *fast]
+    seeds = study.seeds
+    every = [*study.every, *(replace(case, bandwidth=52.0) for case in study.every)]
     runs = [
         Run(case, policy, seed)
         for case in every
         for policy in (OURS, THEIRS, "h0", "h1")
         for seed in seeds
     ]
-    runs += [Run(case, OURS, seed, multipath=4) for case in (*PAPER, *SCARCE) for seed in seeds]
+    runs += [Run(case, OURS, seed, multipath=4) for case in study.every for seed in seeds]
     found = perform_all(runs)
     requests = min(summary.requests for summary in found.values())
     bench.row("requests_per_run_min", requests, "")
     # A share of misses of 0 counts as half a request of a run, so that ratios are finite.
     least = 0.5 / requests
 
-    def mean(case: Case, policy: str, what: str, some: Sequence[int] = seeds, **more: int) -> float:
-        value = mean_of(found, Run(case, policy, 0, **more), some, what)
+    def mean(
+        case: Case, policy: str, what: str, some: Sequence[int] = seeds, multipath: int = 1
+    ) -> float:
+        value = mean_of(found, Run(case, policy, 0, multipath), some, what)
         return max(value, least) if what == "slo_miss" else value
 
     head = []
@@ -138,15 +123,17 @@ def cases(bench: Bench, seeds: range) -> None:
         *,
         above: str = THEIRS,
         below: str = OURS,
-        **more: int,
+        multipath: int = 1,
     ) -> None:
-        """Record ``reduce`` over the ratios of ``above`` to ``below`` (run with ``more``)."""
+        """Record ``reduce`` over the ratios of ``above`` to ``below`` (run with ``multipath``); nan
+        if there are no cases."""
 
         def of(some: Sequence[int]) -> float:
-            return reduce(
-                mean(case, above, what, some) / mean(case, below, what, some, **more)
+            ratios = [
+                mean(case, above, what, some) / mean(case, below, what, some, multipath)
                 for case in some_cases
-            )
+            ]
+            return reduce(ratios) if ratios else math.nan
 
         value, within = over(seeds, of)
         bench.target(name, value, "x", op, bound, within)
@@ -162,15 +149,14 @@ def cases(bench: Bench, seeds: range) -> None:
     target("p99_vs_h1_geomean", geomean, every, "ttft_p99", "<=", 1.12, above=OURS, below="h1")
 
 
-def rates(bench: Bench, seeds: range) -> None:
+def rates(bench: Bench, study: Study) -> None:
     """Find the highest rate of a grid at which 99 % of requests meet their SLO."""
-    policies = (OURS, THEIRS, "h0")
-    runs = [Run(case, policy, 0) for case, _ in GRIDS for policy in policies]
-    for case, _ in SHARED:
-        runs += [Run(case, OURS, 0, interference=x) for x in INTERFERENCE]
-        runs += [Run(case, "sharing", 0, interference=x) for x in INTERFERENCE]
+    policies, grids, seeds = (OURS, THEIRS, "h0"), study.grids, study.seeds
+    runs = [Run(case, policy, 0) for case in grids for policy in policies]
+    for case in study.shared():
+        runs += [Run(case, OURS, 0, interference=x) for x in study.interference]
+        runs += [Run(case, "sharing", 0, interference=x) for x in study.interference]
         runs.append(Run(case, "fixed-shares", 0))
-    grids = dict(GRIDS)
     found = perform_all(
         replace(run, case=run.case.at(rate), seed=seed)
         for run in runs
@@ -192,8 +178,9 @@ def rates(bench: Bench, seeds: range) -> None:
         floor = min(grids[ours.case]) / 2
         return max(highest(ours), floor) / max(highest(theirs), floor)
 
-    gains, elsewhere = {}, {}
-    for case, _ in GRIDS:
+    gains: dict[str, float] = {}
+    elsewhere: dict[str, float] = {}
+    for case in grids:
         at = {p: highest(Run(case, p, 0)) for p in policies}
         low = {p: highest(Run(case, p, 0), 0.97) for p in policies}
         print(
@@ -202,10 +189,10 @@ def rates(bench: Bench, seeds: range) -> None:
         )
         some = gains if at["h0"] >= 1.5 * at[THEIRS] else elsewhere
         some[case.name] = ratio(Run(case, OURS, 0), Run(case, THEIRS, 0))
-    bench.target("rate_gain_min", min(gains.values(), default=float("nan")), "x", ">=", 1.3)
+    bench.target("rate_gain_min", min(gains.values(), default=math.nan), "x", ">=", 1.3)
     bench.target("rate_ratio_elsewhere_min", min(elsewhere.values(), default=1.0), "x", ">=", 0.97)
-    for (case, _), name in zip(SHARED, ("24", "servegen_periodic"), strict=True):
-        for x in INTERFERENCE:
+    for case, name in zip(study.shared(), ("24", "servegen_periodic"), strict=True):
+        for x in study.interference:
             gain = ratio(
                 Run(case, OURS, 0, interference=x), Run(case, "sharing", 0, interference=x)
             )
@@ -220,7 +207,7 @@ def rates(bench: Bench, seeds: range) -> None:
             bench.row(f"rate_vs_fixed_shares_{name}", gain, "x")
 
 
-def ablations(bench: Bench, seeds: range) -> None:
+def ablations(bench: Bench, study: Study) -> None:
     """Measure misses of our policy's ablations: with exclusive devices, with unlimited memory, with
     four links, and with neighbours that do not slow each other or slow each other by a factor of
     two; and a lower bound on late starts of the 40 models for any static choice of resident layers
@@ -233,7 +220,8 @@ def ablations(bench: Bench, seeds: range) -> None:
         "_interference_0": {"interference": 0.0},
         "_interference_1": {"interference": 1.0},
     }
-    every = [replace(case, bandwidth=bandwidth) for case in SCARCE for bandwidth in (25.0, 52.0)]
+    seeds = study.seeds
+    every = [replace(x, bandwidth=bandwidth) for x in study.scarce for bandwidth in (25.0, 52.0)]
     runs = [
         Run(case, OURS, seed, **more) for case in every for more in ways.values() for seed in seeds
     ]
@@ -250,7 +238,7 @@ def ablations(bench: Bench, seeds: range) -> None:
             bench.row(f"{case.name}_{case.bandwidth:g}_late_still_{memory}", 100 * late, "%")
 
 
-def scaling(bench: Bench, seeds: range) -> None:
+def scaling(bench: Bench, study: Study) -> None:
     """Measure how the paper's claim depends on the number of GPUs and on when instances start:
     autoscaling with an engine start of 5 s, WarmServe and h0, on 16 and on 32 GPUs, scaled up as in
     the prototype or at half of capacity averaged over one second."""
@@ -265,16 +253,16 @@ def scaling(bench: Bench, seeds: range) -> None:
         "_sooner": {"options": sooner},
         "_32_sooner": {"devices": 32, "options": sooner},
     }
-    policies = ("autoscaling", THEIRS, "h0")
+    policies, seeds = ("autoscaling", THEIRS, "h0"), study.seeds
     found = perform_all(
         Run(case, policy, seed, **more)
-        for case in PAPER[1:]
+        for case in study.claimed
         for policy in policies
         for more in ways.values()
         for seed in seeds
     )
     for way, more in ways.items():
-        for case in PAPER[1:]:
+        for case in study.claimed:
             tails = [
                 mean_of(found, Run(case, policy, 0, **more), seeds, "ttft_p99")
                 for policy in policies
@@ -301,13 +289,14 @@ def main() -> None:
     )
     bench = Bench.start("policies", parser)
     seeds = range(1, 6) if bench.args.full else range(1, 3)
-    if len(seeds) < LEAST_SEEDS:
-        print(f"{len(seeds)} seeds: ratios have no intervals; use --full for intervals")
+    study = bench.size(whole(seeds), quick())
+    if len(study.seeds) < LEAST_SEEDS:
+        print(f"{len(study.seeds)} seeds: ratios have no intervals; use --full for intervals")
     else:
         print("ratios in claim and cases: [95 % interval over the paired seeds]")
     for part in bench.args.only.split(","):
         print(f"{part}: {PARTS[part].__doc__}", flush=True)
-        PARTS[part](bench, seeds)
+        PARTS[part](bench, study)
     bench.finish()
 
 

@@ -1,6 +1,7 @@
 """What does it cost to use a resident model, and to swap one model for another?
 
-Leases: on resident models of 2 and of 128 layers, while the runtime's loaders are always busy.
+Leases: on resident models of 2 and of 128 layers, while the runtime's loaders are always busy; and
+on a simulated CUDA device while another thread maps and unmaps granules.
 Swaps: two Llama-shaped models of 1 GiB take turns, once in contiguous granules where possible and
 once in granules of which no two are adjacent.
 """
@@ -15,8 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
 
-from lib.harness import MIB, Bench, Llama, Results, huge_share, scratch, write_checkpoint
-from warmserve_rt import Model, Runtime
+from lib.harness import (
+    MIB,
+    Bench,
+    Llama,
+    Results,
+    huge_share,
+    quantile,
+    scratch,
+    seconds,
+    write_checkpoint,
+)
+from parts.swap.beside_mapping import measure_leases_beside_mapping
+from warmserve_rt import Model, Runtime, _native
 
 GRANULE = 2 * MIB
 MAPPING = ("unmap", "map", "set_access")
@@ -62,9 +74,17 @@ def saturate(runtime: Runtime, models: tuple[Model, ...]) -> Iterator[None]:
         yield
 
 
+def empty_calls(count: int) -> None:
+    """Make calls of the extension that do next to nothing."""
+    table = _native.TensorTable()
+    for _ in range(count):
+        len(table)
+
+
 def measure_leases(bench: Results, directory: Path) -> None:
     count = bench.size(128, 8)
-    with Runtime(bench.args.device, (2 + count + 3 * count // 2) * GRANULE) as runtime:
+    arena = (2 + count + 3 * count // 2) * GRANULE
+    with Runtime(bench.args.device, arena, granule=GRANULE) as runtime:
         few = register(runtime, directory / "few.safetensors", layers(2, 1))
         many = register(runtime, directory / "many.safetensors", layers(count, 1))
         # Loading one is mostly mapping, loading the other mostly copying.
@@ -89,6 +109,7 @@ def measure_leases(bench: Results, directory: Path) -> None:
             "again": again,
         }
         taken: dict[str, list[float]] = {kind: [] for kind in kinds}  # in microseconds
+        calls: list[float] = []  # in microseconds; the empty calls into the extension
         background = saturate(runtime, (small, large))
         began, before = perf_counter(), runtime.snapshot().bytes_loaded
         together = bench.size(1000, 10)
@@ -99,16 +120,19 @@ def measure_leases(bench: Results, directory: Path) -> None:
                     begin = perf_counter_ns()
                     call()
                     taken[kind].append((perf_counter_ns() - begin) / 1e3)
+            calls.append(seconds(lambda: empty_calls(together)) / together * 1e6)
         loaded = runtime.snapshot().bytes_loaded - before
         bench.row("lease_background_gb_per_s", loaded / (perf_counter() - began) / 1e9, "GB/s")
 
     few_p50 = quantile(taken["few"], 0.5)
     bench.row("lease_2_layers_p50_us", few_p50, "us")
     bench.row("lease_again_p50_us", quantile(taken["again"], 0.5), "us")
+    bench.row("empty_call_us", statistics.median(calls), "us")
     bench.row("lease_resident_p999_us", quantile(taken["many"], 0.999), "us")
     bench.row("lease_resident_max_us", max(taken["many"]), "us")
     p50, p99 = (quantile(taken["many"], q) for q in (0.5, 0.99))
     bench.target("lease_resident_p50_us", p50, "us", "<=", 5)
+    bench.row("lease_vs_call", p50 / statistics.median(calls), "times")
     bench.target("lease_resident_p99_us", p99, "us", "<=", 200)
     bench.target("lease_layers_ratio", p50 / few_p50, "times", "<=", 1.5)
 
@@ -144,7 +168,7 @@ def swap(runtime: Runtime, evict: Model, load: Model) -> Swap:
 
 def measure_swaps(bench: Bench, directory: Path, scattered: bool) -> list[Swap]:
     arena = bench.size(ARENA, QUICK_ARENA) * (2 if scattered else 1)
-    with Runtime(bench.args.device, arena, tensors="numpy") as runtime:
+    with Runtime(bench.args.device, arena, granule=GRANULE, tensors="numpy") as runtime:
         if scattered:
             scatter(runtime, directory / "filler.safetensors")
         a, b = (
@@ -180,10 +204,6 @@ def report_swaps(bench: Bench, swaps: list[Swap], scattered: bool) -> None:
         bench.target("swap_creates", sum(s.creates for s in swaps), "calls", "=", 0)
 
 
-def quantile(samples: list[float], q: float) -> float:
-    return sorted(samples)[int(q * (len(samples) - 1))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leases", type=int, default=100_000, help="timed leases of each kind")
@@ -191,6 +211,7 @@ def main() -> None:
     bench = Bench.start("swap", parser, leases=20, swaps=2)
     with scratch() as directory:
         measure_leases(bench, directory)
+        measure_leases_beside_mapping(bench, directory)
         for scattered in (False, True):
             report_swaps(bench, measure_swaps(bench, directory, scattered), scattered)
     bench.finish()

@@ -17,19 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from lib.bound import Bound
 from lib.devices import device
 from lib.harness import MIB, Bench, scratch, write_hollow_checkpoint
+from lib.simulated import computation
 from parts.switch.models import LARGE, SMALL, arena_for, cache_for, shortened, waste
 from warmserve_rt import Model, Runtime
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 LINK = 55e9  # bytes per second
 MEMORY = Path("/dev/shm")  # a hole in a file of this file system reads as zeros, without memory
-DEFAULT = 2  # MiB of a runtime's granule, unless it is told otherwise
 GRANULES = (2, 8, 16)  # MiB
 CACHED_GRANULE = 16  # MiB; mapping one takes a fifth of copying it
 LOADERS = (4, 8, 12)
-SWAPPERS = 8  # loaders
+SWAPPERS, FEW = 8, 2  # loaders
+RATIOS = (0.5, 1.0, 4.0)  # of copying a model to computing it
+COMPUTED = 20e6  # bytes per second; slow copies to the host stand for computation
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,35 @@ class Turn:
     def nbytes(self) -> int:
         return self.models[0].nbytes
 
+    def next(self) -> tuple[Model, Model]:
+        """Return the model to evict and the model to load."""
+        resident = self.runtime.snapshot().models[self.models[0].name].granules > 0
+        return self.models if resident else (self.models[1], self.models[0])
+
 
 @contextmanager
 def turn(
-    bench: Bench, path: Path, granule: int, loaders: int, cached: bool = False
+    bench: Bench,
+    path: Path,
+    granule: int,
+    loaders: int,
+    cached: bool = False,
+    d2h: float | None = None,
 ) -> Iterator[Turn]:
-    """Yield two models that take turns; `granule` in MiB. With `cached` both are in the host
-    cache."""
+    """Yield two models that take turns; `granule` in MiB.
+
+    With `cached` both are in the host cache. `d2h` is the speed of the simulated device's copies to
+    the host (default: the profile's).
+    """
     with (
-        device(bench.args.device, profile="h200", memory="24GiB", content=4096, detector=False) as (
-            driver,
-            cuda,
-        ),
+        device(
+            bench.args.device,
+            profile="h200",
+            memory="24GiB",
+            content=4096,
+            detector=False,
+            d2h=d2h,
+        ) as (driver, cuda),
         Runtime(
             driver=driver,
             arena=arena_for(path, granule * MIB),
@@ -88,8 +108,7 @@ def swap(at: Turn, streaming: bool = False) -> tuple[float, float]:
     Returns the seconds until all of the new model is resident and, with a streaming lease, those
     until its first layer may be used.
     """
-    resident = [at.runtime.snapshot().models[each.name].granules > 0 for each in at.models]
-    evict, incoming = at.models if resident[0] else at.models[::-1]
+    evict, incoming = at.next()
     first, begin = 0.0, at.now()
     ticket = at.runtime.swap(evict=evict, load=incoming)
     if streaming:
@@ -114,6 +133,28 @@ def padding(at: Turn) -> float:
     return 1 - at.nbytes / (at.cuda.copied["h2d"] - before)
 
 
+def first_token(at: Turn, ratio: float) -> float:
+    """Return the time to first token of a streaming start that evicts the other model, relative to
+    the least that any loader could reach.
+
+    Copying the model takes `ratio` times as long as computing it.
+    """
+    assert at.cuda
+    evict, incoming = at.next()
+    layers = [layer.nbytes for layer in incoming.layers]
+    read = round(at.nbytes / LINK / ratio / len(layers) * COMPUTED)
+    bound = Bound([read / COMPUTED] * len(layers), layers, LINK)
+    stream = at.runtime.stream()
+    with computation(at.cuda, incoming, stream, read) as compute:
+        begin = at.now()
+        ticket = at.runtime.swap(evict=evict, load=incoming)
+        with at.runtime.lease(incoming, streaming=True) as lease:
+            compute(lease)
+            taken = at.now() - begin
+        ticket.wait()
+    return taken / bound.seconds(kept=0)
+
+
 def small(bench: Bench, path: Path) -> None:
     """Measure what an H200 was measured with (bench/README.md)."""
 
@@ -121,7 +162,7 @@ def small(bench: Bench, path: Path) -> None:
         bench.row(f"{name}_gb_per_s", nbytes / statistics.median(taken) / 1e9, "GB/s")
 
     rounds = range(bench.args.rounds)
-    for loaders in LOADERS:
+    for loaders in bench.size(LOADERS, (SWAPPERS,)):
         for granule in GRANULES:
             with turn(bench, path, granule, loaders) as at:
                 taken = [load(at) for _ in rounds]
@@ -150,6 +191,20 @@ def cached(bench: Bench, path: Path) -> None:
                 bench.target("first_layer_vs_copy", first, "times", "<=", 1.3)
             misses = at.runtime.snapshot().host_cache.misses
             assert misses == len(at.models[0].layers), "a swap has read a file"
+    if bench.args.device == "simcuda":
+        streaming_starts(bench, path)
+
+
+def streaming_starts(bench: Bench, path: Path) -> None:
+    """Measure times to first token of a model that is in the host cache."""
+    worst: dict[int, float] = {}
+    for loaders in FEW, SWAPPERS:
+        with turn(bench, path, CACHED_GRANULE, loaders, cached=True, d2h=COMPUTED) as at:
+            for ratio in RATIOS:
+                found = statistics.median(first_token(at, ratio) for _ in range(bench.args.rounds))
+                bench.row(f"ttft_vs_bound_{loaders}_loaders_ratio_{ratio:g}", found, "times")
+                worst[loaders] = max(worst.get(loaders, 0.0), found)
+    bench.target("ttft_vs_bound_cached", worst[SWAPPERS], "times", "<=", 1.05)
 
 
 def large(bench: Bench, path: Path) -> None:
@@ -167,10 +222,10 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="share of the models' blocks (default: 1)"
     )
-    bench = Bench.start("switch", parser)
+    bench = Bench.start("switch", parser, share=0.0)
     simulated = bench.args.device == "simcuda"
     with scratch(MEMORY if simulated and MEMORY.is_dir() else None) as folder:
-        shares = waste(folder, DEFAULT * MIB)
+        shares = waste(folder, min(GRANULES) * MIB)
         for kind, share in shares.items():
             bench.row(f"arena_waste_share_{kind}", share, "")
         bench.target("arena_waste_share_max", max(shares.values()), "", "<=", 0.05)

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -136,6 +136,12 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 def ratio(above: list[float], below: list[float]) -> float:
     """Return the median of the ratios of each round; it varies less than a ratio of medians."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def quantile(samples: Iterable[float], q: float) -> float:
+    """Return the quantile `q` of the samples, which is one of them."""
+    ordered = sorted(samples)
+    return ordered[int(q * (len(ordered) - 1))]
 
 
 def seconds(work: Callable[[], object]) -> float:

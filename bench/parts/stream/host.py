@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lib.bound import Bound, ninetieth
 from lib.harness import GIB, MIB, Bench
-from parts.stream.bound import Bound, ninetieth
 from warmserve_rt import Runtime
 from warmserve_rt.engines.torch.gates import gated_parts, own_layers
 from warmserve_rt.engines.transformers import load

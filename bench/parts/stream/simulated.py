@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lib.bound import Bound
 from lib.harness import Bench, Llama, write_hollow_checkpoint
-from lib.simulated import BANDWIDTH, COSTS, pinned
-from parts.stream.bound import Bound
+from lib.simulated import BANDWIDTH, COSTS, computation
 from warmserve_rt import Runtime, testing
 
 MODEL = Llama(4096, 11008, 4096, 32000, 8)  # a 7B with a quarter of its blocks
@@ -15,11 +15,7 @@ READ = 1 << 16  # bytes of each layer that its computation reads
 
 
 def ttft_on_the_simulator(bench: Bench, folder: Path, ratios: list[float]) -> None:
-    """Measure times to first token for every number of layers kept.
-
-    A copy of the layer's last bytes to the host stands for its computation. It takes the same time
-    for each layer and is ordered on the stream behind the layer's arrival.
-    """
+    """Measure times to first token for every number of layers kept."""
     path = folder / "hollow.safetensors"
     model = bench.size(MODEL, QUICK)
     write_hollow_checkpoint(path, model.shapes())
@@ -37,23 +33,23 @@ def _over_bound(path: Path, layers: int, ratio: float) -> list[float]:
         clock="virtual", memory="16GiB", h2d=BANDWIDTH, d2h=READ / each, content=4096, costs=COSTS
     ) as cuda:
         runtime = Runtime(
-            driver=testing.cuda_driver(cuda), arena="6GiB", tensors="dlpack", pump=True
+            driver=testing.cuda_driver(cuda),
+            arena="6GiB",
+            granule="2MiB",
+            tensors="dlpack",
+            pump=True,
         )
         model = runtime.register("m", path)
         assert len(model.layers) == layers
         bound = Bound([each] * layers, [x.nbytes for x in model.layers], BANDWIDTH)
-        views = [model.layer_bytes(x.index, x.nbytes - READ) for x in model.layers]
         stream = runtime.stream()
         runtime.prewarm(model).wait()
-        with pinned(cuda, READ) as out:
+        with computation(cuda, model, stream, READ) as compute:
             for kept in range(layers, -1, -1):
                 runtime.evict(model, keep=kept)
                 begin = cuda.now
                 with runtime.lease(model, streaming=True) as lease:
-                    for layer, view in enumerate(views):
-                        lease.wait(layer, stream)
-                        stream.copy_from(out, view)
-                    stream.synchronize()
+                    compute(lease)
                 found.append((cuda.now - begin) / bound.seconds(kept))
         del stream
         runtime.close()
