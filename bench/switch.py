@@ -23,6 +23,7 @@ from lib.harness import MIB, Bench, scratch, write_hollow_checkpoint
 from lib.simulated import computation
 from parts.switch.models import LARGE, SMALL, arena_for, cache_for, shortened, waste
 from warmserve_rt import Model, Runtime
+from warmserve_rt.core.devices import usual_granules
 from warmserve_rt.testing.simcuda import SimulatedCuda
 
 LINK = 55e9  # bytes per second
@@ -225,7 +226,7 @@ def main() -> None:
     bench = Bench.start("switch", parser, share=0.0)
     simulated = bench.args.device == "simcuda"
     with scratch(MEMORY if simulated and MEMORY.is_dir() else None) as folder:
-        shares = waste(folder, min(GRANULES) * MIB)
+        shares = waste(folder, usual_granules(cuda=True))
         for kind, share in shares.items():
             bench.row(f"arena_waste_share_{kind}", share, "")
         bench.target("arena_waste_share_max", max(shares.values()), "", "<=", 0.05)

@@ -93,7 +93,11 @@ LoadQueue::Visited Loader::step_load(Lock& lock, LayerLoad& load) {
   using enum LoadQueue::Visited;
   switch (load.next()) {
     case LayerLoad::Next::none: return cannot;
-    case LayerLoad::Next::copy: copy_chunk(lock, load); return worked;
+    case LayerLoad::Next::copy:
+      // Enqueuing these copies takes one thread. With several, chunks would overtake each other.
+      if (load.cached && sending_image_[load.foreground()]) return cannot;
+      copy_chunk(lock, load);
+      return worked;
     case LayerLoad::Next::undo:
       if (!load.idle()) return cannot;
       undo(lock, load);
@@ -146,6 +150,7 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
   const bool cached = load.cached;
   const HostImagePtr image = load.image;
   std::vector<std::uint64_t> sums(load.layer->source.digests.size());
+  if (cached) sending_image_[urgent] = true;
   lock.unlock();
   std::exception_ptr error;
   std::uint64_t sent = 0;
@@ -166,6 +171,7 @@ void Loader::copy_chunk(Lock& lock, LayerLoad& load) {
     error = std::current_exception();
   }
   lock.lock();
+  if (cached) sending_image_[urgent] = false;
   if (error) on_error(lock, load, generation, error);
   load.sent += sent;
   load.sums.resize(sums.size());

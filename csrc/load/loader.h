@@ -135,6 +135,8 @@ class Loader {
   LoadQueue queue_;
   Pace pace_;
   std::vector<const LayerLoad*> evicting_;  // the loads that evict layers for their room now
+  // Whether a thread sends bytes of an image for a background load, and for a foreground load.
+  bool sending_image_[2] = {};
   bool host_room_wanted_ = false;   // a load to the host cache waits for memory that is pinned
   std::deque<TicketPtr> swapping_;  // loaded, but the model that they swap out is not evicted yet
 

@@ -1,7 +1,9 @@
 // The host driver's streams keep the order that events define, with and without threads.
+#include <algorithm>
 #include <cstring>
 #include <thread>
 
+#include "driver/host/copies.h"
 #include "fixtures.h"
 
 namespace warmserve {
@@ -242,6 +244,23 @@ TEST(a_driver_can_be_destroyed_with_work_in_flight) {
     }
     driver.reset();
   }
+}
+
+// Long copies bypass the processor's caches in whole lines; the rest of a copy does not.
+TEST(a_copy_of_any_length_and_alignment_writes_its_bytes_only) {
+  constexpr std::uint64_t kMost = kMiB + 4096;
+  std::vector<std::byte> from(kMost + 64), to(kMost + 192);
+  for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i * 131 + i / 251);
+  for (const std::uint64_t bytes : {1ul, 63ul, 256 * kKiB, 256 * kKiB + 1, 256 * kKiB + 127, kMost})
+    for (const std::uint64_t skip : {0, 1, 63})
+      for (const std::uint64_t begin : {64, 65, 100, 127}) {
+        std::fill(to.begin(), to.end(), std::byte{0xee});
+        copy_past_caches(to.data() + begin, from.data() + skip, bytes);
+        CHECK(std::memcmp(to.data() + begin, from.data() + skip, bytes) == 0);
+        const auto untouched = [](std::byte each) { return each == std::byte{0xee}; };
+        CHECK(std::all_of(to.begin(), to.begin() + static_cast<long>(begin), untouched));
+        CHECK(std::all_of(to.begin() + static_cast<long>(begin + bytes), to.end(), untouched));
+      }
 }
 
 }  // namespace warmserve

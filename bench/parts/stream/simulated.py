@@ -36,6 +36,7 @@ def _over_bound(path: Path, layers: int, ratio: float) -> list[float]:
             driver=testing.cuda_driver(cuda),
             arena="6GiB",
             granule="2MiB",
+            max_padding=1,
             tensors="dlpack",
             pump=True,
         )

@@ -12,6 +12,7 @@ from typing import Literal
 from lib.harness import LLAMA_2GIB, Llama, write_hollow_checkpoint
 from warmserve_rt.checkpoint import open_checkpoint
 from warmserve_rt.checkpoint.layout import build_layout
+from warmserve_rt.core.devices import Granules
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,16 +51,17 @@ KINDS: Mapping[str, tuple[Shapes, Literal["experts"] | None]] = {
 }
 
 
-def waste(folder: Path, granule: int) -> dict[str, float]:
+def waste(folder: Path, granules: Granules) -> dict[str, float]:
     """Return, for each kind, the share of its granules' bytes that no tensor occupies."""
+    granule, most = granules.nbytes, granules.max_padding
     shares = {}
     for name, (shapes, grouping) in KINDS.items():
         path = folder / f"{name}.safetensors"
         write_hollow_checkpoint(path, shapes)
         with closing(open_checkpoint(path)) as opened:
-            layers = build_layout(opened, grouping).layers
-        granules = sum(math.ceil(layer.nbytes / granule) for layer in layers)
-        shares[name] = 1 - sum(layer.nbytes for layer in layers) / (granules * granule)
+            layers = build_layout(opened, grouping, granule=granule, max_padding=most).layers
+        taken = sum(math.ceil(layer.nbytes / granule) for layer in layers) * granule
+        shares[name] = 1 - sum(layer.nbytes for layer in layers) / taken
         path.unlink()
     return shares
 

@@ -17,6 +17,7 @@
 #include "base/os_failure.h"
 #include "driver/driver.h"
 #include "driver/host/addresses.h"
+#include "driver/host/copies.h"
 #include "driver/host/slots.h"
 #include "driver/host/streams.h"
 #include "driver/host_limits.h"
@@ -251,14 +252,14 @@ class HostDriver final : public Driver {
   }
   Status copy_to_device(Address to, const std::byte* from, std::uint64_t bytes,
                         StreamId stream) override {
-    return streams_.enqueue(stream, [=] { std::memcpy(pointer(to), from, bytes); });
+    return streams_.enqueue(stream, [=] { copy_past_caches(pointer(to), from, bytes); });
   }
   Status copy_from_device(std::byte* to, Address from, std::uint64_t bytes,
                           StreamId stream) override {
     return streams_.enqueue(stream, [=] { std::memcpy(to, pointer(from), bytes); });
   }
   Status copy_to_peer(Address to, Address from, std::uint64_t bytes, StreamId stream) override {
-    return streams_.enqueue(stream, [=] { std::memcpy(pointer(to), pointer(from), bytes); });
+    return streams_.enqueue(stream, [=] { copy_past_caches(pointer(to), pointer(from), bytes); });
   }
   Status fill_zero(Address to, std::uint64_t bytes, StreamId stream) override {
     return streams_.enqueue(stream, [=] { std::memset(pointer(to), 0, bytes); });
