@@ -15,10 +15,6 @@ from warmserve_rt.policy.tier import fill_tier
 
 from .protocols import Fleet, HostTier
 
-# The share of a model's starts that does not find the layers of a copy although the plan has it:
-# they begin on other devices, or after the copy was evicted.
-ELSEWHERE = 0.1
-
 
 @dataclass(frozen=True)
 class HostPlan:
@@ -79,9 +75,8 @@ def plan_host(
         ranks = min(profile.width, len(mine))
         below = _file_speed(fleet, host, model)
         share = min(max(profile.width, len(mine)) / len(fleet.devices), 1.0)
-        found = [(copy.use * (1 - ELSEWHERE), copy.layers) for copy in near.get(model, ())]
-        others = 1.0 - (1 - ELSEWHERE) * float(served[model])
-        found.append((max(others, 0.0) * share, 0))
+        found = [(copy.use, copy.layers) for copy in near.get(model, ())]
+        found.append((max(1.0 - float(served[model]), 0.0) * share, 0))
         starts[model] = float(need[model]) * sum(weight for weight, _ in found)
         density.append(
             float(need[model])

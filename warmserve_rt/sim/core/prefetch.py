@@ -39,21 +39,19 @@ class Prefetch(Event):
         self.loaded_bytes = self.rate = 0.0
         self._spare = disk_bandwidth  # bytes per second that the reads for devices leave
         self._wanted: list[Part] = []
-        self._left = 0.0  # bytes of the first wanted layer that are to be read
+        self._reading: Part | None = None  # the first wanted layer
+        self._left = 0.0  # bytes of it that are to be read
         self._since = clock.now
 
     def want(self, parts: Sequence[Part]) -> None:
         """Read these layers, and none that were wanted before. A layer that is being read goes on
         if it is still wanted."""
         self.accrue()
-        reading = self._wanted[0] if self._wanted else None
-        left, self._wanted = self._left, list(parts)
-        if reading in self._wanted:
-            self._wanted.remove(reading)
-            self._wanted.insert(0, reading)
-            self._left = left
-        else:
-            self._begin()
+        self._wanted = list(parts)
+        if self._reading in self._wanted:
+            self._wanted.remove(self._reading)
+            self._wanted.insert(0, self._reading)
+        self._begin()
         self._run()
 
     def yield_to(self, used: float) -> None:
@@ -62,6 +60,7 @@ class Prefetch(Event):
         if spare != self._spare:
             self.accrue()
             self._spare = spare
+            self._begin()
             self._run()
 
     def fire(self) -> None:
@@ -69,14 +68,18 @@ class Prefetch(Event):
         self.accrue()
         self.loaded_bytes += self._left  # bytes that rounding left out
         self.host.add(*self._wanted.pop(0))
+        self._reading = None
         self._begin()
         self._run()
 
     def _begin(self) -> None:
-        """Skip layers that reads for devices have brought."""
+        """Find the first wanted layer that no read for a device has brought. Begin it, unless it is
+        being read."""
         while self._wanted and self.host.holds(*self._wanted[0]):
             del self._wanted[0]
-        self._left = float(self._bytes(self._wanted[0])) if self._wanted else 0.0
+        first = self._wanted[0] if self._wanted else None
+        if first != self._reading:
+            self._reading, self._left = first, float(self._bytes(first)) if first else 0.0
 
     def _run(self) -> None:
         self.rate = self._spare if self._wanted else 0.0
