@@ -212,6 +212,14 @@ def test_a_load_changes_its_speed_with_the_place_of_its_next_layer() -> None:
     assert fleet.links.host_memories[0].held(0) == [True] * 10
 
 
+def test_a_load_goes_on_if_the_disk_is_as_fast_as_the_link() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=100.0)
+    fleet.links.host_memories[0].add(0, 0, 1)
+    foreground(fleet, 0, 0)
+    fleet.clock.run(10.1)
+    assert here(fleet.devices[0], 0) == fleet.links.loaded_bytes == 1000
+
+
 def test_background_reads_leave_the_disk_to_foreground_reads() -> None:
     fleet = fleet_of(host_memory=2500.0, disk_bandwidth=60.0, background_share=0.1)
     waiting = [background(fleet, device, 0) for device in (1, 2)]

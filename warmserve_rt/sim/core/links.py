@@ -132,9 +132,8 @@ class Links:
         if flow.stop < shard.target:
             before = flow.from_disk
             self._begin_part(flow)
-            if flow.from_disk == before:
-                self._schedule(flow)
-            else:
+            self._schedule(flow)
+            if flow.from_disk != before:
                 self._update_rates(flow.device.node)
             return
         self._remove(flow)
