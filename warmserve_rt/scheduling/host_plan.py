@@ -78,10 +78,10 @@ def plan_host(
         found = [(copy.use, copy.layers) for copy in near.get(model, ())]
         found.append((max(1.0 - float(served[model]), 0.0) * share, 0))
         starts[model] = float(need[model]) * sum(weight for weight, _ in found)
-        density.append(
-            float(need[model])
-            * sum(weight * demand.tier_density(model, layers, below) for weight, layers in found)
-        )
+        saved = np.zeros(len(profile.layer_bytes))
+        for weight, layers in found:
+            saved += weight * demand.tier_density(model, layers, below)
+        density.append(float(need[model]) * saved)
         nbytes.append(np.array(profile.layer_bytes, np.int64) * ranks)
     held = [host.holds(model) for model in models]
     chosen = fill_tier(density, nbytes, held, host.nbytes, margin=margin)

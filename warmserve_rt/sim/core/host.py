@@ -63,8 +63,8 @@ class HostMemory:
     def held(self, model: int) -> list[bool]:
         """Return for each layer of a model whether all its ranks are in memory."""
         ranks = self._held[self._begin[model] : self._begin[model + 1]]
-        every = ranks.reshape(self.profiles[model].width, -1).all(axis=0)
-        return [bool(each) for each in every]
+        by_rank = ranks.reshape(self.profiles[model].width, -1)
+        return [bool(each) for each in np.logical_and.reduce(by_rank, axis=0)]
 
     def touch(self, model: int) -> None:
         """Mark the model as the most recently used."""
