@@ -87,6 +87,10 @@ def test_a_sentence_names_kept_layers_the_reason_and_evicted_layers() -> None:
         ({"objective": math.nan}, "got nan"),
         ({"budget_s": math.nan}, "budget"),
         ({"bandwidth": 0.0}, "bandwidth"),
+        ({"tier": 0.5e9}, "a tier must be at least as fast as the bandwidth"),
+        ({"tier": math.nan}, "a tier must be at least as fast"),
+        ({"resident": -1}, "resident must be layers in"),
+        ({"resident": 1000}, "resident must be layers in"),
         ({"tokens": -1}, "prompts"),
         ({"tokens": []}, "prompts"),
     ],
@@ -95,6 +99,17 @@ def test_invalid_curve_arguments_are_refused(options: dict[str, Any], said: str)
     arguments: dict[str, Any] = {"bandwidth": 1e9, "tokens": 10, **options}
     with pytest.raises(ValueError, match=said):
         value_curve(CHAT, **arguments)
+
+
+def test_a_tier_is_worth_the_seconds_between_its_speed_and_the_one_below() -> None:
+    none, all_ = (value_curve(CHAT, speed, 500).value[-1] for speed in (2e9, 10e9))
+    tier = value_curve(CHAT, 2e9, 500, tier=10e9)
+    assert tier.value[-1] == pytest.approx(none - all_)
+    assert (tier.value <= value_curve(CHAT, 2e9, 500).value + 1e-12).all()
+    rest = value_curve(CHAT, 2e9, 500, tier=10e9, resident=3)
+    assert rest.nbytes.tolist() == list(CHAT.layer_bytes[3:])
+    held = [value_curve(CHAT, speed, 500).value for speed in (2e9, 10e9)]
+    assert rest.value[-1] == pytest.approx((held[0][-1] - held[0][3]) - (held[1][-1] - held[1][3]))
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,22 @@ def test_the_formula_matches_a_stepped_pipeline(
         assert by_prefix[k] == expected
 
 
+@given(TIMES, st.data())
+def test_layers_of_a_faster_tier_match_a_stepped_pipeline(
+    times: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    loads, computes = [a for a, _ in times], [b for _, b in times]
+    faster = [data.draw(st.integers(0, load)) for load in loads]
+    by_prefix = first_token_by_prefix(loads, computes, faster)
+    for k in range(len(times) + 1):
+        assert by_prefix[k] == stepped(faster[:k] + loads[k:], computes, set())
+
+
+def test_a_slower_tier_is_refused() -> None:
+    with pytest.raises(ValueError, match="must not load slower"):
+        first_token_by_prefix([1.0, 1.0], [1.0, 1.0], [1.0, 1.5])
+
+
 @given(TIMES, st.integers(0, 500))
 def test_floors_are_the_fewest_that_meet_the_budget(
     times: list[tuple[int, int]], budget: int

@@ -46,7 +46,7 @@ MODELS = tuple(
     replace(m, layer_bytes=tuple(SCALE * n for n in m.layer_bytes), kv_token_bytes=SCALE * k)
     for m, k in [(tiny(), 1), (tiny(2), 1), (tiny(layers=(90, 20, 60, 10)), 3), (tiny(4), 2)]
 )
-OPERATIONS = ("start", "stop", "drop", "drain", "prewarm", "load", "keep", "cancel", "lend")
+OPERATIONS = ("start", "stop", "drop", "drain", "prewarm", "load", "keep", "cancel", "lend", "host")
 
 
 class RandomController(Scripted):
@@ -157,6 +157,17 @@ class RandomController(Scripted):
             self.fleet.memory.cancel(device, shard, wanted)
             assert shard.layers == layers
         return shard is not None
+
+    def host(self) -> bool:
+        """Plan the host memory of a node."""
+        links, node = self.fleet.links, int(self.rng.integers(len(self.fleet.links.nodes)))
+        values = {
+            model: self.rng.integers(0, 4, len(each.layer_bytes)).astype(float)
+            for model, each in enumerate(MODELS)
+            if self.rng.random() < 0.7
+        }
+        links.prefetches[node].want(links.host_memories[node].value(values))
+        return True
 
     def lend(self) -> bool:
         instance = self.some(i for each in self.fleet.instances for i in each if i.loaded)

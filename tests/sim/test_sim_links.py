@@ -11,7 +11,6 @@ from sim_checks import Scripted, workload
 from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.sim.core.devices import Device, Hardware
 from warmserve_rt.sim.core.fleet import Fleet
-from warmserve_rt.sim.core.host import HostMemory
 from warmserve_rt.sim.core.links import Flow
 
 LAYERS = (100,) * 10
@@ -193,28 +192,69 @@ def test_every_rank_loads_from_disk_and_again_after_a_restart() -> None:
     fleet.clock.run(6.0)
     fleet.memory.keep(device, device.shards[0, 1], 0)
     assert fleet.memory.prewarm(device, 0, 1, 2)  # 180 of its bytes had been read
-    assert device.background[0].rate == 30
-    fleet.clock.run(7.0)
-    assert fleet.memory.prewarm(device, 0, 1, 3)
-    fleet.memory.keep(device, device.shards[0, 1], 0)
-    assert fleet.memory.prewarm(device, 0, 1, 1)
     assert device.background[0].rate == 100
+    fleet.clock.run(7.01)
+    assert device.background[0].rate == 30
 
 
-def test_host_memory_evicts_the_least_recently_used_model() -> None:
-    memory = HostMemory(2500)
-    for model in (0, 1):
-        memory.add(model, 0, 1000)
-    memory.touch(0)
-    memory.add(2, 0, 1000)
-    assert [model in memory for model in range(3)] == [True, False, True]
-    memory.add(0, 1, 400)
-    assert memory.has(0, 0, 1000)
-    assert not memory.has(0, 1, 401)
-    memory.add(2, 0, 200)  # fewer bytes change nothing
-    assert memory.has(2, 0, 1000)
-    memory.add(3, 0, 3000)  # larger than host memory
-    assert [model in memory for model in range(4)] == [False] * 4
+def test_a_load_changes_its_speed_with_the_place_of_its_next_layer() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=50.0)
+    for layer in (0, 1, 3):
+        fleet.links.host_memories[0].add(0, 0, layer)
+    flow = foreground(fleet, 0, 0)
+    rates = []
+    for time in (0.5, 1.5, 2.5, 3.5, 4.5, 5.5):
+        fleet.clock.run(time)
+        rates.append(flow.rate)
+    assert rates == [100, 100, 50, 50, 100, 50]
+    fleet.clock.run(20.0)
+    assert here(fleet.devices[0], 0) == 1000
+    assert fleet.links.host_memories[0].held(0) == [True] * 10
+
+
+def test_a_load_goes_on_if_the_disk_is_as_fast_as_the_link() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=100.0)
+    fleet.links.host_memories[0].add(0, 0, 1)
+    foreground(fleet, 0, 0)
+    fleet.clock.run(10.1)
+    assert here(fleet.devices[0], 0) == fleet.links.loaded_bytes == 1000
+
+
+def test_background_reads_leave_the_disk_to_foreground_reads() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=60.0, background_share=0.1)
+    waiting = [background(fleet, device, 0) for device in (1, 2)]
+    assert [flow.rate for flow in waiting] == [30, 30]
+    urgent = foreground(fleet, 0, 1)
+    assert urgent.rate == pytest.approx(54)
+    assert [flow.rate for flow in waiting] == pytest.approx([3, 3])
+
+
+def test_a_prefetch_takes_what_the_disk_has_left_and_no_link() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=150.0)
+    prefetch, host = fleet.links.prefetches[0], fleet.links.host_memories[0]
+    prefetch.want([(0, 0, 0), (0, 0, 1), (1, 0, 5)])
+    assert prefetch.rate == 150
+    fleet.clock.run(fleet.now + 1.0)
+    assert (host.held(0)[:3], prefetch.loaded_bytes) == ([True, False, False], 100)
+    flow = foreground(fleet, 0, 2)
+    assert (flow.rate, prefetch.rate) == (100, 50)
+    begin = fleet.now
+    fleet.clock.run(begin + 1.1)  # half of the layer had been read
+    assert host.held(0)[:3] == [True, True, False]
+    prefetch.want([(1, 0, 4)])  # instead of the layer that is being read
+    fleet.clock.run(begin + 3.2)
+    assert host.held(1) == [layer == 4 for layer in range(10)]
+    assert prefetch.rate == 0
+
+
+def test_a_prefetch_skips_layers_that_a_load_has_brought() -> None:
+    fleet = fleet_of(host_memory=2500.0, disk_bandwidth=100.0)
+    prefetch = fleet.links.prefetches[0]
+    foreground(fleet, 0, 0)
+    prefetch.want([(0, 0, layer) for layer in range(10)])
+    fleet.clock.run(30.0)
+    assert fleet.links.host_memories[0].held(0) == [True] * 10
+    assert prefetch.loaded_bytes == 0
 
 
 def test_infinite_host_memory_holds_every_model() -> None:

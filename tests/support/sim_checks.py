@@ -108,6 +108,7 @@ class Accounts:
     def __init__(self, *, capacity: bool = True) -> None:
         self.capacity = capacity
         self.carried = 0.0  # bytes: the integral of the rates of all flows
+        self.prefetched = 0.0  # bytes: the same for the prefetches of all nodes
         self.busy = 0.0  # device-seconds: the integral of devices that have an instance
         self.dropped = self.given = 0.0  # bytes evicted, and bytes that preload() made resident
         self.events = 0
@@ -155,6 +156,8 @@ class Accounts:
                 self.carried += flow.rate * (then - now)
             if device.instances:  # device-seconds count from time 0 on
                 self.busy += max(then, 0.0) - max(now, 0.0)
+        for prefetch in self.fleet.links.prefetches:
+            self.prefetched += prefetch.rate * (then - now)
 
     def check(self) -> None:
         self.events += 1
@@ -162,6 +165,8 @@ class Accounts:
             self.check_device(device)
         for node in self.fleet.links.nodes:
             self.check_links(node)
+        for host in self.fleet.links.host_memories:
+            assert 0 <= host.held_bytes <= host.capacity
         for model, instances in enumerate(self.fleet.instances):
             for instance in instances:
                 assert instance.model == model
@@ -224,7 +229,8 @@ class Accounts:
         near = 1 + 1e-9
         assert sum(rate.values()) <= links * near
         disk = [r for flow, r in rate.items() if flow.from_disk]
-        assert sum(disk) <= hardware.disk_bandwidth * near
+        prefetch = self.fleet.links.prefetches[node[0].node]
+        assert sum(disk) + prefetch.rate <= hardware.disk_bandwidth * near
         urgent = any(device.foreground for device in node)
         for first in range(0, len(node), size):
             group = node[first : first + size]
@@ -257,6 +263,19 @@ class Accounts:
         assert math.isclose(
             fleet.links.loaded_bytes, self.carried, rel_tol=1e-9, abs_tol=100 * BYTE
         )
+        for prefetch in fleet.links.prefetches:
+            prefetch.accrue()
+        prefetched = sum(prefetch.loaded_bytes for prefetch in fleet.links.prefetches)
+        assert math.isclose(prefetched, self.prefetched, rel_tol=1e-9, abs_tol=100 * BYTE)
+        for host in fleet.links.host_memories:
+            held = [
+                each.layer_bytes[layer]
+                for model, each in enumerate(fleet.profiles)
+                for rank in range(each.width)
+                for layer in range(len(each.layer_bytes))
+                if not host.infinite and host.holds(model, rank, layer)
+            ]
+            assert sum(held) == host.held_bytes
         assert math.isclose(fleet.device_seconds, self.busy, rel_tol=1e-9, abs_tol=1e-6)
         came = fleet.links.loaded_bytes + self.given
         there = sum(s.resident for d in fleet.devices for s in d.shards.values())

@@ -1,4 +1,8 @@
-"""Value the first k layers of a model by the seconds that they save at its next start."""
+"""Value the first k layers of a model in a tier by the seconds that they save at its next start.
+
+A tier is memory from which layers arrive sooner than from below it: the memory of devices, or host
+memory that is filled from files.
+"""
 
 from __future__ import annotations
 
@@ -124,17 +128,20 @@ def value_curve(
     *,
     budget_s: float = math.inf,
     objective: float | str = "mean",
+    tier: float = math.inf,
+    resident: int = 0,
 ) -> ValueCurve:
-    """Return the value curve of a model whose missing layers stream in while prefill runs.
+    """Return the value curve of a model in a tier, for starts whose layers stream in while prefill
+    runs.
 
     With the first token T(k) of :mod:`pipeline` and the weight w of the objective (0 for the mean,
     1 for the budget), the value is
 
         value(k) = (1 - w) (T(0) - T(k)) + w (T(0) - T(L)) [T(k) <= budget < T(0)]
 
-    A start within the budget therefore counts as much as all the seconds by which a cold start is
-    later than a warm one, and the two objectives share one scale. The mean always has at least
-    the weight 0.001.
+    A start within the budget therefore counts as much as all the seconds by which a start without
+    the tier is later than one with all layers in it, and the two objectives share one scale. The
+    mean always has at least the weight 0.001.
 
     Parameters
     ----------
@@ -149,29 +156,50 @@ def value_curve(
         Seconds until the first token is due.
     objective
         "mean", "slo" or a weight in [0, 1] between them.
+    tier
+        Bytes per second to each device of the layers in the tier. By default the tier is the
+        device's own memory, whose layers need no load.
+    resident
+        The number of leading layers that the device holds. The curve is that of the layers after
+        them.
 
     Raises
     ------
     ValueError
-        If the bandwidth, the prompts, the budget or the objective are invalid.
+        If the bandwidth, the prompts, the budget, the objective or the number of resident layers
+        are invalid, or if the tier is slower than the bandwidth.
     """
     weight = min(objective_weight(objective), 1 - _TIE)
     if not 0 < bandwidth < math.inf:
         raise ValueError(
             f"{profile.name}: bandwidth must be positive and finite, got {bandwidth} bytes/s"
         )
+    if not tier >= bandwidth:
+        raise ValueError(
+            f"{profile.name}: a tier must be at least as fast as the bandwidth of {bandwidth} "
+            f"bytes/s, got {tier}"
+        )
     prompts = [tokens] if isinstance(tokens, (int, float)) else list(tokens)
     if not prompts or not all(0 <= prompt < math.inf for prompt in prompts):
         raise ValueError(
             f"{profile.name}: prompts must have finite token counts of at least 0, got {tokens}"
         )
+    if not 0 <= resident < len(profile.layer_bytes):
+        raise ValueError(
+            f"{profile.name}: resident must be layers in [0, {len(profile.layer_bytes)}), "
+            f"got {resident}"
+        )
     nbytes = np.array(profile.layer_bytes, dtype=np.int64)
-    loads = nbytes / bandwidth
+    loads, faster = nbytes / bandwidth, nbytes / tier
+    loads[:resident] = faster[:resident] = 0.0
     value = np.zeros(len(nbytes) + 1)
     for prompt in prompts:
-        times = first_token_by_prefix(loads, profile.compute(profile.prefill(prompt)))
+        compute = profile.compute(profile.prefill(prompt))
+        times = first_token_by_prefix(loads, compute, faster)
         value += (1 - weight) * (times[0] - times)
         floor = fewest(times, budget_s, float(loads.sum()))
         if floor is not None and floor > 0:
             value[floor:] += weight * (times[0] - times[-1])
-    return ValueCurve(profile.name, profile.width, nbytes, value / len(prompts))
+    return ValueCurve(
+        profile.name, profile.width, nbytes[resident:], value[resident:] / len(prompts)
+    )

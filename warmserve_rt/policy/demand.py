@@ -38,7 +38,7 @@ class Demand:
     service
         Seconds that a request of each model takes.
     bandwidth
-        Bytes per second to one device.
+        Bytes per second to one device, from the tier below its memory.
     delay
         Seconds of a start besides loading and computing.
     slo
@@ -73,6 +73,7 @@ class Demand:
         self.rates = [0.0] * len(profiles)
         self.curves: list[ValueCurve] = []
         self.lost: list[list[float]] = []
+        self._tier_densities: dict[tuple[int, int, float], F64] = {}  # since value() or arrange()
 
     def arrange(
         self, profiles: Sequence[ModelProfile], service: Sequence[float], rows: Sequence[int | None]
@@ -99,6 +100,7 @@ class Demand:
             self._curve(profile, np.quantile(asked, QUANTILES)) if r is None else curves[r]
             for profile, asked, r in zip(profiles, self.prompts, rows, strict=True)
         ]
+        self._tier_densities.clear()
         self._lose()
 
     def arrived(self, model: int, now: float, concurrent: int, prompt: int) -> None:
@@ -136,20 +138,56 @@ class Demand:
             self._curve(profile, np.quantile(prompts, QUANTILES))
             for profile, prompts in zip(self.profiles, self.prompts, strict=True)
         ]
+        self._tier_densities.clear()
         self._lose()
 
     def _lose(self) -> None:
         self.lost = [(curve.value[-1] - curve.value).tolist() for curve in self.curves]
 
-    def _curve(self, profile: ModelProfile, prompts: F64) -> ValueCurve:
-        value = np.zeros(len(profile.layer_bytes) + 1)
+    def tier_density(self, model: int, resident: int, below: float) -> F64:
+        """Return for each layer [L] the seconds that it saves per expected start and byte if it
+        loads at ``bandwidth``.
+
+        Parameters
+        ----------
+        model
+            The number of the model.
+        resident
+            The number of leading layers that the device holds at the start. Their density is 0.
+        below
+            Bytes per second at which other layers load.
+        """
+        key = model, resident, below
+        found = self._tier_densities.get(key)
+        if found is None:
+            profile = self.profiles[model]
+            found = self._tier_densities[key] = np.zeros(len(profile.layer_bytes))
+            if resident < len(found):
+                prompts = np.quantile(self.prompts[model], QUANTILES)
+                curve = self._curve(profile, prompts, below, tier=self.bandwidth, resident=resident)
+                found[resident:] = curve.density
+        return found
+
+    def _curve(
+        self,
+        profile: ModelProfile,
+        prompts: F64,
+        bandwidth: float | None = None,
+        *,
+        tier: float = math.inf,
+        resident: int = 0,
+    ) -> ValueCurve:
+        """Return the mean of the value curves of these prompts; see `value_curve`."""
+        value = np.zeros(len(profile.layer_bytes) + 1 - resident)
         for tokens in prompts.tolist():
             curve = value_curve(
                 profile,
-                self.bandwidth,
+                bandwidth or self.bandwidth,
                 tokens,
                 budget_s=max(self.slo.budget(profile.prefill(tokens)) - self.delay, 0.0),
                 objective=self.objective,
+                tier=tier,
+                resident=resident,
             )
             value += curve.value / len(prompts)
         return ValueCurve(profile.name, profile.width, curve.nbytes, value)

@@ -62,19 +62,40 @@ def first_token(loads: Seconds, computes: Seconds, resident: int | Collection[in
     return float(np.max(np.where(missing, arrivals + rest[:-1], 0.0), initial=rest[0]))
 
 
-def first_token_by_prefix(loads: Seconds, computes: Seconds) -> F64:
-    """Return ``first_token`` for 0, 1, ..., L resident leading layers.
+def first_token_by_prefix(loads: Seconds, computes: Seconds, faster: Seconds | None = None) -> F64:
+    """Return the seconds to the first token if the 0, 1, ..., L leading layers load faster.
 
     The L+1 seconds never increase.
-    Takes O(L): with P the running sum of ``loads``, A_j is P[j+1] - P[k], so that one running
-    maximum from the end serves every k.
+    Takes O(L). With F and P the running sums of ``faster`` and ``loads``, A_j is F[j+1] for the k
+    leading layers, and F[k] + P[j+1] - P[k] for the others. One running maximum from the beginning
+    and one from the end therefore serve every k.
+
+    Parameters
+    ----------
+    loads, computes
+        Seconds to load and to compute each layer, in execution order.
+    faster
+        Seconds to load each layer if it is one of the leading layers; at most those of ``loads``.
+        By default these layers are resident.
+
+    Raises
+    ------
+    ValueError
+        If a time is negative or not finite, if the lengths differ, or if ``faster`` is slower.
     """
     load, compute = _checked(loads, computes)
+    fast = np.zeros(len(load)) if faster is None else _checked(faster, compute)[0]
+    if (fast > load).any():
+        raise ValueError(
+            f"layers must not load slower than in {load.tolist()}, got {fast.tolist()}"
+        )
+    ahead = np.concatenate(([0.0], np.cumsum(fast)))
     before = np.concatenate(([0.0], np.cumsum(load)))
     rest = _rest(compute)
-    latest = np.maximum.accumulate((before[1:] + rest[:-1])[::-1])[::-1]
     times = np.full(len(load) + 1, rest[0])
-    times[:-1] = np.maximum(times[:-1], latest - before[:-1])
+    times[1:] = np.maximum(times[1:], np.maximum.accumulate(ahead[1:] + rest[:-1]))
+    latest = np.maximum.accumulate((before[1:] + rest[:-1])[::-1])[::-1]
+    times[:-1] = np.maximum(times[:-1], latest - before[:-1] + ahead[:-1])
     # Each difference is rounded by itself; the exact times never increase.
     return np.minimum.accumulate(times)
 

@@ -55,7 +55,8 @@ class RuntimeDevice:
         self.index, self.runtime = index, runtime
         self.exclusive, self.lost = exclusive, False
         self._clock, self._failed = clock, failed
-        self._models: list[ModelOnDevice] = []
+        self.models: list[ModelOnDevice] = []
+        self._highest = 0.0  # the highest keep value of a layer on the device at the last plan
         self._shards: dict[tuple[int, int], RuntimeShard] = {}
         self._seen: Snapshot | None = None
 
@@ -74,8 +75,8 @@ class RuntimeDevice:
         rows
             For each model its number before this call, or None if the model is new.
         """
-        before = self._models
-        self._models = [
+        before = self.models
+        self.models = [
             ModelOnDevice(*model) if row is None else before[row]
             for model, row in zip(models, rows, strict=True)
         ]
@@ -90,13 +91,16 @@ class RuntimeDevice:
     @property
     def seen(self) -> Snapshot:
         if self._seen is None:
-            for on_device in self._models:
+            for on_device in self.models:
                 on_device.follow(self.runtime, self.index, self._failed)
-                for error in on_device.drop_done():
+                errors, host_errors = on_device.drop_done()
+                for error in errors:
                     self._refuse(on_device, error)
+                for error in host_errors:
+                    self.refuse_host(on_device, error)
             seen = self.runtime.snapshot()
             self._shards = {}
-            for number, on_device in enumerate(self._models):
+            for number, on_device in enumerate(self.models):
                 shard = on_device.shard(seen)
                 if shard and on_device.rank is not None:
                     self._shards[number, on_device.rank] = shard
@@ -131,7 +135,7 @@ class RuntimeDevice:
         leading = {
             registered.name: shard.goal
             for (model, _), shard in self.shards.items()
-            if (registered := self._models[model].registered)
+            if (registered := self.models[model].registered)
         }
         if self.active:
             leading.clear()
@@ -156,17 +160,38 @@ class RuntimeDevice:
         values
             The keep values of the model's parts.
         """
-        on_device = self._models[model]
+        on_device = self.models[model]
         if on_device.registered is None:
             return
         ends = [end + 0.5 for end, _ in values]
-        keep = []
+        on_device.planned, on_device.device_values = layers, []
         for layer, end in enumerate(on_device.ends):
             part = bisect_left(ends, end) if layer < layers else len(values)
-            keep.append(values[part][1] if part < len(values) else 0.0)
+            on_device.device_values.append(values[part][1] if part < len(values) else 0.0)
+        self._highest = max(self._highest, *on_device.device_values)
+        self._set_values(on_device)
+
+    def set_host_values(self, plan: Mapping[int, Sequence[float]]) -> None:
+        """Give the layers that are on this device only in the host cache their values there.
+
+        Parameters
+        ----------
+        plan
+            As for :meth:`.protocols.HostTier.hold`.
+        """
+        self._highest = max((max(each.device_values) for each in self.models), default=0.0)
+        for number, on_device in enumerate(self.models):
+            on_device.host_values = list(plan.get(number, ()))
+            if on_device.registered:
+                self._set_values(on_device)
+
+    def _set_values(self, on_device: ModelOnDevice) -> None:
+        """Set the keep values of a registered model if they have changed."""
+        assert on_device.registered
+        keep = on_device.values(self.seen, self._highest)
         # If the model was unregistered meanwhile, the next refresh finds out.
         with suppress(ValueError):
-            if keep != on_device.keep:
+            if keep != (on_device.keep or [0.0] * len(keep)):
                 self.runtime.set_keep_values(on_device.registered, keep)
             on_device.keep = keep
 
@@ -177,7 +202,7 @@ class RuntimeDevice:
         ``BACKOFF_S`` ago, or if no such model is registered now.
         """
         _ = self.seen  # the models and shards as they are now
-        on_device = self._models[model]
+        on_device = self.models[model]
         registered = on_device.registered
         if registered is None or on_device.rank is None:
             return False
@@ -207,12 +232,23 @@ class RuntimeDevice:
     def cancel(self, model: int, rank: int, layers: int) -> None:
         """Cancel the loads of a shard that reach beyond these leading layers."""
         shard = self.shards[model, rank]
-        shard.goal = max(shard.layers, self._models[model].cancel(layers))
+        shard.goal = max(shard.layers, self.models[model].cancel(layers))
 
     def cancel_all(self) -> None:
         """Cancel all loads that this object began."""
-        for on_device in self._models:
+        for on_device in self.models:
             on_device.cancel(0)
+            on_device.cancel_host([])
+
+    def refuse_host(self, on_device: ModelOnDevice, error: Exception) -> None:
+        """Report an error of a load to the host cache, and load the model there again only after
+        ``BACKOFF_S``."""
+        on_device.host_refused = self.now + BACKOFF_S
+        self._failed(error)
+
+    @property
+    def now(self) -> float:
+        return self._clock()
 
     def _refuse(self, on_device: ModelOnDevice, error: Exception) -> None:
         """Report an error of a load, and load the model again only after ``BACKOFF_S``."""

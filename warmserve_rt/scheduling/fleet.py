@@ -34,6 +34,9 @@ from .scheduler import Scheduler
 
 LOG = logging.getLogger("warmserve_rt")
 ERRORS = 100  # the number of errors that are remembered
+# The speed of loads from the page cache relative to loads from the host cache, if the caller gives
+# none: about that of an H200 (docs/numbers.md). The choice of layers depends little on it.
+FILE_SPEED = 0.5
 
 
 class RuntimeFleet:
@@ -56,7 +59,11 @@ class RuntimeFleet:
     profiles
         The profiles of the models.
     bandwidth
-        Bytes per second that one device can load.
+        Bytes per second that one device can load; if its runtime has a host cache, out of the
+        cache.
+    file_bandwidth
+        Bytes per second that one device can load of layers that are not in its host cache; by
+        default half of ``bandwidth``. Not used for runtimes without a host cache.
     switch_s
         Seconds from a request to its lease if all layers are resident.
     node_devices
@@ -76,8 +83,9 @@ class RuntimeFleet:
     Raises
     ------
     ValueError
-        If there are no runtimes or no models, if a model is given twice, is not registered or is
-        wider than a node, or if its number of layers differs from its profile's.
+        If a bandwidth is invalid, if there are no runtimes or no models, if a model is given twice,
+        is not registered or is wider than a node, or if its number of layers differs from its
+        profile's.
 
     Notes
     -----
@@ -92,6 +100,7 @@ class RuntimeFleet:
         profiles: Sequence[ModelProfile],
         *,
         bandwidth: float,
+        file_bandwidth: float | None = None,
         switch_s: float = 0.001,
         node_devices: int | None = None,
         exclusive: bool = False,
@@ -103,6 +112,13 @@ class RuntimeFleet:
             raise ValueError(
                 f"bandwidth must be positive and finite bytes per second, got {bandwidth}"
             )
+        if file_bandwidth is None:
+            file_bandwidth = bandwidth * FILE_SPEED
+        if not 0 < file_bandwidth <= bandwidth:
+            raise ValueError(
+                f"file_bandwidth must be positive and at most bandwidth = {bandwidth} bytes per "
+                f"second, got {file_bandwidth}"
+            )
         self.errors: deque[Exception] = deque(maxlen=ERRORS)
         self.devices = [
             RuntimeDevice(index, each, exclusive=exclusive, clock=clock, failed=self._failed)
@@ -113,6 +129,7 @@ class RuntimeFleet:
             self.devices,
             self._models,
             bandwidth=bandwidth,
+            file_bandwidth=file_bandwidth,
             switch_s=switch_s,
             node_devices=node_devices or len(runtimes),
             clock=clock,

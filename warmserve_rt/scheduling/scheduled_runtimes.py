@@ -11,6 +11,7 @@ from warmserve_rt.policy.profile import ModelProfile
 
 from .device import RuntimeDevice
 from .fleet_models import FleetModels
+from .host import RuntimeHost
 from .loop import Loop
 from .registered_models import bare_name, find_model
 from .scheduler import Scheduler
@@ -31,6 +32,8 @@ class ScheduledRuntimes:
         it must not wait for the scheduler.
     bandwidth, switch_s, node_devices
         See :class:`~.protocols.Fleet`.
+    file_bandwidth
+        Bytes per second that a device with a host cache loads of layers outside the cache.
     clock
         Returns the time in seconds.
     failed
@@ -53,6 +56,7 @@ class ScheduledRuntimes:
         models: FleetModels,
         *,
         bandwidth: float,
+        file_bandwidth: float,
         switch_s: float,
         node_devices: int,
         clock: Callable[[], float],
@@ -60,6 +64,11 @@ class ScheduledRuntimes:
     ) -> None:
         self.devices, self._models = devices, models
         self.bandwidth, self.switch_s, self.node_devices = bandwidth, switch_s, node_devices
+        self.hosts = [
+            RuntimeHost(device, file_bandwidth)
+            for device in devices
+            if device.runtime.snapshot().host_cache.budget_bytes
+        ]
         self.loop = Loop(clock, self._call_failed)
         self._failed = failed
         self._call_error = ""  # the error of the loop's last failed call

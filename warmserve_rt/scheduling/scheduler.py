@@ -16,6 +16,7 @@ from warmserve_rt.policy.profile import ModelProfile
 from warmserve_rt.policy.slo import Slo
 
 from .copies import carry_out, densities, held_copies
+from .host_plan import HostPlan, explain_host, file_seconds, plan_host
 from .protocols import Fleet
 
 SETTLE_S = 0.05  # wait after a change, so that one plan covers several changes
@@ -32,6 +33,7 @@ REVALUE_S = 60.0  # seconds between valuations of the curves: prompts change slo
 class Scheduler:
     """Decide which layers are resident on which devices.
 
+    Each plan has two tiers: the layers that devices hold, and then those that host tiers hold.
     A new plan is made after every change, every ``interval`` seconds while plans still change
     something, and otherwise in every fifth interval.
 
@@ -53,6 +55,9 @@ class Scheduler:
         Seconds over which the share of time is averaged in which a device is busy.
     moves
         The largest number of exchanges in one plan.
+    plan_hosts
+        Whether to plan the host tiers of the fleet. Otherwise these keep the layers that were
+        loaded last.
     dry_run
         Whether to load nothing and set no keep value; :meth:`explain` then tells what a plan would
         change.
@@ -71,6 +76,7 @@ class Scheduler:
         copies: int = 6,
         busy_memory: float = 300.0,
         moves: int = 16,
+        plan_hosts: bool = True,
         dry_run: bool = False,
         memory: float = 120.0,
         recent: float = 0.25,
@@ -78,10 +84,11 @@ class Scheduler:
         self.objective, self.slo = objective, slo
         self.horizon, self.interval, self.margin = horizon, interval, margin
         self.copies, self.busy_memory, self.moves = copies, busy_memory, moves
-        self.dry_run = dry_run
+        self.plan_hosts, self.dry_run = plan_hosts, dry_run
         self.memory, self.recent = memory, recent
         self.before: list[Copy] = []
         self.held: list[Copy] = []
+        self.host_plans: list[HostPlan] = []
         self.needed: F64 = np.zeros(0)
         self._planned, self._improving, self._rested = True, False, 0
 
@@ -143,10 +150,16 @@ class Scheduler:
         left."""
         self.demand.finished(model, now, concurrent)
 
-    def lost(self, model: int) -> Sequence[float]:
-        """Return, for each number of held layers, the seconds that a start of the model loses
-        against a start with all layers."""
-        return self.demand.lost[model]
+    def lost(self, model: int) -> list[Sequence[float]]:
+        """Return for each device, for each number of layers that it holds, the seconds that a start
+        of the model loses against a start with all layers."""
+        lost = self.demand.lost[model]
+        found: list[Sequence[float]] = [lost] * len(self.fleet.devices)
+        for host in self.fleet.hosts:
+            from_files = (np.array(lost) + file_seconds(self.fleet, host, model)).tolist()
+            for index in host.devices:
+                found[index] = from_files
+        return found
 
     def urgency(self, model: int, running: int, seconds: float) -> float:
         """Return the probability that the model needs one instance more than ``running`` within
@@ -179,6 +192,7 @@ class Scheduler:
         self.demand.arrange(profiles, service, rows)
         self._use_curves()
         self.before, self.held, self.needed = [], [], np.zeros(len(profiles))
+        self.host_plans = []
         self.changed()
 
     def _tick(self) -> None:
@@ -226,11 +240,23 @@ class Scheduler:
         }
         if not self.dry_run:
             self.apply(held, need)
+        if self.plan_hosts:
+            self.host_plans = [
+                plan_host(self.fleet, host, held, need, self.demand, margin=self.margin)
+                for host in self.fleet.hosts
+            ]
+            if not self.dry_run:
+                for plan in self.host_plans:
+                    plan.host.hold(plan.values)
 
     def explain(self) -> list[str]:
-        """Describe the last plan in sentences: one for each group that gains layers, and one for
-        each model that is needed and held nowhere."""
-        return explain(self.demand.curves, self.needed, self.before, self.held)
+        """Describe the last plan in sentences: one for each group that gains layers, one for each
+        model that is needed and held nowhere, and one for each model that gains layers in a host
+        tier."""
+        said = explain(self.demand.curves, self.needed, self.before, self.held)
+        for plan in self.host_plans:
+            said += explain_host(plan, self.fleet.profiles)
+        return said
 
     def snapshot(self) -> tuple[list[Copy], F64]:
         """Return the complete groups that hold layers of a model, and the bytes that are free on

@@ -162,8 +162,9 @@ class SharedDeviceAutoscaler(Dispatcher):
         for device in fleet.devices:
             shard = device.shards.get((model, device.index % width))
             penalty = self.neighbour_penalty_s * sum(i.active for i in device.instances)
-            seconds.append((lost[shard.layers] if shard else lost[0]) + penalty)
-        return Start(probability, width, lost[0], seconds)
+            seconds.append(lost[device.index][shard.layers if shard else 0] + penalty)
+        cold = max(each[0] for each in lost)
+        return Start(probability, width, cold, seconds)
 
     def choose(self, model: int) -> tuple[Device, ...] | None:
         """Return the devices on which the model should start, or None if too few are free."""

@@ -36,7 +36,7 @@ class Hardware:
     switch_devices
         The number of devices that share one link of ``bandwidth``.
     host_memory
-        Bytes of each node that keep models. Other models are read from the node's disk.
+        Bytes of each node that keep layers. Other layers are read from the node's disk.
     disk_bandwidth
         Bytes per second from the disk of a node.
     background_share
@@ -139,7 +139,7 @@ class Shard:
         flow = self.flow
         if flow is None or flow.rate <= 0:
             return self.resident
-        return min(self.resident + flow.rate * (flow.clock.now - flow.since), self.target)
+        return min(self.resident + flow.rate * (flow.clock.now - flow.since), flow.stop)
 
     @property
     def complete(self) -> bool:
@@ -161,10 +161,11 @@ class Flow(Event):
     """The load of a shard's missing bytes over its device's link; see Links.
 
     ``priority``: a device runs one background flow at a time, the one with the highest priority.
-    ``from_disk``: some of the bytes are not in host memory, so that the whole flow runs at the
-    speed of the disk. ``finish``: called when the last byte arrives. ``on_loaded``: called after
-    that, with the flow finished. ``marks``: (bytes resident, time) while the flow is in the
-    foreground.
+    The flow loads one part after the other: a layer, or all missing bytes if host memory holds
+    every layer. ``stop``: the byte at which the present part ends. ``from_disk``: whether the part
+    is read from disk, because host memory does not hold it. ``finish``: called when the last byte
+    of a part arrives. ``on_loaded``: called with the flow finished. ``marks``: (bytes resident,
+    time) while the flow is in the foreground.
     """
 
     __slots__ = (
@@ -179,6 +180,7 @@ class Flow(Event):
         "rate",
         "shard",
         "since",
+        "stop",
     )
 
     def __init__(
@@ -189,11 +191,11 @@ class Flow(Event):
         finish: Callable[[Flow], None],
         *,
         priority: float,
-        from_disk: bool,
     ) -> None:
         super().__init__()
         self.clock, self.device, self.shard, self.finish = clock, device, shard, finish
-        self.priority, self.from_disk = priority, from_disk
+        self.priority, self.from_disk = priority, False
+        self.stop = shard.target
         self.foreground = False
         self.rate = 0.0
         self.since = clock.now

@@ -108,7 +108,7 @@ class Fleet:
         self.clock = Clock()
         self.requests = Requests.of(workload)
         self.devices = make_devices(hardware)
-        self.links = Links(self.clock, hardware, self.devices)
+        self.links = Links(self.clock, hardware, self.devices, self.profiles)
         self.memory = Memory(self.profiles, self.devices, self.links)
         self.kv_caches = KvCaches(self.memory, self.requests, elastic=elastic_kv)
         self.interference = Interference(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+
+from warmserve_rt.policy.profile import ModelProfile
 
 from .clock import Clock
 from .devices import Device, Flow, Hardware, Shard
 from .host import HostMemory
+from .prefetch import Prefetch
 
 
 class Links:
@@ -22,6 +25,8 @@ class Links:
         The bandwidths and the host memory.
     devices
         The devices, node by node.
+    profiles
+        The profiles of the models.
 
     Attributes
     ----------
@@ -31,14 +36,25 @@ class Links:
         The devices of each node.
     host_memories
         The host memory of each node.
+    prefetches
+        The background loads from disk to the host memory of each node.
     """
 
-    def __init__(self, clock: Clock, hardware: Hardware, devices: Sequence[Device]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        hardware: Hardware,
+        devices: Sequence[Device],
+        profiles: Sequence[ModelProfile],
+    ) -> None:
         self.clock, self.hardware = clock, hardware
         self.loaded_bytes = 0.0
         size = hardware.node_devices
         self.nodes = [list(devices[i : i + size]) for i in range(0, len(devices), size)]
-        self.host_memories = [HostMemory(hardware.host_memory) for _ in self.nodes]
+        self.host_memories = [HostMemory(hardware.host_memory, profiles) for _ in self.nodes]
+        self.prefetches = [
+            Prefetch(clock, host, hardware.disk_bandwidth) for host in self.host_memories
+        ]
 
     def load(self, device: Device, shard: Shard, *, priority: float) -> Flow:
         """Begin to load a shard up to its target in the background.
@@ -50,10 +66,8 @@ class Links:
         priority
             The priority among the background flows of the device; the highest runs first.
         """
-        host = self.host_memories[device.node]
-        host.touch(shard.model)
-        from_disk = not host.has(shard.model, shard.rank, shard.target)
-        flow = Flow(self.clock, device, shard, self._finish, priority=priority, from_disk=from_disk)
+        self.host_memories[device.node].touch(shard.model)
+        flow = Flow(self.clock, device, shard, self._finish_part, priority=priority)
         shard.flow = flow
         queue = device.background
         place = len(queue)
@@ -91,7 +105,7 @@ class Links:
         now = self.clock.now
         if flow.rate > 0:
             shard = flow.shard
-            arrived = min(flow.rate * (now - flow.since), shard.target - shard.resident)
+            arrived = min(flow.rate * (now - flow.since), flow.stop - shard.resident)
             self._credit(shard, arrived)
         flow.since = now
         if flow.foreground:
@@ -104,25 +118,42 @@ class Links:
         if not shard.pinned:
             shard.unused += arrived
 
-    def _finish(self, flow: Flow) -> None:
-        """Finish a flow whose last bytes have arrived."""
+    def _finish_part(self, flow: Flow) -> None:
+        """Finish the part of a flow whose last bytes have arrived, and begin the next part."""
         self.accrue(flow)
         shard = flow.shard
-        self._credit(shard, shard.target - shard.resident)  # bytes that rounding left out
-        shard.resident = shard.target
+        self._credit(shard, flow.stop - shard.resident)  # bytes that rounding left out
+        shard.resident = flow.stop
         if flow.foreground:
-            flow.marks[-1] = (shard.target, self.clock.now)
+            flow.marks[-1] = (flow.stop, self.clock.now)
+        if flow.from_disk:
+            host = self.host_memories[flow.device.node]
+            host.add(shard.model, shard.rank, bisect_left(shard.ends, flow.stop))
+        if flow.stop < shard.target:
+            before = flow.from_disk
+            self._begin_part(flow)
+            self._schedule(flow)
+            if flow.from_disk != before:
+                self._update_rates(flow.device.node)
+            return
         self._remove(flow)
         if flow.on_loaded:
             flow.on_loaded()
+
+    def _begin_part(self, flow: Flow) -> None:
+        """Find where the next bytes of a flow lie."""
+        shard, host = flow.shard, self.host_memories[flow.device.node]
+        if host.infinite:
+            return
+        layer = bisect_right(shard.ends, shard.resident + 0.5)
+        flow.stop = float(shard.ends[layer])
+        flow.from_disk = not host.holds(shard.model, shard.rank, layer)
 
     def _remove(self, flow: Flow) -> None:
         self.clock.cancel(flow)
         flow.rate = 0.0
         device, shard = flow.device, flow.shard
         shard.flow = None
-        if flow.from_disk:
-            self.host_memories[device.node].add(shard.model, shard.rank, shard.resident)
         queue = device.foreground if flow.foreground else device.background
         first = queue[0] is flow
         queue.remove(flow)
@@ -146,12 +177,16 @@ class Links:
             group = devices[first : first + size]
             ahead = [d.foreground[0] for d in group if d.foreground]
             behind = [d.background[0] for d in group if d.background]
+            for flow in (*ahead, *behind):
+                if not flow.rate:  # it begins, or goes on after a pause
+                    self._begin_part(flow)
             own = 1.0 - (share if behind else 0.0)
             urgent += len(ahead)
             if not ahead:
                 spare += own
             switches.append((ahead, behind, own))
         if not any(ahead or behind for ahead, behind, _ in switches):
+            self.prefetches[node].yield_to(0.0)
             return
         more = min(hardware.multipath - 1, spare / urgent) if urgent else 0.0
         taken = more * urgent / spare if spare else 0.0
@@ -162,10 +197,7 @@ class Links:
             left = 1.0 - own * (1.0 if ahead else taken)
             for flow in behind:
                 rates.append((flow, hardware.bandwidth * left / len(behind)))
-        on_disk = sum(flow.from_disk for flow, rate in rates if rate > 0) or 1
-        limit = hardware.disk_bandwidth / on_disk
-        for flow, rate in rates:
-            self._set_rate(flow, min(rate, limit) if flow.from_disk else rate)
+        used = self._read_disk(rates)
         for device in devices:
             for flow in device.background[1:]:
                 if not flow.rate:
@@ -173,6 +205,34 @@ class Links:
                 self._set_rate(flow, 0.0)
             for flow in device.foreground[1:]:
                 self._set_rate(flow, 0.0)
+        self.prefetches[node].yield_to(used)
+
+    def _read_disk(self, rates: list[tuple[Flow, float]]) -> float:
+        """Set the rates of a node's flows, and divide the disk among those that read it. Return the
+        bytes per second that they read.
+
+        The foreground flows get the disk minus the background's share, and the background flows get
+        what the others leave.
+
+        Parameters
+        ----------
+        rates
+            The rate of each flow if no flow read the disk.
+        """
+        disk, used = self.hardware.disk_bandwidth, 0.0
+        reading = [flow for flow, rate in rates if flow.from_disk and rate > 0]
+        behind = sum(not flow.foreground for flow in reading)
+        limits = {
+            True: disk * (1 - (self.hardware.background_share if behind else 0.0)),
+            False: disk,
+        }
+        for foreground, count in ((True, len(reading) - behind), (False, behind)):
+            limit = max(limits[foreground] - used, 0.0) / (count or 1)
+            for flow, rate in rates:
+                if flow.foreground == foreground:
+                    self._set_rate(flow, min(rate, limit) if flow.from_disk else rate)
+                    used += flow.rate if flow.from_disk else 0.0
+        return used
 
     def _set_rate(self, flow: Flow, rate: float) -> None:
         if rate == flow.rate:
@@ -180,10 +240,14 @@ class Links:
         self.accrue(flow)
         flow.rate = rate
         if rate > 0:
-            left = flow.shard.target - flow.shard.resident
-            self.clock.schedule(flow, self.clock.now + left / rate)
+            self._schedule(flow)
         else:
             self.clock.cancel(flow)
+
+    def _schedule(self, flow: Flow) -> None:
+        """Schedule the end of a part, from which on the flow's bytes are accrued."""
+        left = flow.stop - flow.shard.resident
+        self.clock.schedule(flow, self.clock.now + left / flow.rate)
 
 
 def arrival_times(flow: Flow, ends: Sequence[float]) -> list[float]:
