@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from warmserve_rt._errors import StaleView
@@ -52,7 +51,10 @@ class Acquisitions:
         if not acquired:
             raise StaleView(f"{what}: the lease is not held")
         me = owner or threading.get_ident()
-        return next((each for each in reversed(acquired) if each.owner == me), acquired[-1])
+        for each in reversed(acquired):
+            if each.owner == me:
+                return each
+        return acquired[-1]
 
     def release_latest(self, owner: int) -> None:
         """Record the streams of the acquisition that :meth:`latest` finds, and release it.
@@ -62,9 +64,11 @@ class Acquisitions:
         while True:
             found = self.latest("release()", owner)
             streams = () if found.streams is None else found.streams.at_release()
-            with suppress(ValueError):  # another thread without its own removed it
+            try:
                 self._list.remove(found)
                 break
+            except ValueError:  # another thread without its own removed it
+                continue
         try:
             if streams:
                 record_all(found.native, streams)
@@ -73,7 +77,9 @@ class Acquisitions:
 
     def share(self, owner: int) -> _native.Lease | None:
         """Return a native lease on the layers that are held, or None if none are."""
-        if self._list:
-            with suppress(IndexError, StaleView):  # the last acquirer has just released it
-                return self._list[-1].native.share(owner)
-        return None
+        if not self._list:
+            return None
+        try:
+            return self._list[-1].native.share(owner)
+        except (IndexError, StaleView):  # the last acquirer has just released it
+            return None

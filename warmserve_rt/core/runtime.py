@@ -193,16 +193,15 @@ class Runtime(Registering, Loading, Evicting):
             A model or layer is unknown, no model is named, ``layers`` is given for several models,
             or ``stream`` is not a stream of the device.
         """
-        if isinstance(models, _ONE_MODEL):
-            models = (models,)
-        elif not isinstance(models, Iterable):
-            self.model(models)  # raises TypeError
-        wanted = tuple(dict.fromkeys(self.model(model) for model in models))
+        if isinstance(models, _ONE_MODEL) or not isinstance(models, Iterable):
+            wanted: tuple[Model, ...] = (self.model(models),)
+        else:
+            wanted = tuple(dict.fromkeys(map(self.model, models)))
         if not wanted:
             raise ValueError("a lease needs at least one model")
         if layers is not None and len(wanted) > 1:
             raise ValueError("layers must be None for several models: lease each model by itself")
-        chosen = layer_indices(wanted[0], layers)
+        chosen = None if layers is None else layer_indices(wanted[0], layers)
         if streaming is not False:
             streaming = check.flag("streaming", streaming)
         if timeout is not None:
