@@ -15,6 +15,7 @@ import pytest
 from checkpoints import GRANULE, write_model
 from test_runtime_fleet import SIZES, World
 
+from warmserve_rt import Runtime
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.scheduling.fleet import RuntimeFleet
 from warmserve_rt.scheduling.registered_models import profile_of
@@ -67,6 +68,18 @@ def test_a_promotion_without_traffic_is_followed(world: World, tmp_path: Path) -
     for _ in range(REST + 1):
         world.settle(scheduler.interval)
     assert world.held()["a@2"] == ALL
+
+
+def test_a_profile_counts_the_granules_of_its_runtime(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m", "m", [3 * GRANULE, 1000, 1])
+    with Runtime(arena=8 * GRANULE, granule=2 * GRANULE, tensors="numpy") as runtime:
+        model = runtime.register("m", path)
+        assert profile_of(model, **TIMES).layer_bytes == (4 * GRANULE, 2 * GRANULE, 2 * GRANULE)
+        assert profile_of(model, **TIMES, granule=GRANULE).layer_bytes == (
+            3 * GRANULE,
+            GRANULE,
+            GRANULE,
+        )
 
 
 def test_a_fleet_of_a_revision_knows_it_by_its_bare_name(world: World, tmp_path: Path) -> None:

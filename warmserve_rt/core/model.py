@@ -28,11 +28,14 @@ class Model:
         layout: Layout,
         framework: Framework,
         origin: Origin,
+        *,
+        granule_bytes: int,
     ) -> None:
         self.native = native
         self._runtime = runtime
         self.layout = layout
         self.origin = origin
+        self.granule_bytes = granule_bytes  # of the arena; each layer takes whole granules
         self._framework = framework
         self._tensors: dict[Framework, dict[str, Any]] = {}
 

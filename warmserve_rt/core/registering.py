@@ -112,7 +112,8 @@ class Registering(Inspecting):
                     checks=opened.checks,
                 )
                 again = replace(origin, source=anchored(origin.source))
-                return Model(made, native, opened.layout, self._framework, again)
+                unit, framework = self._granule_bytes, self._framework
+                return Model(made, native, opened.layout, framework, again, granule_bytes=unit)
 
             model = self._models.add(str(name), opened.layout, make)
         log.info(

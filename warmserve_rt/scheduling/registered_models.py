@@ -19,7 +19,7 @@ def profile_of(
     batch: int = 1,
     kv_token_bytes: int = 0,
     ends: bool = True,
-    granule: int = 2 << 20,
+    granule: int | None = None,
 ) -> ModelProfile:
     """Return the profile of a registered model.
 
@@ -28,14 +28,16 @@ def profile_of(
     model
         The registered model, or one of its ``width`` shards.
     granule
-        Bytes of a granule. The bytes of each layer are rounded up to whole granules.
+        Bytes of a granule. The bytes of each layer are rounded up to whole granules. Default: the
+        granules of the model's runtime.
     prefill_s, prefill_token_s, decode_s, decode_request_s, width, batch, kv_token_bytes, ends
         See :class:`ModelProfile`, which also tells the errors.
     """
+    unit = model.granule_bytes if granule is None else granule
     return ModelProfile(
         name=model.name,
         width=width,
-        layer_bytes=tuple(max(1, -(-layer.nbytes // granule)) * granule for layer in model.layers),
+        layer_bytes=tuple(max(1, -(-layer.nbytes // unit)) * unit for layer in model.layers),
         kv_token_bytes=kv_token_bytes,
         prefill_s=prefill_s,
         prefill_token_s=prefill_token_s,
