@@ -57,10 +57,15 @@ def turn(count: int) -> int:
     return int(git("rev-parse", "HEAD")[:8], 16) % count
 
 
-def chosen(items: Sequence[Item], touched: Callable[[Item], bool]) -> list[Item]:
-    """Return the items that the change touches and one part of the others, in their order."""
+def chosen(items: Sequence[Item], touched: Callable[[Item], bool], most: int) -> list[Item]:
+    """Return the items that the change touches and one part of the others, in their order; at most
+    `most` of them, which rotate by commit, unless everything counts as changed."""
     ours = turn(PARTS)
-    return [item for number, item in enumerate(items) if touched(item) or number % PARTS == ours]
+    found = [item for number, item in enumerate(items) if touched(item) or number % PARTS == ours]
+    if changed_files() is None or len(found) <= most:
+        return found
+    first = turn(len(found))
+    return (found[first:] + found[:first])[:most]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -380,7 +381,7 @@ def test_every_interleaving_keeps_the_rules(
 
     Bound.files, Bound.device = files, device
     Bound.TestCase.settings = settings(
-        max_examples=250,
+        max_examples=500 if os.environ.get("CI_ALL") else 150,
         stateful_step_count=60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
