@@ -277,7 +277,7 @@ MUTATIONS = [
         "csrc/load/loader_start.cpp",
         "[&](const LayerLoad* other) { return other->rank < load.rank; });",
         "[&](const LayerLoad* other) { return other == &load; });",
-        "bench/test_switch.py::test_it_runs_at_its_smallest_size",
+        "runtime/test_eviction_order.py::test_a_load_evicts_before_those_behind_it",
     ),
     Mutation(
         "a load that waits for the device keeps those behind it from evicting",

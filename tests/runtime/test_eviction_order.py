@@ -1,4 +1,4 @@
-"""Risk: a load whose evictions wait for the device delays all loads behind it."""
+"""Risk: a load that evicts delays others: those behind it for the device, or those before it."""
 
 from __future__ import annotations
 
@@ -32,3 +32,24 @@ def test_a_load_that_waits_for_the_device_lets_those_behind_it_evict(tmp_path: P
         stream.synchronize()
         raw.unregister(memory.address)
         raw.release_primary()
+
+
+def test_a_load_evicts_before_those_behind_it(tmp_path: Path) -> None:
+    """Evictions take turns in the driver: those of later layers must not delay the first layer."""
+    unmap_s, layers = 0.01, 8  # for each granule, of which a layer has two
+    files = {name: write_model(tmp_path / name, name, [2 * GRANULE] * layers) for name in "ab"}
+    with (
+        testing.simulated_cuda(
+            memory="64MiB",
+            clock="concurrent",
+            mapping_lock=True,
+            costs={"cuMemUnmap": (0.0, 1e6 * unmap_s)},
+        ) as cuda,
+        make(cuda, files, arena=2 * layers * GRANULE, staging="64MiB", loaders=8) as runtime,
+    ):
+        runtime.prewarm("a").wait()
+        begin = cuda.now
+        ticket = runtime.swap(evict="a", load="b")
+        ticket.wait(layer=0)
+        assert cuda.now - begin < 4 * unmap_s
+        ticket.wait(30)
