@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from lib.devices import device
 from lib.harness import (
@@ -135,15 +136,7 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
         "simcuda", memory="16GiB", clock="virtual", h2d=BANDWIDTH, costs=COSTS, content=SAMPLE
     ) as (driver, cuda):
         assert cuda
-        with Runtime(
-            driver=driver,
-            arena=arena,
-            staging="256MiB",
-            pump=True,
-            tensors="dlpack",
-            granule=GRANULE,
-            max_padding=1,
-        ) as runtime:
+        with runtime_on(driver, arena, "256MiB", pump=True) as runtime:
             start_up = cuda.now
             model = runtime.register("llama", path)
             before = cuda.calls
@@ -169,6 +162,19 @@ def load_at_bandwidth(bench: Bench, folder: Path) -> None:
             bench.row("background_load_vs_bandwidth", behind, "x")
 
 
+def runtime_on(driver: _native.Driver, arena: str, staging: str, **options: Any) -> Runtime:
+    """Return a runtime whose granules are those of the rows."""
+    return Runtime(
+        driver=driver,
+        arena=arena,
+        staging=staging,
+        granule=GRANULE,
+        max_padding=1,
+        tensors="dlpack",
+        **options,
+    )
+
+
 def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
     """Measure a load in real time, with threads, at a bandwidth that this machine can sustain.
 
@@ -180,15 +186,7 @@ def load_on_a_real_clock(bench: Bench, folder: Path) -> None:
     arena = bench.size("2200MiB", "80MiB")
     with (
         device("simcuda", memory="3GiB", h2d=bandwidth, costs=COSTS) as (driver, _),
-        Runtime(
-            driver=driver,
-            arena=arena,
-            staging="256MiB",
-            loaders=1,
-            tensors="dlpack",
-            granule=GRANULE,
-            max_padding=1,
-        ) as runtime,
+        runtime_on(driver, arena, "256MiB", loaders=1) as runtime,
     ):
         model = runtime.register("llama", path)
         runtime.prewarm(model).wait()  # pins the staging memory
@@ -213,15 +211,7 @@ def activation(bench: Bench, folder: Path) -> None:
         cuda,
     ):
         assert cuda
-        with Runtime(
-            driver=driver,
-            arena=arena,
-            staging="128MiB",
-            pump=True,
-            tensors="dlpack",
-            granule=GRANULE,
-            max_padding=1,
-        ) as runtime:
+        with runtime_on(driver, arena, "128MiB", pump=True) as runtime:
             for name in "ab":
                 runtime.register(name, folder / name)
             runtime.prewarm("b").wait()

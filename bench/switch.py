@@ -29,7 +29,7 @@ from warmserve_rt.testing.simcuda import SimulatedCuda
 LINK = 55e9  # bytes per second
 MEMORY = Path("/dev/shm")  # a hole in a file of this file system reads as zeros, without memory
 GRANULES = (2, 8, 16)  # MiB
-CACHED_GRANULE = 16  # MiB; mapping one takes a fifth of copying it
+CACHED_GRANULE = usual_granules(cuda=True).nbytes // MIB  # the targets are those of the default
 LOADERS = (4, 8, 12)
 SWAPPERS, FEW = 8, 2  # loaders
 RATIOS = (0.5, 1.0, 4.0)  # of copying a model to computing it

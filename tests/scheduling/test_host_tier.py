@@ -10,25 +10,26 @@ from typing import Any
 import pytest
 from checkpoints import GRANULE, write_model
 from conftest import Device
-from test_runtime_fleet import BANDWIDTH, Clock
+from polled_fleet import Clock, PolledFleet
+from test_runtime_fleet import BANDWIDTH
 
 from warmserve_rt import Runtime, testing
 from warmserve_rt.policy.forecast import Forecaster
 from warmserve_rt.scheduling.device import BACKOFF_S
 from warmserve_rt.scheduling.fleet import RuntimeFleet
 from warmserve_rt.scheduling.registered_models import profile_of
-from warmserve_rt.scheduling.scheduler import SETTLE_S, Scheduler
+from warmserve_rt.scheduling.scheduler import Scheduler
 
 staged = pytest.mark.parametrize("device", ["host-staged", "simcuda"], indirect=True)
 NAMES = "abc"
 ALL = [0, 1, 2, 3]
 
 
-class Served:
+class Served(PolledFleet):
     """Hold a runtime of six granules without threads, three models of four, and a manual clock."""
 
     def __init__(self, runtime: Runtime, folder: Path, **options: Any) -> None:
-        self.runtime, self.clock = runtime, Clock()
+        self.runtime, self.runtimes, self.clock = runtime, [runtime], Clock()
         self.asked: list[dict[str, Any]] = []  # the options of each prewarm
         for name in NAMES:
             runtime.register(name, write_model(folder / name, name, [GRANULE] * 4))
@@ -50,22 +51,6 @@ class Served:
             return prewarm(model, **options)
 
         runtime.prewarm = recorded  # type: ignore[method-assign]
-
-    def ask(self, **times: int) -> None:
-        for name, count in times.items():
-            for _ in range(count):
-                self.fleet.arrived(name, 128)
-                self.fleet.finished(name)
-
-    def plan(self, seconds: float = 1.0) -> None:
-        for passed in (0.0, seconds, 2 * SETTLE_S):
-            self.clock.now += passed
-            self.fleet.poll()
-
-    def settle(self, seconds: float = 1.0) -> None:
-        self.plan(seconds)
-        while self.runtime.step():
-            pass
 
     def layers(self, name: str, what: str) -> list[int]:
         states = self.runtime.snapshot().models[name].layers
@@ -91,12 +76,13 @@ def test_a_model_that_the_plan_evicts_is_loaded_again_without_its_file(
     device: Device, tmp_path: Path
 ) -> None:
     world = served(device, tmp_path, 4)
-    world.ask(a=8)
+    world.ask("a", 8)
     world.settle()
     assert world.layers("a", "resident") == ALL
     world.clock.now += 60.0
     for _ in range(3):
-        world.ask(a=1, c=20)
+        world.ask("a", 1)
+        world.ask("c", 20)
         world.settle()
     assert world.layers("c", "resident") == ALL
     assert world.layers("a", "resident") == [0, 1]
@@ -113,13 +99,15 @@ def test_layers_that_only_the_cache_holds_stay_and_those_of_the_device_leave(
     device: Device, tmp_path: Path
 ) -> None:
     world = served(device, tmp_path, 2)
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     for _ in range(3):
         world.settle()
     assert (world.layers("a", "resident"), world.layers("b", "resident")) == (ALL, [0, 1])
     assert (world.layers("a", "cached"), world.layers("b", "cached")) == ([], [2, 3])
     world.runtime.evict("a")
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.settle()  # the layers of a pass the cache again
     assert world.layers("a", "resident") == ALL
     assert world.layers("b", "cached") == [2, 3]
@@ -129,7 +117,8 @@ def test_layers_that_only_the_cache_holds_stay_and_those_of_the_device_leave(
     }
     assert min(values["b"][2:]) > max(values["a"] + values["b"][:2]) > 0
     with world.runtime.lease("b"):  # the device evicts the last layers of a model first again
-        world.ask(a=8, b=2)
+        world.ask("a", 8)
+        world.ask("b", 2)
         world.settle()
     keep = [layer.keep_value for layer in world.runtime.snapshot().models["b"].layers]
     assert max(keep[2:]) <= min(keep[:2])
@@ -139,13 +128,15 @@ def test_layers_that_only_the_cache_holds_stay_and_those_of_the_device_leave(
 @staged
 def test_layers_are_not_loaded_to_the_cache_twice(device: Device, tmp_path: Path) -> None:
     world = served(device, tmp_path, 4)
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.plan()
     assert world.host_loads == 1
     world.plan()
     assert world.host_loads == 1  # it is still in progress
     world.settle()
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.settle()
     assert world.host_loads == 1
     world.fleet.close()
@@ -154,7 +145,8 @@ def test_layers_are_not_loaded_to_the_cache_twice(device: Device, tmp_path: Path
 @staged
 def test_a_closed_fleet_cancels_its_loads_to_the_cache(device: Device, tmp_path: Path) -> None:
     world = served(device, tmp_path, 4)
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.plan()
     world.fleet.close()
     while world.runtime.step():
@@ -165,7 +157,8 @@ def test_a_closed_fleet_cancels_its_loads_to_the_cache(device: Device, tmp_path:
 @staged
 def test_a_removed_model_is_not_loaded_to_the_cache(device: Device, tmp_path: Path) -> None:
     world = served(device, tmp_path, 4)
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.plan()
     world.fleet.remove("b")
     world.settle()
@@ -186,13 +179,15 @@ def test_a_failed_load_to_the_cache_is_reported_and_repeated_later(
 
     world.refuse = refuse
     for _ in range(3):
-        world.ask(a=8, b=2)
+        world.ask("a", 8)
+        world.ask("b", 2)
         world.settle()
     assert world.layers("a", "resident") == ALL  # loads to the device go on
     assert [str(error) for error in world.fleet.errors] == ["the host cache is too small"]
     world.refuse = lambda options: None
     world.settle(BACKOFF_S + 1.0)
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.settle()
     assert {2, 3} <= set(world.layers("b", "cached"))
     world.fleet.close()
@@ -201,7 +196,8 @@ def test_a_failed_load_to_the_cache_is_reported_and_repeated_later(
 @staged
 def test_a_dry_run_tells_of_the_cache_and_loads_nothing(device: Device, tmp_path: Path) -> None:
     world = served(device, tmp_path, 4, dry_run=True)
-    world.ask(a=8, b=2)
+    world.ask("a", 8)
+    world.ask("b", 2)
     world.settle()
     said = world.scheduler.explain()
     start = "keeps 2 of 4 layers of b in host memory of device 0: "
@@ -216,7 +212,8 @@ def test_a_runtime_without_a_cache_is_planned_as_before(tmp_path: Path) -> None:
     watched = testing.watch(host_view=False, pump=True)
     with Runtime(driver=watched.driver, arena=6 * GRANULE, pump=True, tensors="numpy") as runtime:
         world = Served(runtime, tmp_path)
-        world.ask(a=8, b=2)
+        world.ask("a", 8)
+        world.ask("b", 2)
         world.settle()
         assert (world.layers("a", "resident"), world.layers("b", "resident")) == (ALL, [0, 1])
         assert (world.scheduler.host_plans, world.host_loads) == ([], 0)
@@ -234,7 +231,8 @@ def test_a_cache_that_could_not_be_pinned_is_planned_with_the_bytes_it_has(tmp_p
     ) as runtime:  # fmt: skip
         assert runtime.snapshot().host_cache.error
         world = Served(runtime, tmp_path)
-        world.ask(a=8, b=2)
+        world.ask("a", 8)
+        world.ask("b", 2)
         world.settle()
         assert world.host_loads == 0
         assert not world.fleet.errors

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import GRANULE, write_model
 from conftest import Device
+from polled_fleet import Clock, PolledFleet
 
 from warmserve_rt import Runtime, testing
 from warmserve_rt.policy.forecast import Forecaster
@@ -20,22 +21,14 @@ from warmserve_rt.scheduling.device import BACKOFF_S
 from warmserve_rt.scheduling.fleet import RuntimeFleet
 from warmserve_rt.scheduling.loop import RETRY_S, Loop
 from warmserve_rt.scheduling.registered_models import profile_of
-from warmserve_rt.scheduling.scheduler import SETTLE_S, Scheduler
+from warmserve_rt.scheduling.scheduler import Scheduler
 
 SIZES = {name: [GRANULE, GRANULE, GRANULE - 5, 100] for name in "abc"}
 BANDWIDTH = 4.0 * GRANULE  # a quarter of a second for a layer
 SERVICE = [1.0] * len(SIZES)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class World:
+class World(PolledFleet):
     """Hold runtimes of six granules without threads, three models of four, and a manual clock."""
 
     def __init__(self, folder: Path, count: int = 1, *, width: int = 1, **options: Any) -> None:
@@ -78,24 +71,6 @@ class World:
         self.fleet.begin(scheduler, Forecaster(models), SERVICE[:1] * models)
         return scheduler
 
-    def ask(self, model: str, times: int = 1) -> None:
-        for _ in range(times):
-            self.fleet.arrived(model, 128)
-            self.fleet.finished(model)
-
-    def plan(self, seconds: float = 1.0) -> None:
-        """Let time pass, so that the fleet updates its rates and then makes a plan."""
-        for passed in (0.0, seconds, 2 * SETTLE_S):
-            self.clock.now += passed
-            self.fleet.poll()
-
-    def settle(self, seconds: float = 1.0) -> None:
-        """Plan, and let the runtimes finish their loads."""
-        self.plan(seconds)
-        for runtime in self.runtimes:
-            while runtime.step():
-                pass
-
     def held(self, device: int = 0) -> dict[str, list[int]]:
         """Return the resident layers of each model that has any."""
         models = self.runtimes[device].snapshot().models
@@ -118,6 +93,17 @@ def world(tmp_path: Path) -> Iterator[World]:
     made = World(tmp_path)
     yield made
     made.finish()
+
+
+def test_layers_outside_of_the_plan_lose_the_keep_values_that_a_caller_gave(world: World) -> None:
+    runtime = world.runtimes[0]
+    runtime.prewarm("a").wait()
+    runtime.set_keep_value("a", 5.0)
+    world.begin(recent=1.0, memory=1e6)
+    world.ask("b", 8)
+    world.settle()
+    assert {layer.keep_value for layer in runtime.snapshot().models["a"].layers} == {0.0}
+    assert world.held()["b"] == [0, 1, 2, 3]
 
 
 def test_models_with_more_requests_get_more_layers(world: World) -> None:

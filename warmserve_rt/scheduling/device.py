@@ -182,8 +182,8 @@ class RuntimeDevice:
         self._highest = max((max(each.device_values) for each in self.models), default=0.0)
         for number, on_device in enumerate(self.models):
             on_device.host_values = list(plan.get(number, ()))
-            if on_device.registered:
-                self._set_values(on_device)
+            if on_device.registered and (on_device.keep or on_device.host_values):
+                self._set_values(on_device)  # others were never planned, and keep their values
 
     def _set_values(self, on_device: ModelOnDevice) -> None:
         """Set the keep values of a registered model if they have changed."""
@@ -191,7 +191,7 @@ class RuntimeDevice:
         keep = on_device.values(self.seen, self._highest)
         # If the model was unregistered meanwhile, the next refresh finds out.
         with suppress(ValueError):
-            if keep != (on_device.keep or [0.0] * len(keep)):
+            if keep != on_device.keep:
                 self.runtime.set_keep_values(on_device.registered, keep)
             on_device.keep = keep
 
