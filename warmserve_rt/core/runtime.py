@@ -54,7 +54,8 @@ class Runtime(Registering, Loading, Evicting):
     max_padding : float, optional
         The largest share of a layer's granules that its tensors may leave unused, 0 to 1.
         :meth:`register` merges neighbouring layers that would leave more: they are then resident
-        together. 1 merges none. Default: 0.05 on CUDA, and 1 on the host, whose granules are small.
+        together. A model that becomes one layer may leave more. 1 merges none. Default: 0.05 on
+        CUDA, and 1 on the host, whose granules are small.
     chunk : size
         Bytes of one copy through the staging memory.
     loaders : int, optional
