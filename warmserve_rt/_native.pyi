@@ -122,6 +122,21 @@ def cuda_driver(
     kernels: bytes = b"",
     peers: Sequence[int] = (),  # ordinals of devices that may write this device's memory
 ) -> Driver: ...
+class MappedGranule:  # for tests of drivers
+    def __init__(
+        self,
+        driver: Driver,
+        nbytes: int,
+        *,
+        shared: tuple[int, int] | None = None,  # import what another process's share() returned
+        writable: bool = True,
+    ) -> None: ...
+    def share(self) -> tuple[int, int]: ...  # descriptor, which the caller closes, and offset
+    def read(self, nbytes: int) -> bytes: ...
+    def write(self, data: bytes) -> None: ...
+    @property
+    def address(self) -> int: ...
+
 def time_driver(
     driver: Driver, *, granule: int, batch: int, rounds: int, writable: bool = True
 ) -> dict[str, float]: ...

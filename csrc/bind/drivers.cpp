@@ -1,9 +1,13 @@
 #include "bind/drivers.h"
 
+#include <fcntl.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
+#include <cstring>
 #include <optional>
 
+#include "base/os_failure.h"
 #include "driver/checked/faulty.h"
 #include "driver/checked/strict.h"
 #include "memory/vmm.h"
@@ -72,6 +76,54 @@ std::map<std::string, double> time_driver(const std::shared_ptr<Driver>& driver,
   return taken;
 }
 
+// A granule, mapped at an address of its own, for tests of the driver.
+class MappedGranule {
+ public:
+  MappedGranule(const std::shared_ptr<Driver>& driver, std::uint64_t bytes,
+                const std::optional<std::pair<int, std::uint64_t>>& shared, bool writable)
+      : device_(std::make_shared<Device>(driver)),
+        reservation_(std::make_shared<Reservation>(device_, bytes)),
+        granule_(shared ? Granule(device_, SharedGranule{shared->first, shared->second}, bytes)
+                        : Granule(device_, bytes)),
+        mapping_(reservation_, 0, std::array{granule_.handle()}, bytes),
+        stream_(device_),
+        staging_(device_, bytes) {
+    mapping_.set_access(writable ? Access::read_write : Access::read);
+  }
+
+  // Returns a descriptor, which the caller closes, and the offset.
+  std::pair<int, std::uint64_t> share() const {
+    const ExportedGranule exported = granule_.exported();
+    const int descriptor = ::fcntl(exported.shared().descriptor, F_DUPFD_CLOEXEC, 0);
+    if (descriptor < 0)
+      throw Error(ErrorKind::general, os_failure("fcntl(F_DUPFD_CLOEXEC)", errno));
+    return {descriptor, exported.shared().offset};
+  }
+  py::bytes read(std::uint64_t count) {
+    {
+      const py::gil_scoped_release release;
+      stream_.copy_from_device(staging_.data(), mapping_.address(), count);
+      stream_.synchronize();
+    }
+    return {reinterpret_cast<const char*>(staging_.data()), count};
+  }
+  void write(const std::string& bytes) {
+    const py::gil_scoped_release release;
+    std::memcpy(staging_.data(), bytes.data(), bytes.size());
+    stream_.copy_to_device(mapping_.address(), staging_.data(), bytes.size());
+    stream_.synchronize();
+  }
+  Address address() const noexcept { return mapping_.address(); }
+
+ private:
+  DevicePtr device_;
+  ReservationPtr reservation_;
+  Granule granule_;
+  Mapping mapping_;
+  Stream stream_;
+  PinnedRegion staging_;
+};
+
 }  // namespace
 
 void bind_drivers(py::module_& m) {
@@ -107,6 +159,15 @@ void bind_drivers(py::module_& m) {
       },
       py::kw_only(), py::arg("library") = "libcuda.so.1", py::arg("ordinal") = 0,
       py::arg("kernels") = py::bytes(), py::arg("peers") = std::vector<int>());
+  py::class_<MappedGranule>(m, "MappedGranule")
+      .def(py::init<const std::shared_ptr<Driver>&, std::uint64_t,
+                    const std::optional<std::pair<int, std::uint64_t>>&, bool>(),
+           py::call_guard<py::gil_scoped_release>(), py::arg("driver"), py::arg("nbytes"),
+           py::kw_only(), py::arg("shared") = py::none(), py::arg("writable") = true)
+      .def("share", &MappedGranule::share)
+      .def("read", &MappedGranule::read, py::arg("nbytes"))
+      .def("write", &MappedGranule::write, py::arg("data"))
+      .def_property_readonly("address", &MappedGranule::address);
   m.def("time_driver", &time_driver, py::arg("driver"), py::kw_only(), py::arg("granule"),
         py::arg("batch"), py::arg("rounds"), py::arg("writable") = true);
   py::class_<FaultyDriver, Driver, std::shared_ptr<FaultyDriver>>(m, "FaultyDriver")

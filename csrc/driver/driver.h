@@ -41,9 +41,9 @@ enum class Access { none, read, read_write };
 // The names of the primitives, for counters and fault injection.
 // clang-format off
 #define WARMSERVE_PRIMITIVES(X) \
-  X(granule_create) X(granule_release) X(address_reserve) X(address_free) \
-  X(map) X(unmap) X(set_access) X(pinned_create) \
-  X(pinned_release) X(device_synchronize) X(stream_create) X(stream_destroy) \
+  X(granule_create) X(granule_release) X(granule_export) X(granule_import) \
+  X(address_reserve) X(address_free) X(map) X(unmap) X(set_access) X(pinned_create) X(pinned_release) \
+  X(device_synchronize) X(stream_create) X(stream_destroy) \
   X(stream_synchronize) X(stream_capturing) X(stream_wait_event) X(event_create) X(event_destroy) \
   X(event_record) X(event_query) X(event_wait) X(copy_to_device) X(copy_from_device) \
   X(copy_to_peer) X(fill_zero) X(launch)
@@ -60,10 +60,16 @@ struct DeviceFacts {
   std::string name;
   std::uint64_t granularity = 0;  // bytes; granule sizes and reservation addresses are multiples
   bool threads = true;     // false: streams run only in stream_step, event_wait, stream_synchronize
-  bool host_view = true;   // true: the CPU can access every granule; false: none
+  bool host_view = true;   // true: the CPU can access each granule created here; false: none
   int cuda_ordinal = -1;   // of a CUDA device; -1: device addresses are CPU addresses
   std::vector<int> peers;  // CUDA devices that can access memory mapped here as read_write
   std::string no_kernels;  // why launch() does not work; empty if it works
+};
+
+// A granule as another process can import it.
+struct SharedGranule {
+  int descriptor = -1;       // of a file that holds the granule
+  std::uint64_t offset = 0;  // of the granule in that file
 };
 
 // A hint: of two waiting operations, the one on the stream of higher priority starts first. Copies
@@ -89,10 +95,24 @@ class Driver {
   // Precondition: `bytes` is a positive multiple of the granularity.
   virtual Status granule_create(std::uint64_t bytes, Handle* out) = 0;
   // Releases a granule. Its memory is freed once no mapping of it is left.
-  // Precondition: the granule is not released yet, and the caller has waited for every use of it.
+  // Precondition: the granule is not released yet, and the caller has waited for every use of it,
+  // also in the processes that imported it.
   virtual Status granule_release(Handle handle) = 0;
+  // Returns a descriptor by which another process can import the granule, with read access only if
+  // the device can enforce that. The caller closes it. A granule may be exported several times.
+  // Returns failed if the device cannot share the granule.
+  // Precondition: this driver created the granule, which is not released yet.
+  virtual Status granule_export(Handle handle, SharedGranule* out) = 0;
+  // Makes a granule of memory that another process has exported. Both share the memory and its
+  // contents. The memory lives until both have released it or have ended; but if the other process
+  // releases it first, its contents may be lost. The descriptor stays the caller's, who may close
+  // it after the call. Such a granule is released like any other, and it has no host_view.
+  // Returns invalid if the descriptor is of no such memory, or if this process already has the
+  // granule and the device cannot tell the two apart.
+  // Precondition: `bytes` is the granule's size. The granule is mapped with Access::read or none.
+  virtual Status granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) = 0;
   // Returns the address at which the CPU can write the granule during its lifetime; null unless
-  // facts().host_view.
+  // facts().host_view and this driver created the granule.
   virtual std::byte* host_view(Handle handle) noexcept = 0;
   // Announces that the CPU has written [offset, offset + bytes) of the granule through host_view.
   // Device reads ordered after this call see those bytes. No device acts on it today; StrictDriver
@@ -118,7 +138,8 @@ class Driver {
   // every use of them.
   virtual Status unmap(Address address, std::uint64_t bytes) = 0;
   // Sets the access to mappings.
-  // Precondition: the range consists of one or more whole mappings with Access::none.
+  // Precondition: the range consists of one or more whole mappings with Access::none. If `access`
+  // is read_write, none of them is of an imported granule.
   virtual Status set_access(Address address, std::uint64_t bytes, Access access) = 0;
 
   // Pinned host memory.

@@ -1,6 +1,7 @@
 #include "memory/vmm.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
@@ -85,9 +86,17 @@ void Device::fail(Primitive primitive, Status status) const {
   }
 }
 
+ExportedGranule::~ExportedGranule() {
+  if (shared_.descriptor >= 0) ::close(shared_.descriptor);
+}
+
 Granule::Granule(DevicePtr device, std::uint64_t bytes) : device_(std::move(device)) {
   device_->call(Primitive::granule_create, &Driver::granule_create, bytes, &handle_);
   host_view_ = device_->driver().host_view(handle_);
+}
+Granule::Granule(DevicePtr device, const SharedGranule& shared, std::uint64_t bytes)
+    : device_(std::move(device)) {
+  device_->call(Primitive::granule_import, &Driver::granule_import, shared, bytes, &handle_);
 }
 Granule::Granule(Granule&& other) noexcept
     : device_(other.device_),
@@ -97,6 +106,11 @@ Granule::~Granule() {
   if (handle_ == Handle::none) return;
   device_->give_back(Primitive::granule_release,
                      [handle = handle_](Driver& driver) { return driver.granule_release(handle); });
+}
+ExportedGranule Granule::exported() const {
+  SharedGranule shared;
+  device_->call(Primitive::granule_export, &Driver::granule_export, handle_, &shared);
+  return ExportedGranule(shared);
 }
 void Granule::release() {
   const Status status =

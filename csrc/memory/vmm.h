@@ -93,16 +93,34 @@ class Device {
 };
 using DevicePtr = std::shared_ptr<Device>;
 
+// An exported granule. Its descriptor is closed with it.
+class ExportedGranule {
+ public:
+  explicit ExportedGranule(const SharedGranule& shared) noexcept : shared_(shared) {}
+  ExportedGranule(ExportedGranule&& other) noexcept
+      : shared_(std::exchange(other.shared_, SharedGranule{})) {}
+  ExportedGranule& operator=(ExportedGranule&&) = delete;
+  ~ExportedGranule();
+
+  const SharedGranule& shared() const noexcept { return shared_; }
+
+ private:
+  SharedGranule shared_;
+};
+
 // One physical granule.
 class Granule {
  public:
   Granule(DevicePtr device, std::uint64_t bytes);  // throws out_of_device_memory; blocks
+  // Imports a granule that another process has exported. The descriptor stays the caller's.
+  Granule(DevicePtr device, const SharedGranule& shared, std::uint64_t bytes);
   Granule(Granule&& other) noexcept;
   Granule& operator=(Granule&&) = delete;
   ~Granule();
 
   Handle handle() const noexcept { return handle_; }
   std::byte* host_view() const noexcept { return host_view_; }  // null if the CPU has no access
+  ExportedGranule exported() const;
   // Releases the granule; also succeeds if the device is lost. Strong.
   void release();
 

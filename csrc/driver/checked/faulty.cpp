@@ -84,7 +84,14 @@ Status FaultyDriver::granule_create(std::uint64_t bytes, Handle* out) {
 Status FaultyDriver::granule_release(Handle handle) {
   const Status status = Interposer::granule_release(handle);
   const std::lock_guard lock(mutex_);
-  if (status == Status::ok) created_ -= granule_bytes_;
+  if (status == Status::ok && !imported_.erase(handle)) created_ -= granule_bytes_;
+  return status;
+}
+
+Status FaultyDriver::granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) {
+  const Status status = Interposer::granule_import(shared, bytes, out);
+  const std::lock_guard lock(mutex_);
+  if (status == Status::ok) imported_.insert(*out);
   return status;
 }
 

@@ -4,6 +4,7 @@
 
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,12 +31,13 @@ class FaultyDriver final : public Interposer {
 
   // Makes each call of the primitive take longer by this time.
   void delay(Primitive primitive, std::chrono::microseconds by);
-  // Refuses a granule that would raise the total above `bytes`; ~0 removes the limit.
+  // Refuses to create a granule that would raise the total above `bytes`; ~0 removes the limit.
   void cap_memory(std::uint64_t bytes);
 
   std::string detail() const override;
   Status granule_create(std::uint64_t bytes, Handle* out) override;
   Status granule_release(Handle handle) override;
+  Status granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) override;
 
  private:
   Status before(Primitive primitive) override;
@@ -48,6 +50,7 @@ class FaultyDriver final : public Interposer {
   std::optional<Primitive> last_;
   std::chrono::microseconds delays_[static_cast<int>(Primitive::count)]{};
   std::uint64_t cap_ = ~0ull, created_ = 0, granule_bytes_ = 0;
+  std::set<Handle> imported_;  // granules that do not count as created
 };
 
 }  // namespace warmserve

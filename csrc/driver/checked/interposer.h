@@ -37,6 +37,9 @@ class Interposer : public Driver {
   }
   WARMSERVE_FORWARD(granule_create, (std::uint64_t bytes, Handle* out), bytes, out)
   WARMSERVE_FORWARD(granule_release, (Handle handle), handle)
+  WARMSERVE_FORWARD(granule_export, (Handle handle, SharedGranule* out), handle, out)
+  WARMSERVE_FORWARD(granule_import, (const SharedGranule& shared, std::uint64_t bytes, Handle* out),
+                    shared, bytes, out)
   WARMSERVE_FORWARD(address_reserve, (std::uint64_t bytes, Address* out), bytes, out)
   WARMSERVE_FORWARD(address_free, (Address address, std::uint64_t bytes), address, bytes)
   WARMSERVE_FORWARD(map, (Address address, const Handle* handles, std::size_t count), address,

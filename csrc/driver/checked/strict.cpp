@@ -91,7 +91,7 @@ Status StrictDriver::granule_create(std::uint64_t bytes, Handle* out) {
   if (bytes == 0 || bytes % facts().granularity)
     return violation("granule_create of " + std::to_string(bytes) + " bytes");
   const Status status = Interposer::granule_create(bytes, out);
-  if (status == Status::ok) granules_[*out] = {bytes, false, 0, {}, {}, {}};
+  if (status == Status::ok) granules_[*out].bytes = bytes;
   return status;
 }
 
@@ -110,12 +110,35 @@ Status StrictDriver::granule_release(Handle handle) {
   return status;
 }
 
+Status StrictDriver::granule_export(Handle handle, SharedGranule* out) {
+  const Guard guard(mutex_);
+  const auto granule = granules_.find(handle);
+  if (granule == granules_.end() || granule->second.released)
+    return violation("granule_export of an unknown granule");
+  if (granule->second.imported) return violation("granule_export of an imported granule");
+  return Interposer::granule_export(handle, out);
+}
+
+// Bytes that the other process has not written cannot be told from bytes that it has.
+Status StrictDriver::granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) {
+  const Guard guard(mutex_);
+  if (bytes == 0 || bytes % facts().granularity)
+    return violation("granule_import of " + std::to_string(bytes) + " bytes");
+  const Status status = Interposer::granule_import(shared, bytes, out);
+  if (status != Status::ok) return status;
+  GranuleState& granule = granules_[*out];
+  granule.bytes = bytes;
+  granule.imported = true;
+  granule.written.add(0, bytes);
+  return status;
+}
+
 void StrictDriver::host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept {
   const Guard guard(mutex_);
   const auto found = granules_.find(handle);
-  if (found == granules_.end() || found->second.released || offset > found->second.bytes ||
-      bytes > found->second.bytes - offset) {
-    violation("host_wrote outside of a known granule");
+  if (found == granules_.end() || found->second.released || found->second.imported ||
+      offset > found->second.bytes || bytes > found->second.bytes - offset) {
+    violation("host_wrote outside of a granule that was created here");
     return;
   }
   GranuleState& granule = found->second;
@@ -188,7 +211,7 @@ Status StrictDriver::unmap(Address address, std::uint64_t bytes) {
   for (auto mapping = range->first; mapping != range->second; ++mapping) {
     GranuleState& granule = granules_[mapping->second.granule];
     // The contents are void: only the window through which the granule is filled may still map it.
-    if (--granule.mappings <= 1) granule.written.clear();
+    if (--granule.mappings <= 1 && !granule.imported) granule.written.clear();
     forget_if_dead(mapping->second.granule);
   }
   mappings_.erase(range->first, range->second);
@@ -199,8 +222,11 @@ Status StrictDriver::set_access(Address address, std::uint64_t bytes, Access acc
   const Guard guard(mutex_);
   const auto range = whole(address, bytes);
   if (!range) return violation("set_access on a range that is not whole mappings");
-  for (auto mapping = range->first; mapping != range->second; ++mapping)
+  for (auto mapping = range->first; mapping != range->second; ++mapping) {
     if (mapping->second.access != Access::none) return violation("set_access a second time");
+    if (access == Access::read_write && granules_[mapping->second.granule].imported)
+      return violation("set_access of an imported granule to read_write");
+  }
   const Status status = Interposer::set_access(address, bytes, access);
   if (status != Status::ok) return status;
   for (auto mapping = range->first; mapping != range->second; ++mapping)

@@ -31,6 +31,8 @@ class StrictDriver final : public Interposer {
   Status memory(std::uint64_t* available, std::uint64_t* total) override;
   Status granule_create(std::uint64_t bytes, Handle* out) override;
   Status granule_release(Handle handle) override;
+  Status granule_export(Handle handle, SharedGranule* out) override;
+  Status granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) override;
   void host_wrote(Handle handle, std::uint64_t offset, std::uint64_t bytes) noexcept override;
   Status address_reserve(std::uint64_t bytes, Address* out) override;
   Status address_free(Address address, std::uint64_t bytes) override;
@@ -66,10 +68,10 @@ class StrictDriver final : public Interposer {
   using VectorClock = std::map<Agent, std::uint64_t>;
   struct GranuleState {
     std::uint64_t bytes = 0;
-    bool released = false;
+    bool imported = false, released = false;
     std::size_t mappings = 0;
     VectorClock reads, writes;  // the last one of each agent
-    ByteRanges written;         // since the current user mapped it
+    ByteRanges written;         // since the current user mapped it; all bytes if imported
   };
   struct MappingState {
     std::uint64_t bytes = 0;

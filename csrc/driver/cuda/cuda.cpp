@@ -38,6 +38,12 @@ class CudaDriver final : public Driver {
     return granules_.create(bytes, out);
   }
   Status granule_release(Handle handle) override { return granules_.release(handle); }
+  Status granule_export(Handle handle, SharedGranule* out) override {
+    return granules_.share(handle, out);
+  }
+  Status granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) override {
+    return granules_.import(shared, bytes, out);
+  }
   std::byte* host_view(Handle handle) noexcept override { return granules_.host_view(handle); }
   // Integrated devices are coherent with the CPU.
   void host_wrote(Handle, std::uint64_t, std::uint64_t) noexcept override {}
@@ -191,14 +197,21 @@ Status CudaDriver::map(Address address, const Handle* handles, std::size_t count
     }
     mapped += sizes[i];
   }
+  granules_.mapped(address, {handles, count});
   return Status::ok;
 }
 
 Status CudaDriver::unmap(Address address, std::uint64_t bytes) {
-  return CALL(cuMemUnmap, CUdeviceptr{address}, bytes);
+  const Status status = CALL(cuMemUnmap, CUdeviceptr{address}, bytes);
+  if (status == Status::ok) granules_.unmapped(address, bytes);
+  return status;
 }
 
 Status CudaDriver::set_access(Address address, std::uint64_t bytes, Access access) {
+  if (access == Access::read_write && granules_.read_only(address, bytes)) {
+    own_detail = "a granule of another process can only be read";
+    return Status::invalid;
+  }
   std::vector<CUmemAccessDesc> wanted{{{CU_MEM_LOCATION_TYPE_DEVICE, context_.device()},
                                        access == Access::none ? CU_MEM_ACCESS_FLAGS_PROT_NONE
                                        : access == Access::read

@@ -73,7 +73,7 @@ Status Granules::create(std::uint64_t bytes, Handle* out) {
     return status;
   }
   const std::lock_guard lock(mutex_);
-  granules_[handle] = {bytes, view};
+  granules_[handle] = {bytes, view, false};
   *out = Handle{handle};
   return Status::ok;
 }
@@ -83,16 +83,56 @@ Status Granules::create(std::uint64_t bytes, Handle* out) {
 Status Granules::release(Handle handle) {
   settle();
   const auto key = static_cast<std::uint64_t>(handle);
+  std::unique_lock lock(mutex_);
+  auto entry = granules_.extract(key);  // before another thread's granule gets the same handle
+  lock.unlock();
+  if (!entry) return Status::invalid;
   const Status status = CALL(cuMemRelease, CUmemGenericAllocationHandle{key});
-  if (status != Status::ok) return status;
-  Granule granule{};
-  {
-    const std::lock_guard lock(mutex_);
-    granule = granules_[key];
-    granules_.erase(key);
+  if (status != Status::ok) {
+    lock.lock();
+    granules_.insert(std::move(entry));
+    return status;
   }
+  const Granule& granule = entry.mapped();
   if (granule.view) hide(granule.view, granule.bytes, true);
   return Status::ok;
+}
+
+Status Granules::share(Handle handle, SharedGranule* out) {
+  const auto key = static_cast<std::uint64_t>(handle);
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = granules_.find(key);
+    if (found == granules_.end() || found->second.imported) return Status::invalid;
+  }
+  int descriptor = -1;
+  void* const written = &descriptor;
+  const Status status =
+      CALL(cuMemExportToShareableHandle, written, CUmemGenericAllocationHandle{key},
+           CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0ull);
+  if (status == Status::ok) *out = {descriptor, 0};
+  // The handle is valid, so the granule was created when the system refused shareable memory.
+  return status == Status::invalid ? Status::failed : status;
+}
+
+// If this process has the memory already, the driver may return the handle that it has. Releasing
+// one of the two would then be releasing the other.
+Status Granules::import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) {
+  settle();
+  if (shared.offset != 0 || bytes == 0 || bytes % granularity_) return Status::invalid;
+  CUmemGenericAllocationHandle handle = 0;
+  void* const descriptor = reinterpret_cast<void*>(static_cast<std::intptr_t>(shared.descriptor));
+  const Status status = CALL(cuMemImportFromShareableHandle, &handle, descriptor,
+                             CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  if (status != Status::ok) return status;
+  std::unique_lock lock(mutex_);
+  if (granules_.try_emplace(handle, Granule{bytes, 0, true}).second) {
+    *out = Handle{handle};
+    return Status::ok;
+  }
+  lock.unlock();
+  drop(handle);
+  return Status::invalid;
 }
 
 std::byte* Granules::host_view(Handle handle) noexcept {
@@ -107,6 +147,26 @@ std::optional<std::uint64_t> Granules::bytes(Handle handle) {
   const auto found = granules_.find(static_cast<std::uint64_t>(handle));
   if (found == granules_.end()) return std::nullopt;
   return found->second.bytes;
+}
+
+void Granules::mapped(Address address, std::span<const Handle> handles) {
+  const std::lock_guard lock(mutex_);
+  for (const Handle handle : handles) {
+    const Granule& granule = granules_[static_cast<std::uint64_t>(handle)];
+    if (granule.imported) read_only_[address] = granule.bytes;
+    address += granule.bytes;
+  }
+}
+
+void Granules::unmapped(Address address, std::uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  read_only_.erase(read_only_.lower_bound(address), read_only_.lower_bound(address + bytes));
+}
+
+bool Granules::read_only(Address address, std::uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  const auto first = read_only_.lower_bound(address);
+  return first != read_only_.end() && first->first < address + bytes;
 }
 
 // Maps a granule at an address of its own for both the CPU and the device.

@@ -14,8 +14,8 @@ namespace warmserve {
 // Not thread-safe.
 class HostAddresses {
  public:
-  // A granule at an address. Granules that are adjacent both here and in the memfd form a run,
-  // which is one kernel mapping.
+  // A granule at an address. Granules that are adjacent both here and in one file form a run, which
+  // is one kernel mapping.
   struct Mapped {
     Handle granule = Handle::none;
     std::uint64_t bytes = 0;

@@ -1,4 +1,5 @@
 // The host device: granules are slots of one sparse memfd, mappings are MAP_FIXED mappings of it.
+// Imported granules are parts of other processes' memfds.
 //
 // A forked child inherits no mapping (MADV_DONTFORK), so it can neither write its parent's weights
 // nor read them while the parent changes the mappings. The driver refuses a call that breaks its
@@ -18,6 +19,7 @@
 #include "driver/driver.h"
 #include "driver/host/addresses.h"
 #include "driver/host/copies.h"
+#include "driver/host/imports.h"
 #include "driver/host/slots.h"
 #include "driver/host/streams.h"
 #include "driver/host_limits.h"
@@ -29,6 +31,10 @@ namespace {
 // The C library's headers may be too old for these.
 constexpr int kPopulateRead = 22, kPopulateWrite = 23;
 constexpr std::uint64_t kGranularity = HostSlots::kGranularity;
+
+// The handle of a granule is its offset in the arena's memfd plus 1, because 0 is Handle::none.
+// Imported granules have this bit and a number.
+constexpr std::uint64_t kImported = 1ull << 63;
 
 std::byte* pointer(Address address) { return reinterpret_cast<std::byte*>(address); }
 Address address_of(const void* memory) { return reinterpret_cast<Address>(memory); }
@@ -74,8 +80,7 @@ class HostDriver final : public Driver {
     if (const Status status = slots_.create(bytes, &offset, &why); status != Status::ok)
       return refuse(status, why);
     const std::lock_guard lock(mutex_);
-    // A handle is the offset plus 1, because 0 is Handle::none.
-    granules_[offset + 1] = {bytes, slots_.view(offset)};
+    granules_[offset + 1] = {bytes, offset, slots_.descriptor(), slots_.view(offset)};
     *out = Handle{offset + 1};
     return Status::ok;
   }
@@ -89,6 +94,32 @@ class HostDriver final : public Driver {
       granule->second.released = true;
     else if (!recycle(granule))
       return refuse(Status::failed, os_failure("fallocate of a hole in the arena's memfd", errno));
+    return Status::ok;
+  }
+
+  Status granule_export(Handle handle, SharedGranule* out) override {
+    const std::lock_guard lock(mutex_);
+    const auto granule = find(handle);
+    if (granule == granules_.end() || granule->second.imported())
+      return refuse(Status::invalid, "only a granule that this device created can be exported");
+    const int descriptor = slots_.read_only_descriptor();
+    if (descriptor < 0)
+      return refuse(Status::failed, os_failure("open of the arena's memfd, read-only", errno,
+                                               OsLimit::descriptors));
+    *out = {descriptor, granule->second.offset};
+    return Status::ok;
+  }
+
+  Status granule_import(const SharedGranule& shared, std::uint64_t bytes, Handle* out) override {
+    const std::lock_guard lock(mutex_);
+    int file = -1;
+    std::string why;
+    if (const Status status = imports_.add(shared, bytes, kGranularity, &file, &why);
+        status != Status::ok)
+      return refuse(status, why);
+    const std::uint64_t handle = kImported | ++imported_;
+    granules_[handle] = {bytes, shared.offset, file, nullptr};
+    *out = Handle{handle};
     return Status::ok;
   }
 
@@ -124,7 +155,7 @@ class HostDriver final : public Driver {
     return Status::ok;
   }
 
-  // Granules that are adjacent in the memfd become one kernel mapping. A layer of 200 granules
+  // Granules that are adjacent in their file become one kernel mapping. A layer of 200 granules
   // then takes one or two mmap calls, and the process stays far below the limit of mappings.
   Status map(Address address, const Handle* handles, std::size_t count) override {
     const std::lock_guard lock(mutex_);
@@ -135,9 +166,11 @@ class HostDriver final : public Driver {
       const auto granule = find(handles[i]);
       if (granule == granules_.end() || granule->second.bytes > kMostBytes - total)
         return refuse(Status::invalid, "a granule to map is not a granule of this device");
-      const std::uint64_t offset = granule->first - 1, bytes = granule->second.bytes;
-      const bool begins = runs.empty() || runs.back().offset + runs.back().bytes != offset;
-      if (begins) runs.push_back({offset, 0});
+      const std::uint64_t offset = granule->second.offset, bytes = granule->second.bytes;
+      const int file = granule->second.file;
+      const bool begins = runs.empty() || runs.back().file != file ||
+                          runs.back().offset + runs.back().bytes != offset;
+      if (begins) runs.push_back({file, offset, 0});
       runs.back().bytes += bytes;
       mapped.push_back({handles[i], bytes, begins});
       total += bytes;
@@ -153,8 +186,8 @@ class HostDriver final : public Driver {
                     os_failure("mmap of granules", ENOMEM, OsLimit::addresses));
     Address end = address;
     for (const Run& run : runs) {
-      void* at = ::mmap(pointer(end), run.bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
-                        slots_.descriptor(), static_cast<off_t>(run.offset));
+      void* at = ::mmap(pointer(end), run.bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, run.file,
+                        static_cast<off_t>(run.offset));
       if (at == MAP_FAILED || no_fork(at, run.bytes) != 0) {
         const int error = errno;
         hide(address, end + run.bytes - address);
@@ -176,7 +209,7 @@ class HostDriver final : public Driver {
       return refuse(Status::failed,
                     os_failure("mmap over granules to unmap", errno, OsLimit::addresses));
     for (auto mapping = range->first; mapping != range->second; ++mapping) {
-      const auto granule = granules_.find(static_cast<std::uint64_t>(mapping->second.granule));
+      const auto granule = granule_of(mapping->second.granule);
       if (--granule->second.mappings == 0 && granule->second.released) recycle(granule);
     }
     addresses_.unmap(*range);
@@ -184,12 +217,15 @@ class HostDriver final : public Driver {
   }
 
   Status set_access(Address address, std::uint64_t bytes, Access access) override {
+    const bool write = access == Access::read_write;
     {
       const std::lock_guard lock(mutex_);
-      if (!addresses_.whole(address, bytes))
-        return refuse(Status::invalid, "the range does not consist of whole mappings");
+      const auto range = addresses_.whole(address, bytes);
+      if (!range) return refuse(Status::invalid, "the range does not consist of whole mappings");
+      for (auto mapping = range->first; write && mapping != range->second; ++mapping)
+        if (granule_of(mapping->second.granule)->second.imported())
+          return refuse(Status::invalid, "a granule of another process can only be read");
     }
-    const bool write = access == Access::read_write;
     const int protection = access == Access::none ? PROT_NONE
                            : write                ? PROT_READ | PROT_WRITE
                                                   : PROT_READ;
@@ -271,19 +307,27 @@ class HostDriver final : public Driver {
 
  private:
   struct Run {
+    int file;
     std::uint64_t offset, bytes;
   };
   struct Granule {
     std::uint64_t bytes = 0;
-    std::byte* view = nullptr;
+    std::uint64_t offset = 0;   // in its file
+    int file = -1;              // a descriptor
+    std::byte* view = nullptr;  // null if imported
     std::uint64_t mappings = 0;
     bool released = false;  // its memory is freed with the last mapping
+
+    bool imported() const { return !view; }
   };
   using Granules = std::unordered_map<std::uint64_t, Granule>;
 
+  Granules::iterator granule_of(Handle handle) {
+    return granules_.find(static_cast<std::uint64_t>(handle));
+  }
   // Finds a usable granule. A released granule is not usable, although it may still be mapped.
   Granules::iterator find(Handle handle) {
-    const auto found = granules_.find(static_cast<std::uint64_t>(handle));
+    const auto found = granule_of(handle);
     return found != granules_.end() && found->second.released ? granules_.end() : found;
   }
 
@@ -298,7 +342,11 @@ class HostDriver final : public Driver {
   }
 
   bool recycle(Granules::iterator granule) {
-    if (!slots_.recycle(granule->first - 1, granule->second.bytes)) return false;
+    const Granule& gone = granule->second;
+    if (gone.imported())
+      imports_.remove(gone.file);
+    else if (!slots_.recycle(gone.offset, gone.bytes))
+      return false;
     granules_.erase(granule);
     return true;
   }
@@ -310,6 +358,8 @@ class HostDriver final : public Driver {
 
   std::mutex mutex_;   // guards all below; held over mmap calls, which share a kernel lock anyway
   Granules granules_;  // by handle
+  HostImports imports_;
+  std::uint64_t imported_ = 0;  // granules imported so far
   HostAddresses addresses_;
   std::map<const std::byte*, std::uint64_t> pinned_;  // bytes by address
 

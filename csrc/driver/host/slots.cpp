@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -35,11 +36,23 @@ HostSlots::HostSlots(bool huge_pages, std::string root)
   if (memfd_ < 0)
     throw Error(ErrorKind::general,
                 os_failure("memfd_create for the arena", errno, OsLimit::descriptors));
+  // A memfd is born with mode 0777: a process of another user that is given a read-only descriptor
+  // could open it again for writing.
+  if (::fchmod(memfd_, S_IRUSR | S_IWUSR) != 0) {
+    const int error = errno;
+    ::close(memfd_);
+    throw Error(ErrorKind::general, os_failure("fchmod of the arena's memfd", error));
+  }
 }
 
 HostSlots::~HostSlots() {
   for (const auto& [offset, extent] : extents_) ::munmap(extent.memory, extent.bytes);
   ::close(memfd_);
+}
+
+int HostSlots::read_only_descriptor() const {
+  const std::string path = "/proc/self/fd/" + std::to_string(memfd_);
+  return ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
 }
 
 std::uint64_t HostSlots::mappings() const {

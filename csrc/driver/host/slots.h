@@ -25,6 +25,8 @@ class HostSlots {
   HostSlots(const HostSlots&) = delete;
 
   int descriptor() const noexcept { return memfd_; }
+  // Returns a new descriptor, which the caller closes; -1 with errno on failure.
+  int read_only_descriptor() const;
   std::uint64_t mappings() const;  // kernel mappings that the views take
 
   // Returns the bytes left for slots: the available memory of the machine and its control groups,
