@@ -122,6 +122,7 @@ def cuda_driver(
     kernels: bytes = b"",
     peers: Sequence[int] = (),  # ordinals of devices that may write this device's memory
 ) -> Driver: ...
+
 class MappedGranule:  # for tests of drivers
     def __init__(
         self,

@@ -28,8 +28,6 @@ SIGNATURES |= {
     "cuGraphInstantiateWithFlags": (pointer, u64, u64),
     "cuGraphLaunch": (u64, u64),
     "cuLaunchKernel": (u64, *[u32] * 7, u64, pointer, pointer),
-    "cuMemExportToShareableHandle": (pointer, u64, i32, u64),
-    "cuMemImportFromShareableHandle": (pointer, u64, i32),
 }
 
 
@@ -127,10 +125,6 @@ class Gpu(Cuda):
 
     def graph_launch(self, executable: int, stream: int) -> None:
         self.call("cuGraphLaunch", executable, stream)
-
-    def export(self, handle: int, kind: int = 1) -> int:
-        """Return a file descriptor of a handle."""
-        return self.out("cuMemExportToShareableHandle", handle, kind, 0, type=i32)
 
 
 class Gate:

@@ -3,9 +3,6 @@
 // of the H200. Unlike the H200, the simulator refuses calls that the header forbids: to map beyond
 // a reservation, and to unmap or set the access of a range with a hole.
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <span>
@@ -227,8 +224,8 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* out, void* ad
   return CUDA_SUCCESS;
 }
 
-// The descriptor is only a token, which no other process can import. It neither contains the memory
-// nor keeps it alive.
+// A descriptor keeps the contents alive, also without a handle; whether it keeps memory of a GPU
+// alive is not known [?].
 CUresult cuMemExportToShareableHandle(void* out, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
   Call call(Function::cuMemExportToShareableHandle, Need::driver);
@@ -237,10 +234,13 @@ CUresult cuMemExportToShareableHandle(void* out, CUmemGenericAllocationHandle ha
   if (!out || !physical || flags != 0 || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR ||
       physical->prop.requestedHandleTypes != type)
     return CUDA_ERROR_INVALID_VALUE;
-  const int fd = ::memfd_create("simcuda", MFD_CLOEXEC);
-  struct stat info{};
-  if (fd < 0 || ::fstat(fd, &info) != 0) return CUDA_ERROR_OPERATING_SYSTEM;
-  call.sim->exported[info.st_ino] = handle;
+  // Running operations may access the memory, whose place changes. The wait releases the lock.
+  call.sim->settle(call.lock);
+  Physical* const still = call.sim->memory.find(handle);
+  if (!still) return CUDA_ERROR_INVALID_VALUE;
+  if (const CUresult bad = call.sim->memory.share(still); bad != CUDA_SUCCESS) return bad;
+  const int fd = ::fcntl(still->file->descriptor(), F_DUPFD_CLOEXEC, 0);
+  if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
   std::memcpy(out, &fd, sizeof fd);
   return CUDA_SUCCESS;
 }
@@ -249,14 +249,10 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* out, void*
                                         CUmemAllocationHandleType type) {
   Call call(Function::cuMemImportFromShareableHandle, Need::driver);
   if (!call) return call.status;
-  struct stat info{};
-  if (!out || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR ||
-      ::fstat(static_cast<int>(reinterpret_cast<std::intptr_t>(os_handle)), &info) != 0)
-    return CUDA_ERROR_INVALID_VALUE;
-  const auto found = call.sim->exported.find(info.st_ino);
-  Physical* const physical =
-      found == call.sim->exported.end() ? nullptr : call.sim->memory.find(found->second);
-  if (!physical) return CUDA_ERROR_INVALID_VALUE;
+  if (!out || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_INVALID_VALUE;
+  const int fd = static_cast<int>(reinterpret_cast<std::intptr_t>(os_handle));
+  Physical* physical = nullptr;
+  if (const CUresult bad = call.sim->memory.import(fd, &physical); bad != CUDA_SUCCESS) return bad;
   call.sim->memory.give_handle(physical);
   *out = physical->handle;
   return CUDA_SUCCESS;

@@ -10,12 +10,12 @@ std::atomic<std::uint64_t> next_generation{1};
 
 }  // namespace
 
-Simulator::Simulator(const Options& given)
+Simulator::Simulator(const Options& given, std::unique_ptr<Machine> machine)
     : options(given),
       generation(next_generation.fetch_add(1)),
-      memory(options),
+      memory(options, std::move(machine)),
       detector(options.detector),
-      devices(options.visible_devices()),
+      devices(options.visible_devices().size()),
       began_(std::chrono::steady_clock::now()) {}
 
 Simulator::~Simulator() = default;

@@ -21,12 +21,14 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t to) {
 
 }  // namespace
 
-Memory::Memory(const Options& options)
+Memory::Memory(const Options& options, std::unique_ptr<Machine> machine)
     : granularity_(options.granularity),
       kept_(options.kept()),
       slot_bytes_(round_up(kept_, 64)),
       capacity_(options.memory),
-      one_memory_(options.integrated) {
+      one_memory_(options.integrated),
+      devices_(options.visible_devices()),
+      machine_(std::move(machine)) {
   const std::uint64_t pools =
       std::max(1, options.devices) + (options.host_memory() && !one_memory_ ? 1 : 0);
   store_bytes_ = pools * ceil_div(capacity_, granularity_) * slot_bytes_;
@@ -56,8 +58,18 @@ Memory::~Memory() {
 }
 
 std::uint64_t Memory::available(int device) const {
-  const std::uint64_t taken = used_[device] + (device == 0 ? others_ : 0);
-  return capacity_ - std::min(capacity_, taken);
+  const auto pool = static_cast<std::size_t>(device);
+  return usable(pool) - std::min(usable(pool), used(pool));
+}
+
+// Returns false if the pool has not that many bytes left.
+bool Memory::take(std::size_t pool, std::uint64_t bytes) {
+  const std::uint64_t most = usable(pool);
+  if (machine_ ? !machine_->take(machine_pool(pool), bytes, most)
+               : used_[pool] > most || bytes > most - used_[pool])
+    return false;
+  used_[pool] += bytes;
+  return true;
 }
 
 CUresult Memory::reserve(std::uint64_t bytes, std::uint64_t alignment, Address hint,
@@ -114,8 +126,9 @@ Reservation* Memory::reservation_at(Address address) {
 
 CUresult Memory::create(std::uint64_t bytes, int device, bool host, Physical** out) {
   const std::uint64_t granules = ceil_div(bytes, granularity_);
-  const int pool = pool_of(device, host);
-  if (!store_ || granules > available(pool) / granularity_) return CUDA_ERROR_OUT_OF_MEMORY;
+  const std::size_t pool = pool_of(device, host);
+  if (!store_ || granules > capacity_ / granularity_ || !take(pool, granules * granularity_))
+    return CUDA_ERROR_OUT_OF_MEMORY;
   auto physical = std::make_unique<Physical>(granules);
   physical->device = device;
   physical->host = host;
@@ -129,7 +142,6 @@ CUresult Memory::create(std::uint64_t bytes, int device, bool host, Physical** o
       free_slots_.pop_back();
     }
   }
-  used_[pool] += physical->bytes;
   ++physical_count_;
   *out = physical.release();
   return CUDA_SUCCESS;
@@ -160,10 +172,22 @@ void Memory::unpin(Physical* physical) {
 // Frees an allocation that no handle, mapping or running operation refers to.
 void Memory::forget_if_dead(Physical* physical) {
   if (physical->references > 0 || physical->mappings > 0 || physical->pins > 0) return;
-  free_slots_.insert(free_slots_.end(), physical->slots.rbegin(), physical->slots.rend());
-  used_[pool_of(physical->device, physical->host)] -= physical->bytes;
+  const std::size_t pool = pool_of(physical->device, physical->host);
+  used_[pool] -= physical->bytes;
+  if (physical->file) {
+    shared_.erase(physical->file->identity());
+    if (machine_) machine_->let_go(*physical->file);
+  } else {
+    free_slots(physical);
+    if (machine_) machine_->give_back(machine_pool(pool), physical->bytes);
+  }
   --physical_count_;
   delete physical;
+}
+
+void Memory::free_slots(Physical* physical) {
+  free_slots_.insert(free_slots_.end(), physical->slots.rbegin(), physical->slots.rend());
+  physical->slots.clear();
 }
 
 bool Memory::is_free(const Reservation& reservation, Address address, std::uint64_t bytes) const {
@@ -194,6 +218,28 @@ Mapping* Memory::map(Reservation& reservation, Address address, std::uint64_t by
   return mapping;
 }
 
+bool Memory::show_to_cpu(const Mapping& mapping, int protection) {
+  auto* const begin = reinterpret_cast<std::byte*>(mapping.begin);
+  const Physical& physical = *mapping.physical;
+  const auto show = [&](std::uint64_t page, std::uint64_t count, int file, std::uint64_t offset) {
+    return ::mmap(begin + page * granularity_, count * granularity_, protection,
+                  MAP_SHARED | MAP_FIXED, file, static_cast<off_t>(offset)) != MAP_FAILED;
+  };
+  bool done = true;
+  if (physical.file)
+    done = show(0, physical.bytes / granularity_, physical.file->descriptor(),
+                physical.file->contents_at());
+  const std::vector<std::uint32_t>& slots = physical.slots;
+  for (std::size_t i = 0, next; i < slots.size() && done; i = next) {
+    for (next = i + 1; next < slots.size() && slots[next] == slots[next - 1] + 1; ++next) {
+    }
+    done = show(i, next - i, store_file_, slots[i] * slot_bytes_);
+  }
+  // A child of fork() does not inherit the device's mappings.
+  if (done) ::madvise(begin, mapping.bytes, MADV_DONTFORK);
+  return done;
+}
+
 bool Memory::set_cpu_access(Mapping* mapping, CUmemAccess_flags access) {
   if (mapping->cpu_access == access) return true;
   auto* const begin = reinterpret_cast<std::byte*>(mapping->begin);
@@ -204,16 +250,7 @@ bool Memory::set_cpu_access(Mapping* mapping, CUmemAccess_flags access) {
   if (protection != PROT_NONE && mapping->cpu_access != CU_MEM_ACCESS_FLAGS_PROT_NONE) {
     done = ::mprotect(begin, mapping->bytes, protection) == 0;
   } else if (protection != PROT_NONE) {
-    const std::vector<std::uint32_t>& slots = mapping->physical->slots;
-    for (std::size_t i = 0, next; i < slots.size() && done; i = next) {
-      for (next = i + 1; next < slots.size() && slots[next] == slots[next - 1] + 1; ++next) {
-      }
-      done = ::mmap(begin + i * granularity_, (next - i) * granularity_, protection,
-                    MAP_SHARED | MAP_FIXED, store_file_,
-                    static_cast<off_t>(slots[i] * slot_bytes_)) != MAP_FAILED;
-    }
-    // A child of fork() does not inherit the device's mappings.
-    if (done) ::madvise(begin, mapping->bytes, MADV_DONTFORK);
+    done = show_to_cpu(*mapping, protection);
   }
   if (protection == PROT_NONE || !done)
     ::mmap(begin, mapping->bytes, PROT_NONE,

@@ -2,9 +2,10 @@
 // address reservations and the page table between them. Guarded by the simulator's lock.
 //
 // A physical allocation consists of slots of one large store, which the kernel backs when it is
-// touched. A device address is a PROT_NONE mapping, so that a CPU access faults as it does on a
-// machine with a GPU. If the CPU was given access to memory of the host, its slots are also mapped
-// at that address. The page table is one array of pointers per reservation.
+// touched. Once it is exported, it is a file of its own instead (shared.h). A device address is a
+// PROT_NONE mapping, so that a CPU access faults as it does on a machine with a GPU. If the CPU was
+// given access to memory of the host, its slots are also mapped at that address. The page table is
+// one array of pointers per reservation.
 #pragma once
 
 #include <deque>
@@ -13,6 +14,7 @@
 #include <unordered_map>
 
 #include "simcuda/handles.h"
+#include "simcuda/machine.h"
 #include "simcuda/options.h"
 #include "simcuda/shadow.h"
 
@@ -24,7 +26,8 @@ struct Physical {
   bool host = false;        // memory of the host, location HOST_NUMA
   std::uint64_t bytes = 0;  // whole granules
   CUmemAllocationProp prop{};
-  std::vector<std::uint32_t> slots;
+  std::vector<std::uint32_t> slots;  // empty if there is a file
+  std::unique_ptr<SharedFile> file;  // set once the allocation was exported or imported
   std::uint64_t references = 0, mappings = 0, pins = 0;  // pins: running operations that use it
   Shadow shadow;
 
@@ -81,12 +84,12 @@ enum class Place { device, pinned, pageable, broken };  // broken: partly pinned
 
 class Memory {
  public:
-  explicit Memory(const Options& options);
+  // `machine`: null if no other process uses the devices.
+  Memory(const Options& options, std::unique_ptr<Machine> machine);
   ~Memory();
   Memory(const Memory&) = delete;
 
   std::uint64_t granularity() const { return granularity_; }
-  std::uint64_t used(int device) const { return used_[device]; }
   std::uint64_t available(int device) const;
   void others_hold(std::uint64_t bytes) { others_ = bytes; }
 
@@ -98,6 +101,11 @@ class Memory {
   Physical* find(std::uint64_t handle);  // null if unknown or without references
   void give_handle(Physical* physical);
   void drop_reference(Physical* physical);
+  // Makes an allocation importable, by copying it to a file of its own. Precondition: no operation
+  // accesses it.
+  CUresult share(Physical* physical);
+  // Finds the allocation of a descriptor, or makes one of another process's allocation.
+  CUresult import(int descriptor, Physical** out);
   void pin(Physical* physical) { ++physical->pins; }
   void unpin(Physical* physical);
 
@@ -115,9 +123,13 @@ class Memory {
   // appending the pieces before that part.
   bool walk(Address address, std::uint64_t bytes, std::vector<Piece>* out);
   std::byte* slot(const Physical& physical, std::uint64_t page) const {
-    return store_ + physical.slots[page] * slot_bytes_;
+    return physical.file ? physical.file->contents() + page * slot_bytes_
+                         : store_ + physical.slots[page] * slot_bytes_;
   }
   std::uint64_t kept() const { return kept_; }
+  void close_in_child() const {
+    if (machine_) machine_->close_in_child();
+  }
 
   CUresult pin_host(Address address, std::uint64_t bytes, Pinned** out);
   // Returns whether the kernel provides the pages with that access. Touches the pages, so it is
@@ -141,21 +153,40 @@ class Memory {
 
  private:
   void forget_if_dead(Physical* physical);
+  void free_slots(Physical* physical);
+  bool show_to_cpu(const Mapping& mapping, int protection);
   // Returns the pool that an allocation counts against: a device's, or the host's if the host has
   // memory of its own.
-  int pool_of(int device, bool host) const { return host && !one_memory_ ? kMaxDevices : device; }
+  std::size_t pool_of(int device, bool host) const {
+    return host && !one_memory_ ? kMaxDevices : static_cast<std::size_t>(device);
+  }
+  // Returns the same pool in the machine's table.
+  std::size_t machine_pool(std::size_t pool) const {
+    return pool < devices_.size() ? static_cast<std::size_t>(devices_[pool]) : pool;
+  }
+  std::uint64_t used(std::size_t pool) const {
+    return machine_ ? machine_->used(machine_pool(pool)) : used_[pool];
+  }
+  // Returns the bytes of a pool that the simulated processes may use.
+  std::uint64_t usable(std::size_t pool) const {
+    return capacity_ - std::min(capacity_, pool == 0 ? others_ : 0);
+  }
+  bool take(std::size_t pool, std::uint64_t bytes);
 
   const std::uint64_t granularity_, kept_, slot_bytes_, capacity_;
   const bool one_memory_;
+  const std::vector<int> devices_;  // the index of each visible device on the machine
+  const std::unique_ptr<Machine> machine_;
   int store_file_ = -1;  // set only if the CPU may access the store
   std::byte* store_ = nullptr;
   std::uint64_t store_bytes_ = 0;
   std::uint32_t next_slot_ = 0;
   std::vector<std::uint32_t> free_slots_;
-  std::array<std::uint64_t, kMaxDevices + 1> used_{};  // bytes used per pool
+  std::array<std::uint64_t, Machine::kPools> used_{};  // bytes that this process uses, per pool
   std::uint64_t others_ = 0;                           // bytes of device 0 that others hold
 
   std::unordered_map<std::uint64_t, Physical*> handles_;
+  std::unordered_map<std::uint64_t, Physical*> shared_;  // by the identity of their files
   std::size_t physical_count_ = 0, mapping_count_ = 0;
   std::map<Address, std::unique_ptr<Reservation>> reservations_;
   Reservation* last_ = nullptr;  // the reservation found by the last lookup

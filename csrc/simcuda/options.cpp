@@ -113,6 +113,7 @@ bool set(const std::string& key, const std::string& value, Options* out) {
   if (key == "mapping_beside_copies") return parse(value, &out->mapping_beside_copies);
   if (key == "read") return parse(value, &out->read);
   if (key == "dram") return parse(value, &out->dram);
+  if (key == "machine") return (out->machine = value).size() > 0;
   if (key == "content") return parse(value, &out->content);
   if (key == "detector") return parse(value, &out->detector);
   if (key.rfind("cost.", 0) == 0) return parse_cost(key.substr(5), value, out);
@@ -126,16 +127,17 @@ const char* name_of(Engine engine) noexcept {
   return names[static_cast<int>(engine)];
 }
 
-int Options::visible_devices() const {
-  if (!visible) return devices;
+std::vector<int> Options::visible_devices() const {
   std::vector<int> seen;
-  for (const int index : *visible) {
+  if (!visible)
+    for (int index = 0; index < devices; ++index) seen.push_back(index);
+  for (const int index : visible.value_or(std::vector<int>())) {
     if (index < 0 || index >= devices) break;
     // If a device is listed twice, no device is visible [D CUDA_VISIBLE_DEVICES].
-    if (std::find(seen.begin(), seen.end(), index) != seen.end()) return 0;
+    if (std::find(seen.begin(), seen.end(), index) != seen.end()) return {};
     seen.push_back(index);
   }
-  return static_cast<int>(seen.size());
+  return seen;
 }
 
 bool parse_options(const std::string& text, Options* out, std::string* error) {

@@ -48,11 +48,12 @@ struct Options {
   double mapping_beside_copies = 1;
   double read = 0, dram = 0;  // bytes per second; 0: no limit
   std::uint64_t content = 0;
+  std::string machine;
 
   bool virtual_clock() const { return clock != ClockKind::real; }
   bool concurrent() const { return clock == ClockKind::concurrent; }
-  // Returns the number of devices that a program sees.
-  int visible_devices() const;
+  // Returns the indices of the devices that a program sees.
+  std::vector<int> visible_devices() const;
   // Returns whether cuMemCreate can allocate memory of the host, which the CPU can access at the
   // device's addresses.
   bool host_memory() const { return integrated || host_numa; }

@@ -68,7 +68,12 @@ Simulator* simulator() noexcept {
     error_text() = "simcuda.conf: " + error;
     return nullptr;
   }
-  current = new Simulator(options);
+  std::unique_ptr<Machine> machine;
+  if (!Machine::join(options, &machine, &error)) {
+    error_text() = "simcuda.conf: " + error;
+    return nullptr;
+  }
+  current = new Simulator(options, std::move(machine));
   return current;
 }
 
@@ -78,6 +83,8 @@ bool replace_simulator(const Options& options, std::string* error) {
     *error = "the process is exiting";
     return false;
   }
+  std::unique_ptr<Machine> machine;
+  if (!Machine::join(options, &machine, error)) return false;
   Simulator* const old = current.load();
   // In a child of fork() the old simulator has no threads, and its lock may be held for ever.
   if (old && !is_forked) {
@@ -86,7 +93,7 @@ bool replace_simulator(const Options& options, std::string* error) {
     delete old;
   }
   is_forked = false;
-  current = new Simulator(options);
+  current = new Simulator(options, std::move(machine));
   return true;
 }
 
@@ -95,7 +102,10 @@ bool exiting() noexcept { return is_exiting.load(std::memory_order_relaxed); }
 
 void watch_process_end() noexcept {
   if (is_watched.exchange(true)) return;
-  ::pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+  ::pthread_atfork(nullptr, nullptr, [] {
+    if (Simulator* const now = current.load(); now && !is_forked) now->memory.close_in_child();
+    is_forked = true;
+  });
   std::atexit(end_of_process);
   // Keep the library loaded after dlclose(), because threads run its code until the process ends.
   Dl_info info{};

@@ -1,8 +1,34 @@
 #include "simcuda/shadow.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace warmserve::simcuda {
+namespace {
+
+void add(std::vector<Range>& ranges, std::uint32_t begin, std::uint32_t end) {
+  const auto first = std::lower_bound(ranges.begin(), ranges.end(), begin,
+                                      [](const Range& r, std::uint32_t at) { return r.end < at; });
+  auto last = first;
+  for (; last != ranges.end() && last->begin <= end; ++last) {
+    begin = std::min(begin, last->begin);
+    end = std::max(end, last->end);
+  }
+  if (first == last) {
+    ranges.insert(first, {begin, end});
+  } else {
+    *first = {begin, end};
+    ranges.erase(first + 1, last);
+  }
+}
+
+bool contains(const std::vector<Range>& ranges, std::uint32_t begin, std::uint32_t end) {
+  const auto found = std::lower_bound(ranges.begin(), ranges.end(), end,
+                                      [](const Range& r, std::uint32_t at) { return r.end < at; });
+  return found != ranges.end() && found->begin <= begin;
+}
+
+}  // namespace
 
 bool Shadow::access(std::uint64_t index, std::uint32_t begin, std::uint32_t end, bool write,
                     const Visitor& visitor) {
@@ -31,38 +57,36 @@ bool Shadow::access(std::uint64_t index, std::uint32_t begin, std::uint32_t end,
     if (last.agent == visitor.agent && last.tick == visitor.tick && last.write == write &&
         last.end == begin) {
       last.end = end;
-      if (write) mark_written(page, begin, end);
+      if (write) mark_written(index, begin, end);
       return race;
     }
   }
   page.accesses.push_back({begin, end, visitor.agent, write, visitor.tick});
-  if (write) mark_written(page, begin, end);
+  if (write) mark_written(index, begin, end);
   return race;
 }
 
-void Shadow::mark_written(Page& page, std::uint32_t begin, std::uint32_t end) {
-  auto& ranges = page.written;
-  const auto first = std::lower_bound(ranges.begin(), ranges.end(), begin,
-                                      [](const Range& r, std::uint32_t at) { return r.end < at; });
-  auto last = first;
-  for (; last != ranges.end() && last->begin <= end; ++last) {
-    begin = std::min(begin, last->begin);
-    end = std::max(end, last->end);
-  }
-  if (first == last) {
-    ranges.insert(first, {begin, end});
+void Shadow::mark_written(std::uint64_t index, std::uint32_t begin, std::uint32_t end) {
+  if (shared_) {
+    shared_->change_written(index, [=](std::vector<Range>& ranges) { add(ranges, begin, end); });
   } else {
-    *first = {begin, end};
-    ranges.erase(first + 1, last);
+    add(pages_[index]->written, begin, end);
   }
 }
 
 bool Shadow::written(std::uint64_t index, std::uint32_t begin, std::uint32_t end) const {
-  if (!pages_[index]) return false;
-  const auto& ranges = pages_[index]->written;
-  const auto found = std::lower_bound(ranges.begin(), ranges.end(), end,
-                                      [](const Range& r, std::uint32_t at) { return r.end < at; });
-  return found != ranges.end() && found->begin <= begin;
+  if (shared_) return contains(shared_->written(index), begin, end);
+  return pages_[index] && contains(pages_[index]->written, begin, end);
+}
+
+void Shadow::share(SharedFile* file) {
+  for (std::uint64_t index = 0; index < pages_.size(); ++index) {
+    if (!pages_[index]) continue;
+    for (const Range& range : std::exchange(pages_[index]->written, {}))
+      file->change_written(
+          index, [&](std::vector<Range>& ranges) { add(ranges, range.begin, range.end); });
+  }
+  shared_ = file;
 }
 
 }  // namespace warmserve::simcuda

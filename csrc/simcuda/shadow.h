@@ -9,6 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "simcuda/shared.h"
+
 namespace warmserve::simcuda {
 
 using Agent = std::uint32_t;
@@ -82,6 +84,9 @@ class Shadow {
               const Visitor& visitor);
   // Returns whether all of the bytes were written since the memory was allocated.
   bool written(std::uint64_t page, std::uint32_t begin, std::uint32_t end) const;
+  // Keeps the written bytes in this file from now on, together with those that it has. The accesses
+  // stay here: those of other processes are not known.
+  void share(SharedFile* file);
 
  private:
   struct Access {
@@ -90,17 +95,15 @@ class Shadow {
     bool write;
     std::uint64_t tick;
   };
-  struct Range {
-    std::uint32_t begin, end;
-  };
   struct Page {
     // Accesses that the host has not waited for and that no later access replaces.
     std::vector<Access> accesses;
-    std::vector<Range> written;  // ascending, neither overlapping nor adjacent
+    std::vector<Range> written;  // ascending, neither overlapping nor adjacent; unused if shared
   };
-  void mark_written(Page& page, std::uint32_t begin, std::uint32_t end);
+  void mark_written(std::uint64_t page, std::uint32_t begin, std::uint32_t end);
 
   std::vector<std::unique_ptr<Page>> pages_;
+  SharedFile* shared_ = nullptr;  // null: no other process can write the memory
 };
 
 }  // namespace warmserve::simcuda

@@ -56,6 +56,12 @@ extern "C" {
 //                             engine copies from or to the host takes one; 0: no limit
 //   content=0                 leading bytes of each granule whose content is kept; 0: all of them.
 //                             Other bytes read as zeros
+//   machine=PATH              a file that all processes of one simulated machine share:
+//   cuMemGetInfo
+//                             and cuMemCreate then count the memory of all of them, and an
+//                             allocation that several of them hold once. Default: this process is
+//                             alone. All of them need the same devices. The file is made if there
+//                             is none
 //   detector=1                detect races, and memory that is released while in use
 int simcuda_reset(const char* options);
 const char* simcuda_error(void);

@@ -2,7 +2,8 @@
 //
 // One mutex guards the object. It is released while an operation moves bytes, while a host function
 // of the program runs, and while a call waits or pays its cost. The program's functions are never
-// called with it held, and no other lock is taken under it.
+// called with it held. Only locks that processes share are taken under it: of the machine's table,
+// and of a shared allocation.
 #pragma once
 
 #include <chrono>
@@ -135,7 +136,7 @@ struct CostLock {
 
 class Simulator {
  public:
-  explicit Simulator(const Options& options);
+  Simulator(const Options& options, std::unique_ptr<Machine> machine);
   ~Simulator();  // precondition: stop() was called
 
   const Options options;
@@ -153,8 +154,7 @@ class Simulator {
   Handles<CUfunction, Kernel> kernels;
   Handles<CUgraph, GraphObject> graphs;
   Handles<CUgraphExec, GraphExec> execs;
-  std::vector<std::shared_ptr<Capture>> captures;             // captures that have not ended
-  std::unordered_map<std::uint64_t, std::uint64_t> exported;  // inode of a descriptor: handle
+  std::vector<std::shared_ptr<Capture>> captures;  // captures that have not ended
 
   std::uint64_t calls = 0;
   std::array<std::uint64_t, kFunctions> called{}, called_since_clear{};

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from parts.gpu.assumptions.misuses import HOST, MEMORY, WORK, G, Row
+from parts.gpu.assumptions.misuses import HOST, MEMORY, SHARING, WORK, G, Row
 from parts.gpu.assumptions.stream_misuses import STREAMS
 from warmserve_rt.testing import simulated_cuda
 from warmserve_rt.testing.cuda_api import Cuda, CudaError, code
@@ -44,6 +44,11 @@ def parametrized(rows: list[Row]) -> pytest.MarkDecorator:
 
 @parametrized(MEMORY)
 def test_misuse_of_device_memory_is_refused(row: Row, cuda: Cuda) -> None:
+    check(row, cuda)
+
+
+@parametrized(SHARING)
+def test_misuse_of_shared_memory_is_refused(row: Row, cuda: Cuda) -> None:
     check(row, cuda)
 
 

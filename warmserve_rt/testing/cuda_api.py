@@ -27,6 +27,7 @@ __all__ = [
     "NONE",
     "NON_BLOCKING",
     "PAGE",
+    "POSIX_FD",
     "READ",
     "READ_WRITE",
     "RELAXED",
@@ -39,6 +40,7 @@ __all__ = [
 
 NONE, READ, READ_WRITE = 0, 1, 3  # access
 DEVICE, HOST_NUMA = 1, 3  # location types
+POSIX_FD = 1  # type of handles that other processes can import
 BLOCKING, NON_BLOCKING = 0, 1  # stream flags
 LEGACY = 1  # handle of the legacy stream
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # capture modes
@@ -163,6 +165,14 @@ class Cuda:
 
     def retain_handle(self, address: int) -> int:
         return self.out("cuMemRetainAllocationHandle", address)
+
+    def export(self, handle: int, kind: int = POSIX_FD, flags: int = 0) -> int:
+        """Return a file descriptor by which another process can import an allocation."""
+        return self.out("cuMemExportToShareableHandle", handle, kind, flags, type=i32)
+
+    def imported(self, descriptor: int, kind: int = POSIX_FD) -> int:
+        """Return a handle of another process's allocation; the descriptor stays open."""
+        return self.out("cuMemImportFromShareableHandle", descriptor, kind)
 
     def pointer_attribute(self, attribute: int, address: int, type: Any = u64) -> int:
         return self.out("cuPointerGetAttribute", attribute, address, type=type)

@@ -56,6 +56,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemSetAccess": (u64, size_t, pointer, size_t),
     "cuMemGetAccess": (pointer, pointer, u64),
     "cuMemRetainAllocationHandle": (pointer, pointer),
+    "cuMemExportToShareableHandle": (pointer, u64, i32, u64),
+    "cuMemImportFromShareableHandle": (pointer, u64, i32),
     "cuPointerGetAttribute": (pointer, i32, u64),
     "cuPointerGetAttributes": (u32, pointer, pointer, u64),
     "cuPointerSetAttribute": (pointer, i32, u64),

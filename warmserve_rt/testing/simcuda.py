@@ -14,7 +14,7 @@ race regardless of their timing. In a user's own CI, without a GPU:
 
 In ``conftest.py``, as a fixture: ``cuda = simulated_cuda_fixture(memory="1GiB")``. Each process has
 one simulated driver. A subprocess has its own driver with the same options; this process does not
-see its violations.
+see its violations. Processes can export allocations and import those of others.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def simulated_cuda(
     host_numa: bool = False,
     numa_node: int = 0,
     visible: str | None = None,
+    machine: Path | str | None = None,
     name: str = "Simulated CUDA",
     detector: bool = True,
     check: bool = True,
@@ -132,6 +133,10 @@ def simulated_cuda(
         The host's NUMA node next to each device; -1 if the host has no nodes.
     visible : str, optional
         As CUDA_VISIBLE_DEVICES. Default: the environment's.
+    machine : Path or str, optional
+        A file that all processes of one simulated machine share, which is made if there is none.
+        The free memory then counts what each process holds, and memory that several processes hold
+        once. All of them need the same devices. Default: this process is alone.
     detector : bool
         Look for races and for memory that is released while in use.
     check : bool
@@ -187,6 +192,7 @@ def simulated_cuda(
             "host_numa": int(host_numa),
             "numa_node": numa_node,
             "content": content,
+            "machine": None if machine is None else Path(machine).resolve(),
             "detector": int(detector),
         },
         {**costs_of.costs, **(costs or {})},

@@ -8,7 +8,7 @@ from typing import Any
 from lib.cuda import CudaError, Gpu, NotRun
 
 from . import Assumption, Refuted, add
-from .misuses import HOST, MEMORY, WORK
+from .misuses import HOST, MEMORY, SHARING, WORK
 from .stream_misuses import STREAMS
 
 # Rows that would affect other rows, for example by reserving addresses that these need, or that may
@@ -44,7 +44,7 @@ def _check(row: Any) -> Callable[[Gpu], str | None]:
 
 
 def _add_all() -> None:
-    for row in [*MEMORY, *HOST, *WORK, *STREAMS]:
+    for row in [*MEMORY, *SHARING, *HOST, *WORK, *STREAMS]:
         assumes = f"{row.function} returns {row.error}" if row.function else "no error"
         add(Assumption(row.name, assumes, row.source, _check(row), row.name in _ALONE))
 

@@ -3,16 +3,17 @@
 The simulated driver gives these answers (tests/simcuda/test_simcuda_misuse.py), and codes.py asks a
 device for them. The last column gives the source of the answer: D, documented; O, observed on GPUs
 by others; M, measured on an H200; guess, none of these. An H200 gave each of these answers, except
-in rows that call a device lenient.
+in rows that call a device lenient, and in the rows of SHARING, which no device was asked yet.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from warmserve_rt.testing.cuda_api import NONE, PAGE, READ, Cuda
+from warmserve_rt.testing.cuda_api import NONE, PAGE, POSIX_FD, READ, Cuda
 from warmserve_rt.testing.cuda_types import Prop
 
 G = 2 << 20
@@ -134,6 +135,83 @@ MEMORY = [
     Row("granularity of 7", lambda c: c.granularity(7), "cuMemGetAllocationGranularity", 1, O),
     Row("granularity of device 7", lambda c: c.granularity(prop=Prop(id=7)), OK, 0, O),
     Row("granularity of no type", lambda c: c.granularity(prop=Prop(type=0)), OK, 0, O),
+]
+
+
+EXPORT, IMPORT = "cuMemExportToShareableHandle", "cuMemImportFromShareableHandle"
+FABRIC = 8  # a type of handles
+
+
+def shared(c: Cuda, nbytes: int = G) -> tuple[int, int]:
+    """Create an allocation that other processes can import; return its handle and a descriptor."""
+    prop = Prop()
+    prop.handle_types = POSIX_FD
+    handle = c.create(nbytes, prop)
+    return handle, c.export(handle)
+
+
+def imported(c: Cuda, descriptor: int, kind: int = POSIX_FD, *, close: bool = True) -> int:
+    try:
+        return c.imported(descriptor, kind)
+    finally:
+        if close:
+            os.close(descriptor)
+
+
+def import_twice(c: Cuda) -> None:
+    _, descriptor = shared(c)
+    for close in (False, True):
+        c.map(c.reserve(G), G, imported(c, descriptor, close=close))
+
+
+def import_a_foreign_file(c: Cuda) -> None:
+    descriptor = os.memfd_create("foreign", os.MFD_CLOEXEC)
+    os.truncate(descriptor, G)
+    imported(c, descriptor)
+
+
+def import_what_was_released(c: Cuda) -> None:
+    handle, descriptor = shared(c)
+    c.release(handle)
+    c.map(c.reserve(G), G, imported(c, descriptor))
+
+
+def write_an_import(c: Cuda) -> None:
+    address = c.reserve(G)
+    c.map(address, G, imported(c, shared(c)[1]))
+    c.set_access(address, G)
+    c.htod(address, c.pinned(PAGE).address, 10)
+
+
+def map_an_import(c: Cuda, nbytes: int) -> None:
+    c.map(c.reserve(4 * G), nbytes, imported(c, shared(c, 2 * G)[1]))
+
+
+def export(c: Cuda, handle: int, kind: int, flags: int = 0) -> None:
+    os.close(c.export(handle, kind, flags))
+
+
+def export_of(c: Cuda, kind: int, flags: int = 0) -> None:
+    handle, descriptor = shared(c)
+    os.close(descriptor)
+    export(c, handle, kind, flags)
+
+
+SHARING = [
+    Row("export", lambda c: export_of(c, POSIX_FD), OK, 0, D),
+    Row("export what is private", lambda c: export(c, c.create(G), POSIX_FD), EXPORT, 1, GUESS),
+    Row("export no handle", lambda c: export(c, 0, POSIX_FD), EXPORT, 1, GUESS),
+    Row("export with flags", lambda c: export_of(c, POSIX_FD, 1), EXPORT, 1, D),
+    Row("export as another type", lambda c: export_of(c, FABRIC), EXPORT, 1, GUESS),
+    Row("import twice", import_twice, OK, 0, GUESS),
+    Row("import after the release", import_what_was_released, OK, 0, GUESS),
+    Row("import a foreign file", import_a_foreign_file, IMPORT, 1, GUESS),
+    Row("import what is closed", lambda c: imported(c, -1, close=False), IMPORT, 1, GUESS),
+    Row("import as another type", lambda c: imported(c, shared(c)[1], FABRIC), IMPORT, 1, GUESS),
+    Row("map an import", lambda c: map_an_import(c, 2 * G), OK, 0, D),
+    Row("map less than an import", lambda c: map_an_import(c, G), MAP, 801, GUESS),
+    Row("map more than an import", lambda c: map_an_import(c, 4 * G), MAP, 801, GUESS),
+    Row("write an import", write_an_import, OK, 0, D),
 ]
 
 
