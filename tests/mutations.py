@@ -587,6 +587,41 @@ MUTATIONS = [
         "pass",
         "cuda/test_cuda_device.py::test_the_loader_threads_end_at_exit_whatever_is_leased",
     ),
+    Mutation(
+        "a descriptor for another process can be opened again for writing",
+        "csrc/driver/host/slots.cpp",
+        "::fchmod(memfd_, S_IRUSR | S_IWUSR) != 0",
+        "false",
+        "runtime/test_shared_granules.py::test_the_descriptor_cannot_write",
+    ),
+    Mutation(
+        "an imported granule keeps its file open",
+        "csrc/driver/host/host.cpp",
+        "imports_.remove(gone.file);",
+        "{}",
+        "runtime/test_shared_granules.py::test_importers_hold_one_descriptor_per_file",
+    ),
+    Mutation(
+        "the CUDA driver lets a process write a granule of another one",
+        "csrc/driver/cuda/cuda.cpp",
+        "granules_.mapped(address, {handles, count});",
+        "",
+        "simcuda/test_simcuda_processes.py::test_driver_refuses_to_write_an_import",
+    ),
+    Mutation(
+        "a simulated importer does not know what the exporter wrote",
+        "csrc/simcuda/memory_shared.cpp",
+        "physical->shadow.share(file.get());",
+        "",
+        "simcuda/test_simcuda_processes.py::test_bytes_are_written_for_the_importer_too",
+    ),
+    Mutation(
+        "a simulated machine counts what dead processes held",
+        "csrc/simcuda/machine.cpp",
+        "shared.pool == pool && (shared.holders & living)",
+        "shared.pool == pool && shared.holders",
+        "simcuda/test_simcuda_processes.py::test_the_bytes_of_other_processes_count_once",
+    ),
 ]
 
 

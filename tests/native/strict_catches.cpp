@@ -1,4 +1,6 @@
 // StrictDriver reports each breach of a contract of driver.h, and reports no legal use.
+#include <unistd.h>
+
 #include <functional>
 
 #include "base/lock_mark.h"
@@ -30,11 +32,21 @@ struct Bench {
     const auto out = reinterpret_cast<Address>(pinned + kPinned - 8);
     return strict.launch(DigestCall{address, kPinned, kGranule, out}, stream);
   }
+  // Exports the spare granule and imports it.
+  Handle import() {
+    SharedGranule shared;
+    lawful(strict.granule_export(spare, &shared));
+    Handle imported{};
+    lawful(strict.granule_import(shared, kGranule, &imported));
+    ::close(shared.descriptor);
+    return imported;
+  }
   // Checks a legal step before the breach.
   void lawful(Status status) const { CHECK(status == Status::ok); }
 
   StrictDriver strict;
   Handle granule{}, spare{};
+  SharedGranule shared;
   Address address = 0;
   std::byte* pinned = nullptr;
   StreamId a{}, b{};
@@ -64,6 +76,28 @@ const Breach kBreaches[] = {
      [](Bench& x) {
        x.lawful(x.fill(x.a));
        return x.strict.granule_release(x.granule);
+     }},
+    {"export of an invalid granule",
+     [](Bench& x) { return x.strict.granule_export(kNoGranule, &x.shared); }},
+    {"export of a released granule",
+     [](Bench& x) {
+       x.lawful(x.strict.granule_release(x.granule));
+       return x.strict.granule_export(x.granule, &x.shared);
+     }},
+    {"export of an imported granule",
+     [](Bench& x) { return x.strict.granule_export(x.import(), &x.shared); }},
+    {"import of half the granularity",
+     [](Bench& x) { return x.strict.granule_import(x.shared, kGranule / 2, &x.spare); }},
+    {"access to write an imported granule",
+     [](Bench& x) {
+       const Handle imported = x.import();
+       x.lawful(x.strict.map(x.address + kGranule, &imported, 1));
+       return x.strict.set_access(x.address + kGranule, kGranule, Access::read_write);
+     }},
+    {"a host write to an imported granule",
+     [](Bench& x) {
+       x.strict.host_wrote(x.import(), 0, kGranule);
+       return Status::invalid;
      }},
     {"a reservation of half the granularity",
      [](Bench& x) { return x.strict.address_reserve(kGranule / 2, &x.address); }},
@@ -306,6 +340,22 @@ TEST(a_call_under_the_runtime_s_lock_is_caught) {
   LockMark::clear();
   CHECK(bench.strict.violations().size() == 2);
   CHECK(bench.strict.event_query(bench.event) == Status::ok);
+}
+
+// Its bytes are as the other process left them, so they may be read, also after an unmap.
+TEST(an_imported_granule_counts_as_filled) {
+  Bench bench;
+  const Handle imported = bench.import();
+  for (int i = 0; i < 2; ++i) {
+    const Address address = bench.address + kGranule;
+    bench.lawful(bench.strict.map(address, &imported, 1));
+    bench.lawful(bench.strict.set_access(address, kGranule, Access::read));
+    bench.lawful(bench.strict.copy_from_device(bench.pinned, address, kPinned, bench.a));
+    bench.lawful(bench.strict.stream_synchronize(bench.a));
+    bench.lawful(bench.strict.unmap(address, kGranule));
+  }
+  bench.lawful(bench.strict.granule_release(imported));
+  CHECK(bench.strict.violations().empty());
 }
 
 // After it the host is ordered behind all streams.

@@ -162,9 +162,11 @@ def test_the_bytes_of_other_processes_count_once(machine: Machine) -> None:
     assert used() == G
     importer.run("cuda.unmap(a, G)")
     assert used() == 0
-    other.run("h = cuda.imported(given)", descriptor)  # a descriptor keeps the contents
-    assert used() == G
+    importer.run("h = cuda.imported(given)", descriptor)  # a descriptor keeps the contents
     os.close(descriptor)
+    assert used() == G
+    importer.kill()
+    assert used() == 0
 
 
 def test_a_process_cannot_take_what_others_hold(machine: Machine) -> None:
