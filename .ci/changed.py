@@ -6,6 +6,9 @@ The change is the difference to the newest commit that is at least 12 hours olde
 
     python .ci/changed.py PATH [PATH ...]    exits with 0 if something below these paths changed
     python .ci/changed.py --turn COUNT       prints a number below COUNT that rotates by commit
+    python .ci/changed.py --share NUMBER COUNT PATH [PATH ...]
+                                             prints the changed of these paths, and one share of
+                                             COUNT of the others, which rotates by commit
 """
 
 from __future__ import annotations
@@ -68,11 +71,22 @@ def chosen(items: Sequence[Item], touched: Callable[[Item], bool], most: int) ->
     return (found[first:] + found[:first])[:most]
 
 
+def share(number: int, count: int, paths: Sequence[str]) -> list[str]:
+    """Return the changed paths and one of `count` shares of the others, in their order.
+
+    In one commit each path is in the share of at least one `number` below `count`.
+    """
+    ours = (number + turn(count)) % count
+    return [path for at, path in enumerate(paths) if at % count == ours or any_changed(path)]
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             sys.exit(__doc__)
         case ["--turn", count]:
             print(turn(int(count)))
+        case ["--share", number, count, *paths]:
+            print(*share(int(number), int(count), paths))
         case paths:
             sys.exit(not any_changed(*paths))

@@ -15,7 +15,7 @@ from changed import ROOT, any_changed, chosen
 sys.path.insert(0, str(ROOT / "tests"))
 import mutations
 
-MOST = 40
+MOST = 30
 
 
 def touched(mutation: mutations.Mutation) -> bool:

@@ -381,7 +381,7 @@ def test_every_interleaving_keeps_the_rules(
 
     Bound.files, Bound.device = files, device
     Bound.TestCase.settings = settings(
-        max_examples=500 if os.environ.get("CI_ALL") else 150,
+        max_examples=int(os.environ.get("EXAMPLES", 500 if os.environ.get("CI_ALL") else 150)),
         stateful_step_count=60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
