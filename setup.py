@@ -46,7 +46,18 @@ LINK = ["-pthread", f"-fsanitize={SANITIZE}" if SANITIZE else "-Wl,--strip-all"]
 SIMULATOR = "warmserve_rt.libwarmserve_simcuda"
 
 # The folders of csrc/ that make the core, below bind/; csrc/README.md has their order.
-LAYERS = ("runtime", "load", "checkpoint", "model", "memory", "driver", "kernels", "base")
+LAYERS = (
+    "broker",
+    "runtime",
+    "load",
+    "checkpoint",
+    "model",
+    "wire",
+    "memory",
+    "driver",
+    "kernels",
+    "base",
+)
 KERNELS = "csrc/kernels/weight_kernels.cu"
 FATBIN = "warmserve_rt/weight_kernels.fatbin"
 ARCHITECTURES = (80, 90, 100)  # built if nvcc knows them; PTX is built for the first

@@ -17,6 +17,7 @@ ORDER = {
     "": [
         "__main__",
         "cli",
+        "memory_command",
         "demo",
         "sim",
         "engines",
@@ -78,9 +79,12 @@ ORDER = {
         "__init__",
     ],
     "core": [
+        "broker",
+        "broker_status",
         "runtime",
         "_at_exit",
         "options",
+        "broker_connection",
         "registering",
         "loading",
         "evicting",

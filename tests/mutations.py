@@ -336,7 +336,7 @@ MUTATIONS = [
     Mutation(
         "weights are mapped as writable",
         "csrc/model/mapping.cpp",
-        "layer.model->writable ? Access::read_write : Access::read",
+        "model.writable ? Access::read_write : Access::read",
         "Access::read_write",
         "runtime/test_bad_input.py::test_an_in_place_write_to_weights_faults",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from warmserve_rt.core.broker import Broker
 from warmserve_rt.core.lease import Lease
 from warmserve_rt.core.loading import BACKGROUND, FOREGROUND
 from warmserve_rt.core.model import Model
@@ -25,6 +26,7 @@ from ._errors import (
 __all__ = [
     "BACKGROUND",
     "FOREGROUND",
+    "Broker",
     "Busy",
     "Cancelled",
     "CorruptCheckpoint",

@@ -251,6 +251,23 @@ void bind_handles(py::module_& m) {
           },
           py::arg("stream"))
       .def("release", &PyLease::release);
+  // The first lines of acquire() run with the GIL, because giving it up takes longer than they do.
+  const auto acquire = [](PyGuard& self) {
+    if (self.guard->try_acquire()) return;
+    const py::gil_scoped_release release;
+    self.guard->acquire(deadline(self.timeout), check_signals);
+  };
+  py::class_<PyGuard>(m, "Guard")
+      .def("acquire", acquire)
+      .def("release", [](PyGuard& self) { self.guard->release(); })
+      .def("__enter__",
+           [acquire](py::object self) {
+             acquire(self.cast<PyGuard&>());
+             return self;
+           })
+      .def("__exit__", [](PyGuard& self, const py::handle&, const py::handle&,
+                          const py::handle&) { self.guard->release(); })
+      .def_property_readonly("holds", [](const PyGuard& self) { return self.guard->holds(); });
   py::class_<PyPass>(m, "Pass")
       .def_readonly("complete", &PyPass::complete)
       .def_readonly("lease_epoch", &PyPass::lease_epoch)

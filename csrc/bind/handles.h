@@ -5,10 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "runtime/guard.h"
 #include "runtime/runtime.h"
 
 namespace warmserve {
@@ -37,6 +39,11 @@ struct PyLease {
     if (!lease) throw Error(ErrorKind::stale_view, "the lease was released");
     return lease;
   }
+};
+struct PyGuard {
+  RuntimePtr runtime;
+  std::unique_ptr<Guard> guard;
+  std::optional<double> timeout;
 };
 struct PyPass {
   PyLease lease;

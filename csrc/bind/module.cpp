@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "base/os_failure.h"
+#include "bind/broker.h"
 #include "bind/drivers.h"
 #include "bind/handles.h"
 #include "bind/header.h"
@@ -164,7 +165,8 @@ void bind_runtime(py::module_& m) {
                       std::uint64_t host_cache, std::uint64_t granule, std::uint64_t chunk,
                       std::uint64_t headroom, unsigned loaders, double staging_timeout, bool poison,
                       bool fence_device, double background_share, std::uint64_t read_bandwidth,
-                      const std::vector<std::shared_ptr<Driver>>& peers) {
+                      const std::vector<std::shared_ptr<Driver>>& peers,
+                      std::shared_ptr<BrokerConnection> broker) {
             const py::gil_scoped_release release;
             const RuntimePtr runtime = Runtime::make(
                 std::move(driver),
@@ -180,7 +182,8 @@ void bind_runtime(py::module_& m) {
                  .poison = poison,
                  .fence_device = fence_device,
                  .background_share = background_share,
-                 .read_bandwidth = read_bandwidth});
+                 .read_bandwidth = read_bandwidth,
+                 .broker = std::move(broker)});
             for (const auto& peer : peers)
               runtime->add_route(
                   make_peer_route(std::make_shared<Device>(peer), *runtime->device(), chunk));
@@ -190,7 +193,7 @@ void bind_runtime(py::module_& m) {
           py::arg("host_cache"), py::arg("granule"), py::arg("chunk"), py::arg("headroom"),
           py::arg("loaders"), py::arg("staging_timeout"), py::arg("poison"),
           py::arg("fence_device"), py::arg("background_share"), py::arg("read_bandwidth"),
-          py::arg("peers"))
+          py::arg("peers"), py::arg("broker") = nullptr)
       .def("register", &register_model<Layout>, py::arg("name"), py::arg("files"),
            py::arg("layers"), py::arg("writable"), py::arg("checks") = Checks())
       .def("register", &register_model<std::vector<LayerTuple>>, py::arg("name"), py::arg("files"),
@@ -276,6 +279,14 @@ void bind_runtime(py::module_& m) {
           },
           py::arg("models"), py::arg("owner"), py::arg("layers") = py::none())
       .def(
+          "guard",
+          [](const RuntimePtr& self, const PyModel& model, const Layers& layers,
+             std::optional<double> timeout) {
+            reservation_of(model);
+            return PyGuard{self, std::make_unique<Guard>(*self, select(model, layers)), timeout};
+          },
+          py::arg("model"), py::arg("layers"), py::arg("timeout"))
+      .def(
           "read_back",
           [](Runtime& self, const PyModel& model, std::uint32_t layer, const py::buffer& out) {
             const py::buffer_info info = out.request(true);
@@ -341,6 +352,7 @@ PYBIND11_MODULE(_native, m) {
   bind_handles(m);
   bind_headers(m);
   bind_state(m);
+  bind_broker(m);
   bind_runtime(m);
   bind_kernels(m);
   m.def("process_exits", &Device::process_exits,

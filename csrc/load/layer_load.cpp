@@ -22,6 +22,8 @@ void LayerLoad::restart() {
   sums.clear();
   image.reset();
   cached = false;
+  request = 0;
+  request_leases = request_cancelled = false;
 }
 
 void LayerLoad::check() const {

@@ -61,6 +61,9 @@ struct LayerLoad {
   std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
   HostImagePtr image{};               // host memory that the copies read; null: staging chunks
   bool cached = false;                // the image has the bytes already: no file is read
+  std::uint64_t request = 0;          // of a client: its request to the broker while `starting`
+  bool request_leases = false;        // the request is for a lease
+  bool request_cancelled = false;     // the broker was told that the layer is unwanted
   Next listed = Next::none;           // the list of LoadQueue that contains the load
 
   // Returns the ticket of the highest rank. Precondition: `tickets` is not empty.
@@ -75,6 +78,8 @@ struct LayerLoad {
   }
   Next next() const noexcept {
     if (phase == Phase::queued) return Next::start;
+    if (phase == Phase::starting && request && tickets.empty() && !request_cancelled)
+      return Next::undo;
     if (phase != Phase::copying && phase != Phase::arriving) return Next::none;
     if (unwanted()) return Next::undo;
     return begin < span ? Next::copy : Next::none;

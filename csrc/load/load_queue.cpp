@@ -10,25 +10,38 @@ void LoadQueue::add(const Lock& lock, const TicketPtr& ticket) {
     wanted.for_each([&](Layer& layer) {
       const bool to_host = ticket->to_host;
       if (to_host ? layer.image || !layer.bytes : layer.residency == Residency::resident) return;
-      LayerLoad*& slot = load_of(layer, to_host);
-      if (!slot) {
-        const std::uint64_t span =
-            to_host ? layer.bytes : layer.granules_needed * state_.arena.granule_bytes();
-        const Rank rank{ticket->priority, ticket->deadline, sequence_++};
-        auto made =
-            std::make_unique<LayerLoad>(LayerLoad{&layer, wanted.model, span, rank, to_host});
-        slot = made.get();
-        order_.emplace(rank, std::move(made));
-      }
-      LayerLoad& load = *slot;
-      if (load.tickets.empty()) ++load.generation;
-      load.tickets.push_back(ticket);
-      rerank(load);
-      relist(lock, load);
-      ticket->loads.insert(&load);
-      ticket->bytes_total += load.span;
-      ticket->bytes_done += load.done;
+      join(lock, ticket, layer, wanted.model);
     });
+}
+
+void LoadQueue::add_again(const Lock& lock, const TicketPtr& ticket, Layer& layer,
+                          const ModelPtr& model) {
+  const std::uint64_t span = layer.granules_needed * state_.arena.granule_bytes();
+  ticket->bytes_total -= span;  // join() counts it again
+  ticket->bytes_done -= span;
+  join(lock, ticket, layer, model);
+}
+
+// Adds the ticket to the layer's load, which is made if there is none.
+void LoadQueue::join(const Lock& lock, const TicketPtr& ticket, Layer& layer,
+                     const ModelPtr& model) {
+  LayerLoad*& slot = load_of(layer, ticket->to_host);
+  if (!slot) {
+    const std::uint64_t span =
+        ticket->to_host ? layer.bytes : layer.granules_needed * state_.arena.granule_bytes();
+    const Rank rank{ticket->priority, ticket->deadline, sequence_++};
+    auto made = std::make_unique<LayerLoad>(LayerLoad{&layer, model, span, rank, ticket->to_host});
+    slot = made.get();
+    order_.emplace(rank, std::move(made));
+  }
+  LayerLoad& load = *slot;
+  if (load.tickets.empty()) ++load.generation;
+  load.tickets.push_back(ticket);
+  rerank(load);
+  relist(lock, load);
+  ticket->loads.insert(&load);
+  ticket->bytes_total += load.span;
+  ticket->bytes_done += load.done;
 }
 
 // A load that has become more urgent is placed behind the loads that already have that urgency, so
@@ -127,6 +140,12 @@ std::uint64_t LoadQueue::granules_queued(const Lock&) const {
   for (const auto& [rank, load] : list(LayerLoad::Next::start))
     if (!load->to_host) granules += load->layer->granules_needed;
   return granules;
+}
+
+std::vector<LayerLoad*> LoadQueue::with_next(const Lock&, LayerLoad::Next next) const {
+  std::vector<LayerLoad*> loads;
+  for (const auto& [rank, load] : list(next)) loads.push_back(load);
+  return loads;
 }
 
 LayerLoad* LoadQueue::first_behind(const std::optional<Rank>& before, const Turn& turn,

@@ -23,6 +23,8 @@ class LoadQueue {
 
   // Adds the ticket to the loads of the layers that it wants and that are not resident.
   void add(const Lock& lock, const TicketPtr& ticket);
+  // Adds the ticket to the load of a layer that it wants, that was resident, and that it has lost.
+  void add_again(const Lock& lock, const TicketPtr& ticket, Layer& layer, const ModelPtr& model);
   // Ends the ticket with `why`. Layers that no other ticket wants are cancelled; layers that have
   // arrived stay.
   void drop(const Lock& lock, const TicketPtr& ticket, std::exception_ptr why);
@@ -48,6 +50,8 @@ class LoadQueue {
   // Returns the granules that the queued loads need; these loads have none yet.
   std::uint64_t granules_queued(const Lock&) const;
 
+  // Returns the loads whose next step this is, in order.
+  std::vector<LayerLoad*> with_next(const Lock&, LayerLoad::Next next) const;
   // Counts bytes of the load that were handed to a loader.
   void handed_out(const Lock&, const LayerLoad& load, std::uint64_t bytes);
   enum class Visited { worked, cannot, no_room };
@@ -73,6 +77,7 @@ class LoadQueue {
     return to_host ? layer.host_load : layer.load;
   }
   void unlist(LayerLoad& load);
+  void join(const Lock& lock, const TicketPtr& ticket, Layer& layer, const ModelPtr& model);
   void rerank(LayerLoad& load);
   // Returns the first load behind `before` that has a turn; null if no load has one.
   LayerLoad* first_behind(const std::optional<Rank>& before, const Turn& turn,

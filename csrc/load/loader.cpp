@@ -20,7 +20,8 @@ Loader::Loader(SharedState& state, StagingPool& staging, HostCache& host_cache,
       queue_(state, options.background_share),
       pace_(options.read_bandwidth) {
   try {
-    for (unsigned i = 0; i < options.loaders; ++i) threads_.emplace_back(&Loader::run, this);
+    const unsigned threads = state.broker ? 0 : options.loaders;
+    for (unsigned i = 0; i < threads; ++i) threads_.emplace_back(&Loader::run, this);
   } catch (const std::system_error& error) {
     stop();
     throw Error(ErrorKind::general, os_failure("starting a thread for a loader",
@@ -58,6 +59,7 @@ void Loader::run() {
 }
 
 bool Loader::step() {
+  if (state_.broker) return state_.broker->step();
   Lock lock = state_.lock();
   return step_once(lock);
 }
@@ -65,6 +67,10 @@ bool Loader::step() {
 void Loader::request(const Lock& lock, const TicketPtr& ticket) {
   queue_.add(lock, ticket);
   if (ticket->loads.empty()) finish_ticket(lock, ticket);
+  if (state_.broker) {
+    ask_for_lease(lock, *ticket);
+    ask_broker(lock);
+  }
   state_.wake();
 }
 
@@ -205,7 +211,8 @@ void Loader::map(Lock& lock, LayerLoad& load) {
   lock.unlock();
   std::exception_ptr error;
   try {
-    map_layer(state_.arena, *load.layer);
+    Layer* const layer = load.layer;
+    map_layers(state_.arena, std::span(&layer, 1));
   } catch (...) {
     error = std::current_exception();
   }

@@ -8,6 +8,9 @@
 // A load to the host cache takes an image instead of granules, and nothing is mapped.
 //
 // With pump there are no loader threads; only step() makes progress.
+//
+// A client of a broker has no loader threads either: its loads are requests to the broker, and the
+// thread that reads the broker's answers ends them.
 #pragma once
 
 #include <deque>
@@ -44,7 +47,9 @@ class Loader {
   Loader(const Loader&) = delete;
 
   // Returns true if there are no loader threads: waiters must call step().
-  bool pump(const Lock&) const noexcept { return pump_; }
+  bool pump(const Lock&) const noexcept {
+    return state_.broker ? !state_.broker->has_thread() : pump_;
+  }
 
   // Queues loads of the layers that the ticket wants and that are not resident; joins loads that
   // exist. The ticket is done when all these layers are resident and the model that it swaps out is
@@ -81,6 +86,35 @@ class Loader {
   void add_route(const RoutePtr& route) { copy_engine_.add_route(route); }
   void drop_route(const std::string& name) { copy_engine_.drop_route(name); }
   std::vector<RouteState> routes() { return copy_engine_.routes(); }
+
+  // For a client: sends a request for each queued load, and cancels requests that no ticket wants.
+  // Expires tickets. Wait-free.
+  void ask_broker(const Lock& lock);
+  // For a client: asks again for layers that the ticket, a lease, wants and that were asked for
+  // less urgently.
+  void ask_for_lease(const Lock& lock, const Ticket& ticket);
+  struct Arrival {
+    std::uint32_t layer;
+    std::vector<SharedGranule> granules;
+  };
+  // For a client: maps layers whose granules the broker has filled, and completes their loads.
+  // Returns the layers that no load waits for, which are not mapped. Drops the lock. Blocks.
+  std::vector<std::uint32_t> arrive(Lock& lock, Model& model, std::span<const Arrival> arrivals);
+  // For a client: ends the load of a layer for which the broker has answered this request with an
+  // error.
+  void refuse(const Lock& lock, Layer& layer, std::uint64_t request, std::exception_ptr error);
+  // For a client: ends all loads that wait for the broker.
+  void refuse_all(const Lock& lock, std::exception_ptr error);
+  // For a client: loads a layer again that a ticket has lost before it was done.
+  void want_again(const Lock& lock, const TicketPtr& ticket, Layer& layer, const ModelPtr& model) {
+    queue_.add_again(lock, ticket, layer, model);
+  }
+  // For a client: queues the loads again that wait for a broker that has ended.
+  void ask_again(const Lock& lock);
+  // Evicts a model that a ticket swaps out, if one can be evicted now, and finishes the ticket.
+  // Returns false if there is none. Drops the lock. Blocks.
+  bool finish_swap(Lock& lock);
+  Deadline next_deadline(const Lock&) const { return queue_.next_deadline(); }
 
   // Does one step: loads one chunk of a load, starts or undoes a load, accounts for copies, or
   // evicts a model that is swapped out. Returns false if no step is possible now. Blocks until the
@@ -122,8 +156,10 @@ class Loader {
   void abandon(const Lock& lock, LayerLoad& load, Verdict why);
   void fail(const Lock& lock, LayerLoad& load, std::exception_ptr error);
   void on_error(const Lock& lock, LayerLoad& load, unsigned generation, std::exception_ptr error);
+  void send_want(const Lock& lock, const Model& model, const Ticket& ticket,
+                 const std::vector<LayerLoad*>& loads);
+  void end_arrival(Lock& lock, LayerLoad& load, std::exception_ptr error);
   void finish_ticket(const Lock& lock, const TicketPtr& ticket);
-  bool finish_swap(Lock& lock);
 
   SharedState& state_;
   HostCache& host_cache_;

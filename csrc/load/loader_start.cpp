@@ -54,7 +54,7 @@ Loader::Room Loader::find_room(const Lock& lock, LayerLoad& load, std::vector<La
   }
   victims = state_.choose_victims(lock, need - have, spared, first);
   if (!victims.empty()) return Room::enough;
-  bool coming = state_.granules_in_hand > 0 || state_.busy_layers > 0;
+  bool coming = state_.granules_in_hand > 0 || state_.busy_layers > 0 || state_.held_by_clients > 0;
   for (Layer* layer : state_.filling) {
     ++state_.counters.layers_examined;
     if (layer->held() || ticket.wants_layer(*layer)) continue;
@@ -85,6 +85,7 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
   queue_.relist(lock, load);
   std::exception_ptr error;
   bool gave_up = false;  // remembered: a ticket may join the load before the lock is taken again
+  bool held_by_client = false;
   try {
     const Poll poll = [&] {
       const Lock relock = state_.lock();
@@ -104,6 +105,9 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
     const auto own = granules.begin() + static_cast<std::ptrdiff_t>(need);
     layer.granules.assign(granules.begin(), own);
     granules.erase(granules.begin(), own);
+  } catch (const HeldByClient&) {  // the load starts again, and evicts other layers
+    held_by_client = true;
+    error = std::current_exception();
   } catch (...) {
     error = std::current_exception();
   }
@@ -115,7 +119,7 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
   arena.give(granules);
   arena.return_trimmed(fresh);
   if (error) {
-    if (!gave_up) fail(lock, load, error);
+    if (!gave_up && !held_by_client) fail(lock, load, error);
     undo(lock, load);
   } else if (load.span == 0) {
     complete(lock, load);

@@ -32,12 +32,17 @@ Arena::Arena(DevicePtr device, const Options& options)
     : device_(std::move(device)),
       granule_bytes_(options.granule_bytes),
       headroom_bytes_(options.headroom_bytes),
-      capacity_(checked_capacity(*device_, options)) {
+      capacity_(checked_capacity(*device_, options)),
+      imported_(options.imported) {
+  pool_ = trimmed_ = GranulePool(capacity_);
+  slots_.resize(capacity_);
+  if (imported_) {  // any id can be taken, and gets its granule from import()
+    give_all();
+    return;
+  }
   // Checked before anything is allocated: populating more memory than is available would not fail
   // but start the OOM killer.
   require_memory(budget(), "an arena of " + format_bytes(budget()));
-  pool_ = trimmed_ = GranulePool(capacity_);
-  slots_.resize(capacity_);
   if (!device_->facts().host_view) window_ = reserve(budget());
   make_all();
   if (options.poison) make_poison();
@@ -57,9 +62,7 @@ void Arena::require_memory(std::uint64_t bytes, const std::string& what) const {
 
 // Another process may take memory meanwhile, so the error names the bytes requested and free.
 void Arena::make_all() {
-  std::vector<GranuleId> all(capacity_);
-  std::iota(all.begin(), all.end(), 0);
-  for (const GranuleId id : all) try {
+  for (GranuleId id = 0; id < capacity_; ++id) try {
       make(id);
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::out_of_device_memory) throw;
@@ -72,7 +75,17 @@ void Arena::make_all() {
                       format_bytes(available) + " free of " + format_bytes(total) +
                       " after they were released");
     }
+  give_all();
+}
+
+void Arena::give_all() {
+  std::vector<GranuleId> all(capacity_);
+  std::iota(all.begin(), all.end(), 0);
   pool_.give(all);
+}
+
+void Arena::import(GranuleId id, const SharedGranule& shared) {
+  slots_[id].granule.emplace(device_, shared, granule_bytes_);
 }
 
 void Arena::create(GranuleId id) {
@@ -113,6 +126,7 @@ void Arena::drop_window(Slot& slot) noexcept {
 std::size_t Arena::destroy(std::span<const GranuleId> ids) noexcept {
   for (std::size_t done = 0; done < ids.size(); ++done) {
     Slot& slot = slots_[ids[done]];
+    if (!slot.granule) continue;  // its import failed
     // The release comes before the unmap: the memory lives on while the window maps it, so a
     // granule whose release is refused stays intact.
     try {
@@ -154,8 +168,9 @@ void Arena::check_invariants() const {
   for (GranuleId id = 0; id < capacity_; ++id) {
     if (!pool_.is_free(id)) continue;
     ++free;
-    if (!slots_[id].granule || (window_ && !slots_[id].window))
-      throw Error(ErrorKind::general, "free granule " + std::to_string(id) + " has no memory");
+    if (slots_[id].granule.has_value() == imported_ || (window_ && !slots_[id].window))
+      throw Error(ErrorKind::general, "free granule " + std::to_string(id) +
+                                          " has no memory, or still has another process's");
   }
   if (free != pool_.free_count())
     throw Error(ErrorKind::general, "the count of free granules is wrong");

@@ -26,6 +26,7 @@ class Arena {
     std::uint64_t granule_bytes = 0;
     std::uint64_t headroom_bytes = 0;  // device memory that the arena leaves free
     bool poison = false;
+    bool imported = false;  // the granules are another process's; import() fills the slots
   };
   // Throws invalid_argument; out_of_device_memory, with the bytes available and requested, if the
   // device has too little memory. After a throw no granule is left. Blocks.
@@ -54,6 +55,9 @@ class Arena {
   // Creates the granule of a claimed id. Throws out_of_device_memory, also if it would cut into the
   // headroom. Strong. Blocks.
   void create(GranuleId id);
+  // Imports the granule of a taken id from another process. Strong. Precondition:
+  // Options::imported, and the id has no granule.
+  void import(GranuleId id, const SharedGranule& shared);
   // Releases taken granules to the driver, in order, and returns how many. Stops at the first one
   // that the driver refuses to release, which stays usable. Blocks.
   std::size_t destroy(std::span<const GranuleId> ids) noexcept;
@@ -65,6 +69,7 @@ class Arena {
   ReservationPtr reserve(std::uint64_t bytes) const {
     return std::make_shared<Reservation>(device_, bytes);
   }
+  ExportedGranule exported(GranuleId id) const { return slots_[id].granule->exported(); }
   Handle handle(GranuleId id) const noexcept { return slots_[id].granule->handle(); }
   // Returns the address at which the CPU writes a granule; null if it has no access, and then
   // copies to window() fill the granule.
@@ -83,12 +88,14 @@ class Arena {
   void require_memory(std::uint64_t bytes, const std::string& what) const;
   void make(GranuleId id);
   void make_all();
+  void give_all();
   static void drop_window(Slot& slot) noexcept;
   void make_poison();
 
   DevicePtr device_;
   const std::uint64_t granule_bytes_, headroom_bytes_;
   const std::uint32_t capacity_;
+  const bool imported_;
   GranulePool pool_;
   GranulePool trimmed_;  // ids without a granule
   // Maps every granule, writable, at index x granule_bytes. The models' own addresses are

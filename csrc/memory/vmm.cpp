@@ -145,8 +145,31 @@ Mapping::~Mapping() {
                      bytes = bytes_](Driver& driver) { return driver.unmap(address, bytes); });
 }
 void Mapping::set_access(Access access) {
-  reservation_->device()->call(Primitive::set_access, &Driver::set_access, address_, bytes_,
-                               access);
+  Mapping* self = this;
+  set_access_together(std::span(&self, 1), access);
+}
+void Mapping::set_access_together(std::span<Mapping* const> adjacent, Access access) {
+  const Mapping& first = *adjacent.front();
+  const Mapping& last = *adjacent.back();
+  first.reservation_->device()->call(Primitive::set_access, &Driver::set_access, first.address_,
+                                     last.address_ + last.bytes_ - first.address_, access);
+}
+std::vector<Mapping> Mapping::map_together(const ReservationPtr& reservation, std::uint64_t offset,
+                                           std::span<const std::vector<Handle>> ranges,
+                                           std::uint64_t granule_bytes) {
+  std::vector<Handle> all;
+  for (const std::vector<Handle>& range : ranges) all.insert(all.end(), range.begin(), range.end());
+  std::vector<Mapping> mappings;
+  mappings.reserve(ranges.size());
+  Mapping whole(reservation, offset, all, granule_bytes);
+
+  whole.reservation_.reset();  // the mappings of the ranges own it from here on
+  Address at = whole.address_;
+  for (const std::vector<Handle>& range : ranges) {
+    mappings.push_back(Mapping(reservation, at, range.size() * granule_bytes, Mapped()));
+    at += mappings.back().bytes_;
+  }
+  return mappings;
 }
 void Mapping::unmap() {
   Mapping* self = this;

@@ -165,11 +165,21 @@ class Mapping {
   // Both are strong: if one throws, the mapping is unchanged. unmap() succeeds on a lost device.
   void set_access(Access access);
   void unmap();
-  // Unmaps adjacent mappings by one driver call. Strong.
+  // Maps the granules of adjacent ranges, the first at `offset`, by one driver call. Returns a
+  // mapping for each range. Strong.
+  static std::vector<Mapping> map_together(const ReservationPtr& reservation, std::uint64_t offset,
+                                           std::span<const std::vector<Handle>> ranges,
+                                           std::uint64_t granule_bytes);
+  // Sets the access of adjacent mappings, or unmaps them, by one driver call. Strong.
   // Precondition: they are adjacent mappings of one reservation, in ascending order.
+  static void set_access_together(std::span<Mapping* const> adjacent, Access access);
   static void unmap_together(std::span<Mapping* const> adjacent);
 
  private:
+  struct Mapped {};
+  Mapping(ReservationPtr reservation, Address address, std::uint64_t bytes, Mapped) noexcept
+      : reservation_(std::move(reservation)), address_(address), bytes_(bytes) {}
+
   ReservationPtr reservation_;  // null: unmapped, or moved from
   Address address_;
   std::uint64_t bytes_;

@@ -25,6 +25,10 @@ class LayerSet {
     if (other.words_.size() > words_.size()) words_.resize(other.words_.size());
     for (std::size_t i = 0; i < other.words_.size(); ++i) words_[i] |= other.words_[i];
   }
+  void remove(const LayerSet& other) noexcept {
+    for (std::size_t i = 0; i < words_.size() && i < other.words_.size(); ++i)
+      words_[i] &= ~other.words_[i];
+  }
   bool contains(std::uint32_t index) const noexcept {
     return index / 64 < words_.size() && (words_[index / 64] >> (index % 64) & 1);
   }

@@ -76,27 +76,44 @@ void synchronize_unless_lost(Device& device) {
 
 }  // namespace
 
-void map_layer(const Arena& arena, Layer& layer) {
-  if (layer.granules.empty()) return;
-  if (layer.poison) {
-    layer.poison->unmap();
-    layer.poison.reset();
+void map_layers(const Arena& arena, std::span<Layer* const> layers) {
+  for (auto first = layers.begin(); first != layers.end();) {
+    std::vector<Layer*> run;
+    std::vector<std::vector<Handle>> handles;
+    std::uint64_t end = (*first)->offset;
+    for (; first != layers.end() && (*first)->offset == end; ++first) {
+      Layer& layer = **first;
+      if (layer.granules.empty()) continue;
+      if (layer.poison) {
+        layer.poison->unmap();
+        layer.poison.reset();
+      }
+      run.push_back(&layer);
+      for (std::vector<Handle>& own = handles.emplace_back(); const GranuleId id : layer.granules)
+        own.push_back(arena.handle(id));
+      end += layer.granules.size() * arena.granule_bytes();
+    }
+    if (run.empty()) continue;
+    const Model& model = *run.front()->model;
+    std::vector<Mapping> mappings = Mapping::map_together(model.reservation, run.front()->offset,
+                                                          handles, arena.granule_bytes());
+    std::vector<Mapping*> mapped;
+    for (std::size_t i = 0; i < run.size(); ++i)
+      mapped.push_back(&run[i]->mapping.emplace(std::move(mappings[i])));
+    Mapping::set_access_together(mapped, model.writable ? Access::read_write : Access::read);
   }
-  std::vector<Handle> handles;
-  for (const GranuleId id : layer.granules) handles.push_back(arena.handle(id));
-  Mapping mapping(layer.model->reservation, layer.offset, handles, arena.granule_bytes());
-  layer.mapping.emplace(std::move(mapping));
-  layer.mapping->set_access(layer.model->writable ? Access::read_write : Access::read);
 }
 
 void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers, Deadline deadline,
                      const Poll& poll, std::vector<GranuleId>& freed) {
   auto fences = fences_of(lock, layers);
+  const std::shared_ptr<Clients> clients = state.clients;
   lock.unlock();
   std::exception_ptr error;
   try {
     for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
     if (state.fence_device) synchronize_unless_lost(*state.arena.device());
+    if (clients) clients->revoke(layers, poll);
     for (const auto& run : adjacent_runs(layers)) unmap_layers(state.arena, run);
     lock.lock();
     std::set<Model*> models;
@@ -109,6 +126,12 @@ void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers,
   } catch (...) {
     error = std::current_exception();
   }
+  if (state.broker) {
+    std::vector<Layer*> unmapped;
+    for (Layer* layer : layers)
+      if (!layer->mapping && !layer->granules.empty()) unmapped.push_back(layer);
+    state.broker->unmapped(unmapped);
+  }
   fences.clear();  // without the lock: dropping the last reference to a stream waits for its work
   lock.lock();
   for (Layer* layer : layers) {
@@ -117,9 +140,9 @@ void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers,
       freed.insert(freed.end(), layer->granules.begin(), layer->granules.end());
       layer->granules.clear();
       if (!layer->unmap_failed) ++state.counters.layers_evicted;
-      state.transition(lock, *layer, Residency::absent);
+      state.transition_quietly(lock, *layer, Residency::absent);
     } else if (!layer->unmap_failed) {
-      state.transition(lock, *layer, Residency::resident);
+      state.transition_quietly(lock, *layer, Residency::resident);
     }
   }
   state.wake();

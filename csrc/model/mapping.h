@@ -5,9 +5,10 @@
 
 namespace warmserve {
 
-// Maps layer.granules and sets their access. Called without the lock. A throw may leave a mapping
-// without access, which drain_and_unmap() removes.
-void map_layer(const Arena& arena, Layer& layer);
+// Maps the granules of layers of one model, in ascending order, and sets their access. One driver
+// call maps adjacent layers. Called without the lock. After a throw some layers may be mapped,
+// perhaps without access, which drain_and_unmap() undoes.
+void map_layers(const Arena& arena, std::span<Layer* const> layers);
 
 // Waits for the fences on the layers, then unmaps the layers. Drops the lock meanwhile. Afterwards
 // no layer is busy. Each layer is absent, with its granules added to `freed`; or, if the wait

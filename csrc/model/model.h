@@ -49,6 +49,7 @@ struct Layer {
   Residency residency = Residency::absent;
   bool busy = false;          // a thread works on the layer without the lock
   bool unmap_failed = false;  // its bytes are invalid too: it can only be drained again
+  bool revoked = false;       // the broker wants it back: unmapped as soon as nothing holds it
   std::uint32_t holds = 0;    // leases and passes on it, except those on the whole model
   std::uint32_t passes = 0;   // the passes among `holds`
   double keep_value = 0;
@@ -78,6 +79,8 @@ struct Model {
   std::string name;
   const void* runtime = nullptr;  // its runtime; compared, never dereferenced
   std::uint64_t id = 0;
+  // The model's number at the broker, in a client. 0: the broker does not have it.
+  std::atomic<std::uint64_t> broker_id{0};
   bool writable = false;
   std::vector<File> files;
   std::deque<Layer> layers;    // in execution order; their addresses never change
@@ -100,6 +103,7 @@ struct Model {
   std::uint64_t granules_held = 0;  // granules of those layers
   std::uint32_t layers_leased = 0;  // layers with a lease among Layer::holds
   std::uint32_t missing = 0;        // layers that are not resident
+  std::uint32_t revoked = 0;        // layers with Layer::revoked
   std::uint64_t last_use = 0;       // the runtime's logical clock
   std::vector<Use> uses;
   std::map<CandidateKey, Layer*> candidates;  // for eviction, in order

@@ -27,7 +27,7 @@ std::vector<Holder> SharedState::holders(const Lock&) const {
   return holders;
 }
 
-void SharedState::transition(const Lock&, Layer& layer, Residency to) {
+void SharedState::transition_quietly(const Lock&, Layer& layer, Residency to) {
   using enum Residency;
   const Residency from = layer.residency;
   const bool legal = (from == absent && to == filling) || (from == filling && to == resident) ||
@@ -45,11 +45,11 @@ void SharedState::transition(const Lock&, Layer& layer, Residency to) {
     epochs.signal();
   }
   if (to == absent) layer.unmap_failed = false;
+  if (to == absent && std::exchange(layer.revoked, false)) --layer.model->revoked;
   layer.residency = to;
   if (from == filling) this->filling.erase(&layer);
   if (to == filling) this->filling.insert(&layer);
   EvictionOrder::update(layer);
-  wake();
 }
 
 void SharedState::hold(const Lock&, const Selection& selection, bool pass) {
@@ -76,7 +76,7 @@ void SharedState::hold(const Lock&, const Selection& selection, bool pass) {
   model.last_use = ++clock;
 }
 
-void SharedState::unhold(const Lock&, const Selection& selection, bool pass) {
+void SharedState::unhold(const Lock& lock, const Selection& selection, bool pass) {
   Model& model = *selection.model;
   if (!selection.whole) {
     selection.for_each([&](Layer& layer) {
@@ -99,6 +99,7 @@ void SharedState::unhold(const Lock&, const Selection& selection, bool pass) {
     --model.leases;
     ++model.lease_epoch;
   }
+  if (model.revoked) give_up_revoked(lock, model);
   if (room_wanted || release_wanted) wake();
 }
 
@@ -124,9 +125,32 @@ std::vector<Layer*> SharedState::choose_victims(const Lock&, std::uint64_t granu
 
 void SharedState::claim(const Lock& lock, std::span<Layer* const> layers) {
   for (Layer* layer : layers) {
-    if (layer->residency == Residency::resident) transition(lock, *layer, Residency::draining);
+    if (layer->residency == Residency::resident)
+      transition_quietly(lock, *layer, Residency::draining);
     mark_busy(lock, *layer);
   }
+  if (!layers.empty()) wake();
+}
+
+void SharedState::revoke(const Lock& lock, const Selection& selection, const LayerSet& yielded) {
+  selection.for_each([&](Layer& layer) {
+    if (layer.residency == Residency::resident)
+      layer.model->revoked += !std::exchange(layer.revoked, true);
+  });
+  give_up_revoked(lock, *selection.model, yielded);
+}
+
+// The layers change here, before another lease can begin: leases that follow each other closely
+// would otherwise keep them for ever.
+void SharedState::give_up_revoked(const Lock& lock, Model& model, const LayerSet& yielded) {
+  for (Layer& layer : model.layers) {
+    if (layer.held() && !yielded.contains(layer.index)) continue;
+    if (!layer.revoked || layer.busy || layer.residency != Residency::resident) continue;
+    transition_quietly(lock, layer, Residency::draining);
+    mark_busy(lock, layer);
+    given_up.push_back(&layer);
+  }
+  if (!given_up.empty()) wake();
 }
 
 void SharedState::set_keep_value(const Lock&, Layer& layer, double keep_value) {
@@ -190,7 +214,9 @@ void SharedState::check_invariants(const Lock&) const {
   }
   require(busy == busy_layers, "busy layers are counted wrong");
   require(held == held_granules, "held granules are counted wrong");
-  require(held_granules <= arena.capacity(), "more granules are held than the arena has");
+  // A client's use is counted only once an eviction has met it.
+  require(clients || held_granules <= arena.capacity(),
+          "more granules are held than the arena has");
   require(in_motion ? accounted <= arena.capacity() : accounted == arena.capacity(),
           "granules are lost: " + std::to_string(accounted) + " of " +
               std::to_string(arena.capacity()));

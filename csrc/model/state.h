@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string>
@@ -15,6 +16,7 @@
 #include "memory/arena.h"
 #include "model/eviction_order.h"
 #include "model/model.h"
+#include "model/other_processes.h"
 
 namespace warmserve {
 
@@ -65,6 +67,7 @@ class SharedState {
     ++version;
     changed.notify_all();
     work.notify_all();
+    changes.signal();
   }
 
   std::map<std::string, ModelPtr> models;
@@ -73,15 +76,26 @@ class SharedState {
   std::uint64_t busy_layers = 0;
   std::uint64_t held_granules = 0;     // granules of all held layers
   std::uint64_t granules_in_hand = 0;  // taken from the pool by a thread that trims it
+  std::uint64_t held_by_clients = 0;   // leases that stand for the use of clients
   bool room_wanted = false;            // a load waits for layers to become evictable
   unsigned release_wanted = 0;         // evictions waiting for leases to end
   EventFd epochs;                      // signalled when a backing epoch has changed
+  EventFd changes;                     // signalled by wake(), for a thread that waits on sockets
+  std::shared_ptr<Clients> clients;    // of a broker
+  Broker* broker = nullptr;            // of a client; set at construction
+  std::vector<Layer*> given_up;        // revoked layers without holds, to be unmapped; busy
   Counters counters;
 
   std::vector<Holder> holders(const Lock&) const;
 
   // Changes a layer's residency; nothing else does. Throws general on an illegal transition.
-  void transition(const Lock&, Layer& layer, Residency to);
+  void transition(const Lock& lock, Layer& layer, Residency to) {
+    transition_quietly(lock, layer, to);
+    wake();
+  }
+  // The same for one of several layers, after which the caller calls wake() once: a wake of all
+  // waiters for each layer would take longer than the change.
+  void transition_quietly(const Lock&, Layer& layer, Residency to);
 
   // Protects layers from eviction for a lease or a pass, whether or not they are resident.
   void hold(const Lock&, const Selection& selection, bool pass);
@@ -93,6 +107,10 @@ class SharedState {
   std::vector<Layer*> choose_victims(const Lock&, std::uint64_t granules,
                                      const EvictionOrder::Spared& spared, const Model* first);
   void set_keep_value(const Lock&, Layer& layer, double keep_value);
+  // Marks the resident ones of the layers, which the broker wants back, as revoked. Such a layer
+  // joins `given_up` when nothing holds it: now, or at the end of the last lease or pass. A layer
+  // of `yielded` joins it now, although leases hold it that wait.
+  void revoke(const Lock& lock, const Selection& selection, const LayerSet& yielded);
   // Set and clear Layer::busy.
   void mark_busy(const Lock&, Layer& layer);
   void mark_idle(const Lock&, Layer& layer);
@@ -104,6 +122,7 @@ class SharedState {
   void check_invariants(const Lock&) const;
 
  private:
+  void give_up_revoked(const Lock& lock, Model& model, const LayerSet& yielded = {});
   std::mutex mutex_;
 };
 

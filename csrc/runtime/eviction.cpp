@@ -54,6 +54,7 @@ void Runtime::await_users(Lock& lock, const Selection& selection, Deadline deadl
                           const Poll& poll, WaitFor wait_for, const std::function<bool()>& leased,
                           const std::function<bool()>& in_use) {
   const Model& model = *selection.model;
+  recall_guards(lock, &selection);
   const auto refused = [&] {
     return wait_for == WaitFor::none || (wait_for == WaitFor::streams && leased());
   };
@@ -103,6 +104,10 @@ void Runtime::evict(const Selection& selection, Deadline deadline, const Poll& p
   Lock lock = lock_alive();
   check(lock, selection);
   evict_locked(lock, selection, deadline, poll, wait_for);
+  if (!attachment_) return;
+  lock.unlock();
+  attachment_->evict(*selection.model, selection.layers, static_cast<std::uint32_t>(wait_for),
+                     deadline, poll);
 }
 
 void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline deadline,
@@ -144,6 +149,11 @@ void Runtime::evict_locked(Lock& lock, const Selection& selection, Deadline dead
       state_.claim(lock, layers);
       try {
         drain_and_unmap(state_, lock, layers, deadline, poll, freed);
+      } catch (const HeldByClient&) {  // await_users() sees the client's lease
+        if (wait_for != WaitFor::leases_and_streams) {
+          arena_.give(freed);
+          throw;
+        }
       } catch (...) {
         arena_.give(freed);
         throw;
@@ -187,12 +197,20 @@ void Runtime::stop() {
   if (!device_->usable()) return;
   loader_.stop();
   host_slabs_.stop();
+  if (attachment_) attachment_->stop();
 }
 
 void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
   std::vector<Detached> detached;
+  std::shared_ptr<Clients> clients;  // destroyed without the lock
   enter();
   Lock lock = state_.lock();
+  if ((clients = state_.clients)) {
+    lock.unlock();
+    clients->end_holds_if_stopped();
+    lock.lock();
+  }
+  recall_guards(lock, nullptr);
   const auto idle = [&] { return !closing_ && !lease_queue_.active(); };
   do {
     if (!wait_until(lock, deadline, poll, [&] { return !closing_; }))
@@ -234,10 +252,14 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
     loader_.drop_host_layers(lock, model, why);
   }
   loader_.drop_swaps(lock, why);
+  if (attachment_) attachment_->refuse_loads(lock, why);
   lock.unlock();
   loader_.stop();
   host_slabs_.stop();
   lock.lock();
+  // No granule is filled again, and the driver keeps memory that other processes map. So clients
+  // may go on reading theirs.
+  clients = std::exchange(state_.clients, nullptr);
   while (!state_.models.empty()) {
     const ModelPtr model = state_.models.begin()->second;
     evict_locked(lock, model, kNever, poll, WaitFor::streams);
@@ -245,8 +267,13 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
     if (model->registered) detached.push_back(detach(lock, *model));
   }
   wait_until(lock, kNever, poll, [&] { return state_.granules_in_hand == 0; });
+  if (attachment_) {
+    lock.unlock();
+    attachment_->leave();
+    lock.lock();
+  }
   loader_.erase_host_loads(lock);
-  if (arena_.free_count()) trim_locked(lock);
+  if (arena_.free_count() && !attachment_) trim_locked(lock);
   lock.unlock();
   detached.clear();
   readers_.clear();

@@ -151,6 +151,16 @@ void LeaseQueue::remove(const Lock& lock, const LeasePtr& lease) {
   std::erase(passes_, lease);
 }
 
+std::vector<TicketPtr> LeaseQueue::waiting_for(const Lock&, const Layer& layer) const {
+  std::vector<TicketPtr> tickets;
+  for (const Lease* lease : admitted_) {
+    if (!lease->wants_layer(layer)) continue;
+    if (lease->pass || lease->streaming || !lease->ticket || lease->ticket->done) return {};
+    tickets.push_back(lease->ticket);
+  }
+  return tickets;
+}
+
 const Lease* LeaseQueue::failed(const Lock&, const Layer& layer) const {
   for (const Lease* lease : admitted_)
     if (lease->ticket && lease->ticket->error && lease->ticket->wants_layer(layer)) return lease;

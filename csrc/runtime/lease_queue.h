@@ -31,7 +31,9 @@ struct Lease {
   TicketPtr entry;               // done on admission; null: admitted at once
   TicketPtr ticket;  // loads the layers missing on admission; null: no layer was missing
   std::map<const Model*, LayerSet> ordered;  // layers that await_layer() has waited for
-  std::size_t slot = 0;                      // index in LeaseQueue::admitted_
+  // Its layers may be used before all of them are resident.
+  bool streaming = false;
+  std::size_t slot = 0;  // index in LeaseQueue::admitted_
   bool pass = false;
   unsigned depth = 0;                 // of a pass: nested begins that have not ended
   std::vector<TicketPtr> arriving{};  // of a pass: loads of layers that its streams wait for
@@ -81,6 +83,9 @@ class LeaseQueue {
 
   std::size_t active() const noexcept { return admitted_.size(); }  // leases and passes
   std::size_t leases() const noexcept { return admitted_.size() - passes_.size(); }
+  // Returns the tickets of the leases that hold the layer and still wait for other layers, so that
+  // nothing uses it; none if anything else holds it.
+  std::vector<TicketPtr> waiting_for(const Lock&, const Layer& layer) const;
   // Returns an admitted lease on the layer whose load failed; null if no load of it failed.
   const Lease* failed(const Lock&, const Layer& layer) const;
 

@@ -52,7 +52,12 @@ LeasePtr Runtime::begin_lease(std::vector<Selection> wants, std::uint64_t owner)
   lease->owner = owner;
   const Lock lock = lock_alive();
   for (const Selection& wanted : lease->wants) check(lock, wanted);
-  if (lease_queue_.try_admit(lock, lease)) {
+  bool admitted = lease_queue_.try_admit(lock, lease);
+  if (!admitted) {
+    recall_guards(lock, nullptr);
+    admitted = lease_queue_.try_admit(lock, lease);
+  }
+  if (admitted) {
     serve(lock, lease);
   } else {
     lease_queue_.add_waiter(lock, lease);
@@ -76,6 +81,10 @@ LeasePtr Runtime::share_lease(const LeasePtr& lease, std::uint64_t owner) {
 void Runtime::await_lease(const LeasePtr& lease, Deadline deadline, const Poll& poll, bool all) {
   try {
     if (lease->entry) await_entry(lease, deadline, poll);
+    if (!all) {
+      const Lock lock = state_.lock();
+      lease->streaming = true;
+    }
     if (all && lease->ticket) wait(lease->ticket, deadline, poll);
   } catch (...) {
     end_lease(lease);
@@ -252,6 +261,10 @@ void Runtime::forget_past_uses(Model& model) {
 void Runtime::end_lease(const LeasePtr& lease) {
   if (!device_->usable()) return;
   const Lock lock = state_.lock();
+  end_lease(lock, lease);
+}
+
+void Runtime::end_lease(const Lock& lock, const LeasePtr& lease) {
   if (lease->depth > 1) {
     --lease->depth;
     return;

@@ -40,18 +40,25 @@ Runtime::Runtime(DevicePtr device, const RuntimeOptions& options)
       arena_(device_, {.bytes = options.arena_bytes,
                        .granule_bytes = options.granule_bytes,
                        .headroom_bytes = options.headroom_bytes,
-                       .poison = options.poison}),
+                       .poison = options.poison,
+                       .imported = options.broker != nullptr}),
       staging_(device_, options.staging_bytes, options.chunk_bytes),
       host_slabs_(device_, arena_.filled_by_host() ? 0 : options.host_cache_bytes,
                   options.loaders > 0),
       state_(arena_, options.fence_device),
+      attachment_(options.broker ? std::make_unique<Attachment>(state_, options.broker) : nullptr),
       host_cache_(state_, host_slabs_),
       lease_queue_(state_),
       loader_(state_, staging_, host_cache_,
               {.loaders = options.loaders,
                .staging_timeout = options.staging_timeout,
                .background_share = options.background_share,
-               .read_bandwidth = options.read_bandwidth}) {}
+               .read_bandwidth = options.read_bandwidth}) {
+  if (attachment_)
+    attachment_->start(
+        loader_, options.loaders > 0,
+        [this](const Lock& lock, const Selection& wanted) { return give_up(lock, wanted); });
+}
 
 std::shared_ptr<Runtime> Runtime::make(std::shared_ptr<Driver> driver,
                                        const RuntimeOptions& options) {
@@ -71,6 +78,8 @@ Runtime::~Runtime() {
     close(nullptr);
   } catch (...) {  // the destructors of the members free what the device still releases
   }
+  state_.clients.reset();                // its threads use the members, too
+  if (attachment_) attachment_->stop();  // its thread uses members that are destroyed before it
 }
 
 void Runtime::enter() const {
@@ -159,8 +168,17 @@ ModelPtr Runtime::make_model(const std::string& name, std::vector<File> files,
 ModelPtr Runtime::register_model(const std::string& name, std::vector<File> files,
                                  const std::vector<LayerShape>& layers, bool writable,
                                  const Poll& poll) {
+  if (writable) refuse_client("a writable model");
   const ModelPtr model = make_model(name, std::move(files), layers, poll);
   model->writable = writable;
+  if (attachment_) {
+    {
+      const Lock lock = lock_alive();
+      if (state_.models.contains(name))
+        throw Error(ErrorKind::invalid_argument, "a model '" + name + "' is registered already");
+    }
+    attachment_->enroll(model, poll);
+  }
   const Lock lock = lock_alive();
   if (state_.models.contains(name))
     throw Error(ErrorKind::invalid_argument, "a model '" + name + "' is registered already");
@@ -171,6 +189,7 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
 
 void Runtime::reload(const ModelPtr& model, std::vector<File> files,
                      const std::vector<LayerShape>& layers, Deadline deadline, const Poll& poll) {
+  refuse_client("reload()");
   // Declared before the lock, so that the old files, which are swapped into it, are closed without
   // the lock.
   const ModelPtr made = make_model(model->name, std::move(files), layers, poll);
@@ -277,6 +296,8 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
   const Lock lock = lock_alive();
   require_registered(lock, *load);
   require_registered(lock, *evict);
+  const Selection all(evict);
+  recall_guards(lock, &all);
   if (evict->leases + evict->passes) throw Error(ErrorKind::busy, why_busy(*evict));
   require_room(lock, load, ticket->what);
   loader_.drop_layers(lock, evict, cancelled("'" + evict->name + "' was swapped out"));
@@ -286,6 +307,7 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
 }
 
 std::uint64_t Runtime::trim() {
+  refuse_client("trim()");
   Lock lock = lock_alive();
   return trim_locked(lock);
 }
@@ -310,12 +332,14 @@ void Runtime::set_keep_value(const ModelPtr& model, double value) {
   const Lock lock = lock_alive();
   require_registered(lock, *model);
   for (Layer& layer : model->layers) state_.set_keep_value(lock, layer, value);
+  if (attachment_) attachment_->keep(lock, *model);
 }
 
 void Runtime::set_keep_value(const ModelPtr& model, std::uint32_t layer, double value) {
   const Lock lock = lock_alive();
   require_registered(lock, *model);
   state_.set_keep_value(lock, layer_of(*model, layer), value);
+  if (attachment_) attachment_->keep(lock, *model);
 }
 
 void Runtime::set_keep_values(const ModelPtr& model, const std::vector<double>& values) {
@@ -326,6 +350,7 @@ void Runtime::set_keep_values(const ModelPtr& model, const std::vector<double>& 
   const Lock lock = lock_alive();
   require_registered(lock, *model);
   for (Layer& layer : model->layers) state_.set_keep_value(lock, layer, values[layer.index]);
+  if (attachment_) attachment_->keep(lock, *model);
 }
 
 Layer& Runtime::layer_of(Model& model, std::uint32_t index) {

@@ -19,9 +19,12 @@
 #include "memory/host_slabs.h"
 #include "model/host_cache.h"
 #include "model/layer_shape.h"
+#include "runtime/attachment.h"
 #include "runtime/lease_queue.h"
 
 namespace warmserve {
+
+class Guard;
 
 struct RuntimeOptions {
   std::uint64_t arena_bytes = 0, staging_bytes = 0;
@@ -36,6 +39,9 @@ struct RuntimeOptions {
   bool fence_device = false;
   double background_share = 0.05;    // share of the bytes moved while foreground loads wait; [0, 1]
   std::uint64_t read_bandwidth = 0;  // upper limit for all loads, in bytes per second; 0: no limit
+  // The runtime is a client: its layers come from this broker's arena, of this size and these
+  // granules. With loaders = 0 it has no thread.
+  std::shared_ptr<BrokerConnection> broker{};
 };
 
 // Which users of its layers an eviction waits for: held leases, and streams and passes that still
@@ -225,6 +231,33 @@ class Runtime {
   // copy has completed. Throws invalid_argument for an unknown name.
   void drop_route(const std::string& name);
 
+  // For a broker, which serves this runtime's arena to other processes.
+
+  // Makes each eviction ask the clients first. Returns a descriptor that becomes readable when the
+  // state of a layer, a lease or a ticket changes, and stays readable until clear_changes(). Throws
+  // busy if a process still maps layers through an earlier broker.
+  int serve(std::shared_ptr<Clients> clients);
+  void clear_changes();
+  // Returns the model of this name; null if none is registered.
+  ModelPtr find(const std::string& name);
+  struct Granted {
+    std::uint32_t layer;
+    std::vector<GranuleId> granules;
+  };
+  // Returns those of the layers that are resident, and their granules. They may be evicted as soon
+  // as the caller lets an eviction ask it.
+  std::vector<Granted> granted(const Selection& selection);
+  // Exports a granule of a layer that cannot be evicted now.
+  ExportedGranule exported(GranuleId id) const { return arena_.exported(id); }
+  // Returns why the lease or the ticket ended without its layers; null if it did not.
+  std::exception_ptr failure(const LeasePtr& lease);
+  std::exception_ptr failure(const TicketPtr& ticket);
+  // Begins a lease, even if it does not fit, on layers that a client of this number uses.
+  LeasePtr hold_for_client(const Selection& selection, std::uint64_t client);
+  void end_hold(const LeasePtr& lease);
+  // Returns whether leases hold more layers than fit, because of hold_for_client().
+  bool overcommitted();
+
   RuntimeState state();
   bool step();
   void check_invariants();
@@ -238,6 +271,7 @@ class Runtime {
   void close(const Poll& poll, Deadline deadline = kNever, WaitFor wait_for = WaitFor::streams);
 
  private:
+  friend class Guard;
   void enter() const;  // throws in a process other than the one that made the runtime
   Lock lock_open();    // enter(), then locks; throws if closed
   Lock lock_alive();   // lock_open(); throws if the device is lost
@@ -251,6 +285,12 @@ class Runtime {
                       const std::vector<LayerShape>& layers, const Poll& poll) const;
   static Layer& layer_of(Model& model, std::uint32_t index);
   void check(const Lock&, const Selection& selection) const;
+  void refuse_client(const char* operation) const;
+  void end_lease(const Lock& lock, const LeasePtr& lease);
+  // Recalls the guards on any of the layers; all guards if `selection` is null.
+  void recall_guards(const Lock& lock, const Selection* selection);
+  // Gives up layers that the broker wants back. Returns those that leases or passes use.
+  LayerSet give_up(const Lock& lock, const Selection& selection);
   void require_room(const Lock&, const Selection& selection, const std::string& what) const;
   void serve(const Lock& lock, const LeasePtr& lease);
   void forget_past_uses(Model& model);
@@ -275,10 +315,12 @@ class Runtime {
   StagingPool staging_;
   HostSlabs host_slabs_;
   SharedState state_;
+  const std::unique_ptr<Attachment> attachment_;  // of a client
   HostCache host_cache_;
   LeaseQueue lease_queue_;
   Loader loader_;
   std::uint64_t next_id_ = 0;
+  std::vector<Guard*> guards_;  // under the lock
   // Idle readers: as many as calls of read_back() and digest() have run at once. Kept until
   // close().
   std::vector<std::shared_ptr<Reader>> readers_;

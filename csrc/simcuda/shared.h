@@ -19,7 +19,7 @@ struct Range {
   std::uint32_t begin, end;
 };
 
-// What a process must know of an allocation to import it.
+// The facts of an allocation that a process needs to import it.
 struct SharedFacts {
   std::uint64_t bytes, granularity;
   std::uint64_t kept;  // leading bytes of each granule whose content is kept

@@ -101,7 +101,7 @@ TEST(other_files_are_not_imported) {
   CHECK(::ftruncate(foreign, 2 * kGranule) == 0);
   CHECK(!SharedFile::open(foreign));
   const auto file = SharedFile::make(facts());
-  CHECK(::ftruncate(file->descriptor(), 4096) != 0);  // nobody can take its pages away
+  CHECK(::ftruncate(file->descriptor(), 4096) != 0);  // no process can take its pages away
   std::vector<char> header(4096);
   CHECK(::pread(file->descriptor(), header.data(), header.size(), 0) == 4096);
   CHECK(::pwrite(foreign, header.data(), header.size(), 0) == 4096);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from warmserve_rt import _arguments as check
@@ -9,6 +10,7 @@ from warmserve_rt import _native
 from warmserve_rt._log import log
 from warmserve_rt._units import Size, format_bytes, parse_bytes
 
+from .broker_connection import connect
 from .devices import arena_bytes, checked_device, loader_count, usual_granules
 from .routes import Route, open_devices
 from .views import Framework, checked_framework
@@ -36,6 +38,9 @@ def open_runtime(
     tensors: Framework | None,
     driver: _native.Driver | None,
     routes: Sequence[Route],
+    broker: str | os.PathLike[str] | None,
+    broker_timeout: float,
+    name: str | None,
 ) -> tuple[_native.Runtime, str, int, Framework, int, float]:
     """Return the native runtime, its device's name and CUDA ordinal (-1: not CUDA), its tensors'
     framework, its granule's bytes and the largest padding of a layer.
@@ -43,6 +48,22 @@ def open_runtime(
     Arguments and errors are those of :class:`Runtime`.
     """
     device = checked_device(device)
+    connection = None
+    if broker is not None:
+        own = {
+            "arena": arena,
+            "headroom": headroom,
+            "granule": granule,
+            "host_cache": host_cache or None,
+            "poison": poison or None,
+            "routes": routes or None,
+        }
+        for option, value in own.items():
+            if value is not None:
+                raise ValueError(f"{option} must not be given with broker, which owns the arena")
+        if device != "host":
+            raise ValueError(f'device must be "host" with broker, got {device!r}')
+        connection = connect(broker, name, broker_timeout)
     pump, poison = check.flag("pump", pump), check.flag("poison", poison)
     check.choice("fence", fence, ("streams", "device"))
     threads = loader_count(loaders, pump=pump)
@@ -56,6 +77,9 @@ def open_runtime(
     if max_padding is not None:
         max_padding = check.fraction("max_padding", max_padding)
     asked = None if granule is None else parse_bytes(granule, "granule")
+    if connection is not None:
+        asked = connection.granule_bytes
+        arena = connection.granules * connection.granule_bytes
     chunk_bytes = parse_bytes(chunk, "chunk")
     staging_bytes = parse_bytes(staging, "staging", of=_machine_bytes, whole=_MACHINE)
     host_cache_bytes = parse_bytes(host_cache, "host_cache", of=_machine_bytes, whole=_MACHINE)
@@ -95,8 +119,10 @@ def open_runtime(
         background_share=share,
         read_bandwidth=bandwidth,
         peers=peers,
+        broker=connection,
     )
-    log.info("made an arena of %s on %s", format_bytes(total), driver.name)
+    made = "made an arena" if connection is None else f"attached to the arena of {broker}"
+    log.info("%s of %s on %s", made, format_bytes(total), driver.name)
     padding = usual.max_padding if max_padding is None else max_padding
     return native, driver.name, driver.cuda_ordinal, framework, granule_bytes, padding
 

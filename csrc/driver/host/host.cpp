@@ -107,6 +107,7 @@ class HostDriver final : public Driver {
       return refuse(Status::failed, os_failure("open of the arena's memfd, read-only", errno,
                                                OsLimit::descriptors));
     *out = {descriptor, granule->second.offset};
+    granule->second.exported = true;
     return Status::ok;
   }
 
@@ -317,6 +318,7 @@ class HostDriver final : public Driver {
     std::byte* view = nullptr;  // null if imported
     std::uint64_t mappings = 0;
     bool released = false;  // its memory is freed with the last mapping
+    bool exported = false;  // other processes may read it until all have closed the memfd
 
     bool imported() const { return !view; }
   };
@@ -345,7 +347,7 @@ class HostDriver final : public Driver {
     const Granule& gone = granule->second;
     if (gone.imported())
       imports_.remove(gone.file);
-    else if (!slots_.recycle(gone.offset, gone.bytes))
+    else if (!gone.exported && !slots_.recycle(gone.offset, gone.bytes))
       return false;
     granules_.erase(granule);
     return true;
