@@ -18,6 +18,8 @@ from checkpoints import write_model
 from cuda_runtime import SIZES
 from hypothesis import Phase, settings
 
+from processes import SIZES as SHARED_SIZES
+from processes import Processes
 from warmserve_rt import Model, Runtime, _native, testing
 from warmserve_rt.testing.cuda_api import Cuda
 from warmserve_rt.testing.simcuda import SimulatedCuda
@@ -161,3 +163,18 @@ def cuda() -> Iterator[SimulatedCuda]:
 def two_files(tmp_path: Path) -> dict[str, Path]:
     """Return the checkpoints of two models, each with layers of cuda_runtime.SIZES."""
     return {name: write_model(tmp_path / name, name, SIZES) for name in "ab"}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Processes]:
+    """Return the processes of a test of brokers and clients."""
+    made = Processes(tmp_path / "run" / "broker.sock")
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the checkpoints of three models of 4 granules each, for brokers."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_model(folder / name, name, SHARED_SIZES) for name in "abc"}
