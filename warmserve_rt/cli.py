@@ -1,4 +1,4 @@
-"""The command line: ``warmserve-rt demo | live | inspect | size | simulate | cache``.
+"""The command line: ``warmserve-rt demo | live | inspect | size | simulate | cache | memory``.
 
 All commands need typer. demo and live need the extra "demo", simulate and live the extra "sim".
 """
@@ -24,6 +24,7 @@ except ModuleNotFoundError:
 from warmserve_rt.engines.vllm import command as cache
 from warmserve_rt.sim.command import simulate
 
+from . import memory_command
 from ._errors import WarmServeError
 from ._units import parse_bytes
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(simulate)
 app.add_typer(cache.app, name="cache")
+app.add_typer(memory_command.app, name="memory")
 Granule = Annotated[str, typer.Option(help="Bytes of a granule: 2MiB on the host, 16MiB on CUDA.")]
 MaxPadding = Annotated[
     float,

@@ -13,12 +13,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_safetensors
+from checkpoints import content, write_model, write_safetensors
 from documents import ROOT, Block, blocks
 from tiny_transformers import PROMPT, plain, save
 
@@ -206,6 +207,34 @@ def run_vllm(found: list[Block], tmp_path: Path, capfd: Any) -> None:
                 assert ast.literal_eval(called) in methods
                 checked.append("collective_rpc")
     assert checked == ["LLM", "collective_rpc", "collective_rpc"]
+
+
+@runs("processes.md")
+def run_processes(found: list[Block], tmp_path: Path, capfd: Any) -> None:
+    """Run the program of two engines, in an arena that holds one of their models."""
+    engine, program = found
+    assert engine.marker == "engine-example"
+    assert len((engine.code + program.code).splitlines()) <= 60
+    (tmp_path / "engine.py").write_text(engine.code)
+    sizes = [2 << 20, 2 << 20, 5]
+    paths = {name: write_model(tmp_path / name, name, sizes) for name in ("chat", "code")}
+    small = replace(program, code=program.code.replace('arena="8GiB"', 'arena="6MiB"'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        small.run({}, **paths)
+    answers = {
+        name: sum(map(sum, (content(name, i, n) for i, n in enumerate(sizes)))) for name in paths
+    }
+    *turns, chat, code, evicted = capfd.readouterr().out.splitlines()
+    assert turns == [
+        f"{name} answers request {turn}: {answer:g}"
+        for turn in range(3)
+        for name, answer in answers.items()
+    ]
+    nbytes = sum(sizes)
+    assert chat == f"chat 0 of {nbytes} bytes are resident"
+    assert code == f"code {nbytes} of {nbytes} bytes are resident"
+    assert evicted == "15 layers were evicted for each other"
 
 
 @runs("scheduling.md")
