@@ -16,7 +16,8 @@ from warmserve_rt.engines.vllm.options import Options
     [
         (
             {"arenas": "1GiB", 3: 4},
-            "has no option 'arenas', 3; accepted: device, arena, gated, cache, cache_limit$",
+            "has no option 'arenas', 3; accepted: device, arena, broker, gated, cache, "
+            "cache_limit$",
         ),
         (["arena"], r"the options must be a mapping by name, got \['arena'\]"),
         ("arena", "the options must be a mapping by name, got 'arena'"),
@@ -33,6 +34,16 @@ from warmserve_rt.engines.vllm.options import Options
         ({"arena": "much"}, "arena must be .* got 'much'"),
         ({"arena": "101%"}, "arena must be .* got '101%'"),
         ({"arena": ["1GiB"]}, "arena must be"),
+        ({"broker": 1}, "broker must be true or the path of a broker's socket, got 1"),
+        ({"broker": ""}, "broker must be true or the path"),
+        (
+            {"broker": True, "arena": "1GiB"},
+            "arena must be left out with broker, which owns the arena, got '1GiB'",
+        ),
+        (
+            {"broker": "/x", "device": "cuda"},
+            "device must be 'host' with broker, which shares host memory, got 'cuda'",
+        ),
         ({"cache": 3}, "cache must be the path of a folder, got 3"),
         ({"cache": ""}, "cache must be the path of a folder, got ''"),
         ({"cache_limit": True}, "cache_limit must be a number of bytes, .* got True"),
@@ -48,11 +59,31 @@ def test_an_invalid_option_is_refused_in_one_sentence(given: object, complaint: 
 
 
 def test_options_are_taken_as_given_and_none_is_the_default() -> None:
-    assert Options.parse(None) == Options.parse({}) == Options(None, None, False, None, "50%")
+    assert (
+        Options.parse(None) == Options.parse({}) == Options(None, None, False, False, None, "50%")
+    )
     assert Options.parse({"arena": None, "gated": None, "cache_limit": None}) == Options()
     assert Options.parse({"arena": 5, "gated": True}) == Options(arena=5, gated=True)
     assert Options.parse({"arena": "50%"}).arena == "50%"
     assert Options.parse({"cache": Path("/x"), "cache_limit": "1GiB"}).cache_limit == "1GiB"
+
+
+def test_a_broker_is_named_by_its_path_or_is_this_user_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    sockets = {
+        True: Path("/run/user/7/warmserve-rt/broker.sock"),
+        "sub/../s": tmp_path / "s",
+        "~/s": Path("/home/someone/s"),
+        Path("/x/s"): Path("/x/s"),
+        False: None,
+        None: None,
+    }
+    for given, socket in sockets.items():
+        assert Options.parse({"broker": given, "arena": None, "device": "host"}).socket == socket
 
 
 def test_the_cli_s_sleep_mode_is_explained_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,21 +1,23 @@
-"""The arenas of a process: one for each device, shared by all engines of the process."""
+"""The arenas of a process, shared by all its engines: one for each device and each broker."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
+from pathlib import Path
 
 from warmserve_rt._errors import WarmServeError
 from warmserve_rt.core.devices import usual_granules
 from warmserve_rt.core.runtime import Runtime
 
 from . import processes
+from .broker_arena import BrokerArena
 from .cache import Entry, layers_of
 from .weights import Arena
 
 log = logging.getLogger(__name__)
-_arenas: dict[str, Arena] = {}
+_arenas: dict[str | Path, Arena] = {}  # by the device, or by the socket of the broker
 _owner = os.getpid()
 _changes = threading.Lock()  # protects _arenas and _owner
 
@@ -44,11 +46,23 @@ def use(runtime: Runtime, device: str = "host") -> None:
         )
 
 
-def find(device: str) -> Arena | None:
-    """Return this process's open arena on a device, or None."""
+def find(device: str | Path) -> Arena | None:
+    """Return this process's open arena on a device or of a broker, or None."""
     with _changes:
         _forget_parents()
         return _arenas.get(device)
+
+
+def attach(socket: Path) -> Arena:
+    """Return the arena of the broker that listens at ``socket``; connect if this process has not.
+
+    Raises WarmServeError if no broker listens there, and TimeoutError if it does not answer.
+    """
+    with _changes:
+        _forget_parents()
+        if socket not in _arenas:
+            _arenas[socket] = BrokerArena(socket)
+        return _arenas[socket]
 
 
 def obtain(device: str, size: int | str | None, entry: Entry | None = None) -> Arena | None:

@@ -84,7 +84,6 @@ class Entry:
     weights: Path
     state: State = field(compare=False)
     digests: Mapping[str, list[int]]
-    identity: str  # a digest of the digests
 
 
 class Cache:
@@ -200,7 +199,7 @@ def _read(folder: Path, key: Key) -> Entry:
         orders=manifest["orders"],
         attributes=set(manifest["attributes"]),
     )
-    return Entry(folder, weights, state, manifest["layers"], _digest_of(manifest["layers"]))
+    return Entry(folder, weights, state, manifest["layers"])
 
 
 def _write(folder: Path, key: Key, state: State) -> None:

@@ -39,7 +39,7 @@ from .cache import Cache, Entry, discard
 from .cache_folder import bytes_of_limit, root_of
 from .key import key_of
 from .options import Options
-from .weights import Weights
+from .weights import Arena, Weights
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,11 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         """Return the bytes of the arena, which vLLM must not count as its own memory.
 
         Returns 0 if the arena is to be as large as its first model, because it does not exist yet.
-        vLLM then counts it as that model's weights.
+        vLLM then counts it as that model's weights. Returns 0 with a broker, whose arena belongs to
+        another process.
         """
+        if self.options.socket is not None:
+            return 0
         arena = arenas.obtain(self._device(vllm_config), self.options.arena)
         return 0 if arena is None else arena.nbytes
 
@@ -89,14 +92,12 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
         OSError
             The cache cannot be used.
         """
-        eager = vllm_config.model_config.enforce_eager
-        if self.options.gated and not eager:
-            raise ValueError("load format warmserve: gated=True needs enforce_eager=True")
-        arenas.obtain(self._device(vllm_config), None)  # may raise, so before costly processing
+        leasing = has_leasing_worker(vllm_config)
+        self._refuse_combinations(vllm_config, leasing)
+        self._arena(vllm_config)  # may raise, so before costly processing
         root = root_of(self.options.cache)
         cache = Cache(root, bytes_of_limit(self.options.cache_limit, root))
         key = key_of(vllm_config, model_config)
-        leasing = has_leasing_worker(vllm_config)
         rebuilt = False
         while True:
             entry = cache.find(key)
@@ -116,10 +117,8 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
     def _bound(
         self, vllm_config: Any, model_config: Any, prefix: str, entry: Entry, leasing: bool
     ) -> nn.Module:
-        device = self._device(vllm_config)
-
         def bring_in() -> Weights:
-            arena = arenas.obtain(device, self.options.arena, entry)
+            arena = self._arena(vllm_config, entry)
             assert arena is not None
             weights = arena.add(entry, kept=not leasing)
             weights.prewarm()
@@ -210,6 +209,31 @@ class ArenaLoader(BaseModelLoader):  # type: ignore[misc]
             self.load_config, load_format="auto", model_loader_extra_config={}
         )
         return DefaultModelLoader(plain)
+
+    def _refuse_combinations(self, vllm_config: Any, leasing: bool) -> None:
+        """Raise ValueError for an option that an option of vLLM excludes."""
+        if self.options.gated and not vllm_config.model_config.enforce_eager:
+            raise ValueError("load format warmserve: gated=True needs enforce_eager=True")
+        if self.options.socket is None:
+            return
+        if not leasing:
+            raise ValueError(
+                f"load format warmserve: broker needs worker_cls={WORKER!r}: without leases the "
+                "weights would stay in the arena, and engines of other processes could wait for "
+                "room for ever"
+            )
+        if (computes_on := _device_type(vllm_config)) != "cpu":
+            raise ValueError(
+                "load format warmserve: broker must be left out where vLLM computes on "
+                f"{computes_on!r}: a broker shares host memory"
+            )
+
+    def _arena(self, vllm_config: Any, entry: Entry | None = None) -> Arena | None:
+        """Return the arena of the options; without a broker, make one only for an entry."""
+        if self.options.socket is not None:
+            return arenas.attach(self.options.socket)
+        size = self.options.arena if entry is not None else None
+        return arenas.obtain(self._device(vllm_config), size, entry)
 
     def _device(self, vllm_config: Any) -> str:
         """Return the runtime's name of the device."""

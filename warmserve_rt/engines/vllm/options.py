@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from warmserve_rt._units import parse_bytes
+from warmserve_rt.core.broker_connection import default_path
 
 from .cache_folder import DEFAULT_LIMIT, bytes_of_limit
 
@@ -29,6 +30,10 @@ class Options:
         Bytes of the process's arena on the device, a size such as "4GiB" or a share of the device's
         memory such as "50%". The first engine makes the arena. Default: the size of that engine's
         model.
+    broker : bool, str or os.PathLike
+        Use the arena of a broker (:class:`warmserve_rt.Broker`), which engines in other processes
+        share: the path of its socket, or True for this user's broker. Excludes ``arena``. Host
+        only.
     gated : bool
         Start the engine before its weights are resident; each block of the first step waits for its
         own weights. Needs ``enforce_eager``.
@@ -40,6 +45,7 @@ class Options:
 
     device: str | None = None
     arena: int | str | None = None
+    broker: bool | str | os.PathLike[str] = False
     gated: bool = False
     cache: str | os.PathLike[str] | None = None
     cache_limit: int | str = DEFAULT_LIMIT
@@ -60,6 +66,14 @@ class Options:
         options._check()
         return options
 
+    @property
+    def socket(self) -> Path | None:
+        """The absolute path of the broker's socket, or None without a broker."""
+        if self.broker is False:
+            return None
+        chosen = default_path() if self.broker is True else Path(self.broker)
+        return Path(os.path.abspath(chosen.expanduser()))
+
     def _check(self) -> None:
         device = "host" if self.device is None else self.device
         if not isinstance(device, str) or not _DEVICE.fullmatch(device):
@@ -70,6 +84,13 @@ class Options:
             raise _refused("cache", "the path of a folder", self.cache)
         if self.arena is not None and not _is_size(self.arena):
             raise _refused("arena", "a number of bytes or a size such as '4GiB'", self.arena)
+        if not isinstance(self.broker, bool | str | os.PathLike) or self.broker in ("", Path()):
+            raise _refused("broker", "true or the path of a broker's socket", self.broker)
+        if self.broker is not False:
+            if self.arena is not None:
+                raise _refused("arena", "left out with broker, which owns the arena", self.arena)
+            if device != "host":
+                raise _refused("device", "'host' with broker, which shares host memory", device)
         try:
             bytes_of_limit(self.cache_limit, Path("/"))
         except ValueError as error:

@@ -51,6 +51,10 @@ class Arena:
     def nbytes(self) -> int:
         return self.runtime.snapshot().arena_bytes
 
+    def unmapped(self, mapped: int) -> int:
+        """Return this process's bytes in the arena beyond the ``mapped`` ones."""
+        return self.nbytes - mapped
+
     def is_of(self, size: int | str) -> bool:
         """Return whether ``size`` is the size of this arena."""
         if size == self._asked:
@@ -84,7 +88,7 @@ class Arena:
 
         Guarantee: strong (after an exception nothing has changed).
         """
-        name = f"{entry.folder.name}-{entry.identity[:12]}"
+        name = _name_of(entry)
         with self._lock, ExitStack() as undo:
             in_use = open_for_use(entry.weights)
             undo.callback(os.close, in_use)
@@ -139,6 +143,10 @@ class Arena:
                 self._verified.discard(name)
                 if self.is_open:  # at process exit the runtime may be closed before the engines
                     self.runtime.unregister(weights.model)
+                    self._after_leaving()
+
+    def _after_leaving(self) -> None:
+        """Do what follows when no engine uses a model any more. The caller holds the lock."""
 
     def _sleep(self, weights: Weights) -> None:
         """Mark an engine asleep, and evict its weights unless another engine that shares them is
@@ -147,9 +155,12 @@ class Arena:
         with self._lock:
             asleep = self._asleep[name] + (not weights.asleep)
             if asleep == self._users[name]:
-                self.runtime.evict(weights.model)
+                self._evict(weights.model)
             self._asleep[name] = asleep
             weights.asleep = True
+
+    def _evict(self, model: Model) -> None:
+        self.runtime.evict(model)
 
     def _wake(self, weights: Weights) -> None:
         with self._lock:
@@ -161,6 +172,15 @@ class Arena:
 
     def _mark_verified(self, name: str) -> None:
         self._verified.add(name)
+
+
+def _name_of(entry: Entry) -> str:
+    """Return the name of an entry's model, which is the same in all processes.
+
+    An entry that was written again has other files and gets another name: a broker refuses a known
+    name with other files.
+    """
+    return f"{entry.folder.name}-{entry.weights.stem.removeprefix('weights-')}"
 
 
 class Weights:

@@ -108,13 +108,14 @@ class Worker(_Base):  # type: ignore[misc]
         """Return the bytes available for the KV cache.
 
         On a CPU, vLLM counts mapped pages. An arena maps fewer bytes than it owns, so the
-        difference is subtracted from the requested memory while vLLM computes.
+        difference is subtracted from the requested memory while vLLM computes. The arena of a
+        broker belongs to the broker's process, so only its mapped pages count here.
         """
         with self._leased(gated=self._gated):
             if not (current_platform.is_cpu() and self._weights):
                 return int(super().determine_available_memory())
             requested = self.requested_cpu_memory
-            uncounted = self._weights[0].arena.nbytes - mapped_shared_bytes()
+            uncounted = self._weights[0].arena.unmapped(mapped_shared_bytes())
             self.requested_cpu_memory: int = requested - uncounted
             try:
                 return int(super().determine_available_memory())
