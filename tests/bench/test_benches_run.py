@@ -18,6 +18,7 @@ RUNS = [
     ("swap", "host"),
     ("load", "host"),
     ("host_cache", "host"),
+    ("processes", "host"),
     ("memory", "host"),
     ("register", "host"),
     ("stream", "host"),
