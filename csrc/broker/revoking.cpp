@@ -81,8 +81,8 @@ void BrokerServer::hold(Client& client, const ModelPtr& model, const LayerSet& l
 }
 
 // Queues all incomplete leases again, because some were admitted before a use was known that leaves
-// too little room for them. Leases of clients that use layers are queued first: others may wait for these
-// layers, and they do not wait for others. The queue finds out which could wait for ever.
+// too little room for them. Leases of clients that use layers are queued first: others may wait for
+// these layers, and they do not wait for others. The queue finds out which could wait for ever.
 void BrokerServer::queue_again() {
   for (const ClientPtr& client : clients_)
     for (Pending& pending : client->pending)
