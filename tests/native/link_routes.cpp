@@ -223,6 +223,8 @@ TEST(a_layer_arrives_with_its_last_chunk_over_any_link) {
   Scripted& slow = *route;
   slow.held = true;
   bench.runtime->add_route(std::move(route));
+  // The own link stays busy with the first chunk, so the second one takes the route.
+  bench.device.gate->shut();
   const LeasePtr lease = bench.runtime->begin_lease({bench.model}, 1);
   bench.runtime->await_lease(lease, in(kLong), nullptr, false);
   const auto stream = std::make_shared<Stream>(bench.runtime->device());
@@ -232,6 +234,7 @@ TEST(a_layer_arrives_with_its_last_chunk_over_any_link) {
   CHECK_THROWS(timeout,
                bench.runtime->await_layer(lease, bench.model, 0, nullptr, in(kSoon), nullptr));
   CHECK(!bench.runtime->arrived(lease, bench.model, 0));
+  bench.device.gate->open();
   slow.held = false;
   for (std::uint32_t layer = 0; layer < kLayers.size(); ++layer)
     bench.runtime->await_layer(lease, bench.model, layer, stream, in(kLong), nullptr);
