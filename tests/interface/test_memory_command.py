@@ -29,7 +29,9 @@ LAYER = "model.layers.0.weight"
 def words(*arguments: str | Path, block: Iterable[str] = ()) -> list[str | Path]:
     """Return the command ``warmserve-rt memory`` in a process without the modules in ``block``."""
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in block)
-    code = f"import sys\n{blocked}from warmserve_rt.cli import main\nmain()"
+    # A shell starts background jobs with SIGINT ignored, and the tests may run in one.
+    heard = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"{heard}{blocked}from warmserve_rt.cli import main\nmain()"
     return [sys.executable, "-c", code, "memory", *arguments]
 
 
