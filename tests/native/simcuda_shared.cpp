@@ -155,23 +155,24 @@ TEST(a_child_does_not_keep_its_parent_s_slot) {
   OK(cuInit(0));
   create(3 * kGranule);
   CHECK(::access(machine_file.path.c_str(), R_OK) == 0);
-  int ends[2];
-  CHECK(::pipe(ends) == 0);
+  int ends[2], begun[2];
+  CHECK(::pipe(ends) == 0 && ::pipe(begun) == 0);
   const pid_t child = ::fork();
+  char byte = 0;
   if (child == 0) {
     ::close(ends[1]);
-    char byte = 0;
+    if (::write(begun[1], &byte, 1) != 1) ::_exit(2);
     ::_exit(static_cast<int>(::read(ends[0], &byte, 1)));  // lives until its parent lets it end
   }
-  simcuda_reset(nullptr);  // the parent leaves the machine
+  CHECK(::read(begun[0], &byte, 1) == 1);  // it has let go of what it inherited
+  simcuda_reset(nullptr);                  // the parent leaves the machine
   Options options = machine_file.options;
   options.memory = 67108864;
   std::unique_ptr<Machine> machine;
   std::string error;
   CHECK(Machine::join(options, &machine, &error));
   CHECK(machine->used(0) == 0);
-  ::close(ends[1]);
-  ::close(ends[0]);
+  for (const int end : {ends[0], ends[1], begun[0], begun[1]}) ::close(end);
   CHECK(::waitpid(child, nullptr, 0) == child);
 }
 
