@@ -13,6 +13,7 @@
 namespace warmserve {
 namespace {
 
+constexpr std::size_t kMostFiles = 4096;       // of one model
 constexpr std::ptrdiff_t kMostEvictions = 64;  // of one client, each with a thread
 
 // Converts the nanoseconds that a deadline has left.
@@ -56,6 +57,9 @@ void BrokerServer::handle(Client& client, Message message) {
   switch (message.op) {
     case Op::hello: return hello(client, message);
     case Op::files:
+      if (client.files.size() + message.descriptors.size() > kMostFiles)
+        throw Error(ErrorKind::general,
+                    "a model has at most " + std::to_string(kMostFiles) + " files");
       for (Descriptor& file : message.descriptors) client.files.push_back(std::move(file));
       return;
     case Op::enroll: return enroll(client, message);

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <system_error>
 #include <utility>
 
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kPeerPidfd = 77;  // SO_PEERPIDFD; the C library's headers may be too old for it
 constexpr int kMessagesPerTurn = 64;
+constexpr std::chrono::milliseconds kAcceptAgain{500};
 constexpr std::size_t kMostQueued = 1000;  // messages to a client that does not read them
 
 // Returns a descriptor that becomes readable when the process of the other end has ended. The
@@ -86,7 +88,7 @@ void BrokerServer::run() {
     auto timeout = std::chrono::milliseconds(1000);
     waited = {{wake_.descriptor(), POLLIN, 0},
               {changes_, POLLIN, 0},
-              {listener_->descriptor(), POLLIN, 0}};
+              {Clock::now() < accept_from_ ? -1 : listener_->descriptor(), POLLIN, 0}};
     {
       const std::lock_guard lock(mutex_);
       if (stopping_) return;
@@ -149,6 +151,8 @@ void BrokerServer::accept() {
     }
     clients_.push_back(std::move(client));
   }
+  // The connection that could not be accepted stays readable, so the thread looks away.
+  if (errno == EMFILE || errno == ENFILE) accept_from_ = Clock::now() + kAcceptAgain;
 }
 
 void BrokerServer::read(Client& client) {

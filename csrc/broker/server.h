@@ -31,14 +31,16 @@ class BrokerServer final : public Clients {
     // client, and other layers are evicted.
     std::chrono::milliseconds patience{100};
   };
-  // Starts to serve. The runtime must not trim its arena. It shares the server, whose threads end
+  // Starts to serve. The runtime shares the server, whose threads end
   // before it is destroyed. Throws general if the path cannot be used or another broker listens
   // there; invalid_argument if the runtime's device cannot be shared; busy if a process still maps
   // layers of an earlier broker.
   static std::shared_ptr<BrokerServer> make(Runtime& runtime, const Options& options);
   ~BrokerServer() override { stop(); }
 
-  void stop() override;
+  // Ends all connections. Clients keep what they have mapped, so revoke() goes on to refuse it.
+  // Idempotent. Blocks.
+  void stop();
   bool any_mapped() override;
   void end_holds_if_stopped() override;
   void revoke(std::span<Layer* const> layers, const Poll& poll) override;
@@ -150,7 +152,8 @@ class BrokerServer final : public Clients {
   std::list<Eviction> evictions_;
   std::uint64_t next_client_ = 0;
   bool stopping_ = false;
-  EventFd wake_;  // ends the thread's wait
+  EventFd wake_;            // ends the thread's wait
+  Deadline accept_from_{};  // after a lack of descriptors; used by the thread
 
   std::thread thread_;  // last: it uses all members above
 };

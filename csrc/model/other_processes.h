@@ -30,12 +30,11 @@ class Clients {
   // granules. Throws HeldByClient for the first layer that a client uses or does not give up in
   // time, or what poll throws. Called without the runtime's lock, for layers that are busy. Blocks.
   virtual void revoke(std::span<Layer* const> layers, const Poll& poll) = 0;
-  // Ends all connections. Clients keep what they have mapped, so revoke() goes on to refuse it.
-  // Idempotent. Blocks.
-  virtual void stop() = 0;
+
   // Returns whether a process may still map layers.
   virtual bool any_mapped() = 0;
-  // After stop(): ends the leases that stand for the clients' uses, so that the runtime can close.
+  // After the end of the broker: ends the leases that stand for the clients' uses, so that the
+  // runtime can close.
   virtual void end_holds_if_stopped() = 0;
 };
 
@@ -64,8 +63,8 @@ class Broker {
   // Releases the granules of layers that were unmapped, and tells the broker. Called without the
   // runtime's lock, for layers that are busy.
   virtual void unmapped(std::span<Layer* const> layers) noexcept = 0;
-  // Waits for a message and handles it, for a runtime without threads. Returns false if the broker
-  // has ended. Blocks for at most kPollInterval.
+  // Handles messages, for a runtime without threads. Blocks for at most kPollInterval. Returns
+  // false if no broker can answer any more.
   virtual bool step() = 0;
   // Returns whether a thread handles the messages. If none does, waiters call step().
   virtual bool has_thread() const noexcept = 0;

@@ -14,9 +14,10 @@ Guard::Guard(Runtime& runtime, Selection wanted) : runtime_(runtime), wanted_(st
 }
 
 Guard::~Guard() {
+  if (!runtime_.device_->usable()) return;
   const Lock lock = runtime_.state_.lock();
   std::erase(runtime_.guards_, this);
-  if (const LeasePtr lease = recall(lock)) runtime_.end_lease(lock, lease);
+  if (lease_) runtime_.end_lease(lock, lease_);
 }
 
 void Guard::throw_not_held() { throw Error(ErrorKind::stale_view, "the guard is not held"); }
@@ -42,7 +43,8 @@ void Guard::acquire_slowly(Deadline deadline, const Poll& poll) {
     return;
   }
   lease_ = lease;
-  kept_.store(runtime_.attachment_ != nullptr);
+  // While a lease waits, holds that follow each other without a pause would keep it waiting.
+  kept_.store(runtime_.attachment_ && !runtime_.lease_queue_.any_waits());
 }
 
 void Guard::end_if_unused() noexcept {

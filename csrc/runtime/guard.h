@@ -22,7 +22,7 @@ class Runtime;
 class Guard {
  public:
   Guard(Runtime& runtime, Selection wanted);
-  ~Guard();  // Precondition: nothing holds it.
+  ~Guard();  // ends all holds
   Guard(const Guard&) = delete;
 
   const Selection& wanted() const noexcept { return wanted_; }

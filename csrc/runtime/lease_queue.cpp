@@ -151,11 +151,16 @@ void LeaseQueue::remove(const Lock& lock, const LeasePtr& lease) {
   std::erase(passes_, lease);
 }
 
+void LeaseQueue::use_early(const Lock&, const Layer& layer) {
+  for (Lease* lease : admitted_)
+    if (lease->wants_layer(layer)) lease->used_early = true;
+}
+
 std::vector<TicketPtr> LeaseQueue::waiting_for(const Lock&, const Layer& layer) const {
   std::vector<TicketPtr> tickets;
   for (const Lease* lease : admitted_) {
     if (!lease->wants_layer(layer)) continue;
-    if (lease->pass || lease->streaming || !lease->ticket || lease->ticket->done) return {};
+    if (lease->pass || lease->used_early || !lease->ticket || lease->ticket->done) return {};
     tickets.push_back(lease->ticket);
   }
   return tickets;

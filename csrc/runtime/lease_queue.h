@@ -31,9 +31,8 @@ struct Lease {
   TicketPtr entry;               // done on admission; null: admitted at once
   TicketPtr ticket;  // loads the layers missing on admission; null: no layer was missing
   std::map<const Model*, LayerSet> ordered;  // layers that await_layer() has waited for
-  // Its layers may be used before all of them are resident.
-  bool streaming = false;
-  std::size_t slot = 0;  // index in LeaseQueue::admitted_
+  bool used_early = false;  // its layers may be used before all of them are resident
+  std::size_t slot = 0;     // index in LeaseQueue::admitted_
   bool pass = false;
   unsigned depth = 0;                 // of a pass: nested begins that have not ended
   std::vector<TicketPtr> arriving{};  // of a pass: loads of layers that its streams wait for
@@ -81,8 +80,11 @@ class LeaseQueue {
   // Removes a waiting lease from the queue, or releases the layers of an admitted one.
   void remove(const Lock& lock, const LeasePtr& lease);
 
+  bool any_waits() const noexcept { return !waiting_.empty(); }
   std::size_t active() const noexcept { return admitted_.size(); }  // leases and passes
   std::size_t leases() const noexcept { return admitted_.size() - passes_.size(); }
+  // Says that a caller may use the layer now, although its leases may still wait for others.
+  void use_early(const Lock&, const Layer& layer);
   // Returns the tickets of the leases that hold the layer and still wait for other layers, so that
   // nothing uses it; none if anything else holds it.
   std::vector<TicketPtr> waiting_for(const Lock&, const Layer& layer) const;

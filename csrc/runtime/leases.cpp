@@ -83,7 +83,7 @@ void Runtime::await_lease(const LeasePtr& lease, Deadline deadline, const Poll& 
     if (lease->entry) await_entry(lease, deadline, poll);
     if (!all) {
       const Lock lock = state_.lock();
-      lease->streaming = true;
+      lease->used_early = true;
     }
     if (all && lease->ticket) wait(lease->ticket, deadline, poll);
   } catch (...) {
@@ -177,6 +177,7 @@ bool Runtime::await_layer(const LeasePtr& lease, const ModelPtr& model, std::uin
     throw Error(ErrorKind::stale_view, where() + " is not being loaded");
   }
   const bool resident = !copies;
+  if (attachment_) lease_queue_.use_early(lock, layer);
   if (copies) {
     if (pass) {  // the stream will use the layer even if its lease ends, so the load must go on
       LayerSet one;

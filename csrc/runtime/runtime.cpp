@@ -309,6 +309,11 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
 std::uint64_t Runtime::trim() {
   refuse_client("trim()");
   Lock lock = lock_alive();
+  if (state_.clients)
+    throw Error(
+        ErrorKind::invalid_argument,
+        "trim() is not available while a broker has served the arena: clients may still map "
+        "its granules");
   return trim_locked(lock);
 }
 

@@ -164,7 +164,7 @@ TEST(a_child_does_not_keep_its_parent_s_slot) {
     if (::write(begun[1], &byte, 1) != 1) ::_exit(2);
     ::_exit(static_cast<int>(::read(ends[0], &byte, 1)));  // lives until its parent lets it end
   }
-  CHECK(::read(begun[0], &byte, 1) == 1);  // it has let go of what it inherited
+  CHECK(::read(begun[0], &byte, 1) == 1);  // by now it has closed the machine's file
   simcuda_reset(nullptr);                  // the parent leaves the machine
   Options options = machine_file.options;
   options.memory = 67108864;
