@@ -624,6 +624,43 @@ MUTATIONS = [
         "shared.pool == pool && shared.holders",
         "simcuda/test_simcuda_processes.py::test_the_bytes_of_other_processes_count_once",
     ),
+    Mutation(
+        "a broker reuses granules that clients still map",
+        "csrc/model/mapping.cpp",
+        "if (clients) clients->revoke(layers, poll);",
+        "",
+        "processes/test_broker_failures.py::"
+        "test_a_load_waits_for_a_stopped_client_if_nothing_else_can_be_evicted",
+    ),
+    Mutation(
+        "a client gives layers up while leases use them",
+        "csrc/model/state.cpp",
+        "if (layer.held() && !yielded.contains(layer.index)) continue;",
+        "",
+        "processes/test_broker_sharing.py::test_a_lease_of_one_client_blocks_another_until_it_ends",
+    ),
+    Mutation(
+        "a guard that is dropped while it is held leaves its lease",
+        "csrc/runtime/guard.cpp",
+        "if (lease_) runtime_.end_lease(lock, lease_);",
+        "",
+        "processes/test_guards.py::"
+        "test_a_guard_that_is_dropped_while_it_is_held_ends_its_hold[client]",
+    ),
+    Mutation(
+        "a guard keeps its lease although another lease waits",
+        "csrc/runtime/guard.cpp",
+        "runtime_.attachment_ && !runtime_.lease_queue_.any_waits()",
+        "runtime_.attachment_ != nullptr",
+        "processes/test_guards.py::test_threads_may_share_a_guard[client]",
+    ),
+    Mutation(
+        "a served arena is trimmed",
+        "csrc/runtime/runtime.cpp",
+        "  if (state_.clients)\n",
+        "  if (false)\n",
+        "processes/test_guards.py::test_a_served_arena_is_not_trimmed",
+    ),
 ]
 
 

@@ -1,5 +1,5 @@
-"""Risk: a guard, which a client acquires without a lock, loses its layers while it is held, or keeps
-them when it is not."""
+"""Risk: a guard, which a client acquires without a lock, loses its layers while it is held,
+or keeps them when it is not held."""
 
 from __future__ import annotations
 
