@@ -44,6 +44,7 @@ def importer(shared: tuple[int, int]) -> Iterator[subprocess.Popen[str]]:
         process = subprocess.Popen(
             [sys.executable, "-c", IMPORTER, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
+            cwd="/",  # it would import the package from the sources, which are not built
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -66,6 +66,7 @@ class Process:
                 [sys.executable, "-c", PROCESS, str(theirs.fileno())],
                 env=simulated.environment,
                 pass_fds=[theirs.fileno()],
+                cwd="/",  # it would import the package from the sources, which are not built
             )
 
     def run(self, line: str, descriptor: int | None = None) -> object:
