@@ -17,8 +17,11 @@ void LoadQueue::add(const Lock& lock, const TicketPtr& ticket) {
 void LoadQueue::add_again(const Lock& lock, const TicketPtr& ticket, Layer& layer,
                           const ModelPtr& model) {
   const std::uint64_t span = layer.granules_needed * state_.arena.granule_bytes();
-  ticket->bytes_total -= span;  // join() counts it again
-  ticket->bytes_done -= span;
+  // join() counts the layer again. The ticket has not counted a layer that was resident before it.
+  if (ticket->bytes_done >= span) {
+    ticket->bytes_total -= span;
+    ticket->bytes_done -= span;
+  }
   join(lock, ticket, layer, model);
 }
 
