@@ -81,6 +81,7 @@ ORDER = {
     "core": [
         "broker",
         "broker_status",
+        "keeper",
         "runtime",
         "_at_exit",
         "options",

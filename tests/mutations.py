@@ -656,10 +656,56 @@ MUTATIONS = [
     ),
     Mutation(
         "a served arena is trimmed",
-        "csrc/runtime/runtime.cpp",
+        "csrc/runtime/eviction.cpp",
         "  if (state_.clients)\n",
         "  if (false)\n",
         "processes/test_guards.py::test_a_served_arena_is_not_trimmed",
+    ),
+    Mutation(
+        "a broker that is started again takes granules that clients map",
+        "csrc/broker/returning.cpp",
+        "runtime_.set_aside(client->record->all_marked());",
+        "",
+        "processes/test_broker_restart.py::"
+        "test_a_client_that_is_stopped_over_a_restart_keeps_its_granules",
+    ),
+    Mutation(
+        "an eviction does not ask clients that have not come back",
+        "csrc/broker/revoking.cpp",
+        "if (!client->settled) recognize(*client, layers);",
+        "static_cast<void>(client);",
+        "processes/test_broker_restart.py::"
+        "test_others_read_the_layers_of_a_stopped_client_without_loading",
+    ),
+    Mutation(
+        "granules are freed although a client may still map them",
+        "csrc/model/mapping.cpp",
+        "if (!layer->mapping && (reusable || layer->granules.empty())) {",
+        "if (!layer->mapping) {",
+        "processes/test_broker_restart.py::"
+        "test_granules_of_a_stopped_client_stay_although_a_load_of_its_layers_fails",
+    ),
+    Mutation(
+        "a client does not say which layers it still maps",
+        "csrc/runtime/attachment_again.cpp",
+        "if (!layer.granules.empty()) mapped[ids[i]].push_back(layer.index);",
+        "static_cast<void>(layer);",
+        "processes/test_broker_restart.py::test_a_client_that_has_come_back_gives_layers_up",
+    ),
+    Mutation(
+        "the next broker does not know what a client maps",
+        "csrc/broker/returning.cpp",
+        "client.record->mark(granules);",
+        "",
+        "processes/test_broker_restart.py::"
+        "test_a_client_that_is_stopped_over_a_restart_keeps_its_granules",
+    ),
+    Mutation(
+        "a layer is said to be in granules that were overwritten",
+        "csrc/load/loader_start.cpp",
+        "arena.forget(layer.granules);",
+        "",
+        "runtime/test_remembered_layers.py::test_random_loads_and_evictions_give_right_bytes",
     ),
 ]
 

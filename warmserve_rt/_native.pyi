@@ -114,8 +114,15 @@ class StrictDriver(Driver):
     def live(self) -> dict[str, int]: ...
 
 def host_driver(
-    *, threads: bool = True, host_view: bool = True, huge_pages: bool = True, root: str = ""
+    *,
+    threads: bool = True,
+    host_view: bool = True,
+    huge_pages: bool = True,
+    root: str = "",
+    memory: int = -1,  # a descriptor; -1: the driver makes its memory
+    contents: int = -1,  # a descriptor of the record of what the memory contains
 ) -> Driver: ...
+def bytes_of_contents(granules: int) -> int: ...  # of such a record
 def cuda_driver(
     *,
     library: str = "libcuda.so.1",
@@ -397,12 +404,23 @@ class BrokerState:
     @property
     def granules_free(self) -> int: ...
     @property
+    def bytes_loaded(self) -> int: ...
+    @property
     def models(self) -> list[BrokerModelState]: ...
     @property
     def clients(self) -> list[ClientState]: ...
 
 class BrokerServer:
-    def __init__(self, runtime: Runtime, *, path: str, version: str, patience: float) -> None: ...
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        path: str,
+        version: str,
+        patience: float,
+        keeper: int = -1,  # a socket; -1: no keeper
+        former_clients: Sequence[tuple[int, int]] = (),  # descriptors: process, record
+    ) -> None: ...
     def stop(self) -> None: ...
 
 class Runtime:

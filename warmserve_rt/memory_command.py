@@ -5,9 +5,9 @@ This module needs neither torch nor numba.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,25 +54,34 @@ def serve(
 ) -> None:
     """Serve an arena of host memory until SIGTERM or Ctrl-C.
 
-    A broker that ends forgets its models: its clients keep what they have mapped, and have to be
-    started again to use the next broker.
+    The memory is held by a process of its own, the keeper. If the broker dies, the keeper starts it
+    again, and its clients continue: what was loaded is not loaded again.
     """
     from .core.broker import Broker
     from .core.broker_connection import default_path
+    from .core.keeper import fork_broker
     from .core.runtime import Runtime
 
     where = path or default_path()
-    _end_at_sigterm()
+    logging.basicConfig(format="warmserve-rt memory: %(message)s")  # of the keeper, to stderr
     with _reported():
         _refuse_if_served(where)  # before memory is taken
+        kept = fork_broker(*_granules(arena, granule))
+        _end_at_sigterm()
         # The interpreter closes it at exit, unless clients still map layers.
-        runtime = Runtime("host", arena, granule=granule, loaders=loaders, tensors="numpy")
-        with Broker(runtime, where, patience=patience) as broker:
+        runtime = Runtime(
+            "host",
+            kept.nbytes,
+            granule=kept.granule_bytes,
+            loaders=loaders,
+            tensors="numpy",
+            driver=kept.driver(),
+        )
+        with Broker(runtime, where, patience=patience, kept=kept) as broker:
             shown = plain(broker.path)
             print(f"serving {format_bytes(runtime.snapshot().arena_bytes)} at {shown}")
             print(f'Runtime("host", broker="{shown}") leases from it.', flush=True)
-            while True:
-                time.sleep(1)
+            kept.wait()
 
 
 @app.command()
@@ -99,6 +108,21 @@ def status(
     except ModuleNotFoundError as error:
         sys.exit(f"warmserve-rt memory status needs {error.name}: pip install {error.name}")
     _print_tables(make_console(), plain(where), found)
+
+
+def _granules(arena: str, granule: str) -> tuple[int, int]:
+    """Return the number and the bytes of an arena's granules. Raises ValueError."""
+    from . import _native
+    from ._units import parse_bytes
+
+    host = _native.host_driver(threads=False)
+    nbytes = parse_bytes(granule, "granule")
+    if not nbytes or nbytes % host.granularity:
+        raise ValueError(f"granule must be a multiple of 2MiB, got {granule}")
+    total = parse_bytes(arena, "arena", of=lambda: host.memory()[1], whole="the host's memory")
+    if total < nbytes:
+        raise ValueError(f"arena must have at least one granule of {granule}, got {arena}")
+    return total // nbytes, nbytes
 
 
 def _refuse_if_served(path: Path) -> None:

@@ -1,6 +1,7 @@
 // An owned file descriptor.
 #pragma once
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <utility>
@@ -22,6 +23,10 @@ class Descriptor {
 
   int get() const noexcept { return descriptor_; }
   explicit operator bool() const noexcept { return descriptor_ >= 0; }
+  // Returns a second descriptor of the same file; an empty one, with errno, on failure.
+  static Descriptor duplicate(int descriptor) noexcept {
+    return Descriptor(::fcntl(descriptor, F_DUPFD_CLOEXEC, 0));
+  }
   // Gives the descriptor up to the caller.
   int release() noexcept { return std::exchange(descriptor_, -1); }
 

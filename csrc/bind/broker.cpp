@@ -51,20 +51,25 @@ void bind_broker(py::module_& m) {
   state.def_readonly("granule_bytes", &BrokerState::granule_bytes)
       .def_readonly("granules", &BrokerState::granules)
       .def_readonly("granules_free", &BrokerState::granules_free)
+      .def_readonly("bytes_loaded", &BrokerState::bytes_loaded)
       .def_readonly("models", &BrokerState::models)
       .def_readonly("clients", &BrokerState::clients);
   py::class_<BrokerServer, std::shared_ptr<BrokerServer>>(m, "BrokerServer")
       .def(py::init([](const RuntimePtr& runtime, const std::string& path,
-                       const std::string& version, double patience) {
+                       const std::string& version, double patience, int keeper,
+                       const std::vector<std::pair<int, int>>& former_clients) {
              const py::gil_scoped_release release;
              return BrokerServer::make(
                  *runtime, BrokerServer::Options{.path = path,
                                                  .version = version,
                                                  .patience = std::chrono::milliseconds(
-                                                     static_cast<std::int64_t>(patience * 1e3))});
+                                                     static_cast<std::int64_t>(patience * 1e3)),
+                                                 .keeper = keeper,
+                                                 .former_clients = former_clients});
            }),
            py::arg("runtime"), py::kw_only(), py::arg("path"), py::arg("version"),
-           py::arg("patience"), py::keep_alive<1, 2>())
+           py::arg("patience"), py::arg("keeper") = -1,
+           py::arg("former_clients") = std::vector<std::pair<int, int>>(), py::keep_alive<1, 2>())
       .def("stop", &BrokerServer::stop, NoGil());
 }
 

@@ -10,6 +10,7 @@
 #include "base/os_failure.h"
 #include "driver/checked/faulty.h"
 #include "driver/checked/strict.h"
+#include "memory/contents.h"
 #include "memory/vmm.h"
 
 namespace py = pybind11;
@@ -144,11 +145,14 @@ void bind_drivers(py::module_& m) {
           py::call_guard<py::gil_scoped_release>());
   m.def(
       "host_driver",
-      [](bool threads, bool host_view, bool huge_pages, const std::string& root) {
-        return make_host_driver({threads, host_view, huge_pages, root});
+      [](bool threads, bool host_view, bool huge_pages, const std::string& root, int memory,
+         int contents) {
+        return make_host_driver({threads, host_view, huge_pages, root, memory, contents});
       },
       py::kw_only(), py::arg("threads") = true, py::arg("host_view") = true,
-      py::arg("huge_pages") = true, py::arg("root") = "");
+      py::arg("huge_pages") = true, py::arg("root") = "", py::arg("memory") = -1,
+      py::arg("contents") = -1);
+  m.def("bytes_of_contents", &Contents::bytes_for, py::arg("granules"));
   m.def(
       "cuda_driver",
       [](const std::string& library, int ordinal, const py::bytes& kernels,

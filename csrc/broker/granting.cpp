@@ -1,5 +1,4 @@
 // Giving clients the layers that they want.
-#include <fcntl.h>
 #include <sys/stat.h>
 
 #include <cerrno>
@@ -15,14 +14,6 @@ namespace {
 // How long a lease that could wait for ever is tried again. It is longer than clients take to give
 // layers up that nothing uses any more.
 constexpr std::chrono::milliseconds kRefusedFor{500};
-
-Descriptor duplicate(int descriptor) {
-  Descriptor made(::fcntl(descriptor, F_DUPFD_CLOEXEC, 0));
-  if (!made)
-    throw Error(ErrorKind::general, os_failure("fcntl(F_DUPFD_CLOEXEC) of the arena's memory",
-                                               errno, OsLimit::descriptors));
-  return made;
-}
 
 }  // namespace
 
@@ -68,7 +59,7 @@ void BrokerServer::advance(Client& client) {
     for (const Runtime::Granted& layer : granted) {
       LayerSet one;
       one.insert(layer.layer);
-      client.mapped[model->id].insert(one);
+      add_mapped(client, *model, layer.layer, layer.granules);
       pending->left.remove(one);
     }
     if (client.mapped[model->id].empty()) client.mapped.erase(model->id);
@@ -114,7 +105,8 @@ void BrokerServer::send_granted(Client& client, const Model& model,
 void BrokerServer::send_memory(Client& client, std::uint64_t number) {
   Message message{.op = Op::memory, .body = Writer().number(number).take()};
   for (const auto& [file, memory] : memories_)
-    if (memory.number == number) message.descriptors.push_back(duplicate(memory.descriptor.get()));
+    if (memory.number == number)
+      message.descriptors.push_back(duplicated(memory.descriptor.get(), "the arena's memory"));
   send(client, std::move(message));
 }
 
@@ -130,8 +122,10 @@ BrokerServer::Place BrokerServer::place_of(GranuleId id) {
                        static_cast<std::uint64_t>(status.st_ino));
   auto memory = memories_.find(file);
   if (memory == memories_.end())
-    memory =
-        memories_.emplace(file, Memory{duplicate(shared.descriptor), memories_.size() + 1}).first;
+    memory = memories_
+                 .emplace(file, Memory{duplicated(shared.descriptor, "the arena's memory"),
+                                       memories_.size() + 1})
+                 .first;
   return places_[id] = {memory->second.number, shared.offset};
 }
 

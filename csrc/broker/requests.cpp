@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/os_failure.h"
+#include "base/random_number.h"
 #include "broker/server.h"
 
 namespace warmserve {
@@ -70,6 +71,7 @@ void BrokerServer::handle(Client& client, Message message) {
     case Op::evict: return evict(client, message);
     case Op::keep: return keep(client, body);
     case Op::status: return status(client, message.request);
+    case Op::still_mapped: return still_mapped(client, body);
     case Op::memory: client.memory.erase(body.number()); return;
     case Op::bye: forget(client); return end_connection(client);
     default: throw Error(ErrorKind::general, "a message that no client sends");
@@ -100,21 +102,31 @@ void BrokerServer::hello(Client& client, const Message& message) {
   const std::uint64_t protocol = body.number();
   const std::string version = body.text();
   if (protocol != kProtocol) {
-    send_error(
-        client, message.request,
-        std::make_exception_ptr(Error(
-            ErrorKind::general,
-            "warmserve-rt " + version + " speaks protocol " + std::to_string(protocol) +
-                ", but the broker is warmserve-rt " + options_.version + " and speaks protocol " +
-                std::to_string(kProtocol) + ": install the same version for both")));
+    send_error(client, message.request,
+               std::make_exception_ptr(Error(
+                   ErrorKind::general,
+                   "warmserve-rt " + version + " speaks protocol " + std::to_string(protocol) +
+                       ", but the broker is warmserve-rt " + version_ + " and speaks protocol " +
+                       std::to_string(kProtocol) + ": install the same version for both")));
     client.closing = true;
     return;
   }
   client.name = body.text();
+  const std::uint64_t arena = body.number(), token = body.number();
+  body.end();
   client.welcome = true;
-  send(client, {.op = Op::welcome,
-                .request = message.request,
-                .body = Writer().number(granule_bytes_).number(granules_).take()});
+  Client& welcome = arena == arena_id_ ? resumed(client, token) : client;
+  if (!welcome.token) welcome.token = random_number();
+  const bool known = &welcome != &client;
+  send(welcome, {.op = Op::welcome,
+                 .request = message.request,
+                 .body = Writer()
+                             .number(granule_bytes_)
+                             .number(granules_)
+                             .number(arena_id_)
+                             .number(welcome.token)
+                             .number(known)
+                             .take()});
 }
 
 // Registers a model, or finds it if another client has registered the same one.
@@ -173,6 +185,12 @@ void BrokerServer::enroll(Client& client, const Message& message) try {
   }
   runtime_.reservation(model);
   models_[model->id] = model;
+  if (keeper_ && !client.record) {  // before anything is mapped
+    auto record = std::make_unique<ClientRecord>(static_cast<std::uint32_t>(granules_),
+                                                 client.token, client.pid, client.name);
+    keeper_->keep(std::to_string(client.token), {client.process.get(), record->descriptor()});
+    client.record = std::move(record);
+  }
   send(client,
        {.op = Op::done, .request = message.request, .body = Writer().number(model->id).take()});
 } catch (const Error&) {
@@ -300,6 +318,7 @@ void BrokerServer::status(Client& client, std::uint64_t request) {
   const RuntimeState state = runtime_.state();
   Writer writer;
   writer.number(state.granule_bytes).number(state.granules).number(state.granules_free);
+  writer.number(state.counters.bytes_loaded);
   writer.number(state.models.size());
   for (const ModelState& model : state.models) {
     std::uint64_t bytes = 0, resident = 0;

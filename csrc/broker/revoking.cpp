@@ -5,26 +5,17 @@
 #include "broker/server.h"
 
 namespace warmserve {
-namespace {
-
-LayerSet common(const LayerSet& a, const LayerSet& b) {
-  LayerSet both;
-  a.for_each([&](std::uint32_t index) {
-    if (b.contains(index)) both.insert(index);
-  });
-  return both;
-}
-
-}  // namespace
 
 void BrokerServer::revoke(std::span<Layer* const> layers, const Poll& poll) {
   std::map<std::uint64_t, LayerSet> wanted;
   for (const Layer* layer : layers) wanted[layer->model->id].insert(layer->index);
   std::unique_lock lock(mutex_);
+  for (const ClientPtr& client : clients_)
+    if (!client->settled) recognize(*client, layers);
   // Returns the wanted layers of a model that the client may still map.
   const auto still = [](const Client& client, std::uint64_t id, const LayerSet& set) {
     const auto mapped = client.mapped.find(id);
-    return mapped == client.mapped.end() ? LayerSet() : common(mapped->second, set);
+    return mapped == client.mapped.end() ? LayerSet() : mapped->second.common(set);
   };
   for (const ClientPtr& client : clients_)
     for (const auto& [id, set] : wanted) {
@@ -33,12 +24,10 @@ void BrokerServer::revoke(std::span<Layer* const> layers, const Poll& poll) {
       ask.remove(asked);
       if (ask.empty()) continue;
       asked.insert(ask);
-      std::vector<std::uint32_t> indices;
-      ask.for_each([&](std::uint32_t index) { indices.push_back(index); });
-      send(*client, {.op = Op::revoke, .body = Writer().number(id).numbers(indices).take()});
+      send_revoke(*client, id, ask);
     }
   if (stopping_) forget_ended();  // the thread that would notice has ended
-  const Deadline deadline = Clock::now() + options_.patience;
+  const Deadline deadline = Clock::now() + patience_;
   for (;;) {
     bool waiting = false;
     for (const ClientPtr& client : clients_)
@@ -67,6 +56,13 @@ void BrokerServer::revoke(std::span<Layer* const> layers, const Poll& poll) {
     poll();
     lock.lock();
   }
+}
+
+void BrokerServer::send_revoke(Client& client, std::uint64_t model, const LayerSet& layers) {
+  std::vector<std::uint32_t> indices;
+  layers.for_each([&](std::uint32_t index) { indices.push_back(index); });
+  if (!indices.empty())
+    send(client, {.op = Op::revoke, .body = Writer().number(model).numbers(indices).take()});
 }
 
 // Counts layers as leased by the client, unless they are already.
@@ -111,7 +107,7 @@ void BrokerServer::held(Client& client, Reader body) {
   body.end();
   const auto mapped = client.mapped.find(selection.model->id);
   if (mapped == client.mapped.end()) return;
-  hold(client, selection.model, common(mapped->second, selection.layers));
+  hold(client, selection.model, mapped->second.common(selection.layers));
   answered_.notify_all();
 }
 
@@ -122,6 +118,15 @@ void BrokerServer::unmapped(Client& client, Reader body) {
 }
 
 void BrokerServer::drop_mapped(Client& client, const ModelPtr& model, const LayerSet& layers) {
+  std::vector<GranuleId> unmarked;
+  layers.for_each([&](std::uint32_t index) {
+    const auto found = client.granules.find({model->id, index});
+    if (found == client.granules.end()) return;
+    client.record->clear(found->second);
+    unmarked.insert(unmarked.end(), found->second.begin(), found->second.end());
+    client.granules.erase(found);
+  });
+  free_unless_marked(unmarked);
   for (auto* sets : {&client.mapped, &client.revoked}) {
     const auto found = sets->find(model->id);
     if (found == sets->end()) continue;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/os_failure.h"
+#include "base/random_number.h"
 
 namespace warmserve {
 namespace {
@@ -35,11 +36,17 @@ Descriptor process_of(int socket, const ucred& peer) {
 }  // namespace
 
 BrokerServer::BrokerServer(Runtime& runtime, const Options& options)
-    : runtime_(runtime), options_(options), listener_(std::in_place, options.path) {
+    : runtime_(runtime),
+      version_(options.version),
+      patience_(options.patience),
+      listener_(std::in_place, options.path) {
   const RuntimeState state = runtime_.state();
   granule_bytes_ = state.granule_bytes;
   granules_ = state.granules;
+  arena_id_ = runtime_.arena_id();
+  if (!arena_id_) arena_id_ = random_number();
   wake_.descriptor();
+  if (options.keeper >= 0) take_over(options);
 }
 
 std::shared_ptr<BrokerServer> BrokerServer::make(Runtime& runtime, const Options& options) {
@@ -128,7 +135,7 @@ void BrokerServer::run() {
       if (client->closing && !client->channel.queued()) end_connection(*client);
     }
     std::erase_if(clients_,
-                  [](const ClientPtr& client) { return client->ended && client->mapped.empty(); });
+                  [](const ClientPtr& client) { return client->ended && !client->may_map(); });
   }
 }
 
@@ -183,7 +190,7 @@ void BrokerServer::forget_ended() {
 bool BrokerServer::any_mapped() {
   const std::lock_guard lock(mutex_);
   forget_ended();
-  return std::ranges::any_of(clients_, [](const ClientPtr& each) { return !each->mapped.empty(); });
+  return std::ranges::any_of(clients_, [](const ClientPtr& each) { return each->may_map(); });
 }
 
 void BrokerServer::end_holds_if_stopped() {
@@ -212,8 +219,17 @@ void BrokerServer::end_connection(Client& client) {
 void BrokerServer::forget(Client& client) {
   client.mapped.clear();
   client.revoked.clear();
+  end_record(client);
   for (const Hold& hold : std::exchange(client.holds, {})) runtime_.end_hold(hold.lease);
   answered_.notify_all();
+}
+
+Descriptor BrokerServer::duplicated(int descriptor, const char* of) {
+  Descriptor made = Descriptor::duplicate(descriptor);
+  if (!made)
+    throw Error(ErrorKind::general, os_failure(std::string("fcntl(F_DUPFD_CLOEXEC) of ") + of,
+                                               errno, OsLimit::descriptors));
+  return made;
 }
 
 void BrokerServer::end_pending(Pending& pending) {

@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "broker/keeper.h"
 #include "runtime/runtime.h"
 #include "wire/channel.h"
 
@@ -30,6 +31,10 @@ class BrokerServer final : public Clients {
     // How long an eviction waits for a client's answer. Afterwards the layer counts as used by the
     // client, and other layers are evicted.
     std::chrono::milliseconds patience{100};
+    // A socket to the keeper (keeper.h), or -1; and the clients of an earlier broker of this
+    // memory: descriptors of the process and of the record. All stay the caller's.
+    int keeper = -1;
+    std::vector<std::pair<int, int>> former_clients{};
   };
   // Starts to serve. The runtime shares the server, whose threads end
   // before it is destroyed. Throws general if the path cannot be used or another broker listens
@@ -68,6 +73,7 @@ class BrokerServer final : public Clients {
     Channel channel;
     Descriptor process;  // a pidfd, which is readable when the process has ended
     std::uint64_t pid = 0;
+    std::uint64_t token = 0;  // by which it is known when it connects again
     std::string name;
     bool welcome = false;  // has said hello
     bool closing = false;  // to be ended when its messages are sent
@@ -79,10 +85,18 @@ class BrokerServer final : public Clients {
     std::list<Hold> holds;
     std::list<Pending> pending;
     std::set<std::uint64_t> memory;  // numbers of the files that it has
+    // With a keeper: what it may map, for the next broker; and the same by the model's id and the
+    // layer.
+    std::unique_ptr<ClientRecord> record;
+    std::map<std::pair<std::uint64_t, std::uint32_t>, std::vector<GranuleId>> granules;
+    bool settled = true;  // false: the record is an earlier broker's, and has more than `mapped`
+
+    bool may_map() const noexcept { return !mapped.empty() || !settled; }
   };
   using ClientPtr = std::shared_ptr<Client>;
 
   BrokerServer(Runtime& runtime, const Options& options);
+  void take_over(const Options& options);
   void start();
   void forget_ended();
   // Memory that granules lie in.
@@ -107,6 +121,8 @@ class BrokerServer final : public Clients {
   void refuse(Client& client, const Error& error);
   void handle(Client& client, Message message);
   void hello(Client& client, const Message& message);
+  Client& resumed(Client& client, std::uint64_t token);
+  void still_mapped(Client& client, Reader body);
   void enroll(Client& client, const Message& message);
   void want(Client& client, const Message& message);
   void cancel(Client& client, Reader body);
@@ -129,15 +145,26 @@ class BrokerServer final : public Clients {
   void queue_again();
   void hold(Client& client, const ModelPtr& model, const LayerSet& layers);
   void drop_mapped(Client& client, const ModelPtr& model, const LayerSet& layers);
+  void add_mapped(Client& client, const Model& model, std::uint32_t layer,
+                  const std::vector<GranuleId>& granules);
+  void recognize(Client& client, std::span<Layer* const> layers);
+  void settle(Client& client);
+  void end_record(Client& client);
+  void free_unless_marked(const std::vector<GranuleId>& ids);
   void send(Client& client, Message message);
+  void send_revoke(Client& client, std::uint64_t model, const LayerSet& layers);
   void send_error(Client& client, std::uint64_t request, std::exception_ptr error,
                   std::vector<std::byte> rest = {});
+  static Descriptor duplicated(int descriptor, const char* of);
   Place place_of(GranuleId id);
   ModelPtr model_of(std::uint64_t id) const;
   Selection selection_of(Reader& body) const;
 
   Runtime& runtime_;
-  const Options options_;
+  const std::string version_;
+  const std::chrono::milliseconds patience_;
+  std::uint64_t arena_id_ = 0;
+  std::optional<Keeper> keeper_;
   std::optional<Listener> listener_;  // until stop(); used by the thread
   int changes_ = -1;
   std::uint64_t granule_bytes_ = 0, granules_ = 0;

@@ -21,7 +21,7 @@ void LayerLoad::restart() {
   begin = sent = done = 0;
   sums.clear();
   image.reset();
-  cached = false;
+  cached = remembered = false;
   request = 0;
   request_leases = request_cancelled = false;
 }

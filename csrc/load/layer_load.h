@@ -61,6 +61,7 @@ struct LayerLoad {
   std::vector<std::uint64_t> sums{};  // of the layer's digests, over the bytes sent; see digests.h
   HostImagePtr image{};               // host memory that the copies read; null: staging chunks
   bool cached = false;                // the image has the bytes already: no file is read
+  bool remembered = false;            // its granules contained the layer already
   std::uint64_t request = 0;          // of a client: its request to the broker while `starting`
   bool request_leases = false;        // the request is for a lease
   bool request_cancelled = false;     // the broker was told that the layer is unwanted

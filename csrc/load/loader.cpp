@@ -121,6 +121,10 @@ LoadQueue::Visited Loader::step_load(Lock& lock, LayerLoad& load) {
     undo(lock, load);
     return worked;
   }
+  if (std::vector<GranuleId> granules = state_.arena.remembered(layer.key); !granules.empty()) {
+    start_remembered(lock, load, std::move(granules));
+    return worked;
+  }
   std::vector<Layer*> victims;
   switch (find_room(lock, load, victims)) {
     case Room::enough:

@@ -137,6 +137,7 @@ class Loader {
   Room find_room(const Lock&, LayerLoad& load, std::vector<Layer*>& victims);
   bool evicts_behind_another(const LayerLoad& load) const;
   void start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victims);
+  void start_remembered(Lock& lock, LayerLoad& load, std::vector<GranuleId> granules);
   void choose_source(const Lock& lock, LayerLoad& load);
   LoadQueue::Visited start_to_host(Lock& lock, LayerLoad& load);
   std::uint64_t read_into_image(const LayerLoad& load, std::uint64_t begin, std::uint64_t end,

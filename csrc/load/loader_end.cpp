@@ -56,8 +56,9 @@ void Loader::complete(const Lock& lock, LayerLoad& load) {
   if (!load.to_host && layer.residency == filling) {
     layer.filled_at = ++state_.clock;
     state_.transition(lock, layer, resident);
-    state_.counters.bytes_loaded += layer.bytes;
+    if (!load.remembered) state_.counters.bytes_loaded += layer.bytes;
     ++state_.counters.layers_loaded;
+    state_.arena.remember(layer.key, layer.granules);
   }
   const std::uint64_t spared = load.span - load.done;  // of a layer whose drain failed
   queue_.erase(lock, load);

@@ -54,7 +54,8 @@ Loader::Room Loader::find_room(const Lock& lock, LayerLoad& load, std::vector<La
   }
   victims = state_.choose_victims(lock, need - have, spared, first);
   if (!victims.empty()) return Room::enough;
-  bool coming = state_.granules_in_hand > 0 || state_.busy_layers > 0 || state_.held_by_clients > 0;
+  bool coming = state_.granules_in_hand > 0 || state_.busy_layers > 0 ||
+                state_.held_by_clients > 0 || state_.arena.aside_count() > 0;
   for (Layer* layer : state_.filling) {
     ++state_.counters.layers_examined;
     if (layer->held() || ticket.wants_layer(*layer)) continue;
@@ -124,9 +125,40 @@ void Loader::start(Lock& lock, LayerLoad& load, const std::vector<Layer*>& victi
   } else if (load.span == 0) {
     complete(lock, load);
   } else {
+    arena.forget(layer.granules);
     choose_source(lock, load);
   }
   state_.wake();
+}
+
+// Takes granules that contain the layer already, and maps them. No byte is copied. The files are
+// not looked at if the granules are set aside: a client still uses the layer.
+void Loader::start_remembered(Lock& lock, LayerLoad& load, std::vector<GranuleId> granules) {
+  Layer& layer = *load.layer;
+  const unsigned generation = load.generation;
+  const bool in_use = state_.arena.is_aside(granules.front());
+  state_.arena.take_remembered(granules);
+  layer.granules = std::move(granules);
+  state_.transition(lock, layer, filling);
+  load.phase = Phase::copying;
+  load.remembered = true;
+  load.begin = load.sent = load.in_flight = load.span;
+  ++load.workers;  // nothing undoes the load meanwhile
+  queue_.relist(lock, load);
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    if (!in_use) check_files_unchanged(load.model->files, layer.source, 0, layer.bytes);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  if (error)
+    on_error(lock, load, generation, error);
+  else
+    map(lock, load);
+  --load.workers;
+  arrived(lock, load, load.span);
 }
 
 // Chooses the memory that the load's copies read: an image in the host cache, a new image that the

@@ -35,6 +35,10 @@ Arena::Arena(DevicePtr device, const Options& options)
       capacity_(checked_capacity(*device_, options)),
       imported_(options.imported) {
   pool_ = trimmed_ = GranulePool(capacity_);
+  if (const int record = device_->facts().contents; record >= 0) {
+    contents_ = std::make_unique<Contents>(record, capacity_, granule_bytes_);
+    filled_ = aside_ = GranulePool(capacity_);
+  }
   slots_.resize(capacity_);
   if (imported_) {  // any id can be taken, and gets its granule from import()
     give_all();
@@ -81,7 +85,59 @@ void Arena::make_all() {
 void Arena::give_all() {
   std::vector<GranuleId> all(capacity_);
   std::iota(all.begin(), all.end(), 0);
-  pool_.give(all);
+  give(all);
+}
+
+std::vector<GranuleId> Arena::take(std::uint32_t count) {
+  std::vector<GranuleId> taken = pool_.take(std::min(count, pool_.free_count()));
+  if (taken.size() == count) return taken;
+  const auto more = filled_.take(count - static_cast<std::uint32_t>(taken.size()));
+  taken.insert(taken.end(), more.begin(), more.end());
+  std::sort(taken.begin(), taken.end());
+  return taken;
+}
+
+void Arena::give(std::span<const GranuleId> ids) noexcept {
+  if (!contents_) return pool_.give(ids);
+  for (const GranuleId id : ids)
+    (contents_->recorded(id) ? filled_ : pool_).give(std::span(&id, 1));
+}
+
+void Arena::forget(std::span<const GranuleId> ids) {
+  if (!contents_) return;
+  for (const GranuleId id : ids)
+    for (const GranuleId other : contents_->erase(id)) {
+      if (!filled_.is_free(other)) continue;
+      filled_.take(std::span(&other, 1));
+      pool_.give(std::span(&other, 1));
+    }
+}
+
+std::vector<GranuleId> Arena::remembered(const ContentKey& key) const {
+  const std::vector<GranuleId>* ids = recorded(key);
+  const auto unused = [this](GranuleId id) { return is_filled(id) || is_aside(id); };
+  return ids && std::ranges::all_of(*ids, unused) ? *ids : std::vector<GranuleId>();
+}
+
+void Arena::take_remembered(std::span<const GranuleId> ids) noexcept {
+  for (const GranuleId id : ids) (filled_.is_free(id) ? filled_ : aside_).take(std::span(&id, 1));
+}
+
+void Arena::set_aside(std::span<const GranuleId> ids) {
+  if (!contents_) return;
+  for (const GranuleId id : ids) {
+    if (!is_free(id)) continue;
+    (filled_.is_free(id) ? filled_ : pool_).take(std::span(&id, 1));
+    aside_.give(std::span(&id, 1));
+  }
+}
+
+void Arena::end_set_aside(std::span<const GranuleId> ids) {
+  for (const GranuleId id : ids) {
+    if (!is_aside(id)) continue;
+    aside_.take(std::span(&id, 1));
+    give(std::span(&id, 1));
+  }
 }
 
 void Arena::import(GranuleId id, const SharedGranule& shared) {
@@ -166,16 +222,21 @@ void Arena::make_poison() {
 void Arena::check_invariants() const {
   std::uint32_t free = 0;
   for (GranuleId id = 0; id < capacity_; ++id) {
-    if (!pool_.is_free(id)) continue;
+    if (pool_.is_free(id) && contents_ && (contents_->recorded(id) || filled_.is_free(id)))
+      throw Error(ErrorKind::general, "free granule " + std::to_string(id) +
+                                          " contains a layer, but is handed out first");
+    if (is_filled(id) && !contents_->recorded(id))
+      throw Error(ErrorKind::general,
+                  "granule " + std::to_string(id) + " contains no layer, but is handed out last");
+    if (!is_free(id)) continue;
     ++free;
     if (slots_[id].granule.has_value() == imported_ || (window_ && !slots_[id].window))
       throw Error(ErrorKind::general, "free granule " + std::to_string(id) +
                                           " has no memory, or still has another process's");
   }
-  if (free != pool_.free_count())
-    throw Error(ErrorKind::general, "the count of free granules is wrong");
+  if (free != free_count()) throw Error(ErrorKind::general, "the count of free granules is wrong");
   for (GranuleId id = 0; id < capacity_; ++id)
-    if (trimmed_.is_free(id) && (slots_[id].granule || pool_.is_free(id)))
+    if (trimmed_.is_free(id) && (slots_[id].granule || is_free(id)))
       throw Error(ErrorKind::general,
                   "trimmed granule " + std::to_string(id) + " exists or is free");
 }

@@ -6,6 +6,9 @@
 // The functions under "Bookkeeping" are called under the runtime's lock and touch no device. The
 // other functions are called without it and may block. A granule that was taken belongs to the
 // caller until it is given back.
+//
+// An arena with a record of its contents (contents.h) also knows which free granules contain a
+// layer. It hands out other granules first.
 #pragma once
 
 #include <memory>
@@ -14,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "memory/contents.h"
 #include "memory/granule_pool.h"
 #include "memory/vmm.h"
 
@@ -42,15 +46,43 @@ class Arena {
   }
 
   // Bookkeeping.
-  std::uint32_t free_count() const noexcept { return pool_.free_count(); }
+  std::uint32_t free_count() const noexcept { return pool_.free_count() + filled_.free_count(); }
   std::uint32_t trimmed_count() const noexcept { return trimmed_.free_count(); }
-  bool is_free(GranuleId id) const noexcept { return pool_.is_free(id); }
-  std::vector<GranuleId> take(std::uint32_t count) { return pool_.take(count); }
-  void give(std::span<const GranuleId> ids) noexcept { pool_.give(ids); }
+  bool is_free(GranuleId id) const noexcept { return pool_.is_free(id) || is_filled(id); }
+  // Takes free granules, recorded ones last. They stay recorded until forget().
+  std::vector<GranuleId> take(std::uint32_t count);
+  void give(std::span<const GranuleId> ids) noexcept;
   // Takes ids that have no granule. They belong to the caller, who creates or returns them.
   std::vector<GranuleId> claim_trimmed(std::uint32_t count) { return trimmed_.take(count); }
   void return_trimmed(std::span<const GranuleId> ids) noexcept { trimmed_.give(ids); }
   void check_invariants() const;
+
+  // Bookkeeping of contents. Without a record nothing is remembered.
+
+  // A random number that names the arena for as long as its record exists; 0 without a record.
+  std::uint64_t id() const noexcept { return contents_ ? contents_->arena_id() : 0; }
+  // Records that granules contain a layer.
+  void remember(const ContentKey& key, std::span<const GranuleId> ids) {
+    if (contents_) contents_->record(key, ids);
+  }
+  // Returns the granules that contain a layer, used or not; null if there are none.
+  const std::vector<GranuleId>* recorded(const ContentKey& key) const {
+    return contents_ && key ? contents_->find(key) : nullptr;
+  }
+  // Ends the records of taken granules. Must be called before they are overwritten.
+  void forget(std::span<const GranuleId> ids);
+  // Returns the granules that contain a layer and that no layer uses, free or set aside; empty if
+  // there are none.
+  std::vector<GranuleId> remembered(const ContentKey& key) const;
+  // Takes such granules.
+  void take_remembered(std::span<const GranuleId> ids) noexcept;
+  // Sets free granules aside, because clients of an earlier process may read them. They can only be
+  // taken as remembered ones.
+  void set_aside(std::span<const GranuleId> ids);
+  // Frees those of the granules that are set aside.
+  void end_set_aside(std::span<const GranuleId> ids);
+  std::uint32_t aside_count() const noexcept { return aside_.free_count(); }
+  bool is_aside(GranuleId id) const noexcept { return contents_ && aside_.is_free(id); }
 
   // Creates the granule of a claimed id. Throws out_of_device_memory, also if it would cut into the
   // headroom. Strong. Blocks.
@@ -89,6 +121,7 @@ class Arena {
   void make(GranuleId id);
   void make_all();
   void give_all();
+  bool is_filled(GranuleId id) const noexcept { return contents_ && filled_.is_free(id); }
   static void drop_window(Slot& slot) noexcept;
   void make_poison();
 
@@ -96,7 +129,10 @@ class Arena {
   const std::uint64_t granule_bytes_, headroom_bytes_;
   const std::uint32_t capacity_;
   const bool imported_;
-  GranulePool pool_;
+  std::unique_ptr<Contents> contents_;
+  GranulePool pool_;     // free
+  GranulePool filled_;   // free, and recorded to contain a layer
+  GranulePool aside_;    // set aside
   GranulePool trimmed_;  // ids without a granule
   // Maps every granule, writable, at index x granule_bytes. The models' own addresses are
   // read-only, so on a discrete device copies fill granules through this window. Null if the CPU

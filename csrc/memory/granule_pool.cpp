@@ -56,6 +56,11 @@ std::vector<GranuleId> GranulePool::take(std::uint32_t count) {
   return taken;
 }
 
+void GranulePool::take(std::span<const GranuleId> ids) noexcept {
+  for (const GranuleId id : ids) set(id, false);
+  count_ -= static_cast<std::uint32_t>(ids.size());
+}
+
 void GranulePool::give(std::span<const GranuleId> ids) noexcept {
   for (const GranuleId id : ids) set(id, true);
   count_ += static_cast<std::uint32_t>(ids.size());

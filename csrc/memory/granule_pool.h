@@ -23,6 +23,9 @@ class GranulePool {
   // O((count + runs) log capacity).
   // Precondition: count <= free_count().
   std::vector<GranuleId> take(std::uint32_t count);
+  // Takes these granules.
+  // Precondition: all are free.
+  void take(std::span<const GranuleId> ids) noexcept;
   // Makes granules free.
   // Precondition: none of them is free.
   void give(std::span<const GranuleId> ids) noexcept;

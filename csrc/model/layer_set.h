@@ -1,6 +1,7 @@
 // A set of one model's layers, by index. Any set is valid: native code never assumes a prefix.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <vector>
@@ -45,6 +46,14 @@ class LayerSet {
       if (words_[i] != ~std::uint64_t{0}) return false;
     const std::uint64_t rest = (std::uint64_t{1} << (count % 64)) - 1;
     return (count % 64 == 0) || (words_[count / 64] & rest) == rest;
+  }
+  // Returns the layers that are in both sets.
+  LayerSet common(const LayerSet& other) const {
+    LayerSet both;
+    both.words_.resize(std::min(words_.size(), other.words_.size()));
+    for (std::size_t i = 0; i < both.words_.size(); ++i)
+      both.words_[i] = words_[i] & other.words_[i];
+    return both;
   }
   // Returns one more than the highest index in the set; 0 if it is empty.
   std::size_t end() const noexcept {

@@ -110,10 +110,12 @@ void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers,
   const std::shared_ptr<Clients> clients = state.clients;
   lock.unlock();
   std::exception_ptr error;
+  bool reusable = !clients;  // no client can read the granules, also of layers not mapped here
   try {
     for (const auto& fence : fences) wait_unless_lost(*fence, deadline, poll);
     if (state.fence_device) synchronize_unless_lost(*state.arena.device());
     if (clients) clients->revoke(layers, poll);
+    reusable = true;
     for (const auto& run : adjacent_runs(layers)) unmap_layers(state.arena, run);
     lock.lock();
     std::set<Model*> models;
@@ -136,7 +138,7 @@ void drain_and_unmap(SharedState& state, Lock& lock, std::vector<Layer*> layers,
   lock.lock();
   for (Layer* layer : layers) {
     state.mark_idle(lock, *layer);
-    if (!layer->mapping) {
+    if (!layer->mapping && (reusable || layer->granules.empty())) {
       freed.insert(freed.end(), layer->granules.begin(), layer->granules.end());
       layer->granules.clear();
       if (!layer->unmap_failed) ++state.counters.layers_evicted;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "memory/contents.h"
 #include "memory/vmm.h"
 #include "model/layer_set.h"
 #include "model/source.h"
@@ -45,6 +46,7 @@ struct Layer {
   std::uint64_t offset = 0;  // in the model's reservation
   std::uint64_t granules_needed = 0;
   LayerSource source;
+  ContentKey key;  // zero if the layer's bytes may change in place
 
   Residency residency = Residency::absent;
   bool busy = false;          // a thread works on the layer without the lock

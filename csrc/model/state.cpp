@@ -171,7 +171,8 @@ void SharedState::check_invariants(const Lock&) const {
     if (!holds) throw Error(ErrorKind::general, "invariant broken: " + what);
   };
   std::vector<bool> used(arena.capacity(), false);
-  std::uint64_t accounted = std::uint64_t{arena.free_count()} + arena.trimmed_count(), held = 0;
+  std::uint64_t held = 0, accounted = std::uint64_t{arena.free_count()} + arena.trimmed_count();
+  accounted += arena.aside_count();
   std::uint64_t busy = 0;
   bool in_motion = granules_in_hand > 0;
   for (const auto& [name, model] : models) {

@@ -7,13 +7,12 @@
 #include <utility>
 
 #include "base/os_failure.h"
-#include "runtime/enrolment.h"
 
 namespace warmserve {
 namespace {
 
-// How often a client tries to reach another broker, and how long an attempt may take.
-constexpr std::chrono::milliseconds kAttemptEvery{100}, kAttemptTakes{1000};
+// How often a client tries to reach another broker.
+constexpr std::chrono::milliseconds kAttemptEvery{100};
 
 std::exception_ptr lost_memory() {
   return std::make_exception_ptr(
@@ -121,8 +120,12 @@ bool Attachment::serve(std::chrono::milliseconds timeout) {
   if (lost) {  // its socket would always be readable
     pollfd all[] = {{changes, POLLIN, 0}, {wake_.descriptor(), POLLIN, 0}};
     woken = ::poll(all, 2, static_cast<int>(std::min(timeout, kAttemptEvery).count())) > 0;
-    if (!stopping) reconnect();
+    if (!stopping && Clock::now() >= next_attempt_) {
+      next_attempt_ = Clock::now() + kAttemptEvery;
+      reconnect();
+    }
   } else {
+    if (!connection_->earlier.empty()) timeout = std::chrono::milliseconds(0);
     woken = wait_for_socket(connection_->channel, {changes, wake_.descriptor()}, timeout);
   }
   {
@@ -136,7 +139,7 @@ bool Attachment::serve(std::chrono::milliseconds timeout) {
   }
   if (!lost) try {
       for (int left = 64; left > 0; --left) {
-        std::optional<Message> message = connection_->channel.receive();
+        std::optional<Message> message = connection_->receive();
         if (!message) break;
         handle(std::move(*message));
       }
@@ -301,55 +304,6 @@ void Attachment::lose(const std::string& why) {
   }
   const Lock lock = state_.lock();
   loader_->ask_again(lock);
-}
-
-// Tries to reach another broker at the path, and registers all models there.
-void Attachment::reconnect() {
-  if (Clock::now() < next_attempt_) return;
-  next_attempt_ = Clock::now() + kAttemptEvery;
-  std::vector<ModelPtr> models;
-  {
-    const Lock lock = state_.lock();
-    for (const auto& [name, model] : state_.models) models.push_back(model);
-  }
-  const Deadline deadline = Clock::now() + kAttemptTakes;
-  std::shared_ptr<BrokerConnection> made;
-  std::map<std::uint64_t, std::weak_ptr<Model>> accepted;
-  std::map<std::string, std::string> refused;
-  std::vector<std::uint64_t> ids;
-  try {
-    made = std::make_shared<BrokerConnection>(connection_->path, connection_->version,
-                                              connection_->name, deadline, nullptr);
-    made->patience = connection_->patience;
-    if (made->granule_bytes != connection_->granule_bytes || made->granules > connection_->granules)
-      return;  // its arena does not fit this runtime
-    for (const ModelPtr& model : models) try {
-        for (Message& files : files_of(*model)) made->channel.send(std::move(files));
-        const Message answer = made->ask(enrolment_of(*model), deadline, nullptr);
-        ids.push_back(Reader(answer.body).number());
-        accepted[ids.back()] = model;
-      } catch (const Error& error) {
-        if (error.kind() == ErrorKind::timeout) throw;
-        ids.push_back(0);
-        refused[model->name] = error.what();
-      }
-  } catch (const Error&) {
-    return;
-  }
-  const Lock lock = state_.lock();
-  memory_.clear();
-  models_ = std::move(accepted);
-  refused_ = std::move(refused);
-  for (std::size_t i = 0; i < models.size(); ++i) {
-    models[i]->broker_id = ids[i];
-    give_up_layers_(lock, Selection(models[i]));  // in memory of the broker that has ended
-  }
-  {
-    const std::lock_guard guard(mutex_);
-    connection_ = std::move(made);
-    lost_.clear();
-  }
-  loader_->ask_broker(lock);
 }
 
 }  // namespace warmserve

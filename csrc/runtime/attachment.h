@@ -6,8 +6,7 @@
 //
 // After the broker has ended, layers that are mapped stay usable. Loads wait for another broker at
 // the path, for BrokerConnection::patience; then they fail, and so do other requests at once.
-// Another broker has another arena: layers that are still mapped are given up when nothing holds
-// them.
+// If it has the same arena, layers stay mapped. Else they are given up when nothing holds them.
 #pragma once
 
 #include <atomic>
@@ -76,8 +75,13 @@ class Attachment final : public Broker {
   void unmap_given_up();
   void lose(const std::string& why);
   void reconnect();
+  Message still_mapped(const Lock&, const std::vector<ModelPtr>& models,
+                       const std::vector<std::uint64_t>& ids);
   std::uint64_t send(Message message);
-  std::vector<std::byte> call(Message message, Deadline deadline, const Poll& poll);
+  std::uint64_t send_locked(Message message);
+  // Made under `mutex_`, because a model's number at the broker changes with the broker.
+  using MakeMessage = std::function<Message()>;
+  std::vector<std::byte> call(const MakeMessage& make, Deadline deadline, const Poll& poll);
   ModelPtr model_of(std::uint64_t broker_id);
 
   SharedState& state_;

@@ -29,6 +29,10 @@ constexpr std::chrono::milliseconds kGrace{500};
 // Sends a message and returns the number of its request, which is new.
 std::uint64_t Attachment::send(Message message) {
   const std::lock_guard lock(mutex_);
+  return send_locked(std::move(message));
+}
+
+std::uint64_t Attachment::send_locked(Message message) {
   if (!lost_.empty()) throw Error(ErrorKind::general, lost_);
   const std::uint64_t request = message.request = next_request_++;
   connection_->channel.send(std::move(message));
@@ -37,13 +41,11 @@ std::uint64_t Attachment::send(Message message) {
 }
 
 // Sends a request and waits for its answer.
-std::vector<std::byte> Attachment::call(Message message, Deadline deadline, const Poll& poll) {
+std::vector<std::byte> Attachment::call(const MakeMessage& make, Deadline deadline,
+                                        const Poll& poll) {
   const auto call = std::make_shared<Call>();
   std::unique_lock lock(mutex_);
-  if (!lost_.empty()) throw Error(ErrorKind::general, lost_);
-  const std::uint64_t request = message.request = next_request_++;
-  calls_.emplace(request, call);
-  connection_->channel.send(std::move(message));
+  calls_.emplace(send_locked(make()), call);
   wake_.signal();
   while (!call->done) {  // after an exception the call stays listed, because it is still answered
     if (Clock::now() >= deadline)
@@ -68,7 +70,7 @@ std::vector<std::byte> Attachment::call(Message message, Deadline deadline, cons
 
 void Attachment::enroll(const ModelPtr& model, const Poll& poll) {
   for (Message& files : files_of(*model)) send(std::move(files));
-  const std::vector<std::byte> answer = call(enrolment_of(*model), kNever, poll);
+  const std::vector<std::byte> answer = call([&] { return enrolment_of(*model); }, kNever, poll);
   const Lock lock = state_.lock();
   model->broker_id = Reader(answer).number();
   models_[model->broker_id] = model;
@@ -76,12 +78,13 @@ void Attachment::enroll(const ModelPtr& model, const Poll& poll) {
 
 void Attachment::evict(const Model& model, const LayerSet& layers, std::uint32_t wait_for,
                        Deadline deadline, const Poll& poll) {
-  Writer writer;
-  writer.number(model.broker_id).numbers(indices(layers)).number(wait_for);
-  writer.number(nanoseconds_left(deadline));
+  const MakeMessage make = [&] {
+    Writer writer;
+    writer.number(model.broker_id).numbers(indices(layers)).number(wait_for);
+    return Message{.op = Op::evict, .body = writer.number(nanoseconds_left(deadline)).take()};
+  };
   // The broker keeps to the deadline, unless it hangs.
-  call({.op = Op::evict, .body = writer.take()},
-       deadline == kNever ? kNever : std::max(deadline, Clock::now()) + kGrace, poll);
+  call(make, deadline == kNever ? kNever : std::max(deadline, Clock::now()) + kGrace, poll);
 }
 
 void Attachment::keep(const Lock&, const Model& model) {
@@ -114,14 +117,14 @@ void Attachment::cancel(const Lock&, std::uint64_t request, const Layer& layer) 
 }
 
 void Attachment::unmapped(std::span<Layer* const> layers) noexcept {
+  for (Layer* layer : layers) state_.arena.destroy(layer->granules);
+  const std::lock_guard lock(mutex_);
   std::map<std::uint64_t, std::vector<std::uint32_t>> indices;
-  for (Layer* layer : layers) {
-    state_.arena.destroy(layer->granules);
-    indices[layer->model->broker_id].push_back(layer->index);
-  }
+  for (const Layer* layer : layers)
+    if (layer->model->broker_id) indices[layer->model->broker_id].push_back(layer->index);
   for (const auto& [model, unmapped] : indices) try {
-      send({.op = Op::unmapped, .body = Writer().number(model).numbers(unmapped).take()});
-    } catch (const Error&) {  // the broker has ended
+      send_locked({.op = Op::unmapped, .body = Writer().number(model).numbers(unmapped).take()});
+    } catch (const Error&) {  // the broker has ended; the next one is told what is still mapped
     }
 }
 

@@ -2,7 +2,6 @@
 
 #include <poll.h>
 
-#include <optional>
 #include <utility>
 
 namespace warmserve {
@@ -24,24 +23,42 @@ std::exception_ptr error_in(Reader& body) {
                                        text));
 }
 
+BrokerConnection::BrokerConnection(const BrokerConnection& earlier, Deadline deadline,
+                                   const Poll& poll)
+    : BrokerConnection(earlier.path, earlier.version, earlier.name, earlier.arena, earlier.token,
+                       deadline, poll) {
+  patience = earlier.patience;
+}
+
 BrokerConnection::BrokerConnection(const std::string& at, const std::string& package,
-                                   const std::string& client, Deadline deadline, const Poll& poll)
+                                   const std::string& client, std::uint64_t earlier_arena,
+                                   std::uint64_t earlier_token, Deadline deadline, const Poll& poll)
     : path(at), version(package), name(client), channel(Channel::connect(at)) {
   Writer hello;
-  hello.number(kProtocol).text(version).text(name);
+  hello.number(kProtocol).text(version).text(name).number(earlier_arena).number(earlier_token);
   const Message answer = ask({.op = Op::hello, .request = 1, .body = hello.take()}, deadline, poll);
   Reader body(answer.body);
   if (answer.op != Op::welcome)
     throw Error(ErrorKind::general, "the program at " + path + " does not answer as a broker");
   granule_bytes = body.number();
   granules = body.number();
+  arena = body.number();
+  token = body.number();
+  known = body.number();
 }
 
 Message BrokerConnection::ask(Message question, Deadline deadline, const Poll& poll) {
+  const std::uint64_t request = question.request;
   channel.send(std::move(question));
   try {
     for (;;) {
       if (std::optional<Message> answer = channel.receive()) {
+        // An error without a request says why the broker ends the connection.
+        ended = answer->op == Op::error && !answer->request;
+        if (answer->request != request && !ended) {
+          earlier.push_back(std::move(*answer));
+          continue;
+        }
         if (answer->op != Op::error) return std::move(*answer);
         Reader body(answer->body);
         std::rethrow_exception(error_in(body));
@@ -53,8 +70,16 @@ Message BrokerConnection::ask(Message question, Deadline deadline, const Poll& p
       if (poll) poll();
     }
   } catch (const Channel::Ended&) {
+    ended = true;
     throw Error(ErrorKind::general, "the broker at " + path + " ended the connection");
   }
+}
+
+std::optional<Message> BrokerConnection::receive() {
+  if (earlier.empty()) return channel.receive();
+  Message message = std::move(earlier.front());
+  earlier.pop_front();
+  return message;
 }
 
 BrokerState broker_state(BrokerConnection& connection, Deadline deadline, const Poll& poll) {
@@ -64,6 +89,7 @@ BrokerState broker_state(BrokerConnection& connection, Deadline deadline, const 
   state.granule_bytes = body.number();
   state.granules = body.number();
   state.granules_free = body.number();
+  state.bytes_loaded = body.number();
   state.models.resize(body.count(4 * sizeof(std::uint64_t)));
   for (BrokerState::Model& model : state.models) {
     model.name = body.text();

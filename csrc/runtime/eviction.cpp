@@ -1,5 +1,5 @@
-// The runtime's operations that evict: evict(), unregister() and close(), and their waits for
-// leases, passes and streams.
+// The runtime's operations that evict or give memory back: evict(), unregister(), trim() and
+// close(), and their waits for leases, passes and streams.
 #include <algorithm>
 #include <utility>
 
@@ -193,6 +193,36 @@ bool Runtime::await_streams(Lock& lock, Deadline deadline, const Poll& poll) {
   return ended;
 }
 
+std::uint64_t Runtime::trim() {
+  refuse_client("trim()");
+  Lock lock = lock_alive();
+  if (state_.clients)
+    throw Error(
+        ErrorKind::invalid_argument,
+        "trim() is not available while a broker has served the arena: clients may still map "
+        "its granules");
+  if (arena_.id())
+    throw Error(ErrorKind::invalid_argument,
+                "trim() is not available for memory that was given to the driver");
+  return trim_locked(lock);
+}
+
+std::uint64_t Runtime::trim_locked(Lock& lock) {
+  const std::vector<GranuleId> ids = arena_.take(arena_.free_count());
+  state_.granules_in_hand += ids.size();
+  lock.unlock();
+  const std::size_t destroyed = arena_.destroy(ids);
+  lock.lock();
+  state_.granules_in_hand -= ids.size();
+  arena_.return_trimmed(std::span(ids).first(destroyed));
+  arena_.give(std::span(ids).subspan(destroyed));
+  state_.wake();
+  if (destroyed < ids.size())
+    throw Error(ErrorKind::general, "the driver released " + std::to_string(destroyed) + " of " +
+                                        std::to_string(ids.size()) + " granules");
+  return destroyed * arena_.granule_bytes();
+}
+
 void Runtime::stop() {
   if (!device_->usable()) return;
   loader_.stop();
@@ -273,7 +303,7 @@ void Runtime::close(const Poll& poll, Deadline deadline, WaitFor wait_for) {
     lock.lock();
   }
   loader_.erase_host_loads(lock);
-  if (arena_.free_count() && !attachment_) trim_locked(lock);
+  if (arena_.free_count() && !attachment_ && !arena_.id()) trim_locked(lock);
   lock.unlock();
   detached.clear();
   readers_.clear();

@@ -1,4 +1,4 @@
-// The class Runtime: construction, registration, prewarm, swap and trim.
+// The class Runtime: construction, registration, prewarm and swap.
 #include "runtime/runtime.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "kernels/digest_parts.h"
+#include "model/content_key.h"
 
 namespace warmserve {
 namespace {
@@ -158,6 +159,7 @@ ModelPtr Runtime::make_model(const std::string& name, std::vector<File> files,
     layer.source.segments = shape.segments;
     const GranuleCut cut{arena_.granule_bytes(), layer.bytes};
     take_digests(*model, layer, shape.checks, cut, poll);
+    if (arena_.id()) layer.key = content_key(*model, layer);
     model->granules += layer.granules_needed;
     model->bytes += shape.bytes;
   }
@@ -171,6 +173,8 @@ ModelPtr Runtime::register_model(const std::string& name, std::vector<File> file
   if (writable) refuse_client("a writable model");
   const ModelPtr model = make_model(name, std::move(files), layers, poll);
   model->writable = writable;
+  if (writable)
+    for (Layer& layer : model->layers) layer.key = {};
   if (attachment_) {
     {
       const Lock lock = lock_alive();
@@ -212,7 +216,10 @@ void Runtime::reload(const ModelPtr& model, std::vector<File> files,
   } while (model->leases + model->passes + model->layers.size() - model->missing);
   host_cache_.drop(lock, *model);
   model->files.swap(made->files);
-  for (Layer& layer : model->layers) std::swap(layer.source, made->layers[layer.index].source);
+  for (Layer& layer : model->layers) {
+    std::swap(layer.source, made->layers[layer.index].source);
+    if (layer.key) layer.key = made->layers[layer.index].key;
+  }
 }
 
 ReservationPtr Runtime::reservation(const ModelPtr& model) {
@@ -304,33 +311,6 @@ TicketPtr Runtime::swap(const ModelPtr& evict, const ModelPtr& load, int priorit
   ticket->swapped_out = evict;
   loader_.request(lock, ticket);
   return ticket;
-}
-
-std::uint64_t Runtime::trim() {
-  refuse_client("trim()");
-  Lock lock = lock_alive();
-  if (state_.clients)
-    throw Error(
-        ErrorKind::invalid_argument,
-        "trim() is not available while a broker has served the arena: clients may still map "
-        "its granules");
-  return trim_locked(lock);
-}
-
-std::uint64_t Runtime::trim_locked(Lock& lock) {
-  const std::vector<GranuleId> ids = arena_.take(arena_.free_count());
-  state_.granules_in_hand += ids.size();
-  lock.unlock();
-  const std::size_t destroyed = arena_.destroy(ids);
-  lock.lock();
-  state_.granules_in_hand -= ids.size();
-  arena_.return_trimmed(std::span(ids).first(destroyed));
-  arena_.give(std::span(ids).subspan(destroyed));
-  state_.wake();
-  if (destroyed < ids.size())
-    throw Error(ErrorKind::general, "the driver released " + std::to_string(destroyed) + " of " +
-                                        std::to_string(ids.size()) + " granules");
-  return destroyed * arena_.granule_bytes();
 }
 
 void Runtime::set_keep_value(const ModelPtr& model, double value) {

@@ -247,6 +247,15 @@ class Runtime {
   // Returns those of the layers that are resident, and their granules. They may be evicted as soon
   // as the caller lets an eviction ask it.
   std::vector<Granted> granted(const Selection& selection);
+  // Returns the layers that granules contain, used or not, and these granules; see contents.h.
+  std::vector<Granted> recorded(const Selection& selection);
+  std::uint64_t arena_id();
+  // Makes layers resident whose granules are set aside because a client maps them. It needs no
+  // room, and until it is done nothing can evict the layers.
+  void adopt(const Selection& selection);
+  // Sets free granules aside, and frees those of them that are set aside; see Arena.
+  void set_aside(const std::vector<GranuleId>& ids);
+  void end_set_aside(const std::vector<GranuleId>& ids);
   // Exports a granule of a layer that cannot be evicted now.
   ExportedGranule exported(GranuleId id) const { return arena_.exported(id); }
   // Returns why the lease or the ticket ended without its layers; null if it did not.

@@ -1,5 +1,7 @@
 // The runtime's operations for a broker, which serves its arena to other processes; and those of a
 // client, whose broker wants layers back.
+#include <limits>
+
 #include "runtime/runtime.h"
 
 namespace warmserve {
@@ -44,6 +46,47 @@ std::vector<Runtime::Granted> Runtime::granted(const Selection& selection) {
       found.push_back({layer.index, layer.granules});
   });
   return found;
+}
+
+std::vector<Runtime::Granted> Runtime::recorded(const Selection& selection) {
+  std::vector<Granted> found;
+  const Lock lock = state_.lock();
+  selection.for_each([&](const Layer& layer) {
+    if (const auto* granules = arena_.recorded(layer.key))
+      found.push_back({layer.index, *granules});
+  });
+  return found;
+}
+
+std::uint64_t Runtime::arena_id() {
+  const Lock lock = state_.lock();
+  return arena_.id();
+}
+
+// Each layer has a ticket of its own, so that none fails with another. They are the most urgent
+// ones, because a load that waits for room may wait for the eviction of these layers.
+void Runtime::adopt(const Selection& selection) {
+  reservation(selection.model);
+  const Lock lock = lock_alive();
+  selection.for_each([&](const Layer& layer) {
+    LayerSet one;
+    one.insert(layer.index);
+    loader_.request(
+        lock, std::make_shared<Ticket>("taking over '" + selection.model->name + "'",
+                                       std::numeric_limits<int>::max(),
+                                       std::vector{Selection(selection.model, std::move(one))}));
+  });
+}
+
+void Runtime::set_aside(const std::vector<GranuleId>& ids) {
+  const Lock lock = state_.lock();
+  arena_.set_aside(ids);
+}
+
+void Runtime::end_set_aside(const std::vector<GranuleId>& ids) {
+  const Lock lock = state_.lock();
+  arena_.end_set_aside(ids);
+  state_.wake();
 }
 
 std::exception_ptr Runtime::failure(const LeasePtr& lease) {

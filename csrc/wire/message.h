@@ -14,7 +14,7 @@
 namespace warmserve {
 
 // Incremented by every change of a message. Broker and client must have the same number.
-constexpr std::uint32_t kProtocol = 1;
+constexpr std::uint32_t kProtocol = 2;
 
 enum class Op : std::uint32_t {
   // From a client. Requests, which have a number, are answered by `done` or `error`.
@@ -29,6 +29,7 @@ enum class Op : std::uint32_t {
   keep,      // keep values of a model's layers
   bye,       // the client maps nothing any more, and handles no further message
   status,    // request: `done` has the state of the broker
+  still_mapped,  // after hello and enroll: layers that an earlier connection has mapped
   // From a broker.
   welcome,  // answers hello: granules of the arena, and their size
   memory,   // a descriptor of memory that later `map` messages name; without one, from a client:

@@ -110,6 +110,7 @@ def test_status_shows_models_clients_and_free_memory(broker: Path, tmp_path: Pat
         "granule_bytes": 2 << 20,
         "granules": 4,
         "granules_free": 1,
+        "nbytes_loaded": 4 << 20,
         "models": [
             {"name": "chat", "nbytes": 4 << 20, "nbytes_resident": 4 << 20},
             {"name": "code", "nbytes": 4 << 20, "nbytes_resident": 0},
@@ -155,6 +156,30 @@ def test_a_broker_that_ends_leaves_clients_what_they_have_mapped(
     with runtime.lease("m") as lease:
         assert lease.tensors[LAYER].tobytes() == content("a", 0, SIZES[0])
     runtime.close()
+
+
+def test_a_broker_that_dies_is_started_again_and_loads_nothing_again(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "broker.sock"
+    with served(path, "8MiB") as process:
+        runtime = client(path, "engine", write_model(tmp_path / "m", "a", SIZES))
+        with runtime.lease("m") as lease:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            (died,) = map(int, children.read_text().split())
+            os.kill(died, signal.SIGKILL)
+            assert process.stdout
+            assert process.stdout.readline().startswith("serving 8 MiB at ")
+            assert lease.tensors[LAYER].tobytes() == content("a", 0, SIZES[0])
+        with client(path, "other", tmp_path / "m") as other, other.lease("m") as lease:
+            assert lease.tensors[LAYER].tobytes() == content("a", 0, SIZES[0])
+        assert broker_status(path).nbytes_loaded == 0
+        process.terminate()
+        assert process.wait(10) == 0
+        said = process.communicate()[1]
+    runtime.close()
+    assert said == (
+        f"warmserve-rt memory: the broker, process {died}, died with signal 9, "
+        "and is started again\n"
+    )
 
 
 def test_a_second_broker_is_refused_before_it_takes_memory(broker: Path) -> None:

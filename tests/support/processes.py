@@ -120,6 +120,18 @@ class Process:
         self._pipe.close()
 
 
+class KeptBroker(Process):
+    """A keeper, whose broker runs the statements. `pid` and `kill()` are of the keeper."""
+
+    def broker_pid(self) -> int:
+        return int(self.run("os.getpid()"))
+
+    def kill_broker(self) -> None:
+        """Kill the broker. Returns when the next one serves."""
+        os.kill(self.broker_pid(), signal.SIGKILL)
+        self.result()
+
+
 class Processes:
     """A broker and its clients, which end with the test.
 
@@ -148,6 +160,29 @@ class Processes:
             options=options,
             patience=patience,
         )
+
+    def kept_broker(self, mib: int, *, patience: float = 0.1, **options: object) -> KeptBroker:
+        """Start a keeper and its broker. ``runtime`` in the latter is on the driver ``faulty``."""
+        made = KeptBroker(
+            "import logging\n"
+            "logging.basicConfig()  # a broker that dies by itself is reported\n"
+            "from warmserve_rt.core import keeper\n"
+            "keeper._MOST_DEATHS, keeper._PAUSE_S = 10**6, 0\n"
+            "kept = keeper.fork_broker(granules, granule)\n"
+            "threading.Thread(target=lambda: (kept.wait(), os._exit(0)), daemon=True).start()\n"
+            "faulty = warmserve_rt._native.FaultyDriver(kept.driver())\n"
+            "runtime = Runtime('host', kept.nbytes, granule=granule, tensors='numpy',\n"
+            "                  driver=faulty, **options)\n"
+            "broker = Broker(runtime, path, patience=patience, kept=kept)",
+            path=self.path,
+            granules=(mib << 20) // GRANULE,
+            granule=GRANULE,
+            options={"loaders": 2, **options},
+            patience=patience,
+        )
+        self._all.append(made)
+        made.result()
+        return made
 
     def client(self, name: str = "client", **models: Path) -> Process:
         """Start a client that registers models: ``runtime`` in its process."""

@@ -10,10 +10,10 @@ from pathlib import Path
 # fmt: off
 OPS = [
     "hello", "files", "enroll", "want", "cancel", "unmapped", "held", "evict", "keep", "bye",
-    "status", "welcome", "memory", "map", "revoke", "done", "error",
+    "status", "still_mapped", "welcome", "memory", "map", "revoke", "done", "error",
 ]
 # fmt: on
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER = struct.Struct("<IIQQ")  # op, whether the body is in a file, request, bytes of the body
 MOST_INLINE = 32 * 1024
 
@@ -42,7 +42,7 @@ def packet(op: str | int, *fields: Field, request: int = 1) -> bytes:
     return HEADER.pack(number, 0, request, len(data)) + data
 
 
-HELLO = packet("hello", PROTOCOL, "0", "wire")
+HELLO = packet("hello", PROTOCOL, "0", "wire", 0, 0)  # no earlier connection
 
 
 class Wire:

@@ -17,6 +17,7 @@ from warmserve_rt import _native
 from warmserve_rt._log import log
 
 from .broker_connection import prepared
+from .keeper import Kept
 from .runtime import Runtime
 
 
@@ -36,6 +37,9 @@ class Broker:
     patience : float
         Seconds that an eviction waits for a client to give a layer up. Afterwards the layer counts
         as leased by the client, and other layers are evicted.
+    kept : Kept, optional
+        The descriptors of this broker's keeper (``warmserve_rt.core.keeper``), which also holds the
+        runtime's memory. Default: no keeper, so nothing outlives this process.
 
     Raises
     ------
@@ -55,7 +59,12 @@ class Broker:
     """
 
     def __init__(
-        self, runtime: Runtime, path: str | os.PathLike[str], *, patience: float = 0.1
+        self,
+        runtime: Runtime,
+        path: str | os.PathLike[str],
+        *,
+        patience: float = 0.1,
+        kept: Kept | None = None,
     ) -> None:
         self.path = prepared(path)
         self._runtime = runtime  # kept alive
@@ -64,7 +73,11 @@ class Broker:
             path=os.fspath(self.path),
             version=version("warmserve_rt"),
             patience=min(check.seconds("patience", patience), 1e6),
+            keeper=kept.keeper.fileno() if kept else -1,
+            former_clients=kept.clients if kept else (),
         )
+        if kept:
+            kept.serving()
         log.info("serving an arena at %s", self.path)
 
     def close(self) -> None:

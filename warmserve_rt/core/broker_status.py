@@ -57,11 +57,16 @@ class BrokerClient:
 
 @dataclass(frozen=True, slots=True)
 class BrokerStatus:
-    """A broker: its arena in granules, the models that clients have registered, and the clients."""
+    """A broker: its arena in granules, the models that clients have registered, and the clients.
+
+    ``nbytes_loaded`` are the bytes that it has loaded into the arena since it began. Layers that an
+    earlier broker has left in the arena do not count.
+    """
 
     granule_bytes: int
     granules: int
     granules_free: int
+    nbytes_loaded: int
     models: tuple[BrokerModel, ...]
     clients: tuple[BrokerClient, ...]
 
@@ -96,6 +101,7 @@ def broker_status(path: str | os.PathLike[str]) -> BrokerStatus:
         granule_bytes=state.granule_bytes,
         granules=state.granules,
         granules_free=state.granules_free,
+        nbytes_loaded=state.bytes_loaded,
         models=tuple(BrokerModel(x.name, x.bytes, x.bytes_resident) for x in state.models),
         clients=tuple(_clients(state.clients)),
     )

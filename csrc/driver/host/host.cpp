@@ -52,13 +52,14 @@ class HostDriver final : public Driver {
  public:
   explicit HostDriver(const HostOptions& options)
       : options_(options),
-        slots_(options.huge_pages, options.root),
+        slots_(options.huge_pages, options.root, options.memory),
         addresses_(kGranularity),
         streams_(options.threads) {
     facts_.name = "host";
     facts_.granularity = kGranularity;
     facts_.threads = options.threads;
     facts_.host_view = options.host_view;
+    facts_.contents = options.contents;
     mapping_limit_ = mapping_limit();
     mapping_baseline_ = mapping_count() + 1024;  // room for later mappings of the process
   }

@@ -29,13 +29,21 @@ constexpr std::uint64_t kLargestStep = kGiB;
 
 }  // namespace
 
-HostSlots::HostSlots(bool huge_pages, std::string root)
+HostSlots::HostSlots(bool huge_pages, std::string root, int given)
     : huge_pages_(huge_pages),
+      given_(given >= 0),
       root_(std::move(root)),
-      memfd_(::memfd_create("warmserve-arena", MFD_CLOEXEC)) {
+      memfd_(given_ ? ::fcntl(given, F_DUPFD_CLOEXEC, 0)
+                    : ::memfd_create("warmserve-arena", MFD_CLOEXEC)) {
   if (memfd_ < 0)
     throw Error(ErrorKind::general,
-                os_failure("memfd_create for the arena", errno, OsLimit::descriptors));
+                os_failure(given_ ? "fcntl(F_DUPFD_CLOEXEC) of the arena's memfd"
+                                  : "memfd_create for the arena",
+                           errno, OsLimit::descriptors));
+  if (given_) {
+    map_given();
+    return;
+  }
   // A memfd is born with mode 0777: a process of another user that is given a read-only descriptor
   // could open it again for writing.
   if (::fchmod(memfd_, S_IRUSR | S_IWUSR) != 0) {
@@ -43,6 +51,21 @@ HostSlots::HostSlots(bool huge_pages, std::string root)
     ::close(memfd_);
     throw Error(ErrorKind::general, os_failure("fchmod of the arena's memfd", error));
   }
+}
+
+// Maps the whole memfd as one extent, so that slots lie at the same offsets in every process that
+// is given it.
+void HostSlots::map_given() {
+  struct stat status{};
+  std::string why;
+  const std::lock_guard lock(mutex_);
+  if (::fstat(memfd_, &status) != 0)
+    why = os_failure("fstat of the arena's memfd", errno);
+  else if (map_extent(static_cast<std::uint64_t>(status.st_size), &why) == Status::ok)
+    present_ = static_cast<std::uint64_t>(status.st_blocks) * 512;
+  if (why.empty()) return;
+  ::close(memfd_);
+  throw Error(ErrorKind::general, why);
 }
 
 HostSlots::~HostSlots() {
@@ -60,9 +83,15 @@ std::uint64_t HostSlots::mappings() const {
   return extents_.size();
 }
 
-std::uint64_t HostSlots::available() const {
+std::uint64_t HostSlots::unused() const {
   const std::uint64_t available = available_memory(root_);
   return available - std::min(available, kKeptForProcess);
+}
+
+std::uint64_t HostSlots::available() const {
+  const std::uint64_t free = unused();
+  const std::lock_guard lock(mutex_);
+  return free + present_;
 }
 
 std::byte* HostSlots::view(std::uint64_t offset) const {
@@ -98,8 +127,12 @@ bool HostSlots::recycle(std::uint64_t offset, std::uint64_t bytes) {
 
 // Checks that the memory is available. The lock is held.
 Status HostSlots::find_room(std::uint64_t bytes, std::string* why) {
+  if (present_ >= bytes) {
+    present_ -= bytes;
+    return Status::ok;
+  }
   if (allowed_ < bytes || Clock::now() >= look_again_) {
-    const std::uint64_t all = available();
+    const std::uint64_t all = unused();
     const std::uint64_t left = all - std::min(all, populating_);
     if (left < bytes) {
       *why = format_bytes(bytes) + " are needed, but " + format_bytes(left) +
@@ -122,13 +155,18 @@ Status HostSlots::take_offset(std::uint64_t bytes, std::uint64_t* offset, std::s
     free_.erase(reusable);
     return Status::ok;
   }
+  if (given_ && mapped_ - end_ < bytes) {
+    *why =
+        "the given memfd has " + format_bytes(mapped_) + ", and slots take " + format_bytes(end_);
+    return Status::out_of_memory;
+  }
   if (mapped_ - end_ < bytes) {  // a slot lies in one extent
     end_ = mapped_;
     if (const Status status = map_extent(bytes, why); status != Status::ok) return status;
   }
   // Beyond the limit ftruncate would raise SIGXFSZ, so the limit is checked here.
-  const bool fits = end_ + bytes <= file_size_limit();
-  if (!fits || ::ftruncate(memfd_, static_cast<off_t>(end_ + bytes)) != 0) {
+  const bool fits = given_ || end_ + bytes <= file_size_limit();
+  if (!fits || (!given_ && ::ftruncate(memfd_, static_cast<off_t>(end_ + bytes)) != 0)) {
     *why = os_failure("ftruncate of the arena's memfd to " + format_bytes(end_ + bytes),
                       fits ? errno : EFBIG, OsLimit::file_size);
     return Status::out_of_memory;
@@ -179,9 +217,10 @@ bool HostSlots::populate(std::byte* slot, std::uint64_t offset, std::uint64_t by
                                         static_cast<off_t>(bytes)) == 0;
 }
 
+// Does nothing to a given memfd, whose contents are kept: other processes may still read them.
 bool HostSlots::punch(std::uint64_t offset, std::uint64_t bytes) const {
-  return ::fallocate(memfd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
-                     static_cast<off_t>(bytes)) == 0;
+  return given_ || ::fallocate(memfd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                               static_cast<off_t>(offset), static_cast<off_t>(bytes)) == 0;
 }
 
 }  // namespace warmserve

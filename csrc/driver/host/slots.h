@@ -1,5 +1,5 @@
 // The host device's physical memory: slots of one sparse memfd. The memfd grows with the slots and
-// ends where the last slot ends.
+// ends where the last slot ends; or it is given, and then it keeps its size and its contents.
 //
 // Every slot is writable through a view that users of the device do not see. A forked child does
 // not inherit the views (MADV_DONTFORK). Views are mapped an extent at a time, so that many small
@@ -19,8 +19,9 @@ class HostSlots {
  public:
   static constexpr std::uint64_t kGranularity = 2 * kMiB;
 
-  // `root` is a prefix of /proc and /sys, for tests. Throws general, which names the failed call.
-  HostSlots(bool huge_pages, std::string root);
+  // `root` is a prefix of /proc and /sys, for tests. `given` is a descriptor of a memfd, which is
+  // duplicated, or -1. Throws general, which names the failed call.
+  HostSlots(bool huge_pages, std::string root, int given);
   ~HostSlots();
   HostSlots(const HostSlots&) = delete;
 
@@ -30,7 +31,7 @@ class HostSlots {
   std::uint64_t mappings() const;  // kernel mappings that the views take
 
   // Returns the bytes left for slots: the available memory of the machine and its control groups,
-  // minus kKeptForProcess.
+  // minus kKeptForProcess; and the bytes that a given memfd has beside its slots.
   std::uint64_t available() const;
 
   // Allocates memory and touches it. Checks the available memory first, because the kernel kills a
@@ -48,7 +49,10 @@ class HostSlots {
   bool populate(std::byte* slot, std::uint64_t offset, std::uint64_t bytes);
   bool punch(std::uint64_t offset, std::uint64_t bytes) const;
 
-  const bool huge_pages_;
+  void map_given();
+  std::uint64_t unused() const;  // available memory, minus kKeptForProcess
+
+  const bool huge_pages_, given_;
   const std::string root_;
   int memfd_ = -1;
 
@@ -62,6 +66,7 @@ class HostSlots {
   std::set<std::pair<std::uint64_t, std::uint64_t>> free_;  // bytes, offset
   std::uint64_t allowed_ = 0;     // bytes that may be populated before the next check
   std::uint64_t populating_ = 0;  // bytes being populated now
+  std::uint64_t present_ = 0;     // bytes of a given memfd that have pages and are in no slot yet
   Deadline look_again_{};
 };
 

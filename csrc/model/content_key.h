@@ -1,0 +1,12 @@
+// The key of a layer's bytes (memory/contents.h).
+#pragma once
+
+#include "model/model.h"
+
+namespace warmserve {
+
+// Computes a key of 128 bits from the model's name, the identities of the files, and the layer's
+// ranges in them. The name is a part of it, so that two models never share granules.
+ContentKey content_key(const Model& model, const Layer& layer);
+
+}  // namespace warmserve
