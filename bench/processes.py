@@ -3,7 +3,8 @@
     python bench/processes.py
 
 The bench owns the arena and serves it. Its clients are processes of their own. It compares changes
-of models between two clients with changes inside one process, in turns.
+of models between two clients with changes inside one process, in turns. Then it kills brokers and
+clients, whose leases must stay right.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from multiprocessing import Process
 from pathlib import Path
 
 from lib.harness import MIB, Bench, interleaved, quantile, ratio, scratch, write_checkpoint
+from parts.processes.chaos import chaos
 from parts.processes.client import Client
+from parts.processes.kept_broker import KeptBroker
 from warmserve_rt import Broker, Runtime
+from warmserve_rt.core.broker_status import broker_status
 
 GRANULE = 2 * MIB
 SMALL_LAYERS, SMALL = 8, 16 * MIB  # a model of 64 granules
@@ -157,14 +161,53 @@ def swaps(bench: Bench, directory: Path) -> None:
     bench.target("swap_between_processes_vs_inside", found, "", "<=", 1.15)
 
 
+def restarts(bench: Bench, directory: Path) -> None:
+    """Time a restart of the broker, until a process that is new leases a model that the last broker
+    has loaded; and what the new broker has loaded for it."""
+    model = checkpoint(directory, "small", SMALL_LAYERS, SMALL)
+    path = directory / "broker" / "socket"
+    serving, leasing = [], []
+    with KeptBroker(path, GRANULES, GRANULE) as broker:
+        with Client(path) as first:
+            first.do("register", "small", str(model))
+            first.do("lease", "small")
+        for _ in range(bench.size(20, 2)):
+            began = time.perf_counter()
+            broker.kill()
+            serving.append(time.perf_counter() - began)
+            with Client(path) as client:
+                client.do("register", "small", str(model))
+                leasing.append(client.do("lease", "small"))
+        loaded = broker_status(path).nbytes_loaded
+    bench.row("broker_restart_ms", statistics.median(serving) * 1e3, "ms")
+    bench.row("lease_after_restart_ms", statistics.median(leasing) * 1e3, "ms")
+    bench.target("bytes_loaded_again", loaded, "", "=", 0)
+
+
+def deaths(bench: Bench, directory: Path) -> None:
+    """Kill and stop processes at random while clients lease, and count what went wrong."""
+    layers, granules = 5, 10  # of a model, and of the arena, which has room for two of four
+    models = {name: checkpoint(directory, name, layers, GRANULE) for name in "abcd"}
+    path = directory / "broker" / "socket"
+    found = chaos(path, models, granules, GRANULE, bench.args.chaos)
+    bench.row("chaos_leases", found.leases, "")
+    bench.row("chaos_client_deaths", found.client_deaths, "")
+    bench.row("chaos_broker_deaths", found.broker_deaths, "")
+    for name in ("wrong_bytes", "faults_under_lease", "granules_lost", "leases_lost"):
+        bench.target(name, getattr(found, name), "", "=", 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="timed swaps, after one warm-up")
-    bench = Bench.start("processes", parser, rounds=3)
+    parser.add_argument("--chaos", type=float, default=60.0, help="seconds of random deaths")
+    bench = Bench.start("processes", parser, rounds=3, chaos=2.0)
     with scratch() as directory:
         leases(bench, directory)
         revocations(bench, directory)
         swaps(bench, directory)
+        restarts(bench, directory)
+        deaths(bench, directory)
     bench.finish()
 
 

@@ -276,9 +276,8 @@ def status(pid: int) -> str:
 def test_a_broker_that_dies_again_and_again_is_given_up(machine: Processes) -> None:
     with pytest.raises(WarmServeError, match="died 3 times in a row, at last with signal 9"):
         machine.process(
-            "from warmserve_rt.core import keeper\n"
-            "keeper._MOST_DEATHS = 2\n"
-            "kept = keeper.fork_broker(4, 2 << 20)\n"
+            "from warmserve_rt.core.keeper import fork_broker\n"
+            "kept = fork_broker(4, 2 << 20, most_deaths=2)\n"
             "kept.serving()\n"
             "os.kill(os.getpid(), signal.SIGKILL)"
         )

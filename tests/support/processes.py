@@ -166,9 +166,8 @@ class Processes:
         made = KeptBroker(
             "import logging\n"
             "logging.basicConfig()  # a broker that dies by itself is reported\n"
-            "from warmserve_rt.core import keeper\n"
-            "keeper._MOST_DEATHS, keeper._PAUSE_S = 10**6, 0\n"
-            "kept = keeper.fork_broker(granules, granule)\n"
+            "from warmserve_rt.core.keeper import fork_broker\n"
+            "kept = fork_broker(granules, granule, most_deaths=10**6, pause=0)\n"
             "threading.Thread(target=lambda: (kept.wait(), os._exit(0)), daemon=True).start()\n"
             "faulty = warmserve_rt._native.FaultyDriver(kept.driver())\n"
             "runtime = Runtime('host', kept.nbytes, granule=granule, tensors='numpy',\n"

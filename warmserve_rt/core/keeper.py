@@ -22,9 +22,8 @@ from warmserve_rt import _native
 from warmserve_rt._errors import WarmServeError
 from warmserve_rt._log import log
 
-_MOST_DEATHS = 8  # in a row, each soon after the broker has begun to serve
 _SOON_S = 10.0
-_PAUSE_S = 0.02  # doubled with each death in a row; none after the first
+_LONGEST_PAUSE_S = 5.0
 _SERVING = b"serving"
 _MESSAGE_BYTES = 256
 _DESCRIPTORS = 2  # of a client: its process, and its record
@@ -74,7 +73,9 @@ class Kept:
             pass
 
 
-def fork_broker(granules: int, granule_bytes: int) -> Kept:
+def fork_broker(
+    granules: int, granule_bytes: int, *, most_deaths: int = 8, pause: float = 0.02
+) -> Kept:
     """Fork a broker, and another one whenever it dies. Return in each of them.
 
     The calling process becomes the keeper, and never returns: it raises SystemExit with the status
@@ -86,6 +87,11 @@ def fork_broker(granules: int, granule_bytes: int) -> Kept:
     granules : int
     granule_bytes : int
         A multiple of 2 MiB.
+    most_deaths : int
+        Deaths in a row, each within ten seconds of a start, that are borne.
+    pause : float
+        Seconds before a start that follows such a death; doubled with each of them, to five seconds
+        at most. There is no pause after the first.
 
     Raises
     ------
@@ -120,10 +126,11 @@ def fork_broker(granules: int, granule_bytes: int) -> Kept:
             raise SystemExit(status if status >= 0 else 128 - status)
         deaths = deaths + 1 if time.monotonic() - began < _SOON_S else 1
         what = f"signal {-status}" if status < 0 else f"status {status}"
-        if deaths > _MOST_DEATHS:
+        if deaths > most_deaths:
             raise WarmServeError(f"the broker died {deaths} times in a row, at last with {what}")
         log.error("the broker, process %d, died with %s, and is started again", pid, what)
-        time.sleep(_PAUSE_S * 2**deaths if deaths > 1 else 0)
+        if deaths > 1:
+            time.sleep(min(pause * 2.0 ** min(deaths, 20), _LONGEST_PAUSE_S))
 
 
 def _make_memory(name: str, nbytes: int) -> int:
