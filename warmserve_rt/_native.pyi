@@ -120,7 +120,7 @@ def host_driver(
     huge_pages: bool = True,
     root: str = "",
     memory: int = -1,  # a descriptor; -1: the driver makes its memory
-    contents: int = -1,  # a descriptor of the record of what the memory contains
+    contents: int = -1,  # a descriptor of the contents record of that memory
 ) -> Driver: ...
 def bytes_of_contents(granules: int) -> int: ...  # of such a record
 def cuda_driver(

@@ -55,7 +55,7 @@ def serve(
     """Serve an arena of host memory until SIGTERM or Ctrl-C.
 
     The memory is held by a process of its own, the keeper. If the broker dies, the keeper starts it
-    again, and its clients continue: what was loaded is not loaded again.
+    again. Clients continue, and layers in the arena are not loaded again.
     """
     from .core.broker import Broker
     from .core.broker_connection import default_path

@@ -29,44 +29,37 @@ struct ClientRecord::Header {
   char name[96];  // ends with a zero
 };
 
-ClientRecord::ClientRecord(std::uint32_t granules, std::uint64_t token, std::uint64_t process,
-                           const std::string& name)
-    : memory_(::memfd_create("warmserve-client", MFD_CLOEXEC)), granules_(granules) {
-  const std::uint64_t bytes = sizeof(Header) + ceil_div(granules, kBits) * sizeof(Word);
-  if (!memory_ || ::fchmod(memory_.get(), S_IRUSR | S_IWUSR) != 0 ||
-      ::ftruncate(memory_.get(), static_cast<off_t>(bytes)) != 0)
+std::uint64_t ClientRecord::bytes_for(std::uint32_t granules) noexcept {
+  return sizeof(Header) + ceil_div(granules, kBits) * sizeof(Word);
+}
+
+Descriptor ClientRecord::make_memory(std::uint32_t granules) {
+  Descriptor memory(::memfd_create("warmserve-client", MFD_CLOEXEC));
+  if (!memory || ::fchmod(memory.get(), S_IRUSR | S_IWUSR) != 0 ||
+      ::ftruncate(memory.get(), static_cast<off_t>(bytes_for(granules))) != 0)
     throw Error(ErrorKind::general,
                 os_failure("memfd_create for a client's record", errno, OsLimit::descriptors));
-  map();
+  return memory;
+}
+
+ClientRecord::ClientRecord(std::uint32_t granules, std::uint64_t token, std::uint64_t process,
+                           const std::string& name)
+    : ClientRecord(make_memory(granules), granules, false) {
   *header_ = {kFormat, granules, token, process, {}};
   std::memcpy(header_->name, name.data(), std::min(name.size(), sizeof header_->name - 1));
 }
 
 ClientRecord::ClientRecord(Descriptor memory, std::uint32_t granules)
-    : memory_(std::move(memory)), granules_(granules) {
-  struct stat status{};
-  const bool fits = ::fstat(memory_.get(), &status) == 0 &&
-                    static_cast<std::uint64_t>(status.st_size) >=
-                        sizeof(Header) + ceil_div(granules, kBits) * sizeof(Word);
-  if (fits) map();
-  if (fits && header_->format == kFormat && header_->granules == granules) return;
-  if (header_) ::munmap(header_, sizeof(Header) + ceil_div(granules, kBits) * sizeof(Word));
-  throw Error(ErrorKind::general, "the record of a client is of another arena or version");
-}
+    : ClientRecord(std::move(memory), granules, true) {}
 
-ClientRecord::~ClientRecord() {
-  ::munmap(header_, sizeof(Header) + ceil_div(granules_, kBits) * sizeof(Word));
-}
-
-void ClientRecord::map() {
-  const std::uint64_t bytes = sizeof(Header) + ceil_div(granules_, kBits) * sizeof(Word);
-  void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_.get(), 0);
-  if (mapped == MAP_FAILED)
-    throw Error(ErrorKind::general,
-                os_failure("mmap of a client's record", errno, OsLimit::addresses));
-  ::madvise(mapped, bytes, MADV_DONTFORK);
-  header_ = static_cast<Header*>(mapped);
-  words_ = reinterpret_cast<Word*>(header_ + 1);
+ClientRecord::ClientRecord(Descriptor memory, std::uint32_t granules, bool made)
+    : memory_(std::move(memory)),
+      mapping_(memory_.get(), bytes_for(granules), "the record of a client"),
+      granules_(granules),
+      header_(static_cast<Header*>(mapping_.data())),
+      words_(reinterpret_cast<Word*>(header_ + 1)) {
+  if (made && (header_->format != kFormat || header_->granules != granules))
+    throw Error(ErrorKind::general, "the record of a client is of another arena or version");
 }
 
 std::uint64_t ClientRecord::token() const noexcept { return header_->token; }

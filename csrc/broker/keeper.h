@@ -1,6 +1,6 @@
 // The keeper is a process that starts a broker, and the next one when that dies. It holds
-// descriptors of the arena's memory (driver/host/slots.h), of the record of its contents
-// (memory/contents.h), and for each client of its process and of the record of what it maps.
+// descriptors of the arena's memory (driver/host/slots.h) and of the contents record
+// (memory/contents.h). For each client it holds two more: of the process, and of a ClientRecord.
 #pragma once
 
 #include <atomic>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/descriptor.h"
+#include "base/shared_mapping.h"
 #include "base/types.h"
 
 namespace warmserve {
@@ -24,7 +25,6 @@ class ClientRecord {
   // Reads the record that an earlier broker has made. Throws general if the memory is no such
   // record, or if it is of an arena of other granules.
   ClientRecord(Descriptor memory, std::uint32_t granules);
-  ~ClientRecord();
   ClientRecord(const ClientRecord&) = delete;
 
   int descriptor() const noexcept { return memory_.get(); }
@@ -40,12 +40,15 @@ class ClientRecord {
  private:
   struct Header;
   using Word = std::atomic<std::uint64_t>;
-  void map();
+  static std::uint64_t bytes_for(std::uint32_t granules) noexcept;
+  static Descriptor make_memory(std::uint32_t granules);
+  ClientRecord(Descriptor memory, std::uint32_t granules, bool made);
 
   Descriptor memory_;
+  SharedMapping mapping_;
   const std::uint32_t granules_;
-  Header* header_ = nullptr;
-  Word* words_ = nullptr;
+  Header* const header_;  // in the mapping, like the words behind it
+  Word* const words_;     // a bit for each granule
 };
 
 // A broker's end of the socket to its keeper. A message is "keep NAME" with descriptors, or

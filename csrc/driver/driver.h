@@ -64,7 +64,7 @@ struct DeviceFacts {
   int cuda_ordinal = -1;   // of a CUDA device; -1: device addresses are CPU addresses
   std::vector<int> peers;  // CUDA devices that can access memory mapped here as read_write
   std::string no_kernels;  // why launch() does not work; empty if it works
-  int contents = -1;       // a descriptor of the record of what granules contain; -1: no record
+  int contents = -1;       // a descriptor of the contents record; -1: no record
 };
 
 // A granule as another process can import it.
@@ -233,8 +233,8 @@ struct HostOptions {
   // driver keeps the contents: granules of one size lie in the memory one after the other, in the
   // order in which they are made. -1: the driver makes its memory.
   int memory = -1;
-  // A descriptor of the record of what that memory contains (memory/contents.h), which also stays
-  // the caller's. -1: no record.
+  // A descriptor of the contents record of that memory (memory/contents.h). It stays the caller's.
+  // -1: no record.
   int contents = -1;
 };
 // Throws general, which names the system call that failed.

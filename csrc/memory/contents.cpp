@@ -1,13 +1,6 @@
 #include "memory/contents.h"
 
-#include <sys/mman.h>
-#include <sys/stat.h>
-
-#include <cerrno>
-#include <string>
-
 #include "base/error.h"
-#include "base/os_failure.h"
 #include "base/random_number.h"
 
 namespace warmserve {
@@ -34,39 +27,22 @@ std::uint64_t Contents::bytes_for(std::uint32_t granules) noexcept {
 }
 
 Contents::Contents(int descriptor, std::uint32_t granules, std::uint64_t granule_bytes)
-    : mapped_bytes_(bytes_for(granules)), keys_(granules) {
-  struct stat status{};
-  if (::fstat(descriptor, &status) != 0)
-    throw Error(ErrorKind::general, os_failure("fstat of the record of an arena", errno));
-  if (static_cast<std::uint64_t>(status.st_size) < mapped_bytes_)
-    throw Error(ErrorKind::general, "the record of an arena has " + format_bytes(status.st_size) +
-                                        ", but needs " + format_bytes(mapped_bytes_));
-  void* mapped = ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
-  if (mapped == MAP_FAILED)
+    : mapping_(descriptor, bytes_for(granules), "the contents record of the arena"),
+      header_(static_cast<Header*>(mapping_.data())),
+      entries_(reinterpret_cast<Entry*>(header_ + 1)),
+      keys_(granules) {
+  if (header_->format == 0) {
+    header_->granules = granules;
+    header_->granule_bytes = granule_bytes;
+    header_->arena_id = random_number();
+    header_->format = kFormat;
+  } else if (header_->format != kFormat || header_->granules != granules ||
+             header_->granule_bytes != granule_bytes) {
     throw Error(ErrorKind::general,
-                os_failure("mmap of the record of an arena", errno, OsLimit::addresses));
-  ::madvise(mapped, mapped_bytes_, MADV_DONTFORK);
-  header_ = static_cast<Header*>(mapped);
-  entries_ = reinterpret_cast<Entry*>(header_ + 1);
-  try {
-    if (header_->format == 0) {
-      header_->granules = granules;
-      header_->granule_bytes = granule_bytes;
-      header_->arena_id = random_number();
-      header_->format = kFormat;
-    } else if (header_->format != kFormat || header_->granules != granules ||
-               header_->granule_bytes != granule_bytes) {
-      throw Error(ErrorKind::general,
-                  "the record is of an arena of other granules, or of another version");
-    }
-    read_entries();
-  } catch (...) {
-    ::munmap(header_, mapped_bytes_);
-    throw;
+                "the contents record is of an arena of other granules, or of another version");
   }
+  read_entries();
 }
-
-Contents::~Contents() { ::munmap(header_, mapped_bytes_); }
 
 std::uint64_t Contents::arena_id() const noexcept { return header_->arena_id; }
 

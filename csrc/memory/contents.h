@@ -1,7 +1,8 @@
-// A record of what the granules of an arena contain, in memory that outlives the process.
+// The contents record of an arena: which granules contain which layer. The record lies in memory
+// that outlives the process.
 //
-// When a broker dies, another process gets the arena's memory and this record from the keeper of
-// both. Layers that are recorded need not be loaded again.
+// When a broker dies, the keeper gives the arena's memory and this record to another process, which
+// need not load recorded layers again.
 //
 // A layer is recorded after its last byte was written. The record ends before the first byte of one
 // of its granules is overwritten. So whenever the process dies, recorded granules contain what the
@@ -11,11 +12,11 @@
 #include <array>
 #include <atomic>
 #include <compare>
-#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
 
+#include "base/shared_mapping.h"
 #include "base/types.h"
 
 namespace warmserve {
@@ -31,12 +32,10 @@ struct ContentKey {
 // Used under the runtime's lock.
 class Contents {
  public:
-  // Maps the record in the file of this descriptor, which is at least bytes_for(granules) long, and
-  // starts a new one if it is empty. The descriptor stays the caller's. Throws general if the file
-  // cannot be mapped, or if the record is of other granules.
+  // Maps the record in a file of at least bytes_for(granules), and starts a new record if the file
+  // is empty. The descriptor stays the caller's. Throws general if the file cannot be mapped, or if
+  // the record is of other granules.
   Contents(int descriptor, std::uint32_t granules, std::uint64_t granule_bytes);
-  ~Contents();
-  Contents(const Contents&) = delete;
 
   static std::uint64_t bytes_for(std::uint32_t granules) noexcept;
 
@@ -58,9 +57,9 @@ class Contents {
   struct Entry;
   void read_entries();
 
-  Header* header_ = nullptr;
-  Entry* entries_ = nullptr;
-  std::uint64_t mapped_bytes_ = 0;
+  SharedMapping mapping_;
+  Header* const header_;  // in the mapping, like the entries behind it
+  Entry* const entries_;
   struct Hash {
     std::size_t operator()(const ContentKey& key) const noexcept { return key.words[0]; }
   };

@@ -42,6 +42,7 @@ ContentKey content_key(const Model& model, const Layer& layer) {
     hash.add(segment.file_offset).add(segment.layer_offset).add(segment.bytes);
     hash.add(segment.cast ? static_cast<std::uint64_t>(*segment.cast) + 1 : 0);
   }
+  for (const ExpectedDigest& each : layer.source.digests) hash.add(each.granule).add(each.digest);
   return hash.key();
 }
 

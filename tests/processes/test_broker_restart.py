@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 from checkpoints import GRANULE, write_model
 
-from processes import SIZES, KeptBroker, Process, Processes, expected, wait_until
+from processes import SIZES, Process, Processes, expected, wait_until
 from warmserve_rt import CorruptCheckpoint, WarmServeError
+from warmserve_rt.core.keeper import _follow
 
 
 def loaded(machine: Processes) -> int:
@@ -273,6 +275,14 @@ def status(pid: int) -> str:
         return ""
 
 
+def test_a_keeper_that_loses_descriptors_of_a_client_ends() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(theirs, [b"keep 7"], [ours.fileno()])  # one of two
+        with pytest.raises(WarmServeError, match="too many open files"):
+            _follow(ours, {})
+
+
 def test_a_broker_that_dies_again_and_again_is_given_up(machine: Processes) -> None:
     with pytest.raises(WarmServeError, match="died 3 times in a row, at last with signal 9"):
         machine.process(
@@ -295,11 +305,10 @@ def test_a_signal_ends_the_broker_and_its_keeper(
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_layers_of_a_client_are_kept_that_a_broker_of_another_arena_would_unmap(
+def test_layers_of_another_arena_are_given_up_when_nothing_holds_them(
     machine: Processes, files: dict[str, Path]
 ) -> None:
-    """A keeper that is started anew has another arena: what a client maps is given up."""
-    keeper: KeptBroker = machine.kept_broker(8)
+    keeper = machine.kept_broker(8)
     client = machine.client(**files)
     client.run("lease = runtime.lease('a').acquire()")
     keeper.kill()

@@ -20,7 +20,7 @@ TAIL = 24  # bytes of the record of one granule
 
 
 class Memory:
-    """Memory of an arena and the record of what it contains, as a keeper holds them."""
+    """An arena's memory and its contents record, as a keeper holds them."""
 
     def __init__(self, granules: int = GRANULES) -> None:
         self.arena, self.record = os.memfd_create("arena"), os.memfd_create("record")
@@ -146,6 +146,18 @@ def test_a_file_that_has_changed_is_noticed(memory: Memory, files: dict[str, Pat
         runtime.check_invariants()
 
 
+def test_bytes_that_were_not_checked_are_loaded_again_for_a_model_with_digests(
+    memory: Memory, files: dict[str, Path]
+) -> None:
+    with memory.runtime() as runtime:
+        runtime.register("a", files["a"])
+        assert read(runtime, "a")
+    for again in (True, False):
+        with memory.runtime() as runtime:
+            runtime.register("a", files["a"], verify="full")
+            assert read(runtime, "a") == again
+
+
 def test_given_memory_is_not_trimmed(memory: Memory) -> None:
     with (
         memory.runtime() as runtime,
@@ -206,7 +218,9 @@ def test_a_record_of_other_granules_is_refused(memory: Memory) -> None:
     with pytest.raises(WarmServeError, match="of an arena of other granules"):
         Runtime(arena=4 * GRANULE, granule=2 * GRANULE, driver=memory.driver())
     os.ftruncate(memory.record, 100)
-    with pytest.raises(WarmServeError, match="the record of an arena has 100 B, but needs"):
+    with pytest.raises(
+        WarmServeError, match="the contents record of the arena has 100 B, but needs"
+    ):
         memory.runtime()
 
 

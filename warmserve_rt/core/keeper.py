@@ -1,9 +1,10 @@
 """The keeper of an arena: a process that holds the memory, and starts the broker again if it dies.
 
 The keeper forks the broker. It has no threads, no runtime and no socket that clients know, so
-little can end it. It holds descriptors of the arena's memory, of the record of what that memory
-contains, and for each client of its process and of the record of what it maps. A broker that is
-started again finds the layers where the last one has left them, and loads nothing again.
+little can end it. It holds descriptors of the arena's memory and of the contents record, which says
+where in the memory the layers are. For each client it holds two more: of the client's process, and
+of a record of the granules that the client may map. A broker that is started again finds the layers
+where the last one has left them, and loads nothing again.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Kept:
     nbytes, granule_bytes : int
         Of the arena.
     memory, contents : int
-        Descriptors of the arena's memory, and of the record of what it contains.
+        Descriptors of the arena's memory and of its contents record.
     keeper : socket
         To the keeper. It can be read when the keeper has ended.
     clients : tuple of (int, int)
-        Of an earlier broker: descriptors of the process, and of the record of what it maps. They
-        are closed by :meth:`serving`.
+        The clients of an earlier broker: two descriptors for each, of its process and of its
+        record. :meth:`serving` closes them.
     """
 
     nbytes: int
